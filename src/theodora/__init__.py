@@ -1,0 +1,58 @@
+"""Theodora: exact, fast LoRA and DoRA fine-tuning of language models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# The public names and the module each lives in. They are imported on first use (PEP 562), because importing
+# torch and transformers takes seconds and `theodora --help` needs neither.
+_HOMES = {
+    "AdapterConfig": "theodora.config",
+    "TrainConfig": "theodora.config",
+    "TheodoraError": "theodora.errors",
+    "ConfigError": "theodora.errors",
+    "DataError": "theodora.errors",
+    "CheckpointError": "theodora.errors",
+    "inject_adapter": "theodora.adapters",
+    "remove_adapter": "theodora.adapters",
+    "save_adapter": "theodora.adapters",
+    "load_adapter": "theodora.adapters",
+    "set_adapter": "theodora.adapters",
+    "adapter_disabled": "theodora.adapters",
+    "merge_adapter": "theodora.adapters",
+    "unmerge_adapter": "theodora.adapters",
+    "merge_checkpoint": "theodora.adapters",
+    "train": "theodora.train",
+    "evaluate": "theodora.evaluate",
+    "inspect_adapter": "theodora.analysis",
+}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from theodora.adapters import (
+        adapter_disabled,
+        inject_adapter,
+        load_adapter,
+        merge_adapter,
+        merge_checkpoint,
+        remove_adapter,
+        save_adapter,
+        set_adapter,
+        unmerge_adapter,
+    )
+    from theodora.analysis import inspect_adapter
+    from theodora.config import AdapterConfig, TrainConfig
+    from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError
+    from theodora.evaluate import evaluate
+    from theodora.train import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'theodora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
