@@ -1,0 +1,65 @@
+"""What every test shares: no network, one seed, tiny models, a tiny tokenizer, and folders that hold both.
+
+- `tiny_model("gpt2", tied=True, dtype=torch.bfloat16)`: a fresh random model, see `tiny.py`.
+- `tiny_tokenizer`: one token per byte, ChatML template, pad, bos and eos.
+- `tiny_model_dir("llama", tied=True)`: a folder that holds a saved model and its tokenizer, made once per session.
+  Treat it as read-only.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+# Before anything of Hugging Face is imported, because the libraries read these at import. Caches go to a folder of
+# their own, so that the tests neither see nor change the user's. Commands that tests start inherit all of it.
+_HF_HOME = tempfile.mkdtemp(prefix="theodora-tests-")
+atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+os.environ |= {
+    "HF_HOME": _HF_HOME,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",  # tiny products are slower on two threads than on one
+}
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start each test from the same random state, whatever ran before it."""
+    set_seed(0)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    return tiny.tiny_model
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @cache
+    def save(family: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp(f"tiny-{family}")
+        tiny.tiny_model(family, tied=tied, dtype=dtype, seed=seed).save_pretrained(folder)
+        tiny.tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
