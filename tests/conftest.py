@@ -30,9 +30,10 @@ os.environ |= {
 }
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+import tiny
 
 torch.set_num_threads(1)
 

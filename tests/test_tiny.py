@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny import FAMILIES
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,0 +1,47 @@
+# Every target sets up what it needs: a .venv in this folder with the versions of constraints.txt, once, and again
+# when those change. Nothing outside this folder is touched, except the demo's model in the user's cache.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## fine-tune a real model and show before and after (ARGS="--help" lists what can be changed)
+	$(BIN)/theodora demo $(ARGS)
+
+test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.test ## time a training step against PEFT's on this machine
+	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
+
+clean: ## remove the environment, caches and build products
+	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +
+
+# $(VENV)/.EXTRA: the package is installed with that extra. A stamp, because pip's own answer takes seconds.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing theodora[$*] into $(VENV) ..."
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# Not bin/python: it is there even if the interpreter was built without pip and the venv is useless.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	    f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
