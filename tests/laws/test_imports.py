@@ -1,0 +1,137 @@
+"""Imports run one way, and each heavy library is known in one place only. Read from the source, not by importing."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import theodora
+
+SOURCE = Path(theodora.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
+# floor stand side by side and do not know each other, except where BESIDE says so.
+FLOORS = [
+    {"errors", "config"},
+    {"functional"},
+    {"kernels"},
+    {"layers"},
+    {"adapters", "data"},
+    {"train", "evaluate", "serve", "analysis"},
+    {"demo", "cli"},
+]
+BESIDE = {
+    "config": {"errors"},
+    "train": {"evaluate"},  # the run's report scores the held-out rows
+    "cli": {"demo"},  # `theodora demo`
+}
+
+# Library -> the only parts that import it.
+ONLY_IN = {
+    "triton": {"kernels"},
+    "bitsandbytes": {"layers"},
+    "torchao": {"layers"},
+    "trl": {"train"},
+    "accelerate": {"train"},
+    "peft": set[str](),  # its files are read and written here, its code is not needed
+    "gguf": {"demo"},
+}
+
+# Importing these takes a second or more each: commands import them when they run, so that `--help` is instant.
+HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "matplotlib", "safetensors", "pandas", "pyarrow"}
+
+
+def part_of(module: Path) -> str:
+    """`train` for src/theodora/train/report.py, `errors` for src/theodora/errors.py."""
+    return module.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imports(module: Path, *, at_import_time: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that `module` imports, but not of what only type checkers see."""
+    package = ("theodora", *module.relative_to(SOURCE).parent.parts)
+    stack: list[ast.AST] = [ast.parse(module.read_text(encoding="utf-8"))]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            origin = ".".join((*above, *filter(None, [node.module])))
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            stack.extend(node.orelse)
+        elif not (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            stack.extend(ast.iter_child_nodes(node))
+
+
+def allowed_parts(part: str) -> set[str]:
+    floor = next(index for index, parts in enumerate(FLOORS) if part in parts)
+    return {part}.union(*FLOORS[:floor], BESIDE.get(part, ()))
+
+
+def name_of(module: Path) -> str:
+    return str(module.relative_to(SOURCE))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_imports_run_one_way(module):
+    if module.parent == SOURCE and module.name in {"__init__.py", "__main__.py"}:
+        return  # the front doors: the public names and `python -m theodora`
+    part = part_of(module)
+    assert any(part in parts for parts in FLOORS), f"{part} has no floor: give it one in {Path(__file__).name}"
+    wrong = [
+        f"{module}:{line}: {part} imports {name}"
+        for line, name in imports(module)
+        if name.startswith("theodora.") and name.split(".")[1] not in allowed_parts(part) | {"__version__"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_each_library_is_known_in_one_place(module):
+    wrong = [
+        f"{module}:{line}: {name} may be imported only in {ONLY_IN[library] or 'the tests'}"
+        for line, name in imports(module)
+        if (library := name.split(".")[0]) in ONLY_IN and part_of(module) not in ONLY_IN[library]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_matplotlib_is_imported_where_a_figure_is_drawn(module):
+    wrong = [
+        f"{module}:{line}: import {name} inside the function that draws"
+        for line, name in imports(module, at_import_time=True)
+        if name.split(".")[0] == "matplotlib"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+LIGHT = [m for m in MODULES if part_of(m) in {"__init__", "__main__", "errors", "config", "cli"}]
+
+
+@pytest.mark.parametrize("module", LIGHT, ids=name_of)
+def test_what_the_command_line_reads_first_is_light(module):
+    # A part of the package counts as heavy as well: every other part imports torch at its top.
+    light_parts = {"errors", "config", "cli", "__version__"}
+    wrong = [
+        f"{module}:{line}: import {name} inside the function that needs it"
+        for line, name in imports(module, at_import_time=True)
+        if (parts := name.split("."))[0] in HEAVY or (parts[0] == "theodora" and parts[1] not in light_parts)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_law_sees_what_it_forbids(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SOURCE", tmp_path)
+    (tmp_path / "layers").mkdir()
+    module = tmp_path / "layers" / "linear.py"
+    module.write_text("import trl\ndef f():\n    from ..adapters import inject\n    from theodora import cli\n")
+    assert sorted(imports(module)) == [(1, "trl"), (3, "theodora.adapters.inject"), (4, "theodora.cli")]
+    assert list(imports(module, at_import_time=True)) == [(1, "trl")]
+    with pytest.raises(AssertionError, match=r"imports theodora\.adapters"):
+        test_imports_run_one_way(module)
+    with pytest.raises(AssertionError, match="trl may be imported only in"):
+        test_each_library_is_known_in_one_place(module)
