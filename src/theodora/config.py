@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from theodora.errors import ConfigError, bullet_list
 
@@ -118,6 +120,318 @@ def wrong_choices(config: Any):  # -> Iterator[str]
     """Complaints about fields annotated as `Literal` that hold something else."""
     literals = {"Method": Method, "Init": Init, "AdapterDtype": AdapterDtype}
     for f in fields(config):
-        choices = get_args(literals.get(str(f.type), None))
+        choices = get_args(literals.get(str(f.type)))
         if choices and getattr(config, f.name) not in choices:
             yield f"{f.name} is {getattr(config, f.name)!r}; expected one of {', '.join(choices)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: what is trained on what, how, and where it is kept.
+
+    Fields that exist in TRL or transformers bear their names. Every other field of `trl.SFTConfig` goes into `trainer`.
+    In a YAML file and on the command line all of them, the adapter's included, stand side by side: `from_options`.
+
+    Example:
+        `TrainConfig(model="gpt2", data="train.jsonl", output="runs/first", adapter=AdapterConfig(rank=16))`
+
+    Raises:
+        ConfigError: naming every field that makes no sense.
+    """
+
+    model: str
+    """Folder or hub name of the causal language model to fine-tune."""
+    data: str
+    """Rows to train on: a .jsonl, .json, .csv or .parquet file, or a datasets folder. The format (prompt/completion,
+    messages, ShareGPT, Alpaca, text) is recognised."""
+    output: str
+    """Folder for the adapter, the model card, metrics, loss curve, configuration and checkpoints."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Method, rank, targets and the rest of the adapter."""
+
+    eval_data: str | None = None
+    """File with the held-out rows. Default: a part of data is held out."""
+    held_out: int | float | None = None
+    """Rows of data to hold out (a whole number) or their share (below 1); 0 holds out none. Default: 5 %, at most 200
+    rows."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Tokens that count in the loss: those of completions and assistant turns, or all."""
+    use_chat_template: bool | None = None
+    """Whether prompts and completions are wrapped in the tokenizer's chat template. Default: if it has one."""
+    max_length: int = 1024
+    """Tokens after which a row is cut, and the length of a packed row."""
+    packing: bool = False
+    """Put several rows into one sequence of max_length tokens; attention stays within each row."""
+
+    num_train_epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    per_device_train_batch_size: int = 8
+    """Rows in a forward pass, on each device."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes in one optimizer step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """Course of the learning rate: cosine, linear, constant_with_warmup, or another of transformers' schedules."""
+    warmup_steps: float = 0.03
+    """Steps over which the learning rate rises from 0; below 1 a share of all steps."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay. DoRA's magnitudes, biases and norms are exempt."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it; 0 turns that off."""
+    bf16: bool | None = None
+    """Hold the base model in bfloat16 (adapters stay in adapter_dtype). Default: where the hardware computes in it."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third slower. Default: from 3 billion
+    parameters on."""
+    seed: int = 0
+    """Seed of the adapter's start, the data's order, dropout and the held-out split."""
+
+    logging_steps: float = 1
+    """Steps between two lines of metrics.jsonl; below 1 a share of all steps."""
+    eval_steps: float = 0.1
+    """Steps between two evaluations of the held-out rows; below 1 a share of all steps."""
+    per_device_eval_batch_size: int = 8
+    """Rows in a forward pass of an evaluation, on each device."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better held-out loss, and keep the best adapter."""
+    save_steps: float = 0.1
+    """Steps between two checkpoints; below 1 a share of all steps."""
+    save_total_limit: int = 2
+    """Checkpoints to keep: the newest, and the best one with early stopping."""
+    report_to: tuple[str, ...] = ()
+    """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations."""
+
+    resume: str | None = None
+    """Go on from a checkpoint: its folder, or auto for the newest whole one in the output folder."""
+    overwrite: bool = False
+    """Delete the run that the output folder holds."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Any other fields of trl.SFTConfig, by name."""
+
+    def __post_init__(self) -> None:
+        values, problems = _coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.max_steps == -1:  # what transformers writes for "not set"
+            object.__setattr__(self, "max_steps", None)
+        if self.report_to in (("none",), ("",)):
+            object.__setattr__(self, "report_to", ())
+        # Ranges and combinations can only be judged once every value has the right type.
+        if problems or (problems := list(self._problems())):
+            raise ConfigError("The training configuration makes no sense:" + bullet_list(problems))
+
+    def _problems(self) -> Iterator[str]:
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                yield f"{name} is empty"
+        for name, (least, inclusive) in _TRAIN_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (value > least or (inclusive and value == least)):
+                yield f"{name} is {value}; expected {'at least' if inclusive else 'more than'} {least}"
+        if isinstance(self.held_out, float) and self.held_out >= 1:
+            yield f"held_out is {self.held_out}; expected a share below 1, or a whole number of rows"
+        if self.eval_data is not None and self.held_out:
+            yield f"eval_data and held_out={self.held_out} are both given; expected one of them"
+        if self.early_stopping_patience is not None and self.eval_data is None and self.held_out == 0:
+            yield "early_stopping_patience needs held-out rows; expected eval_data, or held_out above 0"
+        if self.resume is not None and self.overwrite:
+            yield "resume and overwrite are both given; expected one of them"
+        if self.bf16 and self.trainer.get("fp16"):
+            yield "bf16 and fp16 are both on; expected one of them"
+        for name in sorted(self.trainer.keys() & {f.name for f in fields(self)}):
+            yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TrainConfig:
+        """Build the configuration from options that stand side by side, as in a YAML file.
+
+        Names that are neither fields here nor of `AdapterConfig` join `trainer`.
+
+        Raises:
+            ConfigError: naming every option that is missing or makes no sense.
+        """
+        options, problems = _current_names(options)
+        extra = {name: options[name] for name in options if name not in OPTION_NAMES}
+        trainer = options.get("trainer") or {}
+        if not isinstance(trainer, Mapping):
+            problems.append(f"trainer is {trainer!r}; expected a mapping of names to values")
+            trainer = {}
+        problems += [
+            f"{name} is {extra[name]!r}, and trainer says {trainer[name]!r}; expected one of them"
+            for name in sorted(extra.keys() & trainer.keys())
+        ]
+        problems += [
+            f"{f.name} is missing"
+            for f in fields(cls)
+            if f.default is MISSING and f.default_factory is MISSING and options.get(f.name) is None
+        ]
+        adapter, wrong = _coerce_all({k: v for k, v in options.items() if k in _ADAPTER_NAMES}, AdapterConfig)
+        own, also_wrong = _coerce_all({k: v for k, v in options.items() if k in _OWN_NAMES}, cls)
+        problems += wrong + also_wrong
+        for name in ("targets", "exclude"):
+            # One bare word is a name. AdapterConfig takes text that is not a tuple for a regular expression.
+            if isinstance(word := adapter.get(name), str) and word != "all-linear" and re.fullmatch(r"[\w.]*", word):
+                adapter[name] = (word,) if word else ()
+        if problems:
+            raise ConfigError("The options make no sense:" + bullet_list(problems))
+        return cls(**own | {"adapter": AdapterConfig(**adapter), "trainer": {**trainer, **extra}})
+
+    def to_options(self) -> dict[str, Any]:
+        """All options side by side, such that `from_options` gives this configuration again; fit for YAML and JSON."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapter", "trainer")}
+        adapter = {f.name: getattr(self.adapter, f.name) for f in fields(AdapterConfig)}
+        options = {"model": own.pop("model"), "data": own.pop("data"), "output": own.pop("output"), **adapter, **own}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in {**options, "trainer": self.trainer}.items()}
+
+
+_ADAPTER_NAMES = frozenset(f.name for f in fields(AdapterConfig))
+_OWN_NAMES = frozenset(f.name for f in fields(TrainConfig)) - {"adapter"}
+OPTION_NAMES = _ADAPTER_NAMES | _OWN_NAMES
+"""Every option of a training run but those that go through to `trl.SFTConfig`."""
+
+# Fields of transformers and TRL that are options here under another name, or with other values.
+_SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
+    "output_dir": ("output", {}),
+    "resume_from_checkpoint": ("resume", {True: "auto", False: None}),
+    "activation_checkpointing": ("gradient_checkpointing", {}),
+    "warmup_ratio": ("warmup_steps", {}),
+    "completion_only_loss": ("train_on", {True: "completion", False: "all"}),
+    "assistant_only_loss": ("train_on", {True: "completion", False: "all"}),
+}
+
+
+def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Translate other spellings of our options; also complaints about options that are given twice."""
+    renamed: dict[str, Any] = {}
+    problems: list[str] = []
+    for given, value in options.items():
+        name, values = _SAME_AS.get(given, (given, {}))
+        if name != given and name in options:
+            problems.append(f"{given} and {name} are both given; expected {name} alone")
+        renamed[name] = values.get(value, value) if values else value
+    return renamed, problems
+
+
+def _coerce_all(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
+    """Each value as the type of its field, and complaints about those that cannot be."""
+    coerced: dict[str, Any] = {}
+    problems: list[str] = []
+    hints = type_hints(config_class)
+    for name, value in values.items():
+        try:
+            coerced[name] = coerce(value, hints[name])
+        except ValueError as error:
+            problems.append(f"{name} is {value!r}; expected {error}")
+    return coerced, problems
+
+
+# field -> (smallest value, whether that value itself is allowed)
+_TRAIN_BOUNDS = {
+    "max_length": (2, True),
+    "num_train_epochs": (0, False),
+    "max_steps": (1, True),
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "gradient_accumulation_steps": (1, True),
+    "learning_rate": (0, False),
+    "warmup_steps": (0, True),
+    "weight_decay": (0, True),
+    "max_grad_norm": (0, True),
+    "held_out": (0, True),
+    "logging_steps": (0, False),
+    "eval_steps": (0, False),
+    "save_steps": (0, False),
+    "save_total_limit": (1, True),
+    "early_stopping_patience": (1, True),
+    "seed": (0, True),
+}
+
+
+def type_hints(config_class: type) -> dict[str, Any]:
+    """The fields of a configuration class and their types."""
+    hints = get_type_hints(config_class)
+    return {f.name: hints[f.name] for f in fields(config_class)}
+
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+    list: "a list",
+    dict: "a mapping",
+    Mapping: "a mapping",
+    type(None): "nothing",
+}
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """Turn what YAML or a command line gave into the type of a field, without guessing.
+
+    YAML reads `1e-3` as text, flags are all text, and lists arrive where tuples are kept.
+
+    Args:
+        value: the value.
+        hint: the field's annotation: a type, a `Literal`, or a union of them. Types unknown here pass any value.
+
+    Raises:
+        ValueError: what was expected, in words.
+    """
+    choices = _alternatives(hint)
+    kinds = [get_origin(choice) or choice for choice in choices]
+    literals = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    if value is None and type(None) in kinds:
+        return None
+    if literals and value in literals:
+        return value
+    if isinstance(value, str | Path) and str in kinds:
+        return str(value)
+    if isinstance(value, str):
+        value = _parse_scalar(value, kinds)
+    if isinstance(value, bool):
+        if bool in kinds:
+            return value
+    elif isinstance(value, int) and int in kinds:
+        return value
+    elif isinstance(value, int | float) and float in kinds:
+        return float(value)
+    elif isinstance(value, float) and int in kinds and value.is_integer():
+        return int(value)
+    elif isinstance(value, str) and tuple in kinds:
+        return (value,)
+    elif isinstance(value, list | tuple | set) and tuple in kinds:
+        return tuple(value)
+    elif any(isinstance(kind, type) and kind not in (bool, int, float) and isinstance(value, kind) for kind in kinds):
+        return value
+    if not all(kind in _EXPECTED or kind is Literal for kind in kinds):
+        return value
+    words = [_EXPECTED[kind] for kind in kinds if kind in _EXPECTED and kind is not type(None)]
+    raise ValueError(" or ".join([*(["one of " + ", ".join(map(str, literals))] if literals else []), *words]))
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    if get_origin(hint) in (Union, UnionType):
+        return [choice for part in get_args(hint) for choice in _alternatives(part)]
+    return [hint]
+
+
+def _parse_scalar(text: str, kinds: list[Any]) -> Any:
+    """Read a number or a truth value, if the field holds one; otherwise give the text back."""
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds or float in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return text
