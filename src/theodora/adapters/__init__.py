@@ -1,1 +1,16 @@
-""""""
+"""Adapters on models and on disk."""
+
+from theodora.adapters.inject import adapter_disabled, inject_adapter, remove_adapter, set_adapter
+from theodora.adapters.merge import merge_adapter, unmerge_adapter
+from theodora.adapters.save import load_adapter, save_adapter
+
+__all__ = [
+    "adapter_disabled",
+    "inject_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "remove_adapter",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+]

@@ -1,1 +1,11 @@
-""""""
+"""Adapter layers: what one adapted module holds, and how it runs.
+
+A module is adapted by giving it another class in place (`adapt`), and restored by giving the old one back (`restore`).
+So the module stays the user's own object under its own name: its weight, its ties to other modules and its hooks stay
+where they were.
+"""
+
+from theodora.layers.base import AdapterLayer, LowRank, adapt, base_weight, cannot_adapt, restore
+from theodora.layers.start import start_values
+
+__all__ = ["AdapterLayer", "LowRank", "adapt", "base_weight", "cannot_adapt", "restore", "start_values"]

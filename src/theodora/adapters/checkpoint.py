@@ -1,0 +1,378 @@
+"""Adapters on disk, in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+
+    base_model.model.<path>.lora_A.weight            (R, I)
+    base_model.model.<path>.lora_B.weight            (O, R)
+    base_model.model.<path>.lora_magnitude_vector    (O,)     DoRA; without ".weight"
+    base_model.model.<path>.lora_embedding_A, _B     (R, V), (O, R)
+    base_model.model.<path>.<parameter>              modules trained in full
+
+Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
+once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
+safetensors file, which PEFT leaves alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from theodora.adapters.targets import from_pattern, matches
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, ConfigError, bullet_list
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+METADATA_KEY = "theodora"
+
+# PEFT's options that change what the tensors mean, and that nothing here computes.
+_FOREIGN_OPTIONS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Starts after which PEFT keeps the base weight as it is; the others leave a changed base behind.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+}
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The tensors of one adapted module."""
+
+    a: Tensor
+    """A, (R, I); for an embedding I is the vocabulary size."""
+    b: Tensor
+    """B, (O, R)."""
+    magnitude: Tensor | None
+    """m, (O,), for DoRA."""
+    scale: float
+    """s in W + s·B·A."""
+    embedding: bool = False
+    """Whether the module is an embedding, whose weight is stored as (V, O)."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A checked adapter folder."""
+
+    path: Path
+    config: AdapterConfig
+    base_model: str | None
+    modules: dict[str, AdapterTensors]
+    """Module path in the transformers model → its tensors. After a PiSSA or OLoRA start of ours A and B hold the
+    trained and the (negated) start factors one after the other: rank 2R."""
+    full: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter path → tensor, for modules trained in full."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter."""
+    starts: bool = False
+    """Whether A and B hold start factors in their second half."""
+    probe: dict[str, list[float]] | None = None
+    """Some values of the base weights; see `probe_base`."""
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read and check a PEFT adapter folder (or the name of one on the Hugging Face hub).
+
+    Raises:
+        CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
+            without its magnitudes, or options that mean something this library does not compute.
+    """
+    folder = _find_folder(path)
+    peft = _read_json(folder / CONFIG_NAME)
+    tensors, metadata = _read_tensors(folder / WEIGHTS_NAME)
+    where = f"{folder / WEIGHTS_NAME}"
+    config = _config_from_peft(peft, folder / CONFIG_NAME)
+    problems: list[str] = []
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, Tensor] = {}
+    base_copies: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
+    for key, tensor in tensors.items():
+        if not key.startswith(KEY_PREFIX):
+            problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
+            continue
+        name = key.removeprefix(KEY_PREFIX)
+        part = next((part for part in _PARTS if name.endswith("." + part)), None)
+        if not tensor.is_floating_point():
+            problems.append(f"{key}: dtype {tensor.dtype}; expected floating point numbers")
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key}: holds NaN or infinite values")
+        elif part is not None:
+            module = name.removesuffix("." + part)
+            parts.setdefault(module, {})[_PARTS[part]] = tensor
+            if "embedding" in part:
+                embeddings.add(module)
+        elif ".base_layer." in name:
+            base_copies[name.replace(".base_layer.", ".")] = tensor
+        elif _in_modules(name, config.modules_to_save):
+            full[name] = tensor
+        elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
+            base_copies[name] = tensor
+        else:
+            problems.append(f"{key}: unknown key")
+
+    modules: dict[str, AdapterTensors] = {}
+    for module, found in parts.items():
+        problem = _module_problem(module, found, config)
+        if problem:
+            problems.append(f"{module}: {problem}")
+        else:
+            a, b = found["a"], found["b"]
+            scale = _scale(config, module)
+            modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
+    missing = [name for name in config.modules_to_save if not any(_in_modules(key, (name,)) for key in full)]
+    problems += [f"modules_to_save names {name!r}, but the file holds no such tensor" for name in missing]
+    if not modules and not full and not problems:
+        problems.append("the file holds no adapter tensors")
+    if problems:
+        raise CheckpointError(f"{where} cannot be used:" + bullet_list(_some(problems)))
+    return AdapterFile(
+        path=folder,
+        config=config,
+        base_model=peft.get("base_model_name_or_path") or None,
+        modules=modules,
+        full=full,
+        base_copies=base_copies,
+        starts=bool(metadata.get("starts")),
+        probe=metadata.get("probe"),
+    )
+
+
+def peft_config(
+    config: AdapterConfig,
+    *,
+    target_modules: list[str],
+    modules_to_save: list[str],
+    base_model: str | None,
+    task_type: str | None,
+    fan_in_fan_out: bool,
+    inference_mode: bool = True,
+) -> dict[str, Any]:
+    """`adapter_config.json` as PEFT reads it.
+
+    After a PiSSA or OLoRA start the file holds rank 2R, and alpha grows with it so that the scale stays.
+    """
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    rank, alpha = config.rank, config.alpha
+    if starts_from_weight(config):
+        grow = math.sqrt(2) if config.rslora else 2
+        rank, ranks = 2 * rank, {key: 2 * value for key, value in ranks.items()}
+        alpha, alphas = grow * (alpha or 0), {key: grow * value for key, value in alphas.items()}
+    return {
+        "alpha_pattern": alphas,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": inference_mode,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": modules_to_save or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": ranks,
+        "target_modules": target_modules,
+        "task_type": task_type,
+        "use_dora": config.method == "dora",
+        "use_rslora": config.rslora,
+    }
+
+
+def starts_from_weight(config: AdapterConfig) -> bool:
+    """Whether adapters of this configuration carry start factors."""
+    return config.init in ("pissa", "olora")
+
+
+def probe_base(paths: list[str], weight_OI: Callable[[str], Tensor]) -> dict[str, list[float]]:
+    """A few values of a few base weights, by which another base model is recognised.
+
+    Args:
+        paths: the adapted modules.
+        weight_OI: gives a module's base weight, (O, I).
+    """
+    chosen = sorted({paths[i * (len(paths) - 1) // 3] for i in range(4)}) if paths else []
+    return {path: _sample(weight_OI(path)) for path in chosen}
+
+
+def check_base(file: AdapterFile, weight_OI: Callable[[str], Tensor | None]) -> float:
+    """How far the base weights at hand are from those the adapter was trained on, relative (0: the same).
+
+    Rounding to bfloat16 makes about 0.002, 4-bit quantisation about 0.1, another model more than 1.
+
+    Raises:
+        CheckpointError: they are so far apart that this is another model.
+    """
+    if not file.probe:
+        return 0.0
+    square = difference = 0.0
+    for path, expected in file.probe.items():
+        weight = weight_OI(path)
+        found = [] if weight is None else _sample(weight)
+        if len(found) != len(expected):
+            raise CheckpointError(
+                f"The adapter in {file.path} was trained on another base model: {path} has another shape there"
+                f"{_trained_on(file)}."
+            )
+        square += sum(e * e for e in expected)
+        difference += sum((f - e) ** 2 for f, e in zip(found, expected, strict=True))
+    distance = math.sqrt(difference / square) if square else 0.0
+    if distance > 0.5:
+        raise CheckpointError(
+            f"The adapter in {file.path} was trained on another base model{_trained_on(file)}: the weights here are "
+            f"{distance:.0%} away from those it started from. Give the model it was trained on."
+        )
+    return distance
+
+
+def _trained_on(file: AdapterFile) -> str:
+    return f" ({file.base_model})" if file.base_model else ""
+
+
+def _sample(w_OI: Tensor) -> list[float]:
+    rows, columns = w_OI.shape
+    at = torch.arange(16, dtype=torch.int64)
+    # Steps coprime to most sizes spread the sample over rows and columns.
+    picked = w_OI.detach()[(at * 7919) % rows, (at * 104729) % columns]
+    return [float(value) for value in picked.float().cpu()]
+
+
+def _find_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if (folder / CONFIG_NAME).is_file():
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder
+        if (folder / "adapter_model.bin").is_file():
+            raise CheckpointError(
+                f"{folder} holds its tensors in adapter_model.bin, a pickle file, which can run code when read. "
+                "Convert it with PEFT: load it and call save_pretrained(..., safe_serialization=True)."
+            )
+        raise CheckpointError(f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter was not saved whole.")
+    if folder.exists():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "it is a file"
+        raise CheckpointError(f"{folder} is no adapter folder: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found {held}")
+    text = str(path)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(text, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"{text} is neither a folder here nor an adapter on the hub ({error})") from error
+    raise CheckpointError(f"{folder} does not exist; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; expected an object with PEFT's fields")
+    return content
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
+        ) from error
+
+
+def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
+    problems: list[str] = []
+    if peft.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {peft.get('peft_type')!r}; expected 'LORA' (which DoRA belongs to)")
+    if peft.get("bias", "none") != "none":
+        problems.append(f"bias is {peft['bias']!r}; only 'none' is supported")
+    if peft.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        problems.append(
+            f"init_lora_weights is {peft['init_lora_weights']!r}: such a file needs the changed base it was trained "
+            "on. Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter"
+        )
+    problems += [f"{name} is set, which is not supported" for name in _FOREIGN_OPTIONS if peft.get(name)]
+    if not problems:
+        try:
+            return AdapterConfig(
+                method="dora" if peft.get("use_dora") else "lora",
+                rank=peft.get("r", 8),
+                alpha=peft.get("lora_alpha", 8),
+                rslora=bool(peft.get("use_rslora")),
+                dropout=peft.get("lora_dropout") or 0.0,
+                targets=_names(peft.get("target_modules")) or "all-linear",
+                rank_pattern=peft.get("rank_pattern") or {},
+                alpha_pattern=peft.get("alpha_pattern") or {},
+                modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
+            )
+        except (ConfigError, TypeError, AttributeError) as error:
+            problems.append(str(error))
+    raise CheckpointError(f"{path} cannot be used:" + bullet_list(problems))
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _rank(config: AdapterConfig, module: str) -> int:
+    return from_pattern(config.rank_pattern, module, config.rank)
+
+
+def _scale(config: AdapterConfig, module: str) -> float:
+    return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
+
+
+def _module_problem(module: str, found: Mapping[str, Tensor], config: AdapterConfig) -> str | None:
+    """What is wrong with one module's tensors, if anything."""
+    lacking = [name for name in ("a", "b") if name not in found]
+    if lacking:
+        return f"lora_{' and lora_'.join(lacking).upper()} missing".replace("LORA_", "lora_")
+    a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
+    if a.shape[0] != _rank(config, module):
+        return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {_rank(config, module)}"
+    if config.method == "dora" and magnitude is None:
+        return "the magnitudes (lora_magnitude_vector) are missing; a DoRA adapter is nothing without them"
+    if config.method == "lora" and magnitude is not None:
+        return f"holds magnitudes, but {CONFIG_NAME} says use_dora: false; as plain LoRA it would be another model"
+    if magnitude is not None and magnitude.shape != (b.shape[0],):
+        return f"magnitudes {tuple(magnitude.shape)}; expected ({b.shape[0]},), one for each output row"
+    return None
+
+
+def _in_modules(parameter: str, names: tuple[str, ...]) -> bool:
+    parts = parameter.split(".")
+    return bool(names) and any(matches(names, ".".join(parts[:n])) for n in range(1, len(parts)))
+
+
+def _some(problems: list[str], most: int = 20) -> list[str]:
+    return problems if len(problems) <= most else [*problems[:most], f"and {len(problems) - most} more"]

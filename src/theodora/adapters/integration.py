@@ -1,0 +1,118 @@
+"""What makes an injected transformers model behave in other people's loops.
+
+- `model.save_pretrained`, and so every Trainer checkpoint, saves the adapter instead of the model. (While an adapter
+  is merged it saves the merged model, as a plain one.)
+- `transformers.Trainer` resumes from such checkpoints and finds its best one again. It knows two kinds of model, PEFT's
+  and whole ones, and offers no hook for a third, so its two loading methods are wrapped; for all other models the
+  wrappers pass the call on.
+- TRL's SFTTrainer computes its loss from `lm_head.weight` alone (its fused head, since TRL 1.x). An adapter on the
+  output head would be passed by in silence, so that combination is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from theodora.errors import ConfigError
+from theodora.layers import AdapterLayer
+
+_GUARD = "_theodora_head_guard"
+
+
+def install(model: nn.Module) -> None:
+    """Prepare a model that has just received an adapter."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
+    head = model.get_output_embeddings()
+    if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
+        setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
+    if importlib.util.find_spec("accelerate") is not None:
+        _teach_trainer()
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install` on a model that has lost its last adapter."""
+    model.__dict__.pop("save_pretrained", None)
+    guard = model.__dict__.pop(_GUARD, None)
+    if guard is not None:
+        guard.remove()
+
+
+class AdapterSaver:
+    """Stands in for `model.save_pretrained` while the model carries an adapter."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the active adapter into `save_directory`, and the other adapters into folders within it."""
+        from theodora.adapters.inject import active_name, find_state
+        from theodora.adapters.save import save_adapter
+
+        state = find_state(self.model)
+        assert state is not None
+        if push_to_hub:
+            raise ConfigError("push_to_hub is not supported for adapters: save, then upload the folder.")
+        if state.merged is not None:
+            full = self.model.state_dict() if state_dict is None else state_dict
+            plain = {key: value for key, value in full.items() if ".adapters." not in key}
+            own: Any = type(self.model).save_pretrained
+            own(self.model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+        elif is_main_process:
+            main = active_name(state, None)
+            for name in state.configs:
+                folder = Path(save_directory) if name == main else Path(save_directory) / name
+                save_adapter(self.model, folder, name, state_dict=state_dict)
+
+
+def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if kwargs.get("fused_lm_head") and isinstance(head, AdapterLayer) and head.active is not None:
+        raise ConfigError(
+            "This trainer computes its loss from the output head's weight alone, so the adapter on the head would "
+            "never train. Leave the head out of `targets` (or exclude it), or train with theodora.train."
+        )
+
+
+def _teach_trainer() -> None:
+    """Wrap the two methods of `transformers.Trainer` that load model weights, once."""
+    trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
+    trainer: Any = trainer_module.Trainer
+    for name, find_folder in (
+        ("_load_from_checkpoint", lambda self, folder, *_: folder),
+        ("_load_best_model", lambda self: self.state.best_model_checkpoint),
+    ):
+        original = getattr(trainer, name)
+        if not hasattr(original, "__theodora__"):
+            setattr(trainer, name, _loading_adapters(original, find_folder))
+
+
+def _loading_adapters(original: Any, find_folder: Any) -> Any:
+    @functools.wraps(original)
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from theodora.adapters.inject import find_state
+        from theodora.adapters.save import load_weights
+
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if find_state(model) is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return original(self, *args, **kwargs)
+        return load_weights(model, find_folder(self, *args, *kwargs.values()))
+
+    load.__theodora__ = True  # pyright: ignore[reportFunctionMemberAccess]
+    return load

@@ -1,0 +1,87 @@
+"""Merging an adapter into the weights of a model in memory, and taking it out again, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
+from theodora.errors import CheckpointError, ConfigError, bullet_list
+
+
+def merge_adapter(model: Model, name: str | None = None) -> Model:
+    """Compute the weights that do what base and adapter do together, in float32, and use them, in the model's dtype.
+
+    The base weights are kept aside for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
+    one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
+
+    Args:
+        model: carries the adapter.
+        name: which adapter; by default the active one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: there is no such adapter, or one is merged already.
+        CheckpointError: a merged weight would not be finite; nothing was changed.
+    """
+    state = require_state(model, name)
+    if state.merged is not None:
+        raise ConfigError(f"Adapter {state.merged!r} is merged already; call unmerge_adapter(model) first.")
+    name = active_name(state, name)
+    layers = adapter_layers(model, name)
+    if state.active != name:
+        set_adapter(model, name)
+    try:
+        for layer in layers.values():
+            layer.merge(name)
+        bad = [path for path, layer in layers.items() if not bool(torch.isfinite(layer.weight).all())]
+        if bad:
+            raise CheckpointError("Merged weights would hold NaN or infinite values:" + bullet_list(bad))
+    except BaseException:
+        for layer in layers.values():
+            layer.unmerge()
+        raise
+    state.merged = name
+    state.tied_before = _untie(model)
+    return model
+
+
+def unmerge_adapter(model: Model) -> Model:
+    """Put the base weights back, bit for bit; the adapter is active beside them again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: no adapter is merged.
+    """
+    state = require_state(model)
+    if state.merged is None:
+        raise ConfigError("No adapter is merged.")
+    for layer in adapter_layers(model).values():
+        layer.unmerge()
+    for config in state.tied_before:
+        config.tie_word_embeddings = True
+    state.merged, state.tied_before = None, []
+    return model
+
+
+def _untie(model: nn.Module) -> list[Any]:
+    """Let the model's configuration say so where embedding and head no longer share their weight.
+
+    Otherwise loading the saved model would tie them again. Returns the configurations that were changed.
+    """
+    embedding, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
+    config: Any = getattr(model, "config", None)
+    if embedding is None or head is None or config is None or embedding.weight is head.weight:
+        return []
+    changed = []
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+            changed.append(part)
+    return changed

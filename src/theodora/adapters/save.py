@@ -1,0 +1,287 @@
+"""Between a model's adapters and PEFT's files (`checkpoint.py` has the format)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from theodora.adapters.atomic import atomic_directory, atomic_write
+from theodora.adapters.checkpoint import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    AdapterFile,
+    AdapterTensors,
+    check_base,
+    peft_config,
+    probe_base,
+    read_adapter,
+    starts_from_weight,
+)
+from theodora.adapters.inject import (
+    AdapterState,
+    Model,
+    active_name,
+    adapter_layers,
+    add_adapter,
+    check_name,
+    find_state,
+    full_parameters,
+    new_low_rank,
+    require_state,
+    set_adapter,
+)
+from theodora.adapters.targets import nearest, target_names
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, bullet_list
+from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
+from theodora.layers.linear import Conv1DAdapterLayer
+
+
+def save_adapter(
+    model: nn.Module, path: str | Path, name: str | None = None, *, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Save one adapter in PEFT's files, whole or not at all.
+
+    Args:
+        model: carries the adapter.
+        path: the folder; other files in it are left alone.
+        name: which adapter; by default the active one.
+        state_dict: the model's tensors, where they were gathered from several processes.
+
+    Raises:
+        ConfigError: there is no such adapter.
+        CheckpointError: a tensor holds NaN or infinite values, or the folder cannot be written.
+    """
+    state = require_state(model, name)
+    name = active_name(state, name)
+    tensors = _tensors(model, state, name, state_dict)
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(
+            f"Adapter {name!r} holds NaN or infinite values and was not saved; the run has diverged:" + bullet_list(bad)
+        )
+    config = json.dumps(_peft_config(model, state, name), indent=2, sort_keys=True) + "\n"
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name))}
+    path = Path(path)
+    if not path.exists():
+        with atomic_directory(path) as folder:
+            save_file(tensors, folder / WEIGHTS_NAME, metadata)
+            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        return
+    with atomic_write(path / WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
+        save_file(tensors, weights, metadata)
+        configuration.write_text(config, encoding="utf-8")
+
+
+def load_adapter(model: Model, path: str | Path, name: str = "default", trainable: bool = False) -> Model:
+    """Put a saved adapter (ours or PEFT's) on `model`, in place, and make it the active one.
+
+    Args:
+        model: the base model that the adapter was trained on.
+        path: the adapter's folder, or its name on the Hugging Face hub.
+        name: by which it is known from now on.
+        trainable: whether its tensors ask for gradients, to train on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the files are damaged, or made for another model; nothing was changed.
+        ConfigError: the name is taken.
+    """
+    check_name(find_state(model) or AdapterState(), name)
+    file = read_adapter(path)
+    _check_fit(model, file)
+    config = _original_config(file)
+    adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
+    state = find_state(model) or AdapterState()
+    full = {
+        key: nn.Parameter(file.full[key].to(parameter.device, parameter.dtype, copy=True))
+        for key, parameter in full_parameters(model, config, state).items()
+    }
+    add_adapter(model, name, config, adapters, full)
+    set_adapter(model, name)
+    if not trainable:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+    """Overwrite the tensors of an adapter the model already carries with those of a saved one, in place.
+
+    Raises:
+        CheckpointError: the saved adapter has other modules, ranks or shapes; nothing was changed.
+    """
+    state = require_state(model, name)
+    name = active_name(state, name)
+    file = read_adapter(path)
+    _check_fit(model, file)
+    layers = adapter_layers(model, name)
+    problems = [f"{module}: in the model, not in the file" for module in layers if module not in file.modules]
+    problems += [f"{module}: in the file, not in the model" for module in file.modules if module not in layers]
+    loaded = {module: _low_rank(model, module, file, state.configs[name]) for module in file.modules}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module in layers.keys() & loaded.keys():
+        mine: Any = layers[module].adapters[name]
+        theirs = dict(loaded[module].named_parameters()) | dict(loaded[module].named_buffers())
+        for part, tensor in (dict(mine.named_parameters()) | dict(mine.named_buffers())).items():
+            if part not in theirs or theirs[part].shape != tensor.shape:
+                found = tuple(theirs[part].shape) if part in theirs else "nothing"
+                problems.append(f"{module}.{part}: {found} in the file, {tuple(tensor.shape)} in the model")
+            else:
+                pairs.append((tensor, theirs[part]))
+        if mine.scale != loaded[module].scale:
+            problems.append(f"{module}: scale {loaded[module].scale:g} in the file, {mine.scale:g} in the model")
+    for key, parameter in state.full[name].items():
+        if key not in file.full:
+            problems.append(f"{key}: trained in full here, not in the file")
+        else:
+            pairs.append((parameter, file.full[key]))
+    if problems:
+        raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+
+
+def _tensors(
+    model: nn.Module, state: AdapterState, name: str, state_dict: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapter_layers(model, name).items():
+        adapter: Any = layer.adapters[name]
+        if state_dict is not None:
+            adapter = _gathered(adapter, state_dict, f"{path}.adapters.{name}.")
+        a, b = adapter.factors()
+        pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"
+        tensors[pattern.format(path, "A")] = a
+        tensors[pattern.format(path, "B")] = b
+        if adapter.magnitude is not None:
+            tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
+    for path, parameter in state.full[name].items():
+        in_place = state.active == name and state_dict is not None
+        tensors[path] = state_dict[path] if in_place and state_dict is not None else parameter
+    return {KEY_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+
+
+def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> LowRank:
+    """The same adapter with the tensors of `state_dict`."""
+    part = {key: state_dict[prefix + key] for key in adapter.state_dict()}
+    start = (part["start_A"], part["start_B"]) if "start_A" in part else None
+    return LowRank(part["lora_A"], part["lora_B"], part.get("magnitude"), adapter.scale, adapter.dropout, start)
+
+
+def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, Any]:
+    layers = adapter_layers(model, name)
+    hf_config: Any = getattr(model, "config", None)
+    return peft_config(
+        state.configs[name],
+        target_modules=target_names(model, list(layers)),
+        modules_to_save=list(state.configs[name].modules_to_save),
+        base_model=getattr(hf_config, "_name_or_path", "") or None,
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
+    )
+
+
+def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
+    layers = adapter_layers(model, name)
+    return {
+        "starts": starts_from_weight(config),
+        "init": config.init,
+        "probe": probe_base(list(layers), lambda path: layers[path].base_weight_OI),
+    }
+
+
+def _original_config(file: AdapterFile) -> AdapterConfig:
+    """The configuration that training began with: a file with start factors says rank 2R."""
+    if not file.starts:
+        return file.config
+    c = file.config
+    grow = 2**0.5 if c.rslora else 2
+    return AdapterConfig(
+        method=c.method,
+        rank=c.rank // 2,
+        alpha=(c.alpha or 0) / grow,
+        rslora=c.rslora,
+        dropout=c.dropout,
+        targets=c.targets,
+        rank_pattern={key: value // 2 for key, value in c.rank_pattern.items()},
+        alpha_pattern={key: value / grow for key, value in c.alpha_pattern.items()},
+        modules_to_save=c.modules_to_save,
+        init="pissa",
+    )
+
+
+def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterConfig) -> LowRank:
+    found: AdapterTensors = file.modules[module]
+    a, b, start = found.a, found.b, None
+    if file.starts:
+        rank = a.shape[0] // 2
+        a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
+    return new_low_rank(base_weight(model.get_submodule(module)), a, b, found.magnitude, found.scale, config, start)
+
+
+def _check_fit(model: nn.Module, file: AdapterFile) -> None:
+    """Raise a CheckpointError with every module that is missing, of another shape, or cannot be adapted."""
+    modules = dict(model.named_modules())
+    problems: list[str] = []
+    for path, tensors in file.modules.items():
+        module = modules.get(path)
+        if module is None:
+            close = nearest(path, modules)
+            problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
+        elif (reason := cannot_adapt(module)) is not None:
+            problems.append(f"{path}: {reason}")
+        elif isinstance(module, nn.Embedding) != tensors.embedding:
+            problems.append(f"{path}: the file and the model disagree whether this is an embedding")
+        else:
+            expected = tuple(base_weight(module).shape)
+            found = (tensors.b.shape[0], tensors.a.shape[1])
+            if found != expected:
+                problems.append(f"{path}: made for a weight of {found} (out, in); here it is {expected}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in {**file.full, **file.base_copies}.items():
+        if key not in parameters:
+            problems.append(f"{key}: no such parameter")
+        elif parameters[key].shape != tensor.shape:
+            problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
+    if not problems:
+        problems += [
+            f"{key}: the file carries a changed base weight; train it as one of modules_to_save instead"
+            for key, tensor in file.base_copies.items()
+            if not torch.allclose(_base_parameter(model, key).float().cpu(), tensor.float(), rtol=1e-2, atol=1e-6)
+        ]
+    if problems:
+        raise CheckpointError(
+            f"The adapter in {file.path} was made for another model"
+            + (f" ({file.base_model})" if file.base_model else "")
+            + ":"
+            + bullet_list(problems if len(problems) <= 12 else [*problems[:12], f"and {len(problems) - 12} more"])
+        )
+    distance = check_base(file, lambda path: base_weight(modules[path]) if path in modules else None)
+    if distance > 0.02:
+        warnings.warn(
+            f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "
+            "quantised, or trained further? The adapter may not do what it did.",
+            stacklevel=3,
+        )
+
+
+def _base_parameter(model: nn.Module, key: str) -> Tensor:
+    module_path, _, name = key.rpartition(".")
+    module = model.get_submodule(module_path)
+    if isinstance(module, AdapterLayer) and name == "weight":
+        w_OI = module.base_weight_OI
+        return w_OI.T if module.stored_transposed else w_OI
+    return getattr(module, name)

@@ -1,0 +1,131 @@
+"""Which modules of a model an adapter touches. Names and patterns match as in PEFT, so that files mean the same."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from theodora.config import AdapterConfig
+from theodora.errors import ConfigError, bullet_list
+from theodora.layers import AdapterLayer, cannot_adapt
+from theodora.layers.linear import is_conv1d, is_linear
+
+T = TypeVar("T")
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that `config` adapts in `model`, in the model's order.
+
+    Raises:
+        ConfigError: listing every target that matches nothing (with the nearest real names) and every module that
+            cannot be adapted (with the reason).
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    problems: list[str] = []
+    for what in ("targets", "exclude"):
+        wanted = getattr(config, what)
+        if isinstance(wanted, tuple):
+            problems += [f"{what}: {_unknown(name, modules)}" for name in wanted if not _any_match((name,), modules)]
+    problems += [
+        f"modules_to_save: {_unknown(name, modules)}"
+        for name in config.modules_to_save
+        if not _any_match((name,), modules)
+    ]
+    if config.targets == "all-linear":
+        paths = _all_linear(model, modules)
+    else:
+        paths = [path for path in modules if matches(config.targets, path)]
+        if isinstance(config.targets, str) and not paths:
+            problems.append(f"targets: the expression {config.targets!r} matches no module path of this model")
+    skipped = (*((config.exclude,) if isinstance(config.exclude, str) else config.exclude), *config.modules_to_save)
+    paths = [
+        path
+        for path in paths
+        if not (config.exclude and matches(config.exclude, path)) and not _inside(path, config.modules_to_save, modules)
+    ]
+    problems += [f"{path}: {reason}" for path in paths if (reason := cannot_adapt(modules[path])) is not None]
+    for what in ("rank_pattern", "alpha_pattern"):
+        problems += [
+            f"{what}: {key!r} matches none of the adapted modules"
+            for key in getattr(config, what)
+            if not any(_pattern_matches(key, path) for path in paths)
+        ]
+    if not paths and not config.modules_to_save and not problems:
+        problems.append(f"nothing is left to adapt (targets={config.targets!r}, left out: {', '.join(skipped) or '-'})")
+    if problems:
+        raise ConfigError("The adapter does not fit this model:" + bullet_list(problems))
+    return paths
+
+
+def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Paths of the modules that are trained in full."""
+    return [path for path, _ in model.named_modules() if path and names and matches(names, path)]
+
+
+def matches(wanted: str | tuple[str, ...], path: str) -> bool:
+    """A name matches the path or its ending after a dot; a regular expression matches the whole path."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(path == name or path.endswith("." + name) for name in wanted)
+
+
+def from_pattern(pattern: Mapping[str, T], path: str, otherwise: T) -> T:
+    """The value of the first key that matches the path or its ending after a dot (as in PEFT's `rank_pattern`)."""
+    return next((value for key, value in pattern.items() if _pattern_matches(key, path)), otherwise)
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three of `names` that look like `name`, best first."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
+
+
+def target_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """The shortest list of names that, read by PEFT, selects just `paths` in `model`."""
+    last = {path.rpartition(".")[2] for path in paths}
+    selected = [path for path, module in model.named_modules() if path and matches(tuple(last), path)]
+    return sorted(last) if set(selected) == set(paths) else sorted(paths)
+
+
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Every linear layer but the output head, and those whose weight another module reads past their forward."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+    if experts:
+        warnings.warn(
+            f"{len(experts)} weights of fused experts ({experts[0]}, …) are no linear layers: they stay frozen.",
+            stacklevel=5,
+        )
+    return [
+        path
+        for path, module in modules.items()
+        if module is not head
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module))
+        and not isinstance(module, nn.Embedding)
+    ]
+
+
+def _inside(path: str, names: tuple[str, ...], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether `path` is, or lies within, a module that `names` selects."""
+    parts = path.split(".")
+    return any(matches(names, ".".join(parts[: n + 1])) for n in range(len(parts))) if names else False
+
+
+def _any_match(names: tuple[str, ...], paths: Iterable[str]) -> bool:
+    return any(matches(names, path) for path in paths)
+
+
+def _pattern_matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _unknown(name: str, modules: Mapping[str, nn.Module]) -> str:
+    kinds = [path.rpartition(".")[2] for path, module in modules.items() if cannot_adapt(module) is None]
+    close = nearest(name, kinds) or sorted(dict.fromkeys(kinds))[:12]
+    return f"no module is called {name!r}; there are {', '.join(close)}"

@@ -1,0 +1,258 @@
+"""What all adapted modules share: named adapters, switching, the norm, merging.
+
+Shapes: I in features, O out features, R rank, V vocabulary. An `AdapterLayer` sees its weight as (O, I), however the
+module stores it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from theodora.functional import dora_norm, merged_weight, row_norm_squared
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class LowRank(nn.Module):
+    """One adapter of one module: A (R, I), B (O, R), the magnitude (O,) if it is DoRA, and the scale s.
+
+    `start_A` and `start_B` are set where training starts from factors of the weight itself (PiSSA, OLoRA). The update
+    is then s·(B·A − B₀·A₀), zero at the start, and the base weight stays as it is.
+    """
+
+    magnitude: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        magnitude_O: Tensor | None,
+        scale: float,
+        dropout: float = 0.0,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(a_RI)
+        self.lora_B = nn.Parameter(b_OR)
+        self.register_parameter("magnitude", None if magnitude_O is None else nn.Parameter(magnitude_O))
+        self.scale = scale
+        self.dropout = dropout
+        self.register_buffer("start_A", None if start is None else start[0])
+        self.register_buffer("start_B", None if start is None else start[1])
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_A.shape[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The whole update as two factors: A (R, I) and B (O, R), or (2R, I) and (O, 2R) with start factors."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    def extra_repr(self) -> str:
+        """Method, rank and scale, as `print(model)` shows them."""
+        method = "LoRA" if self.magnitude is None else "DoRA"
+        return f"{method}, rank={self.rank}, scale={self.scale:g}" + (
+            f", dropout={self.dropout:g}" * bool(self.dropout)
+        )
+
+
+class AdapterLayer(nn.Module):
+    """Mixed in before the module's own class by `adapt`; the class's `forward` stays reachable through `super()`."""
+
+    stored_transposed: ClassVar[bool] = False
+    """Whether the module stores its weight as (I, O)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    adapters: nn.ModuleDict
+    active_adapter: str | None
+    merged_adapter: str | None
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The base weight (merged, while an adapter is merged), (O, I)."""
+        return self.weight.T if self.stored_transposed else self.weight
+
+    @property
+    def base_weight_OI(self) -> Tensor:
+        """The base weight, (O, I), also while an adapter is merged."""
+        weight = self.weight if self._base_weight is None else self._base_weight[0]
+        return weight.T if self.stored_transposed else weight
+
+    @property
+    def active(self) -> LowRank | None:
+        """The adapter that `forward` uses: none while disabled, and none while one is merged."""
+        if self.active_adapter is None or self.merged_adapter is not None:
+            return None
+        return self.adapters[self.active_adapter] if self.active_adapter in self.adapters else None  # pyright: ignore[reportReturnType]
+
+    def norm(self, adapter: LowRank) -> Tensor:
+        """‖W + s·B·A‖ of each output row, (O,).
+
+        In training it is computed anew in every forward pass, from the ‖W‖² computed once. Otherwise it is kept until
+        a tensor it depends on changes.
+        """
+        a, b = adapter.factors()
+        if torch.compiler.is_compiling() or (self.training and torch.is_grad_enabled()):
+            return dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
+        on = _versions(self.weight, adapter.lora_A, adapter.lora_B)
+        if self._norm is None or self._norm[0] != on:
+            self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
+        return self._norm[1]
+
+    def add_adapter(self, name: str, adapter: LowRank) -> None:
+        """Hold `adapter` under `name`, inactive until asked for."""
+        self.adapters[name] = adapter
+
+    def merged_weight(self, name: str) -> Tensor:
+        """The dense weight of base and adapter together, (O, I), float32 or float64, without gradient."""
+        adapter: Any = self.adapters[name]
+        with torch.no_grad():
+            a, b = adapter.factors()
+            return merged_weight(self.weight_OI, a, b, adapter.scale, adapter.magnitude)
+
+    def merge(self, name: str) -> None:
+        """Put the merged weight in place of the base weight, which is kept aside, bit for bit, for `unmerge`.
+
+        A new Parameter takes the place, so that a weight tied to this one is left as it was.
+        """
+        merged = self.merged_weight(name).to(self.weight.dtype)
+        self._base_weight = (self.weight,)
+        self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
+        self.merged_adapter = name
+
+    def unmerge(self) -> None:
+        """Put the very base weight back."""
+        if self._base_weight is not None:
+            (self.weight,) = self._base_weight
+        self._base_weight = self.merged_adapter = None
+
+    def train(self, mode: bool = True):  # noqa: D102
+        self._norm = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True):
+        self._norm = self._weight_norm_sq = None
+        if self._base_weight is not None:
+            self._base_weight = (nn.Parameter(fn(self._base_weight[0].data), requires_grad=False),)
+        return super()._apply(fn, recurse)
+
+    def _weight_norm_squared(self) -> Tensor:
+        """‖W‖² of each output row, (O,): computed once for each frozen weight."""
+        if torch.compiler.is_compiling() and self._weight_norm_sq is not None:
+            return self._weight_norm_sq[1]
+        on = _versions(self.weight)
+        if self._weight_norm_sq is None or self._weight_norm_sq[0] != on:
+            with torch.no_grad():
+                self._weight_norm_sq = on, row_norm_squared(self.weight_OI)
+        return self._weight_norm_sq[1]
+
+    def __reduce__(self) -> Any:
+        # The class was made on the fly: pickle and deepcopy make it again from its two parents.
+        mixin, own = type(self).__bases__
+        return _new, (mixin, own), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Caches are bound to tensors by address, so they do not travel.
+        return {**self.__dict__, "_norm": None, "_weight_norm_sq": None}
+
+    # Caches: (what they depend on, value).
+    _norm: tuple[Any, Tensor] | None
+    _weight_norm_sq: tuple[Any, Tensor] | None
+    # In a tuple, because nn.Module would register a bare Parameter.
+    _base_weight: tuple[nn.Parameter] | None
+
+
+def adapt(module: nn.Module) -> AdapterLayer:
+    """Turn `module` into an adapter layer in place; does nothing to one that is.
+
+    Raises:
+        TypeError: the module cannot be adapted (see `cannot_adapt`).
+    """
+    if isinstance(module, AdapterLayer):
+        return module
+    mixin = _mixin(module)
+    if mixin is None:
+        raise TypeError(cannot_adapt(module))
+    module.__class__ = _adapted_class(mixin, type(module))
+    assert isinstance(module, AdapterLayer)
+    module.adapters = nn.ModuleDict()
+    module.active_adapter = module.merged_adapter = None
+    module._norm = module._weight_norm_sq = module._base_weight = None
+    return module
+
+
+def restore(layer: AdapterLayer) -> None:
+    """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
+    layer.unmerge()
+    for name in ("active_adapter", "merged_adapter", "_norm", "_weight_norm_sq", "_base_weight", "adapters"):
+        delattr(layer, name)
+    layer.__class__ = type(layer).__bases__[1]
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The base weight of an adapted module, or of one that can be adapted, as (O, I)."""
+    if isinstance(module, AdapterLayer):
+        return module.base_weight_OI
+    mixin, weight = _mixin(module), module.weight
+    assert mixin is not None and isinstance(weight, Tensor)
+    return weight.T if mixin.stored_transposed else weight
+
+
+def cannot_adapt(module: nn.Module) -> str | None:
+    """Why `module` cannot take an adapter, or None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, AdapterLayer):
+        return None
+    if _mixin(module) is None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            return f"{kind} has a forward pass of its own, which an adapter would bypass"
+        return f"{kind} is no linear layer or embedding"
+    if "forward" in module.__dict__:
+        return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
+    weight = module.weight
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
+        return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
+    if weight.is_meta:
+        return "its weight is not loaded yet (it is on the meta device)"
+    if getattr(module, "max_norm", None) is not None:
+        return f"{kind} with max_norm rescales its weight while it is used"
+    return None
+
+
+def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
+    """The kind of adapter layer that fits the module, known by how the module runs rather than by its name."""
+    from theodora.layers.embedding import EmbeddingAdapterLayer, is_embedding
+    from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, is_conv1d, is_linear
+
+    if is_linear(module):
+        return LinearAdapterLayer
+    if is_conv1d(module):
+        return Conv1DAdapterLayer
+    if is_embedding(module):
+        return EmbeddingAdapterLayer
+    return None
+
+
+@lru_cache(maxsize=None)
+def _adapted_class(mixin: type[AdapterLayer], own: type[nn.Module]) -> type[AdapterLayer]:
+    return type(f"Adapted{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
+
+
+def _new(mixin: type[AdapterLayer], own: type[nn.Module]) -> AdapterLayer:
+    cls = _adapted_class(mixin, own)
+    return cls.__new__(cls)
+
+
+def _versions(*tensors: Tensor) -> tuple[Any, ...]:
+    """What changes when any of the tensors is replaced or written to."""
+    return tuple((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)

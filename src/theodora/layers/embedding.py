@@ -1,0 +1,43 @@
+"""Adapted `nn.Embedding`: a linear map from one-hot tokens, whose weight is stored as (V, O)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from theodora.functional import dora_embedding, lora_embedding
+from theodora.layers.base import AdapterLayer
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the module is a plain lookup, or one that multiplies its rows by `embed_scale` (Gemma)."""
+    return isinstance(module, nn.Embedding) and (
+        type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    )
+
+
+class EmbeddingAdapterLayer(AdapterLayer):
+    """Token ids (…) to rows (…, O), with LoRA or DoRA; the magnitude is one number for each output feature, (O,)."""
+
+    stored_transposed = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The adapted lookup; the module's own where no adapter is active."""
+        rows = super().forward(input)
+        adapter = self.active
+        if adapter is None:
+            return rows
+        own: Any = self
+        a, b = adapter.factors()
+        a_rows = F.embedding(input, a.T, own.padding_idx, scale_grad_by_freq=own.scale_grad_by_freq)
+        if adapter.dropout and self.training:
+            a_rows = F.dropout(a_rows, adapter.dropout)
+        if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
+            a_rows = a_rows * torch.as_tensor(own.embed_scale).to(rows)
+        with torch.autocast(input.device.type, enabled=False):
+            if adapter.magnitude is None:
+                return lora_embedding(rows, a_rows, b, adapter.scale)
+            return dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, self.norm(adapter))

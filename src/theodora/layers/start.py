@@ -1,0 +1,65 @@
+"""Where training starts: A, B and, for starts taken from the weight itself, the frozen start factors.
+
+Every start leaves the model's output unchanged: either B·A is zero, or B₀·A₀ is subtracted again (see `LowRank`).
+Random numbers are drawn on the CPU from torch's global generator, so that a seed gives the same start on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Above this size the principal singular vectors come from a randomised decomposition, which is far faster.
+_EXACT_SVD = 2048
+
+
+def start_values(
+    init: str, w_OI: Tensor, rank: int, scale: float, embedding: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """A (R, I), B (O, R) and the start factors (A₀, B₀) or None; float32, on the weight's device.
+
+    Raises:
+        ValueError: the rank is larger than the weight has singular values (pissa, olora).
+    """
+    out_features, in_features = w_OI.shape
+    if init in ("pissa", "olora"):
+        if rank > min(w_OI.shape):
+            raise ValueError(f"init={init!r} needs a rank of at most {min(w_OI.shape)} here, found {rank}")
+        with torch.no_grad():
+            a, b = _principal(w_OI.float(), rank, scale) if init == "pissa" else _qr(w_OI.float(), rank)
+        return a.clone(), b.clone(), (a, b)
+    if init == "orthogonal":
+        # Both factors differ from zero, yet B·A = 0: their rank dimensions lie in orthogonal subspaces.
+        q = torch.linalg.qr(torch.randn(rank, rank))[0]
+        a = (torch.randn(in_features, rank // 2) @ q[0::2]).T / 10
+        b = torch.randn(out_features, rank // 2) @ q[1::2] / 10
+    elif embedding:
+        # A lookup's gradient reaches only the tokens of a batch: it is B that must differ from zero (as in PEFT).
+        a, b = torch.zeros(rank, in_features), torch.randn(out_features, rank)
+    else:
+        b = torch.zeros(out_features, rank)
+        if init == "gaussian":
+            a = torch.randn(rank, in_features) / rank
+        else:
+            a = torch.nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
+    return a.contiguous().to(w_OI.device), b.contiguous().to(w_OI.device), None
+
+
+def _principal(w_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """PiSSA: s·B·A is the best rank-R approximation of W (arXiv 2404.02948)."""
+    if min(w_OI.shape) <= _EXACT_SVD:
+        u, s, vh = torch.linalg.svd(w_OI, full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    else:
+        u, s, v = torch.svd_lowrank(w_OI, q=rank + 8, niter=8)
+        u, s, vh = u[:, :rank], s[:rank], v[:, :rank].T
+    root = (s / scale).sqrt()
+    return (root[:, None] * vh).contiguous(), (u * root).contiguous()
+
+
+def _qr(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """OLoRA: B spans the first R orthonormal directions of W = Q·R (arXiv 2406.01775)."""
+    q, r = torch.linalg.qr(w_OI)
+    return r[:rank].contiguous(), q[:, :rank].contiguous()
