@@ -2,13 +2,16 @@
 
 from theodora.adapters.inject import adapter_disabled, inject_adapter, remove_adapter, set_adapter
 from theodora.adapters.merge import merge_adapter, unmerge_adapter
+from theodora.adapters.merge_checkpoint import MergeReport, merge_checkpoint
 from theodora.adapters.save import load_adapter, save_adapter
 
 __all__ = [
+    "MergeReport",
     "adapter_disabled",
     "inject_adapter",
     "load_adapter",
     "merge_adapter",
+    "merge_checkpoint",
     "remove_adapter",
     "save_adapter",
     "set_adapter",

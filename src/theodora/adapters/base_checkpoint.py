@@ -1,0 +1,265 @@
+"""A base model on disk, read tensor by tensor, and which stored tensor is which parameter of the transformers model.
+
+The names in a checkpoint and those in the loaded model differ more often than one would think: GPT-2's files lack the
+prefix `transformer.`, GPT-NeoX's head is stored as `embed_out`, experts are stored one by one and loaded fused. The
+model class itself knows: it is built here without memory (on the meta device), and its own loading rules are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from theodora.errors import CheckpointError, bullet_list
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Names in safetensors headers of the dtypes that a weight can be merged in. Anything else is quantised.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# An open safetensors file is mapped into memory and every page read stays resident: it is reopened after this much.
+_REOPEN_AFTER = 256 << 20
+# What a merge needs of a model on the hub; left out are the weights' copies in other formats.
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_HUB_IGNORED = ("*/*.safetensors", "consolidated*")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as its file's header describes it."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """The safetensors name: F32, BF16, I64, …"""
+
+
+def find_base(name: str | None, *, revision: str | None = None, download: bool = False) -> Path:
+    """The folder of a base model given by its folder or its hub name.
+
+    Args:
+        name: what the adapter's configuration names as its base, or what the user gave instead.
+        revision: branch, tag or commit, for a model on the hub.
+        download: whether a model that is not in the local hub cache may be fetched.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model in the cache (or on the hub).
+    """
+    if not name:
+        raise CheckpointError("The adapter does not say which base model it belongs to. Name it with --base-model.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"The base model {name} is not a folder on this machine. Name it with --base-model.")
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_IGNORED),
+            local_files_only=not download,
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        where = "a folder, in the local hub cache, or on the hub" if download else "a folder or in the local hub cache"
+        raise CheckpointError(f"The base model {name} is not {where}. Name its folder with --base-model.") from error
+    return Path(found)
+
+
+class BaseCheckpoint:
+    """A model folder with safetensors weights, opened without loading them.
+
+    Args:
+        folder: the model's folder.
+        trust_remote_code: whether Python code in the folder may run.
+
+    Raises:
+        CheckpointError: the folder holds no usable, unquantised safetensors weights.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    tensors: dict[str, StoredTensor]
+    """Every stored tensor by its key, file by file in the order of their bytes."""
+    model: PreTrainedModel
+    """The model class, without weights (on the meta device)."""
+    keys: dict[str, str]
+    """Parameter of the model -> key in the checkpoint."""
+    converted: dict[str, list[str]]
+    """Parameter of the model -> keys it is computed from, where loading does more than rename."""
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.tensors = _read_headers(folder)
+        self.model = _meta_model(folder, trust_remote_code)
+        self._to_model_name, self.keys, self.converted = _map_names(self.model, list(self.tensors))
+        self._open: tuple[Path, Any] | None = None
+        self._read_bytes = 0
+
+    def model_name(self, name: str) -> str | None:
+        """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise."""
+        renamed = self._to_model_name(name)
+        return renamed if renamed in self.keys or renamed in self.converted or renamed in self._tied() else None
+
+    def key_of(self, parameter: str) -> str | None:
+        """The key that holds `parameter`, perhaps under the name of the parameter that it is tied to."""
+        if parameter in self.keys:
+            return self.keys[parameter]
+        return next((self.keys[other] for other in self.tied_to(parameter) if other in self.keys), None)
+
+    def tied_to(self, parameter: str) -> list[str]:
+        """The other parameters that share their values with `parameter`."""
+        groups = self._tied()
+        source = groups.get(parameter, parameter)
+        family = [source, *(target for target, other in groups.items() if other == source)]
+        return [other for other in family if other != parameter] if parameter in family else []
+
+    def new_key(self, parameter: str) -> str:
+        """The key to store `parameter` under when the checkpoint has none for it yet."""
+        key = next(iter(revert_weight_conversion(self.model, {parameter: torch.empty(0)})))
+        return key if self._to_model_name(key) == parameter else parameter
+
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether the weight is stored (in, out): GPT-2's Conv1D and embeddings."""
+        module = self.model.get_submodule(parameter.rpartition(".")[0])
+        return isinstance(module, Conv1D | nn.Embedding)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        stored = self.tensors[key]
+        if self._open is None or self._open[0] != stored.file or self._read_bytes > _REOPEN_AFTER:
+            self.close()
+            self._open = (stored.file, safe_open(stored.file, framework="pt"))
+        tensor = self._open[1].get_tensor(key).clone()
+        self._read_bytes += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the file read last, and of the memory it is mapped into."""
+        self._open = None
+        self._read_bytes = 0
+
+    def _tied(self) -> dict[str, str]:
+        return self.model.all_tied_weights_keys
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is an adapter, not a model. Name the adapter's base model instead.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
+    for part in (config, config.get("text_config") or {}):
+        if part.get("quantization_config"):
+            method = part["quantization_config"].get("quant_method", "of an unknown kind")
+            raise CheckpointError(
+                f"The base model {folder} is quantised ({method}): merging into it would round every weight again. "
+                "Name the unquantised model it was made from with --base-model."
+            )
+    return config
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Describe every tensor of the checkpoint; all files that are missing or damaged are named at once."""
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for file, expected in _weight_files(folder).items():
+        if not file.is_file():
+            problems.append(f"{file.name} is missing")
+            continue
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.offset_keys():
+                    part = opened.get_slice(key)
+                    tensors[key] = StoredTensor(key, file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} is damaged or cut short ({error})")
+            continue
+        problems += [f"{file.name} lacks {key}, which the index promises" for key in expected if key not in tensors]
+    if problems:
+        raise CheckpointError(f"The base model {folder} is not whole:" + bullet_list(problems))
+    return tensors
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The files that hold the weights, and the keys that the index expects in each."""
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: []}
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / INDEX} is not a valid index ({error!r}).") from error
+        files: dict[Path, list[str]] = {}
+        for key, name in weight_map.items():
+            files.setdefault(folder / name, []).append(key)
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"The base model {folder} has its weights only as pickles, which can run code when opened and cannot be "
+            "streamed. If you trust them, load the model once with transformers and save it with save_pretrained, "
+            "which writes safetensors; then name that folder with --base-model."
+        )
+    raise CheckpointError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}.")
+
+
+def _meta_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            # The class is the one AutoModelForCausalLM chooses, because adapters are trained on that.
+            if type(config) in AutoModelForCausalLM._model_mapping or trust_remote_code:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return getattr(transformers, (config.architectures or [""])[0])._from_config(config)
+    except (ValueError, KeyError, AttributeError, OSError, ImportError) as error:
+        hint = "" if trust_remote_code else " If it brings its own code and you trust it, pass --trust-remote-code."
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build the model in {folder}: {error}{hint}"
+        ) from error
+
+
+def _map_names(
+    model: PreTrainedModel, keys: list[str]
+) -> tuple[Callable[[str], str], dict[str, str], dict[str, list[str]]]:
+    """Follow transformers' own loading rules from each key of the checkpoint to a parameter of the model."""
+    state = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def rename(key: str, *, convert: bool = True) -> tuple[str, bool]:
+        wanted = converters if convert else []
+        name, converter = rename_source_key(key, renamings, wanted, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, converter is not None
+
+    direct: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
+    for key in keys:
+        name, is_converted = rename(key)
+        if is_converted:
+            converted.setdefault(name, []).append(key)
+        elif name in state:
+            direct[name] = key
+    return lambda name: name if name in state else rename(name, convert=False)[0], direct, converted
