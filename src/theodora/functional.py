@@ -47,7 +47,7 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
     ‖W + sBA‖² = ‖W‖² + 2s·rowsum(B ⊙ (W Aᵀ)) + s²·rowsum((B·(A Aᵀ)) ⊙ B)      (arXiv 2603.22276)
 
     The three terms cancel where an update nearly erases its row; such rows, which training hardly ever meets, are
-    formed after all. (On the CPU only: on a GPU the look would make the host wait, and under torch.compile break
+    formed after all, in float64. (On the CPU only: on a GPU the look would make the host wait, and under torch.compile break
     the graph.)
 
     The result carries no gradient: the norm is a constant in the backward pass (DoRA paper, section 4.3).
@@ -62,7 +62,8 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
         if norm_sq.device.type == "cpu" and not torch.compiler.is_compiling():
             cancelled = norm_sq < _CANCELLED * (w_norm_sq + update)
             if bool(cancelled.any()):
-                norm_sq[cancelled] = (w_OI[cancelled].to(wide) + lora_delta(a, b[cancelled], scale)).square().sum(1)
+                rows = w_OI[cancelled].double() + lora_delta(a.double(), b[cancelled].double(), scale)
+                norm_sq[cancelled] = rows.square().sum(1).to(wide)
         return norm_sq.clamp_min(0).sqrt()
 
 
@@ -76,9 +77,7 @@ def dora_scale(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
     return torch.where(zero, torch.ones_like(norm_O), magnitude_O.to(norm_O.dtype) / norm_O.masked_fill(zero, 1))
 
 
-def merged_weight(
-    w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor | None = None
-) -> Tensor:
+def merged_weight(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor | None = None) -> Tensor:
     """The one dense weight that does what base and adapter do together, (O, I), float32 or float64.
 
     Without a magnitude this is LoRA, with one it is DoRA.

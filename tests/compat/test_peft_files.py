@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter
 from theodora.adapters.checkpoint import KEY_PREFIX, read_adapter
-
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))

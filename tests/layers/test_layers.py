@@ -1,0 +1,287 @@
+"""Adapted modules: identity at the start, dtypes, autocast, dropout, copies, compile, caches."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import formula
+from theodora import AdapterConfig, adapter_disabled, inject_adapter, kernels, remove_adapter, set_adapter
+from theodora.layers import AdapterLayer
+from tiny import tiny_model
+
+INITS = ["default", "gaussian", "orthogonal", "pissa", "olora"]
+
+
+class Net(nn.Module):
+    """One of each kind of layer, a row of zeros among them."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = Conv1D(10, 6)
+        self.linear = nn.Linear(10, 7, bias=bias)
+        nn.init.normal_(self.conv.bias)
+        with torch.no_grad():
+            self.linear.weight[3] = 0
+
+    def forward(self, ids):
+        return self.linear(torch.tanh(self.conv(self.embed(ids))))
+
+
+IDS = torch.arange(8).view(2, 4)
+ALL = ("embed", "conv", "linear")
+
+
+def net(**config):
+    torch.manual_seed(0)
+    model = Net().to(config.pop("dtype", torch.float32))
+    base = copy.deepcopy(model)
+    return inject_adapter(model, AdapterConfig(rank=2, targets=ALL, **config)), base
+
+
+def move(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_start_is_the_identity(init, method, dtype):
+    model, base = net(method=method, init=init, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(model(IDS), base(IDS), rtol=tolerance, atol=tolerance)
+    assert model(IDS).dtype == dtype
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_each_layer_is_the_formula(init, method):
+    model, base = net(method=method, init=init)
+    move(model)
+    for name in ALL:
+        layer = getattr(model, name)
+        adapter = layer.adapters["default"]
+        a, b = (t.double() for t in adapter.factors())
+        w = getattr(base, name).weight.double()
+        w = w if name == "linear" else w.T
+        eye = torch.eye(w.shape[1], dtype=torch.float64)
+        exact = (
+            formula.lora(eye, w, None, a, b, adapter.scale)
+            if method == "lora"
+            else formula.dora(eye, w, None, a, b, adapter.scale, adapter.magnitude.double())
+        )
+        if name == "embed":
+            found = layer(torch.arange(11))
+        else:
+            found = layer(eye.float()) - layer.bias
+        assert formula.error(found, exact) < 1e-5
+        assert formula.error(layer.merged_weight("default").T, exact) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_only_the_adapter_trains_and_all_of_it(method):
+    model, base = net(method=method)
+    move(model)
+    model(IDS).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("adapters" in name), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_output_dtype_is_input_dtype_under_autocast(method, base):
+    model, _ = net(method=method, dtype=base)
+    move(model)
+    for layer, width in ((model.linear, 10), (model.conv, 6)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(3, width, dtype=dtype, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            assert y.dtype == dtype
+            y.sum().backward()
+            assert x.grad.dtype == dtype
+            assert formula.error(y, layer.to(torch.float64)(x.double()).detach()) < 0.03
+            layer.to(base)
+            layer.adapters.to(torch.float32)
+
+
+def test_dropout_is_on_the_low_rank_branch_alone():
+    model, base = net(dropout=0.9)
+    x = torch.randn(50, 10)
+    torch.testing.assert_close(model.linear.train()(x), base.linear(x))  # B is zero: dropping inputs changes nothing
+    move(model)
+    assert not torch.equal(model.linear(x), model.linear(x))
+    model.eval()
+    assert torch.equal(model.linear(x), model.linear(x))
+    average = torch.stack([model.linear.train()(x) for _ in range(3000)]).mean(0)
+    assert formula.error(average, model.linear.eval()(x).double()) < 0.1
+
+
+def test_dropout_needs_no_second_product(monkeypatch):
+    model, _ = net(dropout=0.5, dtype=torch.float64)
+    move(model)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in str(func):
+                sizes.append([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
+            return func(*args, **(kwargs or {}))
+
+    model.linear.norm(model.linear.adapters["default"])
+    with Watch():
+        model.linear.eval().train()(torch.randn(50, 10, dtype=torch.float64))
+    assert sum((50, 10) in shapes and ((10, 7) in shapes or (7, 10) in shapes) for shapes in sizes) == 1
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_whole_and_independent(how):
+    model, base = net()
+    move(model)
+    expected = model(IDS)
+    other = how(model)
+    assert torch.equal(other(IDS), expected)
+    move(other, seed=2)
+    assert not torch.equal(other(IDS), expected)
+    assert torch.equal(model(IDS), expected)
+    remove_adapter(other)
+    assert type(other.linear) is nn.Linear
+    assert torch.equal(other(IDS), base(IDS))
+
+
+def test_state_dict_round_trip():
+    model, _ = net()
+    move(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    other, _ = net()
+    other.eval()(IDS)  # fills its caches
+    other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    assert torch.equal(other(IDS), model.eval()(IDS))
+
+
+@pytest.mark.parametrize("change", ["optimizer", "data", "base", "to"])
+def test_no_cache_outlives_what_it_depends_on(change):
+    model, _ = net()
+    move(model)
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+        layer = model.linear
+        adapter = layer.adapters["default"]
+        if change == "optimizer":
+            adapter.lora_B.add_(0.5)
+        elif change == "data":
+            adapter.lora_B.data = adapter.lora_B.data + 0.5
+        elif change == "base":
+            layer.weight.mul_(2)
+        else:
+            model.to(torch.float64)
+        x = torch.randn(4, 10, dtype=layer.weight.dtype)
+        with kernels.reference():
+            found = layer(x)
+        exact = formula.dora(
+            x.double(),
+            layer.weight.double(),
+            layer.bias.double(),
+            *(t.double() for t in adapter.factors()),
+            adapter.scale,
+            adapter.magnitude.double(),
+        )
+        assert formula.error(found, exact) < 1e-6
+
+
+def test_named_adapters_switch_exactly():
+    model, base = net()
+    move(model)
+    first = model(IDS)
+    inject_adapter(model, AdapterConfig(method="lora", rank=3, targets=("linear",)), name="second")
+    assert torch.equal(model(IDS), base(IDS))
+    move(model, seed=5)
+    second = model(IDS)
+    set_adapter(model, "default")
+    assert torch.equal(model(IDS), first)
+    assert not model.linear.adapters["second"].lora_A.requires_grad
+    set_adapter(model, "second")
+    assert torch.equal(model(IDS), second)
+    with adapter_disabled(model):
+        assert torch.equal(model(IDS), base(IDS))
+    assert torch.equal(model(IDS), second)
+    remove_adapter(model, "second")
+    assert torch.equal(set_adapter(model, "default")(IDS), first)
+    remove_adapter(model)
+    assert torch.equal(model(IDS), base(IDS))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
+
+
+def test_hooks_stay():
+    model = Net()
+    seen = []
+    model.linear.register_forward_hook(lambda *_: seen.append(1))
+    inject_adapter(model, AdapterConfig(rank=2, targets=("linear",)))(IDS)
+    assert seen == [1]
+
+
+def test_gemma_style_scaled_embedding():
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model = nn.Sequential(Gemma3TextScaledWordEmbedding(11, 6, padding_idx=0, embed_scale=3.0))
+    inject_adapter(model, AdapterConfig(rank=2, targets=("0",)))
+    move(model)
+    ids = torch.arange(1, 11)
+    expected = 3 * model[0].merged_weight("default").T[1:]
+    torch.testing.assert_close(model(ids), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # the new name is of 5.2x
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_gradient_checkpointing_changes_nothing(method):
+    ids = torch.randint(3, 200, (2, 10))
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = inject_adapter(tiny_model("llama"), AdapterConfig(method=method, rank=2)).train()
+        move(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_compiled_equals_eager(method):
+    model, _ = net(method=method)
+    move(model)
+    ids = IDS
+    compiled = torch.compile(model, backend="aot_eager")
+    for mode in (True, False):
+        model.train(mode)
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-6)
+    model.train()
+    model(ids).square().sum().backward()
+    eager = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled(ids).square().sum().backward()
+    for name, gradient in eager.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_empty_batch():
+    model, _ = net()
+    assert model.linear(torch.randn(0, 10)).shape == (0, 7)
