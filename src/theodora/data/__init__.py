@@ -1,1 +1,21 @@
-""""""
+"""From a file of examples to token ids and a loss mask: formats → tokens → (TRL's) packed batches."""
+
+from theodora.data.chat import fallback_chat_template
+from theodora.data.examples import Examples
+from theodora.data.load import load_examples
+from theodora.data.packing import packing_is_safe
+from theodora.data.prompts import encode_prompt, reference_answer, render_prompt
+from theodora.data.split import split_examples
+from theodora.data.tokens import tokenize
+
+__all__ = [
+    "Examples",
+    "encode_prompt",
+    "fallback_chat_template",
+    "load_examples",
+    "packing_is_safe",
+    "reference_answer",
+    "render_prompt",
+    "split_examples",
+    "tokenize",
+]

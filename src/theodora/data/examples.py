@@ -1,0 +1,33 @@
+"""What reading a source gives: rows in one of three shapes, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from datasets import Dataset
+
+Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to train or evaluate on, in one shape whatever the file's own was.
+
+    The columns of `dataset` are `prompt` and `completion` (both strings, or both lists of messages), or `messages`, or
+    `text`; beside conversations there may be `tools`. A message is a dict with `role` and, usually, `content`.
+    """
+
+    dataset: Dataset
+    format: Format
+    """How the source wrote its rows."""
+    source: str
+    description: str = ""
+    """One sentence for people: how many rows, how they were read, which columns were left out."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def with_dataset(self, dataset: Dataset) -> Examples:
+        """The same source with other rows."""
+        return replace(self, dataset=dataset)

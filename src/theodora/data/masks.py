@@ -1,0 +1,55 @@
+"""Stretches of characters → which tokens are learned.
+
+A token is learned if any of its characters is: where one token spans the end of a prompt and the start of an answer, it
+belongs to the answer, because the prompt alone would not give it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+Span = tuple[int, int]
+
+
+def are_sound(offsets: Sequence[Span], text: str) -> bool:
+    """Whether character offsets run through the text in order, to its end. Some tokenizers give none, or wrong ones."""
+    placed = [place for place in offsets if place != (0, 0)]  # (0, 0): a token that is not in the text, such as BOS
+    in_order = all(one[0] <= next_[0] and one[1] <= next_[1] for one, next_ in pairwise(placed))
+    return in_order and (placed[-1][1] if placed else 0) >= len(text.rstrip())
+
+
+def learned_by_offset(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
+    """For each token, given by sound offsets, whether one of the spans touches it."""
+    # The running maximum keeps an EOS at the end, which has the offset (0, 0), in order.
+    starts = list(accumulate((start for start, _ in offsets), max))
+    ends = list(accumulate((end for _, end in offsets), max))
+    return _flags(len(offsets), [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
+
+
+def straddles(spans: Sequence[Span], offsets: Sequence[Span]) -> bool:
+    """Whether a token begins before one of the spans and ends inside it."""
+    starts = {start for start, _ in spans}
+    return any(end - start > 1 and not starts.isdisjoint(range(start + 1, end)) for start, end in offsets)
+
+
+def learned_by_prefix(
+    spans: Sequence[Span], text: str, ids: Sequence[int], encode: Callable[[str], Sequence[int]]
+) -> list[bool]:
+    """The same for tokenizers without offsets: a span begins where tokenising only what precedes it gives other ids."""
+
+    def first_other(position: int) -> int:
+        prefix = encode(text[:position])
+        differing = (i for i, (one, other) in enumerate(zip(prefix, ids, strict=False)) if one != other)
+        return next(differing, min(len(prefix), len(ids)))
+
+    stretches = [(first_other(start), len(ids) if end == len(text) else first_other(end)) for start, end in spans]
+    return _flags(len(ids), stretches)
+
+
+def _flags(length: int, stretches: Sequence[tuple[int, int]]) -> list[bool]:
+    flags = [False] * length
+    for first, last in stretches:
+        flags[first:last] = [True] * max(last - first, 0)
+    return flags

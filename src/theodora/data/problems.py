@@ -1,0 +1,44 @@
+"""Collects what is wrong with the rows of a source, so that one error can name all of it."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from theodora.errors import DataError, bullet_list
+
+SHOWN = 10
+
+
+class Problems:
+    """The first `SHOWN` problems in words, and how many there are."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.count = 0
+        self._shown: list[str] = []
+
+    def add(self, where: str, what: str) -> None:
+        """Note that `what` is wrong at `where` ("line 3", "b.csv, line 3", or "" for the whole source)."""
+        self.count += 1
+        if len(self._shown) < SHOWN:
+            self._shown.append(f"{where}: {what}" if where else what)
+
+    def raise_if_any(self, mend: str = "") -> None:
+        """Raise the one error that names them.
+
+        Raises:
+            DataError: if anything was added.
+        """
+        if not self.count:
+            return
+        more = [f"and {self.count - SHOWN} more"] if self.count > SHOWN else []
+        noun = "problem" if self.count == 1 else "problems"
+        raise DataError(
+            f"{self.source}: {self.count} {noun}:" + bullet_list(self._shown + more) + (mend and f"\n{mend}")
+        )
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`"; did you mean 'x'?"` for the most similar known name, or an empty string."""
+    found = get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

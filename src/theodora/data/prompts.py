@@ -1,0 +1,100 @@
+"""What a model is asked, and what it should answer, for one row of `Examples.dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Value
+from transformers import PreTrainedTokenizerBase
+
+from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
+from theodora.data.messages import Message, assistant, user
+from theodora.errors import DataError
+
+
+def render_prompt(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> str:
+    """The text a model is given to answer. For its tokens take `encode_prompt`, which knows who writes BOS.
+
+    Args:
+        example: a row of `Examples.dataset`.
+        tokenizer: whose chat template is used.
+        use_chat_template: as in `tokenize`.
+
+    Raises:
+        DataError: a row of plain text, which asks nothing, or one that the chat template refuses.
+    """
+    _refuse_text(example)
+    if is_verbatim(example, tokenizer, use_chat_template):
+        return example["prompt"]
+    asked, _ = _question_and_answer(example)
+    try:
+        return ChatRenderer(tokenizer, use_chat_template).render(asked, tools_of(example), generation_prompt=True)
+    except TEMPLATE_ERRORS as error:
+        raise DataError(f"The chat template refuses a prompt: {error}") from error
+
+
+def encode_prompt(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> list[int]:
+    """`render_prompt` as token ids: BOS from the chat template or from the tokenizer, never from both, and no EOS."""
+    text = render_prompt(example, tokenizer, use_chat_template)
+    if not is_verbatim(example, tokenizer, use_chat_template):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return ids[own_tokens(ids, tokenizer)]
+
+
+def reference_answer(example: Mapping[str, Any]) -> str:
+    """The answer that a row gives to its prompt: its completion, or its last assistant turn.
+
+    Raises:
+        DataError: a row of plain text, which answers nothing.
+    """
+    _refuse_text(example)
+    _, answered = _question_and_answer(example)
+    return next(message["content"] for message in answered if message["role"] == "assistant")
+
+
+def whole_conversation(row: Mapping[str, Any]) -> list[Message]:
+    """All turns of a row; those of the model that belong to the prompt have `weight: 0`, as they are not learned."""
+    if "messages" in row:
+        return list(row["messages"])
+    asked, answered = _question_and_answer(row)
+    return [{**message, "weight": 0} for message in asked] + answered
+
+
+def is_verbatim(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None) -> bool:
+    """Whether rows are tokenised as they stand: text, and strings if no chat template is to be used.
+
+    `row` is a row, or the features of a dataset.
+    """
+    if "text" in row:
+        return True
+    is_string = isinstance(row.get("prompt"), str | Value)
+    return is_string and not (tokenizer.chat_template if use_chat_template is None else use_chat_template)
+
+
+def own_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> slice:
+    """The ids without a doubled BOS (the text began with one itself) and without EOS at the end."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first = int(bos is not None and ids[:2] == [bos, bos])
+    # A text of nothing but BOS stays, although one token may be BOS and EOS (GPT-2).
+    return slice(first, len(ids) - int(len(ids) > first + 1 and ids[-1] == eos))
+
+
+def _question_and_answer(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    if "messages" in row:
+        messages = list(row["messages"])
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return messages[:last], messages[last : last + 1]
+    if isinstance(row["prompt"], str):
+        return [user(row["prompt"])], [assistant(row["completion"])]
+    return list(row["prompt"]), list(row["completion"])
+
+
+def _refuse_text(row: Mapping[str, Any]) -> None:
+    if "text" in row:
+        raise DataError("A row of plain text has no question and no answer; expected prompt/completion or messages")

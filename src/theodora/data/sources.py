@@ -1,0 +1,172 @@
+"""Finds out what a source is (a file, a folder of files, a saved dataset, a dataset on the Hub) and opens its rows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from theodora.data.files import SUFFIXES, LocatedRows, reader_for
+from theodora.data.problems import Problems, nearest
+from theodora.errors import DataError
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+# The words in file and folder names that `datasets` reads as splits, too.
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read, once opened."""
+
+    name: str
+    rows: Callable[[Problems], LocatedRows]
+    note: str = ""
+    """What was chosen among several splits, for people."""
+
+
+def open_source(source: str | Path, split: str | None) -> Source:
+    """Find out what `source` is.
+
+    Raises:
+        DataError: there is no such file, or no such split, or the kind is unknown.
+    """
+    path = Path(source).expanduser()
+    name = str(source)
+    if path.is_file():
+        return _open_file(path, name, split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, name, split)
+    if path.is_dir():
+        return _open_folder(path, name, split)
+    hub = _HUB_NAME.fullmatch(name)
+    # `runs/data.jsonl` or `data/nothere` (with a folder data) is a slip of the pen and no dataset's name.
+    if isinstance(source, str) and hub and reader_for(path) is None and not path.parent.is_dir():
+        return _open_hub(hub["name"], hub["config"], split)
+    raise DataError(_missing(path))
+
+
+def _open_file(path: Path, name: str, split: str | None) -> Source:
+    reader = reader_for(path)
+    if reader is None:
+        raise DataError(
+            f"{name}: {path.suffix or 'a file without a suffix'} is no kind known here; expected {SUFFIXES}"
+        )
+    if split is not None:
+        raise DataError(f"{name} is one file, which has no split {split!r}; leave the split out")
+    return Source(name, lambda problems: reader(path, problems))
+
+
+def _open_folder(path: Path, name: str, split: str | None) -> Source:
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and reader_for(file) and not any(part.startswith(".") for part in inside.parts):
+            by_split.setdefault(_split_of(inside), []).append(file)
+    if not by_split:
+        raise DataError(f"{name} is a folder without data files; expected some of {SUFFIXES}, or a saved dataset")
+    chosen = _choose_split(list(by_split), split, name)
+
+    def rows(problems: Problems) -> LocatedRows:
+        for file in by_split[chosen]:
+            within = _Within(problems, str(file.relative_to(path)))
+            reader = reader_for(file)
+            assert reader is not None
+            for where, row in reader(file, within):
+                yield within.locate(where), row
+
+    return Source(name, rows, _note(chosen, list(by_split)))
+
+
+def _open_saved(path: Path, name: str, split: str | None) -> Source:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{name} is a saved dataset that cannot be read: {error}") from error
+    return _open_dataset(saved, name, split)
+
+
+def _open_hub(name: str, config: str | None, split: str | None) -> Source:
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # the network, the Hub and each builder raise kinds of their own
+        raise DataError(
+            f"There is no file or folder {name} here, and no dataset of that name could be loaded from the Hub: {error}"
+        ) from error
+    return _open_dataset(loaded, name, split)
+
+
+def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
+    note = ""
+    if isinstance(loaded, datasets.DatasetDict):
+        chosen = _choose_split([str(key) for key in loaded], split, name)
+        loaded, note = loaded[chosen], _note(chosen, [str(key) for key in loaded])
+    elif split not in (None, str(loaded.split)):
+        raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
+
+    def rows(problems: Problems) -> LocatedRows:
+        for number, row in enumerate(loaded, 1):
+            yield f"row {number}", row
+
+    return Source(name, rows, note)
+
+
+class _Within(Problems):
+    """The problems of one file of a folder, told to the folder's."""
+
+    def __init__(self, parent: Problems, file: str) -> None:
+        super().__init__(parent.source)
+        self._parent, self._file = parent, file
+
+    def add(self, where: str, what: str) -> None:
+        self._parent.add(self.locate(where), what)
+
+    def locate(self, where: str) -> str:
+        return f"{self._file}, {where}" if where else self._file
+
+
+def _split_of(inside: Path) -> str:
+    """The split that a file's name or folder speaks of; files that speak of none are for training."""
+    for part in reversed(inside.with_suffix("").parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return "train"
+
+
+def _choose_split(splits: list[str], wanted: str | None, name: str) -> str:
+    if wanted in splits:
+        return str(wanted)
+    if wanted is not None:
+        raise DataError(f"{name} has no split {wanted!r}; it has {', '.join(splits)}{nearest(wanted, splits)}")
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise DataError(f"{name} has the splits {', '.join(splits)} and none called train; say which one to read")
+
+
+def _note(chosen: str, splits: list[str]) -> str:
+    return f"split {chosen} of {', '.join(splits)}" if len(splits) > 1 else ""
+
+
+def _missing(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder}, so no file {path} either"
+    close = get_close_matches(path.name, os.listdir(folder), n=3)
+    return f"There is no file or folder {path}" + (f"; near it are {', '.join(close)}" if close else "")

@@ -1,0 +1,254 @@
+"""`tokenize`: rows → token ids and labels, where -100 marks what is not learned.
+
+Every text is tokenised once, as a whole, so that training sees the tokens that plain tokenisation gives; what is
+learned is then marked by the characters that tokens stand for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import datasets
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import generate_random_fingerprint
+from transformers import PreTrainedTokenizerBase
+
+from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
+from theodora.data.examples import Examples
+from theodora.data.masks import Span, are_sound, learned_by_offset, learned_by_prefix, straddles
+from theodora.data.messages import Message
+from theodora.data.problems import Problems
+from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
+from theodora.errors import ConfigError, DataError
+
+IGNORED = -100
+TrainOn = Literal["completion", "all"]
+
+logger = logging.getLogger(__name__)
+
+
+def tokenize(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    use_chat_template: bool | None = None,
+    train_on: TrainOn = "completion",
+    progress: bool = False,
+) -> Dataset:
+    """Token ids and labels, ready for TRL's `SFTTrainer` (which takes tokenised rows as they are, and packs them).
+
+    Conversations, and prompt/completion rows if the tokenizer has a chat template, are rendered with it; every
+    assistant turn (or the completion) is learned, through its end-of-turn token. Without a template prompt and
+    completion are joined as they stand, and conversations get `fallback_chat_template`. EOS ends what has no
+    end-of-turn token. Plain text is learned whole and cut into pieces of `max_length`; anything else is cut at
+    `max_length`, and dropped if nothing to learn is left.
+
+    Args:
+        examples: from `load_examples`.
+        tokenizer: fast tokenizers tell offsets; with others each text is tokenised a few times over.
+        max_length: most tokens in a row.
+        use_chat_template: None: if the tokenizer has one. True: insist on it. False: do without.
+        train_on: "all" learns prompts and user turns, too.
+        progress: show a progress bar.
+
+    Returns:
+        A dataset with `input_ids` and `labels` (int32, of equal length per row). What was cut or dropped stands, in
+        words, in its `info.description`, and is logged as a warning.
+
+    Raises:
+        DataError: the chat template refuses rows, or no row is left.
+        ConfigError: an argument makes no sense.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; expected at least 2 (a token, and one to predict)")
+    if train_on not in ("completion", "all"):
+        raise ConfigError(f"train_on is {train_on!r}; expected 'completion' or 'all'")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("The tokenizer has no EOS token, so that a model never learns to stop; set its eos_token")
+    batches = _Batches(examples, tokenizer, max_length, use_chat_template, train_on)
+    with _progress_bars(progress):
+        tokenised = examples.dataset.map(
+            batches.encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=examples.dataset.column_names,
+            features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
+            # Without a name of its own, datasets would hash the tokenizer and everything else that is held here.
+            new_fingerprint=generate_random_fingerprint(),
+            desc="Tokenising",
+        )
+    batches.problems.raise_if_any("Bring these conversations into the form that the chat template expects.")
+    if not len(tokenised) and len(examples):
+        raise DataError(
+            f"{examples.source}: all {len(examples):,} rows are cut off at max_length={max_length} before anything to "
+            "learn; raise max_length"
+        )
+    tokenised.info.description = batches.counts.describe(max_length)
+    if batches.counts.are_worth_saying:
+        logger.warning("%s: %s", examples.source, tokenised.info.description)
+    return tokenised
+
+
+@dataclass
+class _Counts:
+    rows: int = 0
+    tokens: int = 0
+    learned: int = 0
+    dropped: int = 0
+    cut: int = 0
+    straddled: int = 0
+    altered: int = 0
+
+    @property
+    def are_worth_saying(self) -> bool:
+        return bool(self.dropped or self.cut or self.straddled or self.altered)
+
+    def describe(self, max_length: int) -> str:
+        parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned"]
+        if self.dropped:
+            parts.append(f"{self.dropped:,} rows dropped: nothing to learn within max_length={max_length}")
+        if self.cut:
+            parts.append(f"{self.cut:,} rows cut at max_length={max_length}")
+        if self.straddled:
+            parts.append(
+                f"in {self.straddled:,} rows one token spans the end of a prompt and the start of an answer (does the "
+                "prompt end with a space?), so that the prompt alone gives other tokens than in training"
+            )
+        if self.altered:
+            parts.append(f"the chat template left out part of {self.altered:,} learned turns (reasoning?)")
+        return "; ".join(parts) + "."
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to tokenise and what of it to learn."""
+
+    text: str
+    spans: Sequence[Span]
+    special: bool
+    """The tokenizer adds BOS (a chat template writes its own)."""
+    end: bool
+    """EOS is appended, and learned."""
+
+
+class _Batches:
+    """Encodes batches of rows for `Dataset.map`, and remembers what went wrong and what was left out."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        use_chat_template: bool | None,
+        train_on: TrainOn,
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.problems, self.counts = Problems(examples.source), _Counts()
+        self.is_text = "text" in examples.dataset.column_names
+        self.learns_all = self.is_text or train_on == "all"
+        verbatim = is_verbatim(examples.dataset.features, tokenizer, use_chat_template)
+        self.renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
+
+    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        """One batch; a row may give no row, or several."""
+        encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
+        for ids, labels in self._tokenised([text for text in texts if text is not None]):
+            for piece in self._pieces(len(ids)):
+                self._keep(ids[piece], labels[piece], encoded)
+        return encoded
+
+    def _text(self, index: int, row: dict[str, Any]) -> _Text | None:
+        if self.renderer is not None:
+            return self._chat(self.renderer, index, row)
+        prompt, rest = ("", row["text"]) if self.is_text else (row["prompt"], row["completion"])
+        text = prompt + rest
+        return _Text(text, ((len(prompt), len(text)),), special=True, end=True)
+
+    def _chat(self, renderer: ChatRenderer, index: int, row: dict[str, Any]) -> _Text | None:
+        messages = whole_conversation(row)
+        where = f"row {index + 1} ({_beginning(messages)})"
+        try:
+            chat = renderer.render_for_training(messages, tools_of(row))
+        except TEMPLATE_ERRORS as error:
+            self.problems.add(where, f"the chat template refuses it: {error}")
+            return None
+        if chat is None:
+            self.problems.add(
+                where,
+                "its assistant turns cannot be found in what the chat template makes of them; "
+                "use a template with {% generation %} … {% endgeneration %} around them",
+            )
+            return None
+        self.counts.altered += chat.altered
+        return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
+
+    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids and labels of each text of a batch, however long."""
+        if not texts:
+            return
+        special, fast = texts[0].special, bool(self.tokenizer.is_fast)
+        # verbose: transformers would warn about texts beyond the model's length, which are cut further down.
+        batch = self.tokenizer(
+            [text.text for text in texts], add_special_tokens=special, return_offsets_mapping=fast, verbose=False
+        )
+        offsets = batch["offset_mapping"] if fast else [()] * len(texts)
+        for text, ids, places in zip(texts, batch["input_ids"], offsets, strict=True):
+            labels = ids if self.learns_all else self._labels(text, ids, places)
+            own = own_tokens(ids, self.tokenizer) if special else slice(None)
+            end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
+            yield [*ids[own], *end], [*labels[own], *end]
+
+    def _labels(self, text: _Text, ids: list[int], offsets: Sequence[Span]) -> list[int]:
+        if are_sound(offsets, text.text):
+            learned = learned_by_offset(text.spans, offsets)
+            self.counts.straddled += straddles(text.spans, offsets)
+        else:
+            learned = learned_by_prefix(
+                text.spans,
+                text.text,
+                ids,
+                lambda prefix: self.tokenizer(prefix, add_special_tokens=text.special, verbose=False)["input_ids"],
+            )
+        return [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+
+    def _pieces(self, length: int) -> list[slice]:
+        if self.is_text:
+            return [slice(start, start + self.max_length) for start in range(0, length, self.max_length)]
+        return [slice(0, self.max_length)]
+
+    def _keep(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> None:
+        # The first token of a row has nothing before it to be predicted from.
+        learned = sum(label != IGNORED for label in labels[1:])
+        if not learned:
+            # The last piece of a text may be one token, which is no row lost.
+            self.counts.dropped += not self.is_text
+            return
+        encoded["input_ids"].append(ids)
+        encoded["labels"].append(labels)
+        self.counts.rows += 1
+        self.counts.tokens += len(ids)
+        self.counts.learned += learned
+
+
+def _beginning(messages: Sequence[Message]) -> str:
+    text = " ".join(messages[0]["content"].split())
+    return f"{messages[0]['role']}: {text[:40]}{'…' if len(text) > 40 else ''}"
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    if shown or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
