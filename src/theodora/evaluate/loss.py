@@ -1,0 +1,55 @@
+"""Loss per predicted token. Legend: B rows, T tokens, N predicted tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from theodora.evaluate.batches import pad
+
+IGNORED = -100  # the label of tokens that are not predicted, as in torch and transformers
+# Logits are brought to fp32 this many tokens at a time: at a vocabulary of 128,256 that is 131 MB, not gigabytes.
+_CHUNK = 256
+
+
+def summed_loss(
+    model: PreTrainedModel, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods of the labels, and how many there are.
+
+    Args:
+        model: any causal language model, in evaluation mode.
+        input_ids: token ids of each row.
+        labels: the same ids, or `IGNORED` where nothing is predicted, each at the place of its token (not shifted).
+    """
+    # Rows are padded on the right: in a causal model no token sees what comes after it, so neither an attention mask
+    # nor position ids are needed, and attention keeps its fastest path.
+    ids_BT = pad(input_ids, 0).to(model.device)
+    targets_BT = pad(labels, IGNORED)[:, 1:]  # the token at t is predicted from the state at t-1
+    kept = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if kept.numel() == 0:
+        return 0.0, 0
+    last = int(kept[-1]) + 1  # what follows the last predicted token of all rows changes nothing
+    logits = _logits(model, ids_BT[:, :last], kept.to(model.device))
+    targets = targets_BT[:, kept].to(logits.device)
+    predicted = targets != IGNORED
+    logits_NV, targets_N = logits[predicted], targets[predicted]
+    total = sum(
+        F.cross_entropy(chunk_NV.float(), chunk_N, reduction="sum").double()
+        for chunk_NV, chunk_N in zip(logits_NV.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+    )
+    return float(total), targets_N.numel()
+
+
+def _logits(model: PreTrainedModel, ids_BT: Tensor, kept: Tensor) -> Tensor:
+    """Logits at the kept positions only: the output head is a quarter of a small model's work."""
+    parameters = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in parameters:
+        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
+    arguments = {"use_cache": False} if "use_cache" in parameters else {}
+    return torch.index_select(model(input_ids=ids_BT, **arguments).logits, 1, kept)
