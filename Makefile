@@ -24,7 +24,7 @@ test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.test ## time a training step against PEFT's on this machine
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)

@@ -1,6 +1,8 @@
 """Theodora: exact, fast LoRA and DoRA fine-tuning of language models."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # The public names and the module each lives in. They are imported on first use (PEP 562), because importing
@@ -56,3 +58,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `theodora.train` and `theodora.evaluate` functions, although the packages they live in share their names.
+
+    Python sets an imported submodule as an attribute of its package; its function takes that place here.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_home = isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__
+        super().__setattr__(name, getattr(value, name) if is_home else value)
+
+
+sys.modules[__name__].__class__ = _Package

