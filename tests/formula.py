@@ -24,5 +24,6 @@ def lora(x, w, bias, a, b, scale, x_lora=None):
 
 def error(found, exact):
     """‖found − exact‖ / ‖exact‖ in float64; absolute where the exact value is zero."""
-    difference = (found.detach().to(F64) - exact.detach()).norm()
+    exact = exact.detach()
+    difference = (found.detach().to(F64) - exact).norm()
     return float(difference / exact.norm()) if exact.norm() > 0 else float(difference)

@@ -79,10 +79,7 @@ def test_each_layer_is_the_formula(init, method):
             if method == "lora"
             else formula.dora(eye, w, None, a, b, adapter.scale, adapter.magnitude.double())
         )
-        if name == "embed":
-            found = layer(torch.arange(11))
-        else:
-            found = layer(eye.float()) - layer.bias
+        found = layer(torch.arange(11)) if name == "embed" else layer(eye.float()) - layer.bias
         assert formula.error(found, exact) < 1e-5
         assert formula.error(layer.merged_weight("default").T, exact) < 1e-6
 

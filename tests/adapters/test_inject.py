@@ -1,0 +1,161 @@
+"""What cannot be adapted is said, all at once, and nothing is changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, set_adapter
+from theodora.adapters.inject import adapter_layers, trained_tensors
+from tiny import FAMILIES, tiny_model
+
+
+def untouched(model):
+    return not adapter_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_every_linear_layer_but_the_head(family):
+    model = tiny_model(family)
+    linear = [p for p, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    inject_adapter(model)
+    assert [*adapter_layers(model), "lm_head"] == linear
+
+
+def test_unknown_targets_are_all_listed_with_the_nearest_names():
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError) as caught:
+        inject_adapter(
+            model, AdapterConfig(targets=("q_porj", "down"), exclude=("vproj",), modules_to_save=("lmhead",))
+        )
+    message = str(caught.value)
+    for part in ("q_porj", "q_proj", "'down'", "down_proj", "vproj", "v_proj", "lmhead"):
+        assert part in message
+    assert untouched(model)
+
+
+def test_expression_without_a_match():
+    with pytest.raises(ConfigError, match="matches no module path"):
+        inject_adapter(tiny_model("llama"), AdapterConfig(targets=r".*\.qq_proj"))
+
+
+def test_pattern_without_a_match():
+    with pytest.raises(ConfigError, match="rank_pattern"):
+        inject_adapter(tiny_model("llama"), AdapterConfig(rank_pattern={"c_attn": 2}))
+
+
+def test_expressions_and_exclusions():
+    model = inject_adapter(
+        tiny_model("llama"), AdapterConfig(targets=r"model\.layers\.1\..*_proj", exclude=("o_proj", "gate_proj"))
+    )
+    assert {path.rpartition(".")[2] for path in adapter_layers(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert all(path.startswith("model.layers.1.") for path in adapter_layers(model))
+
+
+def test_patterns_set_rank_and_scale():
+    model = inject_adapter(
+        tiny_model("llama"),
+        AdapterConfig(
+            rank=4, alpha=4, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, alpha_pattern={"v_proj": 12}
+        ),
+    )
+    found = {
+        path: (layer.adapters["default"].rank, layer.adapters["default"].scale)
+        for path, layer in adapter_layers(model).items()
+    }
+    assert found["model.layers.0.self_attn.q_proj"] == (2, 2.0)
+    assert found["model.layers.1.mlp.up_proj"] == (8, 0.5)
+    assert found["model.layers.0.mlp.up_proj"] == (4, 1.0)
+    assert found["model.layers.0.self_attn.v_proj"] == (4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2.5}, "whole number"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"method": "drora"}, "dora, lora"),
+        ({"targets": "("}, "no regular expression"),
+        ({"init": "orthogonal", "rank": 3}, "even ranks"),
+        ({"rank": 0, "dropout": 2}, "dropout is 2"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
+    ],
+)
+def test_bad_configurations(values, words):
+    with pytest.raises(ConfigError) as caught:
+        AdapterConfig(**values)
+    assert words in str(caught.value)
+
+
+def test_multihead_attention_is_refused_by_name_and_skipped_otherwise():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
+    with pytest.raises(ConfigError, match="out_proj: .*bypass"):
+        inject_adapter(model, AdapterConfig(targets=("out_proj",)))
+    assert list(adapter_layers(inject_adapter(model, AdapterConfig(rank=2)))) == ["head"]
+
+
+def test_own_forward_meta_and_quantised_weights_are_refused():
+    class Own(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = nn.ModuleDict({"own": Own(4, 4), "meta": nn.Linear(4, 4, device="meta"), "int8": nn.Linear(4, 4)})
+    model["int8"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError) as caught:
+        inject_adapter(model, AdapterConfig(rank=2, targets=("own", "meta", "int8")))
+    assert all(word in str(caught.value) for word in ("forward pass of its own", "not loaded yet", "quantised"))
+
+
+def test_rank_too_large_for_pissa_changes_nothing():
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="needs a rank of at most 16"):
+        inject_adapter(model, AdapterConfig(rank=20, init="pissa"))
+    assert untouched(model)
+
+
+def test_names(tmp_path):
+    model = inject_adapter(tiny_model("llama"))
+    for wrong in ("default", "a.b", "", "a/b"):
+        with pytest.raises(ConfigError):
+            inject_adapter(model, name=wrong)
+    with pytest.raises(ConfigError, match="no adapter 'other'; the model carries default"):
+        set_adapter(model, "other")
+    with pytest.raises(ConfigError, match="carries no adapter"):
+        set_adapter(tiny_model("llama"), "default")
+    with pytest.raises(ConfigError, match="already carries"):
+        load_adapter(model, tmp_path)
+
+
+def test_fused_experts_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts_gate = nn.Parameter(torch.zeros(2, 3, 4))
+            self.out = nn.Linear(4, 4)
+
+    with pytest.warns(UserWarning, match="1 weights of fused experts"):
+        inject_adapter(Experts(), AdapterConfig(rank=2))
+
+
+def test_modules_to_save_switch_with_their_adapter():
+    ids = torch.arange(3, 9)[None]
+    model = tiny_model("llama", tied=True)
+    base = model(ids).logits
+    inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)))
+    assert "lm_head.weight" in trained_tensors(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(model(ids).logits, 2 * base)
+    inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",)), name="plain")
+    assert torch.equal(model(ids).logits, base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(set_adapter(model, "default")(ids).logits, 2 * base)
+    assert model.lm_head.weight.requires_grad
+    assert not model.model.embed_tokens.weight.requires_grad
