@@ -45,7 +45,7 @@ def count_matches(
     judge = _Judge(
         tokenizer, references, prompt_width=max(map(len, prompts)), ends=ends, first_line_only=first_line_only
     )
-    output = model.generate(
+    output = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
         input_ids=pad(prompts, ends[0], left=True).to(model.device),
         attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device),
         generation_config=greedy(ends, max_new_tokens),
@@ -57,10 +57,8 @@ def count_matches(
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer, as the model's generation settings and its tokenizer name them."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = [configured] if isinstance(configured, int) else list(configured or [])
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ids)) or [-1]
+    ids: list[Any] = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(id for id in [*ids, tokenizer.eos_token_id] if id is not None)) or [0]
 
 
 def greedy(ends: list[int], max_new_tokens: int) -> GenerationConfig:

@@ -80,6 +80,8 @@ def evaluate(
         DataError: there is no row, or no row has a token to predict.
     """
     start = time.perf_counter()
+    if not len(examples):
+        raise DataError(f"{examples.source} holds no rows; expected at least one")
     exact_match = exact_match and examples.format != "text"
     tokenized = tokenize(
         examples,
@@ -177,7 +179,7 @@ def _matches(
     use_chat_template: bool | None,
     bar: Progress,
 ) -> int:
-    rows = list(examples.dataset)
+    rows: list[Any] = list(examples.dataset)
     prompts = [encode_prompt(row, tokenizer, use_chat_template) for row in rows]
     references = [reference_answer(row) for row in rows]
     # Without a template nothing tells an untrained model where an answer ends.
