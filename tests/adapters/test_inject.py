@@ -96,7 +96,7 @@ def test_bad_configurations(values, words):
 
 def test_multihead_attention_is_refused_by_name_and_skipped_otherwise():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
-    with pytest.raises(ConfigError, match="out_proj: .*bypass"):
+    with pytest.raises(ConfigError, match=r"out_proj: .*bypass"):
         inject_adapter(model, AdapterConfig(targets=("out_proj",)))
     assert list(adapter_layers(inject_adapter(model, AdapterConfig(rank=2)))) == ["head"]
 
