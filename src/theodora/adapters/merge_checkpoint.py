@@ -158,7 +158,7 @@ def merge_checkpoint(
     total = sum(tensor.nbytes() for tensor in plan.outputs)
     _check_disk(output, total)
 
-    kinds = _kinds(plan)
+    kinds = _kinds(base, plan)
     roundings = {kind: _Rounding() for kind in kinds.values()}
     with atomic_directory(output, overwrite=overwrite) as partial:
         done = 0
@@ -261,11 +261,12 @@ def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding |
     return written
 
 
-def _kinds(plan: MergePlan) -> dict[str, str]:
-    """Key of each changed tensor -> its kind of layer."""
-    changed = {tensor.key: tensor.parameter or "" for tensor in plan.outputs if tensor.change is not None}
-    kinds = layer_kinds(name.removesuffix(".weight") for name in changed.values())
-    return {key: kinds[name.removesuffix(".weight")] for key, name in changed.items()}
+def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
+    """Key of each changed tensor -> its kind of layer, in the model's order."""
+    changed = {t.parameter.removesuffix(".weight"): t.key for t in plan.outputs if t.change and t.parameter}
+    model_order = [name.removesuffix(".weight") for name, _ in base.model.named_parameters(remove_duplicate=False)]
+    kinds = layer_kinds(name for name in model_order if name in changed)
+    return {changed[name]: kind for name, kind in kinds.items()}
 
 
 def _write_index(folder: Path, shards: dict[str, list[OutputTensor]], total: int) -> None:

@@ -172,7 +172,10 @@ def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan)
     for name, change in changes.items():
         if name in base.converted:
             parts = ", ".join(base.converted[name][:2])
-            problems.append(f"{name}: the base stores it in other pieces ({parts}, …)")
+            problems.append(
+                f"{name}: stored in other pieces ({parts}, …), which streaming cannot merge; load base and adapter "
+                "in Python, then merge_adapter(model) and model.save_pretrained(...)"
+            )
         elif name not in placed and not any(change.same_as(changes.get(other)) for other in base.tied_to(name)):
             problems.append(f"{name}: not stored in the base")
     return problems
