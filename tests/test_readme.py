@@ -1,0 +1,152 @@
+"""Every command and every Python block of the README runs, in its order, on a tiny model and a few rows.
+
+The blocks are taken from README.md as they stand. The model's hub name becomes a tiny random model, long runs become
+short ones (SHORTER), and the rest is what a reader would type. A block of a kind that is not known here fails, so
+that nothing in the README goes untested by accident.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from theodora.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line
+    for language, text in BLOCKS
+    if language in ("bash", "sh", "console")
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Appended to a command, by its first words. argparse and the recipe take the last of two values.
+SHORTER = {
+    "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --max-length 128 --eval-steps 1 --save-steps 2",
+    "theodora evaluate": "--batch-size 4 --max-new-tokens 4",
+    "python recipes/sft_loop.py": "--steps 2 --batch-size 2",
+}
+SHORTER_PYTHON = {"max_steps=30": "max_steps=2, per_device_train_batch_size=2, max_length=128"}
+
+
+@pytest.fixture
+def reader(tmp_path, tiny_model_dir, monkeypatch):
+    """A folder with what the README takes for granted: the model under its hub name, and two files of rows."""
+    (tmp_path / HUB_NAME).parent.mkdir()
+    (tmp_path / HUB_NAME).symlink_to(tiny_model_dir("llama", tied=True))
+    rows = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}"} for i in range(24)]
+    for name, part in (("train.jsonl", rows[:20]), ("held_out.jsonl", rows[20:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    for language, text in BLOCKS:
+        if language == "yaml":
+            (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_blocks_run_in_order(reader, monkeypatch, capsys):
+    namespace: dict[str, object] = {}
+    for language, text in BLOCKS:
+        if language == "python":
+            exec(compile(shortened_python(text), "README.md", "exec"), namespace)
+        elif language == "bash":
+            for command in text.replace("\\\n", " ").splitlines():
+                run(command, monkeypatch, capsys)
+    for run_name in ("runs/first", "runs/second", "runs/third", "runs/by-hand", "runs/recipe"):
+        assert (reader / run_name / "adapter_model.safetensors").is_file()
+    assert (reader / "merged" / "model.safetensors").is_file()
+
+
+def run(command: str, monkeypatch, capsys) -> None:
+    """Run one command line: ours in this process, because every new one costs seconds of imports."""
+    words = shlex.split(command)
+    words += next((shlex.split(more) for start, more in SHORTER.items() if command.startswith(start)), [])
+    if words[0] == "theodora":
+        if words[1] == "chat":
+            monkeypatch.setattr("builtins.input", say_goodbye(["Hello"]))
+        capsys.readouterr()
+        code = main(words[1:])
+        output = capsys.readouterr()
+        assert code == 0, f"{command}\n{output.out}\n{output.err}"
+        if "--json" in words:
+            json.loads(output.out)
+    elif words[:2] == ["pip", "install"]:
+        check_pip_arguments(words[2:])
+    elif words[0] == "python":
+        script = ROOT / words[1]
+        result = subprocess.run([sys.executable, script, *words[2:]], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    else:
+        pytest.fail(f"README.md has a command that this test does not know how to run: {command}")
+
+
+def say_goodbye(lines: list[str]):
+    """`input` as from a person who types `lines` and then Ctrl-D."""
+    left = iter(lines)
+
+    def answer(prompt: str = "") -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return answer
+
+
+def check_pip_arguments(arguments: list[str]) -> None:
+    """The files named are there; installing is what `make test` has just done."""
+    assert "-e" in arguments
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        if flag == "-c":
+            assert (ROOT / value).is_file()
+
+
+def shortened_python(text: str) -> str:
+    for long, short in SHORTER_PYTHON.items():
+        text = text.replace(long, short)
+    return text
+
+
+def test_every_kind_of_block_is_tested():
+    assert {language for language, _ in BLOCKS} <= {"bash", "python", "yaml"}
+    assert all(long in README for long in SHORTER_PYTHON)
+    assert all(any(command.startswith(start) for command in COMMANDS) for start in SHORTER)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
+def test_the_make_targets_exist(target):
+    subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/maths.md", "docs/design.md", "docs/log.md"])
+def test_the_links_between_documents_lead_somewhere(name):
+    document = ROOT / name
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_the_tests_that_the_readme_points_to_exist():
+    missing = [path for path in re.findall(r"`(tests/[\w/.]+)`", README) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_extras_that_the_readme_names_exist():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.findall(r"`\.\[(\w+)\]`", README):
+        assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE)
+
+
+def test_the_recipe_file_is_valid():
+    for language, text in BLOCKS:
+        if language == "yaml":
+            assert isinstance(yaml.safe_load(text), dict)
