@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def say_goodbye(lines: list[str]):
 def check_pip_arguments(arguments: list[str]) -> None:
     """The files named are there; installing is what `make test` has just done."""
     assert "-e" in arguments
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in pairwise(arguments):
         if flag == "-c":
             assert (ROOT / value).is_file()
 
