@@ -3,7 +3,7 @@
 TRL's `assistant_only_loss` needs templates with `{% generation %}` markers, which few models ship. Here the markers are
 used if there are any; otherwise each assistant turn is found by rendering the conversation up to it (with the
 generation prompt) and through it. Where a template writes a turn differently once others follow (Qwen3 drops earlier
-reasoning, Mistral moves the system prompt to the last user turn), its words are found by rendering a marked copy.
+reasoning, DeepSeek-R1 every turn's), its words are found by rendering a marked copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theodora.data.masks import Span
-from theodora.data.messages import Message
+from theodora.data.messages import Message, assistant, user
 from theodora.errors import ConfigError
 
 Tools = Sequence[Any] | None
@@ -69,6 +69,8 @@ class RenderedChat:
     """The last turn is learned, but the template wrote no end-of-turn token behind it."""
     altered: int
     """Learned turns of which the template left something out, such as reasoning."""
+    as_prompted: bool
+    """The last learned turn follows what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
 
 
 class ChatRenderer:
@@ -94,10 +96,10 @@ class ChatRenderer:
 
     @cached_property
     def folds_system(self) -> bool:
-        """Whether the template refuses a system turn, or drops it."""
-        chat = [{"role": "system", "content": _MARK}, {"role": "user", "content": "a"}]
+        """Whether the template refuses a system turn, or drops it (Mistral's do once there is an answer)."""
+        asked = [{"role": "system", "content": _MARK}, user("a")]
         try:
-            return _MARK not in self._render(chat)
+            return any(_MARK not in self._render(chat) for chat in (asked, [*asked, assistant("a")]))
         except TEMPLATE_ERRORS:
             return True
 
@@ -141,12 +143,15 @@ class ChatRenderer:
         found = [span for span in spans if span is not None]
         if len(found) < len(spans):
             return None
+        last = learned[-1] if learned else 0
         paired = zip(learned, found, strict=True) if len(found) == len(learned) else ()
         return RenderedChat(
             text=text,
             spans=tuple(found),
-            ends_open=learned[-1:] == [len(messages) - 1] and not text.rstrip().endswith(self._controls),
+            ends_open=last == len(messages) - 1 and not text.rstrip().endswith(self._controls),
             altered=sum(not _holds(text[slice(*span)], messages[i].get("content")) for i, span in paired),
+            as_prompted=last == 0
+            or self._shared_prefix(text, messages[:last], tools, generation_prompt=True) is not None,
         )
 
     def _span(self, text: str, messages: Sequence[Message], index: int, tools: Tools) -> Span | None:

@@ -20,18 +20,23 @@ def are_sound(offsets: Sequence[Span], text: str) -> bool:
     return in_order and (placed[-1][1] if placed else 0) >= len(text.rstrip())
 
 
-def learned_by_offset(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
-    """For each token, given by sound offsets, whether one of the spans touches it."""
-    # The running maximum keeps an EOS at the end, which has the offset (0, 0), in order.
-    starts = list(accumulate((start for start, _ in offsets), max))
+def extents(offsets: Sequence[Span]) -> list[Span]:
+    """Sound offsets with the spaces that byte-level tokenizers trim off a token's front (`trim_offsets`) put back."""
     ends = list(accumulate((end for _, end in offsets), max))
-    return _flags(len(offsets), [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
+    starts = (min(start, before) for (start, _), before in zip(offsets, [0, *ends], strict=False))
+    return list(zip(accumulate(starts, max), ends, strict=True))
 
 
-def straddles(spans: Sequence[Span], offsets: Sequence[Span]) -> bool:
+def learned_by_extent(spans: Sequence[Span], places: Sequence[Span]) -> list[bool]:
+    """For each token, given by its extent, whether one of the spans touches it."""
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    return _flags(len(places), [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
+
+
+def straddles(spans: Sequence[Span], places: Sequence[Span]) -> bool:
     """Whether a token begins before one of the spans and ends inside it."""
-    starts = {start for start, _ in spans}
-    return any(end - start > 1 and not starts.isdisjoint(range(start + 1, end)) for start, end in offsets)
+    first = {start for start, _ in spans}
+    return any(end - start > 1 and not first.isdisjoint(range(start + 1, end)) for start, end in places)
 
 
 def learned_by_prefix(

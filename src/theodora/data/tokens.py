@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
 from theodora.data.examples import Examples
-from theodora.data.masks import Span, are_sound, learned_by_offset, learned_by_prefix, straddles
+from theodora.data.masks import Span, are_sound, extents, learned_by_extent, learned_by_prefix, straddles
 from theodora.data.messages import Message
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
@@ -103,10 +103,11 @@ class _Counts:
     cut: int = 0
     straddled: int = 0
     altered: int = 0
+    unprompted: int = 0
 
     @property
     def are_worth_saying(self) -> bool:
-        return bool(self.dropped or self.cut or self.straddled or self.altered)
+        return bool(self.dropped or self.cut or self.straddled or self.altered or self.unprompted)
 
     def describe(self, max_length: int) -> str:
         parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned"]
@@ -121,6 +122,11 @@ class _Counts:
             )
         if self.altered:
             parts.append(f"the chat template left out part of {self.altered:,} learned turns (reasoning?)")
+        if self.unprompted:
+            parts.append(
+                f"in {self.unprompted:,} rows the answer does not follow the chat template's generation prompt, which "
+                "adds something (an opened <think>?): the model will be asked otherwise than it was trained"
+            )
         return "; ".join(parts) + "."
 
 
@@ -160,8 +166,8 @@ class _Batches:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
         for ids, labels in self._tokenised([text for text in texts if text is not None]):
-            for piece in self._pieces(len(ids)):
-                self._keep(ids[piece], labels[piece], encoded)
+            kept = [self._keep(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
+            self.counts.cut += len(ids) > self.max_length and not self.is_text and any(kept)
         return encoded
 
     def _text(self, index: int, row: dict[str, Any]) -> _Text | None:
@@ -187,6 +193,7 @@ class _Batches:
             )
             return None
         self.counts.altered += chat.altered
+        self.counts.unprompted += not chat.as_prompted
         return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
     def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:
@@ -207,8 +214,9 @@ class _Batches:
 
     def _labels(self, text: _Text, ids: list[int], offsets: Sequence[Span]) -> list[int]:
         if are_sound(offsets, text.text):
-            learned = learned_by_offset(text.spans, offsets)
-            self.counts.straddled += straddles(text.spans, offsets)
+            places = extents(offsets)
+            learned = learned_by_extent(text.spans, places)
+            self.counts.straddled += straddles(text.spans, places)
         else:
             learned = learned_by_prefix(
                 text.spans,
@@ -223,18 +231,19 @@ class _Batches:
             return [slice(start, start + self.max_length) for start in range(0, length, self.max_length)]
         return [slice(0, self.max_length)]
 
-    def _keep(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> None:
+    def _keep(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> bool:
         # The first token of a row has nothing before it to be predicted from.
         learned = sum(label != IGNORED for label in labels[1:])
         if not learned:
             # The last piece of a text may be one token, which is no row lost.
             self.counts.dropped += not self.is_text
-            return
+            return False
         encoded["input_ids"].append(ids)
         encoded["labels"].append(labels)
         self.counts.rows += 1
         self.counts.tokens += len(ids)
         self.counts.learned += learned
+        return True
 
 
 def _beginning(messages: Sequence[Message]) -> str:
