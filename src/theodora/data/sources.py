@@ -65,9 +65,7 @@ def open_source(source: str | Path, split: str | None) -> Source:
 def _open_file(path: Path, name: str, split: str | None) -> Source:
     reader = reader_for(path)
     if reader is None:
-        raise DataError(
-            f"{name}: {path.suffix or 'a file without a suffix'} is no kind known here; expected {SUFFIXES}"
-        )
+        raise DataError(f"{name} ends in {path.suffix or 'no suffix'}, which cannot be read; expected {SUFFIXES}")
     if split is not None:
         raise DataError(f"{name} is one file, which has no split {split!r}; leave the split out")
     return Source(name, lambda problems: reader(path, problems))
