@@ -1,0 +1,121 @@
+"""The core on a CUDA device: the same formula, the same gradients, training as on the CPU."""
+
+import formula
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from theodora import (
+    AdapterConfig,
+    functional,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    unmerge_adapter,
+)
+from theodora.adapters.inject import trained_tensors
+from theodora.kernels import fused
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+IDS = torch.arange(3, 35).view(2, 16)
+
+
+def layer_values(tokens, inputs, outputs, rank, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    w = normal(outputs, inputs).to(dtype).double()
+    w[0] = 0
+    return {
+        "x": normal(tokens, inputs),
+        "w": w,
+        "bias": normal(outputs),
+        "a": normal(rank, inputs) / inputs**0.5,
+        "b": 0.1 * normal(outputs, rank),
+        "m": w.norm(dim=1) * 1.01,
+    }, normal(tokens, outputs)
+
+
+def run(values, dy, by, dtype, adapter_dtype, device):
+    v = {
+        key: value.to(device, adapter_dtype if key in "abm" else dtype).requires_grad_(key not in ("w", "bias"))
+        for key, value in values.items()
+    }
+    norm = functional.dora_norm(v["w"], v["a"], v["b"], 0.5)
+    y = by.dora_linear(v["x"], v["w"], v["bias"], v["a"], v["b"], 0.5, v["m"], norm)
+    y.backward(dy.to(device, dtype))
+    return {"y": y.detach().cpu(), **{key: v[key].grad.cpu() for key in ("x", "a", "b", "m")}}
+
+
+@pytest.mark.parametrize("shape", [(7, 33, 65, 1), (128, 576, 1536, 8), (512, 1024, 768, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients(shape, dtype):
+    values, dy = layer_values(*shape, dtype)
+    exact = run(values, dy.to(dtype).double(), functional, torch.float64, torch.float64, "cpu")
+    fast = run(values, dy, fused, dtype, torch.float32, "cuda")
+    plain = run(values, dy, functional, dtype, torch.float32, "cuda")
+    for key, value in exact.items():
+        allowed = 2 * formula.error(plain[key], value) + torch.finfo(dtype).eps
+        assert formula.error(fast[key], value) <= allowed, key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_step_is_that_of_the_cpu(family, method):
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = inject_adapter(tiny_model(family), AdapterConfig(method=method, rank=4)).to(device).train()
+        losses = []
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            loss = model(input_ids=IDS.to(device), labels=IDS.to(device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_load_merge_unmerge(dtype, tied, tmp_path):
+    model = inject_adapter(tiny_model("llama", dtype=dtype, tied=tied).to("cuda"), AdapterConfig(rank=4))
+    with torch.no_grad():
+        for tensor in trained_tensors(model).values():
+            tensor += 0.05 * torch.randn_like(tensor)
+        expected = model(IDS.cuda()).logits
+        save_adapter(model, tmp_path / "a")
+        loaded = load_adapter(tiny_model("llama", dtype=dtype, tied=tied).to("cuda"), tmp_path / "a")
+        torch.testing.assert_close(loaded(IDS.cuda()).logits, expected)
+        merge_adapter(loaded)
+        assert formula.error(loaded(IDS.cuda()).logits.cpu(), expected.cpu().double()) < (
+            1e-5 if dtype == torch.float32 else 0.03
+        )
+        unmerge_adapter(loaded)
+        torch.testing.assert_close(loaded(IDS.cuda()).logits, expected)
+
+
+def test_autocast_and_half_precision_train():
+    model = inject_adapter(tiny_model("llama").to("cuda"), AdapterConfig(rank=4)).train()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=IDS.cuda(), labels=IDS.cuda()).loss
+    loss.backward()
+    assert all(bool(torch.isfinite(t.grad).all()) for t in trained_tensors(model).values())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_compiled_equals_eager(method):
+    model = inject_adapter(tiny_model("llama").to("cuda"), AdapterConfig(method=method, rank=4)).train()
+    with torch.no_grad():
+        for tensor in trained_tensors(model).values():
+            tensor += 0.05 * torch.randn_like(tensor)
+    ids = IDS.cuda()
+    eager = model(input_ids=ids, labels=ids, use_cache=False).loss
+    compiled = torch.compile(model)(input_ids=ids, labels=ids, use_cache=False).loss
+    assert float(compiled) == pytest.approx(float(eager), rel=1e-4)
