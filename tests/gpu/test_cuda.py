@@ -1,10 +1,9 @@
 """The core on a CUDA device: the same formula, the same gradients, training as on the CPU."""
 
-import formula
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
 
+import formula
 from theodora import (
     AdapterConfig,
     functional,
@@ -16,6 +15,7 @@ from theodora import (
 )
 from theodora.adapters.inject import trained_tensors
 from theodora.kernels import fused
+from tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
