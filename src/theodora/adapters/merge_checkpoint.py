@@ -33,6 +33,7 @@ from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_lis
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the key of the tensor just done."""
 
+METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -351,7 +352,7 @@ def _model_card(report: MergeReport, file: AdapterFile) -> str:
             "",
             f"# {report.output.name}",
             "",
-            f"{base_name} with a {config.method.replace('dora', 'DoRA').replace('lora', 'LoRA')} adapter "
+            f"{base_name} with a {METHOD_NAMES[config.method]} adapter "
             f"(rank {config.rank}, alpha {config.alpha:g}) merged into its weights by Theodora, in {report.dtype}.",
             "It is a plain model: load it like its base.",
             "",

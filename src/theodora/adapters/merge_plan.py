@@ -17,7 +17,7 @@ from theodora.functional import merged_weight, wide_dtype
 
 _MISSES_SHOWN = 20
 # Rounding a base to bfloat16 moves it by 0.002; more than this deserves a word.
-_SAME_BASE = 0.02
+SAME_BASE = 0.02
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
         )
     notes = []
     distance = check_base(adapter, lambda path: base_weight(base, path))
-    if distance > _SAME_BASE:
+    if distance > SAME_BASE:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
             "further?): the merged model may not do what the adapted one did."

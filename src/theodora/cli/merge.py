@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from theodora.cli.numbers import percent
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge, with a progress bar, and say what came out."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from theodora.adapters import merge_checkpoint
+    from theodora.adapters.merge_checkpoint import METHOD_NAMES, merge_checkpoint
     from theodora.cli.console import stderr, stdout
 
     columns = (
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console = stdout()
     console.print(
-        f"Merged the {report.method.replace('dora', 'DoRA').replace('lora', 'LoRA')} adapter {report.adapter} "
+        f"Merged the {METHOD_NAMES[report.method]} adapter {report.adapter} "
         f"into {report.base_model}: {report.changed} of {report.tensors} tensors changed, in {report.seconds:.1f} s.",
         markup=False,
         soft_wrap=True,
@@ -100,9 +102,9 @@ def _table(report: MergeReport) -> Table:
         table.add_row(
             kind.kind,
             str(kind.tensors),
-            _percent(kind.change),
-            _percent(kind.rounding_mean),
-            _percent(kind.rounding_max),
+            percent(kind.change),
+            percent(kind.rounding_mean),
+            percent(kind.rounding_max),
             f"{kind.rounding_max_abs:.1e}" if kind.rounding_max_abs else "0",
         )
     table.caption = (
@@ -121,8 +123,3 @@ def _advice(report: MergeReport) -> list[str]:
         f"Rounding to {report.dtype} is more than half as large as what the adapter changed in {names}. "
         "A merge with --dtype fp32 keeps all of it."
     ]
-
-
-def _percent(share: float) -> str:
-    """Three significant digits: 1.23 %, 0.166 %, 0.0021 %."""
-    return "0 %" if share == 0 else f"{100 * share:.3g} %"
