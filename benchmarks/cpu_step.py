@@ -5,7 +5,8 @@
 
 Each variant lives in a process of its own, so that its peak memory is its own. The processes take turns, one step at
 a time, so that whatever else slows the machine down slows all of them: a ratio is taken within each round, and the
-table shows the median over the rounds. Linux only (it reads /proc).
+table shows the median over the rounds. Linux only (it reads /proc). All variants are in memory at once: on a small
+machine choose two with `--variants peft-lora dora`.
 """
 
 from __future__ import annotations
