@@ -386,7 +386,7 @@ def coerce(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: what was expected, in words.
     """
-    choices = _alternatives(hint)
+    choices = alternatives(hint)
     kinds = [get_origin(choice) or choice for choice in choices]
     literals = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
     if value is None and type(None) in kinds:
@@ -418,9 +418,10 @@ def coerce(value: Any, hint: Any) -> Any:
     raise ValueError(" or ".join([*(["one of " + ", ".join(map(str, literals))] if literals else []), *words]))
 
 
-def _alternatives(hint: Any) -> list[Any]:
+def alternatives(hint: Any) -> list[Any]:
+    """The types of a union, or the one type that it is not a union of."""
     if get_origin(hint) in (Union, UnionType):
-        return [choice for part in get_args(hint) for choice in _alternatives(part)]
+        return [choice for part in get_args(hint) for choice in alternatives(part)]
     return [hint]
 
 

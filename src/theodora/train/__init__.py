@@ -1,1 +1,5 @@
-""""""
+"""Training an adapter: a configuration in, a folder with the adapter and its record out. Built on TRL's SFT trainer."""
+
+from theodora.train.run import TrainResult, train
+
+__all__ = ["TrainResult", "train"]

@@ -1,0 +1,160 @@
+"""Loading a causal language model and its tokenizer, from a model folder, a hub name, or an adapter folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.errors import CheckpointError, ConfigError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def load_model_and_tokenizer(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in eval mode, with its adapter if there is one.
+
+    Example:
+        `model, tokenizer = load_model_and_tokenizer("runs/first")`: the base model of that adapter, and the adapter.
+
+    Args:
+        model: a model folder or hub name; or an adapter folder, whose base model is loaded and the adapter on it.
+        dtype: of the base weights: auto (as stored), float32, bfloat16, float16, or bf16, fp16, fp32 for short.
+        adapter: folder of an adapter to put on `model`.
+        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit on the hub, of the base model.
+        device: where the model goes. Default: the accelerator, if there is one.
+        model_kwargs: more arguments for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ConfigError: an unknown dtype.
+        CheckpointError: a folder is missing, holds no model, or lacks weights that the model has.
+    """
+    if is_adapter_folder(model):
+        if adapter is not None:
+            raise ConfigError(
+                f"{model} is an adapter, and adapter={adapter} is another; expected a model, or one of them"
+            )
+        model, adapter = base_model_of(model), model
+    tokenizer = load_tokenizer(
+        adapter if adapter is not None and has_tokenizer(adapter) else model,
+        trust_remote_code=trust_remote_code,
+        revision=None if adapter is not None and has_tokenizer(adapter) else revision,
+    )
+    loaded = load_model(
+        model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
+    )
+    if adapter is not None:
+        from theodora.adapters import load_adapter
+
+        load_adapter(loaded, adapter)
+    return loaded.to(device or best_device()).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model on the CPU. Arguments and errors as in `load_model_and_tokenizer`."""
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in ("auto", *DTYPES.values()):
+        raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
+    check_model_folder(model)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model,
+            **{"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})},
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
+    if info["missing_keys"]:
+        # transformers would go on with random values in their place.
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
+            + (", …" if len(missing) > 5 else "")
+        )
+    return loaded
+
+
+def load_tokenizer(
+    model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        CheckpointError: the folder is missing or holds no tokenizer.
+    """
+    check_model_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"No tokenizer loads from {model}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether `path` is a local folder with an adapter in PEFT's format."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether `path` is a local folder with a tokenizer."""
+    return (Path(path) / "tokenizer_config.json").is_file()
+
+
+def base_model_of(adapter: str | Path) -> str:
+    """The base model that an adapter folder names.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
+        raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
+    return config["base_model_name_or_path"]
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_model_folder(model: str | Path) -> None:
+    """Tell a folder that is missing or holds no model from a hub name, before the network is asked.
+
+    Raises:
+        CheckpointError: saying which.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        what = "an adapter; its base model is expected here" if is_adapter_folder(path) else "no config.json"
+        raise CheckpointError(f"{model} holds {what}. Expected a folder saved by transformers' save_pretrained.")
+    # A hub name is `name` or `owner/name`; anything else can only be a path.
+    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
+    if looks_local and not path.exists():
+        raise CheckpointError(f"{model}: there is no such folder.")

@@ -1,0 +1,159 @@
+"""The command `theodora`: finds the subcommand, imports that one alone, and turns errors into messages."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from theodora.errors import TheodoraError
+
+# Heading -> command -> (module, one-line summary). A module has `add_arguments(parser)` and `run(args) -> exit code`;
+# one that sets PASSES_OPTIONS_ON gets the arguments that its parser does not know in `args.other_options`.
+COMMANDS = {
+    "Train": {
+        "train": ("theodora.cli.train", "fine-tune a model on your data with DoRA or LoRA"),
+        "demo": ("theodora.cli.demo", "see the whole method at work on a small model, in minutes"),
+    },
+    "Look": {
+        "evaluate": ("theodora.cli.evaluate", "score a model or adapter on a file: loss, exact match"),
+        "chat": ("theodora.cli.chat", "talk to base and adapted model side by side"),
+        "info": ("theodora.cli.info", "say what an adapter is, and how far it has moved"),
+    },
+    "Ship": {
+        "merge": ("theodora.cli.merge", "write a plain model folder that any engine loads"),
+    },
+}
+_MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
+_SUMMARIES = {name: summary for group in COMMANDS.values() for name, (_, summary) in group.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors name the nearest real flag, and that knows `--max_steps` as `--max-steps`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, add_help=False, **kwargs)
+        options = self.add_argument_group("This command")
+        options.add_argument("-h", "--help", action="help", help="show this help and exit")
+        options.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse what is known, and give the rest back."""
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_with_hyphens(arg) for arg in args], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, not the whole usage, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
+
+    def unknown(self, arguments: list[str]) -> NoReturn:
+        """Exit for arguments that no option takes."""
+        self.error(
+            "; ".join(self._describe(argument) for argument in arguments if argument.startswith("-"))
+            or f"unexpected argument {arguments[0]!r}"
+        )
+
+    def _describe(self, argument: str) -> str:
+        flag = argument.split("=")[0]
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"unknown option {flag}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for failures, 2 for usage, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = argv[:1] == ["--debug"]
+    argv = argv[debug:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from theodora import __version__
+
+        print(f"theodora {__version__}")
+        return 0
+    name = argv[0]
+    if name not in _MODULES:
+        close = difflib.get_close_matches(name, _MODULES, n=1)
+        return _fail(
+            f"There is no command {name!r}"
+            + (f": did you mean {close[0]}?" if close else ".")
+            + " See theodora --help.",
+            2,
+        )
+    try:
+        args = _parse(name, argv[1:])
+    except SystemExit as stop:  # argparse ends so after --help and after errors
+        return int(stop.code or 0)
+    return _run(args, debug or args.debug)
+
+
+def _parse(name: str, argv: list[str]) -> argparse.Namespace:
+    module = import_module(_MODULES[name])
+    summary = _SUMMARIES[name]
+    parser = Parser(
+        prog=f"theodora {name}",
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=module.__doc__ and module.__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args, others = parser.parse_known_args(argv)
+    if getattr(module, "PASSES_OPTIONS_ON", False):
+        args.other_options = others
+    elif others:
+        parser.unknown(others)
+    args.run = module.run
+    return args
+
+
+def _run(args: argparse.Namespace, debug: bool) -> int:
+    try:
+        return args.run(args)
+    except TheodoraError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "Interrupted.", 130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; Python would complain again when it flushes at exit.
+        sys.stdout = None
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where it happened.", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    from theodora.cli.console import stderr
+
+    stderr().print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, _MODULES))
+    lines = [
+        "usage: theodora COMMAND ...",
+        "",
+        "Exact, fast LoRA and DoRA fine-tuning of language models, from data to a merged model.",
+    ]
+    for heading, commands in COMMANDS.items():
+        lines += ["", f"{heading}:", *(f"  {name:{width}}  {summary}" for name, (_, summary) in commands.items())]
+    return "\n".join([*lines, "", "theodora COMMAND --help says more; theodora --version says which this is."])
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--max_steps=10` -> `--max-steps=10`; TRL's and transformers' users write either."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""`theodora train`: a YAML file and flags -> TrainConfig -> train.
+
+example:
+  theodora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output runs/first
+  theodora train --config recipe.yaml --learning-rate 2e-4
+
+A flag goes before the file, and the file before the default. Any other field of TRL's SFTConfig works as well,
+in the file and as a flag: --optim adafactor --neftune-noise-alpha 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from theodora.cli.arguments import add_field, other_options
+from theodora.config import AdapterConfig, TrainConfig
+from theodora.errors import ConfigError
+
+PASSES_OPTIONS_ON = True
+
+GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "What": (TrainConfig, ("model", "data", "output")),
+    "Adapter": (
+        AdapterConfig,
+        (
+            "method",
+            "rank",
+            "alpha",
+            "rslora",
+            "dropout",
+            "targets",
+            "exclude",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "init",
+            "adapter_dtype",
+        ),
+    ),
+    "Data": (
+        TrainConfig,
+        ("eval_data", "held_out", "train_on", "use_chat_template", "max_length", "packing"),
+    ),
+    "Optimization": (
+        TrainConfig,
+        (
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "bf16",
+            "gradient_checkpointing",
+            "seed",
+        ),
+    ),
+    "Logging, evaluation, checkpoints": (
+        TrainConfig,
+        (
+            "logging_steps",
+            "eval_steps",
+            "per_device_eval_batch_size",
+            "early_stopping_patience",
+            "save_steps",
+            "save_total_limit",
+            "report_to",
+            "resume",
+            "overwrite",
+        ),
+    ),
+    "Model loading": (TrainConfig, ("trust_remote_code", "revision")),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every option of a run."""
+    for heading, (config_class, names) in GROUPS.items():
+        group = parser.add_argument_group(heading)
+        if heading == "What":
+            group.add_argument("--config", metavar="FILE", help="YAML file with any of these options, by name")
+        for name in names:
+            if name == "resume":
+                _add_resume(group)
+            else:
+                add_field(group, config_class, name)
+
+
+def _add_resume(group: argparse._ArgumentGroup) -> None:
+    """`--resume` alone means the newest whole checkpoint."""
+    from theodora.cli.arguments import field_help
+
+    help_text = field_help(TrainConfig, "resume")
+    group.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER", default=argparse.SUPPRESS, help=help_text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train."""
+    config = read_config(args)
+    from theodora.cli.console import stdout
+    from theodora.train import train
+
+    train(config, console=stdout())
+    return 0
+
+
+def read_config(args: argparse.Namespace) -> TrainConfig:
+    """Merge flags over the file over the defaults.
+
+    Raises:
+        ConfigError: naming every option that makes no sense.
+    """
+    given = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "run", "other_options")}
+    try:
+        given |= other_options(args.other_options)
+    except ValueError as error:
+        raise ConfigError(f"{error}. See theodora train --help.") from error
+    from_file = read_yaml(args.config) if args.config else {}
+    return TrainConfig.from_options(_merge(from_file, given))
+
+
+def _merge(file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags take the place of what the file says, under `trainer` too."""
+    trainer = file.get("trainer")
+    if isinstance(trainer, dict):
+        file = {**file, "trainer": {name: value for name, value in trainer.items() if name not in flags}}
+    # Only one of the two says whether to go on or to start over, and a file may be the record of either.
+    if flags.get("overwrite"):
+        file = {**file, "resume": None}
+    if flags.get("resume"):
+        file = {**file, "overwrite": False}
+    return {**file, **flags}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file of options; hyphens in names count as underscores.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} holds {type(options).__name__}; expected lines of the form `name: value`.")
+    return {str(name).replace("-", "_"): value for name, value in options.items()}

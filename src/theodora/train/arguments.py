@@ -1,0 +1,168 @@
+"""`TrainConfig` -> `trl.SFTConfig`, and what the hardware decides."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import SFTConfig
+
+from theodora.config import OPTION_NAMES, TrainConfig, coerce
+from theodora.errors import ConfigError, bullet_list
+
+# Fields of SFTConfig that cannot do here what their name says, and what does it instead.
+_ELSEWHERE = {
+    "dataset_text_field": "call the column `text`",
+    "dataset_kwargs": "rows are tokenised before TRL sees them",
+    "push_to_hub": "upload the finished folder with `hf upload`",
+}
+# What people who know other tools write.
+_OTHER_WORDS = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+    "target_modules": "targets",
+    "use_dora": "method",
+    "use_rslora": "rslora",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset_name": "data",
+    "datasets": "data",
+    "eval_dataset": "eval_data",
+    "val_set_size": "held_out",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+}
+
+
+def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+    """TRL's configuration of this run, whose precision is still to be chosen (`choose_precision`).
+
+    Args:
+        config: the run.
+        checkpoints: the folder for the trainer's checkpoints.
+
+    Raises:
+        ConfigError: naming every field that TRL does not have, or refuses.
+    """
+    other = _checked(config.trainer)
+    _check_reporters(config)
+    evaluates = config.eval_data is not None or config.held_out != 0
+    stops_early = config.early_stopping_patience is not None
+    prepares = config.packing or other.get("shuffle_dataset") or other.get("eval_packing")
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "run_name": Path(config.output).name,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": False,
+        "seed": config.seed,
+        # Rows are cut already, and TRL refuses a limit that it would not enforce.
+        "max_length": None if other.get("padding_free") and not config.packing else config.max_length,
+        "packing": config.packing,
+        # Tokenised rows need nothing more of TRL's preparation, unless they are packed or shuffled.
+        "dataset_kwargs": None if prepares else {"skip_prepare_dataset": True},
+        "logging_steps": config.logging_steps,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": config.eval_steps,
+        "eval_on_start": evaluates and config.resume is None,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.save_total_limit,
+        "load_best_model_at_end": stops_early,
+        "metric_for_best_model": "loss" if stops_early else None,
+        "restore_callback_states_from_checkpoint": stops_early,
+        "report_to": list(config.report_to) or "none",
+        # A loss of NaN ends the run; the filter would hide it.
+        "logging_nan_inf_filter": False,
+        "log_level": "error",
+        "disable_tqdm": True,
+    }
+    # transformers 5.20 renamed the field and warns about the old name.
+    names = {f.name for f in fields(SFTConfig)}
+    values["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = bool(
+        config.gradient_checkpointing
+    )
+    try:
+        return SFTConfig(**values | other)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"TRL refuses the training configuration: {error}") from error
+
+
+def _checked(trainer: Any) -> dict[str, Any]:
+    """The values for SFTConfig's own fields, in their types."""
+    hints = get_type_hints(SFTConfig)
+    known = [f.name for f in fields(SFTConfig) if f.init]
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in trainer.items():
+        if name not in known:
+            problems.append(f"there is no option {name}{_nearest(name, [*known, *OPTION_NAMES])}")
+        elif name in _ELSEWHERE and value:
+            problems.append(f"{name} has no effect here: {_ELSEWHERE[name]}")
+        else:
+            try:
+                values[name] = coerce(value, hints[name])
+            except ValueError as error:
+                problems.append(f"{name} is {value!r}; expected {error}")
+    if problems:
+        raise ConfigError("The options make no sense:" + bullet_list(problems))
+    return values
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    if name in _OTHER_WORDS:
+        return f"; it is called {_OTHER_WORDS[name]} here"
+    close = difflib.get_close_matches(name, names, n=2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _check_reporters(config: TrainConfig) -> None:
+    unknown = [name for name in config.report_to if name not in (*INTEGRATION_TO_CALLBACK, "all")]
+    if unknown:
+        raise ConfigError(f"report_to is {', '.join(unknown)}; expected some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+
+
+def choose_precision(config: TrainConfig, arguments: SFTConfig) -> tuple[str, bool]:
+    """The dtype to load the base model in, and whether bf16 is wanted; sets the trainer's autocast to match.
+
+    Adapters are float32 beside a base model of any dtype and do the casts themselves, so no autocast is needed. Modules
+    that are trained in full are weights of the base model: bfloat16 would swallow their small updates, so there the
+    model is float32, under autocast.
+    """
+    trains_base_weights = bool(config.adapter.modules_to_save)
+    if arguments.fp16:
+        return "float32" if trains_base_weights else "float16", False
+    bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16
+    arguments.bf16 = bf16 and trains_base_weights
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
+    return "bfloat16" if bf16 and not trains_base_weights else "float32", bf16
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type in ("xpu", "npu", "hpu")

@@ -1,0 +1,132 @@
+"""README.md of an adapter: what it was trained on, how, what came out, and how to use it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+import theodora
+from theodora.adapters.atomic import atomic_write
+from theodora.config import TrainConfig
+from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
+from theodora.train.progress import as_size, as_time
+from theodora.train.report import Plan, describe_adapter, describe_modules, device_name, next_commands, result_rows
+from theodora.train.result import TrainResult
+
+_LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors")
+
+
+def write_card(plan: Plan, result: TrainResult) -> None:
+    """Write the model card into the run's folder."""
+    with atomic_write(result.output / CARD_FILE) as file:
+        file.write_text(model_card(plan, result), encoding="utf-8")
+
+
+def model_card(plan: Plan, result: TrainResult) -> str:
+    """The card as Markdown, with the metadata that the Hugging Face hub reads."""
+    config = plan.config
+    name = Path(config.output).resolve().name
+    sections = [
+        _metadata(config),
+        f"# {name}\n\n{describe_adapter(config)}: an adapter for `{config.model}`, trained with "
+        f"[Theodora](https://pypi.org/project/theodora) {theodora.__version__}.",
+        _results(result),
+        _data(plan),
+        _settings(plan),
+        _usage(config),
+        _versions(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(config: TrainConfig) -> str:
+    method = config.adapter.method
+    metadata: dict[str, object] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [method, "lora", "theodora"] if method != "lora" else ["lora", "theodora"],
+    }
+    # The hub only accepts names of its own here.
+    if not Path(config.model).exists():
+        metadata["base_model"] = config.model
+    return "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---"
+
+
+def _results(result: TrainResult) -> str:
+    rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
+    table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
+    return f"## Results\n\n{table}\n\nLosses are means per predicted token, in nats.\n\n![Loss curve]({FIGURE_FILE})"
+
+
+def _data(plan: Plan) -> str:
+    config = plan.config
+    held_out = f"{plan.held_out_rows:,} rows" + (
+        f" from `{config.eval_data}`" if config.eval_data else " of the same file, none of them trained on"
+    )
+    learned = "completions and assistant turns" if config.train_on == "completion" else "all tokens"
+    return (
+        f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {plan.rows:,} rows, {plan.tokens:,} tokens.\n"
+        f"- Loss on {learned}: {plan.learned:,} tokens.\n"
+        f"- Held out: {held_out if plan.held_out_rows else 'none'}."
+    )
+
+
+def _settings(plan: Plan) -> str:
+    config = plan.config
+    options = {k: v for k, v in config.to_options().items() if v not in (None, [], {}, False)}
+    shown = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name not in ("data", "output")]
+    return (
+        "## Training\n\n"
+        f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), {describe_modules(plan.modules)}.\n"
+        f"- {plan.steps:,} steps of {plan.rows_per_step:,} rows ({plan.epochs:.2g} epochs), base model in {plan.dtype} "
+        f"on {device_name(plan.device)}.\n\n"
+        "`config.yaml` holds every setting; `theodora train --config config.yaml --overwrite` runs it again.\n\n"
+        "| setting | value |\n|---|---|\n" + "\n".join(shown)
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def _usage(config: TrainConfig) -> str:
+    name = Path(config.output).resolve().name
+    commands = "\n".join(next_commands(config))
+    return f"""## Use
+
+```bash
+{commands}
+```
+
+With Theodora:
+
+```python
+from transformers import AutoModelForCausalLM
+from theodora import load_adapter
+
+model = load_adapter(AutoModelForCausalLM.from_pretrained("{config.model}"), "{name}")
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.model}"), "{name}")
+```"""
+
+
+def _versions() -> str:
+    found = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    return f"## Versions\n\ntheodora {theodora.__version__}, {found}, Python {platform.python_version()}."
+
+
+def summary_line(plan: Plan, result: TrainResult) -> str:
+    """One line for the title of the loss curve."""
+    return f"{describe_adapter(plan.config)} · {plan.steps:,} steps · {as_time(result.seconds)} · {as_size(result.peak_memory)}"

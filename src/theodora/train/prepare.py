@@ -1,0 +1,137 @@
+"""From a configuration to rows, a tokenizer and a model with an adapter, ready to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig
+
+from theodora.adapters import inject_adapter
+from theodora.adapters.models import load_model, load_tokenizer
+from theodora.config import TrainConfig
+from theodora.data import (
+    Examples,
+    fallback_chat_template,
+    load_examples,
+    packing_is_safe,
+    split_examples,
+    tokenize,
+)
+from theodora.errors import ConfigError
+from theodora.train.arguments import choose_precision
+
+_HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
+_LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
+
+
+@dataclass
+class Prepared:
+    """Everything that training needs."""
+
+    config: TrainConfig
+    """With every choice made."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train_examples: Examples
+    train_rows: Dataset
+    held_out_rows: Dataset | None
+    dtype: str
+    notes: list[str]
+
+
+def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
+    """Load and check everything; what fails fast comes first.
+
+    Raises:
+        DataError: a data file cannot be used.
+        ConfigError: the configuration does not fit the data or the model.
+        CheckpointError: the model cannot be loaded.
+    """
+    notes: list[str] = []
+    examples = load_examples(config.data)
+    config, training, held_out = _split(config, examples, notes)
+    tokenizer = _load_tokenizer(config, arguments, training)
+    train_rows = _tokenize(config, training, tokenizer, notes)
+    held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
+    dtype, bf16 = choose_precision(config, arguments)
+    model = load_model(
+        config.model,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
+    )
+    arguments.model_init_kwargs = None
+    config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
+    if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
+        raise ConfigError(
+            f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
+            "other. Train without packing."
+        )
+    # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
+    set_seed(config.seed)
+    inject_adapter(model, config.adapter)
+    return Prepared(config, model, tokenizer, training, train_rows, held_out_rows, dtype, notes)
+
+
+def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:
+    """Rows to train on, and rows held out; the configuration names the number of rows from then on."""
+    if config.eval_data is not None:
+        return config, examples, load_examples(config.eval_data)
+    wanted = config.held_out
+    if wanted is None:
+        wanted = min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * len(examples)))) if len(examples) > 1 else 0
+    try:
+        training, held_out = split_examples(examples, wanted, config.seed)
+    except ConfigError:
+        if config.held_out is not None:
+            raise
+        notes.append("no rows are held out: the rows are copies of one another")
+        wanted, training, held_out = 0, examples, None
+    return replace(config, held_out=wanted), training, held_out if wanted else None
+
+
+def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token is {arguments.eos_token!r}, which the tokenizer of {config.model} does not have"
+            )
+        tokenizer.eos_token = arguments.eos_token
+    if arguments.chat_template_path is not None:
+        path = Path(arguments.chat_template_path)
+        if not path.is_file():
+            raise ConfigError(f"chat_template_path is {path}; expected a file with a Jinja template")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        arguments.chat_template_path = None
+    conversational = not isinstance(examples.dataset[0].get("prompt", examples.dataset[0].get("text", [])), str)
+    if conversational and tokenizer.chat_template is None and config.use_chat_template is None:
+        # Saved with the adapter, so that whoever prompts the model does it the same way.
+        tokenizer.chat_template = fallback_chat_template(tokenizer)
+    return tokenizer
+
+
+def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Dataset:
+    rows = tokenize(
+        examples,
+        tokenizer,
+        max_length=config.max_length,
+        use_chat_template=config.use_chat_template,
+        train_on=config.train_on,
+    )
+    # The first part says how many rows and tokens there are, which the panel shows by itself.
+    notes += [note.rstrip(".") for note in rows.info.description.split("; ")[1:] if note.rstrip(".") not in notes]
+    return rows
+
+
+def _recompute(config: TrainConfig, model: PreTrainedModel, notes: list[str]) -> bool:
+    if config.gradient_checkpointing is not None:
+        return config.gradient_checkpointing
+    large = model.num_parameters() >= _LARGE_MODEL
+    if large:
+        notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
+    return large

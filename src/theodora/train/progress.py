@@ -1,0 +1,170 @@
+"""The live view of a run: two lines at the foot of a terminal, or a line now and then in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SMOOTHING = 0.9  # weight of the past in the loss that is shown
+_SECONDS_BETWEEN_LINES = 10  # where the output is no terminal
+
+
+class ProgressView(TrainerCallback):
+    """Shows step, loss, held-out loss, learning rate, tokens/s, memory and time left while a run goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.loss: float | None = None
+        self.eval_loss: float | None = None
+        self.learning_rate: float | None = None
+        self.tokens_per_second: float | None = None
+        self.seconds_per_step: float | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), MofNCompleteColumn(), expand=True
+        )
+        self._task = self._bar.add_task("Training", total=None)
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+        self._weight = 0.0
+        self._tokens = 0
+        self._busy = 0.0
+        self._all_tokens, self._all_busy = 0, 0.0
+        self._last_line = 0.0
+        self._eval_steps = 0
+
+    def __enter__(self) -> ProgressView:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._first_step, self._started = state.global_step, time.monotonic()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Note when the step began."""
+        self._step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Advance the bar."""
+        now = time.monotonic()
+        self._busy += now - self._step_started
+        self.seconds_per_step = (now - self._started) / (state.global_step - self._first_step)
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Count the batches of an evaluation."""
+        self._eval_steps += 1
+        total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else "?"
+        self._bar.update(self._task, description=f"Evaluating {self._eval_steps}/{total}")
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Go back to training."""
+        self._eval_steps = 0
+        self._bar.update(self._task, description="Training")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the figures over."""
+        logs = logs or {}
+        if "loss" in logs:
+            # Corrected as in Adam, so that the first value is the first loss.
+            self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+            self.loss = (self.loss or 0.0) + (logs["loss"] - (self.loss or 0.0)) * (1 - _SMOOTHING) / self._weight
+            self.learning_rate = logs["learning_rate"]
+            if self._busy:
+                self.tokens_per_second = (logs["num_tokens"] - self._tokens) / self._busy
+            self._all_tokens += logs["num_tokens"] - self._tokens
+            self._all_busy += self._busy
+            self._tokens, self._busy = logs["num_tokens"], 0.0
+        if "eval_loss" in logs:
+            self.eval_loss = logs["eval_loss"]
+        if not self.console.is_terminal and ("loss" in logs or "eval_loss" in logs):
+            self._print_line(state, due="eval_loss" in logs)
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """Tokens over the time spent in optimizer steps."""
+        return self._all_tokens / self._all_busy if self._all_busy else 0.0
+
+    def count_tokens_from(self, tokens: int) -> None:
+        """Set how many tokens a resumed run had seen, so that the first rate is right."""
+        self._tokens = tokens
+
+    def _print_line(self, state: TrainerState, due: bool) -> None:
+        now = time.monotonic()
+        if due or now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            figures = "  ".join(f"{name} {value}" for name, value in self._figures(state.max_steps - state.global_step))
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", soft_wrap=True)
+
+    def _figures(self, steps_left: int) -> list[tuple[str, str]]:
+        found: list[tuple[str, str | None]] = [
+            ("loss", self.loss and f"{self.loss:.4f}"),
+            ("held-out", self.eval_loss and f"{self.eval_loss:.4f}"),
+            ("lr", f"{self.learning_rate:.1e}" if self.learning_rate is not None else None),
+            ("tokens/s", self.tokens_per_second and f"{self.tokens_per_second:,.0f}"),
+            ("memory", as_size(peak_memory()) if peak_memory() else None),
+            ("left", self.seconds_per_step and as_time(self.seconds_per_step * steps_left)),
+        ]
+        return [(name, value) for name, value in found if value]
+
+    def _render(self) -> Group:
+        task = self._bar.tasks[0]
+        figures = Table.grid(padding=(0, 3, 0, 0))
+        steps_left = int((task.total or 0) - task.completed)
+        figures.add_row(
+            *(Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in self._figures(steps_left))
+        )
+        return Group(self._bar, figures)
+
+
+def as_time(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def as_size(size: float) -> str:
+    """`3.1 GB` or `120 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held so far: of the GPU if there is one, else of main memory; 0 if unknown."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return _peak_rss()
+
+
+def _peak_rss() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def shorten(path: str | Path, length: int = 60) -> str:
+    """A path with its beginning cut off if it is long."""
+    text = str(path)
+    return text if len(text) <= length else "…" + text[1 - length :]

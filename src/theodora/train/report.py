@@ -1,0 +1,147 @@
+"""What a run says before it begins and when it is done."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from theodora.config import TrainConfig
+from theodora.train.progress import as_size, as_time, shorten
+from theodora.train.result import TrainResult
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen, in figures."""
+
+    config: TrainConfig
+    model: PreTrainedModel
+    device: torch.device
+    dtype: str
+    modules: Sequence[str]
+    """Paths of the adapted modules."""
+    trainable: int
+    total: int
+    data_format: str
+    rows: int
+    tokens: int
+    learned: int
+    """Tokens that count in the loss."""
+    held_out_rows: int
+    steps: int
+    rows_per_step: int
+    epochs: float
+    warmup_steps: int
+    resume_at: int | None
+    notes: Sequence[str]
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print the panel before training."""
+    config, adapter = plan.config, plan.config.adapter
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    grid.add_row("Model", f"{shorten(config.model)}  {plan.total - plan.trainable:,} parameters")
+    grid.add_row("", f"{plan.dtype} on {device_name(plan.device)}")
+    grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
+    if adapter.modules_to_save:
+        grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
+    grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")
+    grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
+    grid.add_row("", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
+    held_out = f"{plan.held_out_rows:,} rows" + (f" of {config.eval_data}" if config.eval_data else "")
+    grid.add_row("Held out", held_out if plan.held_out_rows else "none")
+    grid.add_row("Steps", f"{plan.steps:,} of {plan.rows_per_step:,} rows, {plan.epochs:.2g} epochs")
+    if plan.resume_at is not None:
+        grid.add_row("", f"going on from step {plan.resume_at:,}")
+    grid.add_row(
+        "Learning rate", f"{config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {plan.warmup_steps} steps"
+    )
+    grid.add_row("Output", shorten(config.output))
+    for note in plan.notes:
+        grid.add_row(Text("Note", style="yellow"), note)
+    console.print(Panel(grid, title="[bold]theodora train", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def print_result(console: Console, result: TrainResult, config: TrainConfig, notes: Sequence[str]) -> None:
+    """Print the table after training, and what can be done next."""
+    table = Table(box=box.SIMPLE_HEAD, title="[bold]Result", title_justify="left", pad_edge=False)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, before, after in result_rows(result):
+        table.add_row(name, before, after)
+    console.print()
+    console.print(table)
+    console.print(
+        f"{result.steps:,} steps in {as_time(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, "
+        f"peak memory {as_size(result.peak_memory)}",
+    )
+    for note in notes:
+        console.print(Text.assemble(("Note: ", "yellow"), note))
+    console.print(
+        f"\nThe adapter is in [bold]{result.output}[/] (model card, metrics and loss curve beside it). Next:\n"
+    )
+    for command in next_commands(config):
+        console.print(f"  [cyan]{command}[/]", soft_wrap=True)
+
+
+def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
+    """Figure, before, after."""
+    rows = []
+    if result.eval_loss is not None:
+        before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
+        rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
+    return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
+
+
+def next_commands(config: TrainConfig) -> list[str]:
+    """Commands for someone who has just trained this adapter."""
+    output = shlex.quote(config.output)
+    data = shlex.quote(config.eval_data or config.data)
+    return [
+        f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data {data}",
+        f"theodora chat {output}",
+        f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}",
+    ]
+
+
+def resume_command(output: Path) -> str:
+    """The command that goes on from a run's newest checkpoint."""
+    return f"theodora train --config {shlex.quote(str(output / 'config.yaml'))} --resume"
+
+
+def describe_adapter(config: TrainConfig) -> str:
+    """`DoRA rank 8, alpha 16`."""
+    adapter = config.adapter
+    method = {"dora": "DoRA", "lora": "LoRA"}[adapter.method]
+    parts = [f"{method} rank {adapter.rank}, alpha {adapter.alpha:g}"]
+    parts += ["rsLoRA"] if adapter.rslora else []
+    parts += [f"dropout {adapter.dropout:g}"] if adapter.dropout else []
+    parts += [f"init {adapter.init}"] if adapter.init != "default" else []
+    return ", ".join(parts)
+
+
+def describe_modules(paths: Sequence[str]) -> str:
+    """`210 modules: q_proj, k_proj, …`."""
+    kinds = Counter(path.rpartition(".")[2] for path in paths)
+    return f"{len(paths)} modules: {', '.join(kinds)}" if len(kinds) <= 8 else f"{len(paths)} modules"
+
+
+def device_name(device: torch.device) -> str:
+    """`cuda (NVIDIA H100)` or `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

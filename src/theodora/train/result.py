@@ -1,0 +1,40 @@
+"""What a run comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """The outcome of `train`. Losses are means per predicted token, in nats."""
+
+    output: Path
+    """The folder that holds the adapter and its record."""
+    steps: int
+    """Optimizer steps taken, those before a resume included."""
+    train_loss: float
+    """Mean training loss over the last tenth of the steps."""
+    eval_loss_before: float | None
+    """Held-out loss before training; None without held-out rows."""
+    eval_loss: float | None
+    """Held-out loss of the adapter that was saved; None without held-out rows."""
+    trainable_parameters: int
+    """How many numbers were trained."""
+    total_parameters: int
+    """How many numbers the model has, the adapter's included."""
+    tokens: int
+    """Tokens seen, prompts included, padding not."""
+    seconds: float
+    """Time of training and evaluation, without loading; since the resume, if there was one."""
+    tokens_per_second: float
+    """Tokens over the time spent in optimizer steps, evaluation and saving left out."""
+    peak_memory: int
+    """Most bytes held: of the GPU if there is one, else of main memory."""
+    model: PreTrainedModel = field(repr=False)
+    """The model with its adapter, in eval mode."""
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    """Its tokenizer."""

@@ -1,0 +1,266 @@
+"""`train`: a configuration in, a folder with an adapter and its record out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig
+
+from theodora.adapters import save_adapter
+from theodora.adapters.atomic import atomic_write
+from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.config import TrainConfig
+from theodora.errors import ConfigError, TheodoraError
+from theodora.train import checkpoints as files
+from theodora.train.arguments import sft_arguments
+from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt, StopWhenDiverged, read_metrics
+from theodora.train.card import summary_line, write_card
+from theodora.train.figure import draw_losses
+from theodora.train.movement import check_moved, fingerprints
+from theodora.train.prepare import Prepared, prepare
+from theodora.train.progress import ProgressView, peak_memory
+from theodora.train.quiet import quiet_libraries
+from theodora.train.report import Plan, print_plan, print_result, resume_command
+from theodora.train.result import TrainResult
+from theodora.train.trainer import AdapterTrainer, restored_afterwards
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the message says how to go on."""
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+    """Train an adapter and write it, with its record, into `config.output`.
+
+    The folder then holds the adapter in PEFT's files, the tokenizer, README.md (the model card), metrics.jsonl,
+    loss.png, config.yaml (with every choice made) and checkpoints/.
+
+    Example:
+        `result = train(TrainConfig(model="gpt2", data="train.jsonl", output="runs/first", max_steps=100))`
+
+    Args:
+        config: the run.
+        console: where progress and results are shown. Default: standard output; `Console(quiet=True)` shows nothing.
+
+    Returns:
+        The figures of the run, and the trained model.
+
+    Raises:
+        ConfigError: the configuration makes no sense for this model, data or output folder. Nothing was trained.
+        DataError: the data cannot be used. Nothing was trained.
+        CheckpointError: a model or checkpoint cannot be read, or a file not written.
+        TheodoraError: the run diverged, ran out of memory, or left part of the adapter untrained.
+        TrainingInterrupted: Ctrl-C. A checkpoint was saved, and the message says how to resume.
+    """
+    output = Path(config.output)
+    arguments = sft_arguments(config, output / files.CHECKPOINTS)
+    console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
+    files.check_output(output, overwrite=config.overwrite, resume=config.resume is not None)
+    checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
+    PartialState().wait_for_everyone()  # no process writes before all have looked
+    with quiet_libraries():
+        with console.status("Loading the data and the model …"):
+            prepared = prepare(config, arguments)
+        with restored_afterwards(prepared.model), _explained_memory_errors():
+            return _train(prepared, arguments, checkpoint, console)
+
+
+def _train(prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console) -> TrainResult:
+    output = Path(prepared.config.output)
+    tensors = trained_tensors(prepared.model)
+    before = fingerprints(tensors)
+    files.check_space(
+        output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
+    )
+    view, interrupt, updates = ProgressView(console), StopOnInterrupt(), CountUpdates()
+    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), interrupt, updates, view])
+    plan = _plan(prepared, trainer, checkpoint)
+    if checkpoint is not None:
+        _check_resume(plan, checkpoint)
+        trainer._total_train_tokens = _tokens_at(checkpoint)
+        view.count_tokens_from(trainer._total_train_tokens)
+    print_plan(console, plan)
+    if arguments.should_save:
+        _begin_record(prepared.config, output, checkpoint)
+    metrics_file = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at) if arguments.should_save else None
+    if metrics_file is not None:
+        # First, so that the line of a diverged step is written before the run ends over it.
+        trainer.callback_handler.callbacks.insert(0, metrics_file)
+    started = time.monotonic()
+    try:
+        _run(trainer, checkpoint, interrupt, view, output)
+    finally:
+        if metrics_file is not None:
+            metrics_file.close()
+    seconds = time.monotonic() - started
+    resting = check_moved(tensors, before, updates.count)
+    notes = (
+        [f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …"]
+        if resting
+        else []
+    )
+    result = _result(prepared, plan, trainer, view, seconds)
+    if arguments.should_save:
+        save_adapter(prepared.model, output)
+        prepared.tokenizer.save_pretrained(output)
+        draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
+        write_card(plan, result)
+    print_result(console, result, prepared.config, notes)
+    return result
+
+
+def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
+    config = prepared.config
+    if prepared.held_out_rows is None:
+        arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.NO, False
+    if config.early_stopping_patience is not None:
+        callbacks = [EarlyStoppingCallback(config.early_stopping_patience), *callbacks]
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(arguments, name):
+            setattr(arguments, name, bool(config.gradient_checkpointing))
+    # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    try:
+        return AdapterTrainer(
+            model=prepared.model,
+            args=arguments,
+            train_dataset=prepared.train_rows,
+            eval_dataset=prepared.held_out_rows,
+            processing_class=prepared.tokenizer,
+            callbacks=callbacks,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"TRL refuses this run: {error}") from error
+
+
+def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) -> Plan:
+    arguments, model = trainer.args, prepared.model
+    rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    batches = math.ceil(len(trainer.train_dataset) / (arguments.per_device_train_batch_size * arguments.world_size))
+    steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    labels = prepared.train_rows["labels"]
+    return Plan(
+        config=prepared.config,
+        model=model,
+        device=arguments.device,
+        dtype=prepared.dtype,
+        modules=list(adapter_layers(model)),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=model.num_parameters(),
+        data_format=prepared.train_examples.format,
+        rows=len(prepared.train_rows),
+        tokens=sum(map(len, labels)),
+        learned=sum(label != -100 for row in labels for label in row),
+        held_out_rows=len(prepared.held_out_rows) if prepared.held_out_rows is not None else 0,
+        steps=steps,
+        rows_per_step=rows_per_step,
+        epochs=steps / steps_per_epoch,
+        warmup_steps=arguments.get_warmup_steps(steps),
+        resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
+        notes=[*prepared.notes, *_device_notes()],
+    )
+
+
+def _device_notes() -> list[str]:
+    count, processes = torch.cuda.device_count(), PartialState().num_processes
+    if count > processes:
+        return [f"{processes} of {count} GPUs at work; torchrun --nproc-per-node {count} -m theodora train … uses all"]
+    return []
+
+
+def _check_resume(plan: Plan, checkpoint: Path) -> None:
+    if plan.resume_at is not None and plan.resume_at >= plan.steps:
+        raise ConfigError(
+            f"{checkpoint} already holds all {plan.steps} steps of this run. Raise max_steps or num_train_epochs to go on."
+        )
+
+
+def _tokens_at(checkpoint: Path) -> int:
+    history = files.read_state(checkpoint).get("log_history", [])
+    return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
+
+
+def _begin_record(config: TrainConfig, output: Path, checkpoint: Path | None) -> None:
+    """Clear what is to be overwritten, and write down how to run this again."""
+    if config.overwrite:
+        files.clear_run(output)
+    files.clear_partial(output / files.CHECKPOINTS)
+    options = config.to_options() | {"overwrite": False, "resume": None}
+    command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
+    head = f"# Every setting of this run. To run it again: {command}\n"
+    with atomic_write(output / files.CONFIG_FILE) as file:
+        file.write_text(head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _run(
+    trainer: AdapterTrainer, checkpoint: Path | None, interrupt: StopOnInterrupt, view: ProgressView, output: Path
+) -> None:
+    """Train, and turn Ctrl-C into a checkpoint and a message."""
+    try:
+        with interrupt.listening(), view:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        if interrupt.in_evaluation and trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model_wrapped, None)
+        raise TrainingInterrupted(_interrupted(output)) from None
+    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingInterrupted(_interrupted(output))
+
+
+def _interrupted(output: Path) -> str:
+    newest = files.newest_checkpoint(output)
+    if newest is None:
+        return "Interrupted before the first checkpoint; nothing was kept to resume from."
+    return f"Interrupted. {newest} is whole. Go on with:\n\n  {resume_command(output)}\n"
+
+
+@contextmanager
+def _explained_memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TheodoraError(
+            f"Out of memory: {str(error).splitlines()[0]}\nLower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps by as much), lower max_length, or turn gradient_checkpointing on."
+        ) from error
+
+
+def _result(prepared: Prepared, plan: Plan, trainer: AdapterTrainer, view: ProgressView, seconds: float) -> TrainResult:
+    state = trainer.state
+    last_tenth = _mean(state.log_history, lambda line: line["step"] > state.global_step * 0.9)
+    held_out = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
+    final = held_out[-1][1] if held_out else None
+    if trainer.args.load_best_model_at_end and state.best_metric is not None:
+        final = state.best_metric
+    return TrainResult(
+        output=Path(prepared.config.output),
+        steps=state.global_step,
+        train_loss=last_tenth,
+        eval_loss_before=next((loss for step, loss in held_out if step == 0), None),
+        eval_loss=final,
+        trainable_parameters=plan.trainable,
+        total_parameters=plan.total,
+        tokens=int(trainer._total_train_tokens),
+        seconds=seconds,
+        tokens_per_second=view.mean_tokens_per_second,
+        peak_memory=peak_memory(),
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
+    )
+
+
+def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:
+    losses = [line["loss"] for line in history if "loss" in line and keep(line)]
+    return sum(losses) / len(losses) if losses else math.nan

@@ -1,0 +1,157 @@
+"""TRL's SFT trainer, corrected where an adapter or an exact record needs it."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl import SFTTrainer
+
+from theodora.adapters.atomic import atomic_directory
+from theodora.errors import ConfigError
+from theodora.layers import AdapterLayer
+
+
+class AdapterTrainer(SFTTrainer):
+    """SFTTrainer for a model that carries one of our adapters. Differences:
+
+    - An adapted output head trains: TRL computes the loss from `lm_head.weight` and would pass the adapter by.
+    - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size.
+    - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._staging: Path | None = None
+        self._eval_nats = self._eval_tokens = 0.0
+        super().__init__(*args, **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.adapts_head = isinstance(self.model.get_output_embeddings(), AdapterLayer)
+        if self.adapts_head and self.args.loss_type != "nll":
+            raise ConfigError(f"loss_type={self.args.loss_type} does not train an adapter on the output head; use nll")
+        if not self.adapts_head:
+            # The fused head scales by the tokens of all micro-batches, whatever the model's own forward accepts.
+            self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss per token; through the model's own forward if the output head is adapted."""
+        if not self.adapts_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+            counted = self.accelerator.gather_for_metrics(torch.as_tensor(tokens, device=self.args.device))
+            self._total_train_tokens += int(counted.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        inputs = {**inputs, "use_cache": False}
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Also add up the loss over tokens."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][..., 1:] != -100).sum().item()
+        if loss is not None and tokens:
+            self._eval_nats += loss.item() * tokens
+            self._eval_tokens += tokens
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Also replace the mean over batches by the mean over tokens."""
+        self._eval_nats = self._eval_tokens = 0.0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
+        nats, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        if tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
+        return output
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but biases, norms, and DoRA's magnitudes, whose decay would shrink the base weight itself."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".magnitude")]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run writes a card of its own."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would tell its makers about the run."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a hidden sibling folder that takes its final name when it is whole."""
+        if not self.args.should_save or self.args.world_size > 1:
+            # Several processes write into one folder; there is no moment at which one of them could rename it.
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
+            self._save_parts(model, trial)
+            inner = partial / folder.name
+            self._name_best_checkpoint(folder)
+            self.state.save_to_json(str(inner / "trainer_state.json"))
+            for file in inner.iterdir():
+                file.rename(partial / file.name)
+            inner.rmdir()
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _save_parts(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            # torch.save turns a full disk into a RuntimeError about its own file writer.
+            if shutil.disk_usage(self.args.output_dir).free < 2**20:
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+
+    def _name_best_checkpoint(self, current: Path) -> None:
+        """Record the best checkpoint under its final name, not that of the folder it is written to."""
+        if not self.state.best_global_step:
+            return
+        best = current.with_name(f"checkpoint-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best == current or best.is_dir() else None
+
+    @contextmanager
+    def _writing_to(self, folder: Path) -> Iterator[None]:
+        self._staging = folder
+        try:
+            yield
+        finally:
+            self._staging = None
+
+
+@contextmanager
+def restored_afterwards(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model its own forward, cache setting and mode back after training; TRL and transformers replace them."""
+    forward, use_cache = model.__dict__.get("forward"), getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.__dict__["forward"] = forward
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.eval()
