@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import shutil
 import tempfile
@@ -109,11 +110,16 @@ def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
     folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
     path = folder / "rows.arrow"
     # 100 rows a batch: a batch's text must stay under 2 GB, and rows may be whole books.
-    with ArrowWriter(path=str(path), features=reading.layout.features, writer_batch_size=100) as writer:
-        writer.write(first)
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
+    try:
+        with ArrowWriter(path=str(path), features=reading.layout.features, writer_batch_size=100) as writer:
+            writer.write(first)
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DataError(f"No space is left in {folder.parent}; set TMPDIR to a folder on a larger disk") from error
+        raise
     return Dataset.from_file(str(path))
 
 

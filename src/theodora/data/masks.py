@@ -35,8 +35,9 @@ def learned_by_extent(spans: Sequence[Span], places: Sequence[Span]) -> list[boo
 
 def straddles(spans: Sequence[Span], places: Sequence[Span]) -> bool:
     """Whether a token begins before one of the spans and ends inside it."""
-    first = {start for start, _ in spans}
-    return any(end - start > 1 and not first.isdisjoint(range(start + 1, end)) for start, end in places)
+    ends = [end for _, end in places]
+    reaching = ((start, bisect_right(ends, start)) for start, _ in spans)
+    return any(token < len(places) and places[token][0] < start for start, token in reaching)
 
 
 def learned_by_prefix(

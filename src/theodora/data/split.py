@@ -50,7 +50,7 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
 def _wanted(held_out: float | int, rows: int) -> int:
     if is_int(held_out) and 0 <= held_out < rows:
         return int(held_out)
-    if isinstance(held_out, float) and 0 <= held_out < 1 and (held_out == 0 or rows > 1):
+    if isinstance(held_out, float) and 0 <= held_out < 1 and (not held_out or rows > 1):
         return min(max(round(held_out * rows), int(held_out > 0)), rows - 1)
     raise ConfigError(
         f"held_out is {held_out!r}; expected a share of at least 0 and less than 1 (a float), or a number of rows "
