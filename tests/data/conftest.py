@@ -68,7 +68,9 @@ QWEN3 = """\
 {%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}\
 {%- if loop.index0 > ns.last and (loop.last or reasoning) %}\
 {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}\
-{%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}\
+{%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}\
+{%- for call in message.tool_calls %}{{- '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}{%- endfor %}\
+{{- '<|im_end|>\n' }}{%- endif %}\
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 # DeepSeek-R1's distillates: the generation prompt opens the reasoning, which every finished turn has lost.
@@ -77,6 +79,19 @@ DEEPSEEK = """\
 {% elif message['role'] == 'assistant' %}{% set content = message['content'] %}{% if '</think>' in content %}\
 {% set content = content.split('</think>')[-1] %}{% endif %}{{ '<|assistant|>' + content + '</s>' }}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"""
+
+# GLM-4: the next turn's token is what ends a turn.
+GLM = """\
+{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+# Qwen3.5 without thinking: the generation prompt closes the reasoning, which a row may hold all the same.
+NO_THINKING = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}\
+{% set parts = message['content'].split('</think>') %}\
+{{ '<think>\n' + (parts[0].split('<think>')[-1].strip() if parts | length > 1 else '') + '\n</think>\n\n' }}\
+{{ parts[-1].strip() + '<|im_end|>\n' }}{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"""
 
 # No token ends a turn.
 BARE = """\
@@ -97,6 +112,8 @@ TEMPLATES = {
     "mistral-last": MISTRAL_LAST,
     "qwen3": QWEN3,
     "deepseek": DEEPSEEK,
+    "glm": GLM,
+    "no-thinking": NO_THINKING,
     "bare": BARE,
     "phi3": PHI3,
 }

@@ -30,6 +30,8 @@ LEARNED = {
     # The last turn's empty reasoning comes after the generation prompt, so the model has to write it itself.
     "qwen3": ["Blue é🙂.<|im_end|>", "<think>\n\n</think>\n\nRed.<|im_end|>"],
     "deepseek": ["Blue é🙂.</s>", "Red.</s>"],
+    "glm": ["\nBlue é🙂.<|user|>", "\nRed.</s>"],
+    "no-thinking": ["Blue é🙂.<|im_end|>", "Red.<|im_end|>"],
     "bare": [" Blue é🙂.\n", " Red.\n</s>"],
     "phi3": ["Blue é🙂.<|end|>", "Red.<|end|>\n</s>"],
 }
@@ -66,7 +68,7 @@ def test_every_assistant_turn_is_learned_through_its_end(kind, template, write, 
         expected = [text.removeprefix(" ") for text in expected]
     assert learned(dataset, tokenizer) == expected
     plain = tokenizer.apply_chat_template(talk, return_dict=False)
-    assert dataset[0]["input_ids"] == plain + ([tokenizer.eos_token_id] if template == "bare" else [])
+    assert dataset[0]["input_ids"] == plain + ([tokenizer.eos_token_id] if template in ("bare", "glm") else [])
 
 
 @pytest.mark.parametrize("template", LEARNED)
@@ -83,6 +85,33 @@ def test_reasoning_that_a_template_drops_is_said(write, make_tokenizer, caplog):
     assert learned(dataset, tokenizer) == ["Blue.<|im_end|>", "<think>\nRose.\n</think>\n\nRed.<|im_end|>"]
     assert "left out part of 1 learned turns" in dataset.info.description
     assert "left out part" in caplog.text
+
+
+def test_a_call_that_is_written_otherwise_when_it_is_the_last(write, make_tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    tokenizer = make_tokenizer(template="qwen3")
+    dataset = tokenised(write, [{"messages": [TALK[0], call, {"role": "tool", "content": "4"}, TALK[3]]}], tokenizer)
+    assert learned(dataset, tokenizer) == [
+        '<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\nRed.<|im_end|>",
+    ]
+
+
+def test_reasoning_where_the_generation_prompt_has_closed_it(write, make_tokenizer):
+    tokenizer = make_tokenizer(template="no-thinking")
+    dataset = tokenised(write, [{"messages": THOUGHT}], tokenizer)
+    assert learned(dataset, tokenizer) == ["Sky.\n</think>\n\nBlue.<|im_end|>", "Rose.\n</think>\n\nRed.<|im_end|>"]
+    assert "in 1 rows the answer does not follow" in dataset.info.description
+    assert "left out" not in dataset.info.description
+
+
+def test_a_template_that_drops_the_answers_is_refused(write, make_tokenizer):
+    tokenizer = make_tokenizer()
+    # As vision models' templates do, which expect content in parts.
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "<|end|>{% endfor %}"
+    with pytest.raises(DataError, match="leaves an assistant turn out"):
+        tokenised(write, [{"messages": TALK}], tokenizer)
 
 
 def test_a_generation_prompt_that_training_never_shows_is_said(write, make_tokenizer):

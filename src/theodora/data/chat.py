@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from theodora.data.masks import Span
+from theodora.data.masks import Span, agreement
 from theodora.data.messages import Message, assistant, user
 from theodora.errors import ConfigError
 
@@ -110,8 +110,8 @@ class ChatRenderer:
         return tuple(sorted((token for token in added if token.strip()), key=len, reverse=True))
 
     @cached_property
-    def _end_of_turn(self) -> re.Pattern[str]:
-        return re.compile(r"\s*(?:" + "|".join(map(re.escape, self._controls or (_MARK,))) + ")")
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._controls or (_MARK,))))
 
     def render(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. A system turn that the template refuses is put before the first user turn's words.
@@ -141,61 +141,90 @@ class ChatRenderer:
         else:
             spans = [self._span(text, messages, i, tools) for i in learned]
         found = [span for span in spans if span is not None]
+        turns = [messages[i].get("content") or "" for i in learned]
         if len(found) < len(spans):
             return None
+        altered = 0
+        if len(found) == len(turns):  # markers may split a turn into several stretches
+            # What the generation prompt opens (<think>) stands in front of the stretch.
+            written = [
+                text[before:end] for before, (_, end) in zip([0, *(end for _, end in found)], found, strict=False)
+            ]
+            if not all(_holds(*pair) for pair in zip(written, map(_without_reasoning, turns), strict=True)):
+                return None
+            altered = sum(not _holds(*pair) for pair in zip(written, turns, strict=True))
         last = learned[-1] if learned else 0
-        paired = zip(learned, found, strict=True) if len(found) == len(learned) else ()
         return RenderedChat(
             text=text,
             spans=tuple(found),
             ends_open=last == len(messages) - 1 and not text.rstrip().endswith(self._controls),
-            altered=sum(not _holds(text[slice(*span)], messages[i].get("content")) for i, span in paired),
-            as_prompted=last == 0
-            or self._shared_prefix(text, messages[:last], tools, generation_prompt=True) is not None,
+            altered=altered,
+            as_prompted=last == 0 or self._length_if_prefix(text, messages[:last], tools, prompt=True) is not None,
         )
 
     def _span(self, text: str, messages: Sequence[Message], index: int, tools: Tools) -> Span | None:
         """From behind the generation prompt to behind the end-of-turn token of one assistant turn."""
-        start = self._shared_prefix(text, messages[:index], tools, generation_prompt=True)
-        end = self._shared_prefix(text, messages[: index + 1], tools)
+        start = self._length_if_prefix(text, messages[:index], tools, prompt=True)
+        end = self._length_if_prefix(text, messages[: index + 1], tools)
         if start is None or end is None:
             words = self._find_words(text, messages, index, tools)
-            if words is None:
-                return None
-            start = words[0] if start is None else start
-            end = self._behind_end_of_turn(text, words[1]) if end is None else end
+            if start is None:
+                start = words[0] if words else self._end_of_shared_header(text, messages[:index], tools)
+            if end is None and start is not None:
+                end = words[1] if words else self._end_of_overlap(text, start, messages[: index + 1], tools)
+        if start is None or end is None or start >= end:
+            return None
         # A line break behind the end-of-turn token is the template's: a model stops before it.
         closed = text[start:end].rstrip()
-        end = start + len(closed) if closed.endswith(self._controls) else end
-        return (start, end) if start < end else None
+        if closed.endswith(self._controls):
+            return start, start + len(closed)
+        return start, self._behind_end_of_turn(text, end)
 
-    def _shared_prefix(
-        self, text: str, messages: Sequence[Message], tools: Tools, generation_prompt: bool = False
+    def _length_if_prefix(
+        self, text: str, messages: Sequence[Message], tools: Tools, prompt: bool = False
     ) -> int | None:
         """The length of what these first messages render to, if the whole conversation begins so."""
-        if not messages:
-            return None
-        try:
-            prefix = self._render(messages, tools, generation_prompt)
-        except TEMPLATE_ERRORS:
-            return None
-        return len(prefix) if text.startswith(prefix) else None
+        prefix = self._render_or_none(messages, tools, prompt)
+        return len(prefix) if prefix is not None and text.startswith(prefix) else None
 
     def _find_words(self, text: str, messages: Sequence[Message], index: int, tools: Tools) -> Span | None:
         """Where the words of one turn stand, from a copy of the conversation in which a mark stands for them."""
         if not messages[index].get("content"):
             return None
         marked = [*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1 :]]
-        try:
-            before, _, after = self._render(marked, tools).partition(_MARK)
-        except TEMPLATE_ERRORS:
-            return None
+        before, mark, after = (self._render_or_none(marked, tools) or "").partition(_MARK)
         start, end = len(before), len(text) - len(after)
-        return (start, end) if start < end and text.startswith(before) and text.endswith(after) else None
+        found = mark and start < end and text.startswith(before) and text.endswith(after)
+        return (start, end) if found else None
+
+    def _end_of_shared_header(self, text: str, messages: Sequence[Message], tools: Tools) -> int | None:
+        """Where a turn departs from the generation prompt, which opens it otherwise than it goes on."""
+        history = self._length_if_prefix(text, messages, tools)
+        prompted = self._render_or_none(messages, tools, prompt=True)
+        if history is None or prompted is None:
+            return None
+        shared = agreement(text, prompted)
+        inside = (token for token in self._control.finditer(text, history) if token.start() < shared < token.end())
+        shared = next((token.start() for token in inside), shared)
+        return shared if shared > history else None
+
+    def _end_of_overlap(self, text: str, start: int, messages: Sequence[Message], tools: Tools) -> int | None:
+        """The end of a turn without words (a tool call) that is written with something in front when it is the last."""
+        alone = self._render_or_none(messages, tools) or ""
+        for cut in range(start, len(alone)):
+            if text.startswith(alone[cut:], start):
+                return start + len(alone) - cut
+        return None
 
     def _behind_end_of_turn(self, text: str, position: int) -> int:
-        match = self._end_of_turn.match(text, position)
-        return match.end() if match else position
+        token = self._control.search(text, position)
+        return token.end() if token and not text[position : token.start()].strip() else position
+
+    def _render_or_none(self, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str | None:
+        try:
+            return self._render(messages, tools, prompt) if messages else None
+        except TEMPLATE_ERRORS:
+            return None
 
     def _marked_spans(self, messages: Sequence[Message], tools: Tools) -> list[Span]:
         """The stretches between a template's own `{% generation %}` markers; empty if it has none."""
@@ -244,5 +273,9 @@ def _cleaned(messages: Sequence[Message]) -> list[Message]:
     return [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in messages]
 
 
-def _holds(rendered: str, content: str | None) -> bool:
-    return "".join((content or "").split()) in "".join(rendered.split())
+def _without_reasoning(content: str) -> str:
+    return content.rpartition("</think>")[2]
+
+
+def _holds(rendered: str, content: str) -> bool:
+    return "".join(content.split()) in "".join(rendered.split())

@@ -45,13 +45,16 @@ def learned_by_prefix(
 ) -> list[bool]:
     """The same for tokenizers without offsets: a span begins where tokenising only what precedes it gives other ids."""
 
-    def first_other(position: int) -> int:
-        prefix = encode(text[:position])
-        differing = (i for i, (one, other) in enumerate(zip(prefix, ids, strict=False)) if one != other)
-        return next(differing, min(len(prefix), len(ids)))
+    def border(position: int) -> int:
+        return len(ids) if position == len(text) else agreement(encode(text[:position]), ids)
 
-    stretches = [(first_other(start), len(ids) if end == len(text) else first_other(end)) for start, end in spans]
-    return _flags(len(ids), stretches)
+    return _flags(len(ids), [(border(start), border(end)) for start, end in spans])
+
+
+def agreement(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items at the beginning of two sequences are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _flags(length: int, stretches: Sequence[tuple[int, int]]) -> list[bool]:

@@ -188,8 +188,8 @@ class _Batches:
         if chat is None:
             self.problems.add(
                 where,
-                "its assistant turns cannot be found in what the chat template makes of them; "
-                "use a template with {% generation %} … {% endgeneration %} around them",
+                "the chat template leaves an assistant turn out, or writes it so that it cannot be found; "
+                "use a template that has {% generation %} and {% endgeneration %} around assistant turns",
             )
             return None
         self.counts.altered += chat.altered
