@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from theodora.errors import CheckpointError, bullet_list
@@ -228,7 +229,7 @@ def _meta_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             # The class is the one AutoModelForCausalLM chooses, because adapters are trained on that.
-            if type(config) in AutoModelForCausalLM._model_mapping or trust_remote_code:
+            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return getattr(transformers, (config.architectures or [""])[0])._from_config(config)
     except (ValueError, KeyError, AttributeError, OSError, ImportError) as error:

@@ -235,9 +235,9 @@ def _outputs(
 def _castable(base: BaseCheckpoint, dtype: torch.dtype | None) -> set[str]:
     """Parameters that take the dtype asked for: not buffers, nor those that the model class keeps in float32."""
     model = base.model
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    kept = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
+        kept |= set(model._keep_in_fp32_modules or ())  # pyright: ignore[reportPrivateUsage]
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name for name in names if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)}
 

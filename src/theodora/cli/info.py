@@ -127,9 +127,11 @@ def _kinds(report: AdapterReport) -> Table:
         figures = _movement(group) if measured else (f"{group.update:.3g}",)
         table.add_row(_plain(group.name), str(group.modules), *figures)
     if measured:
+        table.caption_justify = "left"
         table.caption = (
-            "direction: angle between base and adapted rows; magnitude: change of their length;\n"
-            "means over the rows, and the row that moved most"
+            "direction: angle between base rows and adapted rows\n"
+            "magnitude: change of the rows' length\n"
+            "means over all rows, and the row that moved most"
         )
     return table
 

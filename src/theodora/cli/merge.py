@@ -107,9 +107,11 @@ def _table(report: MergeReport) -> Table:
             percent(kind.rounding_max),
             f"{kind.rounding_max_abs:.1e}" if kind.rounding_max_abs else "0",
         )
+    table.caption_justify = "left"
     table.caption = (
-        f"change by the adapter and rounding to {report.dtype}, relative to the norm of the layer:\n"
-        "means over the layers, then the worst of them; worst weight: absolute"
+        f"change: by the adapter; rounding: to {report.dtype}\n"
+        "relative to the layer's norm, mean over the layers\n"
+        "worst weight: absolute error"
     )
     return table
 
