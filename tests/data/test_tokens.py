@@ -108,8 +108,8 @@ def test_reasoning_where_the_generation_prompt_has_closed_it(write, make_tokeniz
 def test_a_template_that_drops_the_answers_is_refused(write, make_tokenizer):
     tokenizer = make_tokenizer()
     # As vision models' templates do, which expect content in parts.
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}"
-        "<|end|>{% endfor %}"
+    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>" + parts + "<|end|>{% endfor %}"
     with pytest.raises(DataError, match="leaves an assistant turn out"):
         tokenised(write, [{"messages": TALK}], tokenizer)
 
