@@ -15,8 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## fine-tune a real model and show before and after (ARGS="--help" lists what can be changed)
-	$(BIN)/theodora demo $(ARGS)
+demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results in out/demo)
+	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(ARGS)

@@ -88,9 +88,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def demo_model() -> str:
-    from theodora.demo.assets import model_folder
+    from rich.console import Console
 
-    return str(model_folder())
+    from theodora.demo.model import cached_model
+
+    return str(cached_model(Console(stderr=True)))
 
 
 # The worker -----------------------------------------------------------------------------------------------------------
