@@ -9,7 +9,7 @@ from theodora.data import Examples, encode_prompt, tokenize
 from theodora.errors import DataError
 from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate.batches import batches_by_length, pad
-from theodora.evaluate.exact_match import end_tokens, greedy
+from theodora.evaluate.decoding import decoding, end_tokens
 from tiny import FAMILIES
 
 ROWS = [
@@ -82,7 +82,7 @@ def greedy_answer(model, tokenizer, row, tokens=12, use_chat_template=None):
     """What the model answers to one prompt alone, without padding or early stops."""
     prompt = torch.tensor([encode_prompt(row, tokenizer, use_chat_template)])
     ends = end_tokens(model, tokenizer)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy(ends, tokens))
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=decoding(ends, tokens))
     return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
 
 

@@ -1,8 +1,10 @@
 """The demo's question: to which body system does a medical finding belong?
 
 Findings come from the Human Phenotype Ontology. A finding with exactly one ancestor among the children of "Phenotypic
-abnormality" has a checkable answer: that ancestor, one of 23. The labels stand in the system message, so that a model
-that was never trained on them can still answer exactly: the score before training is an honest one.
+abnormality" has a checkable answer: that ancestor, one of 23.
+
+Every prompt shows one solved question. Without it a model that was not trained could not know what form an answer
+takes, and would score 0 % whatever it knows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ class Finding:
     name: str
     definition: str
     system: str
+
+
+_INSTRUCTION = "Name the body system."
+_EXAMPLE = Finding(
+    name="Seizure", definition="A sudden burst of electrical activity in the brain.", system="nervous system"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +96,23 @@ def _short_label(name: str) -> str:
 
 def make_rows(findings: list[Finding]) -> list[dict[str, Any]]:
     """Turn findings into prompt/completion rows of chat messages."""
-    labels = sorted({finding.system for finding in findings})
-    instruction = f"Which body system is affected? Answer with one of: {', '.join(labels)}."
     return [
         {
             "prompt": [
-                {"role": "system", "content": instruction},
-                {"role": "user", "content": f"{finding.name}: {finding.definition}"},
+                {"role": "system", "content": _INSTRUCTION},
+                {"role": "user", "content": _question(_EXAMPLE)},
+                {"role": "assistant", "content": _EXAMPLE.system},
+                {"role": "user", "content": _question(finding)},
             ],
             "completion": [{"role": "assistant", "content": finding.system}],
         }
         for finding in findings
+        if finding.name != _EXAMPLE.name
     ]
+
+
+def _question(finding: Finding) -> str:
+    return f"{finding.name}: {finding.definition}"
 
 
 def split_rows(rows: list[dict[str, Any]], held_out: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from theodora.evaluate.batches import pad
+from theodora.evaluate.decoding import decoding, end_tokens
 
 
 def count_matches(
@@ -48,39 +48,10 @@ def count_matches(
     output = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
         input_ids=pad(prompts, ends[0], left=True).to(model.device),
         attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device),
-        generation_config=greedy(ends, max_new_tokens),
+        generation_config=decoding(ends, max_new_tokens),
         stopping_criteria=StoppingCriteriaList([judge]),
     )
     return judge.count(output)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, as the model's generation settings and its tokenizer name them."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids: list[Any] = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(id for id in [*ids, tokenizer.eos_token_id] if id is not None)) or [0]
-
-
-def greedy(ends: list[int], max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding.
-
-    Everything that `generate` would otherwise take over from the model's own generation settings (temperature,
-    repetition penalty, beams) is set to do nothing.
-    """
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,  # fine-tuning turns it off in the model's own settings
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
 
 
 class _Judge(StoppingCriteria):

