@@ -21,6 +21,7 @@ import tiny
 from theodora.adapters import merge_checkpoint
 from theodora.adapters.atomic import partial_name
 from theodora.errors import CheckpointError, ConfigError, UsageError
+from theodora.functional import merged_weight
 
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**tiny._GROUPED, "head_dim": 8},
@@ -203,6 +204,21 @@ def test_old_names_of_the_head(make):
     merge_checkpoint(case.adapter, case.output)
     assert load_files(case.output).keys() == load_files(case.base).keys()
     assert_same_logits(case.output, case.logits)
+
+
+def test_experts_one_by_one_as_older_transformers_had_them(make):
+    case = make("mixtral", target_modules=["q_proj"])
+    module = "model.layers.1.block_sparse_moe.experts.2.w2"
+    a, b, m = torch.randn(4, 48), torch.randn(32, 4), torch.rand(32)
+    file = case.adapter / "adapter_model.safetensors"
+    parts = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": m}
+    save_file(load_file(file) | {f"base_model.model.{module}.{part}": t for part, t in parts.items()}, file)
+    report = merge_checkpoint(case.adapter, case.output, dtype="fp32")
+    before, after = load_files(case.base), load_files(case.output)
+    assert torch.equal(after.pop(f"{module}.weight"), merged_weight(before[f"{module}.weight"], a, b, 2.0, m))
+    assert {kind.kind: kind.tensors for kind in report.kinds} == {"q_proj": 2, "w2": 1}
+    assert [key for key in after if not torch.equal(before[key], after[key])] == [k for k in after if "q_proj" in k]
+    load_whole(case.output)
 
 
 def test_many_shards_in_many_shards_out(make):

@@ -115,15 +115,24 @@ class BaseCheckpoint:
         self._read_bytes = 0
 
     def model_name(self, name: str) -> str | None:
-        """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise."""
+        """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
+
+        Where the model holds it in another form (experts are stored one by one and loaded fused), but the checkpoint
+        has it under just this name, that name: adapters of older transformers were trained on such modules.
+        """
         renamed = self._to_model_name(name)
-        return renamed if renamed in self.keys or renamed in self.converted or renamed in self._tied() else None
+        if renamed in self.keys or renamed in self._tied():
+            return renamed
+        if name in self.tensors:
+            return name
+        return renamed if renamed in self.converted else None
 
     def key_of(self, parameter: str) -> str | None:
         """The key that holds `parameter`, perhaps under the name of the parameter that it is tied to."""
         if parameter in self.keys:
             return self.keys[parameter]
-        return next((self.keys[other] for other in self.tied_to(parameter) if other in self.keys), None)
+        tied = next((self.keys[other] for other in self.tied_to(parameter) if other in self.keys), None)
+        return parameter if tied is None and parameter in self.tensors else tied
 
     def tied_to(self, parameter: str) -> list[str]:
         """The other parameters that share their values with `parameter`."""
@@ -139,6 +148,8 @@ class BaseCheckpoint:
 
     def is_transposed(self, parameter: str) -> bool:
         """Whether the weight is stored (in, out): GPT-2's Conv1D and embeddings."""
+        if parameter not in self.keys and parameter not in self._tied():
+            return False
         module = self.model.get_submodule(parameter.rpartition(".")[0])
         return isinstance(module, Conv1D | nn.Embedding)
 

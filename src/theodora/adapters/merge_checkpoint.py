@@ -266,7 +266,7 @@ def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
     """Key of each changed tensor -> its kind of layer, in the model's order."""
     changed = {t.parameter.removesuffix(".weight"): t.key for t in plan.outputs if t.change and t.parameter}
     model_order = [name.removesuffix(".weight") for name, _ in base.model.named_parameters(remove_duplicate=False)]
-    kinds = layer_kinds(name for name in model_order if name in changed)
+    kinds = layer_kinds(dict.fromkeys([*(name for name in model_order if name in changed), *changed]))
     return {changed[name]: kind for name, kind in kinds.items()}
 
 

@@ -220,6 +220,8 @@ def _outputs(
 
     def output(key: str, source: StoredTensor, name: str | None) -> OutputTensor:
         cast = dtype if name in floating and source.dtype in FLOAT_DTYPES else None
+        if key in changes and key not in base.keys:
+            name = key  # the adapter names the stored tensor itself: see BaseCheckpoint.model_name
         change = changes.get(name) if name is not None and name not in base.converted else None
         transposed = change is not None and change.low_rank is not None and base.is_transposed(name or "")
         return OutputTensor(key, source, name, change, transposed, cast or FLOAT_DTYPES.get(source.dtype))

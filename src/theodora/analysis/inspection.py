@@ -196,7 +196,7 @@ def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:
         return sorted(file.modules, key=lambda path: (layer_index(path) or 0, path))
     place = {name: index for index, (name, _) in enumerate(base.model.named_modules())}
     names = {path: (base.model_name(f"{path}.weight") or "").removesuffix(".weight") for path in file.modules}
-    return sorted(file.modules, key=lambda path: place[names[path]])
+    return sorted(file.modules, key=lambda path: (place.get(names[path], len(place)), layer_index(path) or 0))
 
 
 def _module(path: str, kind: str, tensors: AdapterTensors, base: BaseCheckpoint | None) -> ModuleReport:
