@@ -42,7 +42,10 @@ def layer_values(tokens, inputs, outputs, rank, dtype):
 
 def run(values, dy, by, dtype, adapter_dtype, device):
     v = {
-        key: value.to(device, adapter_dtype if key in "abm" else dtype).requires_grad_(key not in ("w", "bias"))
+        key: value.detach()
+        .clone()
+        .to(device, adapter_dtype if key in "abm" else dtype)
+        .requires_grad_(key not in ("w", "bias"))
         for key, value in values.items()
     }
     norm = functional.dora_norm(v["w"], v["a"], v["b"], 0.5)
@@ -109,6 +112,8 @@ def test_autocast_and_half_precision_train():
     assert all(bool(torch.isfinite(t.grad).all()) for t in trained_tensors(model).values())
 
 
+# torch.jit is deprecated on the way to inductor, which also recommends TF32.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_compiled_equals_eager(method):
     model = inject_adapter(tiny_model("llama").to("cuda"), AdapterConfig(method=method, rank=4)).train()
@@ -116,6 +121,11 @@ def test_compiled_equals_eager(method):
         for tensor in trained_tensors(model).values():
             tensor += 0.05 * torch.randn_like(tensor)
     ids = IDS.cuda()
-    eager = model(input_ids=ids, labels=ids, use_cache=False).loss
-    compiled = torch.compile(model)(input_ids=ids, labels=ids, use_cache=False).loss
-    assert float(compiled) == pytest.approx(float(eager), rel=1e-4)
+    results = []
+    for run in (model, torch.compile(model)):
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in trained_tensors(model).values())])
+        model.zero_grad()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

@@ -71,9 +71,8 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         a, b = _low_rank(x_TI, a_RI, b_OR, scale)
-        y = F.linear(x_TI, w_OI, bias_O)
         xa = (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
-        y.addmm_(xa, b.T)
+        y = _add_product(F.linear(x_TI, w_OI, bias_O), xa, b.T)
         ctx.save_for_backward(x_TI, x_lora_TI, w_OI, a_RI, b_OR, xa)
         ctx.scale = scale
         return y
@@ -102,9 +101,8 @@ class _DoraLinear(torch.autograd.Function):
         norm_O: Tensor,
     ) -> Tensor:
         a, b = _low_rank(x_TI, a_RI, b_OR, scale)
-        z = F.linear(x_TI, w_OI)
         xa = (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
-        z.addmm_(xa, b.T)
+        z = _add_product(F.linear(x_TI, w_OI), xa, b.T)
         ctx.save_for_backward(x_TI, x_lora_TI, w_OI, a_RI, b_OR, xa, z, magnitude_O, norm_O)
         ctx.scale = scale
         return _scale_rows(z, dora_scale(magnitude_O, norm_O), bias_O)
@@ -144,7 +142,7 @@ def _low_rank_backward(
     if needs_x:
         dx = dz_TO @ w_OI
         if x_lora_TI is None:
-            dx.addmm_(dz_b, a)
+            dx = _add_product(dx, dz_b, a)
     if needs_x_lora:
         dx_lora = dz_b @ a
     return dx, dx_lora, da, db
@@ -155,20 +153,30 @@ def _low_rank(like: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> tuple[T
     return a_RI.to(like.dtype), (scale * b_OR).to(like.dtype)
 
 
+def _add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """onto + left @ right, in place: one pass, and no memory.
+
+    Not under torch.compile, which does such things itself: torch 2.11 loses the gradients, without a word, of an
+    autograd function that returns a tensor it wrote to (2.13 does not).
+    """
+    return torch.addmm(onto, left, right) if torch.compiler.is_compiling() else onto.addmm_(left, right)
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
 # y = g ⊙ z + bias, with g in float32 beside z in bfloat16, is what batch normalisation by fixed statistics (mean 0,
 # variance 1) does in one pass on the CPU, and its backward gives g ⊙ dy and Σ_T dy ⊙ z in one more. Written with
-# multiplications the CPU widens whole tensors to float32 first, at ten times the cost.
+# multiplications the CPU widens whole tensors to float32 first, at ten times the cost. (`F.batch_norm` itself refuses
+# an epsilon of zero in torch 2.11.)
 
 
 def _scale_rows(z_TO: Tensor, g_O: Tensor, bias_O: Tensor | None) -> Tensor:
     if z_TO.device.type == "cpu":
         zero, one = torch.zeros_like(g_O), torch.ones_like(g_O)
         bias = zero if bias_O is None else bias_O.to(g_O.dtype)
-        return F.batch_norm(z_TO, zero, one, g_O, bias, training=False, eps=0.0)
+        return torch.native_batch_norm(z_TO, g_O, bias, zero, one, False, 0.0, 0.0)[0]
     y = z_TO * g_O
     return (y if bias_O is None else y + bias_O).to(z_TO.dtype)
 
