@@ -186,6 +186,8 @@ def _train_config(model: Path, data: _Data, output: Path, settings: DemoSettings
         learning_rate=settings.learning_rate,
         bf16=dtype == "bfloat16",
         save_steps=settings.steps,
+        # Rows of one length in a batch: padding costs a fifth of the time otherwise.
+        trainer={"train_sampling_strategy": "group_by_length"},
     )
 
 
@@ -270,6 +272,7 @@ def _logits(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tens
 
 def _report(results: Results, output: Path, model: Path, console: Console) -> None:
     console.print(answers_table(results))
+    console.print(f"Trained on {results.training_rows:,} findings for {results.training_seconds:.0f} s:", style="bold")
     console.print(result_table(results))
     console.print(f"Everything is in [bold]{output}[/] (picture: before_after.png). Next:\n", soft_wrap=True)
     for command in (

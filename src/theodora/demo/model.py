@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -37,7 +39,8 @@ def cached_model(console: Console) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UsageError("The demo reads its model with the package gguf: python -m pip install 'gguf>=0.19'")
     source = fetch(MODEL, console)
-    with console.status(f"Converting {NAME} into a model folder, once ..."):
+    # transformers shows a bar here that no setting turns off, on the line that the status uses.
+    with console.status(f"Converting {NAME} into a model folder, once ..."), redirect_stderr(StringIO()):
         convert(source, folder)
     return folder
 

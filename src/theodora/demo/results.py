@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from rich import box
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.table import Table
 from theodora.adapters.atomic import atomic_write
 
 _BEFORE, _AFTER = "#9aa5b1", "#1f7a5c"
+_QUESTION_LENGTH = 120  # characters shown; results.json has all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +97,17 @@ def result_table(results: Results) -> Table:
 
 def answers_table(results: Results) -> Table:
     """Held-out questions with both models' answers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True, title="Held-out questions", title_justify="left"
+    )
     table.add_column("finding", ratio=4)
     table.add_column("base model", ratio=3, style="dim")
     table.add_column("adapted", ratio=2, style="bold")
     table.add_column("right answer", ratio=2)
     for answer in results.answers:
         mark = "✓" if answer.adapted == answer.reference else "✗"
-        table.add_row(answer.question, answer.base, f"{mark} {answer.adapted}", answer.reference)
+        question = shorten(answer.question, _QUESTION_LENGTH, placeholder=" …")
+        table.add_row(question, answer.base, f"{mark} {answer.adapted}", answer.reference)
     return table
 
 

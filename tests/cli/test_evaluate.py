@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+
+from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora.adapters.models import load_model
+from theodora.cli.main import main
+
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(6)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """Run the command with --json; gives what it printed on standard output, which must be JSON alone."""
+
+    def run(*arguments):
+        code = main(["evaluate", *map(str, arguments), "--json"])
+        output = capsys.readouterr()
+        assert code == 0, output.err
+        return json.loads(output.out)
+
+    return run
+
+
+def test_json_stands_alone_on_standard_output(data, tiny_model_dir, evaluate):
+    scores = evaluate("--model", tiny_model_dir("llama"), "--data", data, "--max-new-tokens", "12")
+    assert (scores["rows"], scores["exact_match"]) == (6, 0.0)
+    assert scores["tokens"] == 6 * (len("answer 0") + 1)  # a byte each, and the end of the turn
+    assert scores["loss"] > 0
+    assert scores["data"] == str(data)
+
+
+def test_the_table_is_for_people(data, tiny_model_dir, capsys):
+    assert main(["evaluate", "--model", str(tiny_model_dir("llama")), "--data", str(data)]) == 0
+    printed = capsys.readouterr()
+    assert "exact match" in printed.out
+    assert "0.0%" in printed.out
+    assert "6 rows read as" in printed.err
+
+
+def test_an_adapter_is_scored_by_either_name(data, tiny_model_dir, tmp_path, evaluate):
+    base = tiny_model_dir("llama")
+    model = inject_adapter(load_model(base), AdapterConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, tmp_path / "adapter")
+    arguments = ("--data", data, "--no-exact-match")
+    alone = evaluate("--model", base, *arguments)
+    adapted = evaluate("--model", base, "--adapter", tmp_path / "adapter", *arguments)
+    found = evaluate("--model", tmp_path / "adapter", *arguments)
+    assert adapted["loss"] == found["loss"] != alone["loss"]
+    assert adapted["exact_match"] is None
+
+
+def test_limit_and_template(data, tiny_model_dir, evaluate):
+    model = ("--model", tiny_model_dir("llama"), "--data", data, "--no-exact-match")
+    assert evaluate(*model, "--limit", "2")["rows"] == 2
+    assert evaluate(*model, "--no-chat-template")["loss"] != evaluate(*model)["loss"]
+
+
+def test_plain_text_has_a_loss_and_no_exact_match(tmp_path, tiny_model_dir, evaluate):
+    (tmp_path / "texts.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n', encoding="utf-8")
+    scores = evaluate("--model", tiny_model_dir("gpt2"), "--data", tmp_path / "texts.jsonl")
+    assert scores["exact_match"] is None
+    assert scores["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--data", "missing.jsonl"], 1), (["--limit", "0"], 2), (["--dtype", "int3"], 2), (["--batch-sizes", "3"], 2)],
+)
+def test_bad_usage(arguments, code, data, tiny_model_dir, capsys):
+    given = {"--model": str(tiny_model_dir("llama")), "--data": str(data), **dict([arguments])}
+    assert main(["evaluate", *(word for pair in given.items() for word in pair)]) == code
+    assert capsys.readouterr().out == ""

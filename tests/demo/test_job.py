@@ -1,0 +1,116 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tokenizers import pre_tokenizers
+
+from theodora.cli.main import main
+from theodora.demo import job, task
+from theodora.demo.model import split_digits
+from theodora.errors import UsageError
+
+SETTINGS = job.DemoSettings(steps=3, batch_size=2, held_out_rows=4, general_texts=2, text_length=64)
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return [
+        task.Finding(name=f"Finding {i}", definition=f"Number {i} of its kind.", system="eye" if i % 2 else "ear")
+        for i in range(20)
+    ]
+
+
+@pytest.fixture(scope="module")
+def demo(findings, tiny_model_dir, tmp_path_factory):
+    """The whole job on a tiny model: (its folder, what it returned, what it printed)."""
+    output = tmp_path_factory.mktemp("demo") / "out"
+    console = Console(file=io.StringIO(), width=120)
+    results = job.run_job(tiny_model_dir("llama"), findings, ["A text.", "Another text."], output, SETTINGS, console)
+    return output, results, console.file.getvalue()
+
+
+def test_everything_is_kept(demo):
+    output, results, _ = demo
+    for name in (
+        "README.md",
+        "results.json",
+        "before_after.png",
+        "data/train.jsonl",
+        "data/held_out.jsonl",
+        "data/general.jsonl",
+        "adapter/adapter_model.safetensors",
+        "merged/config.json",
+    ):
+        assert (output / name).is_file(), name
+    saved = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert saved["before"]["loss"] == results.before.loss
+    assert saved["after"]["exact_match"] == results.after.exact_match
+    assert len(saved["answers"]) == 3
+    assert (output / "before_after.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_and_held_out_rows_are_apart(demo):
+    output, _, _ = demo
+    training, held_out = (
+        set((output / "data" / name).read_text(encoding="utf-8").splitlines())
+        for name in ("train.jsonl", "held_out.jsonl")
+    )
+    assert (len(training), len(held_out)) == (16, 4)
+    assert not training & held_out
+
+
+def test_the_adapter_changed_the_model_and_the_merged_model_agrees(demo):
+    _, results, _ = demo
+    assert results.after.loss < results.before.loss
+    assert results.after.general_loss != results.before.general_loss
+    assert results.merged_difference < 1e-4 * results.merged_scale
+
+
+def test_what_was_measured_is_printed(demo):
+    _, results, printed = demo
+    for expected in (
+        "exact match, 4 held-out rows",
+        f"{results.after.loss:.3f}",
+        "loss on general text, 2 texts",
+        f"{results.trainable_parameters:,} (",
+        "peak memory",
+        "theodora chat ",
+    ):
+        assert expected in printed
+
+
+def test_the_printed_commands_work(demo, capsys):
+    _, results, printed = demo
+    commands = [line.split()[1:] for line in printed.splitlines() if line.startswith("  theodora ")]
+    assert {"chat", "info", "evaluate", "train"} <= {command[0] for command in commands}
+    evaluate = next(command for command in commands if command[0] == "evaluate")
+    assert main([*evaluate, "--json", "--max-new-tokens", "16", "--dtype", results.dtype]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 4
+    assert main(next(command for command in commands if command[0] == "info")) == 0
+
+
+def test_an_earlier_demo_is_replaced_and_nothing_else(demo, tmp_path):
+    output, _, _ = demo
+    job.check_output(output, overwrite=False)
+    job.check_output(tmp_path / "new", overwrite=False)
+    (tmp_path / "mine").mkdir()
+    job.check_output(tmp_path / "mine", overwrite=False)
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(UsageError, match="--overwrite"):
+        job.check_output(tmp_path / "mine", overwrite=False)
+    job.check_output(tmp_path / "mine", overwrite=True)
+
+
+def test_each_digit_is_a_token_and_blanks_before_it_stay_together(tiny_tokenizer):
+    backend = tiny_tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def words(text):
+        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert words("a  12") == ["a", "Ġ", "Ġ12"]
+    split_digits(tiny_tokenizer)
+    assert words("a  12") == ["a", "ĠĠ", "1", "2"]
+    split_digits(tiny_tokenizer)  # a second time changes nothing
+    assert words("a  12") == ["a", "ĠĠ", "1", "2"]
