@@ -61,7 +61,7 @@ def test_commands_are_listed_and_acknowledged(adapter, chat):
         "let only the base model answer",
         "A new conversation.",
         "with a system message",
-        "base and adapted",
+        "Both models answer",
     ):
         assert expected in output
 

@@ -75,6 +75,14 @@ def test_plain_text_has_a_loss_and_no_exact_match(tmp_path, tiny_model_dir, eval
     assert scores["perplexity"] > 1
 
 
+def test_warnings_are_said_on_standard_error(data, tiny_model_dir, capsys):
+    model = str(tiny_model_dir("llama"))
+    assert main(["evaluate", "--model", model, "--data", str(data), "--json", "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "Warning: 6 of 6 reference answers are longer than max_new_tokens (4)" in printed.err
+    assert json.loads(printed.out)["exact_match"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["--data", "missing.jsonl"], 1), (["--limit", "0"], 2), (["--dtype", "int3"], 2), (["--batch-sizes", "3"], 2)],

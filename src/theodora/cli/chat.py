@@ -67,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     model = _checked(args)
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
     from theodora.adapters.models import load_model_and_tokenizer
     from theodora.cli.console import stderr, stdout
     from theodora.cli.conversation import Conversation
 
+    disable_progress_bar()
     with stderr().status("Loading the model ..."):
         loaded, tokenizer = load_model_and_tokenizer(
             model,
@@ -123,7 +125,7 @@ def _greet(console: Console, model: str, adapter: str | None, conversation: Conv
         console.print("There is no adapter: the base model answers alone.", style="dim")
     if not conversation.has_template:
         console.print("There is no chat template: the model goes on from what you type, each time anew.", style="dim")
-    console.print("  ".join(name.split()[0] for name in _COMMANDS), style="dim")
+    console.print("  ".join(name.split()[0] for name in _COMMANDS) + "\n", style="dim")
 
 
 def _talk(console: Console, conversation: Conversation) -> None:
@@ -153,7 +155,7 @@ def _read(console: Console) -> str:
         # Importing it gives input() a history and arrow keys; Windows has its own.
         if sys.platform != "win32":
             import readline  # noqa: F401
-        return input("\n> ").strip()
+        return input("> ").strip()
     line = input().strip()
     if line:
         console.print(f"> {line}", markup=False, soft_wrap=True)
@@ -171,7 +173,8 @@ def _obey(console: Console, conversation: Conversation, line: str) -> None:
             console.print("There is no adapter: the base model answers alone.", style="dim")
             return
         conversation.speakers = ("base", "adapted") if command == "/both" else (command[1:],)
-        console.print(f"Now {' and '.join(conversation.speakers)} will answer.", style="dim")
+        who = "Both models answer" if command == "/both" else f"Only the {command[1:]} model answers"
+        console.print(f"{who} now.", style="dim")
     elif command == "/reset":
         conversation.reset()
         console.print("A new conversation.", style="dim")

@@ -13,7 +13,7 @@ from rich.text import Text
 from theodora.cli.conversation import Answer, Conversation
 
 _WIDE = 100  # characters; below, a column of half of them is tiring to read
-_STYLES = {"base": "blue", "adapted": "green"}
+_STYLES = {"base": "cyan", "adapted": "green"}
 
 
 def show_answers(console: Console, conversation: Conversation, question: str) -> None:
@@ -37,13 +37,15 @@ def show_answers(console: Console, conversation: Conversation, question: str) ->
 def view(answers: dict[str, Answer], width: int) -> RenderableType:
     """What stands on the terminal at one moment."""
     panels = [_panel(speaker, answer) for speaker, answer in answers.items()]
+    # The cursor rests on an empty last line: the terminal's echo of Ctrl-C would wrap at the end of a full one.
+    cursor_line = Text("")
     if width < _WIDE:
-        return Group(*panels)
+        return Group(*panels, cursor_line)
     columns = Table.grid(expand=True)
     for _ in panels:
         columns.add_column(ratio=1)
     columns.add_row(*panels)
-    return columns
+    return Group(columns, cursor_line)
 
 
 def _panel(speaker: str, answer: Answer) -> Panel:
@@ -59,9 +61,7 @@ def _panel(speaker: str, answer: Answer) -> Panel:
 
 
 def _remarks(answer: Answer) -> str:
-    if not answer.tokens:
-        return ""
-    remarks = [f"{answer.tokens} tokens, {answer.tokens / max(answer.seconds, 1e-9):.0f} a second"]
+    remarks = [f"{answer.tokens} tokens, {answer.tokens / answer.seconds:.0f} a second"] if answer.tokens else []
     remarks += ["stopped"] * answer.stopped
     remarks += ["the oldest turns were left out"] * answer.forgot
     return " · ".join(remarks)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and report."""
+    from transformers.utils.logging import disable_progress_bar
+
     from theodora.adapters.models import load_model_and_tokenizer
     from theodora.cli.console import stderr, stdout
     from theodora.data import load_examples
@@ -59,24 +62,30 @@ def run(args: argparse.Namespace) -> int:
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))
     stderr().print(examples.description, style="dim", markup=False)
-    model, tokenizer = load_model_and_tokenizer(
-        args.model,
-        adapter=args.adapter,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        revision=args.revision,
-    )
-    scores = evaluate(
-        model,
-        tokenizer,
-        examples,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        exact_match=not args.no_exact_match,
-        max_length=args.max_length,
-        use_chat_template=False if args.no_chat_template else None,
-        progress=stderr().is_terminal,
-    )
+    disable_progress_bar()
+    with stderr().status("Loading the model ..."):
+        model, tokenizer = load_model_and_tokenizer(
+            args.model,
+            adapter=args.adapter,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            revision=args.revision,
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        scores = evaluate(
+            model,
+            tokenizer,
+            examples,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            exact_match=not args.no_exact_match,
+            max_length=args.max_length,
+            use_chat_template=False if args.no_chat_template else None,
+            progress=stderr().is_terminal,
+        )
+    for warning in caught:
+        stderr().print(f"Warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
         print(json.dumps(named | scores.to_dict(), indent=2))
