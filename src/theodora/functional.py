@@ -47,8 +47,8 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
     ‖W + sBA‖² = ‖W‖² + 2s·rowsum(B ⊙ (W Aᵀ)) + s²·rowsum((B·(A Aᵀ)) ⊙ B)      (arXiv 2603.22276)
 
     The three terms cancel where an update nearly erases its row; such rows, which training hardly ever meets, are
-    formed after all, in float64. (On the CPU only: on a GPU the look would make the host wait, and under torch.compile break
-    the graph.)
+    formed after all, in float64. (On the CPU only: on a GPU the look would make the host wait, and under torch.compile
+    it would break the graph.)
 
     The result carries no gradient: the norm is a constant in the backward pass (DoRA paper, section 4.3).
     """

@@ -113,7 +113,7 @@ def test_autocast_and_half_precision_train():
 
 
 # torch.jit is deprecated on the way to inductor, which also recommends TF32.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32", "ignore:The .grad attribute")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_compiled_equals_eager(method):
     model = inject_adapter(tiny_model("llama").to("cuda"), AdapterConfig(method=method, rank=4)).train()

@@ -266,7 +266,7 @@ def test_compiled_equals_eager(method):
     model, _ = net(method=method)
     move(model)
     ids = IDS
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for mode in (True, False):
         model.train(mode)
         torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-6)

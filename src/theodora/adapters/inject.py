@@ -161,11 +161,11 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ConfigError: the model carries no adapter.
     """
+    from theodora.adapters.merge import merge_adapter, unmerge_adapter
+
     state = require_state(model)
     active, merged = state.active, state.merged
     if merged is not None:
-        from theodora.adapters.merge import merge_adapter, unmerge_adapter
-
         unmerge_adapter(model)
     _activate(model, state, None)
     try:

@@ -104,7 +104,6 @@ def _teach_trainer() -> None:
 
 
 def _loading_adapters(original: Any, find_folder: Any) -> Any:
-    @functools.wraps(original)
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         from theodora.adapters.inject import find_state
         from theodora.adapters.save import load_weights
@@ -114,5 +113,6 @@ def _loading_adapters(original: Any, find_folder: Any) -> Any:
             return original(self, *args, **kwargs)
         return load_weights(model, find_folder(self, *args, *kwargs.values()))
 
-    load.__theodora__ = True  # pyright: ignore[reportFunctionMemberAccess]
-    return load
+    wrapper: Any = functools.wraps(original)(load)
+    wrapper.__theodora__ = True
+    return wrapper

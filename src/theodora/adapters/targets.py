@@ -87,7 +87,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 def target_names(model: nn.Module, paths: list[str]) -> list[str]:
     """The shortest list of names that, read by PEFT, selects just `paths` in `model`."""
     last = {path.rpartition(".")[2] for path in paths}
-    selected = [path for path, module in model.named_modules() if path and matches(tuple(last), path)]
+    selected = [path for path, _ in model.named_modules() if path and matches(tuple(last), path)]
     return sorted(last) if set(selected) == set(paths) else sorted(paths)
 
 

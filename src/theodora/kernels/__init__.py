@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -18,17 +17,19 @@ from theodora.kernels import fused
 
 __all__ = ["dora_linear", "lora_linear", "reference"]
 
-_use_reference: ContextVar[bool] = ContextVar("theodora_use_reference", default=False)
+# A plain global, because torch.compile can guard on one and breaks its graph at anything finer.
+_use_reference = False
 
 
 @contextmanager
 def reference() -> Iterator[None]:
     """Run the plain formulas of `functional.py` inside the block, whatever could be faster."""
-    token = _use_reference.set(True)
+    global _use_reference
+    before, _use_reference = _use_reference, True
     try:
         yield
     finally:
-        _use_reference.reset(token)
+        _use_reference = before
 
 
 def lora_linear(
@@ -66,4 +67,4 @@ def dora_linear(
 def _fits(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> bool:
     """Whether the fused path, whose base weight and bias are frozen, can take these inputs."""
     trained = w_OI.requires_grad or (bias_O is not None and bias_O.requires_grad)
-    return not (_use_reference.get() or trained or x_TI.numel() == 0 or x_TI.dtype != w_OI.dtype)
+    return not (_use_reference or trained or x_TI.numel() == 0 or x_TI.dtype != w_OI.dtype)

@@ -6,7 +6,7 @@ module stores it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -91,9 +91,10 @@ class AdapterLayer(nn.Module):
     @property
     def active(self) -> LowRank | None:
         """The adapter that `forward` uses: none while disabled, and none while one is merged."""
-        if self.active_adapter is None or self.merged_adapter is not None:
+        name = self.active_adapter
+        if name is None or self.merged_adapter is not None or name not in self.adapters:
             return None
-        return self.adapters[self.active_adapter] if self.active_adapter in self.adapters else None  # pyright: ignore[reportReturnType]
+        return self.adapters[name]  # pyright: ignore[reportReturnType]
 
     def norm(self, adapter: LowRank) -> Tensor:
         """‖W + s·B·A‖ of each output row, (O,).
@@ -108,6 +109,12 @@ class AdapterLayer(nn.Module):
         if self._norm is None or self._norm[0] != on:
             self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
         return self._norm[1]
+
+    def begin(self) -> None:
+        """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
+        self.adapters = nn.ModuleDict()
+        self.active_adapter = self.merged_adapter = None
+        self._norm = self._weight_norm_sq = self._base_weight = None
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Hold `adapter` under `name`, inactive until asked for."""
@@ -185,9 +192,7 @@ def adapt(module: nn.Module) -> AdapterLayer:
         raise TypeError(cannot_adapt(module))
     module.__class__ = _adapted_class(mixin, type(module))
     assert isinstance(module, AdapterLayer)
-    module.adapters = nn.ModuleDict()
-    module.active_adapter = module.merged_adapter = None
-    module._norm = module._weight_norm_sq = module._base_weight = None
+    module.begin()
     return module
 
 
@@ -204,7 +209,8 @@ def base_weight(module: nn.Module) -> Tensor:
     if isinstance(module, AdapterLayer):
         return module.base_weight_OI
     mixin, weight = _mixin(module), module.weight
-    assert mixin is not None and isinstance(weight, Tensor)
+    assert mixin is not None
+    assert isinstance(weight, Tensor)
     return weight.T if mixin.stored_transposed else weight
 
 
@@ -243,7 +249,7 @@ def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapted_class(mixin: type[AdapterLayer], own: type[nn.Module]) -> type[AdapterLayer]:
     return type(f"Adapted{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
 
