@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from theodora.errors import TheodoraError
 
@@ -33,13 +33,15 @@ _SUMMARIES = {name: summary for group in COMMANDS.values() for name, (_, summary
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors name the nearest real flag, and that knows `--max_steps` as `--max-steps`."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, **kwargs)
         options = self.add_argument_group("This command")
         options.add_argument("-h", "--help", action="help", help="show this help and exit")
         options.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it is overloaded there)
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Parse what is known, and give the rest back."""
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_with_hyphens(arg) for arg in args], namespace)

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import OPTION_NAMES, TrainConfig, coerce
 from theodora.errors import ConfigError, bullet_list

@@ -32,7 +32,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     sections = [
         _metadata(config),
         f"# {name}\n\n{describe_adapter(config)}: an adapter for `{config.model}`, trained with "
-        f"[Theodora](https://pypi.org/project/theodora) {theodora.__version__}.",
+        f"Theodora {theodora.__version__}.",
         _results(result),
         _data(plan),
         _settings(plan),
@@ -77,10 +77,12 @@ def _data(plan: Plan) -> str:
 def _settings(plan: Plan) -> str:
     config = plan.config
     options = {k: v for k, v in config.to_options().items() if v not in (None, [], {}, False)}
-    shown = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name not in ("data", "output")]
+    left_out = ("data", "output", "overwrite", "resume")
+    shown = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name not in left_out]
     return (
         "## Training\n\n"
-        f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), {describe_modules(plan.modules)}.\n"
+        f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
+        f"{describe_modules(plan.modules)}.\n"
         f"- {plan.steps:,} steps of {plan.rows_per_step:,} rows ({plan.epochs:.2g} epochs), base model in {plan.dtype} "
         f"on {device_name(plan.device)}.\n\n"
         "`config.yaml` holds every setting; `theodora train --config config.yaml --overwrite` runs it again.\n\n"
@@ -129,4 +131,5 @@ def _versions() -> str:
 
 def summary_line(plan: Plan, result: TrainResult) -> str:
     """One line for the title of the loss curve."""
-    return f"{describe_adapter(plan.config)} · {plan.steps:,} steps · {as_time(result.seconds)} · {as_size(result.peak_memory)}"
+    figures = f"{plan.steps:,} steps · {as_time(result.seconds)} · {as_size(result.peak_memory)}"
+    return f"{describe_adapter(plan.config)} · {figures}"

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from theodora.adapters.atomic import partial_name
 from theodora.errors import CheckpointError, ConfigError
@@ -16,6 +17,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 FIGURE_FILE = "loss.png"
 CARD_FILE = "README.md"
+HELD_OUT_FILE = "held_out.jsonl"
 RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -23,6 +25,7 @@ RUN_FILES = (
     METRICS_FILE,
     FIGURE_FILE,
     CONFIG_FILE,
+    HELD_OUT_FILE,
     CHECKPOINTS,
 )
 # The state file is listed last because the trainer writes it last.
@@ -120,7 +123,7 @@ def steps_done(checkpoint: Path) -> int:
     return int(read_state(checkpoint)["global_step"])
 
 
-def read_state(checkpoint: Path) -> dict:
+def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint."""
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 

@@ -57,7 +57,9 @@ def _style(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per token (nats)")
-    axes.set_ylim(bottom=0)
+    low, high = axes.get_ylim()
+    if low < high / 2:  # from zero, unless that would flatten the curve
+        axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
@@ -65,4 +67,4 @@ def _style(axes: Any, title: str) -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     if axes.lines:
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)

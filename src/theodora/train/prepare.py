@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter
 from theodora.adapters.models import load_model, load_tokenizer
@@ -35,7 +35,8 @@ class Prepared:
     """With every choice made."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train_examples: Examples
+    training: Examples
+    held_out: Examples | None
     train_rows: Dataset
     held_out_rows: Dataset | None
     dtype: str
@@ -74,7 +75,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
     inject_adapter(model, config.adapter)
-    return Prepared(config, model, tokenizer, training, train_rows, held_out_rows, dtype, notes)
+    return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:

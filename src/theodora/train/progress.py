@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,16 @@ class ProgressView(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", soft_wrap=True)
 
     def _figures(self, steps_left: int) -> list[tuple[str, str]]:
-        found: list[tuple[str, str | None]] = [
-            ("loss", self.loss and f"{self.loss:.4f}"),
-            ("held-out", self.eval_loss and f"{self.eval_loss:.4f}"),
-            ("lr", f"{self.learning_rate:.1e}" if self.learning_rate is not None else None),
-            ("tokens/s", self.tokens_per_second and f"{self.tokens_per_second:,.0f}"),
-            ("memory", as_size(peak_memory()) if peak_memory() else None),
-            ("left", self.seconds_per_step and as_time(self.seconds_per_step * steps_left)),
+        seconds_left = None if self.seconds_per_step is None else self.seconds_per_step * steps_left
+        found: list[tuple[str, float | None, Callable[[float], str]]] = [
+            ("loss", self.loss, "{:.4f}".format),
+            ("held-out", self.eval_loss, "{:.4f}".format),
+            ("lr", self.learning_rate, "{:.1e}".format),
+            ("tokens/s", self.tokens_per_second, "{:,.0f}".format),
+            ("memory", peak_memory() or None, as_size),
+            ("left", seconds_left, as_time),
         ]
-        return [(name, value) for name, value in found if value]
+        return [(name, show(value)) for name, value, show in found if value is not None]
 
     def _render(self) -> Group:
         task = self._bar.tasks[0]

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from theodora.config import TrainConfig
+from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
 
@@ -110,9 +111,10 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands for someone who has just trained this adapter."""
     output = shlex.quote(config.output)
-    data = shlex.quote(config.eval_data or config.data)
+    held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
+    evaluate = f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data"
     return [
-        f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data {data}",
+        *([f"{evaluate} {shlex.quote(held_out)}"] if held_out else []),
         f"theodora chat {output}",
         f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}",
     ]
@@ -120,7 +122,7 @@ def next_commands(config: TrainConfig) -> list[str]:
 
 def resume_command(output: Path) -> str:
     """The command that goes on from a run's newest checkpoint."""
-    return f"theodora train --config {shlex.quote(str(output / 'config.yaml'))} --resume"
+    return f"theodora train --config {shlex.quote(str(output / CONFIG_FILE))} --resume"
 
 
 def describe_adapter(config: TrainConfig) -> str:

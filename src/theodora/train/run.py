@@ -15,7 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import IntervalStrategy
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.atomic import atomic_write
@@ -88,11 +88,11 @@ def _train(prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, co
     plan = _plan(prepared, trainer, checkpoint)
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
-        trainer._total_train_tokens = _tokens_at(checkpoint)
-        view.count_tokens_from(trainer._total_train_tokens)
+        trainer.tokens_seen = _tokens_at(checkpoint)
+        view.count_tokens_from(trainer.tokens_seen)
     print_plan(console, plan)
     if arguments.should_save:
-        _begin_record(prepared.config, output, checkpoint)
+        _begin_record(prepared, output)
     metrics_file = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at) if arguments.should_save else None
     if metrics_file is not None:
         # First, so that the line of a diverged step is written before the run ends over it.
@@ -129,8 +129,10 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if hasattr(arguments, name):
             setattr(arguments, name, bool(config.gradient_checkpointing))
+    # Without an accelerator torch warns at every data loader.
+    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type != "cpu"
     # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     try:
         return AdapterTrainer(
             model=prepared.model,
@@ -147,7 +149,8 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) -> Plan:
     arguments, model = trainer.args, prepared.model
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    batches = math.ceil(len(trainer.train_dataset) / (arguments.per_device_train_batch_size * arguments.world_size))
+    rows: Any = trainer.train_dataset  # packed, perhaps
+    batches = math.ceil(len(rows) / (arguments.per_device_train_batch_size * arguments.world_size))
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     labels = prepared.train_rows["labels"]
@@ -159,7 +162,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) 
         modules=list(adapter_layers(model)),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=model.num_parameters(),
-        data_format=prepared.train_examples.format,
+        data_format=prepared.training.format,
         rows=len(prepared.train_rows),
         tokens=sum(map(len, labels)),
         learned=sum(label != -100 for row in labels for label in row),
@@ -183,7 +186,8 @@ def _device_notes() -> list[str]:
 def _check_resume(plan: Plan, checkpoint: Path) -> None:
     if plan.resume_at is not None and plan.resume_at >= plan.steps:
         raise ConfigError(
-            f"{checkpoint} already holds all {plan.steps} steps of this run. Raise max_steps or num_train_epochs to go on."
+            f"{checkpoint} already holds all {plan.steps} steps of this run. Raise max_steps or num_train_epochs to go "
+            "on."
         )
 
 
@@ -192,8 +196,9 @@ def _tokens_at(checkpoint: Path) -> int:
     return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
 
 
-def _begin_record(config: TrainConfig, output: Path, checkpoint: Path | None) -> None:
-    """Clear what is to be overwritten, and write down how to run this again."""
+def _begin_record(prepared: Prepared, output: Path) -> None:
+    """Clear what is to be overwritten, and write down how to run this again and what was held out."""
+    config = prepared.config
     if config.overwrite:
         files.clear_run(output)
     files.clear_partial(output / files.CHECKPOINTS)
@@ -202,6 +207,9 @@ def _begin_record(config: TrainConfig, output: Path, checkpoint: Path | None) ->
     head = f"# Every setting of this run. To run it again: {command}\n"
     with atomic_write(output / files.CONFIG_FILE) as file:
         file.write_text(head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if prepared.held_out is not None and config.eval_data is None:
+        with atomic_write(output / files.HELD_OUT_FILE) as file:
+            prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
 
 
 def _run(
@@ -213,7 +221,7 @@ def _run(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         if interrupt.in_evaluation and trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model_wrapped, None)
+            trainer.save_now()
         raise TrainingInterrupted(_interrupted(output)) from None
     if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
         raise TrainingInterrupted(_interrupted(output))
@@ -252,7 +260,7 @@ def _result(prepared: Prepared, plan: Plan, trainer: AdapterTrainer, view: Progr
         eval_loss=final,
         trainable_parameters=plan.trainable,
         total_parameters=plan.total,
-        tokens=int(trainer._total_train_tokens),
+        tokens=trainer.tokens_seen,
         seconds=seconds,
         tokens_per_second=view.mean_tokens_per_second,
         peak_memory=peak_memory(),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
-from trl import SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.errors import ConfigError
@@ -29,6 +30,7 @@ class AdapterTrainer(SFTTrainer):
     - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
     """
 
+    args: SFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     model: PreTrainedModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,13 +60,19 @@ class AdapterTrainer(SFTTrainer):
         if mode == "train":
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
-            counted = self.accelerator.gather_for_metrics(torch.as_tensor(tokens, device=self.args.device))
-            self._total_train_tokens += int(counted.sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            counted: Any = self.accelerator.gather_for_metrics(torch.as_tensor(tokens, device=self.args.device))
+            self.tokens_seen += int(counted.sum())
+        self._metrics[mode]["num_tokens"] = [self.tokens_seen]
         inputs = {**inputs, "use_cache": False}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
         """Also add up the loss over tokens."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != -100).sum().item()
@@ -78,7 +86,8 @@ class AdapterTrainer(SFTTrainer):
         self._eval_nats = self._eval_tokens = 0.0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
-        nats, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        reduced: Any = self.accelerator.reduce(sums, "sum")
+        nats, tokens = reduced.tolist()
         if tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
         return output
@@ -86,6 +95,25 @@ class AdapterTrainer(SFTTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and DoRA's magnitudes, whose decay would shrink the base weight itself."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".magnitude")]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, prompts included, padding not."""
+        return int(self._total_train_tokens)
+
+    @tokens_seen.setter
+    def tokens_seen(self, tokens: int) -> None:
+        self._total_train_tokens = tokens
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints go."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the step at hand."""
+        self._save_checkpoint(self.model, None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes a card of its own."""
@@ -102,7 +130,7 @@ class AdapterTrainer(SFTTrainer):
             # Several processes write into one folder; there is no moment at which one of them could rename it.
             super()._save_checkpoint(model, trial)
             return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
             self._save_parts(model, trial)
             inner = partial / folder.name
@@ -112,7 +140,7 @@ class AdapterTrainer(SFTTrainer):
                 file.rename(partial / file.name)
             inner.rmdir()
         rotate_checkpoints(
-            output_dir=self.args.output_dir,
+            output_dir=str(self.folder),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
@@ -122,7 +150,7 @@ class AdapterTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
             # torch.save turns a full disk into a RuntimeError about its own file writer.
-            if shutil.disk_usage(self.args.output_dir).free < 2**20:
+            if shutil.disk_usage(self.folder).free < 2**20:
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
 

@@ -1,0 +1,56 @@
+"""Runs of a few steps on tiny models: rows of small sums, and a configuration to start from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from theodora.config import TrainConfig
+from theodora.train import TrainResult, train
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}" + "!" * (a % 5)} for a in range(8) for b in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def options(tiny_model_dir, sums, tmp_path) -> dict[str, Any]:
+    """Options of a short run in fp32, by name."""
+    return {
+        "model": str(tiny_model_dir()),
+        "data": str(sums),
+        "output": str(tmp_path / "run"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "bf16": False,
+    }
+
+
+@pytest.fixture
+def run(options) -> Callable[..., TrainResult]:
+    """Train with these options and others, in silence."""
+
+    def start(**others: Any) -> TrainResult:
+        return train(TrainConfig.from_options(options | others), console=Console(quiet=True))
+
+    return start
+
+
+@pytest.fixture
+def losses() -> Callable[..., list[float]]:
+    """The losses in the metrics file of a run's folder."""
+    return _losses
+
+
+def _losses(output: Path | str, name: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
