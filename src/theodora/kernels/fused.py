@@ -80,7 +80,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dx_lora, da, db = _low_rank_backward(ctx, dy_TO, *ctx.saved_tensors)
+        # Attention hands its gradients back transposed, and the CPU's bfloat16 products are slow on those.
+        dx, dx_lora, da, db = _low_rank_backward(ctx, dy_TO.contiguous(), *ctx.saved_tensors)
         return dx, dx_lora, None, None, da, db, None
 
 
