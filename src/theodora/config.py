@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from theodora.errors import ConfigError, bullet_list
 
@@ -67,7 +67,7 @@ class AdapterConfig:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
-        if self.alpha is None and isinstance(self.rank, int):
+        if self.alpha is None and is_int(self.rank):
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         problems = list(self._problems())
         if problems:
@@ -82,9 +82,9 @@ class AdapterConfig:
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            if not is_number(alpha) or alpha <= 0:
                 yield f"alpha is {alpha!r}; expected a positive number".replace("alpha", what, 1)
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
         if not self.targets and not self.modules_to_save:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
@@ -114,6 +114,11 @@ class AdapterConfig:
 def is_int(value: object) -> bool:
     """Whether `value` is a whole number (`True` is not)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number (`True` is not)."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def wrong_choices(config: Any):  # -> Iterator[str]
@@ -281,7 +286,8 @@ class TrainConfig:
                 adapter[name] = (word,) if word else ()
         if problems:
             raise ConfigError("The options make no sense:" + bullet_list(problems))
-        return cls(**own | {"adapter": AdapterConfig(**adapter), "trainer": {**trainer, **extra}})
+        own |= {"adapter": AdapterConfig(**adapter), "trainer": {**trainer, **extra}}
+        return cls(**own)
 
     def to_options(self) -> dict[str, Any]:
         """All options side by side, such that `from_options` gives this configuration again; fit for YAML and JSON."""

@@ -78,7 +78,7 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             model,
             **{"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})},
             trust_remote_code=trust_remote_code,
@@ -87,6 +87,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
+    loaded, info = result
     if info["missing_keys"]:
         # transformers would go on with random values in their place.
         missing = sorted(info["missing_keys"])
@@ -105,7 +106,8 @@ def load_tokenizer(
     Raises:
         CheckpointError: the folder is missing or holds no tokenizer.
     """
-    check_model_folder(model)
+    if not has_tokenizer(model):  # an adapter's folder may hold one
+        check_model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code, revision=revision or "main"

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from theodora.config import alternatives, type_hints
 
 
-def add_field(group: argparse._ArgumentGroup, config_class: type, name: str) -> None:
-    """Add the flag of one field. A flag that is not given leaves no attribute behind.
+def add_field(group: Any, config_class: type, name: str) -> None:
+    """Add the flag of one field to a parser or argument group. A flag that is not given leaves no attribute behind.
 
     Truth values take `--packing`, `--no-packing` and `--packing false`; lists take several words, mappings KEY=VALUE.
     """
@@ -24,8 +24,8 @@ def add_field(group: argparse._ArgumentGroup, config_class: type, name: str) -> 
     keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field_help(config_class, name), "dest": name}
     if bool in kinds:
         group.add_argument(flag, nargs="?", const=True, metavar="BOOL", **keywords)
-        negative = {**keywords, "help": argparse.SUPPRESS}
-        group.add_argument("--no-" + name.replace("_", "-"), action="store_const", const=False, **negative)
+        keywords["help"] = argparse.SUPPRESS
+        group.add_argument("--no-" + name.replace("_", "-"), action="store_const", const=False, **keywords)
     elif Mapping in kinds:
         group.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", action=_ToDict, **keywords)
     elif tuple in kinds:
@@ -87,15 +87,19 @@ def other_options(arguments: list[str]) -> dict[str, Any]:
 class _WordOrList(argparse.Action):
     """One word stays text (it may be a regular expression); several become a list."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 class _ToDict(argparse.Action):
     """KEY=VALUE pairs become a mapping."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, dict(values))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, dict(values))
 
 
 def _pair(text: str) -> tuple[str, float]:

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from theodora.cli.arguments import add_field, other_options
+from theodora.cli.arguments import add_field, field_help, other_options
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError
 
@@ -91,10 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 add_field(group, config_class, name)
 
 
-def _add_resume(group: argparse._ArgumentGroup) -> None:
+def _add_resume(group: Any) -> None:
     """`--resume` alone means the newest whole checkpoint."""
-    from theodora.cli.arguments import field_help
-
     help_text = field_help(TrainConfig, "resume")
     group.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER", default=argparse.SUPPRESS, help=help_text)
 
