@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter
+from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter
 from theodora.adapters.checkpoint import KEY_PREFIX, read_adapter
 from tiny import FAMILIES, tiny_model
 
@@ -150,6 +150,11 @@ def test_keys_and_fields(tmp_path):
 
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as f:
         assert f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector" in f.keys()  # noqa: SIM118
+
+
+def test_adapters_on_pefts_adapters_are_refused():
+    with pytest.raises(ConfigError, match="PEFT's adapters already"):
+        inject_adapter(get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"])))
 
 
 def test_peft_pissa_without_conversion_is_refused(tmp_path):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter
 from theodora.adapters.inject import trained_tensors
+from tiny import tiny_model, tiny_tokenizer
 
 # transformers renames gradient checkpointing; torch's loader complains of a pinned memory that no CPU has.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:torch")

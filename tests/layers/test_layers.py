@@ -200,6 +200,22 @@ def test_no_cache_outlives_what_it_depends_on(change):
         assert formula.error(found, exact) < 1e-6
 
 
+def test_steps_that_autograd_does_not_see_reach_the_norm():
+    """Some optimizers write through `.data` or from a kernel of their own."""
+    model, _ = net()
+    move(model)
+    x = torch.randn(4, 10)
+    layer = model.linear.train()
+    for _ in range(2):
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+        layer.adapters["default"].lora_B.data.add_(0.5)
+    with torch.no_grad():
+        exact = layer.merged_weight("default").double()
+        assert formula.error(layer(x), x.double() @ exact.T + layer.bias.double()) < 1e-6
+
+
 def test_named_adapters_switch_exactly():
     model, base = net()
     move(model)

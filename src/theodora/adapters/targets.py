@@ -27,6 +27,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """
     modules = {path: module for path, module in model.named_modules() if path}
     problems: list[str] = []
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ConfigError(
+            "The model carries PEFT's adapters already, and adapters on adapters are not supported. Call its "
+            "merge_and_unload() or unload() first; PEFT's saved adapters load with load_adapter."
+        )
     for what in ("targets", "exclude"):
         wanted = getattr(config, what)
         if isinstance(wanted, tuple):

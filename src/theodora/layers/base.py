@@ -104,6 +104,8 @@ class AdapterLayer(nn.Module):
         """
         a, b = adapter.factors()
         if torch.compiler.is_compiling() or (self.training and torch.is_grad_enabled()):
+            # An optimizer step will follow, and not every optimizer lets autograd know what it writes to.
+            self._norm = None
             return dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
         on = _versions(self.weight, adapter.lora_A, adapter.lora_B)
         if self._norm is None or self._norm[0] != on:
