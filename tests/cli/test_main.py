@@ -1,0 +1,117 @@
+"""The command itself: finding subcommands, exit codes, messages, and how quickly it answers."""
+
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import theodora
+from theodora.cli import main as cli
+from theodora.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Make `theodora info` run the given function, with one positional argument and one flag."""
+
+    def install(run):
+        def add_arguments(parser):
+            parser.add_argument("folder", nargs="?")
+            parser.add_argument("--max-rows", type=int)
+
+        monkeypatch.setattr(
+            cli, "import_module", lambda name: SimpleNamespace(add_arguments=add_arguments, run=run, __doc__="")
+        )
+
+    return install
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_help_lists_every_command_by_group(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for group, commands in cli.COMMANDS.items():
+        assert f"{group}:" in text
+        assert all(f"  {name} " in text for name in commands)
+
+
+def test_every_command_has_its_module():
+    for name in ("train", "evaluate", "merge", "chat", "info", "demo"):
+        assert cli.main([name, "--help"]) == 0
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from theodora.cli.main import main; main(['--help']); main(['train', '--help']);"
+        "print(sorted({'torch', 'transformers', 'datasets', 'rich', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
+    started = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr.strip() == "[]"
+    assert time.monotonic() - started < 2  # 0.1 s here; machines that run tests are busy
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"theodora {theodora.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("rank is 0"), 2, "rank is 0"),
+        (CheckpointError("[damaged]"), 1, "[damaged]"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (KeyboardInterrupt("Go on with X"), 130, "Go on with X"),
+        (RuntimeError("odd"), 1, "RuntimeError: odd"),
+    ],
+)
+def test_errors_become_messages_and_exit_codes(error, code, message, command, capsys):
+    command(raising(error))
+    assert cli.main(["info"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv", [["--debug", "info"], ["info", "--debug"]])
+def test_debug_shows_the_traceback(argv, command):
+    command(raising(ConfigError("rank is 0")))
+    with pytest.raises(ConfigError):
+        cli.main(argv)
+
+
+def test_hyphens_and_underscores_are_the_same(command):
+    seen = []
+    command(lambda args: seen.append(args.max_rows) or 0)
+    assert cli.main(["info", "--max_rows", "3"]) == cli.main(["info", "--max-rows=3"]) == 0
+    assert seen == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inof"], "did you mean info?"),
+        (["info", "--max-row", "3"], "unknown option --max-row (did you mean --max-rows?)"),
+        (["info", "a", "b"], "unexpected argument 'b'"),
+        (["info", "--max-rows", "x"], "--max-rows"),
+    ],
+)
+def test_usage_errors_name_what_was_meant(argv, message, command, capsys):
+    command(lambda args: 0)
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_command_is_a_usage_error(capsys):
+    assert cli.main([]) == 2
+    assert "usage: theodora" in capsys.readouterr().out
