@@ -67,4 +67,4 @@ def _style(axes: Any, title: str) -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     if axes.lines:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+        axes.legend(loc="best", facecolor="white", framealpha=0.9, edgecolor="none")

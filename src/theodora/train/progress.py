@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,11 +28,15 @@ class ProgressView(TrainerCallback):
         self.eval_loss: float | None = None
         self.learning_rate: float | None = None
         self.tokens_per_second: float | None = None
-        self.seconds_per_step: float | None = None
+        self.seconds_left: float | None = None
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), MofNCompleteColumn(), expand=True
+            TextColumn("{task.description}"),
+            BarColumn(None, complete_style="cyan", finished_style="cyan"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}", style="bold"),
+            expand=True,
         )
-        self._task = self._bar.add_task("Training", total=None)
+        self._task = self._bar.add_task("Training", total=None, left="")
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
         self._weight = 0.0
         self._tokens = 0
@@ -64,8 +67,9 @@ class ProgressView(TrainerCallback):
         """Advance the bar."""
         now = time.monotonic()
         self._busy += now - self._step_started
-        self.seconds_per_step = (now - self._started) / (state.global_step - self._first_step)
-        self._bar.update(self._task, completed=state.global_step)
+        per_step = (now - self._started) / (state.global_step - self._first_step)
+        self.seconds_left = per_step * (state.max_steps - state.global_step)
+        self._bar.update(self._task, completed=state.global_step, left=f"{as_time(self.seconds_left)} left")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -113,29 +117,23 @@ class ProgressView(TrainerCallback):
         now = time.monotonic()
         if due or now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            figures = "  ".join(f"{name} {value}" for name, value in self._figures(state.max_steps - state.global_step))
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", soft_wrap=True)
+            parts = [f"step {state.global_step}/{state.max_steps}", *map(" ".join, self._figures())]
+            parts += [f"{as_time(self.seconds_left)} left"] if self.seconds_left is not None else []
+            self.console.print("  ".join(parts), soft_wrap=True)
 
-    def _figures(self, steps_left: int) -> list[tuple[str, str]]:
-        seconds_left = None if self.seconds_per_step is None else self.seconds_per_step * steps_left
+    def _figures(self) -> list[tuple[str, str]]:
         found: list[tuple[str, float | None, Callable[[float], str]]] = [
             ("loss", self.loss, "{:.4f}".format),
             ("held-out", self.eval_loss, "{:.4f}".format),
             ("lr", self.learning_rate, "{:.1e}".format),
             ("tokens/s", self.tokens_per_second, "{:,.0f}".format),
             ("memory", peak_memory() or None, as_size),
-            ("left", seconds_left, as_time),
         ]
         return [(name, show(value)) for name, value, show in found if value is not None]
 
     def _render(self) -> Group:
-        task = self._bar.tasks[0]
-        figures = Table.grid(padding=(0, 3, 0, 0))
-        steps_left = int((task.total or 0) - task.completed)
-        figures.add_row(
-            *(Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in self._figures(steps_left))
-        )
-        return Group(self._bar, figures)
+        figures = [Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in self._figures()]
+        return Group(self._bar, Text("   ").join(figures))
 
 
 def as_time(seconds: float) -> str:

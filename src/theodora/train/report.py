@@ -78,10 +78,10 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def print_result(console: Console, result: TrainResult, config: TrainConfig, notes: Sequence[str]) -> None:
     """Print the table after training, and what can be done next."""
-    table = Table(box=box.SIMPLE_HEAD, title="[bold]Result", title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title="Result", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    table.add_column("after", justify="right", style="bold")
     for name, before, after in result_rows(result):
         table.add_row(name, before, after)
     console.print()
@@ -92,11 +92,12 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
     )
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
-    console.print(
-        f"\nThe adapter is in [bold]{result.output}[/] (model card, metrics and loss curve beside it). Next:\n"
+    where = Text.assemble(
+        "\nThe adapter is in ", (str(result.output), "bold"), ", with its model card and loss curve. Next:\n"
     )
+    console.print(where, soft_wrap=True)
     for command in next_commands(config):
-        console.print(f"  [cyan]{command}[/]", soft_wrap=True)
+        console.print(Text("  " + command, style="cyan"), soft_wrap=True)
 
 
 def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
