@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl.trainer.sft_config import SFTConfig
@@ -20,12 +20,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from theodora.adapters.atomic import atomic_directory
 from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
+from theodora.train.loss import TokenLosses, can_choose_positions, learns_few_positions, token_losses
 
 
 class AdapterTrainer(SFTTrainer):
     """SFTTrainer for a model that carries one of our adapters. Differences:
 
-    - An adapted output head trains: TRL computes the loss from `lm_head.weight` and would pass the adapter by.
+    - An adapted output head trains: TRL computes the loss from `lm_head.weight` and would pass the adapter by. On CPUs
+      the head's work is done at the learned positions alone.
     - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size.
     - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
     """
@@ -40,11 +42,15 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.adapts_head = isinstance(self.model.get_output_embeddings(), AdapterLayer)
-        if self.adapts_head and self.args.loss_type != "nll":
-            raise ConfigError(f"loss_type={self.args.loss_type} does not train an adapter on the output head; use nll")
-        if not self.adapts_head:
-            # The fused head scales by the tokens of all micro-batches, whatever the model's own forward accepts.
-            self.model_accepts_loss_kwargs = True
+        self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        if self.adapts_head and not self._plain_loss:
+            raise ConfigError(
+                "An adapter on the output head trains with the plain loss alone. Leave the head out of targets, or set "
+                "loss_type: nll, label_smoothing_factor: 0 and router_aux_loss_coef: 0."
+            )
+        self._takes_positions = can_choose_positions(self.model)
+        # Both ways to compute the loss scale it by the tokens of all micro-batches, whatever the model itself accepts.
+        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
@@ -53,18 +59,36 @@ class AdapterTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss per token; through the model's own forward if the output head is adapted."""
-        if not self.adapts_head:
+        """The loss per token: TRL's, or the model's own at the learned positions where that is right or faster."""
+        if return_outputs or not self._chooses_positions(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = token_losses(model, inputs, self._takes_positions)
+        self._record(inputs, found)
+        loss = found.nats / torch.as_tensor(num_items_in_batch or found.count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The number counts the tokens of all processes, whose gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def _chooses_positions(self, labels: Tensor) -> bool:
+        if self.adapts_head:
+            return True
+        faster = self.args.device.type == "cpu" and learns_few_positions(labels)
+        return faster and self._plain_loss and self._takes_positions
+
+    def _record(self, inputs: dict[str, Any], found: TokenLosses) -> None:
+        """Keep the metrics that TRL keeps."""
         mode = "train" if self.model.training else "eval"
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        own = [found.entropy, found.correct, found.count, torch.as_tensor(tokens, device=found.count.device)]
+        reduced: Any = self.accelerator.reduce(torch.stack([value.float() for value in own]), "sum")
+        entropy, correct, count, tokens = reduced.tolist()
+        self._metrics[mode]["entropy"].append(entropy / max(count, 1))
+        self._metrics[mode]["mean_token_accuracy"].append(correct / max(count, 1))
         if mode == "train":
-            mask = inputs.get("attention_mask")
-            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
-            counted: Any = self.accelerator.gather_for_metrics(torch.as_tensor(tokens, device=self.args.device))
-            self.tokens_seen += int(counted.sum())
+            self.tokens_seen += int(tokens)
         self._metrics[mode]["num_tokens"] = [self.tokens_seen]
-        inputs = {**inputs, "use_cache": False}
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self,

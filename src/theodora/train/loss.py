@@ -1,0 +1,77 @@
+"""The loss at the positions that are learned, from the model's own forward. Legend: B rows, T tokens, V vocabulary.
+
+TRL computes the loss from the output head's weight. Without Triton (on CPUs) it does so at every position, although in
+a completion after a long prompt few are learned; and an adapter on the head it would pass by. Here the model itself is
+asked for the logits at the positions that are learned in any row of the batch, so that whatever it does to them
+(adapters, scales, soft caps) is in the loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100
+_FEW = 0.5  # share of positions; with more, TRL's tiles save more memory than leaving the others out
+
+
+@dataclass
+class TokenLosses:
+    """Sums over the learned tokens of a batch."""
+
+    nats: Tensor
+    """Negative log-likelihood, with gradient."""
+    entropy: Tensor
+    correct: Tensor
+    """Tokens that were the likeliest one."""
+    count: Tensor
+
+
+def can_choose_positions(model: nn.Module) -> bool:
+    """Whether the model's forward takes the positions whose logits are wanted."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def learns_few_positions(labels_BT: Tensor) -> bool:
+    """Whether leaving out positions that no row learns is worth it."""
+    return _learned_positions(labels_BT).numel() <= _FEW * labels_BT.shape[1]
+
+
+def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> TokenLosses:
+    """Run the model on a batch and add up the losses of its learned tokens.
+
+    Args:
+        model: a causal language model, wrapped for several processes perhaps.
+        takes_positions: `can_choose_positions` of the model itself.
+        inputs: what TRL's collator makes, with `labels` (B, T), each at the place of its token (not shifted).
+    """
+    labels_BT = inputs["labels"]
+    kept = _learned_positions(labels_BT)
+    arguments = {key: value for key, value in inputs.items() if key != "labels"}
+    # One position at least, so that a batch without a learned token still has a (zero) gradient.
+    wanted = kept if kept.numel() else torch.zeros(1, dtype=torch.long, device=labels_BT.device)
+    logits_BKV = _logits(model, arguments | {"use_cache": False}, wanted, takes_positions)
+    targets_BK = labels_BT[:, wanted + 1].to(logits_BKV.device)
+    learned = targets_BK != IGNORED
+    targets_N = targets_BK[learned]
+    log_probs_NV = logits_BKV[learned].float().log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(log_probs_NV.exp() * log_probs_NV).sum()
+        correct = (log_probs_NV.argmax(-1) == targets_N).sum()
+    nats = -log_probs_NV.gather(1, targets_N[:, None]).sum()
+    return TokenLosses(nats, entropy, correct, learned.sum())
+
+
+def _logits(model: nn.Module, arguments: dict[str, Any], positions: Tensor, takes_positions: bool) -> Tensor:
+    if takes_positions:
+        return model(**arguments, logits_to_keep=positions).logits
+    return model(**arguments).logits.index_select(1, positions)
+
+
+def _learned_positions(labels_BT: Tensor) -> Tensor:
+    """Positions whose next token is learned in any row: the token at t is predicted from the state at t-1."""
+    return (labels_BT[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
