@@ -1,7 +1,7 @@
 """The loss at the positions that are learned, from the model's own forward. Legend: B rows, T tokens, V vocabulary.
 
-TRL computes the loss from the output head's weight. Without Triton (on CPUs) it does so at every position, although in
-a completion after a long prompt few are learned; and an adapter on the head it would pass by. Here the model itself is
+TRL computes the loss from the output head's weight. Without Triton (on CPUs) it does so at every position, although of
+a prompt and its completion few are learned; and an adapter on the head it would pass by. Here the model itself is
 asked for the logits at the positions that are learned in any row of the batch, so that whatever it does to them
 (adapters, scales, soft caps) is in the loss.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100
-_FEW = 0.5  # share of positions; with more, TRL's tiles save more memory than leaving the others out
+# Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
+_MOST_LOGITS = 2**26
 
 
 @dataclass
@@ -36,9 +37,9 @@ def can_choose_positions(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def learns_few_positions(labels_BT: Tensor) -> bool:
-    """Whether leaving out positions that no row learns is worth it."""
-    return _learned_positions(labels_BT).numel() <= _FEW * labels_BT.shape[1]
+def logits_fit(labels_BT: Tensor, vocabulary: int) -> bool:
+    """Whether the logits at the learned positions are few enough to be held at once."""
+    return _learned_positions(labels_BT).numel() * labels_BT.shape[0] * vocabulary <= _MOST_LOGITS
 
 
 def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> TokenLosses:

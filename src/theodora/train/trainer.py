@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from theodora.adapters.atomic import atomic_directory
 from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
-from theodora.train.loss import TokenLosses, can_choose_positions, learns_few_positions, token_losses
+from theodora.train.loss import TokenLosses, can_choose_positions, logits_fit, token_losses
 
 
 class AdapterTrainer(SFTTrainer):
@@ -73,7 +73,8 @@ class AdapterTrainer(SFTTrainer):
     def _chooses_positions(self, labels: Tensor) -> bool:
         if self.adapts_head:
             return True
-        faster = self.args.device.type == "cpu" and learns_few_positions(labels)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        faster = self.args.device.type == "cpu" and logits_fit(labels, vocabulary)
         return faster and self._plain_loss and self._takes_positions
 
     def _record(self, inputs: dict[str, Any], found: TokenLosses) -> None:
