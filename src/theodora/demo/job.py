@@ -126,7 +126,7 @@ def run_job(
     model, tokenizer = load_model_and_tokenizer(model_path, dtype=dtype)
     before = _measure(model, tokenizer, data, texts, settings, console, "before")
     del model
-    trained = train(_train_config(model_path, data, output, settings, dtype), console=console)
+    trained = train(_train_config(model_path, data, output, settings, dtype), console=console, show_result=False)
     console.print()
     after = _measure(trained.model, trained.tokenizer, data, texts, settings, console, "after")
     answers = _answer(trained.model, trained.tokenizer, data, console)

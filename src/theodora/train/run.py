@@ -40,7 +40,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C during training; the message says how to go on."""
 
 
-def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+def train(config: TrainConfig, *, console: Console | None = None, show_result: bool = True) -> TrainResult:
     """Train an adapter and write it, with its record, into `config.output`.
 
     The folder then holds the adapter in PEFT's files, the tokenizer, README.md (the model card), metrics.jsonl,
@@ -52,6 +52,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     Args:
         config: the run.
         console: where progress and results are shown. Default: standard output; `Console(quiet=True)` shows nothing.
+        show_result: whether to end with a table of the results and what can be done next.
 
     Returns:
         The figures of the run, and the trained model.
@@ -73,10 +74,16 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         with console.status("Loading the data and the model …"):
             prepared = prepare(config, arguments)
         with restored_afterwards(prepared.model), _explained_memory_errors():
-            return _train(prepared, arguments, checkpoint, console)
+            result, notes = _train(prepared, arguments, checkpoint, console)
+    if show_result:
+        print_result(console, result, config, notes)
+    return result
 
 
-def _train(prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console) -> TrainResult:
+def _train(
+    prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console
+) -> tuple[TrainResult, list[str]]:
+    """The run itself; also what the user should be told beside the result."""
     output = Path(prepared.config.output)
     tensors = trained_tensors(prepared.model)
     before = fingerprints(tensors)
@@ -116,8 +123,7 @@ def _train(prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, co
         prepared.tokenizer.save_pretrained(output)
         draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
         write_card(plan, result)
-    print_result(console, result, prepared.config, notes)
-    return result
+    return result, notes
 
 
 def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
