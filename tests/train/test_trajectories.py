@@ -1,5 +1,6 @@
 """Runs that must trace each other: accumulated and not, resumed and not, interrupted and not."""
 
+import io
 import os
 import shutil
 import signal
@@ -7,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError
-from theodora.train import callbacks
+from theodora.train import callbacks, train
 from theodora.train.run import TrainingInterrupted
 
 
@@ -125,3 +128,15 @@ def test_nothing_is_trained_if_the_output_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written"):
         run(output=str(tmp_path / "file" / "run"))
+
+
+def test_a_resumed_run_says_what_has_changed(options, tmp_path):
+    train(TrainConfig.from_options(options), console=Console(quiet=True))
+    console = Console(file=io.StringIO(), width=120)
+    more = {"max_steps": 6, "learning_rate": 0.005, "resume": "auto"}
+    train(TrainConfig.from_options(options | more), console=console, show_result=False)
+    text = console.file.getvalue()
+    assert "going on from step 4" in text
+    assert "max_steps from 4 to 6" in text
+    assert "learning_rate from 0.01 to 0.005" in text
+    assert "held_out" not in text

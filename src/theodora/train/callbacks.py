@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,7 +21,6 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, *, resume_at: int | None) -> None:
         self.path = path
-        self._file: IO[str] | None = None
         kept = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -31,15 +30,8 @@ class MetricsFile(TrainerCallback):
         """Write one line."""
         if not state.is_world_process_zero:
             return
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

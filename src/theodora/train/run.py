@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
         with restored_afterwards(prepared.model), _explained_memory_errors():
             result, notes = _train(prepared, arguments, checkpoint, console)
     if show_result:
-        print_result(console, result, config, notes)
+        print_result(console, result, prepared.config, notes)
     return result
 
 
@@ -100,30 +100,19 @@ def _train(
     print_plan(console, plan)
     if arguments.should_save:
         _begin_record(prepared, output)
-    metrics_file = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at) if arguments.should_save else None
-    if metrics_file is not None:
         # First, so that the line of a diverged step is written before the run ends over it.
-        trainer.callback_handler.callbacks.insert(0, metrics_file)
+        metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
+        trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
-    try:
-        _run(trainer, checkpoint, interrupt, view, output)
-    finally:
-        if metrics_file is not None:
-            metrics_file.close()
+    _run(trainer, checkpoint, interrupt, view, output)
     seconds = time.monotonic() - started
     resting = check_moved(tensors, before, updates.count)
-    notes = (
-        [f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …"]
-        if resting
-        else []
-    )
     result = _result(prepared, plan, trainer, view, seconds)
     if arguments.should_save:
-        save_adapter(prepared.model, output)
-        prepared.tokenizer.save_pretrained(output)
-        draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
-        write_card(plan, result)
-    return result, notes
+        _end_record(prepared, plan, result)
+    if not resting:
+        return result, []
+    return result, [f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …"]
 
 
 def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
@@ -153,7 +142,7 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) -> Plan:
-    arguments, model = trainer.args, prepared.model
+    arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     rows: Any = trainer.train_dataset  # packed, perhaps
     batches = math.ceil(len(rows) / (arguments.per_device_train_batch_size * arguments.world_size))
@@ -178,7 +167,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) 
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
         resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
-        notes=[*prepared.notes, *_device_notes()],
+        notes=[*prepared.notes, *_device_notes(), *(_changed_since(prepared.config, output) if checkpoint else [])],
     )
 
 
@@ -216,6 +205,25 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
+
+
+def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
+    """Write the adapter, and what there is to say about it."""
+    output = result.output
+    save_adapter(prepared.model, output)
+    prepared.tokenizer.save_pretrained(output)
+    draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
+    write_card(plan, result)
+
+
+def _changed_since(config: TrainConfig, output: Path) -> list[str]:
+    """Options that a resumed run does not share with the run it goes on from."""
+    record = output / files.CONFIG_FILE
+    if not record.is_file():
+        return []
+    before, now = yaml.safe_load(record.read_text(encoding="utf-8")), config.to_options()
+    names = [name for name in now if name not in ("resume", "overwrite") and before.get(name) != now[name]]
+    return [f"changed since the run began: {name} from {before.get(name)} to {now[name]}" for name in names]
 
 
 def _run(
