@@ -154,8 +154,11 @@ def check_model_folder(model: str | Path) -> None:
     """
     path = Path(model).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        what = "an adapter; its base model is expected here" if is_adapter_folder(path) else "no config.json"
-        raise CheckpointError(f"{model} holds {what}. Expected a folder saved by transformers' save_pretrained.")
+        if is_adapter_folder(path):
+            raise CheckpointError(f"{model} holds an adapter, not a model; its base model is {base_model_of(path)}.")
+        raise CheckpointError(
+            f"{model} holds no config.json. Expected a folder saved by transformers' save_pretrained."
+        )
     # A hub name is `name` or `owner/name`; anything else can only be a path.
     looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
     if looks_local and not path.exists():

@@ -43,6 +43,8 @@ _OTHER_WORDS = {
     "sequence_len": "max_length",
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
 }
 
 
@@ -116,7 +118,7 @@ def _checked(trainer: Any) -> dict[str, Any]:
     problems: list[str] = []
     for name, value in trainer.items():
         if name not in known:
-            problems.append(f"there is no option {name}{_nearest(name, [*known, *OPTION_NAMES])}")
+            problems.append(f"there is no option {name}{_nearest(name, sorted({*known, *OPTION_NAMES}))}")
         elif name in _ELSEWHERE and value:
             problems.append(f"{name} has no effect here: {_ELSEWHERE[name]}")
         else:

@@ -28,8 +28,8 @@ class AdapterTrainer(SFTTrainer):
 
     - An adapted output head trains: TRL computes the loss from `lm_head.weight` and would pass the adapter by. On CPUs
       the head's work is done at the learned positions alone.
-    - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size. (With several
-      processes a few rows may count twice: accelerate gives each of them equally many.)
+    - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size. (With
+      several processes a few rows may count twice: accelerate gives each of them equally many.)
     - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
     """
 
