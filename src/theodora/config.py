@@ -60,21 +60,20 @@ class AdapterConfig:
     """Storage of the trained tensors; the products run in the model's dtype. base: the same as the base weight."""
 
     def __post_init__(self) -> None:
-        # Lists and dicts arrive from YAML and JSON; the fields are immutable.
-        for name in ("targets", "exclude", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, list | set):
-                object.__setattr__(self, name, tuple(value))
-        if isinstance(self.modules_to_save, str):
-            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        for f in fields(self):  # None is how PEFT's files say "none of them"
+            if getattr(self, f.name) is None and f.name != "alpha":
+                default = f.default if f.default_factory is MISSING else f.default_factory()
+                object.__setattr__(self, f.name, default)
+        values, problems = _coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         if self.alpha is None and is_int(self.rank):
             object.__setattr__(self, "alpha", 2.0 * self.rank)
-        problems = list(self._problems())
-        if problems:
+        # Ranges can only be judged once every value has the right type.
+        if problems or (problems := list(self._problems())):
             raise ConfigError("AdapterConfig:" + bullet_list(problems))
 
-    def _problems(self):  # -> Iterator[str]
-        yield from wrong_choices(self)
+    def _problems(self) -> Iterator[str]:
         for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not is_int(rank) or rank < 1:
                 yield f"{what} is {rank!r}; expected a whole number of at least 1"
@@ -86,7 +85,11 @@ class AdapterConfig:
                 yield f"alpha is {alpha!r}; expected a positive number".replace("alpha", what, 1)
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
-        if not self.targets and not self.modules_to_save:
+        for name in ("targets", "exclude", "modules_to_save"):
+            odd = [item for item in getattr(self, name) if not isinstance(item, str)]
+            if odd:
+                yield f"{name} holds {odd[0]!r}; expected names"
+        if not self.targets:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
         for what, pattern in [
             *(
@@ -119,15 +122,6 @@ def is_int(value: object) -> bool:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number (`True` is not)."""
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def wrong_choices(config: Any):  # -> Iterator[str]
-    """Complaints about fields annotated as `Literal` that hold something else."""
-    literals = {"Method": Method, "Init": Init, "AdapterDtype": AdapterDtype}
-    for f in fields(config):
-        choices = get_args(literals.get(str(f.type)))
-        if choices and getattr(config, f.name) not in choices:
-            yield f"{f.name} is {getattr(config, f.name)!r}; expected one of {', '.join(choices)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +314,8 @@ def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     problems: list[str] = []
     for given, value in options.items():
         name, values = _SAME_AS.get(given, (given, {}))
+        if name != given and value is None:  # "not set" in transformers and TRL
+            continue
         if name != given and name in options:
             problems.append(f"{given} and {name} are both given; expected {name} alone")
         renamed[name] = values.get(value, value) if values else value

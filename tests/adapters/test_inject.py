@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, set_adapter
+from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, save_adapter, set_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from tiny import FAMILIES, tiny_model
 
@@ -96,7 +96,7 @@ def test_bad_configurations(values, words):
 
 def test_multihead_attention_is_refused_by_name_and_skipped_otherwise():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
-    with pytest.raises(ConfigError, match=r"out_proj: .*bypass"):
+    with pytest.raises(ConfigError, match=r"out_proj: .*(without calling|bypass)"):
         inject_adapter(model, AdapterConfig(targets=("out_proj",)))
     assert list(adapter_layers(inject_adapter(model, AdapterConfig(rank=2)))) == ["head"]
 
@@ -159,3 +159,56 @@ def test_modules_to_save_switch_with_their_adapter():
     torch.testing.assert_close(set_adapter(model, "default")(ids).logits, 2 * base)
     assert model.lm_head.weight.requires_grad
     assert not model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "forward"])
+def test_names_that_torch_uses_change_nothing(name):
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="cannot name an adapter"):
+        inject_adapter(model, name=name)
+    assert untouched(model)
+
+
+def test_weights_read_past_their_module_are_left_out():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match="dt_proj: MambaMixer reads its weight without calling it"):
+        inject_adapter(model, AdapterConfig(rank=2, targets=("dt_proj",)))
+    with pytest.warns(UserWarning, match="leaves out"):
+        inject_adapter(model, AdapterConfig(rank=2))
+    assert "backbone.layers.0.mixer.in_proj" in adapter_layers(model)
+    assert "backbone.layers.0.mixer.dt_proj" not in adapter_layers(model)
+
+
+def test_falcons_own_linear_layer():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "falcon",
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    base = model(torch.arange(3, 9)[None]).logits
+    assert len(adapter_layers(inject_adapter(model, AdapterConfig(rank=2)))) == 4
+    torch.testing.assert_close(model(torch.arange(3, 9)[None]).logits, base)
+
+
+def test_another_adapters_own_head_is_not_the_base(tmp_path):
+    ids = torch.arange(3, 9)[None]
+    model = inject_adapter(tiny_model("llama"), AdapterConfig(rank=2, targets=("lm_head",)), name="head")
+    inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",), modules_to_save=("lm_head",)), name="full")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    save_adapter(model, tmp_path / "a", "head")
+    base = tiny_model("llama")(ids).logits
+    torch.testing.assert_close(load_adapter(tiny_model("llama"), tmp_path / "a")(ids).logits, base)
+    torch.testing.assert_close(load_adapter(model, tmp_path / "a", "again")(ids).logits, base)
+    inject_adapter(set_adapter(model, "full"), AdapterConfig(rank=2, targets=("lm_head",)), name="new")
+    torch.testing.assert_close(model(ids).logits, base)

@@ -152,6 +152,16 @@ def test_keys_and_fields(tmp_path):
         assert f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector" in f.keys()  # noqa: SIM118
 
 
+def test_endings_within_a_name(tmp_path):
+    """PEFT's modules_to_save=["norm"] also means input_layernorm; ours means the module called norm."""
+    peft_into_ours("llama", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path)
+    ours_into_peft("llama", AdapterConfig(rank=4, targets=("q_proj",), modules_to_save=("norm",)), tmp_path)
+    again = load_adapter(tiny_model("llama"), tmp_path / "p")
+    save_adapter(again, tmp_path / "again")
+    theirs = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "again")
+    torch.testing.assert_close(logits(theirs), logits(again), **CLOSE)
+
+
 def test_adapters_on_pefts_adapters_are_refused():
     with pytest.raises(ConfigError, match="PEFT's adapters already"):
         inject_adapter(get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"])))

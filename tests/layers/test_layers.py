@@ -10,7 +10,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import formula
-from theodora import AdapterConfig, adapter_disabled, inject_adapter, kernels, remove_adapter, set_adapter
+from theodora import (
+    AdapterConfig,
+    adapter_disabled,
+    inject_adapter,
+    kernels,
+    merge_adapter,
+    remove_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
 from theodora.layers import AdapterLayer
 from tiny import tiny_model
 
@@ -214,6 +223,35 @@ def test_steps_that_autograd_does_not_see_reach_the_norm():
     with torch.no_grad():
         exact = layer.merged_weight("default").double()
         assert formula.error(layer(x), x.double() @ exact.T + layer.bias.double()) < 1e-6
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_writes_through_data_are_seen(context):
+    model, _ = net()
+    with context():
+        model.eval()(IDS)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    model.linear.weight.data.mul_(2)
+    x = torch.randn(4, 10)
+    with context():
+        found = model.linear(x).detach().clone()
+    a, b = (t.detach().double() for t in model.linear.adapters["default"].factors())
+    m = model.linear.adapters["default"].magnitude.detach().double()
+    w, bias = (t.detach().double() for t in (model.linear.weight, model.linear.bias))
+    if context is torch.enable_grad:  # ‖W‖² of a frozen weight is looked at again when the mode changes
+        found = model.train().eval().linear(x).detach()
+    assert formula.error(found, formula.dora(x.double(), w, bias, a, b, 2.0, m)) < 1e-5
+    model(IDS).sum().backward()
+
+
+def test_merged_moved_and_unmerged_ties_stay():
+    model = inject_adapter(tiny_model("gpt2", tied=True), AdapterConfig(rank=2, targets=("lm_head", "c_attn")))
+    merge_adapter(model).to(torch.float64)
+    unmerge_adapter(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.dtype == torch.float64
 
 
 def test_named_adapters_switch_exactly():

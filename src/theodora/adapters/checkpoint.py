@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from theodora.adapters.targets import from_pattern, matches
+from theodora.adapters.targets import from_pattern
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 
@@ -102,7 +102,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             without its magnitudes, or options that mean something this library does not compute.
     """
     folder = _find_folder(path)
-    peft = _read_json(folder / CONFIG_NAME)
+    peft = read_peft_config(folder)
     tensors, metadata = _read_tensors(folder / WEIGHTS_NAME)
     where = f"{folder / WEIGHTS_NAME}"
     config = _config_from_peft(peft, folder / CONFIG_NAME)
@@ -112,6 +112,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     full: dict[str, Tensor] = {}
     base_copies: dict[str, Tensor] = {}
     embeddings: set[str] = set()
+    saved_modules: set[str] = set()
     for key, tensor in tensors.items():
         if not key.startswith(KEY_PREFIX):
             problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
@@ -129,8 +130,9 @@ def read_adapter(path: str | Path) -> AdapterFile:
                 embeddings.add(module)
         elif ".base_layer." in name:
             base_copies[name.replace(".base_layer.", ".")] = tensor
-        elif _in_modules(name, config.modules_to_save):
+        elif (saved := _saved_module(name, config.modules_to_save)) is not None:
             full[name] = tensor
+            saved_modules.add(saved)
         elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
             base_copies[name] = tensor
         else:
@@ -145,7 +147,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
             a, b = found["a"], found["b"]
             scale = _scale(config, module)
             modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
-    missing = [name for name in config.modules_to_save if not any(_in_modules(key, (name,)) for key in full)]
+    missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
     problems += [f"modules_to_save names {name!r}, but the file holds no such tensor" for name in missing]
     if not modules and not full and not problems:
         problems.append("the file holds no adapter tensors")
@@ -153,7 +155,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         raise CheckpointError(f"{where} cannot be used:" + bullet_list(_some(problems)))
     return AdapterFile(
         path=folder,
-        config=config,
+        config=replace(config, modules_to_save=tuple(sorted(saved_modules))),
         base_model=peft.get("base_model_name_or_path") or None,
         modules=modules,
         full=full,
@@ -287,6 +289,16 @@ def _find_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{folder} does not exist; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
 
 
+def read_peft_config(folder: str | Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
+    path = Path(folder) / CONFIG_NAME
+    fields = _read_json(path)
+    base = fields.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path is {base!r}; expected a folder or hub name")
+    return fields
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -300,12 +312,26 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            metadata = _checked_metadata((file.metadata() or {}).get(METADATA_KEY, "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
         ) from error
+
+
+def _checked_metadata(text: str) -> dict[str, Any]:
+    """What we keep beside PEFT's tensors; a ValueError if it is not of our making."""
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its {METADATA_KEY} metadata is no object")
+    probe = metadata.get("probe") or {}
+    if not isinstance(probe, dict) or not all(
+        isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        for values in probe.values()
+    ):
+        raise ValueError(f"its {METADATA_KEY} metadata holds no probe of a base model")
+    return metadata
 
 
 def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
@@ -369,9 +395,11 @@ def _module_problem(module: str, found: Mapping[str, Tensor], config: AdapterCon
     return None
 
 
-def _in_modules(parameter: str, names: tuple[str, ...]) -> bool:
+def _saved_module(parameter: str, names: tuple[str, ...]) -> str | None:
+    """The module trained in full that the parameter belongs to. PEFT compares endings, also within a name."""
     parts = parameter.split(".")
-    return bool(names) and any(matches(names, ".".join(parts[:n])) for n in range(1, len(parts)))
+    modules = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((module for module in modules if names and module.endswith(names)), None)
 
 
 def _some(problems: list[str], most: int = 20) -> list[str]:

@@ -68,7 +68,8 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     state = find_state(model) or AdapterState()
     check_name(state, name)
     paths = find_targets(model, config)
-    adapters = _build(model, config, paths)
+    with originals_in_place(model):
+        adapters = _build(model, config, paths)
     full = {path: nn.Parameter(p.detach().clone()) for path, p in full_parameters(model, config, state).items()}
 
     add_adapter(model, name, config, adapters, full)
@@ -176,6 +177,21 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             merge_adapter(model, merged)
 
 
+@contextmanager
+def originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Put the base model's parameters where an adapter's own, trained in full, stand now."""
+    state = find_state(model)
+    if state is None:
+        yield
+        return
+    active = state.active
+    _activate(model, state, None)
+    try:
+        yield
+    finally:
+        _activate(model, state, active)
+
+
 def find_state(model: nn.Module) -> AdapterState | None:
     """What Theodora put on `model`, if anything."""
     return getattr(model, _STATE, None)
@@ -249,8 +265,11 @@ def _put_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None
 
 def check_name(state: AdapterState, name: str) -> None:
     """Raise a ConfigError if no new adapter can be called `name`."""
-    if not name or "." in name or "/" in name:
-        raise ConfigError(f"{name!r} cannot name an adapter: it must be non-empty, without dots and slashes.")
+    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: it must be non-empty, without dots and slashes, and no name that torch "
+            "has for something else."
+        )
     if name in state.configs:
         raise ConfigError(f"The model already carries an adapter {name!r}; choose another name, or remove it first.")
     if state.merged is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from theodora.adapters.checkpoint import read_peft_config
 from theodora.errors import CheckpointError, ConfigError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -135,7 +135,7 @@ def base_model_of(adapter: str | Path) -> str:
     Raises:
         CheckpointError: it names none.
     """
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_peft_config(adapter)
     if not config.get("base_model_name_or_path"):
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
     return config["base_model_name_or_path"]

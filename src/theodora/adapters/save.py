@@ -35,10 +35,11 @@ from theodora.adapters.inject import (
     find_state,
     full_parameters,
     new_low_rank,
+    originals_in_place,
     require_state,
     set_adapter,
 )
-from theodora.adapters.targets import nearest, target_names
+from theodora.adapters.targets import nearest, saved_names, target_names
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
@@ -99,9 +100,10 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
     """
     check_name(find_state(model) or AdapterState(), name)
     file = read_adapter(path)
-    _check_fit(model, file)
     config = _original_config(file)
-    adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
+    with originals_in_place(model):
+        _check_fit(model, file)
+        adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
     state = find_state(model) or AdapterState()
     full = {
         key: nn.Parameter(file.full[key].to(parameter.device, parameter.dtype, copy=True))
@@ -124,7 +126,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
     state = require_state(model, name)
     name = active_name(state, name)
     file = read_adapter(path)
-    _check_fit(model, file)
+    with originals_in_place(model):
+        _check_fit(model, file)
     layers = adapter_layers(model, name)
     problems = [f"{module}: in the model, not in the file" for module in layers if module not in file.modules]
     problems += [f"{module}: in the file, not in the model" for module in file.modules if module not in layers]
@@ -187,7 +190,7 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
     return peft_config(
         state.configs[name],
         target_modules=target_names(model, list(layers)),
-        modules_to_save=list(state.configs[name].modules_to_save),
+        modules_to_save=saved_names(model, state.configs[name].modules_to_save),
         base_model=getattr(hf_config, "_name_or_path", "") or None,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
@@ -196,11 +199,9 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     layers = adapter_layers(model, name)
-    return {
-        "starts": starts_from_weight(config),
-        "init": config.init,
-        "probe": probe_base(list(layers), lambda path: layers[path].base_weight_OI),
-    }
+    with originals_in_place(model):
+        probe = probe_base(list(layers), lambda path: layers[path].base_weight_OI)
+    return {"starts": starts_from_weight(config), "init": config.init, "probe": probe}
 
 
 def _original_config(file: AdapterFile) -> AdapterConfig:
@@ -260,7 +261,7 @@ def _check_fit(model: nn.Module, file: AdapterFile) -> None:
         problems += [
             f"{key}: the file carries a changed base weight; train it as one of modules_to_save instead"
             for key, tensor in file.base_copies.items()
-            if not torch.allclose(_base_parameter(model, key).float().cpu(), tensor.float(), rtol=1e-2, atol=1e-6)
+            if not _equal_but_for_rounding(_base_parameter(model, key), tensor)
         ]
     if problems:
         raise CheckpointError(
@@ -276,6 +277,11 @@ def _check_fit(model: nn.Module, file: AdapterFile) -> None:
             "quantised, or trained further? The adapter may not do what it did.",
             stacklevel=3,
         )
+
+
+def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    unit = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
+    return torch.allclose(one.detach().float().cpu(), other.float(), rtol=unit, atol=0)
 
 
 def _base_parameter(model: nn.Module, key: str) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TypeVar
 
 from torch import nn
@@ -53,7 +56,12 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         for path in paths
         if not (config.exclude and matches(config.exclude, path)) and not _inside(path, config.modules_to_save, modules)
     ]
-    problems += [f"{path}: {reason}" for path in paths if (reason := cannot_adapt(modules[path])) is not None]
+    unfit = {path: reason for path in paths if (reason := _unfit(path, modules[path], model)) is not None}
+    if config.targets == "all-linear" and len(unfit) < len(paths):
+        paths = [path for path in paths if path not in unfit]
+        _warn_of_left_out(unfit)
+    else:
+        problems += [f"{path}: {reason}" for path, reason in unfit.items()]
     for what in ("rank_pattern", "alpha_pattern"):
         problems += [
             f"{what}: {key!r} matches none of the adapted modules"
@@ -91,16 +99,58 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 def target_names(model: nn.Module, paths: list[str]) -> list[str]:
     """The shortest list of names that, read by PEFT, selects just `paths` in `model`."""
+    if _fused_experts(model):  # PEFT takes the names of their linear siblings for the experts' own
+        return sorted(paths)
     last = {path.rpartition(".")[2] for path in paths}
     selected = [path for path, _ in model.named_modules() if path and matches(tuple(last), path)]
     return sorted(last) if set(selected) == set(paths) else sorted(paths)
 
 
+def saved_names(model: nn.Module, modules_to_save: tuple[str, ...]) -> list[str]:
+    """Names that, read by PEFT, select the modules trained in full: PEFT compares endings, also within a name."""
+    paths = find_modules_to_save(model, modules_to_save)
+    selected = [path for path, _ in model.named_modules() if path.endswith(modules_to_save)] if modules_to_save else []
+    return list(modules_to_save) if selected == paths else paths
+
+
+def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Why the module cannot take an adapter, if it cannot."""
+    parent, _, name = path.rpartition(".")
+    if name in _read_past(type(model.get_submodule(parent))):
+        return f"{type(model.get_submodule(parent)).__name__} reads its weight without calling it"
+    return cannot_adapt(module)
+
+
+@cache
+def _read_past(parent: type[nn.Module]) -> frozenset[str]:
+    """Names of submodules whose weight the parent's code computes with, past their forward (as Mamba does)."""
+    used, asked_of = r"self\.(\w+)\.weight\b", r"(?!\.(?:dtype|device|shape|size|data_ptr)\b)"
+    assigned = r"(?!\s*=[^=])"
+    names: set[str] = set()
+    for cls in parent.__mro__:
+        for name, method in vars(cls).items():
+            if inspect.isfunction(method) and "init" not in name and cls is not nn.Module:
+                with contextlib.suppress(OSError):  # functions made at run time have no source
+                    names.update(re.findall(used + asked_of + assigned, inspect.getsource(method)))
+    return frozenset(names)
+
+
+def _warn_of_left_out(unfit: Mapping[str, str]) -> None:
+    kinds = {path.rpartition(".")[2]: reason for path, reason in unfit.items()}
+    if kinds:
+        told = "; ".join(f"{name}: {reason}" for name, reason in kinds.items())
+        warnings.warn(f"all-linear leaves out {len(unfit)} modules ({told}).", stacklevel=5)
+
+
+def _fused_experts(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+
+
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Every linear layer but the output head, and those whose weight another module reads past their forward."""
+    """Every linear layer but the output head and `nn.MultiheadAttention`'s, whose weight is read past its forward."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+    experts = _fused_experts(model)
     if experts:
         warnings.warn(
             f"{len(experts)} weights of fused experts ({experts[0]}, …) are no linear layers: they stay frozen.",

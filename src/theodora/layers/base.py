@@ -99,17 +99,19 @@ class AdapterLayer(nn.Module):
     def norm(self, adapter: LowRank) -> Tensor:
         """‖W + s·B·A‖ of each output row, (O,).
 
-        In training it is computed anew in every forward pass, from the ‖W‖² computed once. Otherwise it is kept until
-        a tensor it depends on changes.
+        Where gradients flow it is computed anew in every forward pass, from the ‖W‖² computed once. Otherwise it is
+        kept until a tensor it depends on changes.
         """
         a, b = adapter.factors()
-        if torch.compiler.is_compiling() or (self.training and torch.is_grad_enabled()):
-            # An optimizer step will follow, and not every optimizer lets autograd know what it writes to.
-            self._norm = None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
-        on = _versions(self.weight, adapter.lora_A, adapter.lora_B)
+        # Writes through `.data`, or from an optimizer's own kernel, leave no version behind: look at the values.
+        on = _versions(self.weight, adapter.lora_A, adapter.lora_B), _content(self.weight, a, b)
         if self._norm is None or self._norm[0] != on:
-            self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
+            if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
+                self._weight_norm_sq = None
+            with torch.inference_mode(False):
+                self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
         return self._norm[1]
 
     def begin(self) -> None:
@@ -147,22 +149,26 @@ class AdapterLayer(nn.Module):
 
     def train(self, mode: bool = True):  # noqa: D102
         self._norm = None
+        if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
+            self._weight_norm_sq = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True):
         self._norm = self._weight_norm_sq = None
         if self._base_weight is not None:
-            self._base_weight = (nn.Parameter(fn(self._base_weight[0].data), requires_grad=False),)
+            # The Parameter itself stays, because another module may be tied to it.
+            self._base_weight[0].data = fn(self._base_weight[0].data)
         return super()._apply(fn, recurse)
 
     def _weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
-        if torch.compiler.is_compiling() and self._weight_norm_sq is not None:
-            return self._weight_norm_sq[1]
-        on = _versions(self.weight)
-        if self._weight_norm_sq is None or self._weight_norm_sq[0] != on:
-            with torch.no_grad():
-                self._weight_norm_sq = on, row_norm_squared(self.weight_OI)
+        if torch.compiler.is_compiling():
+            kept = self._weight_norm_sq
+            return row_norm_squared(self.weight_OI) if kept is None else kept[1]
+        versions = _versions(self.weight)
+        if self._weight_norm_sq is None or self._weight_norm_sq[0][0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight_norm_sq = (versions, _content(self.weight)), row_norm_squared(self.weight_OI)
         return self._weight_norm_sq[1]
 
     def __reduce__(self) -> Any:
@@ -263,4 +269,14 @@ def _new(mixin: type[AdapterLayer], own: type[nn.Module]) -> AdapterLayer:
 
 def _versions(*tensors: Tensor) -> tuple[Any, ...]:
     """What changes when any of the tensors is replaced or written to."""
-    return tuple((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
+
+
+def _content(*tensors: Tensor) -> list[int]:
+    """Hashes of small tensors, and of some 64 values of large ones; one wait for the device."""
+    hashes: list[Tensor] = []
+    for tensor in tensors:
+        t = tensor.detach()
+        large = min(t.shape) > 256
+        hashes.append(torch.hash_tensor(t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t))
+    return torch.stack(hashes).tolist()

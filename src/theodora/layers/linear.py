@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from theodora import kernels
@@ -15,7 +16,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        and type(module).forward in (nn.Linear.forward, FalconLinear.forward)  # Falcon's is written out, and the same
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 

@@ -106,7 +106,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     )
     try:
         return SFTConfig(**values | other)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
 
 

@@ -16,7 +16,12 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: int(torch.hash_tensor(tensor.detach()).item()) for name, tensor in tensors.items()}
 
 
-def check_moved(tensors: Mapping[str, nn.Parameter], before: Mapping[str, int], updates: int) -> list[str]:
+def check_moved(
+    tensors: Mapping[str, nn.Parameter],
+    before: Mapping[str, int],
+    updates: int,
+    after: Mapping[str, int] | None = None,
+) -> list[str]:
     """Check that training moved the tensors and left them finite.
 
     A single tensor may rest: an expert that no token was routed to has no gradient. When all tensors of one kind rest
@@ -26,6 +31,7 @@ def check_moved(tensors: Mapping[str, nn.Parameter], before: Mapping[str, int], 
         tensors: name -> trained tensor.
         before: their fingerprints before training.
         updates: optimizer steps at a learning rate above 0.
+        after: their fingerprints when training ended, if they have been changed since.
 
     Returns:
         Names of single tensors that rest.
@@ -38,7 +44,7 @@ def check_moved(tensors: Mapping[str, nn.Parameter], before: Mapping[str, int], 
         raise TheodoraError("Training has diverged; these tensors hold NaN or infinite values:" + bullet_list(bad[:12]))
     # B starts at zero, so A has no gradient until B has moved.
     due = [name for name in tensors if updates >= (2 if name.endswith("lora_A") else 1)]
-    after = fingerprints({name: tensors[name] for name in due})
+    after = after or fingerprints({name: tensors[name] for name in due})
     resting = [name for name in due if after[name] == before[name]]
     kinds = _kinds(due)
     frozen = [kind for kind, names in _kinds(resting).items() if len(names) == len(kinds[kind])]

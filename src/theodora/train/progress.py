@@ -90,15 +90,16 @@ class ProgressView(TrainerCallback):
         """Take the figures over."""
         logs = logs or {}
         if "loss" in logs:
+            tokens = logs.get("num_tokens", self._tokens)  # a log that follows an evaluation at the same step has none
             # Corrected as in Adam, so that the first value is the first loss.
             self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
             self.loss = (self.loss or 0.0) + (logs["loss"] - (self.loss or 0.0)) * (1 - _SMOOTHING) / self._weight
             self.learning_rate = logs["learning_rate"]
             if self._busy:
-                self.tokens_per_second = (logs["num_tokens"] - self._tokens) / self._busy
-            self._all_tokens += logs["num_tokens"] - self._tokens
+                self.tokens_per_second = (tokens - self._tokens) / self._busy
+            self._all_tokens += tokens - self._tokens
             self._all_busy += self._busy
-            self._tokens, self._busy = logs["num_tokens"], 0.0
+            self._tokens, self._busy = tokens, 0.0
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
         if not self.console.is_terminal and ("loss" in logs or "eval_loss" in logs):

@@ -106,7 +106,7 @@ def _train(
     started = time.monotonic()
     _run(trainer, checkpoint, interrupt, view, output)
     seconds = time.monotonic() - started
-    resting = check_moved(tensors, before, updates.count)
+    resting = check_moved(tensors, before, updates.count, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds)
     if arguments.should_save:
         _end_record(prepared, plan, result)

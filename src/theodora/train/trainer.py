@@ -18,9 +18,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.adapters.atomic import atomic_directory
+from theodora.adapters.inject import trained_tensors
 from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
 from theodora.train.loss import TokenLosses, can_choose_positions, logits_fit, token_losses
+from theodora.train.movement import fingerprints
 
 
 class AdapterTrainer(SFTTrainer):
@@ -38,6 +40,7 @@ class AdapterTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._staging: Path | None = None
+        self.fingerprints_at_end: dict[str, int] | None = None
         self._eval_nats = self._eval_tokens = 0.0
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
@@ -117,6 +120,11 @@ class AdapterTrainer(SFTTrainer):
         if tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
         return output
+
+    def _load_best_model(self) -> None:
+        """Also note where training itself ended: the best adapter may be one from before it had moved everything."""
+        self.fingerprints_at_end = fingerprints(trained_tensors(self.model))
+        super()._load_best_model()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and DoRA's magnitudes, whose decay would shrink the base weight itself."""
