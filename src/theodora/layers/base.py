@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from theodora.functional import dora_norm, merged_weight, row_norm_squared
+from theodora.functional import dora_norm, merged_weight, row_norm_squared, wide_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -278,5 +278,6 @@ def _content(*tensors: Tensor) -> list[int]:
     for tensor in tensors:
         t = tensor.detach()
         large = min(t.shape) > 256
-        hashes.append(torch.hash_tensor(t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t))
+        few = t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t
+        hashes.append(torch.hash_tensor(few.to(wide_dtype(t.dtype))))
     return torch.stack(hashes).tolist()
