@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 from theodora.errors import ConfigError, bullet_list
 
 Method = Literal["dora", "lora"]
+METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
+"""How people write them."""
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "base"]
 

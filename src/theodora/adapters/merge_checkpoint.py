@@ -28,12 +28,12 @@ from theodora.adapters.checkpoint import AdapterFile, read_adapter
 from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
+from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the key of the tensor just done."""
 
-METHOD_NAMES = {"dora": "DoRA", "lora": "LoRA"}
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

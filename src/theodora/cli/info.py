@@ -93,7 +93,7 @@ def _summary(report: AdapterReport) -> Table:
 
 
 def _facts(report: AdapterReport) -> dict[str, str]:
-    from theodora.adapters.merge_checkpoint import METHOD_NAMES
+    from theodora.config import METHOD_NAMES
 
     ranks = ", ".join(f"{r} ({n} modules)" if len(report.ranks) > 1 else str(r) for r, n in report.ranks.items())
     scales = ", ".join(f"{scale:.4g}" for scale in report.scales)

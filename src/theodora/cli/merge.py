@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Merge, with a progress bar, and say what came out."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from theodora.adapters.merge_checkpoint import METHOD_NAMES, merge_checkpoint
+    from theodora.adapters.merge_checkpoint import merge_checkpoint
     from theodora.cli.console import stderr, stdout
+    from theodora.config import METHOD_NAMES
 
     columns = (
         TextColumn("merging"),

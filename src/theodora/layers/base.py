@@ -108,8 +108,7 @@ class AdapterLayer(nn.Module):
         # Writes through `.data`, or from an optimizer's own kernel, leave no version behind: look at the values.
         on = _versions(self.weight, adapter.lora_A, adapter.lora_B), _content(self.weight, a, b)
         if self._norm is None or self._norm[0] != on:
-            if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
-                self._weight_norm_sq = None
+            self._forget_a_changed_weight()
             with torch.inference_mode(False):
                 self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
         return self._norm[1]
@@ -149,8 +148,7 @@ class AdapterLayer(nn.Module):
 
     def train(self, mode: bool = True):  # noqa: D102
         self._norm = None
-        if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
-            self._weight_norm_sq = None
+        self._forget_a_changed_weight()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True):
@@ -170,6 +168,10 @@ class AdapterLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._weight_norm_sq = (versions, _content(self.weight)), row_norm_squared(self.weight_OI)
         return self._weight_norm_sq[1]
+
+    def _forget_a_changed_weight(self) -> None:
+        if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
+            self._weight_norm_sq = None
 
     def __reduce__(self) -> Any:
         # The class was made on the fly: pickle and deepcopy make it again from its two parents.

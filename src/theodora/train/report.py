@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from theodora.config import TrainConfig
+from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
@@ -129,7 +129,7 @@ def resume_command(output: Path) -> str:
 def describe_adapter(config: TrainConfig) -> str:
     """`DoRA rank 8, alpha 16`."""
     adapter = config.adapter
-    method = {"dora": "DoRA", "lora": "LoRA"}[adapter.method]
+    method = METHOD_NAMES[adapter.method]
     parts = [f"{method} rank {adapter.rank}, alpha {adapter.alpha:g}"]
     parts += ["rsLoRA"] if adapter.rslora else []
     parts += [f"dropout {adapter.dropout:g}"] if adapter.dropout else []
