@@ -1,0 +1,30 @@
+"""What a fast path needs to know of one adapted linear layer, whoever made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One linear layer with its adapter, as it stands in this forward pass.
+
+    y = g ⊙ (x Wᵀ + s·(x Aᵀ) Bᵀ) + bias, g = magnitude / norm; without a magnitude plain LoRA, without A and B the base
+    layer alone. All tensors are on one device.
+    """
+
+    weight_OI: Tensor
+    """The frozen base weight, (O, I); of dtype float8_e4m3fn if `weight_scale_O` is given."""
+    bias_O: Tensor | None
+    a_RI: Tensor | None = None
+    b_OR: Tensor | None = None
+    scale: float = 1.0
+    magnitude_O: Tensor | None = None
+    norm_O: Tensor | None = None
+    """‖W + s·B·A‖ of each output row, float32 (with a magnitude)."""
+    dropout: float = 0.0
+    """Dropout of the adapter's input that is active in this pass: 0 outside training."""
+    weight_scale_O: Tensor | None = None
+    """Scale of each row of a float8 weight, float32."""
