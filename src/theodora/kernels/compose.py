@@ -1,0 +1,144 @@
+"""Adding the low-rank update and scaling the rows: DoRA's own work on the output of the base product, in one pass.
+
+    forward     y = g ⊙ (z + s·xa Bᵀ) + bias,  g = m / norm                        z = x Wᵀ, xa = x Aᵀ
+    backward    dz = g ⊙ dy      dzb = s·dz B      dB = s·dzᵀ xa      dm = Σ_T dy ⊙ (z + s·xa Bᵀ) / norm
+
+Without magnitude and norm this is LoRA (g = 1, dz = dy). T tokens, O out features, R rank. xa and dzb are (T, R) in the
+dtype of z; m and norm are (O,) float32, and the gradients of B and m come in float32.
+
+The operators run Triton kernels on a GPU. Their references below are what runs elsewhere and what they are tested
+against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from theodora.functional import dora_scale, wide_dtype
+from theodora.kernels.operators import operator, runs_triton
+
+MOST_FUSED_RANK = 128
+"""Ranks up to which the Triton kernels hold a tile of B; a caller adds larger updates by a product of its own."""
+
+
+def compose_reference(
+    z_TO: Tensor,
+    xa_TR: Tensor | None,
+    b_OR: Tensor | None,
+    scale: float,
+    magnitude_O: Tensor | None,
+    norm_O: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """y = g ⊙ (z + s·xa Bᵀ) + bias, (T, O), in the dtype of z."""
+    y = _updated(z_TO, xa_TR, b_OR, scale)
+    if magnitude_O is not None and norm_O is not None:
+        y = (y * dora_scale(magnitude_O, norm_O)).to(z_TO.dtype)
+    y = y if bias_O is None else y + bias_O
+    return y.clone() if y is z_TO else y
+
+
+def compose_backward_reference(
+    dy_TO: Tensor,
+    z_TO: Tensor | None,
+    xa_TR: Tensor | None,
+    b_OR: Tensor | None,
+    scale: float,
+    magnitude_O: Tensor | None,
+    norm_O: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dzb, dB, dm); what does not exist for lack of an update or a magnitude is empty. dz is never dy itself."""
+    dz, dm = dy_TO.clone(), dy_TO.new_empty(0)
+    if magnitude_O is not None and norm_O is not None and z_TO is not None:
+        v = _updated(z_TO, xa_TR, b_OR, scale)
+        dz = (dy_TO * dora_scale(magnitude_O, norm_O)).to(dy_TO.dtype)
+        dg = (dy_TO * v).sum(0, dtype=norm_O.dtype)
+        # Where the norm is zero g is 1 by definition and does not depend on m.
+        dm = torch.where(norm_O == 0, 0, dg / norm_O)
+    if xa_TR is None or b_OR is None:
+        return dz, dy_TO.new_empty(0), dy_TO.new_empty(0), dm
+    dzb = dz @ (scale * b_OR).to(dz.dtype)
+    db = (dz.T @ xa_TR).to(wide_dtype(dz.dtype)) * scale
+    return dz, dzb, db, dm
+
+
+def _updated(z_TO: Tensor, xa_TR: Tensor | None, b_OR: Tensor | None, scale: float) -> Tensor:
+    # s goes in before rounding, so that it costs no precision.
+    return z_TO if xa_TR is None or b_OR is None else torch.addmm(z_TO, xa_TR, (scale * b_OR).to(z_TO.dtype).T)
+
+
+def _compose(
+    z: Tensor,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    if not runs_triton(z):
+        return compose_reference(z, xa, b, scale, magnitude, norm, bias)
+    from theodora.kernels.triton import compose as triton
+
+    return triton.compose(z, xa, b, scale, magnitude, norm, bias, torch.empty_like(z, memory_format=torch.contiguous_format))
+
+
+def _compose_in_place(z: Tensor, xa: Tensor, b: Tensor, scale: float) -> None:
+    if not runs_triton(z):
+        z.addmm_(xa, (scale * b).to(z.dtype).T)
+        return
+    from theodora.kernels.triton import compose as triton
+
+    triton.compose(z, xa, b, scale, None, None, None, z)
+
+
+def _compose_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not runs_triton(dy):
+        return compose_backward_reference(dy, z, xa, b, scale, magnitude, norm)
+    from theodora.kernels.triton import compose as triton
+
+    return triton.compose_backward(dy, z, xa, b, scale, magnitude, norm)
+
+
+def _fake_compose_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide, none = wide_dtype(dy.dtype), dy.new_empty(0)
+    dz = dy.new_empty(dy.shape)
+    dm = none if norm is None else torch.empty_like(norm)
+    if xa is None or b is None:
+        return dz, dy.new_empty(0), dy.new_empty(0), dm
+    return dz, xa.new_empty(xa.shape), b.new_empty(b.shape, dtype=wide), dm
+
+
+compose = operator(
+    "compose(Tensor z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm, Tensor? bias) -> Tensor",
+    _compose,
+    lambda z, xa, b, scale, magnitude, norm, bias: z.new_empty(z.shape),
+)
+compose_in_place = operator(
+    "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale) -> ()",
+    _compose_in_place,
+    lambda z, xa, b, scale: None,
+)
+compose_backward = operator(
+    "compose_backward(Tensor dy, Tensor? z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _compose_backward,
+    _fake_compose_backward,
+)

@@ -1,0 +1,122 @@
+"""What the kernels share. Shapes as in `theodora.functional`; a name with two underscores is fixed when compiling."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theodora.kernels.operators import interpreted
+
+
+def rank_block(rank: int) -> int:
+    """Ranks are padded to a power of two; `tl.dot` needs 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `product` is to multiply operands of this dtype: float32 as it is, not rounded to tf32."""
+    if dtype == torch.bfloat16 and interpreted():
+        return "widen"  # Triton's interpreter keeps bfloat16 as integers, and multiplies those
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def row_contiguous(t: Tensor) -> Tensor:
+    """`t`, or a copy whose rows are contiguous, as the kernels read them; rows themselves may lie apart."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def chunks_of_tokens(tokens: int, blocks: int, block_t: int, programs: int = 528) -> tuple[int, int]:
+    """(chunks, tokens of each) such that `blocks` × chunks programs fill the GPU some four times over."""
+    chunks = max(1, min(triton.cdiv(tokens, block_t), triton.cdiv(programs, blocks)))
+    size = triton.cdiv(triton.cdiv(tokens, chunks), block_t) * block_t
+    return triton.cdiv(tokens, size), size
+
+
+@triton.jit
+def product(left, right, PRECISION: tl.constexpr):
+    """left @ right with float32 sums."""
+    if PRECISION == "widen":
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit
+def row_scale(magnitude, norm, o, inside):
+    """g = m / norm, and 1 where the norm is 0 (see `functional.dora_scale`)."""
+    m = tl.load(magnitude + o, mask=inside, other=1.0).to(tl.float32)
+    n = tl.load(norm + o, mask=inside, other=1.0).to(tl.float32)
+    return tl.where(n == 0, 1.0, m / tl.where(n == 0, 1.0, n))
+
+
+@triton.jit
+def load_scaled_b(b, o, r, O, R, b_row, b_col, scale, dtype):
+    """A tile of s·B, (BO, BR), rounded once to the dtype of the products."""
+    inside = (o[:, None] < O) & (r[None, :] < R)
+    tile = tl.load(b + o[:, None] * b_row + r[None, :] * b_col, mask=inside, other=0.0).to(tl.float32)
+    return (tile * scale).to(dtype)
+
+
+@triton.jit
+def load_xa(xa, t, r, T, R, xa_row):
+    """A tile of xa, (BT, BR)."""
+    return tl.load(xa + t[:, None] * xa_row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
+
+
+@triton.jit
+def _sum_chunks(parts, out, COUNT, SIZE, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(COUNT):
+        total += tl.load(parts + chunk * SIZE + i, mask=i < SIZE, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < SIZE)
+
+
+def sum_chunks(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension of float32 `parts`, in a fixed order, as `dtype`."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    size = out.numel()
+    if size:
+        _sum_chunks[(triton.cdiv(size, 512),)](parts, out, parts.shape[0], size, BLOCK=512, num_warps=4)
+    return out
+
+
+@triton.jit
+def _sum_rows(db_parts, dg_parts, norm, db, dm, O, R, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
+              BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    r = tl.arange(0, BR)
+    inside = (o[:, None] < O) & (r[None, :] < R)
+    at = o[:, None] * R + r[None, :]
+    db_sum = tl.zeros((BO, BR), tl.float32)
+    dg_sum = tl.zeros((BO,), tl.float32)
+    for chunk in range(CHUNKS):
+        if LOW:
+            db_sum += tl.load(db_parts + chunk * O * R + at, mask=inside, other=0.0)
+        if SCALED:
+            dg_sum += tl.load(dg_parts + chunk * O + o, mask=o < O, other=0.0)
+    if LOW:
+        tl.store(db + at, db_sum * scale, mask=inside)
+    if SCALED:
+        n = tl.load(norm + o, mask=o < O, other=1.0).to(tl.float32)
+        tl.store(dm + o, tl.where(n == 0, 0.0, dg_sum / tl.where(n == 0, 1.0, n)), mask=o < O)
+
+
+def sum_rows(db_parts: Tensor | None, dg_parts: Tensor | None, norm: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """dB = s·Σ parts (O, R) and dm = Σ parts / norm (O,), over the chunks of tokens; empty where there is none."""
+    parts = db_parts if db_parts is not None else dg_parts
+    assert parts is not None
+    chunks, out_features = parts.shape[:2]
+    rank = db_parts.shape[2] if db_parts is not None else 1
+    empty = parts.new_empty(0)
+    db = empty if db_parts is None else parts.new_empty(out_features, rank)
+    dm = empty if dg_parts is None else parts.new_empty(out_features)
+    block = rank_block(rank)
+    rows = max(1, 2048 // block)
+    _sum_rows[(triton.cdiv(out_features, rows),)](
+        db_parts, dg_parts, norm, db, dm, out_features, rank, chunks, scale,
+        LOW=db_parts is not None, SCALED=dg_parts is not None, BO=rows, BR=block, num_warps=4,
+    )  # fmt: skip
+    return db, dm

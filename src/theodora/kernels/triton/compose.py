@@ -1,0 +1,152 @@
+"""`theodora.kernels.compose` in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theodora.kernels.triton.common import (
+    chunks_of_tokens,
+    precision,
+    product,
+    load_scaled_b,
+    load_xa,
+    rank_block,
+    row_contiguous,
+    row_scale,
+    sum_chunks,
+    sum_rows,
+)
+
+
+@triton.jit
+def _compose(z, xa, b, magnitude, norm, bias, y, T, O, R, z_row, xa_row, b_row, b_col, y_row, scale,
+             LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
+             BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    inside = (t[:, None] < T) & (o[None, :] < O)
+    v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    if LOW:
+        r = tl.arange(0, BR)
+        xa_tile = load_xa(xa, t, r, T, R, xa_row)
+        b_tile = load_scaled_b(b, o, r, O, R, b_row, b_col, scale, xa_tile.dtype)
+        v += product(xa_tile, tl.trans(b_tile), PRECISION)
+    if SCALED:
+        v *= row_scale(magnitude, norm, o, o < O)[None, :]
+    if BIASED:
+        v += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + t[:, None] * y_row + o[None, :], v.to(y.dtype.element_ty), mask=inside)
+
+
+def compose(
+    z: Tensor,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+) -> Tensor:
+    """Write g ⊙ (z + s·xa Bᵀ) + bias into y, which may be z itself."""
+    z = row_contiguous(z)
+    low = xa is not None and b is not None
+    if low:
+        xa = row_contiguous(xa)
+    tokens, outputs = z.shape
+    rank = b.shape[1] if low else 1
+    block = rank_block(rank)
+    bt, bo = (32, 128) if block <= 32 else (64, 64)
+    _compose[(triton.cdiv(outputs, bo), triton.cdiv(tokens, bt))](
+        z, xa, b, magnitude, norm, bias, y, tokens, outputs, rank,
+        z.stride(0), xa.stride(0) if low else 0, b.stride(0) if low else 0, b.stride(1) if low else 0, y.stride(0),
+        scale, LOW=low, SCALED=norm is not None, BIASED=bias is not None, PRECISION=precision(z.dtype),
+        BT=bt, BO=bo, BR=block, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, T, O, R, CHUNK,
+                      dy_row, z_row, xa_row, b_row, b_col, scale,
+                      LOW: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+                      BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """One block of output features over one chunk of tokens; its shares of dzb, dB and dm are added up afterwards."""
+    block, chunk = tl.program_id(0), tl.program_id(1)
+    o = block * BO + tl.arange(0, BO)
+    r = tl.arange(0, BR)
+    dtype = dy.dtype.element_ty
+    if LOW:
+        b_tile = load_scaled_b(b, o, r, O, R, b_row, b_col, scale, dtype)
+    if SCALED:
+        g = row_scale(magnitude, norm, o, o < O)
+    db_sum = tl.zeros((BO, BR), tl.float32)
+    dg_sum = tl.zeros((BO,), tl.float32)
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
+        t = (start + tl.arange(0, BT)).to(tl.int64)
+        inside = (t[:, None] < T) & (o[None, :] < O)
+        dy_tile = tl.load(dy + t[:, None] * dy_row + o[None, :], mask=inside, other=0.0)
+        dz_tile = dy_tile
+        if LOW:
+            xa_tile = load_xa(xa, t, r, T, R, xa_row)
+        if SCALED:
+            v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+            if LOW:
+                v += product(xa_tile, tl.trans(b_tile), PRECISION)
+            wide = dy_tile.to(tl.float32)
+            dg_sum += tl.sum(wide * v, axis=0)
+            dz_tile = (wide * g[None, :]).to(dtype)
+        tl.store(dz + t[:, None] * O + o[None, :], dz_tile, mask=inside)
+        if LOW:
+            db_sum += product(tl.trans(dz_tile), xa_tile, PRECISION)
+            dzb_tile = product(dz_tile, b_tile, PRECISION)
+            at = (block.to(tl.int64) * T + t[:, None]) * R + r[None, :]
+            tl.store(dzb_parts + at, dzb_tile, mask=(t[:, None] < T) & (r[None, :] < R))
+    if LOW:
+        at = (chunk * O + o[:, None]) * R + r[None, :]
+        tl.store(db_parts + at, db_sum, mask=(o[:, None] < O) & (r[None, :] < R))
+    if SCALED:
+        tl.store(dg_parts + chunk * O + o, dg_sum, mask=o < O)
+
+
+def compose_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dzb, dB, dm) as in `compose_backward_reference`."""
+    dy = row_contiguous(dy)
+    low, scaled = xa is not None and b is not None, norm is not None
+    tokens, outputs = dy.shape
+    rank = b.shape[1] if low else 1
+    block = rank_block(rank)
+    bt, bo = (32, 128) if block <= 32 else (32, 64)
+    blocks = triton.cdiv(outputs, bo)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt)
+    if z is not None:
+        z = row_contiguous(z)
+    if low:
+        xa = row_contiguous(xa)
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    wide = {"dtype": torch.float32, "device": dy.device}
+    dzb_parts = torch.empty(blocks, tokens, rank, **wide) if low else None
+    db_parts = torch.empty(chunks, outputs, rank, **wide) if low else None
+    dg_parts = torch.empty(chunks, outputs, **wide) if scaled else None
+    _compose_backward[(blocks, chunks)](
+        dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, tokens, outputs, rank, size,
+        dy.stride(0), z.stride(0) if z is not None else 0, xa.stride(0) if low else 0,
+        b.stride(0) if low else 0, b.stride(1) if low else 0, scale,
+        LOW=low, SCALED=scaled, PRECISION=precision(dy.dtype), BT=bt, BO=bo, BR=block, num_warps=4,
+    )  # fmt: skip
+    if not (low or scaled):
+        return dz, dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    db, dm = sum_rows(db_parts, dg_parts, norm, scale)
+    dzb = dy.new_empty(0) if dzb_parts is None else sum_chunks(dzb_parts, dy.dtype)
+    return dz, dzb, db, dm
