@@ -23,6 +23,8 @@ _HOMES = {
     "merge_adapter": "theodora.adapters",
     "unmerge_adapter": "theodora.adapters",
     "merge_checkpoint": "theodora.adapters",
+    "accelerate_peft": "theodora.adapters.peft_models",
+    "restore_peft": "theodora.adapters.peft_models",
     "train": "theodora.train",
     "evaluate": "theodora.evaluate",
     "inspect_adapter": "theodora.analysis",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge_adapter,
     )
+    from theodora.adapters.peft_models import accelerate_peft, restore_peft
     from theodora.analysis import inspect_adapter
     from theodora.config import AdapterConfig, TrainConfig
     from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError

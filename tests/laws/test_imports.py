@@ -38,7 +38,7 @@ ONLY_IN = {
     "torchao": {"layers"},
     "trl": {"train"},
     "accelerate": {"train"},
-    "peft": set[str](),  # its files are read and written here, its code is not needed
+    "peft": {"adapters"},  # its files are read and written without it; only accelerate_peft meets its layers
     "gguf": {"demo"},
 }
 

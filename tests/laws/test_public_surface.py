@@ -28,6 +28,8 @@ PUBLIC = {
     "merge_adapter",
     "unmerge_adapter",
     "merge_checkpoint",
+    "accelerate_peft",
+    "restore_peft",
     "train",
     "evaluate",
     "inspect_adapter",

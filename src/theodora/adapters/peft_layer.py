@@ -1,0 +1,250 @@
+"""PEFT's linear LoRA and DoRA layer on our kernels: its parameters, its formulas, another forward pass.
+
+`FastLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter, buffer
+or submodule. Where its conditions do not hold, in this very pass, PEFT's forward runs instead.
+
+Shapes: T tokens (any leading dimensions), I in features, O out features, R rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from theodora import kernels
+from theodora.functional import dora_norm, row_norm_squared
+from theodora.kernels.parts import Parts
+from theodora.layers.base import FLOATS, cannot_adapt
+from theodora.layers.linear import is_conv1d
+
+__all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
+
+_log = logging.getLogger(__name__)
+_FORWARD_HOME = "peft.tuners.lora.layer"
+# States in which PEFT's forward is nothing but the base layer: as fast as it gets, and no reason to say anything.
+_DISABLED, _MERGED, _INACTIVE = "its adapters are disabled", "an adapter is merged", "no adapter is active on it"
+_IDLE = (_DISABLED, _MERGED, _INACTIVE)
+
+
+class FastLinear(Linear):
+    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, or DoRA's, from the tensors PEFT keeps in `base_layer`, `lora_A`, `lora_B`, ..."""
+
+    # (what it depends on, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
+    _theodora_norm_sq: tuple[Any, Tensor] | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
+        why = "arguments beside its input (`adapter_names`, say)" if args or kwargs else self.slow_because()
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        if why is None and not autocast and x.dtype != self.base_layer.weight.dtype:
+            why = "an input of another dtype than its weight"
+        if why is not None:
+            if why not in _IDLE and not torch.compiler.is_compiling():
+                _say_once(why)
+            return super().forward(x, *args, **kwargs)
+        if not autocast:
+            return self._adapted(x)
+        with torch.autocast(device, enabled=False):
+            return self._adapted(x.to(torch.get_autocast_dtype(device)))
+
+    def slow_because(self) -> str | None:
+        """Why this forward pass is PEFT's own, or None if it is ours."""
+        if self._disable_adapters:
+            return _DISABLED
+        if self.merged_adapters:
+            return _MERGED
+        names = self._active_here()
+        if len(names) != 1:
+            return "several adapters are active at once" if names else _INACTIVE
+        return self._slow_adapter(names[0]) or self._slow_base()
+
+    def parts(self) -> Parts | None:
+        """What the kernels need to know of the layer in this forward pass; None where it does not run on them."""
+        why = self.slow_because()
+        if _touched(self) or (why is not None and (why not in _IDLE or self.merged_adapters or self._slow_base())):
+            return None
+        if why is not None:
+            return None if self._trained_bias() else Parts(self._weight(), self.base_layer.bias)
+        (name,) = self._active_here()
+        dropout = self._dropout(name)
+        if self._trained_bias() or (dropout and self.lora_magnitude_vector):
+            return None  # dropout of PEFT's DoRA is not that of the adapter's input alone: see `_adapted`
+        return self._parts(name, dropout)
+
+    def _parts(self, name: str, dropout: float) -> Parts:
+        w, a, b, scale = self._weight(), self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        bias = None if self._trained_bias() else self.base_layer.bias
+        if name not in self.lora_variant:
+            return Parts(w, bias, a, b, scale, dropout=dropout)
+        norm = dora_norm(w, a, b, scale, self._weight_norm_squared())
+        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, dropout)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        (name,) = self._active_here()
+        dropped = self.lora_dropout[name](x) if self._dropout(name) else None
+        p = self._parts(name, 0.0)
+        w, bias = p.weight_OI.to(x.dtype), None if p.bias_O is None else p.bias_O.to(x.dtype)
+        assert p.a_RI is not None
+        assert p.b_OR is not None
+        if p.magnitude_O is None or p.norm_O is None:
+            y = kernels.lora_linear(x, w, bias, p.a_RI, p.b_OR, p.scale, x_lora_TI=dropped)
+        elif dropped is None:
+            y = kernels.dora_linear(x, w, bias, p.a_RI, p.b_OR, p.scale, p.magnitude_O, p.norm_O)
+        else:
+            # PEFT's DoRA drops the input of the base weight's share in the update, too:
+            #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
+            y = kernels.dora_linear(dropped, w, bias, p.a_RI, p.b_OR, p.scale, p.magnitude_O, p.norm_O)
+            y = y + F.linear(x - dropped, w)
+        return y + self.base_layer.bias.to(x.dtype) if self._trained_bias() else y
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _slow_adapter(self, name: str) -> str | None:
+        variant, a, b = self.lora_variant.get(name), self.lora_A[name], self.lora_B[name]
+        inner = [a, b]
+        if variant is not None:
+            if type(variant) is not DoraLinearVariant:
+                return f"a LoRA variant without kernels ({type(variant).__name__.removesuffix('LinearVariant')})"
+            inner.append(self.lora_magnitude_vector[name])
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return f"lora_A or lora_B is wrapped ({type(a).__name__}, {type(b).__name__})"
+        if b.bias is not None or a.bias is not None:
+            return "lora_bias: its B has a bias"
+        if any(map(_touched, inner)):
+            return "hooks on its lora_A, lora_B or lora_magnitude_vector"
+        if not all(_plain(module.weight) for module in inner):
+            return "its adapter's parameters are sharded or special (DTensor, DeepSpeed ZeRO-3)"
+        if not isinstance(self.scaling[name], float | int):
+            return "its scaling is a tensor (prepared for hot-swapping)"
+        if not isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity):
+            return f"its dropout is a {type(self.lora_dropout[name]).__name__}"
+        return None
+
+    def _slow_base(self) -> str | None:
+        base = self.base_layer
+        if _touched(base):
+            return "hooks on its base layer (offloading, say)"
+        if not _plain(base.weight) or base.weight.dtype not in FLOATS:
+            return f"its base weight is sharded, quantised or special ({type(base.weight).__name__})"
+        if base.weight.requires_grad:
+            return "its base weight is trained, too"
+        return None
+
+    def _dropout(self, name: str) -> float:
+        """The probability of dropout that is active in this pass."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training and self.training else 0.0
+
+    def _weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        return weight.T if self.is_target_conv_1d_layer else weight
+
+    def _trained_bias(self) -> bool:
+        bias = self.base_layer.bias
+        return bias is not None and bias.requires_grad
+
+    def _weight_norm_squared(self) -> Tensor:
+        """‖W‖² of each output row, (O,): computed once for each frozen weight."""
+        kept, w = self._theodora_norm_sq, self.base_layer.weight
+        if torch.compiler.is_compiling():
+            return row_norm_squared(self._weight()) if kept is None else kept[1]
+        version = id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype
+        if kept is None or kept[0] != version:
+            with torch.inference_mode(False), torch.no_grad():
+                self._theodora_norm_sq = kept = version, row_norm_squared(self._weight())
+        return kept[1]
+
+    # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.
+
+    def forget(self) -> None:
+        """Forget what is known of the base weight."""
+        self.__dict__.pop("_theodora_norm_sq", None)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().merge(*args, **kwargs)
+        self.forget()
+
+    def unmerge(self) -> None:  # noqa: D102
+        super().unmerge()
+        self.forget()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().update_layer(*args, **kwargs)  # PiSSA and its like change the base weight
+        self.forget()
+
+    def train(self, mode: bool = True):  # noqa: D102
+        if mode != self.training:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The cache is bound to its tensor by address, so it does not travel in copies.
+        return {key: value for key, value in self.__dict__.items() if key != "_theodora_norm_sq"}
+
+
+def accelerate_layer(layer: nn.Module) -> str | None:
+    """Give `layer` our forward pass if it can ever use it; says why not, or why not at present, else None."""
+    if type(layer) is Linear:
+        why = _cannot(layer)
+        if why is not None:
+            return why
+        layer.__class__ = FastLinear
+    if not isinstance(layer, FastLinear):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
+        return f"{kind} is not PEFT's plain LoRA layer (lora.layer.Linear)"
+    return layer.slow_because()
+
+
+def restore_layer(layer: nn.Module) -> None:
+    """Undo `accelerate_layer`; does nothing to other modules."""
+    if type(layer) is FastLinear:
+        layer.forget()
+        layer.__class__ = Linear
+
+
+def _cannot(layer: Linear) -> str | None:
+    if "forward" in layer.__dict__:
+        return "its forward method was replaced"
+    if Linear.forward.__module__ != _FORWARD_HOME:
+        return f"{Linear.forward.__module__} has replaced the forward of PEFT's LoRA layers"
+    base: nn.Module = layer.base_layer
+    why = cannot_adapt(base)
+    if why is not None:
+        return f"base layer: {why}"
+    if is_conv1d(base) != layer.fan_in_fan_out or layer.is_target_conv_1d_layer != layer.fan_in_fan_out:
+        return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its {type(base).__name__}"
+    return None
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor) and not hasattr(tensor, "ds_id")
+
+
+@cache
+def _say_once(why: str) -> None:
+    _log.warning("A layer accelerated by theodora.accelerate_peft runs PEFT's own forward: %s.", why)
