@@ -1,0 +1,245 @@
+"""`theodora.kernels.decode` in Triton: one launch for each linear layer, which reads W once.
+
+The first programs of the grid multiply x with rows of A, all others with rows of W. Both split the I features where
+there are too few rows to fill the GPU: each program writes its partial sums, and the one that arrives last adds them
+up, in a fixed order, so that the result is the same in every run. Programs of W then wait until xa is whole (it has
+long been, except for small W), add xa (sB)ᵀ, scale, and write y.
+
+Waiting inside a grid is safe because programs start in the order of their numbers, as CUB's scans and stream-K products
+rely on, too: whoever waits, waits for programs that have started and wait for nobody.
+
+The counters behind this are zero between launches. Each weight has its own on each stream, from a pool that must be
+there before a CUDA graph is captured (`prepare`). Without one, xa comes from a product of its own and nothing is split.
+
+Shapes as in `theodora.functional`; within the kernel tiles lie as (rows, tokens).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theodora.kernels.triton.common import precision, product
+
+_A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
+_A_FEATURES = 512  # features of A in one program: few, because xa must be whole before the first W program is
+_POOL = 1 << 18  # counters of one device: enough for some 300 decoder layers of 8B shape
+
+
+@triton.jit
+def _partial(x, rows, o, count, start, stop, T, I, row, col,
+             EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+             BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    """rows · xᵀ over features start..stop, (BO, BT) float32."""
+    t = tl.arange(0, BT)
+    row_start = rows + o.to(tl.int64)[:, None] * row
+    x_start = x + t[:, None] * I
+    sums = tl.zeros([BO, BI if BT == 1 else BT], dtype=tl.float32)
+    for first in tl.range(start, stop, BI, num_stages=STAGES):
+        i = first + tl.arange(0, BI)
+        if EVEN:
+            w_tile = tl.load(row_start + i[None, :] * col, mask=o[:, None] < count, other=0.0)
+            x_tile = tl.load(x_start + i[None, :], mask=t[:, None] < T, other=0.0)
+        else:
+            w_tile = tl.load(row_start + i[None, :] * col, mask=(o[:, None] < count) & (i[None, :] < I), other=0.0)
+            x_tile = tl.load(x_start + i[None, :], mask=(t[:, None] < T) & (i[None, :] < I), other=0.0)
+        if BT == 1:
+            sums += w_tile.to(tl.float32) * x_tile.to(tl.float32)
+        else:
+            sums += product(w_tile, tl.trans(x_tile), PRECISION)
+    if BT == 1:
+        sums = tl.sum(sums, 1)[:, None]
+    return sums
+
+
+@triton.jit
+def _gather(sums, parts, counter, split, splits, BT: tl.constexpr, BO: tl.constexpr):
+    """(the sum of all splits' sums, True) for the program that arrives last, (its own, False) for the others."""
+    place = tl.arange(0, BO)[:, None] * BT + tl.arange(0, BT)[None, :]
+    tl.store(parts + split * BO * BT + place, sums)
+    tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.debug_barrier()
+        sums = tl.zeros([BO, BT], dtype=tl.float32)
+        for s in range(splits):
+            sums += tl.load(parts + s * BO * BT + place, cache_modifier=".cg")
+        tl.atomic_xchg(counter, 0)
+    return sums, last
+
+
+@triton.jit
+def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, xa_row, xa_col, sync_start,
+            a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
+            OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+            EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+            BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
+    program = tl.program_id(0)
+    a_programs = a_blocks * a_splits if OWN_XA else 0
+    t = tl.arange(0, BT)
+    if OWN_XA and program < a_programs:
+        block, split = program // a_splits, program % a_splits
+        r = block * BR + tl.arange(0, BR)
+        start = split * a_features
+        stop = tl.minimum(start + a_features, I)
+        sums = _partial(x, a, r, R, start, stop, T, I, I, 1, EVEN, PRECISION, STAGES, BT, BR, BI)
+        a_parts = parts + block * a_splits * (BR * BT)
+        sums, last = _gather(sums, a_parts, counters + block, split, a_splits, BT, BR)
+        if last:
+            tl.store(xa + r[:, None] * xa_row + t[None, :] * xa_col, sums)
+            tl.debug_barrier()
+            tl.atomic_add(ready, 1, sem="release")
+    else:
+        program -= a_programs
+        block, split = program // w_splits, program % w_splits
+        o = block * BO + tl.arange(0, BO)
+        start = split * w_features
+        stop = tl.minimum(start + w_features, I)
+        sums = _partial(x, w, o, O, start, stop, T, I, w_row, w_col, EVEN, PRECISION, STAGES, BT, BO, BI)
+        last = program >= 0
+        if SPLIT:
+            w_parts = parts + a_programs * (BR * BT) + block.to(tl.int64) * w_splits * (BO * BT)
+            sums, last = _gather(sums, w_parts, counters + a_blocks + block, split, w_splits, BT, BO)
+        if last:
+            if OWN_XA:
+                whole = tl.atomic_add(ready, 0, sem="acquire")
+                while whole < a_blocks:
+                    whole = tl.atomic_add(ready, 0, sem="acquire")
+                tl.debug_barrier()
+            for first in range(0, R, BR):
+                r = first + tl.arange(0, BR)
+                b_tile = tl.load(b + o.to(tl.int64)[:, None] * R + r[None, :],
+                                 mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)  # fmt: skip
+                xa_tile = tl.load(xa + r[:, None] * xa_row + t[None, :] * xa_col,
+                                  mask=(r[:, None] < R) & (t[None, :] < T), other=0.0, cache_modifier=".cg")  # fmt: skip
+                if BT == 1:
+                    sums += tl.sum(b_tile.to(tl.float32) * tl.trans(xa_tile).to(tl.float32), 1)[:, None]
+                else:
+                    sums += product(b_tile, xa_tile.to(b_tile.dtype), PRECISION)
+            if SCALED:
+                sums *= tl.load(g + o, mask=o < O, other=0.0)[:, None]
+            if BIASED:
+                sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+            place = t[None, :].to(tl.int64) * O + o[:, None]
+            tl.store(y + place, sums.to(y.dtype.element_ty), mask=(o[:, None] < O) & (t[None, :] < T))
+            if OWN_XA and tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:
+                tl.atomic_xchg(ready, 0)
+                tl.atomic_xchg(done, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work of one call is cut up: tiles of BO rows, BT tokens, BI features."""
+
+    bo: int
+    bt: int
+    bi: int
+    splits: int = 1
+    """Programs that share the features of a block of W."""
+    warps: int = 4
+    stages: int = 1
+
+
+@lru_cache(maxsize=256)
+def plan(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
+    """Tiles and splits such that some two programs fall on each of the GPU's `processors`.
+
+    One token: no tensor cores, and rows are cut so that each program has 8192 weights in flight. More: 64 rows, so that
+    x, which each program reads anew, weighs little beside W.
+    """
+    if tokens == 1:
+        bo = 16 if outputs >= 16 * processors else 8 if outputs >= 8 * processors else 4
+        return Plan(bo, 1, min(8192 // bo, max(32, triton.next_power_of_2(inputs))))
+    bi = min(128, max(32, triton.next_power_of_2(inputs)))
+    bt = max(16, triton.next_power_of_2(tokens))
+    splits = 2 * processors // triton.cdiv(outputs, 64)
+    splits = max(1, min(splits, 8, inputs // (2 * bi)))
+    return Plan(64, bt, bi, splits, stages=3 if bt == 64 else 4)
+
+
+def decode(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    cut: Plan | None = None,
+) -> Tensor:
+    """`theodora.kernels.decode.decode_linear`, cut up as the plan says (by default by `plan`)."""
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+    (tokens, inputs), (outputs, rank) = x.shape, b.shape
+    cut = cut or plan(tokens, outputs, inputs, _processors(x.device))
+    bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
+    a_blocks, a_splits = triton.cdiv(rank, _A_ROWS), triton.cdiv(inputs, max(_A_FEATURES, cut.bi))
+    sync_start = _counters(x.device, w, 2 + a_blocks + blocks)
+    own_xa = sync_start is not None
+    y = x.new_empty(tokens, outputs)
+    if own_xa:
+        sync, splits = _pools[x.device].counters, cut.splits
+        xa_size, a_size = a_blocks * _A_ROWS * bt, a_blocks * a_splits * _A_ROWS * bt
+        w_size = blocks * splits * cut.bo * bt if splits > 1 else 0
+        workspace = x.new_empty(xa_size + a_size + w_size, dtype=torch.float32)
+        xa, parts, xa_row, xa_col = workspace, workspace[xa_size:], bt, 1
+    else:
+        a_blocks, splits, sync, sync_start = 0, 1, y, 0
+        xa = parts = x @ a.T
+        xa_row, xa_col = 1, rank
+    w_features = triton.cdiv(triton.cdiv(inputs, cut.bi), splits) * cut.bi
+    _decode[(a_blocks * a_splits + blocks * splits,)](
+        x, w, a, b, y if g is None else g, y if bias is None else bias, xa, parts, sync, y,
+        tokens, outputs, inputs, rank, w.stride(0), w.stride(1), xa_row, xa_col, sync_start,
+        a_blocks, a_splits, max(_A_FEATURES, cut.bi), blocks, splits, w_features,
+        own_xa, splits > 1, g is not None, bias is not None,
+        inputs % cut.bi == 0, precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return y
+
+
+class _Pool:
+    """Counters of one device, all zero between launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counters = torch.zeros(_POOL, dtype=torch.int32, device=device)
+        self.starts: dict[tuple[int, int, int], int] = {}
+        self.used = 0
+        self.lock = threading.Lock()
+
+    def start(self, key: tuple[int, int, int]) -> int | None:
+        """Where the counters of this stream, weight and count begin; None if the pool is used up."""
+        with self.lock:
+            if key not in self.starts:
+                size = triton.cdiv(key[2], 16) * 16  # a start that is divisible by 16 compiles once
+                if self.used + size > _POOL:
+                    return None
+                self.starts[key], self.used = self.used, self.used + size
+            return self.starts[key]
+
+
+_pools: dict[torch.device, _Pool] = {}
+
+
+def prepare(device: torch.device) -> None:
+    """Make the device's counters, unless they are there. Not within a CUDA graph, whose memory they would take."""
+    if device not in _pools and (device.type != "cuda" or torch.version.hip is None):
+        _pools[device] = _Pool(device)
+
+
+def _counters(device: torch.device, w: Tensor, count: int) -> int | None:
+    if device not in _pools:
+        return None
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _pools[device].start((stream, w.data_ptr(), count))
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
