@@ -22,7 +22,7 @@ from torch.nn import functional as F
 # float32 copy of itself.
 _PIECE = 1 << 22
 # Where the factored norm² falls below this share of its terms, rounding has eaten its digits: see `dora_norm`.
-_CANCELLED = 1e-2
+CANCELLED = 1e-2
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +60,7 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
         update = scale**2 * ((b @ (a @ a.T)) * b).sum(1)
         norm_sq = w_norm_sq + 2 * scale * (b * w_a).sum(1) + update
         if norm_sq.device.type == "cpu" and not torch.compiler.is_compiling():
-            cancelled = norm_sq < _CANCELLED * (w_norm_sq + update)
+            cancelled = norm_sq < CANCELLED * (w_norm_sq + update)
             if bool(cancelled.any()):
                 rows = w_OI[cancelled].double() + lora_delta(a.double(), b[cancelled].double(), scale)
                 norm_sq[cancelled] = rows.square().sum(1).to(wide)

@@ -14,7 +14,7 @@ from theodora import (
     unmerge_adapter,
 )
 from theodora.adapters.inject import trained_tensors
-from theodora.kernels import fused
+from theodora import kernels
 from tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,7 +59,7 @@ def run(values, dy, by, dtype, adapter_dtype, device):
 def test_gradients(shape, dtype):
     values, dy = layer_values(*shape, dtype)
     exact = run(values, dy.to(dtype).double(), functional, torch.float64, torch.float64, "cpu")
-    fast = run(values, dy, fused, dtype, torch.float32, "cuda")
+    fast = run(values, dy, kernels, dtype, torch.float32, "cuda")
     plain = run(values, dy, functional, dtype, torch.float32, "cuda")
     for key, value in exact.items():
         allowed = 2 * formula.error(plain[key], value) + torch.finfo(dtype).eps

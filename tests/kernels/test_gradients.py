@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import formula
 from theodora import functional, kernels
-from theodora.kernels import fused
+from theodora import kernels
 
 WIDTHS = {torch.float64: 1e-12, torch.float32: 2e-5}
 
@@ -48,7 +48,7 @@ def run(layer, values, scale, dy, dtype, adapter_dtype):
     y = layer(leaf, scale)
     assert y.dtype == dtype
     y.backward(dy.to(dtype))
-    # A tensor that no path leads to has no gradient; autograd leaves None, the fused step a zero.
+    # A tensor that no path leads to has no gradient; autograd leaves None, the kernels step a zero.
     grads = {key: leaf[key].grad for key in ("x", "a", "b", "m", "x_lora") if leaf[key] is not None}
     return {"y": y.detach(), **{key: torch.zeros_like(leaf[key]) if g is None else g for key, g in grads.items()}}
 
@@ -74,7 +74,7 @@ def lora_by(module):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("module", [functional, fused])
+@pytest.mark.parametrize("module", [functional, kernels])
 @pytest.mark.parametrize("dtype", WIDTHS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(problem=problems())
@@ -98,7 +98,7 @@ def test_half_precision_is_as_good_as_the_reference(problem, dtype, method):
     values = {k: v if v is None or k in "abm" else v.to(dtype).double() for k, v in values.items()}
     make, exact = (dora_by, exact_dora) if method == "dora" else (lora_by, exact_lora)
     expected = run(exact, values, scale, dy.to(dtype).double(), formula.F64, formula.F64)
-    fast = run(make(fused), values, scale, dy, dtype, torch.float32)
+    fast = run(make(kernels), values, scale, dy, dtype, torch.float32)
     plain = run(make(functional), values, scale, dy, dtype, torch.float32)
     unit = torch.finfo(dtype).eps
     for key, value in expected.items():

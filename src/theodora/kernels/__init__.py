@@ -7,15 +7,19 @@ with kernels.reference():                                             # everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from theodora import functional
 from theodora.kernels import fused
+from theodora.kernels.base_product import dequantized
+from theodora.kernels.dora_norm import dora_norm
+from theodora.kernels.parts import Parts
 
-__all__ = ["dora_linear", "lora_linear", "reference"]
+__all__ = ["Parts", "adapted_linears", "dora_linear", "dora_norm", "fast", "fits", "lora_linear", "reference"]
 
 # A plain global, because torch.compile can guard on one and breaks its graph at anything finer.
 _use_reference = False
@@ -23,13 +27,28 @@ _use_reference = False
 
 @contextmanager
 def reference() -> Iterator[None]:
-    """Run the plain formulas of `functional.py` inside the block, whatever could be faster."""
+    """Inside the block every layer runs `theodora.functional` itself, line by line."""
     global _use_reference
     before, _use_reference = _use_reference, True
     try:
         yield
     finally:
         _use_reference = before
+
+
+def fast() -> bool:
+    """Whether the fast ways are on, which `reference` turns off."""
+    return not _use_reference
+
+
+def adapted_linears(x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None) -> list[Tensor]:
+    """The outputs of layers that read the same x, each (…, O), by the fastest way that fits the inputs.
+
+    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout).
+    """
+    if all(fits(x_TI, layer) for layer in layers):
+        return fused.adapted_linears(x_TI, layers, x_lora_TI)
+    return [_reference_linear(x_TI, layer, x_lora_TI) for layer in layers]
 
 
 def lora_linear(
@@ -43,8 +62,7 @@ def lora_linear(
     x_lora_TI: Tensor | None = None,
 ) -> Tensor:
     """`functional.lora_linear`, by the fastest way that fits the inputs."""
-    run = fused.lora_linear if _fits(x_TI, w_OI, bias_O) else functional.lora_linear
-    return run(x_TI, w_OI, bias_O, a_RI, b_OR, scale, x_lora_TI=x_lora_TI)
+    return adapted_linears(x_TI, [Parts(w_OI, bias_O, a_RI, b_OR, scale)], x_lora_TI)[0]
 
 
 def dora_linear(
@@ -60,11 +78,24 @@ def dora_linear(
     x_lora_TI: Tensor | None = None,
 ) -> Tensor:
     """`functional.dora_linear`, by the fastest way that fits the inputs."""
-    run = fused.dora_linear if _fits(x_TI, w_OI, bias_O) else functional.dora_linear
-    return run(x_TI, w_OI, bias_O, a_RI, b_OR, scale, magnitude_O, norm_O, x_lora_TI=x_lora_TI)
+    return adapted_linears(x_TI, [Parts(w_OI, bias_O, a_RI, b_OR, scale, magnitude_O, norm_O)], x_lora_TI)[0]
 
 
-def _fits(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> bool:
+def fits(x_TI: Tensor, layer: Parts) -> bool:
     """Whether the fused path, whose base weight and bias are frozen, can take these inputs."""
-    trained = w_OI.requires_grad or (bias_O is not None and bias_O.requires_grad)
-    return not (_use_reference or trained or x_TI.numel() == 0 or x_TI.dtype != w_OI.dtype)
+    w, bias = layer.weight_OI, layer.bias_O
+    trained = w.requires_grad or (bias is not None and bias.requires_grad)
+    same_dtype = layer.weight_scale_O is not None or x_TI.dtype == w.dtype
+    return not (_use_reference or trained or x_TI.numel() == 0) and same_dtype
+
+
+def _reference_linear(x_TI: Tensor, layer: Parts, x_lora_TI: Tensor | None) -> Tensor:
+    w = layer.weight_OI
+    if layer.weight_scale_O is not None:
+        w = dequantized(w, layer.weight_scale_O, x_TI.dtype)
+    a, b, magnitude, norm = layer.a_RI, layer.b_OR, layer.magnitude_O, layer.norm_O
+    if a is None or b is None:
+        return torch.nn.functional.linear(x_TI, w, layer.bias_O)
+    if magnitude is None or norm is None:
+        return functional.lora_linear(x_TI, w, layer.bias_O, a, b, layer.scale, x_lora_TI=x_lora_TI)
+    return functional.dora_linear(x_TI, w, layer.bias_O, a, b, layer.scale, magnitude, norm, x_lora_TI=x_lora_TI)

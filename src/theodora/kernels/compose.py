@@ -48,19 +48,20 @@ def compose_backward_reference(
     magnitude_O: Tensor | None,
     norm_O: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dzb, dB, dm); what does not exist for lack of an update or a magnitude is empty. dz is never dy itself."""
-    dz, dm = dy_TO.clone(), dy_TO.new_empty(0)
+    """(dz, dzb, dB, dm); what does not exist for lack of an update or a magnitude is empty. Without a magnitude dz is
+    dy, and empty here."""
+    dz, dm = dy_TO, dy_TO.new_empty(0)
     if magnitude_O is not None and norm_O is not None and z_TO is not None:
         v = _updated(z_TO, xa_TR, b_OR, scale)
         dz = (dy_TO * dora_scale(magnitude_O, norm_O)).to(dy_TO.dtype)
         dg = (dy_TO * v).sum(0, dtype=norm_O.dtype)
         # Where the norm is zero g is 1 by definition and does not depend on m.
         dm = torch.where(norm_O == 0, 0, dg / norm_O)
-    if xa_TR is None or b_OR is None:
-        return dz, dy_TO.new_empty(0), dy_TO.new_empty(0), dm
-    dzb = dz @ (scale * b_OR).to(dz.dtype)
-    db = (dz.T @ xa_TR).to(wide_dtype(dz.dtype)) * scale
-    return dz, dzb, db, dm
+    dzb = db = dy_TO.new_empty(0)
+    if xa_TR is not None and b_OR is not None:
+        dzb = dz @ (scale * b_OR).to(dz.dtype)
+        db = (dz.T @ xa_TR).to(wide_dtype(dz.dtype)) * scale
+    return dy_TO.new_empty(0) if dz is dy_TO else dz, dzb, db, dm
 
 
 def _updated(z_TO: Tensor, xa_TR: Tensor | None, b_OR: Tensor | None, scale: float) -> Tensor:
@@ -84,13 +85,15 @@ def _compose(
     return triton.compose(z, xa, b, scale, magnitude, norm, bias, torch.empty_like(z, memory_format=torch.contiguous_format))
 
 
-def _compose_in_place(z: Tensor, xa: Tensor, b: Tensor, scale: float) -> None:
+def _compose_in_place(z: Tensor, xa: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> None:
     if not runs_triton(z):
         z.addmm_(xa, (scale * b).to(z.dtype).T)
+        if bias is not None:
+            z.add_(bias)
         return
     from theodora.kernels.triton import compose as triton
 
-    triton.compose(z, xa, b, scale, None, None, None, z)
+    triton.compose(z, xa, b, scale, None, None, bias, z)
 
 
 def _compose_backward(
@@ -119,7 +122,7 @@ def _fake_compose_backward(
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide, none = wide_dtype(dy.dtype), dy.new_empty(0)
-    dz = dy.new_empty(dy.shape)
+    dz = none if norm is None else dy.new_empty(dy.shape)
     dm = none if norm is None else torch.empty_like(norm)
     if xa is None or b is None:
         return dz, dy.new_empty(0), dy.new_empty(0), dm
@@ -132,9 +135,9 @@ compose = operator(
     lambda z, xa, b, scale, magnitude, norm, bias: z.new_empty(z.shape),
 )
 compose_in_place = operator(
-    "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale) -> ()",
+    "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale, Tensor? bias) -> ()",
     _compose_in_place,
-    lambda z, xa, b, scale: None,
+    lambda z, xa, b, scale, bias: None,
 )
 compose_backward = operator(
     "compose_backward(Tensor dy, Tensor? z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm)"

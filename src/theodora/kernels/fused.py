@@ -1,157 +1,250 @@
-"""LoRA and DoRA layers as one autograd step each: less memory than autograd's own trace, and fewer passes.
+"""Adapted layers as one autograd step each: less memory than autograd's own trace, and fewer passes.
 
 Plain autograd keeps or makes, for each layer, the low-rank output, the sum, the scaled sum and their float32 copies.
-Here the forward adds the low-rank update into the base product in place and keeps only what the gradients need: x
-(shared by all layers that read it), x Aᵀ (T, R) and, for DoRA, z = x Wᵀ + s·(x Aᵀ) Bᵀ.
+Here the forward makes z = x Wᵀ and, in one pass, the output, and keeps only what the gradients need: x (shared by all
+layers that read it), xa = x Aᵀ (T, R) and, for DoRA, z.
 
-    y  = g ⊙ z + bias          dz = g ⊙ dy          dm = Σ_T dy ⊙ z / norm
-    dB = s·dzᵀ (x Aᵀ)          dA = s·(dz B)ᵀ x     dx = dz W + s·(dz B) A
+    y  = g ⊙ (z + s·xa Bᵀ) + bias      dz = g ⊙ dy          dm = Σ_T dy ⊙ (z + s·xa Bᵀ) / norm
+    dB = s·dzᵀ xa                      dA = (s·dz B)ᵀ x     dx = dz W + (s·dz B) A
 
-Works on any device and dtype; the base weight and its bias get no gradient. Shapes as in `functional.py`.
+Layers that read one x (q, k and v; gate and up) make one step together: one product with all their A, one accumulated
+dx. Works on any device and dtype; base weights and biases get no gradient. Shapes as in `functional.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from theodora.functional import dora_scale
+from theodora.kernels.base_product import base_product, base_product_backward
+from theodora.kernels.compose import MOST_FUSED_RANK, compose, compose_backward, compose_in_place
+from theodora.kernels.operators import runs_triton
+from theodora.kernels.parts import Parts
+
+_PER_LAYER = 7  # tensors: weight, weight_scale, bias, A, B, magnitude, norm
 
 
-def lora_linear(
-    x_TI: Tensor,
-    w_OI: Tensor,
-    bias_O: Tensor | None,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scale: float,
-    *,
-    x_lora_TI: Tensor | None = None,
-) -> Tensor:
-    """`functional.lora_linear` in one autograd step."""
+def adapted_linears(x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None) -> list[Tensor]:
+    """The outputs of several adapted layers that read the same x, each (…, O).
+
+    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout).
+    """
     x, x_lora = _flat(x_TI), None if x_lora_TI is None else _flat(x_lora_TI)
-    y: Any = _LoraLinear.apply(x, x_lora, w_OI, bias_O, a_RI, b_OR, scale)
-    return y.view(*x_TI.shape[:-1], w_OI.shape[0])
+    source = getattr(x_TI, "_theodora_norm", None) if x_lora is None else None
+    tensors = [t for layer in layers for t in tensors_of(layer)]
+    ys: Any = _AdaptedLinears.apply(x, x_lora, source, [layer.scale for layer in layers], *tensors)
+    return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def dora_linear(
-    x_TI: Tensor,
-    w_OI: Tensor,
-    bias_O: Tensor | None,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scale: float,
-    magnitude_O: Tensor,
-    norm_O: Tensor,
-    *,
-    x_lora_TI: Tensor | None = None,
-) -> Tensor:
-    """`functional.dora_linear` in one autograd step."""
-    x, x_lora = _flat(x_TI), None if x_lora_TI is None else _flat(x_lora_TI)
-    y: Any = _DoraLinear.apply(x, x_lora, w_OI, bias_O, a_RI, b_OR, scale, magnitude_O, norm_O)
-    return y.view(*x_TI.shape[:-1], w_OI.shape[0])
+def tensors_of(layer: Parts) -> list[Tensor | None]:
+    """What an autograd step takes of one layer."""
+    return [
+        layer.weight_OI, layer.weight_scale_O, layer.bias_O, layer.a_RI, layer.b_OR, layer.magnitude_O, layer.norm_O
+    ]  # fmt: skip
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ."""
-
+class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
         x_lora_TI: Tensor | None,
-        w_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scale: float,
-    ) -> Tensor:
-        a, b = _low_rank(x_TI, a_RI, b_OR, scale)
-        xa = (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
-        y = _add_product(F.linear(x_TI, w_OI, bias_O), xa, b.T)
-        ctx.save_for_backward(x_TI, x_lora_TI, w_OI, a_RI, b_OR, xa)
-        ctx.scale = scale
-        return y
+        source: NormedInput | None,
+        scales: list[float],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        layers = layers_of(tensors, scales)
+        a = stacked_a(layers, x_TI.dtype)
+        xa = None if a is None else (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
+        ys: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for layer, xa_TR in zip(layers, split_ranks(xa, layers), strict=True):
+            y, z = composed(base_product(x_TI, layer.weight_OI, layer.weight_scale_O), xa_TR, layer)
+            ys.append(y)
+            kept.append(z)
+        ctx.scales = scales
+        ctx.set_materialize_grads(False)
+        save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs_x, needs_x_lora = ctx.needs_input_grad[:2]
+        source, (xa, *saved) = saved_input(ctx)
+        kept, layers = saved[: len(dys)], layers_of(saved[len(dys) :], ctx.scales)
+        # A layer whose output was not used has nothing to learn, and adds nothing to dx.
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        grads: list[Any] = [None] * (_PER_LAYER * len(layers))
+        xas = split_ranks(xa, layers)
+        dx, dzbs = None, []
+        for i in used:
+            layer, dy = layers[i], dys[i]
+            assert dy is not None
+            dz, dzb, db, dm = composed_backward(dy, kept[i], xas[i], layer)
+            dzbs.append(dzb)
+            set_gradients(grads, i, db=db, dm=dm)
+            if needs_x:
+                dx = plus(dx, base_product_backward, dz, layer.weight_OI, layer.weight_scale_O)
+        chosen = [layers[i] for i in used]
+        dx, dx_lora, das = low_rank_backward(
+            dzbs, chosen, source, dx, needs_x, needs_x_lora, any(ctx.needs_input_grad[7::_PER_LAYER])
+        )
+        for i, da in zip(used, das, strict=True):
+            set_gradients(grads, i, da=da)
+        return dx, dx_lora, None, None, *grads
+
+
+# The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
+
+
+class NormedInput:
+    """x as the output of an RMSNorm, x = h · rstd · weight: kept as h and rstd, which the norm keeps anyway."""
+
+    __slots__ = ("h_TI", "rstd_T", "weight_I")
+
+    def __init__(self, h_TI: Tensor, rstd_T: Tensor, weight_I: Tensor) -> None:
+        self.h_TI, self.rstd_T, self.weight_I = h_TI, rstd_T, weight_I
+
+    def left_product(self, left_TR: Tensor) -> Tensor:
+        """leftᵀ x, (R, I), without forming x."""
+        return ((left_TR * self.rstd_T[:, None]).to(self.h_TI.dtype).T @ self.h_TI) * self.weight_I
+
+
+def save_input(ctx: Any, x_TI: Tensor, source: NormedInput | None, *others: Tensor | None) -> None:
+    """Save x, or what it can be had from, beside the other tensors."""
+    ctx.normed = source is not None
+    kept = (x_TI, None, None) if source is None else (source.h_TI, source.rstd_T, source.weight_I)
+    ctx.save_for_backward(*kept, *others)
+
+
+def saved_input(ctx: Any) -> tuple[Tensor | NormedInput, list[Any]]:
+    """What `save_input` saved."""
+    x, rstd, weight, *others = ctx.saved_tensors
+    return (NormedInput(x, rstd, weight) if ctx.normed else x), others
+
+
+def layers_of(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Parts]:
+    """The inverse of `tensors_of`, for several layers."""
+    layers: list[Parts] = []
+    for i, scale in enumerate(scales):
+        weight, weight_scale, bias, a, b, magnitude, norm = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
+        assert weight is not None
+        layers.append(Parts(weight, bias, a, b, scale, magnitude, norm, weight_scale_O=weight_scale))
+    return layers
+
+
+def set_gradients(grads: list[Any], i: int, **found: Tensor | None) -> None:
+    """Put the gradients of the i-th layer's adapter among those of all its tensors."""
+    for name, position in (("da", 3), ("db", 4), ("dm", 5)):
+        if name in found:
+            grads[_PER_LAYER * i + position] = found[name]
+
+
+def stacked_a(layers: Sequence[Parts], dtype: torch.dtype) -> Tensor | None:
+    """All A of the layers one above the other, (ΣR, I), in the dtype of the products."""
+    all_a = [layer.a_RI.to(dtype) for layer in layers if layer.a_RI is not None]
+    if len(all_a) < 2:
+        return all_a[0] if all_a else None
+    return torch.cat(all_a)
+
+
+def split_ranks(stacked_TR: Tensor | None, layers: Sequence[Parts]) -> list[Tensor | None]:
+    """The columns of each layer in a product with `stacked_a`."""
+    if stacked_TR is None:
+        return [None] * len(layers)
+    parts = iter(stacked_TR.split([layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None], dim=1))
+    return [None if layer.a_RI is None else next(parts) for layer in layers]
+
+
+def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, Tensor | None]:
+    """The layer's output from its base product, and what `composed_backward` needs of it. May write to z."""
+    magnitude, norm, bias = layer.magnitude_O, layer.norm_O, layer.bias_O
+    if xa_TR is not None and layer.b_OR is not None:
+        if in_one_pass(z_TO, layer):
+            if norm is not None or torch.compiler.is_compiling():
+                return compose(z_TO, xa_TR, layer.b_OR, layer.scale, magnitude, norm, bias), z_TO
+            compose_in_place(z_TO, xa_TR, layer.b_OR, layer.scale, bias)
+            return z_TO, None
+        z_TO = _add_product(z_TO, xa_TR, scaled_b(layer, z_TO.dtype).T)
+    if norm is None or magnitude is None:
+        return z_TO if bias is None else z_TO + bias, None
+    return _scale_rows(z_TO, magnitude, norm, bias), z_TO
+
+
+def composed_backward(
+    dy_TO: Tensor, z_TO: Tensor | None, xa_TR: Tensor | None, layer: Parts
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dz, dzb, dB, dm) of `composed`."""
+    magnitude, norm, b = layer.magnitude_O, layer.norm_O, layer.b_OR
+    if xa_TR is not None and b is not None and in_one_pass(dy_TO, layer):
+        dz, dzb, db, dm = compose_backward(dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm)
+        if norm is None or magnitude is None:
+            return dy_TO, dzb, db.to(b.dtype), None
+        return dz, dzb, db.to(b.dtype), dm.to(magnitude.dtype)
+    dm = None
+    if norm is None or magnitude is None:
         # Attention hands its gradients back transposed, and the CPU's bfloat16 products are slow on those.
-        dx, dx_lora, da, db = _low_rank_backward(ctx, dy_TO.contiguous(), *ctx.saved_tensors)
-        return dx, dx_lora, None, None, da, db, None
+        dz = dy_TO.contiguous()
+    else:
+        assert z_TO is not None
+        dz, dm = _scale_rows_backward(dy_TO, z_TO, magnitude, norm)
+    if xa_TR is None or b is None:
+        return dz, None, None, dm
+    return dz, dz @ scaled_b(layer, dz.dtype), (dz.T @ xa_TR).to(b.dtype).mul_(layer.scale), dm
 
 
-class _DoraLinear(torch.autograd.Function):
-    """y = g ⊙ (x Wᵀ + s·(x Aᵀ) Bᵀ) + bias, g = m / norm, the norm a constant."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        x_lora_TI: Tensor | None,
-        w_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scale: float,
-        magnitude_O: Tensor,
-        norm_O: Tensor,
-    ) -> Tensor:
-        a, b = _low_rank(x_TI, a_RI, b_OR, scale)
-        xa = (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
-        z = _add_product(F.linear(x_TI, w_OI), xa, b.T)
-        ctx.save_for_backward(x_TI, x_lora_TI, w_OI, a_RI, b_OR, xa, z, magnitude_O, norm_O)
-        ctx.scale = scale
-        return _scale_rows(z, dora_scale(magnitude_O, norm_O), bias_O)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *low_rank, z, magnitude, norm = ctx.saved_tensors
-        dz, dg = _scale_rows_backward(dy_TO, z, dora_scale(magnitude, norm))
-        dm = None
-        if ctx.needs_input_grad[7]:
-            # Where the norm is zero g is 1 by definition and does not depend on m.
-            dm = torch.where(norm == 0, 0, dg / norm).to(magnitude.dtype)
-        dx, dx_lora, da, db = _low_rank_backward(ctx, dz, *low_rank)
-        return dx, dx_lora, None, None, da, db, None, dm, None
+def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
+    """Whether the update joins z in the kernel that scales it, rather than by a product of its own."""
+    return layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK and runs_triton(z_TO)
 
 
-def _low_rank_backward(
-    ctx: Any,
-    dz_TO: Tensor,
-    x_TI: Tensor,
-    x_lora_TI: Tensor | None,
-    w_OI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    xa_TR: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, x_lora, A and B from that of z = x Wᵀ + s·(x_lora Aᵀ) Bᵀ."""
-    needs_x, needs_x_lora, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
-    a, b = _low_rank(dz_TO, a_RI, b_OR, ctx.scale)
-    dz_b = dz_TO @ b
-    da = db = dx = dx_lora = None
-    if needs_a:
-        da = (dz_b.T @ (x_TI if x_lora_TI is None else x_lora_TI)).to(a_RI.dtype)
-    if needs_b:
-        db = (dz_TO.T @ xa_TR).to(b_OR.dtype).mul_(ctx.scale)
-    if needs_x:
-        dx = dz_TO @ w_OI
-        if x_lora_TI is None:
-            dx = _add_product(dx, dz_b, a)
-    if needs_x_lora:
-        dx_lora = dz_b @ a
-    return dx, dx_lora, da, db
+def low_rank_backward(
+    dzbs: Sequence[Tensor | None],
+    layers: Sequence[Parts],
+    source: Tensor | NormedInput,
+    dx_TI: Tensor | None,
+    needs_x: bool,
+    needs_x_lora: bool,
+    needs_a: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """dx with the low-rank branches' share, the gradient of their own input, and dA of each layer."""
+    parts = [dzb for dzb in dzbs if dzb is not None]
+    if not parts:
+        return dx_TI, None, [None] * len(layers)
+    dzb = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    dx_lora = None
+    if needs_x or needs_x_lora:
+        a = stacked_a(layers, dzb.dtype)
+        assert a is not None
+        if needs_x_lora:
+            dx_lora = dzb @ a
+        elif dx_TI is not None:
+            dx_TI = _add_product(dx_TI, dzb, a)
+    if not needs_a:
+        return dx_TI, dx_lora, [None] * len(layers)
+    da = source.left_product(dzb) if isinstance(source, NormedInput) else dzb.T @ source
+    split = iter(da.split([layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None]))
+    das = [None if layer.a_RI is None else next(split).to(layer.a_RI.dtype) for layer in layers]
+    return dx_TI, dx_lora, das
 
 
-def _low_rank(like: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A and s·B in the dtype of the products. s goes in before rounding, so that it costs no precision."""
-    return a_RI.to(like.dtype), (scale * b_OR).to(like.dtype)
+def plus(onto: Tensor | None, product: Any, dz: Tensor, w: Tensor, w_scale: Tensor | None) -> Tensor:
+    """onto + dz W, in one pass where the weight is plain."""
+    if onto is None:
+        return product(dz, w, w_scale)
+    return _add_product(onto, dz, w) if w_scale is None else onto.add_(product(dz, w, w_scale))
+
+
+def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
+    """s·B in the dtype of the products. s goes in before rounding, so that it costs no precision."""
+    assert layer.b_OR is not None
+    return (layer.scale * layer.b_OR).to(dtype)
 
 
 def _add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -173,24 +266,24 @@ def _flat(x: Tensor) -> Tensor:
 # an epsilon of zero in torch 2.11.)
 
 
-def _scale_rows(z_TO: Tensor, g_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    if z_TO.device.type == "cpu":
-        zero, one = torch.zeros_like(g_O), torch.ones_like(g_O)
-        bias = zero if bias_O is None else bias_O.to(g_O.dtype)
-        return torch.native_batch_norm(z_TO, g_O, bias, zero, one, False, 0.0, 0.0)[0]
-    y = z_TO * g_O
-    return (y if bias_O is None else y + bias_O).to(z_TO.dtype)
+def _scale_rows(z_TO: Tensor, magnitude_O: Tensor, norm_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    if z_TO.device.type != "cpu" or runs_triton(z_TO):
+        return compose(z_TO, None, None, 1.0, magnitude_O, norm_O, bias_O)
+    g_O = dora_scale(magnitude_O, norm_O)
+    zero, one = torch.zeros_like(g_O), torch.ones_like(g_O)
+    bias = zero if bias_O is None else bias_O.to(g_O.dtype)
+    return torch.native_batch_norm(z_TO, g_O, bias, zero, one, False, 0.0, 0.0)[0]
 
 
-def _scale_rows_backward(dy_TO: Tensor, z_TO: Tensor, g_O: Tensor) -> tuple[Tensor, Tensor]:
-    """(g ⊙ dy, Σ_T dy ⊙ z)."""
-    if z_TO.device.type == "cpu":
-        zero, one = torch.zeros_like(g_O), torch.ones_like(g_O)
-        dz, dg, _ = torch.ops.aten.native_batch_norm_backward(
-            dy_TO.contiguous(), z_TO, g_O, zero, one, zero, one, False, 0.0, [True, True, False]
-        )
-        return dz, dg
-    return (dy_TO * g_O).to(dy_TO.dtype), (dy_TO * z_TO).sum(0, dtype=g_O.dtype)
-
-
-__all__ = ["dora_linear", "lora_linear"]
+def _scale_rows_backward(dy_TO: Tensor, z_TO: Tensor, magnitude_O: Tensor, norm_O: Tensor) -> tuple[Tensor, Tensor]:
+    """(g ⊙ dy, dm)."""
+    if z_TO.device.type != "cpu" or runs_triton(z_TO):
+        dz, _, _, dm = compose_backward(dy_TO, z_TO, None, None, 1.0, magnitude_O, norm_O)
+        return dz, dm.to(magnitude_O.dtype)
+    g_O = dora_scale(magnitude_O, norm_O)
+    zero, one = torch.zeros_like(g_O), torch.ones_like(g_O)
+    dz, dg, _ = torch.ops.aten.native_batch_norm_backward(
+        dy_TO.contiguous(), z_TO, g_O, zero, one, zero, one, False, 0.0, [True, True, False]
+    )
+    # Where the norm is zero g is 1 by definition and does not depend on m.
+    return dz, torch.where(norm_O == 0, 0, dg / norm_O).to(magnitude_O.dtype)

@@ -28,3 +28,31 @@ class Parts:
     """Dropout of the adapter's input that is active in this pass: 0 outside training."""
     weight_scale_O: Tensor | None = None
     """Scale of each row of a float8 weight, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What turns z = x Wᵀ into the layer's output: g ⊙ (z + s·xa Bᵀ) + bias."""
+
+    xa_TR: Tensor | None
+    """x Aᵀ, rows contiguous, or None without a low-rank update."""
+    b_OR: Tensor | None
+    scale: float
+    magnitude_O: Tensor | None
+    norm_O: Tensor | None
+    bias_O: Tensor | None
+
+    @property
+    def low(self) -> bool:
+        """Whether there is a low-rank update."""
+        return self.b_OR is not None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a magnitude."""
+        return self.norm_O is not None
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without an update."""
+        return 0 if self.b_OR is None else self.b_OR.shape[1]

@@ -99,7 +99,7 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg
             wide = dy_tile.to(tl.float32)
             dg_sum += tl.sum(wide * v, axis=0)
             dz_tile = (wide * g[None, :]).to(dtype)
-        tl.store(dz + t[:, None] * O + o[None, :], dz_tile, mask=inside)
+            tl.store(dz + t[:, None] * O + o[None, :], dz_tile, mask=inside)
         if LOW:
             db_sum += product(tl.trans(dz_tile), xa_tile, PRECISION)
             dzb_tile = product(dz_tile, b_tile, PRECISION)
@@ -134,7 +134,7 @@ def compose_backward(
         z = row_contiguous(z)
     if low:
         xa = row_contiguous(xa)
-    dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
     wide = {"dtype": torch.float32, "device": dy.device}
     dzb_parts = torch.empty(blocks, tokens, rank, **wide) if low else None
     db_parts = torch.empty(chunks, outputs, rank, **wide) if low else None
@@ -145,8 +145,6 @@ def compose_backward(
         b.stride(0) if low else 0, b.stride(1) if low else 0, scale,
         LOW=low, SCALED=scaled, PRECISION=precision(dy.dtype), BT=bt, BO=bo, BR=block, num_warps=4,
     )  # fmt: skip
-    if not (low or scaled):
-        return dz, dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     db, dm = sum_rows(db_parts, dg_parts, norm, scale)
     dzb = dy.new_empty(0) if dzb_parts is None else sum_chunks(dzb_parts, dy.dtype)
     return dz, dzb, db, dm

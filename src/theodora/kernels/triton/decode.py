@@ -43,15 +43,13 @@ def _partial(x, rows, o, count, start, stop, T, I, row, col,
     sums = tl.zeros([BO, BI if BT == 1 else BT], dtype=tl.float32)
     for first in tl.range(start, stop, BI, num_stages=STAGES):
         i = first + tl.arange(0, BI)
-        if EVEN:
-            w_tile = tl.load(row_start + i[None, :] * col, mask=o[:, None] < count, other=0.0)
-            x_tile = tl.load(x_start + i[None, :], mask=t[:, None] < T, other=0.0)
-        else:
-            w_tile = tl.load(row_start + i[None, :] * col, mask=(o[:, None] < count) & (i[None, :] < I), other=0.0)
-            x_tile = tl.load(x_start + i[None, :], mask=(t[:, None] < T) & (i[None, :] < I), other=0.0)
+        inside = i < (stop if EVEN else I)  # stop is a multiple of BI if I is: no mask is left
+        w_tile = tl.load(row_start + i[None, :] * col, mask=(o[:, None] < count) & inside[None, :], other=0.0)
         if BT == 1:
-            sums += w_tile.to(tl.float32) * x_tile.to(tl.float32)
+            x_tile = tl.load(x + i, mask=inside, other=0.0)
+            sums += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
         else:
+            x_tile = tl.load(x_start + i[None, :], mask=(t[:, None] < T) & inside[None, :], other=0.0)
             sums += product(w_tile, tl.trans(x_tile), PRECISION)
     if BT == 1:
         sums = tl.sum(sums, 1)[:, None]
@@ -75,63 +73,80 @@ def _gather(sums, parts, counter, split, splits, BT: tl.constexpr, BO: tl.conste
 
 
 @triton.jit
+def _low_rank(x, a, xa, parts, counters, ready, block, split, splits, features, T, I, R, xa_row, xa_col,
+              EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+              BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """A program of A: BR ranks of xa, (R, T) float32."""
+    r, t = block * BR + tl.arange(0, BR), tl.arange(0, BT)
+    start = split * features
+    sums = _partial(x, a, r, R, start, tl.minimum(start + features, I), T, I, I, 1,
+                    EVEN, PRECISION, STAGES, BT, BR, BI)  # fmt: skip
+    sums, last = _gather(sums, parts + block * splits * (BR * BT), counters + block, split, splits, BT, BR)
+    if last:
+        tl.store(xa + r[:, None] * xa_row + t[None, :] * xa_col, sums)
+        tl.debug_barrier()
+        tl.atomic_add(ready, 1, sem="release")
+
+
+@triton.jit
+def _add_low_rank(sums, b, xa, o, T, O, R, xa_row, xa_col,
+                  PRECISION: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """sums + B xaᵀ, (BO, BT) float32."""
+    t = tl.arange(0, BT)
+    for first in range(0, R, BR):
+        r = first + tl.arange(0, BR)
+        b_tile = tl.load(b + o.to(tl.int64)[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R),
+                         other=0.0)  # fmt: skip
+        xa_tile = tl.load(xa + r[:, None] * xa_row + t[None, :] * xa_col, mask=(r[:, None] < R) & (t[None, :] < T),
+                          other=0.0, cache_modifier=".cg")  # fmt: skip
+        if BT == 1:
+            sums += tl.sum(b_tile.to(tl.float32) * tl.trans(xa_tile).to(tl.float32), 1)[:, None]
+        else:
+            sums += product(b_tile, xa_tile.to(b_tile.dtype), PRECISION)
+    return sums
+
+
+@triton.jit
 def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, xa_row, xa_col, sync_start,
             a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
             OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
             EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
             BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
-    program = tl.program_id(0)
-    a_programs = a_blocks * a_splits if OWN_XA else 0
-    t = tl.arange(0, BT)
-    if OWN_XA and program < a_programs:
-        block, split = program // a_splits, program % a_splits
-        r = block * BR + tl.arange(0, BR)
-        start = split * a_features
-        stop = tl.minimum(start + a_features, I)
-        sums = _partial(x, a, r, R, start, stop, T, I, I, 1, EVEN, PRECISION, STAGES, BT, BR, BI)
-        a_parts = parts + block * a_splits * (BR * BT)
-        sums, last = _gather(sums, a_parts, counters + block, split, a_splits, BT, BR)
-        if last:
-            tl.store(xa + r[:, None] * xa_row + t[None, :] * xa_col, sums)
-            tl.debug_barrier()
-            tl.atomic_add(ready, 1, sem="release")
-    else:
-        program -= a_programs
-        block, split = program // w_splits, program % w_splits
-        o = block * BO + tl.arange(0, BO)
-        start = split * w_features
-        stop = tl.minimum(start + w_features, I)
-        sums = _partial(x, w, o, O, start, stop, T, I, w_row, w_col, EVEN, PRECISION, STAGES, BT, BO, BI)
-        last = program >= 0
-        if SPLIT:
-            w_parts = parts + a_programs * (BR * BT) + block.to(tl.int64) * w_splits * (BO * BT)
-            sums, last = _gather(sums, w_parts, counters + a_blocks + block, split, w_splits, BT, BO)
-        if last:
-            if OWN_XA:
-                whole = tl.atomic_add(ready, 0, sem="acquire")
-                while whole < a_blocks:
-                    whole = tl.atomic_add(ready, 0, sem="acquire")
-                tl.debug_barrier()
-            for first in range(0, R, BR):
-                r = first + tl.arange(0, BR)
-                b_tile = tl.load(b + o.to(tl.int64)[:, None] * R + r[None, :],
-                                 mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)  # fmt: skip
-                xa_tile = tl.load(xa + r[:, None] * xa_row + t[None, :] * xa_col,
-                                  mask=(r[:, None] < R) & (t[None, :] < T), other=0.0, cache_modifier=".cg")  # fmt: skip
-                if BT == 1:
-                    sums += tl.sum(b_tile.to(tl.float32) * tl.trans(xa_tile).to(tl.float32), 1)[:, None]
-                else:
-                    sums += product(b_tile, xa_tile.to(b_tile.dtype), PRECISION)
-            if SCALED:
-                sums *= tl.load(g + o, mask=o < O, other=0.0)[:, None]
-            if BIASED:
-                sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-            place = t[None, :].to(tl.int64) * O + o[:, None]
-            tl.store(y + place, sums.to(y.dtype.element_ty), mask=(o[:, None] < O) & (t[None, :] < T))
-            if OWN_XA and tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:
-                tl.atomic_xchg(ready, 0)
-                tl.atomic_xchg(done, 0)
+    a_programs = a_blocks * a_splits
+    program = tl.program_id(0) - a_programs
+    if OWN_XA:
+        if program < 0:
+            block, split = tl.program_id(0) // a_splits, tl.program_id(0) % a_splits
+            _low_rank(x, a, xa, parts, counters, ready, block, split, a_splits, a_features, T, I, R, xa_row, xa_col,
+                      EVEN, PRECISION, STAGES, BT, BI, BR)  # fmt: skip
+            return
+    block, split = program // w_splits, program % w_splits
+    o, t = block * BO + tl.arange(0, BO), tl.arange(0, BT)
+    start = split * w_features
+    sums = _partial(x, w, o, O, start, tl.minimum(start + w_features, I), T, I, w_row, w_col,
+                    EVEN, PRECISION, STAGES, BT, BO, BI)  # fmt: skip
+    if SPLIT:
+        w_parts = parts + a_programs * (BR * BT) + block.to(tl.int64) * w_splits * (BO * BT)
+        sums, last = _gather(sums, w_parts, counters + a_blocks + block, split, w_splits, BT, BO)
+        if not last:
+            return
+    if OWN_XA:
+        whole = tl.atomic_add(ready, 0, sem="acquire")
+        while whole < a_blocks:
+            whole = tl.atomic_add(ready, 0, sem="acquire")
+        tl.debug_barrier()
+    sums = _add_low_rank(sums, b, xa, o, T, O, R, xa_row, xa_col, PRECISION, BT, BR)
+    if SCALED:
+        sums *= tl.load(g + o, mask=o < O, other=0.0)[:, None]
+    if BIASED:
+        sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+    place = t[None, :].to(tl.int64) * O + o[:, None]
+    tl.store(y + place, sums.to(y.dtype.element_ty), mask=(o[:, None] < O) & (t[None, :] < T))
+    if OWN_XA:
+        if tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:
+            tl.atomic_xchg(ready, 0)
+            tl.atomic_xchg(done, 0)
 
 
 @dataclass(frozen=True)

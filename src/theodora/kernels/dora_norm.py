@@ -1,0 +1,40 @@
+"""‖W + s·B·A‖ of each output row in one pass over W: `functional.dora_norm` as an operator.
+
+Plain torch widens W to float32 piece by piece, which moves five times the bytes. The Triton kernel reads W once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from theodora import functional
+from theodora.functional import wide_dtype
+from theodora.kernels.base_product import dequantized
+from theodora.kernels.operators import operator, runs_triton
+
+
+def dora_norm_reference(
+    w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor, w_scale_O: Tensor | None
+) -> Tensor:
+    """‖W + s·B·A‖ of each output row, (O,), float32 or float64; `w_norm_sq_O` is ‖W‖² of each row.
+
+    With `w_scale_O` the weight is float8, and W its rows times that scale.
+    """
+    w_OI = w_OI if w_scale_O is None else dequantized(w_OI, w_scale_O, torch.float32)
+    return functional.dora_norm(w_OI, a_RI, b_OR, scale, w_norm_sq_O)
+
+
+def _dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:
+    if not runs_triton(w):
+        return dora_norm_reference(w, a, b, scale, w_norm_sq, w_scale)
+    from theodora.kernels.triton import dora_norm as triton
+
+    return triton.dora_norm(w, a, b, scale, w_norm_sq, w_scale)
+
+
+dora_norm = operator(
+    "dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor w_norm_sq, Tensor? w_scale) -> Tensor",
+    _dora_norm,
+    lambda w, a, b, scale, w_norm_sq, w_scale: w.new_empty(w.shape[0], dtype=wide_dtype(w.dtype)),
+)

@@ -1,0 +1,88 @@
+"""`theodora.kernels.dora_norm` in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from theodora.kernels.triton.common import precision, product, rank_block
+
+
+@triton.jit
+def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
+    inside = (o[:, None] < O) & (k[None, :] < I)
+    # A stride that is known to be 1 lets the compiler read whole lines.
+    if TRANSPOSED:
+        return tl.load(w + o[:, None] + k[None, :].to(tl.int64) * w_col, mask=inside, other=0.0)
+    else:
+        return tl.load(w + o[:, None].to(tl.int64) * w_row + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _dora_norm(w, a, b, gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+               QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+               CANCELLED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    r = tl.arange(0, BR)
+    w_a = tl.zeros((BO, BR), tl.float32)
+    for start in range(0, I, BI):
+        k = start + tl.arange(0, BI)
+        w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED)
+        a_tile = tl.load(a + r[:, None] * a_row + k[None, :], mask=(r[:, None] < R) & (k[None, :] < I), other=0.0)
+        a_tile = a_tile.to(tl.float32)
+        if SPLIT:
+            # W is exact in bfloat16, and A is as the sum of three: float32 accuracy at the price of bfloat16.
+            w_tile = w_tile.to(tl.bfloat16)
+            for _ in tl.static_range(3):
+                part = a_tile.to(tl.bfloat16)
+                w_a += product(w_tile, tl.trans(part), PRECISION)
+                a_tile -= part.to(tl.float32)
+        else:
+            w_a += product(w_tile.to(tl.float32), tl.trans(a_tile), PRECISION)
+    row_scale = tl.full((BO,), 1.0, tl.float32)
+    if QUANTIZED:
+        row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
+    b_tile = tl.load(
+        b + o[:, None] * b_row + r[None, :] * b_col, mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
+    ).to(tl.float32)
+    gram_tile = tl.load(gram + r[:, None] * R + r[None, :], mask=(r[:, None] < R) & (r[None, :] < R), other=0.0)
+    base = tl.load(w_norm_sq + o, mask=o < O, other=1.0).to(tl.float32)
+    update = scale * scale * tl.sum(tl.dot(b_tile, gram_tile, input_precision="ieee") * b_tile, axis=1)
+    norm_sq = base + 2 * scale * row_scale * tl.sum(b_tile * w_a, axis=1) + update
+    # Where the terms cancel, rounding has eaten the digits: those rows are formed after all.
+    cancelled = norm_sq < CANCELLED * (base + update)
+    if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+        formed = tl.zeros((BO,), tl.float32)
+        for start in range(0, I, BI):
+            k = start + tl.arange(0, BI)
+            w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED).to(tl.float32) * row_scale[:, None]
+            a_tile = tl.load(a + r[:, None] * a_row + k[None, :], mask=(r[:, None] < R) & (k[None, :] < I), other=0.0)
+            adapted = w_tile + scale * tl.dot(b_tile, a_tile.to(tl.float32), input_precision="ieee")
+            formed += tl.sum(adapted * adapted, axis=1)
+        norm_sq = tl.where(cancelled, formed, norm_sq)
+    tl.store(norm + o, tl.sqrt(tl.maximum(norm_sq, 0.0)), mask=o < O)
+
+
+def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:
+    """As `dora_norm_reference`, in float32."""
+    from theodora.functional import CANCELLED
+
+    outputs, inputs = w.shape
+    rank = a.shape[0]
+    a = a if a.stride(1) == 1 else a.contiguous()
+    wide = a.float()
+    gram = wide @ wide.T
+    norm = torch.empty(outputs, dtype=torch.float32, device=w.device)
+    block = rank_block(rank)
+    split = w.dtype == torch.bfloat16 or w_scale is not None
+    bi = 128 if block <= 64 else 64
+    _dora_norm[(triton.cdiv(outputs, 16),)](
+        w, a, b, gram, w_norm_sq, w_scale, norm, outputs, inputs, rank,
+        w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
+        QUANTIZED=w_scale is not None, SPLIT=split, PRECISION=precision(torch.bfloat16 if split else torch.float32),
+        TRANSPOSED=w.stride(0) == 1 and w.stride(1) != 1, CANCELLED=CANCELLED,
+        BO=16, BI=bi, BR=block, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return norm
