@@ -22,7 +22,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
-    {"train", "evaluate", "serve", "analysis"},
+    {"train", "evaluate", "serve", "analysis", "bench"},
     {"demo", "cli"},
 ]
 BESIDE = {

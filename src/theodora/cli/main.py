@@ -21,6 +21,7 @@ COMMANDS = {
         "evaluate": ("theodora.cli.evaluate", "score a model or adapter on a file: loss, exact match"),
         "chat": ("theodora.cli.chat", "talk to base and adapted model side by side"),
         "info": ("theodora.cli.info", "say what an adapter is, and how far it has moved"),
+        "bench": ("theodora.cli.bench", "time a training step on your model and machine, against PEFT's"),
     },
     "Ship": {
         "merge": ("theodora.cli.merge", "write a plain model folder that any engine loads"),

@@ -1,0 +1,23 @@
+"""Measuring a training step: the frozen model, PEFT's adapters and ours, each in a process of its own, in turns."""
+
+from theodora.bench.machine import describe_machine, git_commit
+from theodora.bench.runner import Progress, Runner
+from theodora.bench.table import Row, differing_losses, make_rows, plain_rows, step_table, timings
+from theodora.bench.variants import VARIANTS, Job, Variant, Workload
+
+__all__ = [
+    "VARIANTS",
+    "Job",
+    "Progress",
+    "Row",
+    "Runner",
+    "Variant",
+    "Workload",
+    "describe_machine",
+    "differing_losses",
+    "git_commit",
+    "make_rows",
+    "plain_rows",
+    "step_table",
+    "timings",
+]

@@ -1,0 +1,236 @@
+"""A variant as a function that computes the loss of a batch: the model, its adapter, and what makes it fast.
+
+Runs in the worker's process. Shapes: B sequences, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from theodora.adapters.models import check_model_folder, load_model
+from theodora.bench.variants import Variant, Workload
+from theodora.errors import CheckpointError, ConfigError
+
+IGNORED = -100
+
+
+@dataclass
+class Step:
+    """A training step without its backward pass."""
+
+    loss: Callable[[], Tensor]
+    """Runs the forward pass on the batch: the mean loss of a predicted token."""
+    trained: list[nn.Parameter]
+
+
+def build(workload: Workload, variant: Variant) -> tuple[Any, Callable[[], Step]]:
+    """The frozen model on its device, and a function that puts the adapter and all else on it.
+
+    Raises:
+        CheckpointError: the model does not load.
+        ConfigError: the variant needs what is not there.
+    """
+    model = load_base(workload)
+    return model, partial(prepare, model, workload, variant)
+
+
+def load_base(workload: Workload) -> Any:
+    """The model of a workload, frozen, on its device, without a cache of keys and values."""
+    model: Any = _random_model(workload) if wants_random_weights(workload) else _loaded_model(workload)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def wants_random_weights(workload: Workload) -> bool:
+    """Whether weights are drawn: asked for, or the model is a bare configuration."""
+    if workload.random_weights or not isinstance(workload.model, str):
+        return True
+    folder = Path(workload.model).expanduser()
+    weights = ("*.safetensors", "*.bin", "*.gguf")
+    return (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
+
+
+def prepare(model: Any, workload: Workload, variant: Variant) -> Step:
+    """Put the variant's adapter and kernels on a frozen model."""
+    if variant.liger == "all":
+        use_liger_kernels(model)
+    if variant.library == "peft":
+        _add_peft(model, workload, variant)
+    elif variant.library == "theodora":
+        _add_theodora(model, workload, variant)
+    if workload.gradient_checkpointing:
+        checkpoint_activations(model)
+    # What any adapter has to pay: gradients flow through all layers down to the embeddings' output.
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    model.train()
+    if variant.compiled:
+        compile_blocks(model)
+    ids_BT = random_batch(workload, model.config.get_text_config().vocab_size)
+    return Step(_loss_function(model, ids_BT, variant), [p for p in model.parameters() if p.requires_grad])
+
+
+def random_batch(workload: Workload, vocabulary: int) -> Tensor:
+    """Random tokens (B, T) on the workload's device; the same ones in every process."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    ids_BT = torch.randint(vocabulary, (workload.batch, workload.length), generator=generator)
+    return ids_BT.to(workload.device)
+
+
+def shifted_labels(ids_BT: Tensor) -> Tensor:
+    """The next token of each position; the last position has none."""
+    return nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
+
+
+def matmul_flops(model: nn.Module, workload: Workload) -> float:
+    """Floating-point operations that a step on the frozen model cannot do without.
+
+    Every weight of a matrix product costs 2 operations a token in the forward pass and 2 for the gradient of its
+    input; there is no gradient of a frozen weight. Causal attention: two products over half of the T × T scores
+    forward, four backward. Not counted: pointwise work, the adapter, and what checkpointing computes again.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    config = model.config.get_text_config()  # pyright: ignore
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    attention = 6 * workload.batch * workload.length**2 * width * config.num_hidden_layers
+    return 4.0 * weights * workload.tokens + attention
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def _random_model(workload: Workload) -> Any:
+    torch.manual_seed(workload.seed)
+    with torch.device(workload.device):
+        return AutoModelForCausalLM.from_config(
+            _config(workload), dtype=getattr(torch, workload.dtype), trust_remote_code=workload.trust_remote_code
+        )
+
+
+def _loaded_model(workload: Workload) -> Any:
+    assert isinstance(workload.model, str)
+    model = load_model(
+        workload.model,
+        dtype=workload.dtype,
+        trust_remote_code=workload.trust_remote_code,
+        model_kwargs={"config": _config(workload)} if workload.layers else None,
+    ).to(workload.device)  # pyright: ignore
+    # Weights are mapped lazily: touch each page, so that no step reads the disk.
+    assert all(p.detach().view(-1)[::512].float().sum().isfinite() for p in model.parameters()), (
+        "weights are not finite"
+    )
+    return model
+
+
+def _config(workload: Workload) -> Any:
+    if isinstance(workload.model, str):
+        check_model_folder(workload.model)
+        try:
+            config = AutoConfig.from_pretrained(workload.model, trust_remote_code=workload.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{workload.model} has no configuration of a model: {error}") from error
+    else:
+        config = AutoConfig.for_model(**workload.model)
+    if workload.layers:
+        text = config.get_text_config()
+        if workload.layers > text.num_hidden_layers:
+            raise ConfigError(f"layers is {workload.layers}; the model has {text.num_hidden_layers}")
+        text.num_hidden_layers = workload.layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: workload.layers]
+    return config
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def _add_peft(model: Any, workload: Workload, variant: Variant) -> None:
+    """PEFT's adapter, in place."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(f"peft is not installed ({error})") from error
+
+    targets = workload.targets if isinstance(workload.targets, str) else list(workload.targets)
+    config = LoraConfig(
+        r=workload.rank, lora_alpha=2 * workload.rank, target_modules=targets, use_dora=variant.method == "dora"
+    )
+    get_peft_model(model, config, autocast_adapter_dtype=not variant.bf16_adapter)
+
+
+def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
+    """Our adapter, in place."""
+    import theodora
+
+    assert variant.method is not None
+    theodora.inject_adapter(
+        model,
+        theodora.AdapterConfig(
+            method=variant.method,
+            rank=workload.rank,
+            targets=workload.targets,
+            adapter_dtype="base" if variant.bf16_adapter else "float32",
+        ),
+    )
+
+
+# What makes it fast ---------------------------------------------------------------------------------------------------
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Liger's norms, rotary embeddings and MLPs where it knows the family; the loss is `_loss_function`'s."""
+    from liger_kernel.transformers import monkey_patch
+
+    if model.config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        monkey_patch._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each decoder block in the backward pass."""
+    # transformers 5.18 gave the method another name, and warns of the old one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def compile_blocks(model: Any) -> None:
+    """Each decoder block under torch.compile, one graph for all of them."""
+    for block in decoder_blocks(model):
+        block.compile(dynamic=False)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: its longest list of modules of one class.
+
+    Raises:
+        ConfigError: it has no such list.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(Counter(map(type, m))) == 1]
+    if not lists:
+        raise ConfigError(f"{type(model).__name__} has no list of decoder blocks to compile one by one")
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+def _loss_function(model: Any, ids_BT: Tensor, variant: Variant) -> Callable[[], Tensor]:
+    if variant.liger == "none":
+        return lambda: model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    decoder, head, labels_N = model.base_model, model.get_output_embeddings(), shifted_labels(ids_BT).flatten()
+    cross_entropy = LigerFusedLinearCrossEntropyLoss()
+
+    def loss() -> Tensor:
+        hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
+        return cross_entropy(head.weight, hidden_NH, labels_N, head.bias)
+
+    return loss

@@ -1,0 +1,100 @@
+"""What can be measured, as plain values that travel to a process of their own. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from theodora.errors import ConfigError, bullet_list
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The model and the batch of a step.
+
+    Raises:
+        ConfigError: naming every number that makes no sense.
+    """
+
+    model: str | Mapping[str, Any]
+    """Folder or hub name of a causal language model; or the settings of its configuration, with `model_type`."""
+    random_weights: bool = False
+    """Weights drawn at random instead of loaded: nothing but the configuration is read."""
+    layers: int | None = None
+    """Keep only the first so many decoder layers. Default: all."""
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    batch: int = 4
+    """Sequences in a batch."""
+    length: int = 512
+    """Tokens in a sequence."""
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    """What is adapted: all-linear (all linear layers but the output head), or names of modules."""
+    gradient_checkpointing: bool = False
+    optimizer: bool = False
+    """Whether the step includes an AdamW update of the adapter."""
+    seed: int = 0
+    """Of random weights and of the batch."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("batch", "length", "rank", "layers")}
+        wrong = [f"{n} is {v!r}; expected at least 1" for n, v in counts.items() if v is not None and v < 1]
+        if self.length == 1:
+            wrong.append("length is 1; expected at least 2, because a token is predicted from those before it")
+        if wrong:
+            raise ConfigError("What is to be measured:" + bullet_list(wrong))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a batch."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the step: whose adapter on the model, and what makes it fast."""
+
+    label: str
+    library: Literal["none", "peft", "theodora"] = "none"
+    """Whose adapter; none is the frozen model."""
+    method: Literal["lora", "dora"] | None = None
+    bf16_adapter: bool = False
+    """Store A, B and the magnitude in the model's dtype instead of float32."""
+    liger: Literal["none", "loss", "all"] = "none"
+    """What comes from Liger-Kernel: nothing, the output head fused with the cross entropy, or all its kernels too."""
+    accelerate: bool = False
+    """Theodora's fast path, with its own fused cross entropy."""
+    base_dtype: str | None = None
+    """Storage of the frozen weights, where it is not the model's dtype: fp8."""
+    compiled: bool = False
+    """Each decoder block under torch.compile."""
+    build: Callable[[Workload, Variant], tuple[Any, Callable[[], Any]]] | None = None
+    """Replaces `theodora.bench.build.build`. A function at the top of a module, because it travels by its name."""
+    imports: tuple[str, ...] = ()
+    """Modules that want to be imported before torch and transformers are."""
+    python_path: tuple[str, ...] = ()
+    """Folders to import from first, in this variant's process alone."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Environment variables of this variant's process, set before it imports anything large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A variant on a workload, under a name that is its own in a run."""
+
+    name: str
+    variant: Variant
+    workload: Workload
+
+
+VARIANTS = {
+    "floor": Variant(label="frozen model"),
+    "peft-lora": Variant(label="PEFT LoRA", library="peft", method="lora"),
+    "peft-dora": Variant(label="PEFT DoRA", library="peft", method="dora"),
+    "lora": Variant(label="Theodora LoRA", library="theodora", method="lora"),
+    "dora": Variant(label="Theodora DoRA", library="theodora", method="dora"),
+}
+"""What every machine can measure. Gradients flow to the embeddings' output in all of them."""
