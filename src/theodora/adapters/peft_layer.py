@@ -37,6 +37,12 @@ _IDLE = (_DISABLED, _MERGED, _INACTIVE)
 class FastLinear(Linear):
     """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, or DoRA's, from the tensors PEFT keeps in `base_layer`, `lora_A`, `lora_B`, ..."""
 
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
     # (what it depends on, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
     _theodora_norm_sq: tuple[Any, Tensor] | None = None
 
@@ -116,7 +122,7 @@ class FastLinear(Linear):
             if type(variant) is not DoraLinearVariant:
                 return f"a LoRA variant without kernels ({type(variant).__name__.removesuffix('LinearVariant')})"
             inner.append(self.lora_magnitude_vector[name])
-        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        if {type(a), type(b)} != {nn.Linear}:
             return f"lora_A or lora_B is wrapped ({type(a).__name__}, {type(b).__name__})"
         if b.bias is not None or a.bias is not None:
             return "lora_bias: its B has a bias"
@@ -168,7 +174,7 @@ class FastLinear(Linear):
 
     def forget(self) -> None:
         """Forget what is known of the base weight."""
-        self.__dict__.pop("_theodora_norm_sq", None)
+        vars(self).pop("_theodora_norm_sq", None)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         super().merge(*args, **kwargs)
@@ -213,7 +219,7 @@ def restore_layer(layer: nn.Module) -> None:
     """Undo `accelerate_layer`; does nothing to other modules."""
     if type(layer) is FastLinear:
         layer.forget()
-        layer.__class__ = Linear
+        layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _cannot(layer: Linear) -> str | None:
@@ -230,7 +236,7 @@ def _cannot(layer: Linear) -> str | None:
     return None
 
 
-def _touched(module: nn.Module) -> bool:
+def _touched(module: Any) -> bool:
     """Whether calling the module does more than its class's forward."""
     return bool(
         module._forward_hooks

@@ -110,6 +110,9 @@ def _nothing_found(model: nn.Module) -> str:
         return (
             "This model's adapter is Theodora's own, which runs on the kernels anyway: accelerate_peft is for PEFT's."
         )
+    kinds = {str(getattr(kind, "peft_type", "")) for kind in getattr(model, "peft_config", {}).values()}
+    if kinds:
+        return f"accelerate_peft is for LoRA and DoRA; this model's PEFT methods are {', '.join(sorted(kinds))}."
     return (
         f"No PEFT adapter found in this {type(model).__name__}. Call accelerate_peft once the adapters are on: after "
         "peft.get_peft_model(model, config), or on `trainer.model` of a trainer made with `peft_config`."

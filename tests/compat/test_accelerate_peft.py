@@ -1,0 +1,485 @@
+"""`accelerate_peft`: PEFT's models in PEFT's own life, on our kernels, with PEFT's results."""
+
+import copy
+import io
+import pickle
+import re
+from contextlib import contextmanager
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+import theodora
+from theodora import ConfigError, accelerate_peft, kernels, restore_peft
+from theodora.adapters import peft_layer
+from theodora.adapters.peft_layer import FastLinear
+from tiny import tiny_model
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Merging lora module:UserWarning:peft", "ignore:Already found a `peft_config`:UserWarning:peft"
+)
+
+IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+_SOME = "(k_proj|down_proj|c_attn)"
+METHODS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "patterns": {"use_dora": True, "rank_pattern": {_SOME: 2}, "alpha_pattern": {_SOME: 7}},
+    "lora dropout": {"lora_dropout": 0.3},
+    "dora dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "trained biases": {"bias": "all", "use_dora": True},
+    "its own biases": {"bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+def peft_model(family="llama", *, dtype=torch.float32, **config):
+    """A PEFT model in training mode whose adapters have already moved away from zero."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": "all-linear", "fan_in_fan_out": family == "gpt2"} | config
+    model = get_peft_model(tiny_model(family, dtype=dtype), LoraConfig(**settings)).train()
+    return moved(model)
+
+
+def moved(model):
+    """Every adapter somewhere away from its start, so that B·A ≠ 0 and m ≠ ‖W‖; equal for equal models."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+                p.add_(noise.to(p.dtype), alpha=0.05)
+    return model
+
+
+def pair(*args, **config):
+    """The same model twice: as PEFT runs it, and accelerated."""
+    slow, fast = peft_model(*args, **config), peft_model(*args, **config)
+    report = accelerate_peft(fast)
+    assert not report.left_alone, report
+    return slow, fast
+
+
+def train(model, steps=4, lr=1e-2):
+    """Losses of some steps of AdamW, and the last gradients."""
+    torch.manual_seed(1)
+    # The large epsilon keeps AdamW from turning the rounding of gradients that are zero (a key's bias) into steps.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=1e-4)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def logits(model, **more):
+    torch.manual_seed(1)
+    return model(input_ids=IDS, **more).logits
+
+
+def layer_of(model, path="layers.0.mlp.up_proj"):
+    return next(module for name, module in model.named_modules() if name.endswith(path))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often our formulas ran."""
+    count = {"lora": 0, "dora": 0}
+
+    def counted(name, run):
+        def call(*args, **kwargs):
+            count[name] += 1
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(kernels, "lora_linear", counted("lora", kernels.lora_linear))
+    monkeypatch.setattr(kernels, "dora_linear", counted("dora", kernels.dora_linear))
+    return count
+
+
+@contextmanager
+def said(caplog):
+    """Reasons for falling back that are said inside the block."""
+    peft_layer._say_once.cache_clear()
+    caplog.clear()
+    reasons: list[str] = []
+    yield reasons
+    reasons += [record.getMessage() for record in caplog.records if record.name == peft_layer.__name__]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_training_is_the_same(family, method, calls):
+    slow, fast = pair(family, **METHODS[method])
+    expected, expected_grads = train(slow)
+    assert not any(calls.values())
+    found, grads = train(fast)
+    assert any(calls.values())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_half_precision_is_as_close_to_the_truth_as_peft(use_dora):
+    """With PEFT's default of float32 adapters on a bfloat16 model, and its own float32 model as the truth."""
+    exact = peft_model(use_dora=use_dora)
+    with torch.no_grad():
+        for p in exact.parameters():
+            if not p.requires_grad:
+                p.copy_(p.bfloat16())
+    slow = peft_model(use_dora=use_dora, dtype=torch.bfloat16)
+    for model in (exact, slow):
+        model.load_state_dict(
+            {k: v for k, v in peft_model(use_dora=use_dora).state_dict().items() if "lora_" in k}, False
+        )
+    fast = copy.deepcopy(slow)
+    accelerate_peft(fast)
+    truth = logits(exact)
+    found, expected = logits(fast), logits(slow)
+    assert found.dtype == expected.dtype
+    assert (found - truth).norm() <= 1.3 * (expected - truth).norm()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_autocast(use_dora):
+    slow, fast = pair(use_dora=use_dora)
+    truth = logits(slow)
+    layers = layer_of(slow), layer_of(fast)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = logits(slow), logits(fast)
+        assert {layer(torch.randn(3, 32)).dtype for layer in layers} == {torch.bfloat16}
+    assert found.dtype == expected.dtype
+    assert (found - truth).norm() <= 1.3 * (expected - truth).norm()
+    found.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # the new name is of 5.2x
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["dora", "dora dropout"])
+def test_activation_checkpointing(method, reentrant, calls):
+    slow, fast = pair(**METHODS[method])
+    for model in (slow, fast):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    expected, _ = train(slow)
+    found, _ = train(fast)
+    assert calls["dora"] == 2 * 4 * 14  # forward and recomputation, steps, layers
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dora dropout"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 does it itself
+def test_torch_compile_without_a_graph_break(method):
+    slow, fast = pair(**METHODS[method])
+    x = torch.randn(3, 32)
+    for layer in (layer_of(fast), layer_of(fast.eval())):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(2)
+        found = compiled(x)
+        torch.manual_seed(2)
+        expected = layer_of(slow.train(layer.training))(x)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch._dynamo.reset()
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_nothing_but_the_class_changes(tmp_path):
+    model = peft_model(use_dora=True, modules_to_save=["lm_head"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    trained = {name: p.requires_grad for name, p in parameters.items()}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    files = saved(model, tmp_path / "before")
+
+    def unchanged(where):
+        assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+        assert [id(p) for p in model.parameters() if p.requires_grad] == held
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert saved(model, tmp_path / where) == files
+
+    accelerate_peft(model)
+    unchanged("accelerated")
+    logits(model)
+    unchanged("run")
+    assert accelerate_peft(model) == accelerate_peft(model)
+    restore_peft(model)
+    unchanged("restored")
+    assert not any(isinstance(module, FastLinear) for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    restore_peft(model)  # restoring twice, or what was never accelerated, does nothing
+    restore_peft(nn.Linear(2, 2))
+
+
+def test_restored_in_the_middle_of_training():
+    slow, fast = pair(use_dora=True)
+    torch.testing.assert_close(train(fast)[0], train(slow)[0], atol=1e-5, rtol=1e-5)
+    restore_peft(fast)
+    torch.testing.assert_close(train(fast)[0], train(slow)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_saved_and_loaded_again(tmp_path):
+    slow, fast = pair(use_dora=True)
+    train(slow)
+    train(fast)
+    fast.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert accelerate_peft(again).fast
+    torch.testing.assert_close(logits(again), logits(slow.eval()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_accelerated_too(way):
+    model = peft_model(use_dora=True)
+    accelerate_peft(model)
+    expected = logits(model)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, buffer := io.BytesIO())
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert isinstance(layer_of(twin), FastLinear)
+    assert "_theodora_norm_sq" in vars(layer_of(model))
+    assert "_theodora_norm_sq" not in vars(layer_of(twin))  # bound to the other's tensor
+    assert torch.equal(logits(twin), expected)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merging(family, use_dora, calls):
+    _, model = pair(family, use_dora=use_dora)
+    model.eval()
+    with torch.no_grad():
+        expected = logits(model)
+        before = sum(calls.values())
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+        with model.disable_adapter():  # PEFT unmerges on the way
+            base = logits(tiny_model(family))
+            torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
+        assert sum(calls.values()) == before
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+        assert sum(calls.values()) == 2 * before
+        plain = model.merge_and_unload()
+        assert not any(isinstance(module, Linear) for module in plain.modules())
+        torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_norm_follows_the_base_weight():
+    """PEFT writes to the weight through `.data`; torch's loaders and `.to` do as they like."""
+    slow, fast = pair(use_dora=True)
+    logits(fast)
+    other = tiny_model(seed=5).state_dict()
+    for model in (slow, fast):
+        weights = {
+            k: other[k.removeprefix("base_model.model.").replace(".base_layer", "")]
+            for k in model.state_dict()
+            if "lora_" not in k
+        }
+        model.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+    for model in (slow, fast):
+        torch.manual_seed(2)
+        model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa"))  # moves W
+    torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+    for model in (slow, fast):
+        model.double()
+    torch.testing.assert_close(logits(fast), logits(slow))
+
+
+def test_switching_adapters(calls, caplog):
+    slow, fast = pair(use_dora=True)
+    for model in (slow, fast):
+        torch.manual_seed(2)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+        moved(model)
+
+    def same():
+        torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+
+    with said(caplog) as reasons:
+        same()
+        assert calls == {"lora": 0, "dora": 14}
+        for model in (slow, fast):
+            model.set_adapter("second")
+        same()
+        assert calls == {"lora": 2, "dora": 14}  # the head is new, and PEFT's until accelerated
+        assert "base_model.model.lm_head" in accelerate_peft(fast).fast
+        same()
+        assert calls == {"lora": 5, "dora": 14}
+        with slow.disable_adapter(), fast.disable_adapter():
+            same()
+        assert calls == {"lora": 5, "dora": 14}
+    assert reasons == []
+
+    with said(caplog) as reasons:
+        for model in (slow, fast):
+            model.base_model.set_adapter(["default", "second"])
+        same()
+        same()
+    assert len(reasons) == 1
+    assert "several adapters" in reasons[0]
+    for model in (slow, fast):
+        model.delete_adapter("default")
+        model.set_adapter("second")
+    same()
+
+
+def test_adapters_per_row():
+    slow, fast = pair()
+    for model in (slow, fast):
+        torch.manual_seed(2)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+        moved(model).eval()
+    names = {"adapter_names": ["second", "__base__"]}
+    torch.testing.assert_close(logits(fast, **names), logits(slow, **names), atol=1e-5, rtol=1e-5)
+
+
+def test_scales_set_later():
+    slow, fast = pair(use_dora=True)
+    for model in (slow, fast):
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.set_scale("default", 3.0)
+    torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_are_never_bypassed(caplog):
+    slow, fast = pair(use_dora=True)
+    for path in ("base_layer", "lora_A.default", "lora_B.default", "lora_magnitude_vector.default", ""):
+        handles = [layer_of(m).get_submodule(path).register_forward_hook(lambda _m, _i, y: 2 * y) for m in (slow, fast)]
+        torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+        assert path == "" or len(accelerate_peft(fast).left_alone) == 1
+        assert layer_of(fast).parts() is None
+        for handle in handles:
+            handle.remove()
+    assert not accelerate_peft(fast).left_alone
+
+    replaced = peft_model()
+    layer_of(replaced).base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], 48)
+    (path, reason), *others = accelerate_peft(replaced).left_alone.items()
+    assert path.endswith("layers.0.mlp.up_proj")
+    assert "forward method was replaced" in reason
+    assert not others
+
+
+def test_a_base_weight_that_trains():
+    slow, fast = pair(use_dora=True)
+    for model in (slow, fast):
+        layer_of(model).base_layer.weight.requires_grad_(True)
+    assert "trained" in next(iter(accelerate_peft(fast).left_alone.values()))
+    expected, found = train(slow), train(fast)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert found[1].keys() == expected[1].keys()
+
+
+LEFT_ALONE = {
+    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "Embedding is not PEFT's plain LoRA layer"),
+    "alora": ({"alora_invocation_tokens": [5], "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}, "(ALora)"),
+    "experts": ({"target_parameters": ["mlp.up_proj.weight"], "target_modules": []}, "ParamWrapper is not"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+def test_what_is_left_alone_is_named(name, caplog):
+    config, reason = LEFT_ALONE[name]
+    slow, fast = (peft_model("qwen2", **config) for _ in range(2))
+    report = accelerate_peft(fast)
+    assert set(report.left_alone) | set(report.fast) == {
+        name for name, module in fast.named_modules() if isinstance(module, peft_layer.BaseTunerLayer)
+    }
+    assert all(reason in found for found in report.left_alone.values())
+    assert f"{len(report.fast)} of {len(report.fast) + len(report.left_alone)}" in str(report)
+    assert reason in str(report)
+    assert reason in caplog.text
+    assert torch.equal(logits(fast), logits(slow)) or report.fast
+
+
+def test_other_methods_are_left_alone():
+    model = get_peft_model(tiny_model(), peft.LoHaConfig(target_modules=["q_proj"]))
+    report = accelerate_peft(model)
+    assert report.fast == ()
+    assert set(report.left_alone.values()) == {"loha.layer.Linear is not PEFT's plain LoRA layer (lora.layer.Linear)"}
+
+
+def test_quantised_weights_are_left_alone():
+    model = peft_model()
+    layer = layer_of(model)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to(torch.int8), requires_grad=False)
+    assert "quantised" in next(iter(accelerate_peft(model).left_alone.values()))
+
+
+def test_models_injected_in_place():
+    torch.manual_seed(0)
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), tiny_model())
+    assert accelerate_peft(model).fast == ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+    logits(model)
+
+
+def test_models_without_adapters_of_peft_are_refused():
+    with pytest.raises(ConfigError, match=r"after peft\.get_peft_model"):
+        accelerate_peft(tiny_model())
+    with pytest.raises(ConfigError, match="Theodora's own"):
+        accelerate_peft(theodora.inject_adapter(tiny_model(), theodora.AdapterConfig(rank=2)))
+    prompts = get_peft_model(tiny_model(), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="PROMPT_TUNING"):
+        accelerate_peft(prompts)
+
+
+def test_a_missing_peft_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape("pip install peft")):
+        accelerate_peft(tiny_model())
+    restore_peft(tiny_model())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora dropout", "dora dropout", "trained biases"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning:peft")
+def test_parts_are_the_layer(family, method):
+    _, model = pair(family, **METHODS[method])
+    layer = layer_of(model, "layers.0.mlp.up_proj" if family == "qwen2" else "h.0.mlp.c_fc")
+    x = torch.randn(3, 32)
+    parts = layer.parts()
+    if method in ("dora dropout", "trained biases") and (family == "gpt2" or method == "dora dropout"):
+        assert parts is None
+        layer.eval().base_layer.requires_grad_(False)
+        parts = layer.parts()
+    assert parts is not None
+    if parts.dropout:
+        assert parts.dropout == 0.3
+        layer.eval()
+    y = torch.nn.functional.linear(x, parts.weight_OI, parts.bias_O) + parts.scale * (x @ parts.a_RI.T) @ parts.b_OR.T
+    if parts.magnitude_O is not None:
+        bias = 0 if parts.bias_O is None else parts.bias_O
+        y = (y - bias) * parts.magnitude_O / parts.norm_O + bias
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        base = layer.parts()
+        assert base.a_RI is None
+        assert base.weight_OI.data_ptr() == layer.base_layer.weight.data_ptr()
+    model.merge_adapter()
+    assert layer.parts() is None
