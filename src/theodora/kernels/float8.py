@@ -106,22 +106,24 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 @cache
 def _say_once(reason: str) -> None:
-    warnings.warn(f"Products with float8 weights run on widened copies of them, which is slower: {reason}.", stacklevel=2)
+    warnings.warn(
+        f"Products with float8 weights run on widened copies of them, which is slower: {reason}.", stacklevel=2
+    )
 
 
 def _quantize_rows(x_TI: Tensor, times_I: Tensor | None) -> tuple[Tensor, Tensor]:
     if runs_triton(x_TI) and (interpreted() or multiplies_float8(x_TI.device)):
-        from theodora.kernels import float8_triton
+        from theodora.kernels.triton import float8 as triton
 
-        return float8_triton.quantize_rows(x_TI, times_I, _SMALLEST)
+        return triton.quantize_rows(x_TI, times_I, _SMALLEST)
     return reference_quantize_rows(x_TI, times_I)
 
 
 def _transpose(w8_OI: Tensor) -> Tensor:
     if runs_triton(w8_OI) and w8_OI.is_contiguous() and not any(size % _MULTIPLE for size in w8_OI.shape):
-        from theodora.kernels import float8_triton
+        from theodora.kernels.triton import float8 as triton
 
-        return float8_triton.transpose(w8_OI)
+        return triton.transpose(w8_OI)
     return reference_transpose(w8_OI)
 
 

@@ -59,7 +59,7 @@ def transpose(w8_OI: Tensor) -> Tensor:
 
 
 @triton.jit
-def _scale(largest_bits, smallest):  # pyright: ignore
+def _scale(largest_bits, smallest):
     """The scale of a row, and its reciprocal, from the largest bit pattern of its absolute values."""
     # As whole numbers, the bits of NaN are above those of infinity, and those above all others: NaN is not lost.
     largest = largest_bits.to(tl.float32, bitcast=True)
@@ -68,7 +68,7 @@ def _scale(largest_bits, smallest):  # pyright: ignore
 
 
 @triton.jit
-def _to_e4m3(x, ROUND: tl.constexpr):  # pyright: ignore
+def _to_e4m3(x, ROUND: tl.constexpr):
     """x, at most 448, to the nearest e4m3, ties to even."""
     if ROUND:  # Triton's interpreter rounds wrongly: give it numbers that need no rounding
         bits = x.to(tl.int32, bitcast=True)
@@ -81,7 +81,7 @@ def _to_e4m3(x, ROUND: tl.constexpr):  # pyright: ignore
 def _quantize_rows(
     x_ptr, times_ptr, x8_ptr, scale_ptr, tokens, width, stride, smallest,
     TIMES: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
-):  # pyright: ignore  # fmt: skip
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < width
     if TIMES:
@@ -101,7 +101,7 @@ def _quantize_rows(
 def _quantize_long_rows(
     x_ptr, times_ptr, x8_ptr, scale_ptr, tokens, width, stride, smallest,
     TIMES: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
-):  # pyright: ignore  # fmt: skip
+):  # fmt: skip
     for i in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         if row < tokens:
@@ -123,7 +123,7 @@ def _quantize_long_rows(
 
 
 @triton.jit
-def _transpose(w_ptr, out_ptr, row_words, column_words, WORDS: tl.constexpr):  # pyright: ignore
+def _transpose(w_ptr, out_ptr, row_words, column_words, WORDS: tl.constexpr):
     """Bytes move in words of four: 4 × 4 bytes are transposed within registers, and the words as a tile."""
     r = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     c = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
