@@ -60,9 +60,7 @@ def _implementation(
     return decode(x_TI, w_OI, a_RI, b_OR, g_O, bias_O)
 
 
-def _fake(
-    x_TI: Tensor, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, g_O: Tensor | None, bias_O: Tensor | None
-) -> Tensor:
+def _fake(x_TI: Tensor, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, g_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], w_OI.shape[0])
 
 

@@ -28,13 +28,13 @@ from torch import Tensor
 from theodora.kernels.triton.common import precision, product
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
-_A_FEATURES = 512  # features of A in one program: few, because xa must be whole before the first W program is
+_A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
 _POOL = 1 << 18  # counters of one device: enough for some 300 decoder layers of 8B shape
 
 
 @triton.jit
 def _partial(x, rows, o, count, start, stop, T, I, row, col,
-             EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+             PRECISION: tl.constexpr, STAGES: tl.constexpr,
              BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
     """rows · xᵀ over features start..stop, (BO, BT) float32."""
     t = tl.arange(0, BT)
@@ -43,7 +43,7 @@ def _partial(x, rows, o, count, start, stop, T, I, row, col,
     sums = tl.zeros([BO, BI if BT == 1 else BT], dtype=tl.float32)
     for first in tl.range(start, stop, BI, num_stages=STAGES):
         i = first + tl.arange(0, BI)
-        inside = i < (stop if EVEN else I)  # stop is a multiple of BI if I is: no mask is left
+        inside = i < stop
         w_tile = tl.load(row_start + i[None, :] * col, mask=(o[:, None] < count) & inside[None, :], other=0.0)
         if BT == 1:
             x_tile = tl.load(x + i, mask=inside, other=0.0)
@@ -66,7 +66,7 @@ def _gather(sums, parts, counter, split, splits, BT: tl.constexpr, BO: tl.conste
     if last:
         tl.debug_barrier()
         sums = tl.zeros([BO, BT], dtype=tl.float32)
-        for s in range(splits):
+        for s in tl.range(0, splits, loop_unroll_factor=8):  # loads ahead of the sums
             sums += tl.load(parts + s * BO * BT + place, cache_modifier=".cg")
         tl.atomic_xchg(counter, 0)
     return sums, last
@@ -74,13 +74,13 @@ def _gather(sums, parts, counter, split, splits, BT: tl.constexpr, BO: tl.conste
 
 @triton.jit
 def _low_rank(x, a, xa, parts, counters, ready, block, split, splits, features, T, I, R, xa_row, xa_col,
-              EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+              PRECISION: tl.constexpr, STAGES: tl.constexpr,
               BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """A program of A: BR ranks of xa, (R, T) float32."""
     r, t = block * BR + tl.arange(0, BR), tl.arange(0, BT)
     start = split * features
     sums = _partial(x, a, r, R, start, tl.minimum(start + features, I), T, I, I, 1,
-                    EVEN, PRECISION, STAGES, BT, BR, BI)  # fmt: skip
+                    PRECISION, STAGES, BT, BR, BI)  # fmt: skip
     sums, last = _gather(sums, parts + block * splits * (BR * BT), counters + block, split, splits, BT, BR)
     if last:
         tl.store(xa + r[:, None] * xa_row + t[None, :] * xa_col, sums)
@@ -110,22 +110,22 @@ def _add_low_rank(sums, b, xa, o, T, O, R, xa_row, xa_col,
 def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, xa_row, xa_col, sync_start,
             a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
             OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-            EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+            PRECISION: tl.constexpr, STAGES: tl.constexpr,
             BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
     program = tl.program_id(0) - a_programs
-    if OWN_XA:
-        if program < 0:
+    if OWN_XA:  # alone, so that Triton can leave the branch out
+        if program < 0:  # noqa: SIM102
             block, split = tl.program_id(0) // a_splits, tl.program_id(0) % a_splits
             _low_rank(x, a, xa, parts, counters, ready, block, split, a_splits, a_features, T, I, R, xa_row, xa_col,
-                      EVEN, PRECISION, STAGES, BT, BI, BR)  # fmt: skip
+                      PRECISION, STAGES, BT, BI, BR)  # fmt: skip
             return
     block, split = program // w_splits, program % w_splits
     o, t = block * BO + tl.arange(0, BO), tl.arange(0, BT)
     start = split * w_features
     sums = _partial(x, w, o, O, start, tl.minimum(start + w_features, I), T, I, w_row, w_col,
-                    EVEN, PRECISION, STAGES, BT, BO, BI)  # fmt: skip
+                    PRECISION, STAGES, BT, BO, BI)  # fmt: skip
     if SPLIT:
         w_parts = parts + a_programs * (BR * BT) + block.to(tl.int64) * w_splits * (BO * BT)
         sums, last = _gather(sums, w_parts, counters + a_blocks + block, split, w_splits, BT, BO)
@@ -144,7 +144,7 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
     place = t[None, :].to(tl.int64) * O + o[:, None]
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=(o[:, None] < O) & (t[None, :] < T))
     if OWN_XA:
-        if tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:
+        if tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:  # noqa: SIM102
             tl.atomic_xchg(ready, 0)
             tl.atomic_xchg(done, 0)
 
@@ -189,11 +189,15 @@ def decode(
     cut: Plan | None = None,
 ) -> Tensor:
     """`theodora.kernels.decode.decode_linear`, cut up as the plan says (by default by `plan`)."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(x.device):
+            return decode(x, w, a, b, g, bias, cut)
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     (tokens, inputs), (outputs, rank) = x.shape, b.shape
     cut = cut or plan(tokens, outputs, inputs, _processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
-    a_blocks, a_splits = triton.cdiv(rank, _A_ROWS), triton.cdiv(inputs, max(_A_FEATURES, cut.bi))
+    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, cut.bi)
+    a_splits = triton.cdiv(inputs, a_features)
     sync_start = _counters(x.device, w, 2 + a_blocks + blocks)
     own_xa = sync_start is not None
     y = x.new_empty(tokens, outputs)
@@ -207,16 +211,22 @@ def decode(
         a_blocks, splits, sync, sync_start = 0, 1, y, 0
         xa = parts = x @ a.T
         xa_row, xa_col = 1, rank
-    w_features = triton.cdiv(triton.cdiv(inputs, cut.bi), splits) * cut.bi
+    w_features = _share(inputs, splits, cut.bi)
+    splits = triton.cdiv(inputs, w_features)
     _decode[(a_blocks * a_splits + blocks * splits,)](
         x, w, a, b, y if g is None else g, y if bias is None else bias, xa, parts, sync, y,
         tokens, outputs, inputs, rank, w.stride(0), w.stride(1), xa_row, xa_col, sync_start,
-        a_blocks, a_splits, max(_A_FEATURES, cut.bi), blocks, splits, w_features,
+        a_blocks, a_splits, a_features, blocks, splits, w_features,
         own_xa, splits > 1, g is not None, bias is not None,
-        inputs % cut.bi == 0, precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS,
+        precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return y
+
+
+def _share(features: int, splits: int, tile: int) -> int:
+    """Features of one split: whole tiles, and at least one."""
+    return triton.cdiv(triton.cdiv(features, splits), tile) * tile
 
 
 class _Pool:
