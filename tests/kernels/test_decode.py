@@ -11,7 +11,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernel = pytest.mark.skipif(not runs_triton(torch.empty(0, device=DEVICE)), reason="needs Triton")
 
 # T, O, I, R: one token, few, and as many as fit; features and rows that fill no tile; ranks 1 to 256
-SHAPES = [(1, 33, 65, 1), (1, 100, 700, 17), (1, 8, 1200, 256), (2, 7, 5, 3), (3, 130, 300, 5), (32, 64, 512, 16), (64, 70, 96, 40)]  # fmt: skip
+SHAPES = [
+    *((1, 33, 65, 1), (1, 100, 700, 17), (1, 8, 1200, 256)),
+    *((2, 7, 5, 3), (3, 130, 300, 5), (32, 64, 512, 16), (64, 70, 96, 40)),
+]
 
 
 def inputs(tokens, outputs, features, rank, dtype, scaled=True, biased=True):
