@@ -8,13 +8,13 @@ from theodora import (
     AdapterConfig,
     functional,
     inject_adapter,
+    kernels,
     load_adapter,
     merge_adapter,
     save_adapter,
     unmerge_adapter,
 )
 from theodora.adapters.inject import trained_tensors
-from theodora import kernels
 from tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import formula
 from theodora import functional, kernels
-from theodora import kernels
 
 WIDTHS = {torch.float64: 1e-12, torch.float32: 2e-5}
 

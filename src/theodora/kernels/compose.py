@@ -82,7 +82,9 @@ def _compose(
         return compose_reference(z, xa, b, scale, magnitude, norm, bias)
     from theodora.kernels.triton import compose as triton
 
-    return triton.compose(z, xa, b, scale, magnitude, norm, bias, torch.empty_like(z, memory_format=torch.contiguous_format))
+    return triton.compose(
+        z, xa, b, scale, magnitude, norm, bias, torch.empty_like(z, memory_format=torch.contiguous_format)
+    )
 
 
 def _compose_in_place(z: Tensor, xa: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> None:

@@ -34,8 +34,8 @@ def adapted_linears(x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | N
 
     `x_lora_TI` is what the low-rank branches see instead of x (x after dropout).
     """
-    x, x_lora = _flat(x_TI), None if x_lora_TI is None else _flat(x_lora_TI)
-    source = getattr(x_TI, "_theodora_norm", None) if x_lora is None else None
+    x, x_lora = flat(x_TI), None if x_lora_TI is None else flat(x_lora_TI)
+    source = NormedInput.of(x_TI) if x_lora is None else None
     tensors = [t for layer in layers for t in tensors_of(layer)]
     ys: Any = _AdaptedLinears.apply(x, x_lora, source, [layer.scale for layer in layers], *tensors)
     return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
@@ -111,6 +111,15 @@ class NormedInput:
     def __init__(self, h_TI: Tensor, rstd_T: Tensor, weight_I: Tensor) -> None:
         self.h_TI, self.rstd_T, self.weight_I = h_TI, rstd_T, weight_I
 
+    @classmethod
+    def of(cls, x: Tensor) -> NormedInput | None:
+        """Where x came from, if our RMSNorm made it (see `rms_norm.fast_forward`)."""
+        found = getattr(x, "_theodora_norm", None)
+        if found is None:
+            return None
+        h_TI, rstd_T, weight_I, offset = found
+        return cls(h_TI, rstd_T, weight_I + offset if offset else weight_I)
+
     def left_product(self, left_TR: Tensor) -> Tensor:
         """leftᵀ x, (R, I), without forming x."""
         return ((left_TR * self.rstd_T[:, None]).to(self.h_TI.dtype).T @ self.h_TI) * self.weight_I
@@ -171,7 +180,7 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
                 return compose(z_TO, xa_TR, layer.b_OR, layer.scale, magnitude, norm, bias), z_TO
             compose_in_place(z_TO, xa_TR, layer.b_OR, layer.scale, bias)
             return z_TO, None
-        z_TO = _add_product(z_TO, xa_TR, scaled_b(layer, z_TO.dtype).T)
+        z_TO = add_product(z_TO, xa_TR, scaled_b(layer, z_TO.dtype).T)
     if norm is None or magnitude is None:
         return z_TO if bias is None else z_TO + bias, None
     return _scale_rows(z_TO, magnitude, norm, bias), z_TO
@@ -183,7 +192,9 @@ def composed_backward(
     """(dz, dzb, dB, dm) of `composed`."""
     magnitude, norm, b = layer.magnitude_O, layer.norm_O, layer.b_OR
     if xa_TR is not None and b is not None and in_one_pass(dy_TO, layer):
-        dz, dzb, db, dm = compose_backward(dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm)
+        dz, dzb, db, dm = compose_backward(
+            dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm
+        )
         if norm is None or magnitude is None:
             return dy_TO, dzb, db.to(b.dtype), None
         return dz, dzb, db.to(b.dtype), dm.to(magnitude.dtype)
@@ -225,7 +236,7 @@ def low_rank_backward(
         if needs_x_lora:
             dx_lora = dzb @ a
         elif dx_TI is not None:
-            dx_TI = _add_product(dx_TI, dzb, a)
+            dx_TI = add_product(dx_TI, dzb, a)
     if not needs_a:
         return dx_TI, dx_lora, [None] * len(layers)
     da = source.left_product(dzb) if isinstance(source, NormedInput) else dzb.T @ source
@@ -238,7 +249,7 @@ def plus(onto: Tensor | None, product: Any, dz: Tensor, w: Tensor, w_scale: Tens
     """onto + dz W, in one pass where the weight is plain."""
     if onto is None:
         return product(dz, w, w_scale)
-    return _add_product(onto, dz, w) if w_scale is None else onto.add_(product(dz, w, w_scale))
+    return add_product(onto, dz, w) if w_scale is None else onto.add_(product(dz, w, w_scale))
 
 
 def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
@@ -247,7 +258,7 @@ def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
     return (layer.scale * layer.b_OR).to(dtype)
 
 
-def _add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """onto + left @ right, in place: one pass, and no memory.
 
     Not under torch.compile, which does such things itself: torch 2.11 loses the gradients, without a word, of an
@@ -256,7 +267,7 @@ def _add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(onto, left, right) if torch.compiler.is_compiling() else onto.addmm_(left, right)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 

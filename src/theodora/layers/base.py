@@ -6,13 +6,14 @@ module stores it.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from theodora import kernels
 from theodora.functional import dora_norm, merged_weight, row_norm_squared, wide_dtype
+from theodora.layers.swap import Swapped, swap_back, swap_class
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,9 +66,10 @@ class LowRank(nn.Module):
         )
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(Swapped):
     """Mixed in before the module's own class by `adapt`; the class's `forward` stays reachable through `super()`."""
 
+    prefix = "Adapted"
     stored_transposed: ClassVar[bool] = False
     """Whether the module stores its weight as (I, O)."""
 
@@ -104,14 +106,21 @@ class AdapterLayer(nn.Module):
         """
         a, b = adapter.factors()
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
+            return self._new_norm(a, b, adapter.scale)
         # Writes through `.data`, or from an optimizer's own kernel, leave no version behind: look at the values.
         on = _versions(self.weight, adapter.lora_A, adapter.lora_B), _content(self.weight, a, b)
         if self._norm is None or self._norm[0] != on:
             self._forget_a_changed_weight()
             with torch.inference_mode(False):
-                self._norm = on, dora_norm(self.weight_OI, a, b, adapter.scale, self._weight_norm_squared())
+                self._norm = on, self._new_norm(a, b, adapter.scale)
         return self._norm[1]
+
+    def _new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        w_norm_sq = self._weight_norm_squared()
+        if not kernels.fast():
+            return dora_norm(self.weight_OI, a_RI, b_OR, scale, w_norm_sq)
+        with torch.no_grad():
+            return kernels.dora_norm(self.weight_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq, None)
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
@@ -173,11 +182,6 @@ class AdapterLayer(nn.Module):
         if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
             self._weight_norm_sq = None
 
-    def __reduce__(self) -> Any:
-        # The class was made on the fly: pickle and deepcopy make it again from its two parents.
-        mixin, own = type(self).__bases__
-        return _new, (mixin, own), self.__getstate__()
-
     def __getstate__(self) -> dict[str, Any]:
         # Caches are bound to tensors by address, so they do not travel.
         return {**self.__dict__, "_norm": None, "_weight_norm_sq": None}
@@ -200,7 +204,7 @@ def adapt(module: nn.Module) -> AdapterLayer:
     mixin = _mixin(module)
     if mixin is None:
         raise TypeError(cannot_adapt(module))
-    module.__class__ = _adapted_class(mixin, type(module))
+    swap_class(module, mixin)
     assert isinstance(module, AdapterLayer)
     module.begin()
     return module
@@ -211,7 +215,7 @@ def restore(layer: AdapterLayer) -> None:
     layer.unmerge()
     for name in ("active_adapter", "merged_adapter", "_norm", "_weight_norm_sq", "_base_weight", "adapters"):
         delattr(layer, name)
-    layer.__class__ = type(layer).__bases__[1]
+    swap_back(layer)
 
 
 def base_weight(module: nn.Module) -> Tensor:
@@ -257,16 +261,6 @@ def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
     if is_embedding(module):
         return EmbeddingAdapterLayer
     return None
-
-
-@cache
-def _adapted_class(mixin: type[AdapterLayer], own: type[nn.Module]) -> type[AdapterLayer]:
-    return type(f"Adapted{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
-
-
-def _new(mixin: type[AdapterLayer], own: type[nn.Module]) -> AdapterLayer:
-    cls = _adapted_class(mixin, own)
-    return cls.__new__(cls)
 
 
 def _versions(*tensors: Tensor) -> tuple[Any, ...]:

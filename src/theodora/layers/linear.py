@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from theodora import kernels
+from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer
+from theodora.layers.groups import GROUP
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -31,29 +35,41 @@ class LinearAdapterLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted product; the module's own where no adapter is active."""
-        adapter = self.active
-        if adapter is None:
+        group = self.__dict__.get(GROUP)
+        if group is not None and (y := group.output(self, x)) is not None:
+            return y
+        if self.active is None:
             return super().forward(x)
+        parts = self.parts()
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return self._adapted(x, self.weight_OI, self.bias)
+            return _adapted(x, parts)
         dtype = torch.get_autocast_dtype(device)
-        bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return self._adapted(x.to(dtype), self.weight_OI.to(dtype), bias).to(x.dtype)
+            return _adapted(x.to(dtype), _in_dtype(parts, dtype)).to(x.dtype)
 
-    def _adapted(self, x: Tensor, w_OI: Tensor, bias: Tensor | None) -> Tensor:
+    def parts(self) -> Parts:
+        """What the layer computes in this pass."""
         adapter = self.active
-        assert adapter is not None
+        if adapter is None:
+            return Parts(self.weight_OI, self.bias)
         a, b = adapter.factors()
-        x_lora = F.dropout(x, adapter.dropout) if adapter.dropout and self.training else None
-        if adapter.magnitude is None:
-            return kernels.lora_linear(x, w_OI, bias, a, b, adapter.scale, x_lora_TI=x_lora)
-        norm = self.norm(adapter)
-        return kernels.dora_linear(x, w_OI, bias, a, b, adapter.scale, adapter.magnitude, norm, x_lora_TI=x_lora)
+        norm = None if adapter.magnitude is None else self.norm(adapter)
+        dropout = adapter.dropout if self.training else 0.0
+        return Parts(self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, dropout)
 
 
 class Conv1DAdapterLayer(LinearAdapterLayer):
     """GPT-2's `Conv1D`: the same product from a transposed weight."""
 
     stored_transposed = True
+
+
+def _adapted(x: Tensor, parts: Parts) -> Tensor:
+    x_lora = F.dropout(x, parts.dropout) if parts.dropout else None
+    return kernels.adapted_linears(x, [parts], x_lora)[0]
+
+
+def _in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
+    bias = None if parts.bias_O is None else parts.bias_O.to(dtype)
+    return replace(parts, weight_OI=parts.weight_OI.to(dtype), bias_O=bias)

@@ -104,7 +104,9 @@ def _sum_rows(db_parts, dg_parts, norm, db, dm, O, R, CHUNKS, scale, LOW: tl.con
         tl.store(dm + o, tl.where(n == 0, 0.0, dg_sum / tl.where(n == 0, 1.0, n)), mask=o < O)
 
 
-def sum_rows(db_parts: Tensor | None, dg_parts: Tensor | None, norm: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def sum_rows(
+    db_parts: Tensor | None, dg_parts: Tensor | None, norm: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """dB = s·Σ parts (O, R) and dm = Σ parts / norm (O,), over the chunks of tokens; empty where there is none."""
     parts = db_parts if db_parts is not None else dg_parts
     assert parts is not None

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
-    precision,
-    product,
     load_scaled_b,
     load_xa,
+    precision,
+    product,
     rank_block,
     row_contiguous,
     row_scale,

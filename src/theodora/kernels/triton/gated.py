@@ -118,9 +118,9 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
     if LOW2:
         b2_tile = load_scaled_b(b2, o, r, O, R2, b2_row, b2_col, scale2, dtype)
     if LOW3:
-        a_tile = tl.load(
-            a + r[:, None] * a_row + o[None, :], mask=(r[:, None] < R3) & (o[None, :] < O), other=0.0
-        ).to(dtype)
+        a_tile = tl.load(a + r[:, None] * a_row + o[None, :], mask=(r[:, None] < R3) & (o[None, :] < O), other=0.0).to(
+            dtype
+        )
     if SCALED1:
         g1 = row_scale(m1, n1, o, o < O)
     if SCALED2:

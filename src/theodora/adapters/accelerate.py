@@ -1,0 +1,95 @@
+"""The fast path of a whole model: what one layer alone cannot do for itself.
+
+Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
+RMSNorms let the layers after them do without their outputs, and rotary embeddings run on Liger's kernel. Everything is
+recognised by what it computes, on any model family, and falls back to the model's own code by itself wherever it does
+not fit (on a CPU, under torch.compile, with hooks or dropout).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from theodora.kernels.rotary import restore_rotary, speed_up_rotary
+from theodora.layers.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
+from theodora.layers.groups import GROUP, Group
+from theodora.layers.norm import FastRMSNorm, restore_norm, speed_up_norm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """How many modules of a model were found for each part of the fast path."""
+
+    groups: int = 0
+    mlps: int = 0
+    norms: int = 0
+    rotary: bool = False
+
+    def __str__(self) -> str:
+        found = [
+            f"{n} {what}" for n, what in ((self.mlps, "MLPs"), (self.groups, "groups"), (self.norms, "norms")) if n
+        ]
+        return ", ".join([*found, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
+
+
+def accelerate(model: Model) -> Model:
+    """Put an adapted model on the fast path, in place. Outputs and gradients stay the same but for rounding.
+
+    Call it after `inject_adapter` (again, after another one). It changes no parameter, buffer or name.
+
+    Returns:
+        The same model.
+    """
+    install(model)
+    return model
+
+
+def install(model: nn.Module) -> FastPath:
+    """`accelerate`, and what was found."""
+    uninstall(model)
+    modules = list(model.modules())
+    mlps = sum(fuse_mlp(module) for module in modules)
+    groups = sum(_group(module) for module in modules if not isinstance(module, GatedMLP))
+    norms = sum(speed_up_norm(module) for module in modules)
+    rotary = [speed_up_rotary(module) for module in modules]
+    return FastPath(groups, mlps, norms, any(rotary))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `accelerate`."""
+    for module in model.modules():
+        module.__dict__.pop(GROUP, None)
+        if isinstance(module, GatedMLP):
+            unfuse_mlp(module)
+        elif isinstance(module, FastRMSNorm):
+            restore_norm(module)
+        restore_rotary(module)
+
+
+def _group(parent: nn.Module) -> int:
+    """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
+    found = 0
+    for names in _SIBLINGS:
+        layers: list[Any] = [child for name in names if hasattr(child := parent._modules.get(name), "parts")]
+        if len(layers) > 1:
+            group = Group(layers)
+            for layer in layers:
+                layer.__dict__[GROUP] = group
+            found += 1
+    return found

@@ -1,0 +1,98 @@
+"""Gated MLPs of any model family, down(act(gate(x)) ⊙ up(x)), recognised by what they compute, run as one step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.kernels import Parts
+from theodora.kernels.gated import ACTIVATIONS, activate
+from theodora.kernels.gated_mlp import gated_mlp
+from theodora.layers.groups import FastLinear, has_hooks, parts_that_fit
+from theodora.layers.linear import is_linear
+from theodora.layers.swap import Swapped, swap_back, swap_class
+
+# Names of gate, up and down.
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+class GatedMLP(Swapped):
+    """Mixed in before an MLP's own class; runs the fused step wherever its layers can take it."""
+
+    prefix = "Fused"
+    _theodora_gated: tuple[tuple[str, str, str], str]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module's own forward computes, (…, I)."""
+        names, activation = self._theodora_gated
+        modules = [getattr(self, name) for name in names]
+        if torch.compiler.is_compiling() or has_hooks(modules):
+            return super().forward(x)
+        layers = [module if hasattr(module, "parts") else _Plain(module) for module in modules]
+        found = parts_that_fit(x, layers)
+        return super().forward(x) if found is None else gated_mlp(x, *found, activation)
+
+
+class _Plain:
+    """A linear layer without an adapter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def parts(self) -> Parts | None:
+        """Weight and bias."""
+        return Parts(self.module.weight, self.module.bias) if is_linear(self.module) else None
+
+
+def fuse_mlp(module: nn.Module) -> bool:
+    """Make `module` run as one step, in place, if it is a gated MLP; say whether it is one."""
+    if isinstance(module, GatedMLP):
+        return True
+    found = _gated(module)
+    if found is None:
+        return False
+    swap_class(module, GatedMLP)
+    module._theodora_gated = found  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return True
+
+
+def unfuse_mlp(module: GatedMLP) -> None:
+    """Undo `fuse_mlp`."""
+    del module._theodora_gated
+    swap_back(module)
+
+
+def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
+    """The names of its three layers and its activation, found by running the module's own forward in miniature."""
+    for names in _NAMES:
+        children = [module._modules.get(name) for name in names]
+        if "forward" in module.__dict__ or not all(_is_product(child) for child in children):
+            continue
+        gate, up, down = (nn.Linear(a, b, bias=False, device="cpu") for a, b in ((4, 6), (4, 6), (6, 4)))
+        generator = torch.Generator().manual_seed(0)
+        for layer in (gate, up, down):
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
+        probe = copy.copy(module)
+        probe.__dict__["_modules"] = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}
+        x = torch.randn(1, 5, 4, generator=generator)
+        with torch.no_grad():
+            try:
+                found: Any = type(module).forward(probe, x)
+            except Exception:  # whatever a stranger's forward raises: it is no gated MLP
+                continue
+            for activation in ACTIVATIONS:
+                expected = down(activate(gate(x), activation) * up(x))
+                if isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected):
+                    return names, activation
+    return None
+
+
+def _is_product(module: nn.Module | None) -> bool:
+    """Whether the module is a linear layer, with an adapter (ours or another library's) or without."""
+    return module is not None and (is_linear(module) or hasattr(module, "parts"))
+
+
+__all__ = ["FastLinear", "GatedMLP", "fuse_mlp", "unfuse_mlp"]

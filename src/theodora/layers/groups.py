@@ -1,0 +1,95 @@
+"""Layers that read one x (q, k and v; gate and up) run as one autograd step, whatever model they stand in.
+
+The first layer of a group computes the outputs of all, and the others hand theirs out when they are called with the
+very same tensor. A group whose layers turn out to read different tensors (cross-attention) dissolves itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from theodora import kernels
+from theodora.kernels import Parts
+from theodora.kernels.operators import runs_triton
+
+GROUP = "_theodora_group"
+
+
+class FastLinear(Protocol):
+    """An adapted linear layer, ours or another library's, that can tell what it computes."""
+
+    def parts(self) -> Parts | None:
+        """What the layer computes in this pass, or None if a fast path cannot stand in for it."""
+        ...
+
+
+class Group:
+    """Several `FastLinear` modules that read the same x."""
+
+    def __init__(self, layers: Sequence[FastLinear]) -> None:
+        self.layers = list(layers)
+        self._key: tuple[Any, ...] | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def output(self, layer: FastLinear, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None if the layer is to compute it by itself."""
+        if torch.compiler.is_compiling() or not self.layers:
+            return None
+        ready = self._ready.pop(id(layer), None)
+        if ready is not None:
+            if self._key is not None and self._key[0] is x and self._key[1:] == _state(x):
+                if not self._ready:
+                    self._key = None
+                return ready
+            self._forget()
+            self.layers = []
+            return None
+        if layer is not self.layers[0]:
+            return None
+        self._forget()
+        found = parts_that_fit(x, self.layers)
+        if found is None:
+            return None
+        first, *others = kernels.adapted_linears(x, found)
+        self._key = (x, *_state(x))
+        self._ready = {id(other): y for other, y in zip(self.layers[1:], others, strict=True)}
+        return first
+
+    def _forget(self) -> None:
+        self._key, self._ready = None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_key": None, "_ready": {}}
+
+
+def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | None:
+    """What the layers compute, if the GPU's kernels can do it for this x; else None."""
+    if type(x) is not Tensor or not runs_triton(x) or not kernels.fast() or has_hooks(layers[1:]):
+        return None
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
+        return None
+    found: list[Parts] = []
+    for layer in layers:
+        parts = layer.parts()
+        if parts is None or parts.dropout or not kernels.fits(x, parts):
+            return None
+        found.append(parts)
+    return found
+
+
+def has_hooks(modules: Sequence[Any]) -> bool:
+    """Whether calling the modules' forward would do more than compute it."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if isinstance(module, nn.Module)
+    )
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    return 0 if x.is_inference() else x._version, torch.is_grad_enabled()

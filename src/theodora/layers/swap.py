@@ -1,0 +1,44 @@
+"""Giving a module another class in place, and its own back.
+
+So the module stays the user's own object under its own name: its weight, its ties to other modules and its hooks stay
+where they were.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Swapped(nn.Module):
+    """Mixed in before a module's own class, whose methods stay reachable through `super()`."""
+
+    prefix: ClassVar[str]
+    """What the made class's name begins with."""
+
+    def __reduce__(self) -> Any:
+        # The class was made on the fly: pickle and deepcopy make it again from its two parents.
+        mixin, own = type(self).__bases__
+        return _new, (mixin, own), self.__getstate__()
+
+
+def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Make `module` an object of a class made of `mixin` and its own."""
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def swap_back(module: Swapped) -> None:
+    """Undo `swap_class`."""
+    module.__class__ = type(module).__bases__[1]
+
+
+@cache
+def _mixed(mixin: type[Swapped], own: type[nn.Module]) -> type[Swapped]:
+    return type(mixin.prefix + own.__name__, (mixin, own), {"__module__": mixin.__module__})
+
+
+def _new(mixin: type[Swapped], own: type[nn.Module]) -> Swapped:
+    cls = _mixed(mixin, own)
+    return cls.__new__(cls)
