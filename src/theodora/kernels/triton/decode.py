@@ -115,8 +115,8 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
     program = tl.program_id(0) - a_programs
-    if OWN_XA:  # alone, so that Triton can leave the branch out
-        if program < 0:  # noqa: SIM102
+    if OWN_XA:  # noqa: SIM102 (alone, so that Triton can leave the branch out)
+        if program < 0:
             block, split = tl.program_id(0) // a_splits, tl.program_id(0) % a_splits
             _low_rank(x, a, xa, parts, counters, ready, block, split, a_splits, a_features, T, I, R, xa_row, xa_col,
                       PRECISION, STAGES, BT, BI, BR)  # fmt: skip
@@ -143,8 +143,8 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
         sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
     place = t[None, :].to(tl.int64) * O + o[:, None]
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=(o[:, None] < O) & (t[None, :] < T))
-    if OWN_XA:
-        if tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:  # noqa: SIM102
+    if OWN_XA:  # noqa: SIM102
+        if tl.atomic_add(done, 1, sem="acq_rel") == w_blocks - 1:
             tl.atomic_xchg(ready, 0)
             tl.atomic_xchg(done, 0)
 
@@ -253,8 +253,12 @@ _pools: dict[torch.device, _Pool] = {}
 
 
 def prepare(device: torch.device) -> None:
-    """Make the device's counters, unless they are there. Not within a CUDA graph, whose memory they would take."""
-    if device not in _pools and (device.type != "cuda" or torch.version.hip is None):
+    """Make the device's counters, unless they are there. Not within a CUDA graph, whose memory they would take.
+
+    (And not on AMD's GPUs, where the order in which programs start was not looked into.)
+    """
+    within_graph = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device not in _pools and not within_graph and torch.version.hip is None:
         _pools[device] = _Pool(device)
 
 
