@@ -3,6 +3,7 @@
 from theodora.adapters.inject import adapter_disabled, inject_adapter, remove_adapter, set_adapter
 from theodora.adapters.merge import merge_adapter, unmerge_adapter
 from theodora.adapters.merge_checkpoint import MergeReport, merge_checkpoint
+from theodora.adapters.quantize import quantize_base
 from theodora.adapters.save import load_adapter, save_adapter
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_checkpoint",
+    "quantize_base",
     "remove_adapter",
     "save_adapter",
     "set_adapter",

@@ -210,21 +210,25 @@ def starts_from_weight(config: AdapterConfig) -> bool:
     return config.init in ("pissa", "olora")
 
 
-def probe_base(paths: list[str], weight_OI: Callable[[str], Tensor]) -> dict[str, list[float]]:
+def probe_base(paths: list[str], sample: Callable[[str], list[float]]) -> dict[str, list[float]]:
     """A few values of a few base weights, by which another base model is recognised.
 
     Args:
         paths: the adapted modules.
-        weight_OI: gives a module's base weight, (O, I).
+        sample: gives `sample_weight` of a module's base weight.
     """
     chosen = sorted({paths[i * (len(paths) - 1) // 3] for i in range(4)}) if paths else []
-    return {path: _sample(weight_OI(path)) for path in chosen}
+    return {path: sample(path) for path in chosen}
 
 
-def check_base(file: AdapterFile, weight_OI: Callable[[str], Tensor | None]) -> float:
+def check_base(file: AdapterFile, sample: Callable[[str], list[float] | None]) -> float:
     """How far the base weights at hand are from those the adapter was trained on, relative (0: the same).
 
     Rounding to bfloat16 makes about 0.002, 4-bit quantisation about 0.1, another model more than 1.
+
+    Args:
+        file: the adapter.
+        sample: gives `sample_weight` of a module's base weight, or None if there is none.
 
     Raises:
         CheckpointError: they are so far apart that this is another model.
@@ -233,8 +237,7 @@ def check_base(file: AdapterFile, weight_OI: Callable[[str], Tensor | None]) -> 
         return 0.0
     square = difference = 0.0
     for path, expected in file.probe.items():
-        weight = weight_OI(path)
-        found = [] if weight is None else _sample(weight)
+        found = sample(path) or []
         if len(found) != len(expected):
             raise CheckpointError(
                 f"The adapter in {file.path} was trained on another base model: {path} has another shape there"
@@ -255,7 +258,8 @@ def _trained_on(file: AdapterFile) -> str:
     return f" ({file.base_model})" if file.base_model else ""
 
 
-def _sample(w_OI: Tensor) -> list[float]:
+def sample_weight(w_OI: Tensor) -> list[float]:
+    """Sixteen values from all over a weight."""
     rows, columns = w_OI.shape
     at = torch.arange(16, dtype=torch.int64)
     # Steps coprime to most sizes spread the sample over rows and columns.

@@ -18,7 +18,7 @@ from theodora.adapters.targets import find_modules_to_save, find_targets, from_p
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.functional import dora_norm, wide_dtype
-from theodora.layers import AdapterLayer, LowRank, adapt, base_weight, restore, start_values
+from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -290,14 +290,14 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        adapters[path] = new_low_rank(w_OI, a, b, None, scale, config, start)
+        adapters[path] = new_low_rank(module, a, b, None, scale, config, start)
     if problems:
         raise ConfigError("The adapter does not fit this model:" + bullet_list(problems))
     return adapters
 
 
 def new_low_rank(
-    w_OI: Tensor,
+    module: nn.Module,
     a_RI: Tensor,
     b_OR: Tensor,
     magnitude_O: Tensor | None,
@@ -305,12 +305,13 @@ def new_low_rank(
     config: AdapterConfig,
     start: tuple[Tensor, Tensor] | None,
 ) -> LowRank:
-    """The tensors of one module in their storage dtypes, on the weight's device.
+    """An adapter for `module` in its storage dtypes, on the weight's device.
 
     Without a given magnitude DoRA starts at the norm the layer itself will compute, so that g is exactly 1. The
     magnitude is always wide (float32): in bfloat16 its steps would be larger than what training changes.
     """
-    dtype = w_OI.dtype if config.adapter_dtype == "base" else _DTYPES[config.adapter_dtype]
+    w_OI = base_weight(module)
+    dtype = base_dtype(module) if config.adapter_dtype == "base" else _DTYPES[config.adapter_dtype]
     a, b = (t.detach().to(w_OI.device, dtype, copy=True) for t in (a_RI, b_OR))
     if start is not None:
         start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
 from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.layers.float8 import Float8Layer
 
 
 def merge_adapter(model: Model, name: str | None = None) -> Model:
@@ -16,6 +18,9 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
 
     The base weights are kept aside for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
+
+    A base in float8 (`quantize_base`) is widened to the dtype it had: the result is the quantised base with the adapter,
+    at twice the memory. `merge_checkpoint` merges onto the original weights instead.
 
     Args:
         model: carries the adapter.
@@ -45,6 +50,12 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         for layer in layers.values():
             layer.unmerge()
         raise
+    if any(isinstance(layer, Float8Layer) for layer in layers.values()):
+        warnings.warn(
+            "The adapter was merged into a base in float8: the merged weights are the quantised ones, widened. "
+            "merge_checkpoint, or `theodora merge`, merges it onto the original weights.",
+            stacklevel=2,
+        )
     state.merged = name
     state.tied_before = _untie(model)
     return model

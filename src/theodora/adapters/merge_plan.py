@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import FLOAT_DTYPES, BaseCheckpoint, StoredTensor
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
 from theodora.adapters.targets import nearest
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import merged_weight, wide_dtype
@@ -112,7 +112,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
             "Name the right one with --base-model." + bullet_list(shown)
         )
     notes = []
-    distance = check_base(adapter, lambda path: base_weight(base, path))
+    distance = check_base(adapter, lambda path: sample_base(base, path))
     if distance > SAME_BASE:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
@@ -136,6 +136,12 @@ def base_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
         return None
     weight = base.read(key)
     return weight.T if base.is_transposed(name) else weight
+
+
+def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
+    """`sample_weight` of the base weight of a module, or None if the base does not store it as one tensor."""
+    w_OI = base_weight(base, path)
+    return None if w_OI is None else sample_weight(w_OI)
 
 
 def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) -> dict[str, Change]:

@@ -39,6 +39,7 @@ from theodora.adapters.inject import (
     require_state,
     set_adapter,
 )
+from theodora.adapters.quantize import sample_base
 from theodora.adapters.targets import nearest, saved_names, target_names
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
@@ -200,7 +201,7 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     layers = adapter_layers(model, name)
     with originals_in_place(model):
-        probe = probe_base(list(layers), lambda path: layers[path].base_weight_OI)
+        probe = probe_base(list(layers), lambda path: sample_base(layers[path]))
     return {"starts": starts_from_weight(config), "init": config.init, "probe": probe}
 
 
@@ -230,7 +231,7 @@ def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterC
     if file.starts:
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
-    return new_low_rank(base_weight(model.get_submodule(module)), a, b, found.magnitude, found.scale, config, start)
+    return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
 
 
 def _check_fit(model: nn.Module, file: AdapterFile) -> None:
@@ -270,7 +271,7 @@ def _check_fit(model: nn.Module, file: AdapterFile) -> None:
             + ":"
             + bullet_list(problems if len(problems) <= 12 else [*problems[:12], f"and {len(problems) - 12} more"])
         )
-    distance = check_base(file, lambda path: base_weight(modules[path]) if path in modules else None)
+    distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
     if distance > 0.02:
         warnings.warn(
             f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "

@@ -75,6 +75,16 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     return paths
 
 
+def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
+    """Paths of the linear layers that a model runs by calling them, without the output head and what `left_out` names."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    return [
+        path
+        for path in _all_linear(model, modules)
+        if not _inside(path, left_out, modules) and _unfit(path, modules[path], model) is None
+    ]
+
+
 def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Paths of the modules that are trained in full."""
     return [path for path, _ in model.named_modules() if path and names and matches(names, path)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import WEIGHTS_NAME, AdapterFile, AdapterTensors, check_base, read_adapter
 from theodora.adapters.kinds import layer_index, layer_kinds
-from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge
+from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
 
@@ -181,7 +181,7 @@ def _open_base(
             raise
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
-    distance = check_base(file, lambda path: base_weight(base, path))
+    distance = check_base(file, lambda path: sample_base(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "

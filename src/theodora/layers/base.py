@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from theodora import kernels
 from theodora.functional import dora_norm, merged_weight, row_norm_squared, wide_dtype
+from theodora.kernels.base_product import dequantized
+from theodora.kernels.float8 import FLOAT8
+from theodora.layers.float8 import Float8Layer, move, weight_scale
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,14 +84,19 @@ class AdapterLayer(Swapped):
 
     @property
     def weight_OI(self) -> Tensor:
-        """The base weight (merged, while an adapter is merged), (O, I)."""
+        """The base weight (merged, while an adapter is merged), (O, I); W8 where `weight_scale_O` is given."""
         return self.weight.T if self.stored_transposed else self.weight
 
     @property
+    def weight_scale_O(self) -> Tensor | None:
+        """The scale of each row of a float8 weight."""
+        return weight_scale(self)
+
+    @property
     def base_weight_OI(self) -> Tensor:
-        """The base weight, (O, I), also while an adapter is merged."""
+        """The base weight, (O, I), also while an adapter is merged; a float8 one widened to float32."""
         weight = self.weight if self._base_weight is None else self._base_weight[0]
-        return weight.T if self.stored_transposed else weight
+        return _plain(self, weight.T if self.stored_transposed else weight)
 
     @property
     def active(self) -> LowRank | None:
@@ -118,9 +126,10 @@ class AdapterLayer(Swapped):
     def _new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         w_norm_sq = self._weight_norm_squared()
         if not kernels.fast():
-            return dora_norm(self.weight_OI, a_RI, b_OR, scale, w_norm_sq)
+            return dora_norm(_plain(self, self.weight_OI), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
-            return kernels.dora_norm(self.weight_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq, None)
+            a, b = a_RI.detach(), b_OR.detach()
+            return kernels.dora_norm(self.weight_OI, a, b, scale, w_norm_sq, self.weight_scale_O)
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
@@ -137,14 +146,14 @@ class AdapterLayer(Swapped):
         adapter: Any = self.adapters[name]
         with torch.no_grad():
             a, b = adapter.factors()
-            return merged_weight(self.weight_OI, a, b, adapter.scale, adapter.magnitude)
+            return merged_weight(_plain(self, self.weight_OI), a, b, adapter.scale, adapter.magnitude)
 
     def merge(self, name: str) -> None:
         """Put the merged weight in place of the base weight, which is kept aside, bit for bit, for `unmerge`.
 
         A new Parameter takes the place, so that a weight tied to this one is left as it was.
         """
-        merged = self.merged_weight(name).to(self.weight.dtype)
+        merged = self.merged_weight(name).to(base_dtype(self))
         self._base_weight = (self.weight,)
         self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
         self.merged_adapter = name
@@ -164,19 +173,23 @@ class AdapterLayer(Swapped):
         self._norm = self._weight_norm_sq = None
         if self._base_weight is not None:
             # The Parameter itself stays, because another module may be tied to it.
-            self._base_weight[0].data = fn(self._base_weight[0].data)
+            self._base_weight[0].data = move(fn, self._base_weight[0].data)
         return super()._apply(fn, recurse)
 
     def _weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
         if torch.compiler.is_compiling():
             kept = self._weight_norm_sq
-            return row_norm_squared(self.weight_OI) if kept is None else kept[1]
+            return self._new_weight_norm_squared() if kept is None else kept[1]
         versions = _versions(self.weight)
         if self._weight_norm_sq is None or self._weight_norm_sq[0][0] != versions:
             with torch.inference_mode(False), torch.no_grad():
-                self._weight_norm_sq = (versions, _content(self.weight)), row_norm_squared(self.weight_OI)
+                self._weight_norm_sq = (versions, _content(self.weight)), self._new_weight_norm_squared()
         return self._weight_norm_sq[1]
+
+    def _new_weight_norm_squared(self) -> Tensor:
+        norm_sq, row_scale = row_norm_squared(self.weight_OI), self.weight_scale_O
+        return norm_sq if row_scale is None else norm_sq * row_scale.square()
 
     def _forget_a_changed_weight(self) -> None:
         if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
@@ -219,13 +232,20 @@ def restore(layer: AdapterLayer) -> None:
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The base weight of an adapted module, or of one that can be adapted, as (O, I)."""
+    """The base weight of an adapted module, or of one that can be adapted, as (O, I); float8 widened to float32."""
     if isinstance(module, AdapterLayer):
         return module.base_weight_OI
     mixin, weight = _mixin(module), module.weight
     assert mixin is not None
     assert isinstance(weight, Tensor)
-    return weight.T if mixin.stored_transposed else weight
+    return _plain(module, weight.T if mixin.stored_transposed else weight)
+
+
+def base_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that the module's base weight is stored in, or was before it went into float8."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return module.plain_dtype if isinstance(module, Float8Layer) else weight.dtype
 
 
 def cannot_adapt(module: nn.Module) -> str | None:
@@ -240,6 +260,8 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = module.weight
+    if isinstance(module, Float8Layer):
+        return None
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
     if weight.is_meta:
@@ -261,6 +283,13 @@ def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
     if is_embedding(module):
         return EmbeddingAdapterLayer
     return None
+
+
+def _plain(module: nn.Module, w_OI: Tensor) -> Tensor:
+    """`w_OI`, the module's weight, as the numbers it stands for."""
+    if not isinstance(module, Float8Layer) or w_OI.dtype != FLOAT8:
+        return w_OI
+    return dequantized(w_OI, module.weight_scale, torch.float32)
 
 
 def _versions(*tensors: Tensor) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from theodora.kernels import Parts
 from theodora.kernels.gated import ACTIVATIONS, activate
 from theodora.kernels.gated_mlp import gated_mlp
+from theodora.layers.float8 import weight_scale
 from theodora.layers.groups import FastLinear, has_hooks, parts_that_fit
 from theodora.layers.linear import is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
@@ -44,7 +45,9 @@ class _Plain:
 
     def parts(self) -> Parts | None:
         """Weight and bias."""
-        return Parts(self.module.weight, self.module.bias) if is_linear(self.module) else None
+        if not is_linear(self.module):
+            return None
+        return Parts(self.module.weight, self.module.bias, weight_scale_O=weight_scale(self.module))
 
 
 def fuse_mlp(module: nn.Module) -> bool:

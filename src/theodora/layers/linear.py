@@ -13,21 +13,26 @@ from transformers.pytorch_utils import Conv1D
 from theodora import kernels
 from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer
+from theodora.layers.float8 import Float8Layer
 from theodora.layers.groups import GROUP
+
+
+# Falcon's is written out, and the same; float8 layers are made of linear ones only.
+_FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward in (nn.Linear.forward, FalconLinear.forward)  # Falcon's is written out, and the same
+        and type(module).forward in _FORWARDS
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module runs as GPT-2's `Conv1D` does."""
-    return isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
+    return isinstance(module, Conv1D) and type(module).forward in (Conv1D.forward, Float8Layer.forward)
 
 
 class LinearAdapterLayer(AdapterLayer):
@@ -52,11 +57,13 @@ class LinearAdapterLayer(AdapterLayer):
         """What the layer computes in this pass."""
         adapter = self.active
         if adapter is None:
-            return Parts(self.weight_OI, self.bias)
+            return Parts(self.weight_OI, self.bias, weight_scale_O=self.weight_scale_O)
         a, b = adapter.factors()
         norm = None if adapter.magnitude is None else self.norm(adapter)
         dropout = adapter.dropout if self.training else 0.0
-        return Parts(self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, dropout)
+        return Parts(
+            self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, dropout, self.weight_scale_O
+        )
 
 
 class Conv1DAdapterLayer(LinearAdapterLayer):
@@ -72,4 +79,5 @@ def _adapted(x: Tensor, parts: Parts) -> Tensor:
 
 def _in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
     bias = None if parts.bias_O is None else parts.bias_O.to(dtype)
-    return replace(parts, weight_OI=parts.weight_OI.to(dtype), bias_O=bias)
+    weight = parts.weight_OI if parts.weight_scale_O is not None else parts.weight_OI.to(dtype)
+    return replace(parts, weight_OI=weight, bias_O=bias)

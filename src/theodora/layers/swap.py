@@ -19,9 +19,13 @@ class Swapped(nn.Module):
     """What the made class's name begins with."""
 
     def __reduce__(self) -> Any:
-        # The class was made on the fly: pickle and deepcopy make it again from its two parents.
-        mixin, own = type(self).__bases__
-        return _new, (mixin, own), self.__getstate__()
+        # The class was made on the fly: pickle and deepcopy make it again from its parents.
+        mixins: list[type[Swapped]] = []
+        own: Any = type(self)
+        while issubclass(own, Swapped):
+            mixin, own = own.__bases__
+            mixins.append(mixin)
+        return _new, (mixins, own), self.__getstate__()
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
@@ -39,6 +43,7 @@ def _mixed(mixin: type[Swapped], own: type[nn.Module]) -> type[Swapped]:
     return type(mixin.prefix + own.__name__, (mixin, own), {"__module__": mixin.__module__})
 
 
-def _new(mixin: type[Swapped], own: type[nn.Module]) -> Swapped:
-    cls = _mixed(mixin, own)
-    return cls.__new__(cls)
+def _new(mixins: list[type[Swapped]], own: type[nn.Module]) -> nn.Module:
+    for mixin in reversed(mixins):
+        own = _mixed(mixin, own)
+    return own.__new__(own)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.adapters import inject_adapter
+from theodora.adapters import inject_adapter, quantize_base
 from theodora.adapters.models import load_model, load_tokenizer
 from theodora.config import TrainConfig
 from theodora.data import (
@@ -21,6 +21,7 @@ from theodora.data import (
     tokenize,
 )
 from theodora.errors import ConfigError
+from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
@@ -72,6 +73,11 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
             "other. Train without packing."
         )
+    if config.base_dtype == "fp8":
+        quantize_base(model, exclude=config.adapter.modules_to_save)
+        dtype = f"float8, the rest {dtype},"
+        if not multiplies_float8(arguments.device):
+            notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
     inject_adapter(model, config.adapter)
