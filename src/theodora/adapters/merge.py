@@ -19,8 +19,8 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     The base weights are kept aside for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
 
-    A base in float8 (`quantize_base`) is widened to the dtype it had: the result is the quantised base with the adapter,
-    at twice the memory. `merge_checkpoint` merges onto the original weights instead.
+    A base in float8 (`quantize_base`) is widened to the dtype it had: the result is the quantised base with the
+    adapter, at twice the memory. `merge_checkpoint` merges onto the original weights instead.
 
     Args:
         model: carries the adapter.

@@ -76,7 +76,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
-    """Paths of the linear layers that a model runs by calling them, without the output head and what `left_out` names."""
+    """Paths of the linear layers that a model calls, without the output head and what `left_out` names."""
     modules = {path: module for path, module in model.named_modules() if path}
     return [
         path

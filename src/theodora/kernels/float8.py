@@ -14,7 +14,7 @@ Shapes: T tokens (rows), I in features, O out features. Weights and scales get n
 
 from __future__ import annotations
 
-import warnings
+import logging
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from theodora.kernels.operators import interpreted, operator, runs_triton
+
+_log = logging.getLogger(__name__)
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3
@@ -106,9 +108,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 @cache
 def _say_once(reason: str) -> None:
-    warnings.warn(
-        f"Products with float8 weights run on widened copies of them, which is slower: {reason}.", stacklevel=2
-    )
+    _log.warning("Products with float8 weights run on widened copies of them, which is slower: %s.", reason)
 
 
 def _quantize_rows(x_TI: Tensor, times_I: Tensor | None) -> tuple[Tensor, Tensor]:

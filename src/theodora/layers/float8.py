@@ -2,9 +2,9 @@
 
     quantize(module)          # in place: half the memory of bfloat16, and float8 products where the GPU has them
 
-The module keeps its name, its hooks and its meaning: `state_dict` gives the weight that it computes with in the dtype it
-had, loading one quantises it, and moving the model to another device or dtype leaves the numbers alone. The weight gets
-no gradient; the input does.
+The module keeps its name, its hooks and its meaning: `state_dict` gives the weight that it computes with, in the dtype
+it had, loading one quantises it, and moving the model to another device or dtype leaves the numbers alone. The weight
+gets no gradient; the input does.
 """
 
 from __future__ import annotations

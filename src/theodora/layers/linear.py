@@ -16,7 +16,6 @@ from theodora.layers.base import AdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.groups import GROUP
 
-
 # Falcon's is written out, and the same; float8 layers are made of linear ones only.
 _FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
 

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 def quiet_libraries() -> Iterator[None]:
     """Silence transformers, datasets, TRL and accelerate up to errors inside the block, and put all back after it."""
     bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    # theodora.data warns of what the panel says anyway.
-    names = ("transformers", "huggingface_hub", "datasets", "trl", "accelerate", "theodora.data")
+    # These two of ours warn of what the panel says anyway.
+    names = ("transformers", "huggingface_hub", "datasets", "trl", "accelerate", "theodora.data", "theodora.kernels")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     transformers_logging.disable_progress_bar()
