@@ -11,12 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import theodora
 from theodora import ConfigError, accelerate_peft, kernels, restore_peft
 from theodora.adapters import peft_layer
 from theodora.adapters.peft_layer import FastLinear
+from theodora.layers import gated_mlp
 from tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -90,18 +95,20 @@ def layer_of(model, path="layers.0.mlp.up_proj"):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often our formulas ran."""
+    """How many adapted layers our kernels have run, alone or together (on a GPU, or under Triton's interpreter)."""
     count = {"lora": 0, "dora": 0}
 
-    def counted(name, run):
-        def call(*args, **kwargs):
-            count[name] += 1
-            return run(*args, **kwargs)
+    def counted(run):
+        def call(x, *layers, **kwargs):
+            for layer in layers[0] if isinstance(layers[0], list) else layers[:3]:
+                if layer.a_RI is not None:
+                    count["lora" if layer.magnitude_O is None else "dora"] += 1
+            return run(x, *layers, **kwargs)
 
         return call
 
-    monkeypatch.setattr(kernels, "lora_linear", counted("lora", kernels.lora_linear))
-    monkeypatch.setattr(kernels, "dora_linear", counted("dora", kernels.dora_linear))
+    monkeypatch.setattr(kernels, "adapted_linears", counted(kernels.adapted_linears))
+    monkeypatch.setattr(gated_mlp, "gated_mlp", counted(gated_mlp.gated_mlp))
     return count
 
 
@@ -394,6 +401,54 @@ def test_a_base_weight_that_trains():
     assert found[1].keys() == expected[1].keys()
 
 
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # a layer's output is a view: no in-place adds
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2, adapters apart"])
+def test_data_parallel(way, method, one_process, calls, caplog):
+    slow, fast = pair(**METHODS[method])
+    expected, _ = train(slow)
+    model = DistributedDataParallel(fast) if way == "ddp" else fast
+    with said(caplog) as reasons:
+        if way != "ddp":
+            mesh = init_device_mesh("cpu", (1,))
+            for layer in fast.get_base_model().model.layers:
+                if way.endswith("apart"):
+                    fully_shard(layer.mlp.up_proj.lora_A["default"], mesh=mesh)
+                    fully_shard(layer.mlp.down_proj, mesh=mesh)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(fast, mesh=mesh)
+        found, _ = train(model)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert calls[method] == 4 * (12 if way.endswith("apart") else 14)
+    assert len(reasons) == way.endswith("apart")
+    if way.endswith("apart"):
+        with pytest.raises(ConfigError, match="fully_shard"):
+            restore_peft(fast)
+    else:
+        restore_peft(fast)
+        train(model)
+    if way == "fsdp2":
+        assert all("before the model is sharded" in reason for reason in accelerate_peft(fast).left_alone.values())
+
+
+def test_deepspeed_gathers_its_own_way():
+    """ZeRO-3 partitions parameters (they carry `ds_id`) and gathers them as each module is called."""
+    model = peft_model()
+    accelerate_peft(model)
+    layer = layer_of(model)
+    layer.lora_A["default"].weight.ds_id = 0
+    assert "sharded" in accelerate_peft(model).left_alone["base_model.model.model.layers.0.mlp.up_proj"]
+    assert layer.parts() is None
+
+
 LEFT_ALONE = {
     "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "Embedding is not PEFT's plain LoRA layer"),
@@ -482,4 +537,7 @@ def test_parts_are_the_layer(family, method):
         assert base.a_RI is None
         assert base.weight_OI.data_ptr() == layer.base_layer.weight.data_ptr()
     model.merge_adapter()
-    assert layer.parts() is None
+    merged = layer.parts()
+    torch.testing.assert_close(torch.nn.functional.linear(x, merged.weight_OI, merged.bias_O), y, atol=1e-4, rtol=1e-4)
+    with model.disable_adapter():
+        assert layer.parts() is None

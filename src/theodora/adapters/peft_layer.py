@@ -9,6 +9,7 @@ Shapes: T tokens (any leading dimensions), I in features, O out features, R rank
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.functional import dora_norm, row_norm_squared
-from theodora.kernels.parts import Parts
+from theodora.kernels import Parts
 from theodora.layers.base import FLOATS, cannot_adapt
+from theodora.layers.groups import GROUP
 from theodora.layers.linear import is_conv1d
 
 __all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
@@ -57,6 +59,9 @@ class FastLinear(Linear):
             if why not in _IDLE and not torch.compiler.is_compiling():
                 _say_once(why)
             return super().forward(x, *args, **kwargs)
+        group = self.__dict__.get(GROUP)
+        if group is not None and (y := group.output(self, x)) is not None:
+            return y
         if not autocast:
             return self._adapted(x)
         with torch.autocast(device, enabled=False):
@@ -74,43 +79,46 @@ class FastLinear(Linear):
         return self._slow_adapter(names[0]) or self._slow_base()
 
     def parts(self) -> Parts | None:
-        """What the kernels need to know of the layer in this forward pass; None where it does not run on them."""
-        why = self.slow_because()
-        if _touched(self) or (why is not None and (why not in _IDLE or self.merged_adapters or self._slow_base())):
+        """What the layer computes in this pass, for those who stand in for it; None where its own forward must run."""
+        if _touched(self) or self._trained_bias():
             return None
+        why = self.slow_because()
+        if why in _IDLE:
+            unmerges = self._disable_adapters and self.merged_adapters  # PEFT's forward changes the weight first
+            return None if unmerges or self._slow_base() else Parts(self._weight(), self.base_layer.bias)
         if why is not None:
-            return None if self._trained_bias() else Parts(self._weight(), self.base_layer.bias)
+            return None
         (name,) = self._active_here()
         dropout = self._dropout(name)
-        if self._trained_bias() or (dropout and self.lora_magnitude_vector):
-            return None  # dropout of PEFT's DoRA is not that of the adapter's input alone: see `_adapted`
-        return self._parts(name, dropout)
+        return None if dropout and name in self.lora_variant else self._parts(name, dropout)  # see `_adapted`
 
     def _parts(self, name: str, dropout: float) -> Parts:
-        w, a, b, scale = self._weight(), self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        bias = None if self._trained_bias() else self.base_layer.bias
+        w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
             return Parts(w, bias, a, b, scale, dropout=dropout)
-        norm = dora_norm(w, a, b, scale, self._weight_norm_squared())
-        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, dropout)
+        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, self._norm(a, b, scale), dropout)
 
     def _adapted(self, x: Tensor) -> Tensor:
         (name,) = self._active_here()
         dropped = self.lora_dropout[name](x) if self._dropout(name) else None
-        p = self._parts(name, 0.0)
-        w, bias = p.weight_OI.to(x.dtype), None if p.bias_O is None else p.bias_O.to(x.dtype)
-        assert p.a_RI is not None
-        assert p.b_OR is not None
-        if p.magnitude_O is None or p.norm_O is None:
-            y = kernels.lora_linear(x, w, bias, p.a_RI, p.b_OR, p.scale, x_lora_TI=dropped)
-        elif dropped is None:
-            y = kernels.dora_linear(x, w, bias, p.a_RI, p.b_OR, p.scale, p.magnitude_O, p.norm_O)
-        else:
-            # PEFT's DoRA drops the input of the base weight's share in the update, too:
+        parts = self._parts(name, 0.0)
+        w, bias = parts.weight_OI.to(x.dtype), None if parts.bias_O is None else parts.bias_O.to(x.dtype)
+        parts = replace(parts, weight_OI=w, bias_O=None if self._trained_bias() else bias)
+        if dropped is not None and name in self.lora_variant:
+            # PEFT's DoRA drops the base weight's input, too, where it changes the product:
             #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
-            y = kernels.dora_linear(dropped, w, bias, p.a_RI, p.b_OR, p.scale, p.magnitude_O, p.norm_O)
-            y = y + F.linear(x - dropped, w)
-        return y + self.base_layer.bias.to(x.dtype) if self._trained_bias() else y
+            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, w)
+        else:
+            y = kernels.adapted_linears(x, [parts], dropped)[0]
+        return y if bias is None or not self._trained_bias() else y + bias
+
+    def _norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        w_norm_sq = self._weight_norm_squared()
+        if not kernels.fast():
+            return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
+        with torch.no_grad():
+            return kernels.dora_norm(self._weight(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq, None)
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -129,7 +137,7 @@ class FastLinear(Linear):
         if any(map(_touched, inner)):
             return "hooks on its lora_A, lora_B or lora_magnitude_vector"
         if not all(_plain(module.weight) for module in inner):
-            return "its adapter's parameters are sharded or special (DTensor, DeepSpeed ZeRO-3)"
+            return "its adapter's parameters are sharded"
         if not isinstance(self.scaling[name], float | int):
             return "its scaling is a tensor (prepared for hot-swapping)"
         if not isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity):
@@ -141,7 +149,7 @@ class FastLinear(Linear):
         if _touched(base):
             return "hooks on its base layer (offloading, say)"
         if not _plain(base.weight) or base.weight.dtype not in FLOATS:
-            return f"its base weight is sharded, quantised or special ({type(base.weight).__name__})"
+            return f"its base weight is sharded or quantised ({type(base.weight).__name__})"
         if base.weight.requires_grad:
             return "its base weight is trained, too"
         return None
@@ -217,7 +225,7 @@ def accelerate_layer(layer: nn.Module) -> str | None:
 
 def restore_layer(layer: nn.Module) -> None:
     """Undo `accelerate_layer`; does nothing to other modules."""
-    if type(layer) is FastLinear:
+    if isinstance(layer, FastLinear):
         layer.forget()
         layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -229,6 +237,8 @@ def _cannot(layer: Linear) -> str | None:
         return f"{Linear.forward.__module__} has replaced the forward of PEFT's LoRA layers"
     base: nn.Module = layer.base_layer
     why = cannot_adapt(base)
+    if why is not None and hasattr(base.weight, "device_mesh"):
+        return "its base weight is sharded already: call accelerate_peft before the model is sharded"
     if why is not None:
         return f"base layer: {why}"
     if is_conv1d(base) != layer.fan_in_fan_out or layer.is_target_conv_1d_layer != layer.fan_in_fan_out:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from theodora.adapters.accelerate import FastPath, install, uninstall
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer
 
@@ -32,10 +33,13 @@ class Acceleration:
     """Paths of the layers that run on our kernels."""
     left_alone: dict[str, str] = field(default_factory=dict)
     """Path -> reason, of PEFT's layers that run PEFT's own forward pass, at least at present."""
+    around: FastPath = field(default_factory=FastPath)
+    """What of the model around the layers is on the fast path, too: see `theodora.adapters.accelerate`."""
 
     def __str__(self) -> str:
         total = len(self.fast) + len(self.left_alone)
-        return f"{len(self.fast)} of {total} PEFT layers run on Theodora's kernels." + self._reasons()
+        around = f" So do, on a GPU: {self.around}." if self.around != FastPath() else ""
+        return f"{len(self.fast)} of {total} PEFT layers run on Theodora's kernels.{around}" + self._reasons()
 
     def _reasons(self) -> str:
         paths: dict[str, list[str]] = {}
@@ -78,19 +82,33 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
                 left_alone[path] = reason
     if not fast and not left_alone:
         raise ConfigError(_nothing_found(model))
-    report = Acceleration(tuple(fast), left_alone)
+    report = Acceleration(tuple(fast), left_alone, install(model) if fast else FastPath())
     if left_alone:
         _log.warning("%s", report)
     return report
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo `accelerate_peft`: PEFT's layers are PEFT's again. Does nothing to a model that is not accelerated."""
+    """Undo `accelerate_peft`: PEFT's layers are PEFT's again. Does nothing to a model that is not accelerated.
+
+    Raises:
+        ConfigError: another library has changed the class of an accelerated layer since; nothing is undone.
+    """
     if importlib.util.find_spec("peft") is None:
         return
     peft_layer = _peft_layer()
-    for module in model.modules():
-        peft_layer.restore_layer(module)
+    layers = [module for module in model.modules() if isinstance(module, peft_layer.FastLinear)]
+    odd = sorted({type(layer).__name__ for layer in layers} - {peft_layer.FastLinear.__name__})
+    if odd:
+        raise ConfigError(
+            f"Since accelerate_peft, another library has made {', '.join(odd)} of this model's layers, as FSDP2's "
+            "fully_shard does. Call restore_peft before it does so, or go on with the accelerated model: its state "
+            "dict and its files are PEFT's."
+        )
+    if layers:
+        uninstall(model)
+    for layer in layers:
+        peft_layer.restore_layer(layer)
 
 
 def _peft_layer() -> Any:
