@@ -1,0 +1,203 @@
+"""The fused loss against float64: the kernels on a GPU or under Triton's interpreter, the plain reference elsewhere."""
+
+import pytest
+import torch
+
+import formula
+from theodora.kernels import cross_entropy
+from theodora.kernels.cross_entropy import block_rows, linear_cross_entropy, linear_cross_entropy_reference
+from theodora.kernels.operators import interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# T, H, V. The widest rows take two rounds of the kernel's loop.
+SHAPES = [(1, 4, 3), (5, 8, 33), (37, 16, 272), (3, 16, 5001)]
+
+
+def budget(dtype):
+    """What the kernel's error may be of the reference's; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    return 5 if dtype == torch.bfloat16 and interpreted() and DEVICE == "cpu" else 2
+
+
+def problem(shape, dtype, bias=False, learned=0.7):
+    tokens, width, vocabulary = shape
+    hidden = torch.randn(tokens, width, device=DEVICE).to(dtype)
+    weight = torch.randn(vocabulary, width, device=DEVICE).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
+    labels[torch.rand(tokens, device=DEVICE) > learned] = -100
+    return hidden, weight, labels, {"bias_V": torch.randn(vocabulary, device=DEVICE).to(dtype) if bias else None}
+
+
+def run(loss, hidden, weight, labels, options, factor=1.0):
+    hidden = hidden.detach().clone().requires_grad_()
+    sums = loss(hidden, weight, labels, **options)
+    (sums.nats * factor).backward()
+    return sums, hidden.grad
+
+
+def widened(hidden, weight, labels, options):
+    wide = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    return hidden.double(), weight.double(), labels, wide
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}], ids=["", "scale", "cap", "both"]
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_float64(shape, dtype, bias, options):
+    hidden, weight, labels, extra = problem(shape, dtype, bias)
+    labels[0] = shape[2] - 1
+    given = hidden, weight, labels, {**options, **extra, "with_stats": True}
+    (expected, dh), (plain, plain_dh) = (
+        run(linear_cross_entropy_reference, *inputs, 0.3) for inputs in (widened(*given), given)
+    )
+    found, found_dh = run(linear_cross_entropy, *given, 0.3)
+    assert (found_dh.dtype, found.nats.dtype) == (dtype, torch.float32)
+    rounding = max(torch.finfo(dtype).eps, 1e-6)
+    for name in ("nats", "entropy"):
+        value, exact = getattr(found, name), getattr(expected, name)
+        assert formula.error(value, exact) <= budget(dtype) * formula.error(getattr(plain, name), exact) + rounding, (
+            name
+        )
+    assert formula.error(found_dh, dh) <= budget(dtype) * formula.error(plain_dh, dh) + rounding
+    assert found.count == expected.count == (labels != -100).sum()
+    assert not found_dh[labels == -100].any()
+    if dtype == torch.float32:
+        assert found.correct == expected.correct
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 2**15])
+def test_many_blocks_give_what_one_gives(bytes_at_once, monkeypatch):
+    given = problem((300, 8, 40), torch.float32)
+    given[3]["with_stats"] = True
+    whole, dh = run(linear_cross_entropy, *given)
+    monkeypatch.setattr(cross_entropy, "_MOST_BYTES", bytes_at_once)
+    assert block_rows(300, 40, 4) < 300
+    parts, dh_parts = run(linear_cross_entropy, *given)
+    torch.testing.assert_close(vars(parts), vars(whole))
+    torch.testing.assert_close(dh_parts, dh)
+
+
+def test_blocks_are_bounded_and_even():
+    for tokens in (1, 127, 128, 8192, 10_000):
+        for vocabulary in (3, 50257, 128256, 262144):
+            rows = block_rows(tokens, vocabulary, 2)
+            blocks = -(-tokens // rows)
+            assert rows == tokens or (rows % 128 == 0 and tokens > rows * (blocks - 1))
+            assert rows <= 128 or rows * vocabulary * 2 <= 2**28
+    assert block_rows(8192, 128256, 2) == 1024
+
+
+def test_nothing_learned_is_a_loss_of_zero():
+    hidden, weight, labels, options = problem((9, 8, 40), torch.bfloat16, learned=-1)
+    sums, dh = run(linear_cross_entropy, hidden, weight, labels, {**options, "with_stats": True})
+    assert [float(value.detach()) for value in vars(sums).values()] == [0, 0, 0, 0]
+    assert not dh.any()
+
+
+def test_no_tokens():
+    hidden, weight, labels, options = problem((9, 8, 40), torch.float32)
+    sums, dh = run(linear_cross_entropy, hidden[:0], weight, labels[:0], options)
+    assert (sums.nats, dh.shape) == (0, (0, 8))
+
+
+@pytest.mark.parametrize("label", [40, 41, -1])
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan(label):
+    for loss in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden, weight, labels, options = problem((9, 8, 40), torch.float32)
+        labels[3] = label
+        assert bool(loss(hidden, weight, labels, **options).nats.isnan())
+
+
+def test_impossible_and_huge_logits():
+    hidden, weight, labels, _ = problem((9, 8, 40), torch.float32, learned=2)
+    labels[labels < 2] = 2
+    bias = torch.zeros(40, device=DEVICE)
+    bias[:2], bias[5] = float("-inf"), 1e4
+    options = {"bias_V": bias, "with_stats": True}
+    (found, dh), (plain, plain_dh) = (
+        run(loss, hidden, weight, labels, options) for loss in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
+    assert bool(torch.isfinite(dh).all())
+    torch.testing.assert_close(vars(found), vars(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dh, plain_dh)
+
+
+def test_equal_logits_count_as_correct_for_the_first():
+    hidden, weight = torch.ones(3, 4, device=DEVICE), torch.ones(6, 4, device=DEVICE)
+    labels = torch.tensor([0, 1, 5], device=DEVICE)
+    for loss in (linear_cross_entropy, linear_cross_entropy_reference):
+        assert loss(hidden, weight, labels, with_stats=True).correct == 1
+
+
+def test_without_gradient_none_is_computed(monkeypatch):
+    given = problem((9, 8, 40), torch.float32)
+    with_gradient, _ = run(linear_cross_entropy, *given)
+    hidden, weight, labels, options = given
+    made = []
+    operator = cross_entropy._operator
+    monkeypatch.setattr(cross_entropy, "_operator", lambda *a: made.append(operator(*a)) or made[-1])
+    with torch.no_grad():
+        sums = linear_cross_entropy(hidden.requires_grad_(), weight, labels, **options)
+    linear_cross_entropy(hidden.detach(), weight, labels, **options)
+    assert [dh.numel() for _, dh in made] == [0, 0]
+    torch.testing.assert_close(sums.nats, with_gradient.nats.detach())
+
+
+def test_rows_that_lie_apart_and_a_wider_weight():
+    hidden, weight, labels, options = problem((9, 8, 40), torch.bfloat16)
+    apart = hidden.T.contiguous().T
+    found, dh = run(linear_cross_entropy, apart, weight.float(), labels, options)
+    plain, plain_dh = run(linear_cross_entropy, hidden, weight, labels, options)
+    assert torch.equal(found.nats, plain.nats)
+    assert torch.equal(dh, plain_dh)
+
+
+def test_autocast_is_that_of_the_head():
+    hidden, weight, labels, options = problem((9, 8, 40), torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found, dh = run(linear_cross_entropy, hidden, weight, labels, options)
+    plain, plain_dh = run(linear_cross_entropy, hidden.bfloat16(), weight.bfloat16(), labels, options)
+    assert torch.equal(found.nats, plain.nats)
+    assert dh.dtype == torch.float32
+    assert torch.equal(dh, plain_dh.float())
+
+
+def test_the_incoming_scalar_is_not_rounded():
+    """Also to bfloat16, where a multiplication by a tensor would round 1/3 by 0.1 %."""
+    given = problem((64, 16, 40), torch.bfloat16)
+    _, dh = run(linear_cross_entropy, *given)
+    _, third = run(linear_cross_entropy, *given, torch.tensor(1 / 3, device=DEVICE))
+    assert torch.equal(third, (dh.float() / 3).bfloat16()) or interpreted()
+    assert formula.error(third, dh.double() / 3) < budget(torch.bfloat16) * 2e-3
+
+
+def test_the_operators_keep_their_word():
+    hidden, weight, labels, _ = problem((9, 8, 40), torch.float32)
+    for with_gradient in (False, True):
+        args = hidden, weight, labels, None, 1.0, None, -100, True, with_gradient
+        torch.library.opcheck(torch.ops.theodora.linear_cross_entropy, args)
+    torch.library.opcheck(torch.ops.theodora.scaled, (hidden, torch.tensor(0.5, device=DEVICE)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 does it itself
+def test_it_compiles_without_a_break():
+    given = problem((9, 8, 40), torch.float32)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    (found, dh), (plain, plain_dh) = run(compiled, *given), run(linear_cross_entropy, *given)
+    assert torch.equal(found.nats, plain.nats)
+    assert torch.equal(dh, plain_dh)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CPUs do not run ahead")
+def test_nothing_waits_for_the_gpu():
+    given = problem((300, 16, 272), torch.bfloat16)
+    given[3]["with_stats"] = True
+    run(linear_cross_entropy, *given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(linear_cross_entropy, *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
