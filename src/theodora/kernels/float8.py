@@ -140,7 +140,7 @@ def _product(x8_TI: Tensor, x_scale_T: Tensor, w8_OI: Tensor, w_scale_O: Tensor,
         return reference_product(x8_TI, x_scale_T, w8_OI, w_scale_O, dtype)
     w8_OI = w8_OI if w8_OI.is_contiguous() else _transpose(w8_OI.T) if w8_OI.T.is_contiguous() else w8_OI.contiguous()
     # Fast accumulation costs about a thousandth, where rounding to e4m3 has cost a hundredth already.
-    z = torch._scaled_mm(
+    z = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         x8_TI,
         w8_OI.T,
         x_scale_T[:, None],

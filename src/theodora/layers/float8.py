@@ -48,23 +48,22 @@ class Float8Layer(Swapped):
         return z if self.bias is None else z + self.bias.to(z.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        """Move like any module, but keep the two tensors' dtypes, which `.to(torch.bfloat16)` would tear apart."""
-        moved = super()._apply(lambda t: move_bits(fn, t) if t is self.weight_scale else move(fn, t), recurse)
-        return moved
+        # `.to(torch.bfloat16)` would turn W8 into numbers without their scale.
+        return super()._apply(lambda t: move_bits(fn, t) if t is self.weight_scale else move(fn, t), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.dtype == FLOAT8:
             destination[prefix + "weight"] = plain_weight(self, self.plain_dtype)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         given = state_dict.get(prefix + "weight")
         if self.weight.dtype != FLOAT8 or not isinstance(given, Tensor) or given.shape != self.weight.shape:
-            super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             return
         w8, scale = _quantized(given.to(self.weight.device), self.stored_transposed)
         self.weight_scale.copy_(scale)
-        super()._load_from_state_dict({**state_dict, prefix + "weight": w8}, prefix, *args)
+        super()._load_from_state_dict({**state_dict, prefix + "weight": w8}, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """As the module's own, and what it is stored in."""
@@ -95,7 +94,8 @@ def quantize(module: nn.Module, stored_transposed: bool = False) -> None:
     weight: Any = module.weight
     w8, scale = _quantized(weight.detach(), stored_transposed)
     swap_class(module, Float8Layer)
-    module.plain_dtype, module.stored_transposed = weight.dtype, stored_transposed  # pyright: ignore
+    assert isinstance(module, Float8Layer)
+    module.plain_dtype, module.stored_transposed = weight.dtype, stored_transposed
     module.register_buffer("weight_scale", scale, persistent=False)
     module.weight = nn.Parameter(w8, requires_grad=False)
 
