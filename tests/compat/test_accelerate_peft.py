@@ -444,8 +444,8 @@ def test_deepspeed_gathers_its_own_way():
     model = peft_model()
     accelerate_peft(model)
     layer = layer_of(model)
-    layer.lora_A["default"].weight.ds_id = 0
-    assert "sharded" in accelerate_peft(model).left_alone["base_model.model.model.layers.0.mlp.up_proj"]
+    layer.base_layer.weight.ds_id = 0
+    assert "ZeRO-3" in accelerate_peft(model).left_alone["base_model.model.model.layers.0.mlp.up_proj"]
     assert layer.parts() is None
 
 
@@ -468,6 +468,7 @@ def test_what_is_left_alone_is_named(name, caplog):
     }
     assert all(reason in found for found in report.left_alone.values())
     assert f"{len(report.fast)} of {len(report.fast) + len(report.left_alone)}" in str(report)
+    assert bool(report.fast) == bool(report.around.norms) == ("norms" in str(report))
     assert reason in str(report)
     assert reason in caplog.text
     assert torch.equal(logits(fast), logits(slow)) or report.fast

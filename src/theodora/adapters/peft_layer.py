@@ -134,10 +134,11 @@ class FastLinear(Linear):
             return f"lora_A or lora_B is wrapped ({type(a).__name__}, {type(b).__name__})"
         if b.bias is not None or a.bias is not None:
             return "lora_bias: its B has a bias"
-        if any(map(_touched, inner)):
-            return "hooks on its lora_A, lora_B or lora_magnitude_vector"
-        if not all(_plain(module.weight) for module in inner):
-            return "its adapter's parameters are sharded"
+        for module in inner:
+            if _touched(module):
+                return "hooks on its lora_A, lora_B or lora_magnitude_vector"
+            if not _plain(module.weight):
+                return "its adapter's parameters are sharded"
         if not isinstance(self.scaling[name], float | int):
             return "its scaling is a tensor (prepared for hot-swapping)"
         if not isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity):
@@ -146,11 +147,14 @@ class FastLinear(Linear):
 
     def _slow_base(self) -> str | None:
         base = self.base_layer
+        weight = base.weight
         if _touched(base):
             return "hooks on its base layer (offloading, say)"
-        if not _plain(base.weight) or base.weight.dtype not in FLOATS:
-            return f"its base weight is sharded or quantised ({type(base.weight).__name__})"
-        if base.weight.requires_grad:
+        if not _plain(weight) or weight.dtype not in FLOATS:
+            return f"its base weight is sharded or quantised ({type(weight).__name__})"
+        if hasattr(weight, "ds_id"):
+            return "DeepSpeed ZeRO-3 gathers its weights only when PEFT's own forward runs"
+        if weight.requires_grad:
             return "its base weight is trained, too"
         return None
 
@@ -258,7 +262,7 @@ def _touched(module: Any) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor) and not hasattr(tensor, "ds_id")
+    return type(tensor) in (nn.Parameter, Tensor)
 
 
 @cache
