@@ -38,7 +38,7 @@ ONLY_IN = {
     "torchao": {"layers"},
     "trl": {"train"},
     "accelerate": {"train"},
-    "peft": {"adapters"},  # its files are read and written without it; only accelerate_peft meets its layers
+    "peft": {"adapters", "bench"},  # accelerate_peft meets its layers, bench its speed; its files need no code of its
     "gguf": {"demo"},
 }
 
