@@ -28,6 +28,7 @@ PUBLIC = {
     "merge_adapter",
     "unmerge_adapter",
     "merge_checkpoint",
+    "quantize_base",
     "accelerate_peft",
     "restore_peft",
     "train",
