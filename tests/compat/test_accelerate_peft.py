@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Merging lora module:UserWarning:peft", "ignore:Already found a `peft_config`:UserWarning:peft"
 )
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
 _SOME = "(k_proj|down_proj|c_attn)"
 METHODS = {
@@ -72,12 +73,13 @@ def pair(*args, **config):
 def train(model, steps=4, lr=1e-2):
     """Losses of some steps of AdamW, and the last gradients."""
     torch.manual_seed(1)
+    ids = IDS.to(next(model.parameters()).device)
     # The large epsilon keeps AdamW from turning the rounding of gradients that are zero (a key's bias) into steps.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=1e-4)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -86,7 +88,7 @@ def train(model, steps=4, lr=1e-2):
 
 def logits(model, **more):
     torch.manual_seed(1)
-    return model(input_ids=IDS, **more).logits
+    return model(input_ids=IDS.to(next(model.parameters()).device), **more).logits
 
 
 def layer_of(model, path="layers.0.mlp.up_proj"):
@@ -124,8 +126,9 @@ def said(caplog):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_training_is_the_same(family, method, calls):
-    slow, fast = pair(family, **METHODS[method])
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_is_the_same(device, family, method, calls):
+    slow, fast = (model.to(device) for model in pair(family, **METHODS[method]))
     expected, expected_grads = train(slow)
     assert not any(calls.values())
     found, grads = train(fast)
@@ -139,7 +142,8 @@ def test_training_is_the_same(family, method, calls):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_half_precision_is_as_close_to_the_truth_as_peft(use_dora):
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_is_as_close_to_the_truth_as_peft(device, use_dora):
     """With PEFT's default of float32 adapters on a bfloat16 model, and its own float32 model as the truth."""
     exact = peft_model(use_dora=use_dora)
     with torch.no_grad():
@@ -153,8 +157,7 @@ def test_half_precision_is_as_close_to_the_truth_as_peft(use_dora):
         )
     fast = copy.deepcopy(slow)
     accelerate_peft(fast)
-    truth = logits(exact)
-    found, expected = logits(fast), logits(slow)
+    truth, expected, found = (logits(model.to(device)) for model in (exact, slow, fast))
     assert found.dtype == expected.dtype
     assert (found - truth).norm() <= 1.3 * (expected - truth).norm()
 

@@ -38,7 +38,7 @@ ONLY_IN = {
     "torchao": {"layers"},
     "trl": {"train"},
     "accelerate": {"train"},
-    "peft": {"adapters", "bench"},  # accelerate_peft meets its layers, bench its speed; its files need no code of its
+    "peft": {"adapters", "bench"},  # accelerate_peft and the rows to compare with; its files are read without it
     "gguf": {"demo"},
 }
 
