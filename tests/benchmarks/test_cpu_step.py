@@ -17,13 +17,13 @@ def test_it_runs_and_reports(tiny_model_dir, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "PEFT LoRA" in result.stdout
-    assert "theodora DoRA" in result.stdout
+    assert "Theodora DoRA" in result.stdout
     report = json.loads(output.read_text(encoding="utf-8"))
-    assert {"cpu", "cores", "versions"} <= report["machine"].keys()
-    assert {"command", "commit", "rank", "dtype"} <= report["setting"].keys()
+    assert {"cpu", "cores", "versions", "command", "commit"} <= report["machine"].keys()
+    assert {"rank", "dtype"} <= report["setting"].keys()
     peft, ours = report["rows"]
     assert len(report["seconds"]["dora"]) == 2
-    assert ours["peak_bytes"] >= ours["model_bytes"] > 0
-    assert ours["step_ratio_to_peft-lora"]["min"] <= ours["step_ratio_to_peft-lora"]["max"]
+    assert ours["peak"] >= ours["model"] > 0
+    assert ours["ratios"]["peft-lora"]["min"] <= ours["ratios"]["peft-lora"]["max"]
     # 14 layers, all with magnitudes of their own: 7 in each block, outputs 32+16+16+32+48+48+32
     assert ours["trained_parameters"] - peft["trained_parameters"] == 2 * 224

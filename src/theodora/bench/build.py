@@ -5,6 +5,7 @@ Runs in the worker's process. Shapes: B sequences, T tokens, H hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from theodora.adapters import inject_adapter
+from theodora.adapters.accelerate import accelerate
 from theodora.adapters.models import check_model_folder, load_model
+from theodora.adapters.quantize import quantize_base
 from theodora.bench.variants import Variant, Workload
+from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError
-
-IGNORED = -100
+from theodora.kernels.cross_entropy import linear_cross_entropy
 
 
 @dataclass
@@ -87,7 +92,7 @@ def random_batch(workload: Workload, vocabulary: int) -> Tensor:
 
 def shifted_labels(ids_BT: Tensor) -> Tensor:
     """The next token of each position; the last position has none."""
-    return nn.functional.pad(ids_BT[:, 1:], (0, 1), value=IGNORED)
+    return nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
 
 
 def matmul_flops(model: nn.Module, workload: Workload) -> float:
@@ -97,8 +102,6 @@ def matmul_flops(model: nn.Module, workload: Workload) -> float:
     input; there is no gradient of a frozen weight. Causal attention: two products over half of the T × T scores
     forward, four backward. Not counted: pointwise work, the adapter, and what checkpointing computes again.
     """
-    from transformers.pytorch_utils import Conv1D
-
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     config = model.config.get_text_config()  # pyright: ignore
     heads = config.num_attention_heads
@@ -157,10 +160,7 @@ def _config(workload: Workload) -> Any:
 
 def _add_peft(model: Any, workload: Workload, variant: Variant) -> None:
     """PEFT's adapter, in place."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(f"peft is not installed ({error})") from error
+    from peft import LoraConfig, get_peft_model
 
     targets = workload.targets if isinstance(workload.targets, str) else list(workload.targets)
     config = LoraConfig(
@@ -170,19 +170,19 @@ def _add_peft(model: Any, workload: Workload, variant: Variant) -> None:
 
 
 def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
-    """Our adapter, in place."""
-    import theodora
-
+    """Our adapter, in place, on the fast path if the variant asks for it."""
     assert variant.method is not None
-    theodora.inject_adapter(
-        model,
-        theodora.AdapterConfig(
-            method=variant.method,
-            rank=workload.rank,
-            targets=workload.targets,
-            adapter_dtype="base" if variant.bf16_adapter else "float32",
-        ),
+    config = AdapterConfig(
+        method=variant.method,
+        rank=workload.rank,
+        targets=workload.targets,
+        adapter_dtype="base" if variant.bf16_adapter else "float32",
     )
+    if variant.base_dtype == "fp8":
+        quantize_base(model)
+    inject_adapter(model, config)
+    if variant.accelerate:
+        accelerate(model)
 
 
 # What makes it fast ---------------------------------------------------------------------------------------------------
@@ -190,10 +190,13 @@ def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
 
 def use_liger_kernels(model: Any) -> None:
     """Liger's norms, rotary embeddings and MLPs where it knows the family; the loss is `_loss_function`'s."""
-    from liger_kernel.transformers import monkey_patch
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    if model.config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        monkey_patch._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if apply is not None:
+        own_loss = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        known = inspect.signature(apply).parameters
+        apply(model=model, **{key: value for key, value in own_loss.items() if key in known})
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -222,15 +225,26 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _loss_function(model: Any, ids_BT: Tensor, variant: Variant) -> Callable[[], Tensor]:
-    if variant.liger == "none":
+    """The mean loss; by a cross entropy fused with the output head, ours or Liger's, where the variant has one."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    special = getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None)
+    if special or head is None or (variant.liger == "none" and not variant.accelerate):
         return lambda: model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    decoder, labels_N = model.base_model, shifted_labels(ids_BT).flatten()
+    predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+
+    def ours() -> Tensor:
+        hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
+        return linear_cross_entropy(hidden_NH, head.weight, labels_N, bias_V=head.bias).nats / predicted
+
+    if variant.accelerate:
+        return ours
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    decoder, head, labels_N = model.base_model, model.get_output_embeddings(), shifted_labels(ids_BT).flatten()
     cross_entropy = LigerFusedLinearCrossEntropyLoss()
 
-    def loss() -> Tensor:
+    def ligers() -> Tensor:
         hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
         return cross_entropy(head.weight, hidden_NH, labels_N, head.bias)
 
-    return loss
+    return ligers

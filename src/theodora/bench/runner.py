@@ -7,8 +7,10 @@ alone, last.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ class Runner:
         rounds: turns of each variant.
         warm_up: untimed steps at the start of each turn.
         steps: timed steps in each turn.
+        seconds: after so many, no further variant is begun.
         progress: is told, in words, what has happened.
     """
 
@@ -63,10 +66,12 @@ class Runner:
         rounds: int = 5,
         warm_up: int = 0,
         steps: int = 1,
+        seconds: float = math.inf,
         progress: Progress = lambda message: None,
     ) -> None:
         self.jobs = {job.name: job for job in jobs}
         self.rounds, self.warm_up, self.steps, self.progress = rounds, warm_up, steps, progress
+        self.until = time.monotonic() + seconds
         self.measured = {name: Measured(job) for name, job in self.jobs.items()}
         self.floor = floor if floor in self.jobs else None
         self.workers: dict[str, _Worker] = {}
@@ -155,6 +160,9 @@ class Runner:
 
     def _load(self, name: str) -> bool:
         self.progress(f"{name}: loading")
+        if time.monotonic() > self.until:
+            self._fail(name, Failure("not measured: the time was up"))
+            return False
         imported = self.workers[name].answer()
         loaded = self._ask(name, "load") if imported == "imported" else self._fail(name, imported)
         if isinstance(loaded, Loaded):
@@ -195,7 +203,7 @@ class _Worker:
     def __init__(self, job: Job, log: Path) -> None:
         # Spawned, not forked: a fork would start with the parent's memory and torch's threads in an unknown state.
         context = multiprocessing.get_context("spawn")
-        self.log = log
+        self.log, self.heard = log, False
         log.touch()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, job, str(log)), daemon=True)
@@ -211,15 +219,17 @@ class _Worker:
 
     def answer(self) -> Any:
         pipe: Connection = self.pipe
+        self.heard = True  # one that is not asked anything may still be importing
         try:
             return pipe.recv()
         except (EOFError, OSError):
             return self._death()
 
     def stop(self) -> None:
-        with suppress(OSError):
-            self.pipe.send(("stop",))
-        self.process.join(timeout=20)
+        if self.heard:
+            with suppress(OSError):
+                self.pipe.send(("stop",))
+            self.process.join(timeout=20)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

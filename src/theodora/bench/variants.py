@@ -80,6 +80,13 @@ class Variant:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """Environment variables of this variant's process, set before it imports anything large."""
 
+    @property
+    def modules(self) -> list[str]:
+        """What it imports before any clock runs."""
+        peft = ["peft"] if self.library == "peft" else []
+        liger = ["liger_kernel.transformers"] if self.liger != "none" else []
+        return [*self.imports, *peft, *liger]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -96,5 +103,6 @@ VARIANTS = {
     "peft-dora": Variant(label="PEFT DoRA", library="peft", method="dora"),
     "lora": Variant(label="Theodora LoRA", library="theodora", method="lora"),
     "dora": Variant(label="Theodora DoRA", library="theodora", method="dora"),
+    "dora-fp8": Variant(label="Theodora DoRA, fp8 base", library="theodora", method="dora", base_dtype="fp8"),
 }
 """What every machine can measure. Gradients flow to the embeddings' output in all of them."""

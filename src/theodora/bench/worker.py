@@ -74,12 +74,13 @@ def work(pipe: Connection, job: Job, log: str) -> None:
     sys.path[:0] = job.variant.python_path
     os.environ.update(job.variant.environment)
     try:
-        for module in job.variant.imports:
+        for module in job.variant.modules:
             import_module(module)
         stepper = Stepper(job)
         pipe.send("imported")
         while (command := pipe.recv())[0] != "stop":
             pipe.send(stepper.load() if command[0] == "load" else stepper.turn(*command[1:]))
+        os._exit(0)  # tearing torch down takes seconds
     except EOFError:
         return  # the parent is gone
     except BaseException as error:
@@ -115,6 +116,7 @@ class Stepper:
         self._wait()
         seconds = time.perf_counter() - start
         self._between_steps()
+        gc.collect()
         return Loaded(
             first_step_seconds=seconds,
             first_loss=first_loss,
@@ -166,7 +168,6 @@ class Stepper:
             return Memory(process_bytes("VmRSS"), peak, peak, capacity)
         cuda = self.torch.cuda
         peak, reserved = cuda.max_memory_allocated() + self._hidden_in_graphs(), cuda.max_memory_reserved()
-        gc.collect()
         cuda.empty_cache()  # the other variants' turn
         return Memory(cuda.memory_reserved(), peak, reserved, cuda.mem_get_info()[1])
 
@@ -191,7 +192,8 @@ def process_bytes(key: str) -> int:
 
 def _failure(error: BaseException) -> Failure:
     text = " ".join(str(error).split())
-    out_of_memory = "out of memory" in text or isinstance(error, MemoryError)
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    out_of_memory = isinstance(error, MemoryError) or any(sign in text for sign in signs)
     return Failure("out of memory" if out_of_memory else f"{type(error).__name__}: {text}"[:500], out_of_memory)
 
 

@@ -21,13 +21,19 @@ if TYPE_CHECKING:
     from theodora.bench import Variant, Workload
 
 _METHODS = ("floor", "peft-lora", "peft-dora", "lora", "dora")
+_MORE_METHODS = ("dora-fp8",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a measurement."""
     parser.add_argument("model", metavar="MODEL", help="model folder or hub name; a bare config.json will do")
     parser.add_argument(
-        "--methods", nargs="+", choices=_METHODS, default=list(_METHODS), help="what to measure. Default: all."
+        "--methods",
+        nargs="+",
+        choices=[*_METHODS, *_MORE_METHODS],
+        default=list(_METHODS),
+        metavar="NAME",
+        help=f"what to measure, of {', '.join([*_METHODS, *_MORE_METHODS])}. Default: all but the last.",
     )
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters. Default: 16.")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a batch. Default: 4.")

@@ -1,0 +1,427 @@
+"""One training step on a GPU: forward and backward of a frozen model, of its adapters by PEFT and Unsloth, and of ours.
+
+    python benchmarks/train_step.py                                # the table: Llama-3-8B's shape, 8 of 32 layers
+    python benchmarks/train_step.py --layers 32 --variants floor lora dora dora-fp8
+    python benchmarks/train_step.py --sweep rank                   # or tokens, checkpointing, targets, hidden, family
+    python benchmarks/train_step.py --layers 1 --hidden 64 --length 64 --batch 2 --vocabulary 256    # on a CPU
+
+The weights are random, so nothing is downloaded. Each variant has a process of its own and they take turns (see
+theodora.bench.runner): a turn is one untimed step, then timed ones, each between two waits for the GPU. `ms` is the
+median of all timed steps, `× floor` the median of the ratios within a round. Between steps, outside the timing, every
+adapter is moved, so that nothing computed once per optimizer step is used twice.
+
+The floor is the model without an adapter: decoder blocks under torch.compile, one by one, and Liger's fused linear
+cross entropy. Gradients flow to the embeddings' output in every row. Memory is the most that PyTorch's allocator has
+handed out during a step, and the whole pools of CUDA graphs. `% of peak` counts what the frozen model alone must
+compute: 4 × the weights in matrix products × tokens (forward, and the gradients of the inputs), and causal attention
+(theodora.bench.build.matmul_flops), against the GPU's datasheet in dense bf16. `first step s` runs from the model on
+its device to the end of the first step: adapter, compilation with empty caches, and all; a process's start and imports
+are not in it. With --keep-caches, the user's caches of compiled code are used instead.
+
+A peer that is not installed, or fails, has a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from theodora.bench import (
+    Job,
+    Runner,
+    Variant,
+    Workload,
+    describe_machine,
+    differing_losses,
+    make_rows,
+    plain_rows,
+    step_table,
+    timings,
+)
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+}
+
+# Hidden size -> the rest of the shape: Llama-3.2-1B and Llama-3-70B.
+SHAPES = {
+    2048: {"hidden_size": 2048, "intermediate_size": 8192},
+    4096: {},
+    8192: {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+}
+
+# The shapes of Qwen2-7B, Mistral-7B-v0.3, Gemma-7B, Phi-3-mini and GPT-2 XL.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+        "sliding_window": None,
+    },
+    "gemma": {
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+    "phi3": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "pad_token_id": 0,
+    },
+    "gpt2": {
+        "n_embd": 1600,
+        "n_head": 25,
+        "vocab_size": 50257,
+        "n_positions": 2048,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+}
+
+PEFT, OURS = partial(Variant, library="peft", liger="all"), partial(Variant, library="theodora", accelerate=True)
+VARIANTS = {
+    "floor": Variant(label="floor: no adapter, compiled blocks", liger="loss", compiled=True),
+    "floor-eager": Variant(label="floor, eager, Liger kernels", liger="all"),
+    "peft-lora": PEFT(label="Liger + PEFT LoRA", method="lora"),
+    "peft-lora-bf16": PEFT(label="Liger + PEFT LoRA, bf16 adapters", method="lora", bf16_adapter=True),
+    "peft-dora": PEFT(label="Liger + PEFT DoRA", method="dora"),
+    "peft-dora-bf16": PEFT(label="Liger + PEFT DoRA, bf16 adapters", method="dora", bf16_adapter=True),
+    "unsloth-lora": Variant(label="Unsloth LoRA", method="lora", imports=("unsloth",)),
+    "unsloth-dora": Variant(label="Unsloth DoRA", method="dora", imports=("unsloth",)),
+    "lora": OURS(label="Theodora LoRA", method="lora"),
+    "dora": OURS(label="Theodora DoRA", method="dora"),
+    "dora-fp8": OURS(label="Theodora DoRA, fp8 base", method="dora", base_dtype="fp8"),
+    # Not in the table unless asked for.
+    "dora-compiled": OURS(label="Theodora DoRA, compiled blocks", method="dora", compiled=True),
+    "dora-reference": Variant(
+        label="Theodora DoRA, without its fast path", library="theodora", method="dora", liger="all"
+    ),
+}
+TABLE = [name for name in VARIANTS if name not in ("dora-compiled", "dora-reference")]
+SWEEPS: dict[str, list[str]] = {
+    "rank": ["floor", "dora"],
+    "tokens": ["floor", "dora"],
+    "checkpointing": ["floor", "floor-eager", "unsloth-lora", "dora"],
+    "targets": ["floor", "unsloth-lora", "dora"],
+    "hidden": ["floor", "dora"],
+    "family": ["floor", "dora", "dora-compiled"],
+}
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(prefix="theodora-bench-") as scratch:
+        args.scratch = Path(scratch)
+        if args.sweep:
+            run_sweep(args)
+            return
+        workload = base_workload(args)
+        report = run(args, make_jobs(args, args.variants or TABLE, workload), "floor", title(args, workload))
+        save(args, "table", report)
+    if args.figure:
+        from train_step_figure import draw
+
+        draw(report, args.figure)
+        say(f"drawn to {args.figure}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--sweep", choices=SWEEPS, help="a series of small tables instead of the large one")
+    parser.add_argument("--layers", type=int, default=8, help="default: 8")
+    parser.add_argument("--hidden", type=int, help="another shape: 2048, 8192, or any small number for a test")
+    parser.add_argument("--vocabulary", type=int, help="default: the family's")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a batch; default: 4")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence; default: 2048")
+    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; default: 5")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn; default: 2")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no variant after so many seconds")
+    parser.add_argument("--unsloth-path", help="folder to import Unsloth and what it needs from")
+    parser.add_argument("--commit", help="to be noted where the code is not in a checkout")
+    parser.add_argument("--keep-caches", action="store_true", help="use the user's caches of compiled code")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"), help="JSON file")
+    parser.add_argument("--figure", type=Path, help="PNG of the table")
+    return parser.parse_args()
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+def base_workload(args: argparse.Namespace) -> Workload:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return Workload(
+        model={**LLAMA, **shape(args)},
+        dtype="bfloat16" if cuda else "float32",
+        device="cuda" if cuda else "cpu",
+        batch=args.batch,
+        length=args.length,
+        rank=args.rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+
+
+def shape(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes of a model's configuration."""
+    hidden = args.hidden or LLAMA["hidden_size"]
+    small = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vocabulary = {"vocab_size": args.vocabulary} if args.vocabulary else {}
+    return {**SHAPES.get(hidden, small), "num_hidden_layers": args.layers, **vocabulary}
+
+
+def sweep_points(args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
+    """What each row of a sweep is called, and its workload."""
+    base = base_workload(args)
+    if args.sweep == "rank":
+        yield from ((f"rank {rank}", replace(base, rank=rank)) for rank in (4, 8, 16, 32, 64, 128, 256))
+    elif args.sweep == "tokens":
+        lengths = [max(2, args.length * k // 8) for k in (1, 2, 4, 8, 16)]
+        yield from ((f"{base.batch * n} tokens", replace(base, length=n)) for n in lengths)
+    elif args.sweep == "checkpointing":
+        yield "all kept", base
+        yield "checkpointing", replace(base, gradient_checkpointing=True)
+    elif args.sweep == "targets":
+        yield "all linear", base
+        yield "q, v only", replace(base, targets=("q_proj", "v_proj"))
+    elif args.sweep == "hidden":
+        for hidden, layers in ((2048, args.layers), (4096, args.layers), (8192, max(1, args.layers // 2))):
+            model = {**LLAMA, **SHAPES[hidden], "num_hidden_layers": layers}
+            yield f"hidden {hidden}, {layers} layers", replace(base, model=model)
+    else:
+        for family, settings in FAMILIES.items():
+            model = {"max_position_embeddings": 16384} if family != "gpt2" else {}
+            small = small_family(family, shape(args)) if args.hidden else {}
+            model |= {"model_type": family, **settings, **small, "num_hidden_layers": args.layers}
+            yield family, replace(base, model=model, length=min(base.length, 2048))
+
+
+def small_family(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The family's architecture at the sizes of the command line, for a test."""
+    if family == "gpt2":
+        return {"n_embd": sizes["hidden_size"], "n_head": 4, "vocab_size": sizes.get("vocab_size", 50257)}
+    return {**sizes, "head_dim": sizes["hidden_size"] // 4}
+
+
+def make_jobs(args: argparse.Namespace, names: list[str], workload: Workload, label: str = "") -> list[Job]:
+    """Jobs of one workload; without a GPU, those that need none."""
+    jobs: list[Job] = []
+    for name in names:
+        variant = VARIANTS[name]
+        if workload.device == "cpu":
+            if variant.imports:
+                continue
+            variant = replace(variant, liger="none", accelerate=False, compiled=False)
+        if variant.imports:
+            variant = unsloth_variant(variant, workload, args)
+        job_name = f"{name} {label}".strip()
+        variant = replace(variant, environment={**variant.environment, **cache_folders(args, job_name)})
+        jobs.append(
+            Job(name=job_name, variant=replace(variant, label=f"{variant.label} {label}".strip()), workload=workload)
+        )
+    return jobs
+
+
+def cache_folders(args: argparse.Namespace, name: str) -> dict[str, str]:
+    """Empty caches of compiled code: one for each variant of the table, whose first step is to be a first one."""
+    if args.keep_caches:
+        return {}
+    folder = args.scratch / ("sweep" if args.sweep else name)
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+
+
+# Unsloth, which loads its models itself -------------------------------------------------------------------------------
+
+
+def unsloth_variant(variant: Variant, workload: Workload, args: argparse.Namespace) -> Variant:
+    folder = args.scratch / f"model-{abs(hash(repr(workload.model)))}"
+    if not folder.exists():
+        save_random_model(workload, folder)
+    environment = {
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(args.scratch / "unsloth"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    path = (args.unsloth_path,) if args.unsloth_path else ()
+    build = partial(build_unsloth, folder=str(folder))
+    return replace(variant, build=build, python_path=path, environment=environment)
+
+
+def save_random_model(workload: Workload, folder: Path) -> None:
+    """The random model of the other rows as a folder with a tokenizer. In a process of its own, which frees its GPU."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("spawn").Process(target=write_model, args=(workload, folder))
+    process.start()
+    process.join()
+
+
+def write_model(workload: Workload, folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from theodora.bench.build import load_base
+
+    load_base(workload).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"word{i}": i for i in range(4, 256)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def build_unsloth(workload: Workload, variant: Variant, folder: str) -> tuple[Any, Callable[[], Any]]:
+    """As `theodora.bench.build.build`; bf16 autocast, under which Unsloth's trainers run."""
+    import torch
+    from unsloth import FastLanguageModel  # pyright: ignore
+
+    from theodora.bench.build import Step, random_batch
+
+    model, _ = FastLanguageModel.from_pretrained(
+        folder,
+        load_in_4bit=False,
+        dtype=torch.bfloat16,
+        max_seq_length=workload.length,
+        use_exact_model_name=True,
+    )
+
+    def prepare() -> Step:
+        checkpointing = "unsloth" if workload.gradient_checkpointing else False
+        all_linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        adapted = FastLanguageModel.get_peft_model(
+            model,
+            r=workload.rank,
+            lora_alpha=2 * workload.rank,
+            lora_dropout=0,
+            bias="none",
+            target_modules=all_linear if workload.targets == "all-linear" else list(workload.targets),
+            use_gradient_checkpointing=checkpointing,
+            use_dora=variant.method == "dora",
+        )
+        adapted.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        FastLanguageModel.for_training(adapted, use_gradient_checkpointing=checkpointing)
+        ids_BT = random_batch(workload, adapted.config.vocab_size)
+
+        def loss() -> Any:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                return adapted(input_ids=ids_BT, labels=ids_BT).loss
+
+        return Step(loss, [p for p in adapted.parameters() if p.requires_grad])
+
+    return model, prepare
+
+
+# Running and reporting ------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, jobs: list[Job], floor: str, heading: str) -> dict[str, Any]:
+    """Measure, print the table, and give the report."""
+    from rich.console import Console
+
+    cuda = jobs[0].workload.device == "cuda"
+    measured = Runner(
+        jobs,
+        floor=floor,
+        rounds=args.rounds,
+        warm_up=1 if cuda else 0,
+        steps=args.steps,
+        seconds=args.seconds,
+        progress=say,
+    ).run()
+    rows = make_rows(measured, against=[floor])
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(step_table(rows, title=heading, floor=floor))
+    if warning := differing_losses(rows):
+        say(f"Warning: {warning}")
+    workloads = {job.name: {k: v for k, v in vars(job.workload).items() if k != "seed"} for job in jobs}
+    return {
+        "title": heading,
+        "floor": floor,
+        "machine": describe_machine() | ({"commit": args.commit} if args.commit else {}),
+        "workloads": workloads,
+        "rows": plain_rows(rows),
+        "seconds": timings(measured),
+    }
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """One table for each floor: points that differ in the adapter alone share theirs."""
+    tables: dict[str, list[Job]] = {}
+    for label, workload in sweep_points(args):
+        jobs = tables.setdefault(repr(replace(workload, rank=1, targets="all-linear")), [])
+        names = args.variants or SWEEPS[args.sweep]
+        jobs += make_jobs(args, [n for n in names if not (jobs and n.startswith("floor"))], workload, label)
+    reports: list[dict[str, Any]] = []
+    for jobs in tables.values():
+        reports.append(run(args, jobs, jobs[0].name, title(args, jobs[0].workload)))
+        save(args, args.sweep, reports)
+
+
+def save(args: argparse.Namespace, part: str, report: Any) -> None:
+    """Put one part into the results file, and leave the others."""
+    results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    results[part] = report
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"written to {args.output}")
+
+
+def title(args: argparse.Namespace, workload: Workload) -> str:
+    model: Any = workload.model
+    hidden = model.get("hidden_size") or model.get("n_embd")
+    checkpointing = ", activation checkpointing" * workload.gradient_checkpointing
+    rank = "" if args.sweep == "rank" else f", rank {workload.rank}"
+    targets = "" if args.sweep == "targets" else " on all linear layers"
+    return (
+        f"One training step, {model['model_type']} of hidden size {hidden}, {model['num_hidden_layers']} layers, "
+        f"{workload.batch} × {workload.length} tokens{rank}{targets}, {workload.dtype}{checkpointing}"
+    )
+
+
+START = time.monotonic()
+
+
+def say(message: str) -> None:
+    print(f"[{time.monotonic() - START:5.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

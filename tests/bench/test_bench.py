@@ -1,0 +1,195 @@
+"""Measuring: what is counted, how variants share a machine, and `theodora bench` itself."""
+
+import dataclasses
+import json
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+
+from theodora.bench import VARIANTS, Job, Runner, Variant, Workload, make_rows, step_table
+from theodora.bench import runner as runner_module
+from theodora.bench.build import build, decoder_blocks, load_base, matmul_flops, shifted_labels
+from theodora.bench.machine import bf16_peak
+from theodora.bench.runner import Measured
+from theodora.bench.worker import Failure, Loaded, Memory, Turn
+from theodora.cli.main import main
+from theodora.errors import ConfigError
+from tiny import FAMILIES, VOCAB_SIZE
+
+GIB = 2**30
+
+
+def workload(family="llama", **changes):
+    config = {"model_type": family, "vocab_size": VOCAB_SIZE, "pad_token_id": 0, **FAMILIES[family]}
+    return Workload(**{"model": config, "dtype": "float32", "batch": 2, "length": 8, "rank": 4} | changes)
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_products():
+    # Per block: q and o 32·32, k and v 32·16, three of 32·48; two blocks, and a head of 32·272.
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 272
+    attention = 2 * 2 * 6 * 8**2 * 32  # blocks, sequences, two products forward and four back on half of T × T
+    assert matmul_flops(load_base(workload()), workload()) == 4 * weights * 16 + attention
+
+
+def test_gpu_names():
+    assert bf16_peak("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert bf16_peak("NVIDIA H100 PCIe") == 756e12
+    assert bf16_peak("an unknown one") is None
+
+
+def test_labels_are_the_next_tokens():
+    assert shifted_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_blocks_are_found_in_every_family(family):
+    assert len(decoder_blocks(load_base(workload(family)))) == 2
+
+
+EXACT = [name for name in VARIANTS if name != "dora-fp8"]
+
+
+@pytest.mark.filterwarnings("ignore:Products with float8 weights:UserWarning")
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_flow_to_the_embeddings_output(name, checkpointing):
+    model, prepare = build(workload(gradient_checkpointing=checkpointing), VARIANTS[name])
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+    step = prepare()
+    step.loss().backward()
+    assert seen[0].grad.abs().sum() > 0
+    assert bool(step.trained) == (name != "floor")
+
+
+def test_random_weights_and_losses_are_the_same_in_every_variant():
+    losses = []
+    for variant in (*(VARIANTS[name] for name in EXACT), dataclasses.replace(VARIANTS["dora"], accelerate=True)):
+        _, prepare = build(workload(), variant)
+        losses.append(prepare().loss().item())
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ConfigError, match="rank is 0"):
+        workload(rank=0)
+    with pytest.raises(ConfigError, match="layers is 3; the model has 2"):
+        load_base(workload(layers=3))
+
+
+# How variants share a machine -----------------------------------------------------------------------------------------
+
+
+class FakeWorker:
+    """Answers as a worker on a GPU of 80 GiB would, whose variants hold 6 GiB and need what their label says."""
+
+    alive: ClassVar[set[str]] = set()
+    together: ClassVar[list[set[str]]] = []
+
+    def __init__(self, job, log):
+        self.job = job
+        self.peak = float(job.variant.label)
+
+    def answer(self):
+        return "imported"
+
+    def ask(self, command, *arguments):
+        others = 7 * len(self.alive - {self.job.name})
+        if others + self.peak > 80:
+            return Failure("out of memory", out_of_memory=True)
+        self.alive.add(self.job.name)
+        self.together.append(set(self.alive))
+        memory = Memory(idle=6 * GIB, peak=int(self.peak * GIB), reserved=int(self.peak * GIB), capacity=80 * GIB)
+        if command == "turn":
+            return Turn([self.peak], memory)
+        return Loaded(
+            first_step_seconds=1.0,
+            first_loss=1.0,
+            trained_parameters=1,
+            model_bytes=1,
+            flops=1.0,
+            device="NVIDIA H100 80GB HBM3",
+            memory=memory,
+        )
+
+    def stop(self):
+        self.alive.discard(self.job.name)
+
+
+def test_variants_that_do_not_fit_together_alternate_with_the_floor_in_groups(monkeypatch):
+    monkeypatch.setattr(runner_module, "_Worker", FakeWorker)
+    peaks = {"floor": 12, "a": 20, "b": 38, "c": 25, "d": 14, "e": 24, "f": 16, "large": 75, "never": 90}
+    jobs = [Job(name=n, variant=Variant(label=str(peak)), workload=workload()) for n, peak in peaks.items()]
+    measured = Runner(jobs, floor="floor", rounds=3).run()
+    assert FakeWorker.alive == set()
+    assert {name for name, m in measured.items() if m.failure} == {"never"}
+    assert all(len(measured[name].rounds) == 3 for name in "abcdef")
+    assert all(set(measured[name].rounds) <= set(measured["floor"].rounds) for name in "abcdef")
+    assert not set(measured["large"].rounds) & set(measured["floor"].rounds)  # it had the GPU to itself
+    assert max(len(names) for names in FakeWorker.together) < len(peaks) - 2
+    rows = {row.name: row for row in make_rows(measured, against=["floor"])}
+    assert rows["b"].ratios["floor"].median == pytest.approx(38 / 12)
+    assert rows["large"].ratios["floor"].median == pytest.approx(75 / 12)
+    assert rows["never"].failure == "out of memory"
+    assert step_table(list(rows.values()), title="").row_count == len(peaks)
+
+
+def test_a_variant_that_fails_stops_no_other(tmp_path):
+    jobs = [
+        Job(name="floor", variant=VARIANTS["floor"], workload=workload()),
+        Job(name="absent", variant=Variant(label="absent", imports=("no_such_module",)), workload=workload()),
+        Job(
+            name="dies",
+            variant=Variant(label="dies", imports=("dies",), python_path=(str(tmp_path),)),
+            workload=workload(),
+        ),
+    ]
+    (tmp_path / "dies.py").write_text("import os; print('last words', flush=True); os._exit(3)")
+    measured = Runner(jobs, floor="floor", rounds=2).run()
+    assert len(measured["floor"].rounds) == 2
+    assert "no_such_module" in measured["absent"].failure.reason
+    assert measured["dies"].failure.reason == "its process ended with exit code 3: last words"
+    assert str(tmp_path) not in sys.path
+
+
+def test_no_variant_is_begun_when_the_time_is_up():
+    jobs = [Job(name="dora", variant=VARIANTS["dora"], workload=workload())]
+    assert "time was up" in Runner(jobs, seconds=0).run()["dora"].failure.reason
+
+
+def test_ratios_are_taken_within_a_round():
+    job = Job(name="x", variant=VARIANTS["dora"], workload=workload())
+    memory = Memory(idle=1, peak=2, reserved=2, capacity=10)
+    loaded = Loaded(1.0, 1.0, 1, 1, 1.0, "cpu", memory)
+    floor = Measured(job, loaded=loaded, memory=memory, rounds={0: [1.0], 1: [10.0], 2: [1.0]})
+    ours = Measured(job, loaded=loaded, memory=memory, rounds={1: [11.0], 2: [1.2]})
+    ratio = make_rows({"floor": floor, "ours": ours}, against=["floor"])[1].ratios["floor"]
+    assert (ratio.min, ratio.max) == (pytest.approx(1.1), pytest.approx(1.2))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_a_bare_configuration(tmp_path, capsys):
+    load_base(workload()).config.save_pretrained(tmp_path)
+    output = tmp_path / "results" / "bench.json"
+    options = ["--batch", "2", "--length", "8", "--rank", "4", "--rounds", "2", "--layers", "1", "--dtype", "fp32"]
+    methods = ["--methods", "floor", "peft-dora", "dora", "--device", "cpu"]
+    assert main(["bench", str(tmp_path), *options, *methods, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "Theodora DoRA" in shown
+    assert "PEFT LoRA" not in shown
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["name"] for row in report["rows"]] == ["floor", "peft-dora", "dora"]
+    assert len(report["seconds"]["dora"]) == 2
+    assert {"cpu", "versions", "commit", "command"} <= report["machine"].keys()
+
+
+def test_the_command_says_what_cannot_be_measured(tmp_path, capsys):
+    assert main(["bench", str(tmp_path / "absent")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
