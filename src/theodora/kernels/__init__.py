@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from theodora import functional
-from theodora.kernels import fused
+from theodora.kernels import decode, fused
 from theodora.kernels.base_product import dequantized
-from theodora.kernels.dora_norm import dora_norm
 from theodora.kernels.parts import Parts
+from theodora.kernels.weight_norm import dora_norm
 
-__all__ = ["Parts", "adapted_linears", "dora_linear", "dora_norm", "fast", "fits", "lora_linear", "reference"]
+__all__ = ["Parts", "adapted_linears", "decode", "dora_linear", "dora_norm", "fast", "fits", "lora_linear", "reference"]
 
 # A plain global, because torch.compile can guard on one and breaks its graph at anything finer.
 _use_reference = False

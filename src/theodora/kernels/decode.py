@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from theodora.kernels.operators import operator, runs_triton
+from theodora.kernels.operators import interpreted, operator, runs_triton
 
 MOST_TOKENS = 64
 """Tokens up to which the kernel is meant: beyond, a product is no longer bound by reading W."""
@@ -30,14 +30,17 @@ def decode_linear_reference(
     return y if bias_O is None else y + bias_O
 
 
-def fits(x_TI: Tensor, w_OI: Tensor) -> bool:
-    """Whether the kernel is the fast way for x (T, I) and W (O, I), and can take them."""
-    return (
-        0 < x_TI.shape[0] <= MOST_TOKENS
-        and x_TI.dtype == w_OI.dtype
-        and x_TI.dtype in (torch.bfloat16, torch.float16)
-        and runs_triton(x_TI)
-    )
+def runs(w_OI: Tensor) -> bool:
+    """Whether the kernel can run a layer of this weight (O, I)."""
+    plain = type(w_OI.data) is Tensor  # no DTensor
+    return plain and w_OI.dtype in (torch.bfloat16, torch.float16) and runs_triton(w_OI)
+
+
+def fits(x: Tensor, w_OI: Tensor) -> bool:
+    """Whether x (…, I) is few enough tokens for the kernel, on a device and of a dtype that it knows."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    known = x.dtype == w_OI.dtype and x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or interpreted())
+    return known and 0 < tokens <= MOST_TOKENS
 
 
 def prepare(device: torch.device) -> None:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("theodora", "FRAGMENT")
+# Read once: torch.compile guards on constants, and traces no look at the environment.
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -31,21 +34,29 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"theodora::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.theodora, name).default
 
 
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Operators choose their own precision; their references are made of torch's, which autocast would change."""
+
+    @wraps(implementation)
+    def run(*args: Any) -> Any:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return implementation(*args)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return implementation(*args)
+
+    return run
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can take `tensor`: on a GPU, or anywhere under Triton's interpreter."""
-    return tensor.dtype != torch.float64 and (tensor.is_cuda or interpreted()) and _has_triton()
+    return _TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or _INTERPRETED)
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _INTERPRETED

@@ -21,6 +21,12 @@ from theodora.kernels.triton.common import (
     sum_rows,
 )
 
+# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
+_FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
+_BACKWARD = {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)}
+REDUCES = 64
+"""Padded ranks up to which the backward kernel also makes dzb, dB and dA; beyond it, products of their own do."""
+
 
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
@@ -79,7 +85,7 @@ def gated(z1: Tensor, z2: Tensor, gate: Update, up: Update, activation: str) -> 
     tokens, outputs = z1.shape
     act = torch.empty(tokens, outputs, dtype=z1.dtype, device=z1.device)
     block = rank_block(max(gate.rank, up.rank))
-    bt, bo = (32, 128) if block <= 32 else (32, 64)
+    bt, bo, warps, stages = _FORWARD[block]
     _gated[(triton.cdiv(outputs, bo), triton.cdiv(tokens, bt))](
         z1, z2, gate.xa_TR, up.xa_TR, gate.b_OR, up.b_OR, gate.magnitude_O, up.magnitude_O, gate.norm_O, up.norm_O,
         gate.bias_O, up.bias_O, act, tokens, outputs, gate.rank, up.rank,
@@ -87,7 +93,7 @@ def gated(z1: Tensor, z2: Tensor, gate: Update, up: Update, activation: str) -> 
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
         LOW1=gate.low, LOW2=up.low, SCALED1=gate.scaled, SCALED2=up.scaled,
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, ACT=activation,
-        PRECISION=precision(z1.dtype), BT=bt, BO=bo, BR=block, num_warps=4,
+        PRECISION=precision(z1.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return act
 
@@ -106,7 +112,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
                     b1_row, b1_col, b2_row, b2_col, scale1, scale2,
                     LOW1: tl.constexpr, LOW2: tl.constexpr, LOW3: tl.constexpr,
                     SCALED1: tl.constexpr, SCALED2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr,
-                    KEEP_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+                    KEEP_ACT: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
                     BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """One block of features over one chunk of tokens. 1 is the gate, 2 the up and 3 the down projection."""
     block, chunk = tl.program_id(0), tl.program_id(1)
@@ -161,11 +167,11 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
         value, slope = _activate(gate, ACT)
         d1 = dh * up * slope
         d2 = dh * value
-        if KEEP_ACT or LOW3:
+        if KEEP_ACT or (LOW3 and REDUCE):
             h = (value * up).to(dtype)
             if KEEP_ACT:
                 tl.store(act + t[:, None] * O + o[None, :], h, mask=inside)
-            if LOW3:
+            if LOW3 and REDUCE:
                 da_sum += product(tl.trans(h), low_tile, PRECISION)
         if SCALED1:
             dg1_sum += tl.sum(d1 * v1, axis=0)
@@ -176,20 +182,20 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
         d1_tile, d2_tile = d1.to(dtype), d2.to(dtype)
         tl.store(dz1 + t[:, None] * dz1_row + o[None, :], d1_tile, mask=inside)
         tl.store(dz2 + t[:, None] * dz2_row + o[None, :], d2_tile, mask=inside)
-        if LOW1:
+        if LOW1 and REDUCE:
             db1_sum += product(tl.trans(d1_tile), xa1_tile, PRECISION)
             at = (block.to(tl.int64) * T + t[:, None]) * R1 + r[None, :]
             tl.store(dzb1 + at, product(d1_tile, b1_tile, PRECISION), mask=(t[:, None] < T) & (r[None, :] < R1))
-        if LOW2:
+        if LOW2 and REDUCE:
             db2_sum += product(tl.trans(d2_tile), xa2_tile, PRECISION)
             at = (block.to(tl.int64) * T + t[:, None]) * R2 + r[None, :]
             tl.store(dzb2 + at, product(d2_tile, b2_tile, PRECISION), mask=(t[:, None] < T) & (r[None, :] < R2))
     row = chunk * O + o[:, None]
-    if LOW1:
+    if LOW1 and REDUCE:
         tl.store(db1 + row * R1 + r[None, :], db1_sum, mask=(o[:, None] < O) & (r[None, :] < R1))
-    if LOW2:
+    if LOW2 and REDUCE:
         tl.store(db2 + row * R2 + r[None, :], db2_sum, mask=(o[:, None] < O) & (r[None, :] < R2))
-    if LOW3:
+    if LOW3 and REDUCE:
         tl.store(da + row * R3 + r[None, :], da_sum, mask=(o[:, None] < O) & (r[None, :] < R3))
     if SCALED1:
         tl.store(dg1 + chunk * O + o, dg1_sum, mask=o < O)
@@ -215,15 +221,17 @@ def gated_backward(
     tokens, outputs = dact.shape
     rank3 = 0 if low is None else low.shape[1]
     block = rank_block(max(gate.rank, up.rank, rank3))
-    bt, bo = (32, 64) if block <= 32 else (16, 64)
+    bt, bo, warps, stages = _BACKWARD[block]
+    reduce = block <= REDUCES
+    wants_act, keep_act = keep_act, keep_act or (low is not None and not reduce)
     blocks = triton.cdiv(outputs, bo)
     chunks, size = chunks_of_tokens(tokens, blocks, bt)
     wide = {"dtype": torch.float32, "device": dact.device}
     act = torch.empty(tokens, outputs, dtype=dact.dtype, device=dact.device) if keep_act else dact.new_empty(0)
-    dzb1, dzb2 = (torch.empty(blocks, tokens, u.rank, **wide) if u.low else None for u in (gate, up))
-    db1, db2 = (torch.empty(chunks, outputs, u.rank, **wide) if u.low else None for u in (gate, up))
+    dzb1, dzb2 = (torch.empty(blocks, tokens, u.rank, **wide) if u.low and reduce else None for u in (gate, up))
+    db1, db2 = (torch.empty(chunks, outputs, u.rank, **wide) if u.low and reduce else None for u in (gate, up))
     dg1, dg2 = (torch.empty(chunks, outputs, **wide) if u.scaled else None for u in (gate, up))
-    da = torch.empty(chunks, outputs, rank3, **wide) if rank3 else None
+    da = torch.empty(chunks, outputs, rank3, **wide) if rank3 and reduce else None
     _gated_backward[(blocks, chunks)](
         dact, low, a, z1, z2, gate.xa_TR, up.xa_TR, gate.b_OR, up.b_OR, gate.magnitude_O, up.magnitude_O,
         gate.norm_O, up.norm_O, gate.bias_O, up.bias_O, dz1, dz2, act, dzb1, dzb2, db1, db2, da, dg1, dg2,
@@ -232,14 +240,21 @@ def gated_backward(
         z1.stride(0), z2.stride(0), dz1.stride(0), dz2.stride(0), *_low_strides(gate)[:1], *_low_strides(up)[:1],
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
         LOW1=gate.low, LOW2=up.low, LOW3=low is not None, SCALED1=gate.scaled, SCALED2=up.scaled,
-        BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, ACT=activation,
-        PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, num_warps=4,
+        BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, REDUCE=reduce,
+        ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     empty = dact.new_empty(0)
-    results = [act]
-    for update, dzb, db, dg in ((gate, dzb1, db1, dg1), (up, dzb2, db2, dg2)):
-        results.append(empty if dzb is None else sum_chunks(dzb, dact.dtype))
-        rows = sum_rows(db, dg, update.norm_O, update.scale) if update.low or update.scaled else (empty, empty)
+    results = [act if wants_act else empty]
+    for update, dz, dzb, db, dg in ((gate, dz1, dzb1, db1, dg1), (up, dz2, dzb2, db2, dg2)):
+        rows = sum_rows(db, dg, update.norm_O, update.scale) if db is not None or dg is not None else (empty, empty)
+        if update.xa_TR is not None and update.b_OR is not None and not reduce:
+            results.append(dz @ (update.scale * update.b_OR).to(dz.dtype))
+            rows = (dz.T @ update.xa_TR).float() * update.scale, rows[1]
+        else:
+            results.append(empty if dzb is None else sum_chunks(dzb, dact.dtype))
         results += rows
-    results.append(empty if da is None else sum_chunks(da, torch.float32).T)
+    if low is not None and not reduce:
+        results.append((low.T @ act).float())
+    else:
+        results.append(empty if da is None else sum_chunks(da, torch.float32).T)
     return tuple(results)

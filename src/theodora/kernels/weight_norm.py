@@ -28,7 +28,7 @@ def dora_norm_reference(
 def _dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:
     if not runs_triton(w):
         return dora_norm_reference(w, a, b, scale, w_norm_sq, w_scale)
-    from theodora.kernels.triton import dora_norm as triton
+    from theodora.kernels.triton import weight_norm as triton
 
     return triton.dora_norm(w, a, b, scale, w_norm_sq, w_scale)
 
