@@ -56,6 +56,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "weight_decay",
             "max_grad_norm",
             "bf16",
+            "base_dtype",
             "gradient_checkpointing",
             "seed",
         ),
