@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
-from theodora.functional import dora_norm, merged_weight, row_norm_squared, wide_dtype
+from theodora.functional import dora_norm, merged_weight, row_norm_squared
 from theodora.kernels.base_product import dequantized
 from theodora.kernels.float8 import FLOAT8
 from theodora.layers.float8 import Float8Layer, move, weight_scale
+from theodora.layers.kept import Kept, content, remember, versions
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,22 +107,49 @@ class AdapterLayer(Swapped):
             return None
         return self.adapters[name]  # pyright: ignore[reportReturnType]
 
-    def norm(self, adapter: LowRank) -> Tensor:
+    def norm(self, adapter: LowRank, one_token: bool = False) -> Tensor:
         """‖W + s·B·A‖ of each output row, (O,).
 
         Where gradients flow it is computed anew in every forward pass, from the ‖W‖² computed once. Otherwise it is
-        kept until a tensor it depends on changes.
+        kept, see `kept`.
         """
-        a, b = adapter.factors()
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return self._new_norm(a, b, adapter.scale)
-        # Writes through `.data`, or from an optimizer's own kernel, leave no version behind: look at the values.
-        on = _versions(self.weight, adapter.lora_A, adapter.lora_B), _content(self.weight, a, b)
-        if self._norm is None or self._norm[0] != on:
+        kept = None if torch.is_grad_enabled() else self.kept(adapter, one_token)
+        if kept is None or kept.norm_O is None:
+            return self._new_norm(*adapter.factors(), adapter.scale)
+        return kept.norm_O
+
+    def kept(self, adapter: LowRank, one_token: bool) -> Kept | None:
+        """What a pass without gradients need not compute again; made here where it is missing or out of date.
+
+        torch.compile can make nothing, nor look at values or versions: there it is what earlier passes have left, for
+        steps of one token, or None.
+        """
+        kept = self._kept
+        if torch.compiler.is_compiling():
+            return kept if one_token and kept is not None and kept.name == self.active_adapter else None
+        tensors = self.weight, adapter.lora_A, adapter.lora_B, adapter.magnitude
+        found, norm = versions(*tensors), None
+        current = kept if kept is not None and kept.versions == found else None
+        if current is not None and one_token:
+            return current
+        values = None
+        if adapter.magnitude is not None:
+            values = content(*tensors, adapter.start_A, adapter.start_B)
+            if current is not None and current.content == values:
+                return current
             self._forget_a_changed_weight()
-            with torch.inference_mode(False):
-                self._norm = on, self._new_norm(a, b, adapter.scale)
-        return self._norm[1]
+        with torch.inference_mode(False), torch.no_grad():
+            if adapter.magnitude is not None:
+                norm = self._new_norm(*adapter.factors(), adapter.scale)
+            decode = self._decode_tensors(adapter, norm)
+        if current is not None and current.decode is not None and decode is not None:
+            # A recorded CUDA graph reads them where they are.
+            decode = tuple(_rewritten(old, new) for old, new in zip(current.decode, decode, strict=True))
+        return remember(self, Kept(self.active_adapter, found, values, norm, decode))
+
+    def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> tuple[Any, ...] | None:
+        """What `theodora.kernels.decode` reads of the adapter, if it can run this layer."""
+        return None
 
     def _new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         w_norm_sq = self._weight_norm_squared()
@@ -135,10 +163,11 @@ class AdapterLayer(Swapped):
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
         self.adapters = nn.ModuleDict()
         self.active_adapter = self.merged_adapter = None
-        self._norm = self._weight_norm_sq = self._base_weight = None
+        self._kept = self._weight_norm_sq = self._base_weight = None
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Hold `adapter` under `name`, inactive until asked for."""
+        self._kept = None
         self.adapters[name] = adapter
 
     def merged_weight(self, name: str) -> Tensor:
@@ -154,6 +183,7 @@ class AdapterLayer(Swapped):
         A new Parameter takes the place, so that a weight tied to this one is left as it was.
         """
         merged = self.merged_weight(name).to(base_dtype(self))
+        self._kept = None
         self._base_weight = (self.weight,)
         self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
         self.merged_adapter = name
@@ -162,29 +192,33 @@ class AdapterLayer(Swapped):
         """Put the very base weight back."""
         if self._base_weight is not None:
             (self.weight,) = self._base_weight
-        self._base_weight = self.merged_adapter = None
+        self._kept = self._base_weight = self.merged_adapter = None
 
     def train(self, mode: bool = True):  # noqa: D102
-        self._norm = None
+        self._kept = None
         self._forget_a_changed_weight()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True):
-        self._norm = self._weight_norm_sq = None
+        self._kept = self._weight_norm_sq = None
         if self._base_weight is not None:
             # The Parameter itself stays, because another module may be tied to it.
             self._base_weight[0].data = move(fn, self._base_weight[0].data)
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
         if torch.compiler.is_compiling():
             kept = self._weight_norm_sq
             return self._new_weight_norm_squared() if kept is None else kept[1]
-        versions = _versions(self.weight)
-        if self._weight_norm_sq is None or self._weight_norm_sq[0][0] != versions:
+        found = versions(self.weight)
+        if self._weight_norm_sq is None or self._weight_norm_sq[0][0] != found:
             with torch.inference_mode(False), torch.no_grad():
-                self._weight_norm_sq = (versions, _content(self.weight)), self._new_weight_norm_squared()
+                self._weight_norm_sq = (found, content(self.weight)), self._new_weight_norm_squared()
         return self._weight_norm_sq[1]
 
     def _new_weight_norm_squared(self) -> Tensor:
@@ -192,15 +226,15 @@ class AdapterLayer(Swapped):
         return norm_sq if row_scale is None else norm_sq * row_scale.square()
 
     def _forget_a_changed_weight(self) -> None:
-        if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != _content(self.weight):
+        if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != content(self.weight):
             self._weight_norm_sq = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Caches are bound to tensors by address, so they do not travel.
-        return {**self.__dict__, "_norm": None, "_weight_norm_sq": None}
+        return {**self.__dict__, "_kept": None, "_weight_norm_sq": None}
 
-    # Caches: (what they depend on, value).
-    _norm: tuple[Any, Tensor] | None
+    _kept: Kept | None
+    # (what it depends on, value)
     _weight_norm_sq: tuple[Any, Tensor] | None
     # In a tuple, because nn.Module would register a bare Parameter.
     _base_weight: tuple[nn.Parameter] | None
@@ -226,7 +260,7 @@ def adapt(module: nn.Module) -> AdapterLayer:
 def restore(layer: AdapterLayer) -> None:
     """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
     layer.unmerge()
-    for name in ("active_adapter", "merged_adapter", "_norm", "_weight_norm_sq", "_base_weight", "adapters"):
+    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
         delattr(layer, name)
     swap_back(layer)
 
@@ -292,17 +326,6 @@ def _plain(module: nn.Module, w_OI: Tensor) -> Tensor:
     return dequantized(w_OI, module.weight_scale, torch.float32)
 
 
-def _versions(*tensors: Tensor) -> tuple[Any, ...]:
-    """What changes when any of the tensors is replaced or written to."""
-    return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
-
-
-def _content(*tensors: Tensor) -> list[int]:
-    """Hashes of small tensors, and of some 64 values of large ones; one wait for the device."""
-    hashes: list[Tensor] = []
-    for tensor in tensors:
-        t = tensor.detach()
-        large = min(t.shape) > 256
-        few = t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t
-        hashes.append(torch.hash_tensor(few.to(wide_dtype(t.dtype))))
-    return torch.stack(hashes).tolist()
+def _rewritten(old: Any, new: Any) -> Any:
+    """`new` in the memory of `old`."""
+    return new if new is None or old.data_ptr() == new.data_ptr() else old.copy_(new)

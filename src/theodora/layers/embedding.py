@@ -40,4 +40,5 @@ class EmbeddingAdapterLayer(AdapterLayer):
         with torch.autocast(input.device.type, enabled=False):
             if adapter.magnitude is None:
                 return lora_embedding(rows, a_rows, b, adapter.scale)
-            return dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, self.norm(adapter))
+            norm = self.norm(adapter, one_token=input.dim() > 0 and input.shape[-1] == 1)
+            return dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, norm)

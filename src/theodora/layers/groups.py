@@ -70,6 +70,8 @@ def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | Non
     """What the layers compute, if the GPU's kernels can do it for this x; else None."""
     if type(x) is not Tensor or not runs_triton(x) or not kernels.fast() or has_hooks(layers[1:]):
         return None
+    if not torch.is_grad_enabled() and x.numel() <= kernels.decode.MOST_TOKENS * x.shape[-1]:
+        return None  # each layer decodes by itself
     device = x.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from theodora import kernels
+from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
-from theodora.layers.base import AdapterLayer
+from theodora.layers.base import AdapterLayer, LowRank
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.groups import GROUP
 
@@ -39,12 +41,15 @@ class LinearAdapterLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted product; the module's own where no adapter is active."""
+        one_token = x.dim() > 1 and x.shape[-2] == 1
+        if not torch.is_grad_enabled() and (y := self._decoded(x, one_token)) is not None:
+            return y
         group = self.__dict__.get(GROUP)
         if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.active is None:
             return super().forward(x)
-        parts = self.parts()
+        parts = self.parts(one_token)
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return _adapted(x, parts)
@@ -52,17 +57,45 @@ class LinearAdapterLayer(AdapterLayer):
         with torch.autocast(device, enabled=False):
             return _adapted(x.to(dtype), _in_dtype(parts, dtype)).to(x.dtype)
 
-    def parts(self) -> Parts:
-        """What the layer computes in this pass."""
+    def parts(self, one_token: bool = False) -> Parts:
+        """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""
         adapter = self.active
         if adapter is None:
             return Parts(self.weight_OI, self.bias, weight_scale_O=self.weight_scale_O)
         a, b = adapter.factors()
-        norm = None if adapter.magnitude is None else self.norm(adapter)
+        norm = None
+        if adapter.magnitude is not None:
+            norm = self.norm(adapter, one_token)
+        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(self.weight_OI):
+            self.kept(adapter, one_token)  # for the steps to come
         dropout = adapter.dropout if self.training else 0.0
         return Parts(
             self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, dropout, self.weight_scale_O
         )
+
+    def _decoded(self, x: Tensor, one_token: bool) -> Tensor | None:
+        """The output for a few tokens, without gradients, if the kernel for that can take them."""
+        adapter = self.active
+        if adapter is None or not kernels.decode.fits(x, self.weight_OI) or (adapter.dropout and self.training):
+            return None
+        if torch.is_autocast_enabled(x.device.type) or not kernels.fast():
+            return None
+        kept = self.kept(adapter, one_token)
+        if kept is None or kept.decode is None:
+            return None
+        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), self.weight_OI, *kept.decode, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> tuple[Any, ...] | None:
+        if not kernels.decode.runs(self.weight_OI):
+            return None
+        kernels.decode.prepare(self.weight.device)
+        dtype, (a, b) = self.weight.dtype, adapter.factors()
+        g = None
+        if adapter.magnitude is not None and norm_O is not None:
+            g = dora_scale(adapter.magnitude.detach(), norm_O)
+        # s goes in before rounding, so that it costs no precision.
+        return a.detach().to(dtype), (adapter.scale * b.detach().to(wide_dtype(dtype))).to(dtype), g
 
 
 class Conv1DAdapterLayer(LinearAdapterLayer):

@@ -1,0 +1,205 @@
+"""What layers keep while no gradients flow: used in every step of one token, and never out of date."""
+
+import copy
+
+import pytest
+import torch
+
+import formula
+from theodora import AdapterConfig, inject_adapter, kernels, merge_adapter, set_adapter, unmerge_adapter
+from theodora.kernels.operators import interpreted, runs_triton
+from theodora.layers import AdapterLayer, base
+from tiny import tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.float16  # Triton's interpreter cuts bfloat16 off where a GPU rounds
+needs_kernel = pytest.mark.skipif(not runs_triton(torch.empty(0, device=DEVICE)), reason="needs Triton")
+
+
+def move(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def adapted(method="dora", family="llama", dtype=torch.float32):
+    model = inject_adapter(tiny_model(family).to(DEVICE, dtype), AdapterConfig(method=method, rank=2)).eval()
+    move(model)
+    return model
+
+
+def layer_of(model):
+    return next(m for m in model.modules() if isinstance(m, AdapterLayer) and hasattr(m, "in_features"))
+
+
+def exact(layer, x):
+    adapter = layer.active
+    values = [None if t is None else t.detach().double() for t in (x, layer.weight, layer.bias, *adapter.factors())]
+    if adapter.magnitude is None:
+        return formula.lora(*values, adapter.scale)
+    return formula.dora(*values, adapter.scale, adapter.magnitude.detach().double())
+
+
+def one_token(layer):
+    return torch.randn(3, 1, layer.in_features, device=DEVICE, dtype=layer.weight.dtype)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """How many norms were computed, and how many times values were looked at."""
+    counts = {"norms": 0, "looks": 0}
+
+    def counted(key, function):
+        def run(*args):
+            counts[key] += 1
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(AdapterLayer, "_new_norm", counted("norms", AdapterLayer._new_norm))
+    monkeypatch.setattr(base, "content", counted("looks", base.content))
+    return counts
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_steps_of_one_token_do_no_norm_work(work, context):
+    model = adapted()
+    ids = torch.arange(3, 11, device=DEVICE).view(2, 4)
+    with context():
+        cache = model(ids, use_cache=True).past_key_values
+        assert work["norms"] == sum(isinstance(m, AdapterLayer) for m in model.modules())
+        before = dict(work)
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+        assert work == before
+        model(ids)
+        assert work["norms"] == before["norms"]
+        assert work["looks"] > before["looks"]
+
+
+CHANGES = {
+    "in place": lambda model, layer: layer.active.lora_B.add_(0.5),
+    "magnitude": lambda model, layer: layer.active.magnitude.mul_(2),
+    "base weight": lambda model, layer: layer.weight.mul_(2),
+    "new data": lambda model, layer: setattr(layer.active.lora_B, "data", layer.active.lora_B.data + 0.5),
+    "train and eval": lambda model, layer: (layer.active.lora_B.data.add_(0.5), model.train().eval()),
+    "state dict": lambda model, layer: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
+    "dtype": lambda model, layer: model.to(torch.float64),
+    "merge": lambda model, layer: unmerge_adapter(merge_adapter(model)),
+    "other adapter": lambda model, layer: (
+        inject_adapter(model, AdapterConfig(rank=3), "other"),
+        set_adapter(model, "default"),
+        move(model),
+        set_adapter(model, "other"),
+    ),
+    "a prompt after a write that leaves no version": lambda model, layer: (
+        layer.active.lora_B.data.add_(0.5),
+        layer(torch.randn(1, 2, layer.in_features, device=DEVICE, dtype=layer.weight.dtype)),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_is_never_out_of_date(change):
+    model = adapted()
+    layer = layer_of(model)
+    with torch.no_grad():
+        layer(one_token(layer))
+        CHANGES[change](model, layer)
+        x = one_token(layer)
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
+def test_an_optimizer_that_leaves_no_version():
+    class Hidden(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(0.3)
+
+    model = adapted()
+    layer, other = layer_of(model), copy.deepcopy(layer_of(adapted()))
+    with torch.no_grad():
+        for each in (layer, other):
+            each(one_token(each))
+    Hidden(layer.active.parameters(), lr=1.0).step()
+    with torch.no_grad():
+        x = one_token(layer)
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+        assert formula.error(other(x), exact(other, x)) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_generating_runs_the_decode_kernel(method, family, monkeypatch):
+    calls = []
+    run = kernels.decode.decode_linear
+    monkeypatch.setattr(kernels.decode, "decode_linear", lambda *args: calls.append(1) or run(*args))
+    model = adapted(method, family, HALF)
+    ids = torch.arange(3, 11, device=DEVICE).view(2, 4)
+    with torch.no_grad():
+        found = model(ids).logits
+        assert len(calls) == sum(isinstance(m, AdapterLayer) for m in model.modules())
+        with kernels.reference():
+            plain = model(ids).logits
+        truth = copy.deepcopy(model).double()(ids).logits
+    assert formula.error(found, truth) <= 2 * formula.error(plain, truth)
+    calls.clear()
+    model(ids).logits.sum().backward()
+    assert not calls
+
+
+@needs_kernel
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_prompt_refreshes_what_decoding_reads_where_it_lies(method):
+    layer = layer_of(adapted(method, dtype=HALF))
+    with torch.no_grad():
+        for tokens in (2, 100):  # with the kernel, and without it
+            layer(torch.randn(1, tokens, layer.in_features, device=DEVICE, dtype=HALF))
+            places = [t.data_ptr() for t in layer._kept.decode if t is not None]
+            layer.active.lora_B.data.add_(0.5)
+            layer(torch.randn(1, tokens, layer.in_features, device=DEVICE, dtype=HALF))
+            assert [t.data_ptr() for t in layer._kept.decode if t is not None] == places
+            x = one_token(layer)
+            assert formula.error(layer(x), exact(layer, x)) < 2e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_compiled_steps_read_what_is_kept(method, dtype):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = layer_of(adapted(method, dtype=dtype))
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x, budget = one_token(layer), 1e-5 if dtype == torch.float32 else 2e-3
+    with torch.no_grad():
+        assert formula.error(compiled(x), exact(layer, x)) < budget  # nothing is kept yet
+        layer(x.expand(-1, 2, -1))
+        compiled(x)
+        assert formula.error(compiled(x), exact(layer, x)) < budget
+        layer.active.lora_B.add_(0.5)
+        layer(x.expand(-1, 2, -1))
+        assert formula.error(compiled(x), exact(layer, x)) < budget
+        assert len(graphs) == (1 if method == "lora" and not decodes(layer) else 2)
+        several = torch.randn(1, 3, layer.in_features, device=DEVICE, dtype=dtype)
+        assert formula.error(compiled(several), exact(layer, several)) < budget
+    last = graphs[1 if len(graphs) > 2 else 0]
+    if decodes(layer):
+        called = [node.target for node in last.graph.nodes if node.op == "call_function"]
+        assert torch.ops.theodora.decode_linear.default in called
+    # CUDA graphs copy every input of another kind in each step
+    metas = [node.meta for node in last.graph.nodes if node.op == "placeholder"]
+    kinds = [meta["tensor_dict"] for meta in metas if "tensor_dict" in meta]
+    assert sum("_dynamo_static_input_type" not in kind for kind in kinds) <= 1
+
+
+def decodes(layer):
+    return layer.weight.dtype == HALF and (DEVICE == "cuda" or interpreted())
