@@ -68,6 +68,7 @@ TYPED = {
     "weight_decay": ("0.01", 0.01),
     "max_grad_norm": ("2", 2.0),
     "bf16": ("true", True),
+    "base_dtype": ("fp8", "fp8"),
     "gradient_checkpointing": (None, True),
     "seed": ("5", 5),
     "logging_steps": ("0.25", 0.25),
