@@ -107,3 +107,20 @@ def test_it_is_an_operator():
     torch.library.opcheck(torch.ops.theodora.decode_linear.default, given)
     compiled = torch.compile(decode.decode_linear, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*given), decode.decode_linear(*given))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_in_a_cuda_graph(tokens, counters):
+    given = inputs(tokens, 1024, 4096, 16, torch.bfloat16)
+    expected = decode.decode_linear(*given)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        decode.decode_linear(*given)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            ys = [decode.decode_linear(*given) for _ in range(5)]
+    for _ in range(20):
+        graph.replay()
+        assert all(torch.equal(y, expected) for y in ys)

@@ -29,7 +29,8 @@ from theodora.kernels.triton.common import precision, product
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
-_POOL = 1 << 18  # counters of one device: enough for some 300 decoder layers of 8B shape
+_A_TILE = 4096  # numbers of A that a program holds: fewer than of W, so that A takes no more registers
+_POOL = 1 << 18  # counters of one device: a decoder layer of 8B shape uses some 600 on each stream
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _gather(sums, parts, counter, split, splits, BT: tl.constexpr, BO: tl.conste
     if last:
         tl.debug_barrier()
         sums = tl.zeros([BO, BT], dtype=tl.float32)
-        for s in tl.range(0, splits, loop_unroll_factor=8):  # loads ahead of the sums
+        for s in tl.range(0, splits, loop_unroll_factor=4):  # loads ahead of the sums
             sums += tl.load(parts + s * BO * BT + place, cache_modifier=".cg")
         tl.atomic_xchg(counter, 0)
     return sums, last
@@ -111,7 +112,7 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
             a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
             OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
             PRECISION: tl.constexpr, STAGES: tl.constexpr,
-            BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+            BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, AI: tl.constexpr):  # fmt: skip
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
     program = tl.program_id(0) - a_programs
@@ -119,7 +120,7 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
         if program < 0:
             block, split = tl.program_id(0) // a_splits, tl.program_id(0) % a_splits
             _low_rank(x, a, xa, parts, counters, ready, block, split, a_splits, a_features, T, I, R, xa_row, xa_col,
-                      PRECISION, STAGES, BT, BI, BR)  # fmt: skip
+                      PRECISION, STAGES, BT, AI, BR)  # fmt: skip
             return
     block, split = program // w_splits, program % w_splits
     o, t = block * BO + tl.arange(0, BO), tl.arange(0, BT)
@@ -196,9 +197,10 @@ def decode(
     (tokens, inputs), (outputs, rank) = x.shape, b.shape
     cut = cut or plan(tokens, outputs, inputs, _processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
-    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, cut.bi)
+    ai = min(cut.bi, _A_TILE // _A_ROWS)
+    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
     a_splits = triton.cdiv(inputs, a_features)
-    sync_start = _counters(x.device, w, 2 + a_blocks + blocks)
+    sync_start = _counters(x.device, w, 2 + a_blocks + (blocks if cut.splits > 1 else 0))
     own_xa = sync_start is not None
     y = x.new_empty(tokens, outputs)
     if own_xa:
@@ -218,7 +220,7 @@ def decode(
         tokens, outputs, inputs, rank, w.stride(0), w.stride(1), xa_row, xa_col, sync_start,
         a_blocks, a_splits, a_features, blocks, splits, w_features,
         own_xa, splits > 1, g is not None, bias is not None,
-        precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS,
+        precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS, ai,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return y
