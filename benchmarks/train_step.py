@@ -366,6 +366,9 @@ def run(args: argparse.Namespace, jobs: list[Job], floor: str, heading: str) -> 
         seconds=args.seconds,
         progress=say,
     ).run()
+    for name, m in measured.items():
+        if m.failure and m.failure.traceback and not m.failure.out_of_memory:
+            say(f"{name}:\n{m.failure.traceback[-2500:]}")
     rows = make_rows(measured, against=[floor])
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(step_table(rows, title=heading, floor=floor))

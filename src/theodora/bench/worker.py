@@ -28,6 +28,7 @@ class Failure:
 
     reason: str
     out_of_memory: bool = False
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,6 @@ def work(pipe: Connection, job: Job, log: str) -> None:
     except EOFError:
         return  # the parent is gone
     except BaseException as error:
-        traceback.print_exc()
         pipe.send(_failure(error))
 
 
@@ -194,7 +194,8 @@ def _failure(error: BaseException) -> Failure:
     text = " ".join(str(error).split())
     signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     out_of_memory = isinstance(error, MemoryError) or any(sign in text for sign in signs)
-    return Failure("out of memory" if out_of_memory else f"{type(error).__name__}: {text}"[:500], out_of_memory)
+    reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {text}"[:500]
+    return Failure(reason, out_of_memory, "".join(traceback.format_exception(error)))
 
 
 def _redirect_output(log: str) -> None:

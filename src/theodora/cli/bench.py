@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
             steps=2 if workload.device == "cuda" else 1,
             progress=status.update if stderr().is_terminal else lambda message: None,
         ).run()
+    for m in measured.values():
+        if args.debug and m.failure:
+            stderr().print(m.failure.traceback, markup=False, soft_wrap=True)
     rows = make_rows(measured, against=["floor"])
     stdout().print(step_table(rows, title=_title(args, workload), caption=_caption(variants, args.methods)))
     if warning := differing_losses(rows):
