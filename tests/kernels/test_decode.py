@@ -123,4 +123,5 @@ def test_in_a_cuda_graph(tokens, counters):
             ys = [decode.decode_linear(*given) for _ in range(5)]
     for _ in range(20):
         graph.replay()
-        assert all(torch.equal(y, expected) for y in ys)
+        assert all(torch.equal(y, ys[0]) for y in ys)
+        assert formula.error(ys[0], expected.double()) < 5e-3
