@@ -188,6 +188,8 @@ class TrainConfig:
     base_dtype: BaseDtype = "auto"
     """Storage of the frozen weights of linear layers: auto (as bf16 says), or fp8: float8 with a scale for each row and
     float8 products, half the memory of bfloat16, faster from Hopper GPUs on, emulated elsewhere."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Code that runs: auto (fused kernels where there is a GPU), or reference (the plain formulas, slower)."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third slower. Default: from 3 billion
     parameters on."""

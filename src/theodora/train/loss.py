@@ -9,27 +9,15 @@ asked for the logits at the positions that are learned in any row of the batch, 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100
+from theodora.kernels.cross_entropy import IGNORED, LossSums
+
 # Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
 _MOST_LOGITS = 2**26
-
-
-@dataclass
-class TokenLosses:
-    """Sums over the learned tokens of a batch."""
-
-    nats: Tensor
-    """Negative log-likelihood, with gradient."""
-    entropy: Tensor
-    correct: Tensor
-    """Tokens that were the likeliest one."""
-    count: Tensor
 
 
 def can_choose_positions(model: nn.Module) -> bool:
@@ -42,7 +30,7 @@ def logits_fit(labels_BT: Tensor, vocabulary: int) -> bool:
     return _learned_positions(labels_BT).numel() * labels_BT.shape[0] * vocabulary <= _MOST_LOGITS
 
 
-def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> TokenLosses:
+def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> LossSums:
     """Run the model on a batch and add up the losses of its learned tokens.
 
     Args:
@@ -64,7 +52,7 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
         entropy = -(log_probs_NV.exp() * log_probs_NV).sum()
         correct = (log_probs_NV.argmax(-1) == targets_N).sum()
     nats = -log_probs_NV.gather(1, targets_N[:, None]).sum()
-    return TokenLosses(nats, entropy, correct, learned.sum())
+    return LossSums(nats, entropy, correct, learned.sum())
 
 
 def _logits(model: nn.Module, arguments: dict[str, Any], positions: Tensor, takes_positions: bool) -> Tensor:

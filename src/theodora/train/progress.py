@@ -58,15 +58,11 @@ class ProgressView(TrainerCallback):
         """Start the clock."""
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         self._first_step, self._started = state.global_step, time.monotonic()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Note when the step began."""
-        self._step_started = time.monotonic()
+        self._counted_to = self._started
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
-        now = time.monotonic()
-        self._busy += now - self._step_started
+        now = self._count_time()
         per_step = (now - self._started) / (state.global_step - self._first_step)
         self.seconds_left = per_step * (state.max_steps - state.global_step)
         self._bar.update(self._task, completed=state.global_step, left=f"{as_time(self.seconds_left)} left")
@@ -81,8 +77,20 @@ class ProgressView(TrainerCallback):
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Go back to training."""
+        self._counted_to = time.monotonic()
         self._eval_steps = 0
         self._bar.update(self._task, description="Training")
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Go back to training."""
+        self._counted_to = time.monotonic()
+
+    def _count_time(self) -> float:
+        """Count the time up to now as spent on training."""
+        now = time.monotonic()
+        self._busy += now - self._counted_to
+        self._counted_to = now
+        return now
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -95,6 +103,7 @@ class ProgressView(TrainerCallback):
             self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
             self.loss = (self.loss or 0.0) + (logs["loss"] - (self.loss or 0.0)) * (1 - _SMOOTHING) / self._weight
             self.learning_rate = logs["learning_rate"]
+            self._count_time()  # on a GPU the host may be ahead, until it waits for these figures
             if self._busy:
                 self.tokens_per_second = (tokens - self._tokens) / self._busy
             self._all_tokens += tokens - self._tokens
@@ -107,7 +116,7 @@ class ProgressView(TrainerCallback):
 
     @property
     def mean_tokens_per_second(self) -> float:
-        """Tokens over the time spent in optimizer steps."""
+        """Tokens over the time spent in training steps, without that of evaluations and checkpoints."""
         return self._all_tokens / self._all_busy if self._all_busy else 0.0
 
     def count_tokens_from(self, tokens: int) -> None:

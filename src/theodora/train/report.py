@@ -45,6 +45,8 @@ class Plan:
     epochs: float
     warmup_steps: int
     resume_at: int | None
+    path: str | None
+    """What the fast path speeds up; None where there is nothing to say."""
     notes: Sequence[str]
 
 
@@ -56,6 +58,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid.add_column()
     grid.add_row("Model", f"{shorten(config.model)}  {plan.total - plan.trainable:,} parameters")
     grid.add_row("", f"{plan.dtype} on {device_name(plan.device)}")
+    if plan.path is not None:
+        grid.add_row("Fast path", plan.path)
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")

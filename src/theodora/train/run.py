@@ -14,6 +14,7 @@ import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
@@ -26,6 +27,7 @@ from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
+from theodora.train.fast_path import fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.movement import check_moved, fingerprints
 from theodora.train.prepare import Prepared, prepare
@@ -73,15 +75,19 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
     with quiet_libraries():
         with console.status("Loading the data and the model …"):
             prepared = prepare(config, arguments)
-        with restored_afterwards(prepared.model), _explained_memory_errors():
-            result, notes = _train(prepared, arguments, checkpoint, console)
+        with (
+            restored_afterwards(prepared.model),
+            fast_path(prepared.model, prepared.config, arguments.device) as path,
+            _explained_memory_errors(),
+        ):
+            result, notes = _train(prepared, arguments, checkpoint, console, path)
     if show_result:
         print_result(console, result, prepared.config, notes)
     return result
 
 
 def _train(
-    prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console
+    prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console, path: str | None
 ) -> tuple[TrainResult, list[str]]:
     """The run itself; also what the user should be told beside the result."""
     output = Path(prepared.config.output)
@@ -92,7 +98,7 @@ def _train(
     )
     view, interrupt, updates = ProgressView(console), StopOnInterrupt(), CountUpdates()
     trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), interrupt, updates, view])
-    plan = _plan(prepared, trainer, checkpoint)
+    plan = _plan(prepared, trainer, checkpoint, path)
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
         trainer.tokens_seen = _tokens_at(checkpoint)
@@ -126,6 +132,8 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
             setattr(arguments, name, bool(config.gradient_checkpointing))
     # Without an accelerator torch warns at every data loader.
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type != "cpu"
+    if arguments.dataloader_pin_memory and isinstance(arguments.accelerator_config, AcceleratorConfig):
+        arguments.accelerator_config.non_blocking = True
     # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     try:
@@ -136,12 +144,13 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
             eval_dataset=prepared.held_out_rows,
             processing_class=prepared.tokenizer,
             callbacks=callbacks,
+            kernels=config.kernels,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses this run: {error}") from error
 
 
-def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) -> Plan:
+def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     rows: Any = trainer.train_dataset  # packed, perhaps
@@ -167,7 +176,13 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None) 
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
         resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
-        notes=[*prepared.notes, *_device_notes(), *(_changed_since(prepared.config, output) if checkpoint else [])],
+        path=None if path is None else ", ".join([path, *trainer.loss_note]),
+        notes=[
+            *prepared.notes,
+            *_device_notes(),
+            *missing_parts(arguments.device),
+            *(_changed_since(prepared.config, output) if checkpoint else []),
+        ],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.inject import trained_tensors
 from theodora.errors import ConfigError
+from theodora.kernels.cross_entropy import LossSums
 from theodora.layers import AdapterLayer
-from theodora.train.loss import TokenLosses, can_choose_positions, logits_fit, token_losses
+from theodora.train.figures import Figures
+from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
+from theodora.train.loss import can_choose_positions, logits_fit, token_losses
 from theodora.train.movement import fingerprints
+
+_LOGS_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
 
 class AdapterTrainer(SFTTrainer):
@@ -30,6 +36,8 @@ class AdapterTrainer(SFTTrainer):
 
     - An adapted output head trains: TRL computes the loss from `lm_head.weight` and would pass the adapter by. On CPUs
       the head's work is done at the learned positions alone.
+    - On a GPU the host never waits: the loss comes from `fused_loss.py`, and what is logged is fetched while the next
+      steps run, so that a line of the log is written a step or two after its own.
     - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size. (With
       several processes a few rows may count twice: accelerate gives each of them equally many.)
     - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
@@ -38,10 +46,11 @@ class AdapterTrainer(SFTTrainer):
     args: SFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     model: PreTrainedModel
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
         self._staging: Path | None = None
         self.fingerprints_at_end: dict[str, int] | None = None
         self._eval_nats = self._eval_tokens = 0.0
+        self._parameters_that_multiply: int | None = None
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -53,8 +62,33 @@ class AdapterTrainer(SFTTrainer):
                 "loss_type: nll, label_smoothing_factor: 0 and router_aux_loss_coef: 0."
             )
         self._takes_positions = can_choose_positions(self.model)
-        # Both ways to compute the loss scale it by the tokens of all micro-batches, whatever the model itself accepts.
+        # All ways to compute the loss scale it by the tokens of all micro-batches, whatever the model itself accepts.
         self.model_accepts_loss_kwargs = True
+        self._defers_logs = self.args.device.type == "cuda"
+        self._logs_under_way: deque[tuple[int, float, int, Figures]] = deque()
+        self.head = self._fused_head(kernels)
+        if isinstance(self.head, Head):
+            add_fused_loss(self.model, self.head)
+            self.data_collator = SelectLearned(self.data_collator)
+
+    def _fused_head(self, kernels: str) -> Head | str:
+        """How the fused loss is to read the model's head, or why it is not used."""
+        if kernels == "reference":
+            return "kernels: reference"
+        if not fused_loss_pays(self.args.device):
+            return f"not on {self.args.device.type}"
+        if not self._plain_loss:
+            return "the loss is not the plain one"
+        if self.accelerator.parallelism_config is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the model or its batches are spread over processes"
+        return fused_head(self.model)
+
+    @property
+    def loss_note(self) -> list[str]:
+        """What there is to say about the loss where a fast path is reported."""
+        if isinstance(self.head, Head):
+            return ["loss"]
+        return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
 
     def compute_loss(
         self,
@@ -63,12 +97,24 @@ class AdapterTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss per token: TRL's, or the model's own at the learned positions where that is right or faster."""
-        if return_outputs or not self._chooses_positions(inputs["labels"]):
+        """The loss per token: ours from the hidden states, the model's own at the learned positions, or TRL's."""
+        learned = inputs.pop(LEARNED, None)
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = token_losses(model, inputs, self._takes_positions)
-        self._record(inputs, found)
-        loss = found.nats / torch.as_tensor(num_items_in_batch or found.count).clamp(min=1)
+        if learned is not None:
+            labels = inputs.pop("labels")
+            found, tokens = model(**inputs, **{LEARNED: learned}), learned["tokens"]
+            inputs["labels"] = labels
+        elif self._chooses_positions(inputs["labels"]):
+            mask = inputs.get("attention_mask")
+            found = token_losses(model, inputs, self._takes_positions)
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        else:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._record(found, tokens)
+        loss = found.nats / torch.as_tensor(
+            num_items_in_batch if num_items_in_batch is not None else found.count
+        ).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The number counts the tokens of all processes, whose gradients are averaged.
             loss = loss * self.accelerator.num_processes
@@ -81,19 +127,90 @@ class AdapterTrainer(SFTTrainer):
         faster = self.args.device.type == "cpu" and logits_fit(labels, vocabulary)
         return faster and self._plain_loss and self._takes_positions
 
-    def _record(self, inputs: dict[str, Any], found: TokenLosses) -> None:
-        """Keep the metrics that TRL keeps."""
+    def _record(self, found: LossSums, tokens: Tensor | int) -> None:
+        """Keep the metrics that TRL keeps, on the device; `log` fetches them."""
         mode = "train" if self.model.training else "eval"
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
-        own = [found.entropy, found.correct, found.count, torch.as_tensor(tokens, device=found.count.device)]
-        reduced: Any = self.accelerator.reduce(torch.stack([value.float() for value in own]), "sum")
-        entropy, correct, count, tokens = reduced.tolist()
-        self._metrics[mode]["entropy"].append(entropy / max(count, 1))
-        self._metrics[mode]["mean_token_accuracy"].append(correct / max(count, 1))
+        metrics: dict[str, list[Any]] = self._metrics[mode]
+        sums: Any = torch.stack([value.detach().float() for value in (found.entropy, found.correct, found.count)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+            tokens = torch.as_tensor(tokens, device=sums.device)
+            tokens = self.accelerator.reduce(tokens, "sum")  # pyright: ignore[reportAssignmentType]
+        entropy, correct, count = sums
+        metrics["entropy"].append(entropy / count.clamp(min=1))
+        metrics["mean_token_accuracy"].append(correct / count.clamp(min=1))
         if mode == "train":
-            self.tokens_seen += int(tokens)
-        self._metrics[mode]["num_tokens"] = [self.tokens_seen]
+            self._total_train_tokens = self._total_train_tokens + tokens
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass.
+
+        Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
+        at their weights for changes.
+        """
+        if model.training:
+            model.__dict__["train"] = lambda mode=True: model
+        try:
+            return super().training_step(model, *args, **kwargs)
+        finally:
+            model.__dict__.pop("train", None)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the base class counts, but walking through the parameters once."""
+        if self._parameters_that_multiply is None:
+            self._parameters_that_multiply = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters_that_multiply
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Send for the figures of this step and log those that have come; wait where something depends on them."""
+        if self._defers_logs:
+            if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+                self._send_for_figures(tr_loss, grad_norm, kwargs.get("learning_rate"))
+                self.control.should_log = False
+            control = self.control
+            self._log_arrived(control.should_save or control.should_evaluate or control.should_training_stop)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _send_for_figures(self, tr_loss: Tensor, grad_norm: Any, learning_rate: float | None) -> None:
+        step, metrics = self.state.global_step, self._metrics["train"]
+        loss: Any = self.accelerator.reduce(tr_loss.clone(), "mean")
+        tr_loss.zero_()
+        figures: dict[str, Any] = {**metrics, "loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]}
+        figures["learning_rate"] = [self._get_learning_rate() if learning_rate is None else learning_rate]
+        metrics.clear()
+        steps = step - self._globalstep_last_logged
+        self._logs_under_way.append((step, self.state.epoch or 0.0, steps, Figures(figures)))
+        self._globalstep_last_logged = step
+
+    def _log_arrived(self, all_of_them: bool) -> None:
+        """Log in order, each under its own step."""
+        now = self.state.global_step, self.state.epoch or 0.0
+        while self._logs_under_way:
+            step, epoch, steps, figures = self._logs_under_way[0]
+            if not (all_of_them or figures.ready() or len(self._logs_under_way) > _LOGS_UNDER_WAY):
+                break
+            self._logs_under_way.popleft()
+            metrics = figures.read()
+            own = {name: metrics.pop(name) for name in ("loss", "grad_norm", "learning_rate")}
+            self._total_loss_scalar += own["loss"][0]
+            logs = {name: values[0] for name, values in own.items() if values}
+            newer = dict(self._metrics["train"])
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            self.state.global_step, self.state.epoch = step, epoch
+            try:
+                self.store_flos()
+                self.log({**logs, "loss": logs["loss"] / steps})
+            finally:
+                self.state.global_step, self.state.epoch = now
+            self._metrics["train"].update(newer)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Fetch the metrics from the device first, all at once."""
+        metrics: dict[str, list[Any]] = self._metrics["train" if self.model.training else "eval"]
+        metrics.update(Figures(metrics).read())
+        super().log(logs, start_time)
 
     def prediction_step(
         self,

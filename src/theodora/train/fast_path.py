@@ -1,0 +1,50 @@
+"""Which code a run takes: the kernels where there is a GPU, or the plain reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from transformers import PreTrainedModel
+
+from theodora import kernels
+from theodora.adapters.accelerate import install, uninstall
+from theodora.config import TrainConfig
+
+
+@contextmanager
+def fast_path(model: PreTrainedModel, config: TrainConfig, device: torch.device) -> Iterator[str | None]:
+    """Put the model on the code that the configuration asks for, and take it off again.
+
+    Yields:
+        What was found to speed up; None where layers run as they are (on a CPU).
+    """
+    if config.kernels == "reference":
+        with kernels.reference():
+            yield "off: every layer runs the plain formulas"
+        return
+    if device.type != "cuda":
+        yield None
+        return
+    found = install(model)
+    try:
+        yield str(found)
+    finally:
+        uninstall(model)
+
+
+def missing_parts(device: torch.device) -> list[str]:
+    """What is not installed and would make a run on this device faster."""
+    if device.type != "cuda":
+        return []
+    slower = {
+        "triton": "the kernels of the fast path do not run",
+        "liger_kernel": "rotary embeddings take the model's own, slower code",
+    }
+    return [
+        f"{name.replace('_', '-')} is not installed: {what}. pip install 'theodora[gpu]'"
+        for name, what in slower.items()
+        if find_spec(name) is None
+    ]

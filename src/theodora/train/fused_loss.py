@@ -1,0 +1,234 @@
+"""The loss straight from the hidden states, on a GPU, by `theodora.kernels.cross_entropy`: nothing waits for the host.
+
+TRL's own fused loss asks the GPU which tokens are learned, and transformers asks it whether a mask masks anything; at
+each such question the GPU runs dry. The collator knows both while the batch is still on the host, so the answers travel
+with the batch (`SelectLearned`).
+
+Whether a model computes its logits as assumed here (head, scale, soft cap) is found out by comparing (`fused_head`).
+Legend: B rows, T tokens, N learned tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, masking_utils
+
+from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
+from theodora.kernels.operators import runs_triton
+
+LEARNED = "learned"
+"""The key in a batch of what `SelectLearned` found."""
+
+_MULTIPLE = 128  # numbers of learned tokens are rounded up to it, so that memory is reused from batch to batch
+_MOST = 0.9  # share of learned tokens from which all positions are taken as they lie, without a copy
+# ‖difference‖ / ‖expected‖ that rounding alone explains, in the probes below.
+_SAME_LOGITS, _SAME_STATES = 1e-2, 5e-2
+
+
+class Learned(TypedDict):
+    """What the host knows of a batch."""
+
+    targets: Tensor
+    """The token to predict at each chosen position, (N,); IGNORED where it is none."""
+    positions: Tensor | None
+    """The chosen positions in the flattened batch, (N,); None for all of them, (B·T,)."""
+    tokens: int
+    """Tokens in the batch, padding not."""
+    maskless: bool
+    """Whether padding stands on the right alone, where no causal model sees it."""
+
+
+class SelectLearned:
+    """A collator that also tells which positions are learned, under the key `LEARNED`."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """The batch of these rows."""
+        batch = self.collate(rows)
+        mask = batch.get("attention_mask")
+        targets, positions = select_learned(batch["labels"])
+        batch[LEARNED] = Learned(
+            targets=targets,
+            positions=positions,
+            tokens=batch["labels"].numel() if mask is None else int(mask.sum()),
+            maskless=mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all()),
+        )
+        return batch
+
+
+def select_learned(labels_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Targets and positions as in `Learned`. The token at t is predicted from the state at t - 1."""
+    targets_BT = torch.full_like(labels_BT, IGNORED)
+    targets_BT[:, :-1] = labels_BT[:, 1:]
+    flat = targets_BT.flatten()
+    positions = (flat != IGNORED).nonzero().squeeze(1)
+    padded = max(1, -(-positions.numel() // _MULTIPLE)) * _MULTIPLE
+    if padded > _MOST * flat.numel():
+        return flat, None
+    # The last position of the first row predicts nothing: a place for what fills up the number.
+    filled = positions.new_full((padded,), labels_BT.shape[1] - 1)
+    filled[: positions.numel()] = positions
+    return flat[filled], filled
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits come from the last hidden states: softcap·tanh(scale·(h Wᵀ + bias)/softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    maskless: bool = False
+    """Whether the model gives the same without a mask where padding stands on the right."""
+
+    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> LossSums:
+        """Run the model's body on a batch and add up the losses of the learned tokens."""
+        if self.maskless and learned["maskless"]:
+            kwargs.pop("attention_mask", None)
+        # Positions that are given may start anew within a row; where they are not, there is nothing to look for.
+        with _one_sequence_per_row(kwargs.get("position_ids") is None):
+            hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
+        layer: Any = model.get_output_embeddings()
+        weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (layer.weight, layer.bias))
+        hidden_NH: Any = hidden_BTH.flatten(0, 1).to(weight.device)
+        if learned["positions"] is not None:
+            hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
+        return linear_cross_entropy(
+            hidden_NH,
+            weight,
+            learned["targets"].to(weight.device),
+            bias_V=bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            with_stats=True,
+        )
+
+    def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
+        """The logits that the loss stands for, all at once, float32."""
+        layer: Any = model.get_output_embeddings()
+        z = layer(hidden_BTH).float() * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def fused_loss_pays(device: torch.device) -> bool:
+    """Whether the fused loss is faster there than the other ways: on GPUs with Triton."""
+    return device.type == "cuda" and runs_triton(torch.empty(0, device=device))
+
+
+def add_fused_loss(model: PreTrainedModel, head: Head) -> None:
+    """Make `model(..., learned=...)` return the `LossSums` of a batch. Without `learned` its forward is as before.
+
+    Through the forward, so that wrappers of the model (for several processes, say) see it.
+    """
+    before = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, learned: Learned | None = None, **kwargs: Any) -> Any:
+        return before(*args, **kwargs) if learned is None else head.loss(self, learned, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fused_head(model: PreTrainedModel) -> Head | str:
+    """How the model computes its logits, or why the fused loss does not fit it.
+
+    Some models scale or cap their logits, and name that in their configuration. The result is compared with the
+    model's own logits on a few tokens, because another may do it and not say so.
+    """
+    layer: Any = model.get_output_embeddings()
+    if getattr(type(layer), "forward", None) is not nn.Linear.forward or "forward" in layer.__dict__:
+        return "the output head is no plain linear layer"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "the output head has hooks"
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return "the output head is trained"
+    if _body(model) is model:
+        return f"a {type(model).__name__} does not separate its head from its body"
+    text: Any = model.config.get_text_config()
+    head = Head(_logit_scale(text), getattr(text, "final_logit_softcapping", None))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _probed(model, head)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        return f"the model does not run on bare tokens ({type(error).__name__}: {str(error).splitlines()[0]})"
+    finally:
+        model.train(was_training)
+
+
+def _probed(model: PreTrainedModel, head: Head) -> Head | str:
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(3, 15, device=embeddings.weight.device).view(2, 6) % embeddings.weight.shape[0]
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    kept = mask.bool()
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    hidden = _body(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    found = head.logits(model, hidden).to(expected.device)
+    if not _distance(found[kept.to(found.device)], expected[kept.to(found.device)]) < _SAME_LOGITS:
+        return f"a {type(model).__name__} computes its logits in a way of its own"
+    without = _body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    kept = kept.to(hidden.device)
+    same = without.shape == hidden.shape and _distance(without[kept], hidden[kept]) < _SAME_STATES
+    return Head(head.scale, head.softcap, maskless=same)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _body(model: Any) -> Any:
+    return model.base_model
+
+
+def _logit_scale(text: Any) -> float:
+    """The factor of the logits, by the names that transformers' configurations have for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            return float(getattr(text, name))
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if text.model_type == "hyperclovax" else 1 / scaling
+
+
+class _Rows(torch.autograd.Function):
+    """x[positions]; no position twice, but for rows without gradient. Plain indexing adds up, which is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, positions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (positions,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.rows, dy.shape[1]).index_copy_(0, positions, dy), None
+
+
+@contextmanager
+def _one_sequence_per_row(sure: bool) -> Iterator[None]:
+    """Spare transformers its search for sequences packed into one row, which waits for the GPU (transformers 5.23)."""
+    if not sure or torch.compiler.is_compiling():
+        yield
+        return
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
