@@ -69,6 +69,7 @@ TYPED = {
     "max_grad_norm": ("2", 2.0),
     "bf16": ("true", True),
     "base_dtype": ("fp8", "fp8"),
+    "kernels": ("reference", "reference"),
     "gradient_checkpointing": (None, True),
     "seed": ("5", 5),
     "logging_steps": ("0.25", 0.25),

@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "max_grad_norm",
             "bf16",
             "base_dtype",
+            "kernels",
             "gradient_checkpointing",
             "seed",
         ),
