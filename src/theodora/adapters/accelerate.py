@@ -66,6 +66,10 @@ def install(model: nn.Module) -> FastPath:
     modules = list(model.modules())
     mlps = sum(fuse_mlp(module) for module in modules)
     groups = sum(_group(module) for module in modules if not isinstance(module, GatedMLP))
+    fused = {id(child) for module in modules if isinstance(module, GatedMLP) for child in module.children()}
+    for module in modules:  # a layer that reads its x alone gets a group of its own, for the weight's spare rows
+        if hasattr(module, "parts") and GROUP not in module.__dict__ and id(module) not in fused:
+            module.__dict__[GROUP] = Group([module])  # pyright: ignore[reportArgumentType]
     norms = sum(speed_up_norm(module) for module in modules)
     rotary = [speed_up_rotary(module) for module in modules]
     return FastPath(groups, mlps, norms, any(rotary))
@@ -74,7 +78,9 @@ def install(model: nn.Module) -> FastPath:
 def uninstall(model: nn.Module) -> None:
     """Undo `accelerate`."""
     for module in model.modules():
-        module.__dict__.pop(GROUP, None)
+        group = module.__dict__.pop(GROUP, None)
+        if group is not None:
+            group.dissolve()
         if isinstance(module, GatedMLP):
             unfuse_mlp(module)
         elif isinstance(module, FastRMSNorm):

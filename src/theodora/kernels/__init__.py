@@ -17,9 +17,21 @@ from theodora import functional
 from theodora.kernels import decode, fused
 from theodora.kernels.base_product import dequantized
 from theodora.kernels.parts import Parts
+from theodora.kernels.stack import Stack
 from theodora.kernels.weight_norm import dora_norm
 
-__all__ = ["Parts", "adapted_linears", "decode", "dora_linear", "dora_norm", "fast", "fits", "lora_linear", "reference"]
+__all__ = [
+    "Parts",
+    "Stack",
+    "adapted_linears",
+    "decode",
+    "dora_linear",
+    "dora_norm",
+    "fast",
+    "fits",
+    "lora_linear",
+    "reference",
+]
 
 # A plain global, because torch.compile can guard on one and breaks its graph at anything finer.
 _use_reference = False
@@ -41,13 +53,15 @@ def fast() -> bool:
     return not _use_reference
 
 
-def adapted_linears(x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None) -> list[Tensor]:
+def adapted_linears(
+    x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None, stack: Stack | None = None
+) -> list[Tensor]:
     """The outputs of layers that read the same x, each (…, O), by the fastest way that fits the inputs.
 
-    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout).
+    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout); `stack` may hold the weights.
     """
     if all(fits(x_TI, layer) for layer in layers):
-        return fused.adapted_linears(x_TI, layers, x_lora_TI)
+        return fused.adapted_linears(x_TI, layers, x_lora_TI, stack)
     return [_reference_linear(x_TI, layer, x_lora_TI) for layer in layers]
 
 

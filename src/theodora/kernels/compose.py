@@ -114,6 +114,29 @@ def _compose_backward(
     return triton.compose_backward(dy, z, xa, b, scale, magnitude, norm)
 
 
+def _compose_backward_into(
+    dy: Tensor,
+    z: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    dz: Tensor,
+    dzb: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(dB, dm); dz and dzb are written to where they are wanted."""
+    if runs_triton(dy):
+        from theodora.kernels.triton import compose as triton
+
+        _, _, db, dm = triton.compose_backward(dy, z, xa, b, scale, magnitude, norm, dz, dzb)
+        return db, dm
+    found_dz, found_dzb, db, dm = compose_backward_reference(dy, z, xa, b, scale, magnitude, norm)
+    dz.copy_(found_dz)
+    dzb.copy_(found_dzb)
+    return db, dm
+
+
 def _fake_compose_backward(
     dy: Tensor,
     z: Tensor | None,
@@ -146,4 +169,13 @@ compose_backward = operator(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _compose_backward,
     _fake_compose_backward,
+)
+compose_backward_into = operator(
+    "compose_backward_into(Tensor dy, Tensor z, Tensor xa, Tensor b, float scale, Tensor magnitude, Tensor norm, "
+    "Tensor(a!) dz, Tensor(b!) dzb) -> (Tensor, Tensor)",
+    _compose_backward_into,
+    lambda dy, z, xa, b, scale, magnitude, norm, dz, dzb: (
+        b.new_empty(b.shape, dtype=wide_dtype(dy.dtype)),
+        torch.empty_like(norm),
+    ),
 )

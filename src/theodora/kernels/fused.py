@@ -22,22 +22,35 @@ from torch.autograd.function import once_differentiable
 
 from theodora.functional import dora_scale
 from theodora.kernels.base_product import base_product, base_product_backward
-from theodora.kernels.compose import MOST_FUSED_RANK, compose, compose_backward, compose_in_place
+from theodora.kernels.compose import (
+    MOST_FUSED_RANK,
+    compose,
+    compose_backward,
+    compose_backward_into,
+    compose_in_place,
+)
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import Parts
+from theodora.kernels.stack import Stack
 
 _PER_LAYER = 7  # tensors: weight, weight_scale, bias, A, B, magnitude, norm
 
 
-def adapted_linears(x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None) -> list[Tensor]:
+def adapted_linears(
+    x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None, stack: Stack | None = None
+) -> list[Tensor]:
     """The outputs of several adapted layers that read the same x, each (…, O).
 
-    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout).
+    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout); `stack` holds the layers' weights,
+    perhaps.
     """
     x, x_lora = flat(x_TI), None if x_lora_TI is None else flat(x_lora_TI)
     source = NormedInput.of(x_TI) if x_lora is None else None
     tensors = [t for layer in layers for t in tensors_of(layer)]
-    ys: Any = _AdaptedLinears.apply(x, x_lora, source, [layer.scale for layer in layers], *tensors)
+    # Without magnitudes the outputs are the base products themselves, which must not be views of one another.
+    if stack is not None and (x_lora is not None or not _scaled(layers) or not stack.fits(layers)):
+        stack = None
+    ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, [layer.scale for layer in layers], *tensors)
     return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -55,6 +68,7 @@ class _AdaptedLinears(torch.autograd.Function):
         x_TI: Tensor,
         x_lora_TI: Tensor | None,
         source: NormedInput | None,
+        stack: Stack | None,
         scales: list[float],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -63,11 +77,12 @@ class _AdaptedLinears(torch.autograd.Function):
         xa = None if a is None else (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
         ys: list[Tensor] = []
         kept: list[Tensor | None] = []
-        for layer, xa_TR in zip(layers, split_ranks(xa, layers), strict=True):
-            y, z = composed(base_product(x_TI, layer.weight_OI, layer.weight_scale_O), xa_TR, layer)
+        zs = base_products(x_TI, layers, stack)
+        for layer, z, xa_TR in zip(layers, zs, split_ranks(xa, layers), strict=True):
+            y, z = composed(z, xa_TR, layer)
             ys.append(y)
             kept.append(z)
-        ctx.scales = scales
+        ctx.scales, ctx.stack = scales, stack
         ctx.set_materialize_grads(False)
         save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
         return tuple(ys)
@@ -78,26 +93,29 @@ class _AdaptedLinears(torch.autograd.Function):
         needs_x, needs_x_lora = ctx.needs_input_grad[:2]
         source, (xa, *saved) = saved_input(ctx)
         kept, layers = saved[: len(dys)], layers_of(saved[len(dys) :], ctx.scales)
+        xas = split_ranks(xa, layers)
         # A layer whose output was not used has nothing to learn, and adds nothing to dx.
         used = [i for i, dy in enumerate(dys) if dy is not None]
-        grads: list[Any] = [None] * (_PER_LAYER * len(layers))
-        xas = split_ranks(xa, layers)
-        dx, dzbs = None, []
-        for i in used:
-            layer, dy = layers[i], dys[i]
-            assert dy is not None
-            dz, dzb, db, dm = composed_backward(dy, kept[i], xas[i], layer)
-            dzbs.append(dzb)
-            set_gradients(grads, i, db=db, dm=dm)
-            if needs_x:
-                dx = plus(dx, base_product_backward, dz, layer.weight_OI, layer.weight_scale_O)
         chosen = [layers[i] for i in used]
-        dx, dx_lora, das = low_rank_backward(
-            dzbs, chosen, source, dx, needs_x, needs_x_lora, any(ctx.needs_input_grad[7::_PER_LAYER])
+        dx, dzb, dbs, dms = layers_backward(
+            [dys[i] for i in used],  # pyright: ignore[reportArgumentType]
+            [kept[i] for i in used],
+            [xas[i] for i in used],
+            chosen,
+            ctx.stack if len(used) == len(layers) else None,
+            needs_x,
+            needs_x and not needs_x_lora,
         )
-        for i, da in zip(used, das, strict=True):
-            set_gradients(grads, i, da=da)
-        return dx, dx_lora, None, None, *grads
+        dx_lora = None
+        if needs_x_lora and dzb is not None:
+            a = stacked_a(chosen, dzb.dtype)
+            assert a is not None
+            dx_lora = dzb @ a
+        das = a_gradients(dzb, chosen, source)
+        grads: list[Any] = [None] * (_PER_LAYER * len(layers))
+        for i, da, db, dm in zip(used, das, dbs, dms, strict=True):
+            set_gradients(grads, i, da=da, db=db, dm=dm)
+        return dx, dx_lora, None, None, None, *grads
 
 
 # The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
@@ -215,41 +233,96 @@ def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
     return layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK and runs_triton(z_TO)
 
 
-def low_rank_backward(
-    dzbs: Sequence[Tensor | None],
+def base_products(x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None) -> Sequence[Tensor]:
+    """x Wᵀ of each layer; with a stack, views of one product."""
+    if stack is None:
+        return [base_product(x_TI, layer.weight_OI, layer.weight_scale_O) for layer in layers]
+    return base_product(x_TI, stack.weight).split([layer.weight_OI.shape[0] for layer in layers], dim=1)
+
+
+def layers_backward(
+    dys: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
+    xas: Sequence[Tensor | None],
     layers: Sequence[Parts],
-    source: Tensor | NormedInput,
-    dx_TI: Tensor | None,
+    stack: Stack | None,
     needs_x: bool,
-    needs_x_lora: bool,
-    needs_a: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """dx with the low-rank branches' share, the gradient of their own input, and dA of each layer."""
-    parts = [dzb for dzb in dzbs if dzb is not None]
-    if not parts:
-        return dx_TI, None, [None] * len(layers)
-    dzb = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    dx_lora = None
-    if needs_x or needs_x_lora:
+    joins_x: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """(dx, dzb (T, ΣR), all dB, all dm) of layers that read one x; `joins_x` if the low-rank branches read it too."""
+    if stack is not None and _scaled(layers) and all(in_one_pass(dys[0], layer) for layer in layers):
+        return _stacked_backward(dys, kept, xas, layers, stack, needs_x)
+    dx = None
+    dzbs, dbs, dms = [], [], []
+    for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
+        dz, dzb, db, dm = composed_backward(dy, z, xa_TR, layer)
+        dzbs.append(dzb)
+        dbs.append(db)
+        dms.append(dm)
+        if needs_x:
+            dx = plus(dx, dz, layer)
+    dzb = side_by_side(dzbs)
+    if joins_x and dx is not None and dzb is not None:
         a = stacked_a(layers, dzb.dtype)
         assert a is not None
-        if needs_x_lora:
-            dx_lora = dzb @ a
-        elif dx_TI is not None:
-            dx_TI = add_product(dx_TI, dzb, a)
-    if not needs_a:
-        return dx_TI, dx_lora, [None] * len(layers)
-    da = source.left_product(dzb) if isinstance(source, NormedInput) else dzb.T @ source
+        dx = add_product(dx, dzb, a)
+    return dx, dzb, dbs, dms
+
+
+def _stacked_backward(
+    dys: Sequence[Tensor], kept: Sequence[Any], xas: Sequence[Any], layers: Sequence[Parts], stack: Stack, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
+    a = stacked_a(layers, dys[0].dtype)
+    assert a is not None
+    ranks = a.shape[0]
+    dz_dzb = dys[0].new_empty(dys[0].shape[0], stack.columns(ranks))
+    at, low = 0, stack.rows
+    dbs: list[Tensor | None] = []
+    dms: list[Tensor | None] = []
+    for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
+        b, magnitude = layer.b_OR, layer.magnitude_O
+        assert b is not None
+        assert magnitude is not None
+        outputs, rank = b.shape
+        into = dz_dzb[:, at : at + outputs], dz_dzb[:, low : low + rank]
+        db, dm = compose_backward_into(dy, z, xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)
+        dbs.append(db.to(b.dtype))
+        dms.append(dm.to(magnitude.dtype))
+        at, low = at + outputs, low + rank
+    dz_dzb[:, low:].zero_()
+    dx = dz_dzb @ stack.with_a(a) if needs_x else None
+    return dx, dz_dzb[:, stack.rows : low], dbs, dms
+
+
+def _scaled(layers: Sequence[Parts]) -> bool:
+    return all(layer.norm_O is not None for layer in layers)
+
+
+def side_by_side(dzbs: Sequence[Tensor | None]) -> Tensor | None:
+    """The dzb of several layers as one (T, ΣR)."""
+    parts = [dzb for dzb in dzbs if dzb is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts, dim=1)
+
+
+def a_gradients(dzb_TR: Tensor | None, layers: Sequence[Parts], source: Tensor | NormedInput) -> list[Tensor | None]:
+    """dA of each layer: dzbᵀ x, one product for all."""
+    if dzb_TR is None:
+        return [None] * len(layers)
+    da = source.left_product(dzb_TR) if isinstance(source, NormedInput) else dzb_TR.T @ source
     split = iter(da.split([layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None]))
-    das = [None if layer.a_RI is None else next(split).to(layer.a_RI.dtype) for layer in layers]
-    return dx_TI, dx_lora, das
+    return [None if layer.a_RI is None else next(split).to(layer.a_RI.dtype) for layer in layers]
 
 
-def plus(onto: Tensor | None, product: Any, dz: Tensor, w: Tensor, w_scale: Tensor | None) -> Tensor:
+def plus(onto: Tensor | None, dz_TO: Tensor, layer: Parts) -> Tensor:
     """onto + dz W, in one pass where the weight is plain."""
     if onto is None:
-        return product(dz, w, w_scale)
-    return add_product(onto, dz, w) if w_scale is None else onto.add_(product(dz, w, w_scale))
+        return base_product_backward(dz_TO, layer.weight_OI, layer.weight_scale_O)
+    if layer.weight_scale_O is None:
+        return add_product(onto, dz_TO, layer.weight_OI)
+    return onto.add_(base_product_backward(dz_TO, layer.weight_OI, layer.weight_scale_O))
 
 
 def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
@@ -268,6 +341,7 @@ def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def flat(x: Tensor) -> Tensor:
+    """Tokens and features alone."""
     return x.reshape(-1, x.shape[-1])
 
 

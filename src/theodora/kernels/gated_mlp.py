@@ -7,36 +7,42 @@ same graph is an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from theodora.kernels.base_product import base_product, base_product_backward
+from theodora.kernels.base_product import base_product
 from theodora.kernels.compose import MOST_FUSED_RANK
 from theodora.kernels.fused import (
     NormedInput,
+    a_gradients,
     add_product,
+    base_products,
     composed,
-    composed_backward,
     flat,
+    layers_backward,
     layers_of,
-    low_rank_backward,
     plus,
     save_input,
     saved_input,
     scaled_b,
     set_gradients,
+    side_by_side,
     split_ranks,
     stacked_a,
     tensors_of,
 )
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import Parts, Update
+from theodora.kernels.stack import Stack
 
 
-def gated_mlp(x_TI: Tensor, gate: Parts, up: Parts, down: Parts, activation: str) -> Tensor:
+def gated_mlp(
+    x_TI: Tensor, gate: Parts, up: Parts, down: Parts, activation: str, stacks: Sequence[Stack | None] = (None, None)
+) -> Tensor:
     """down(act(gate(x)) ⊙ up(x)), shaped like x.
 
     Args:
@@ -45,11 +51,17 @@ def gated_mlp(x_TI: Tensor, gate: Parts, up: Parts, down: Parts, activation: str
         up: (F, I), likewise.
         down: (I, F), likewise.
         activation: one of `theodora.kernels.gated.ACTIVATIONS`.
+        stacks: what holds the weights of gate and up, and what holds down's, perhaps.
     """
     layers = (gate, up, down)
     tensors = [t for layer in layers for t in tensors_of(layer)]
+    inner, outer = stacks
+    found = (
+        inner if inner is not None and inner.fits([gate, up]) else None,
+        outer if outer is not None and outer.fits([down]) else None,
+    )
     source = NormedInput.of(x_TI)
-    y: Any = _GatedMLP.apply(flat(x_TI), source, [layer.scale for layer in layers], activation, *tensors)
+    y: Any = _GatedMLP.apply(flat(x_TI), source, found, [layer.scale for layer in layers], activation, *tensors)
     return y.view(*x_TI.shape[:-1], y.shape[-1])
 
 
@@ -59,6 +71,7 @@ class _GatedMLP(torch.autograd.Function):
         ctx: Any,
         x_TI: Tensor,
         source: NormedInput | None,
+        stacks: tuple[Stack | None, Stack | None],
         scales: list[float],
         activation: str,
         *tensors: Tensor | None,
@@ -67,59 +80,97 @@ class _GatedMLP(torch.autograd.Function):
         a = stacked_a([gate, up], x_TI.dtype)
         xa = None if a is None else x_TI @ a.T
         xa1, xa2 = split_ranks(xa, [gate, up])
-        z1, update1 = _base(x_TI, xa1, gate)
-        z2, update2 = _base(x_TI, xa2, up)
-        h = gated(z1, z2, update1, update2, activation)
+        z, z1, z2 = _base_products(x_TI, gate, up, stacks[0], 0 if a is None else a.shape[0])
+        z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
+        h = gated(z1, z2, _update(gate, xa1), _update(up, xa2), activation)
         xa3 = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
         y, z3 = composed(base_product(h, down.weight_OI, down.weight_scale_O), xa3, down)
-        ctx.scales, ctx.activation = scales, activation
-        save_input(ctx, x_TI, source, xa, xa3, z1, z2, z3, *tensors)
+        ctx.stacks, ctx.scales, ctx.activation = stacks, scales, activation
+        save_input(ctx, x_TI, source, xa, xa3, z, z1, z2, z3, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TI: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        source, (xa, xa3, z1, z2, z3, *tensors) = saved_input(ctx)
+        source, (xa, xa3, z, z1, z2, z3, *tensors) = saved_input(ctx)
         gate, up, down = layers_of(tensors, ctx.scales)
         xa1, xa2 = split_ranks(xa, [gate, up])
         grads: list[Any] = [None] * len(tensors)
 
-        dz3, dzb3, db3, dm3 = composed_backward(dy_TI, z3, xa3, down)
-        set_gradients(grads, 2, db=db3, dm=dm3)
-        dh = base_product_backward(dz3, down.weight_OI, down.weight_scale_O)
-        # A small update of down's joins in the kernel; a large one is added beforehand, and dA taken from h.
-        joins = down.b_OR is not None and _small(down)
-        if dzb3 is not None and not joins:
-            assert down.a_RI is not None
-            dh = add_product(dh, dzb3, down.a_RI.to(dh.dtype))
-        low, a3 = (dzb3, down.a_RI) if joins else (None, None)
-        update1, update2 = _update(gate, xa1), _update(up, xa2)
+        # A small update of down's joins dh in the kernel, and gives dA there; a large one is dealt with outside.
+        inside = down.b_OR is not None and _small(down)
+        joins = inside and ctx.stacks[1] is None
+        dh, dzb3, (db3,), (dm3,) = layers_backward([dy_TI], [z3], [xa3], [down], ctx.stacks[1], True, not joins)
+        assert dh is not None
         h, dzb1, db1, dm1, dzb2, db2, dm2, da3 = gated_backward(
-            dh, low, a3, z1, z2, update1, update2, ctx.activation, z1, z2, dzb3 is not None and not joins
+            dh,
+            dzb3 if inside else None,
+            down.a_RI if joins else None,
+            z1,
+            z2,
+            _update(gate, xa1),
+            _update(up, xa2),
+            ctx.activation,
+            z1,
+            z2,
+            dzb3 is not None and not inside,
         )
         torch.autograd.graph.increment_version([z1, z2])
-        if down.a_RI is not None:
-            da3 = da3 if joins or dzb3 is None else dzb3.T @ h
-            set_gradients(grads, 2, da=da3.to(down.a_RI.dtype))
-        dx, dzbs = None, []
+        if down.a_RI is not None and dzb3 is not None:
+            da3 = (da3 if inside else dzb3.T @ h).to(down.a_RI.dtype)
+            set_gradients(grads, 2, da=da3, db=db3, dm=dm3)
+
+        dzbs: list[Tensor | None] = []
         for i, (layer, xa_TR, dz, dzb, db, dm) in enumerate(
             ((gate, xa1, z1, dzb1, db1, dm1), (up, xa2, z2, dzb2, db2, dm2))
         ):
-            if layer.b_OR is not None and xa_TR is not None:
-                if not _small(layer):
-                    dzb, db = dz @ scaled_b(layer, dz.dtype), (dz.T @ xa_TR).float() * layer.scale
-                dzbs.append(dzb)
-                set_gradients(grads, i, db=db.to(layer.b_OR.dtype))
-            else:
-                dzbs.append(None)
             if layer.magnitude_O is not None:
                 set_gradients(grads, i, dm=dm.to(layer.magnitude_O.dtype))
-            if ctx.needs_input_grad[0]:
-                dx = plus(dx, base_product_backward, dz, layer.weight_OI, layer.weight_scale_O)
-        dx, _, das = low_rank_backward(dzbs, [gate, up], source, dx, ctx.needs_input_grad[0], False, True)
-        for i, da in enumerate(das):
+            if layer.b_OR is None or xa_TR is None:
+                dzbs.append(None)
+                continue
+            if not _small(layer):
+                dzb, db = dz @ scaled_b(layer, dz.dtype), (dz.T @ xa_TR).float() * layer.scale
+            dzbs.append(dzb)
+            set_gradients(grads, i, db=db.to(layer.b_OR.dtype))
+        dzb = side_by_side(dzbs)
+        for i, da in enumerate(a_gradients(dzb, [gate, up], source)):
             set_gradients(grads, i, da=da)
-        return dx, None, None, None, *grads
+        dx = _input_gradient(z, z1, z2, dzb, gate, up, ctx.stacks[0]) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, *grads
+
+
+def _base_products(
+    x_TI: Tensor, gate: Parts, up: Parts, stack: Stack | None, ranks: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(z, z₁, z₂): with a stack, z₁ and z₂ are columns of z, which has room for dzb behind them."""
+    if stack is None:
+        return None, *base_products(x_TI, [gate, up], None)
+    z = x_TI.new_empty(x_TI.shape[0], stack.columns(ranks))
+    torch.mm(x_TI, stack.weight.T, out=z[:, : stack.rows])
+    features = gate.weight_OI.shape[0]
+    return z, z[:, :features], z[:, features : stack.rows]
+
+
+def _input_gradient(
+    z: Tensor | None,
+    dz1_TF: Tensor,
+    dz2_TF: Tensor,
+    dzb_TR: Tensor | None,
+    gate: Parts,
+    up: Parts,
+    stack: Stack | None,
+) -> Tensor:
+    """dx of gate and up; z holds dz₁ and dz₂ by now."""
+    a = None if dzb_TR is None else stacked_a([gate, up], dzb_TR.dtype)
+    if stack is not None and z is not None:
+        if a is None or dzb_TR is None:
+            return z[:, : stack.rows] @ stack.weight
+        z[:, stack.rows : stack.rows + a.shape[0]].copy_(dzb_TR)
+        z[:, stack.rows + a.shape[0] :].zero_()
+        return z @ stack.with_a(a)
+    dx = plus(plus(None, dz1_TF, gate), dz2_TF, up)
+    return dx if a is None or dzb_TR is None else add_product(dx, dzb_TR, a)
 
 
 def _small(layer: Parts) -> bool:
@@ -127,15 +178,15 @@ def _small(layer: Parts) -> bool:
     return layer.b_OR is None or layer.b_OR.shape[1] <= MOST_FUSED_RANK
 
 
-def _base(x_TI: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, Update]:
-    """The base product, a large update already in it, and what is still to be done to it."""
-    z = base_product(x_TI, layer.weight_OI, layer.weight_scale_O)
-    if xa_TR is not None and not _small(layer):
-        z = add_product(z, xa_TR, scaled_b(layer, z.dtype).T)
-    return z, _update(layer, xa_TR)
+def _with_large_update(z_TF: Tensor, xa_TR: Tensor | None, layer: Parts) -> Tensor:
+    """z, with an update in it that is too large for the kernels."""
+    if xa_TR is None or _small(layer):
+        return z_TF
+    return add_product(z_TF, xa_TR, scaled_b(layer, z_TF.dtype).T)
 
 
 def _update(layer: Parts, xa_TR: Tensor | None) -> Update:
+    """What is still to be done to the base product."""
     small = xa_TR is not None and _small(layer)
     return Update(
         xa_TR if small else None,

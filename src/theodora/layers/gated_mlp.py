@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from theodora.kernels import Parts
 from theodora.kernels.gated import ACTIVATIONS, activate
 from theodora.kernels.gated_mlp import gated_mlp
+from theodora.kernels.stack import Stack
 from theodora.layers.float8 import weight_scale
-from theodora.layers.groups import FastLinear, has_hooks, parts_that_fit
+from theodora.layers.groups import FastLinear, has_hooks, parts_that_fit, stack_weights
 from theodora.layers.linear import is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
@@ -25,6 +26,7 @@ class GatedMLP(Swapped):
 
     prefix = "Fused"
     _theodora_gated: tuple[tuple[str, str, str], str]
+    _theodora_stacks: tuple[Stack | None, Stack | None]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the module's own forward computes, (…, I)."""
@@ -32,9 +34,18 @@ class GatedMLP(Swapped):
         modules = [getattr(self, name) for name in names]
         if torch.compiler.is_compiling() or has_hooks(modules):
             return super().forward(x)
-        layers = [module if hasattr(module, "parts") else _Plain(module) for module in modules]
-        found = parts_that_fit(x, layers)
-        return super().forward(x) if found is None else gated_mlp(x, *found, activation)
+        found = parts_that_fit(x, [_fast(module) for module in modules])
+        if found is None:
+            return super().forward(x)
+        return gated_mlp(x, *found, activation, self._theodora_stacks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's weights are its own again.
+        return {**self.__dict__, "_theodora_stacks": (None, None)}
+
+
+def _fast(module: Any) -> FastLinear:
+    return module if hasattr(module, "parts") else _Plain(module)
 
 
 class _Plain:
@@ -58,13 +69,18 @@ def fuse_mlp(module: nn.Module) -> bool:
     if found is None:
         return False
     swap_class(module, GatedMLP)
-    module._theodora_gated = found  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    gate, up, down = (_fast(getattr(module, name)) for name in found[0])
+    module.__dict__["_theodora_gated"] = found
+    module.__dict__["_theodora_stacks"] = stack_weights([gate, up]), stack_weights([down])
     return True
 
 
 def unfuse_mlp(module: GatedMLP) -> None:
     """Undo `fuse_mlp`."""
-    del module._theodora_gated
+    for stack in module._theodora_stacks:
+        if stack is not None:
+            stack.dissolve()
+    del module._theodora_gated, module._theodora_stacks
     swap_back(module)
 
 

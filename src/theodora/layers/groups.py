@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.kernels import Parts
 from theodora.kernels.operators import runs_triton
+from theodora.kernels.stack import Stack
 
 GROUP = "_theodora_group"
 
@@ -32,6 +33,7 @@ class Group:
 
     def __init__(self, layers: Sequence[FastLinear]) -> None:
         self.layers = list(layers)
+        self.stack = stack_weights(layers)
         self._key: tuple[Any, ...] | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -54,7 +56,7 @@ class Group:
         found = parts_that_fit(x, self.layers)
         if found is None:
             return None
-        first, *others = kernels.adapted_linears(x, found)
+        first, *others = kernels.adapted_linears(x, found, stack=self.stack)
         self._key = (x, *_state(x))
         self._ready = {id(other): y for other, y in zip(self.layers[1:], others, strict=True)}
         return first
@@ -63,7 +65,30 @@ class Group:
         self._key, self._ready = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_key": None, "_ready": {}}
+        # A copy's weights are its own again.
+        return {"layers": self.layers, "stack": None, "_key": None, "_ready": {}}
+
+    def dissolve(self) -> None:
+        """Let go of the layers; their weights get memory of their own again."""
+        if self.stack is not None:
+            self.stack.dissolve()
+        self.layers, self.stack = [], None
+
+
+def stack_weights(layers: Sequence[FastLinear]) -> Stack | None:
+    """Put the layers' weights into one buffer, if they are plain, frozen, on a GPU, and tied to no other module.
+
+    (A tied weight would take its other owner along, which is harmless but pointless: its gradient is not ours.)
+    """
+    found = [layer.parts() for layer in layers]
+    weights = [None if parts is None else parts.weight_OI for parts in found]
+    ranks = sum(parts.a_RI.shape[0] for parts in found if parts is not None and parts.a_RI is not None)
+    for w in weights:
+        plain = isinstance(w, nn.Parameter) and not w.requires_grad and w.is_contiguous() and type(w.data) is Tensor
+        if not plain or not runs_triton(w) or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return None
+    one_kind = len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) == 1
+    return Stack(weights, ranks) if one_kind and len({id(w) for w in weights}) == len(weights) else None  # pyright: ignore[reportArgumentType]
 
 
 def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | None:

@@ -66,20 +66,23 @@ def load_xa(xa, t, r, T, R, xa_row):
 
 
 @triton.jit
-def _sum_chunks(parts, out, COUNT, SIZE, BLOCK: tl.constexpr):
+def _sum_chunks(parts, out, COUNT, SIZE, COLS, out_row, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = parts + i
     total = tl.zeros((BLOCK,), tl.float32)
-    for chunk in range(COUNT):
-        total += tl.load(parts + chunk * SIZE + i, mask=i < SIZE, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < SIZE)
+    for _ in range(COUNT):
+        total += tl.load(at, mask=i < SIZE, other=0.0)
+        at += SIZE
+    tl.store(out + i // COLS * out_row + i % COLS, total.to(out.dtype.element_ty), mask=i < SIZE)
 
 
-def sum_chunks(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension of float32 `parts`, in a fixed order, as `dtype`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    size = out.numel()
+def sum_chunks(parts: Tensor, out: Tensor) -> Tensor:
+    """The sum over the first dimension of float32 `parts` (count, rows, columns), in a fixed order, into `out`."""
+    count, rows, columns = parts.shape
+    size = rows * columns
     if size:
-        _sum_chunks[(triton.cdiv(size, 512),)](parts, out, parts.shape[0], size, BLOCK=512, num_warps=4)
+        grid = (triton.cdiv(size, 512),)
+        _sum_chunks[grid](parts, out, count, size, columns, out.stride(0), BLOCK=512, num_warps=4)
     return out
 
 

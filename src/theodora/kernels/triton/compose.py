@@ -22,7 +22,7 @@ from theodora.kernels.triton.common import (
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
-_BACKWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
+_BACKWARD = {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dzb and dB; beyond it, products of their own are faster."""
 
@@ -77,7 +77,7 @@ def compose(
 
 @triton.jit
 def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, T, O, R, CHUNK,
-                      dy_row, z_row, xa_row, b_row, b_col, scale,
+                      dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
                       LOW: tl.constexpr, SCALED: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
                       BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """One block of output features over one chunk of tokens; its shares of dzb, dB and dm are added up afterwards."""
@@ -105,7 +105,7 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg
             wide = dy_tile.to(tl.float32)
             dg_sum += tl.sum(wide * v, axis=0)
             dz_tile = (wide * g[None, :]).to(dtype)
-            tl.store(dz + t[:, None] * O + o[None, :], dz_tile, mask=inside)
+            tl.store(dz + t[:, None] * dz_row + o[None, :], dz_tile, mask=inside)
         if REDUCE:
             db_sum += product(tl.trans(dz_tile), xa_tile, PRECISION)
             dzb_tile = product(dz_tile, b_tile, PRECISION)
@@ -126,8 +126,10 @@ def compose_backward(
     scale: float,
     magnitude: Tensor | None,
     norm: Tensor | None,
+    dz: Tensor | None = None,
+    dzb: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dzb, dB, dm) as in `compose_backward_reference`."""
+    """(dz, dzb, dB, dm) as in `compose_backward_reference`; dz and dzb go where they are told to."""
     dy = row_contiguous(dy)
     low, scaled = xa is not None and b is not None, norm is not None
     tokens, outputs = dy.shape
@@ -140,7 +142,8 @@ def compose_backward(
         z = row_contiguous(z)
     if low:
         xa = row_contiguous(xa)
-    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
+    if dz is None:
+        dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
     wide = {"dtype": torch.float32, "device": dy.device}
     reduce = low and block <= REDUCES
     dzb_parts = torch.empty(blocks, tokens, rank, **wide) if reduce else None
@@ -149,12 +152,16 @@ def compose_backward(
     _compose_backward[(blocks, chunks)](
         dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, tokens, outputs, rank, size,
         dy.stride(0), z.stride(0) if z is not None else 0, xa.stride(0) if low else 0,
-        b.stride(0) if low else 0, b.stride(1) if low else 0, scale,
+        b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
         LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
-    dzb = dy.new_empty(0) if dzb_parts is None else sum_chunks(dzb_parts, dy.dtype)
-    if low and not reduce:
+    if low and dzb is None:
+        dzb = dy.new_empty(tokens, rank)
+    if reduce:
+        sum_chunks(dzb_parts, dzb)
+    elif low:
         written = dz if scaled else dy
-        dzb, db = written @ (scale * b).to(dy.dtype), (written.T @ xa).float() * scale
-    return dz, dzb, db, dm
+        torch.mm(written, (scale * b).to(dy.dtype), out=dzb)
+        db = (written.T @ xa).float() * scale
+    return dz, dy.new_empty(0) if dzb is None else dzb, db, dm

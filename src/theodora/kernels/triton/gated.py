@@ -23,7 +23,7 @@ from theodora.kernels.triton.common import (
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
-_BACKWARD = {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)}
+_BACKWARD = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)}
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dzb, dB and dA; beyond it, products of their own do."""
 
@@ -110,7 +110,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
                     dz1, dz2, act, dzb1, dzb2, db1, db2, da, dg1, dg2, T, O, R1, R2, R3, CHUNK,
                     dact_row, low_row, a_row, z1_row, z2_row, dz1_row, dz2_row, xa1_row, xa2_row,
                     b1_row, b1_col, b2_row, b2_col, scale1, scale2,
-                    LOW1: tl.constexpr, LOW2: tl.constexpr, LOW3: tl.constexpr,
+                    LOW1: tl.constexpr, LOW2: tl.constexpr, LOW3: tl.constexpr, JOINS: tl.constexpr,
                     SCALED1: tl.constexpr, SCALED2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr,
                     KEEP_ACT: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
                     BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
@@ -123,7 +123,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
         b1_tile = load_scaled_b(b1, o, r, O, R1, b1_row, b1_col, scale1, dtype)
     if LOW2:
         b2_tile = load_scaled_b(b2, o, r, O, R2, b2_row, b2_col, scale2, dtype)
-    if LOW3:
+    if JOINS:
         a_tile = tl.load(a + r[:, None] * a_row + o[None, :], mask=(r[:, None] < R3) & (o[None, :] < O), other=0.0).to(
             dtype
         )
@@ -154,6 +154,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
             up += product(xa2_tile, tl.trans(b2_tile), PRECISION)
         if LOW3:
             low_tile = load_xa(low, t, r, T, R3, low_row)
+        if JOINS:
             dh += product(low_tile, a_tile, PRECISION)
         v1, v2 = gate, up
         if SCALED1:
@@ -239,7 +240,7 @@ def gated_backward(
         dact.stride(0), 0 if low is None else low.stride(0), 0 if a is None else a.stride(0),
         z1.stride(0), z2.stride(0), dz1.stride(0), dz2.stride(0), *_low_strides(gate)[:1], *_low_strides(up)[:1],
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
-        LOW1=gate.low, LOW2=up.low, LOW3=low is not None, SCALED1=gate.scaled, SCALED2=up.scaled,
+        LOW1=gate.low, LOW2=up.low, LOW3=low is not None, JOINS=a is not None, SCALED1=gate.scaled, SCALED2=up.scaled,
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, REDUCE=reduce,
         ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -251,10 +252,10 @@ def gated_backward(
             results.append(dz @ (update.scale * update.b_OR).to(dz.dtype))
             rows = (dz.T @ update.xa_TR).float() * update.scale, rows[1]
         else:
-            results.append(empty if dzb is None else sum_chunks(dzb, dact.dtype))
+            results.append(empty if dzb is None else sum_chunks(dzb, dact.new_empty(dzb.shape[1:])))
         results += rows
     if low is not None and not reduce:
         results.append((low.T @ act).float())
     else:
-        results.append(empty if da is None else sum_chunks(da, torch.float32).T)
+        results.append(empty if da is None else sum_chunks(da, da.new_empty(da.shape[1:])).T)
     return tuple(results)

@@ -24,26 +24,32 @@ def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _dora_norm(w, a, a3, b, gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
-               QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+               MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
                CANCELLED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
     w_a = tl.zeros((BO, BR), tl.float32)
-    for start in range(0, I, BI):
-        k = start + tl.arange(0, BI)
-        w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED)
-        if SPLIT:
-            # W is exact in bfloat16, and A as the sum of three: float32 accuracy at the price of bfloat16.
-            w_tile = w_tile.to(tl.bfloat16)
-            for part in tl.static_range(3):
-                a_tile = tl.load(
-                    a3 + (part * R + r[None, :]) * I + k[:, None], mask=(r[None, :] < R) & (k[:, None] < I), other=0.0
-                )
-                w_a += product(w_tile, a_tile, PRECISION)
-        else:
-            a_tile = tl.load(a + r[None, :] * a_row + k[:, None], mask=(r[None, :] < R) & (k[:, None] < I), other=0.0)
-            w_a += product(w_tile.to(tl.float32), a_tile.to(tl.float32), PRECISION)
+    if MULTIPLIED:
+        for part in tl.static_range(3):
+            w_a += tl.load(
+                products + o[:, None] * (3 * R) + part * R + r[None, :],
+                mask=(o[:, None] < O) & (r[None, :] < R), other=0.0,
+            )  # fmt: skip
+    else:
+        for start in range(0, I, BI):
+            k = start + tl.arange(0, BI)
+            w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED)
+            inside = (r[None, :] < R) & (k[:, None] < I)
+            if SPLIT:
+                # W is exact in bfloat16, and A as the sum of three: float32 accuracy at the price of bfloat16.
+                w_tile = w_tile.to(tl.bfloat16)
+                for part in tl.static_range(3):
+                    a_tile = tl.load(a3 + (part * R + r[None, :]) * I + k[:, None], mask=inside, other=0.0)
+                    w_a += product(w_tile, a_tile, PRECISION)
+            else:
+                a_tile = tl.load(a + r[None, :] * a_row + k[:, None], mask=inside, other=0.0)
+                w_a += product(w_tile.to(tl.float32), a_tile.to(tl.float32), PRECISION)
     row_scale = tl.full((BO,), 1.0, tl.float32)
     if QUANTIZED:
         row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
@@ -80,10 +86,14 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     norm = torch.empty(outputs, dtype=torch.float32, device=w.device)
     block = rank_block(rank)
     bo, bi, warps, stages = _TILES[min(block, 64)]
+    a3 = _in_three(a) if split else a
+    products = None
+    if split and w_scale is None and w.is_cuda:
+        products = torch.mm(w, a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
     _dora_norm[(triton.cdiv(outputs, bo),)](
-        w, a, _in_three(a) if split else a, b, wide @ wide.T, w_norm_sq, w_scale, norm, outputs, inputs, rank,
+        w, a, a3, products, b, wide @ wide.T, w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
-        QUANTIZED=w_scale is not None, SPLIT=split, PRECISION=precision(torch.bfloat16 if split else torch.float32),
+        MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split, PRECISION=precision(torch.bfloat16 if split else torch.float32),
         TRANSPOSED=w.stride(0) == 1 and w.stride(1) != 1, CANCELLED=CANCELLED,
         BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
