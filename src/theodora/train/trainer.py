@@ -149,7 +149,7 @@ class AdapterTrainer(SFTTrainer):
         Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
         at their weights for changes.
         """
-        if model.training:
+        if model.training and self.model.training:  # a wrapper for several processes has a mode of its own
             model.__dict__["train"] = lambda mode=True: model
         try:
             return super().training_step(model, *args, **kwargs)
