@@ -3,15 +3,15 @@
     python benchmarks/fp8_curve.py --model path/to/SmolLM2-135M-Instruct --data findings.jsonl
     python benchmarks/fp8_curve.py --draw benchmarks/results/fp8_curve.json        # the picture again
 
-The same run as `theodora train` makes, twice for each seed: the seed sets the adapter's start, the order of the rows
-and the rows held out, so that two runs of a seed differ in the base's storage alone. `--data` is any file that
-`theodora train` reads; nothing is downloaded. (`theodora demo` leaves both behind: rows in its output's `data/`, and
+The same run as `theodora train` makes, twice for each seed: the seed sets the adapter's start and the order of the rows,
+so that two runs of a seed differ in the base's storage alone. `--data` is a JSONL file that `theodora train` reads; the
+same rows of it are held out in all runs. Nothing is downloaded. (`theodora demo` leaves both behind: rows in its output's `data/`, and
 the model's folder in its cache.)
 
 Judged are two losses: that of the rows trained on, as a running mean over a twelfth of the steps, and that of the
 held-out rows. fp8 is *within the seed-to-seed spread* if, for both,
 
-  - its mean over the seeds lies between the lowest and the highest bf16 seed at every step, and
+  - its mean over the seeds lies between the lowest and the highest bf16 seed, at 95 % of the steps or more, and
   - the same seed's difference, fp8 − bf16, is smaller than the difference between two bf16 seeds (root mean squares
     over all steps and seeds, or pairs of seeds). A ratio well below 1 says that the storage matters less than luck.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from collections.abc import Sequence
 from itertools import combinations
@@ -52,7 +53,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder of a causal language model")
-    parser.add_argument("--data", help="rows to train on, in any format that theodora train reads")
+    parser.add_argument("--data", help="rows to train on: JSONL in any format that theodora train reads")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
@@ -83,6 +84,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs: seed, dtype, and the losses by step."""
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="theodora-curve-") as scratch:
+        split_rows(Path(args.data), args.held_out, Path(scratch))
         for seed in range(args.seeds):
             for dtype in DTYPES:
                 runs.append({"seed": seed, "dtype": dtype, **run(args, seed, dtype, Path(scratch) / f"{dtype}-{seed}")})
@@ -90,6 +92,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 losses = f"loss {found['train'][-1][1]:.4f}, held out {found['held_out'][-1][1]:.4f}"
                 print(f"seed {seed}  {dtype:<4}  {losses}  {found['seconds']:.0f} s", flush=True)
     return runs
+
+
+def split_rows(data: Path, held_out: int, folder: Path) -> None:
+    rows = data.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(rows)
+    for name, part in (("held_out.jsonl", rows[:held_out]), ("train.jsonl", rows[held_out:])):
+        (folder / name).write_text("\n".join(part) + "\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace, seed: int, dtype: str, output: Path) -> dict[str, Any]:
@@ -100,7 +109,8 @@ def run(args: argparse.Namespace, seed: int, dtype: str, output: Path) -> dict[s
 
     config = TrainConfig(
         model=args.model,
-        data=args.data,
+        data=str(output.parent / "train.jsonl"),
+        eval_data=str(output.parent / "held_out.jsonl"),
         output=str(output),
         adapter=AdapterConfig(method="dora", rank=args.rank),
         max_steps=args.steps,
@@ -108,7 +118,6 @@ def run(args: argparse.Namespace, seed: int, dtype: str, output: Path) -> dict[s
         per_device_eval_batch_size=32,
         learning_rate=args.learning_rate,
         max_length=args.max_length,
-        held_out=args.held_out,
         eval_steps=max(1, args.steps // 12),
         save_steps=args.steps,
         bf16=True,
@@ -134,7 +143,7 @@ def curves(runs: Sequence[dict[str, Any]], dtype: str, name: str) -> tuple[list[
     steps = [step for step, _ in chosen[0][name]]
     losses = [[loss for _, loss in run[name]] for run in chosen]
     if name == "held_out":
-        # Before the first step the adapter does nothing, so that all bf16 seeds with the same rows are one point.
+        # Before the first step the adapter does nothing: all bf16 seeds are one point, and no spread.
         return steps[1:], [values[1:] for values in losses]
     width = max(1, len(steps) // 12)
     means = [[sum(v[i - width : i]) / width for i in range(width, len(v) + 1)] for v in losses]
@@ -153,7 +162,7 @@ def judge(runs: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
         "same_seed_difference": same_seed,
         "difference_between_seeds": two_seeds,
         "ratio": same_seed / two_seeds,
-        "within_the_spread": all(inside) and same_seed < two_seeds,
+        "within_the_spread": sum(inside) >= 0.95 * len(inside) and same_seed < two_seeds,
         "final": final,
         "final_mean_difference": mean(final["fp8"]) - mean(final["bf16"]),
     }
