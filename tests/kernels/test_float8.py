@@ -5,7 +5,7 @@ import torch
 
 import formula
 from theodora.kernels import float8
-from theodora.kernels.base_product import base_product, base_product_backward, dequantized
+from theodora.kernels.base_product import base_product, base_product_backward, dequantized, shared_base_products
 from theodora.kernels.float8 import FLOAT8, float8_product, quantize_rows, reference_quantize_rows, transpose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,6 +120,14 @@ def test_one_quantisation_serves_several_weights_and_any_factor_goes_into_the_sc
         z = base_product(x, w8, w_scale)
         assert torch.equal(float8_product(x8, x_scale, w8, w_scale), z)
         assert formula.error(float8_product(x8, x_scale, w8, w_scale * g), g * z.double()) < 1e-2
+
+
+def test_products_that_share_x_equal_those_alone():
+    x, plain = normal(5, 32), normal(16, 32)
+    weights = [(plain, None), *(quantize_rows(normal(48, 32)) for _ in range(2))]
+    for given in (weights, weights[1:], weights[:2]):
+        found = shared_base_products(x, given)
+        assert all(torch.equal(z, base_product(x, *weight)) for z, weight in zip(found, given, strict=True))
 
 
 def test_weights_that_lie_transposed():

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from theodora.functional import dora_scale
-from theodora.kernels.base_product import base_product, base_product_backward
+from theodora.kernels.base_product import base_product, base_product_backward, shared_base_products
 from theodora.kernels.compose import (
     MOST_FUSED_RANK,
     compose,
@@ -236,7 +236,7 @@ def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
 def base_products(x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None) -> Sequence[Tensor]:
     """x Wᵀ of each layer; with a stack, views of one product."""
     if stack is None:
-        return [base_product(x_TI, layer.weight_OI, layer.weight_scale_O) for layer in layers]
+        return shared_base_products(x_TI, [(layer.weight_OI, layer.weight_scale_O) for layer in layers])
     return base_product(x_TI, stack.weight).split([layer.weight_OI.shape[0] for layer in layers], dim=1)
 
 
