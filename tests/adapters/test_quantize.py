@@ -20,6 +20,7 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
+from theodora.adapters.accelerate import accelerate
 from theodora.adapters.inject import adapter_layers
 from theodora.kernels.float8 import FLOAT8
 from theodora.layers.float8 import Float8Layer, plain_weight
@@ -104,6 +105,23 @@ def test_recomputing_activations_changes_nothing():
         model(IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_fast_path_changes_nothing(family):
+    found = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = inject_adapter(quantize_base(tiny_model(family)), AdapterConfig(rank=4))
+        with torch.no_grad():
+            for layer in adapter_layers(model).values():
+                layer.adapters["default"].lora_B.normal_(std=0.1)
+        if fast:
+            accelerate(model)
+        loss = model.train()(IDS, labels=IDS).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(formula.error(fast, plain.double()) < 1e-5 for plain, fast in zip(*found, strict=True))
 
 
 def test_merging_in_memory_says_onto_what_and_can_be_undone(tmp_path):
