@@ -57,7 +57,7 @@ class Group:
         if found is None:
             return None
         first, *others = kernels.adapted_linears(x, found, stack=self.stack)
-        self._key = (x, *_state(x))
+        self._key = (x, *_state(x)) if others else None
         self._ready = {id(other): y for other, y in zip(self.layers[1:], others, strict=True)}
         return first
 

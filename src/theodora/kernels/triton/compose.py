@@ -16,15 +16,14 @@ from theodora.kernels.triton.common import (
     rank_block,
     row_contiguous,
     row_scale,
-    sum_chunks,
     sum_rows,
 )
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
-_BACKWARD = {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
+_BACKWARD = {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
 REDUCES = 64
-"""Padded ranks up to which the backward kernel also makes dzb and dB; beyond it, products of their own are faster."""
+"""Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
 
 
 @triton.jit
@@ -76,11 +75,11 @@ def compose(
 
 
 @triton.jit
-def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, T, O, R, CHUNK,
+def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, O, R, CHUNK,
                       dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
                       LOW: tl.constexpr, SCALED: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
                       BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    """One block of output features over one chunk of tokens; its shares of dzb, dB and dm are added up afterwards."""
+    """One block of output features over one chunk of tokens; its shares of dB and dm are added up afterwards."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     o = block * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
@@ -108,9 +107,6 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg
             tl.store(dz + t[:, None] * dz_row + o[None, :], dz_tile, mask=inside)
         if REDUCE:
             db_sum += product(tl.trans(dz_tile), xa_tile, PRECISION)
-            dzb_tile = product(dz_tile, b_tile, PRECISION)
-            at = (block.to(tl.int64) * T + t[:, None]) * R + r[None, :]
-            tl.store(dzb_parts + at, dzb_tile, mask=(t[:, None] < T) & (r[None, :] < R))
     if REDUCE:
         at = (chunk * O + o[:, None]) * R + r[None, :]
         tl.store(db_parts + at, db_sum, mask=(o[:, None] < O) & (r[None, :] < R))
@@ -146,22 +142,19 @@ def compose_backward(
         dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
     wide = {"dtype": torch.float32, "device": dy.device}
     reduce = low and block <= REDUCES
-    dzb_parts = torch.empty(blocks, tokens, rank, **wide) if reduce else None
     db_parts = torch.empty(chunks, outputs, rank, **wide) if reduce else None
     dg_parts = torch.empty(chunks, outputs, **wide) if scaled else None
     _compose_backward[(blocks, chunks)](
-        dy, z, xa, b, magnitude, norm, dz, dzb_parts, db_parts, dg_parts, tokens, outputs, rank, size,
+        dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, tokens, outputs, rank, size,
         dy.stride(0), z.stride(0) if z is not None else 0, xa.stride(0) if low else 0,
         b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
         LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
-    if low and dzb is None:
-        dzb = dy.new_empty(tokens, rank)
-    if reduce:
-        sum_chunks(dzb_parts, dzb)
-    elif low:
-        written = dz if scaled else dy
-        torch.mm(written, (scale * b).to(dy.dtype), out=dzb)
-        db = (written.T @ xa).float() * scale
+    if low:
+        # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
+        written, b_scaled = dz if scaled else dy, (scale * b).to(dy.dtype)
+        dzb = torch.mm(written, b_scaled, out=dzb) if dzb is not None else written @ b_scaled
+        if not reduce:
+            db = (written.T @ xa).float() * scale
     return dz, dy.new_empty(0) if dzb is None else dzb, db, dm

@@ -25,7 +25,7 @@ from theodora.kernels.triton.common import (
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
 _BACKWARD = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)}
 REDUCES = 64
-"""Padded ranks up to which the backward kernel also makes dzb, dB and dA; beyond it, products of their own do."""
+"""Padded ranks up to which the backward kernel also makes dB and dA; beyond it, products of their own do."""
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _low_strides(update: Update) -> tuple[int, int, int]:
 
 @triton.jit
 def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2,
-                    dz1, dz2, act, dzb1, dzb2, db1, db2, da, dg1, dg2, T, O, R1, R2, R3, CHUNK,
+                    dz1, dz2, act, db1, db2, da, dg1, dg2, T, O, R1, R2, R3, CHUNK,
                     dact_row, low_row, a_row, z1_row, z2_row, dz1_row, dz2_row, xa1_row, xa2_row,
                     b1_row, b1_col, b2_row, b2_col, scale1, scale2,
                     LOW1: tl.constexpr, LOW2: tl.constexpr, LOW3: tl.constexpr, JOINS: tl.constexpr,
@@ -185,12 +185,8 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
         tl.store(dz2 + t[:, None] * dz2_row + o[None, :], d2_tile, mask=inside)
         if LOW1 and REDUCE:
             db1_sum += product(tl.trans(d1_tile), xa1_tile, PRECISION)
-            at = (block.to(tl.int64) * T + t[:, None]) * R1 + r[None, :]
-            tl.store(dzb1 + at, product(d1_tile, b1_tile, PRECISION), mask=(t[:, None] < T) & (r[None, :] < R1))
         if LOW2 and REDUCE:
             db2_sum += product(tl.trans(d2_tile), xa2_tile, PRECISION)
-            at = (block.to(tl.int64) * T + t[:, None]) * R2 + r[None, :]
-            tl.store(dzb2 + at, product(d2_tile, b2_tile, PRECISION), mask=(t[:, None] < T) & (r[None, :] < R2))
     row = chunk * O + o[:, None]
     if LOW1 and REDUCE:
         tl.store(db1 + row * R1 + r[None, :], db1_sum, mask=(o[:, None] < O) & (r[None, :] < R1))
@@ -229,13 +225,12 @@ def gated_backward(
     chunks, size = chunks_of_tokens(tokens, blocks, bt)
     wide = {"dtype": torch.float32, "device": dact.device}
     act = torch.empty(tokens, outputs, dtype=dact.dtype, device=dact.device) if keep_act else dact.new_empty(0)
-    dzb1, dzb2 = (torch.empty(blocks, tokens, u.rank, **wide) if u.low and reduce else None for u in (gate, up))
     db1, db2 = (torch.empty(chunks, outputs, u.rank, **wide) if u.low and reduce else None for u in (gate, up))
     dg1, dg2 = (torch.empty(chunks, outputs, **wide) if u.scaled else None for u in (gate, up))
     da = torch.empty(chunks, outputs, rank3, **wide) if rank3 and reduce else None
     _gated_backward[(blocks, chunks)](
         dact, low, a, z1, z2, gate.xa_TR, up.xa_TR, gate.b_OR, up.b_OR, gate.magnitude_O, up.magnitude_O,
-        gate.norm_O, up.norm_O, gate.bias_O, up.bias_O, dz1, dz2, act, dzb1, dzb2, db1, db2, da, dg1, dg2,
+        gate.norm_O, up.norm_O, gate.bias_O, up.bias_O, dz1, dz2, act, db1, db2, da, dg1, dg2,
         tokens, outputs, gate.rank, up.rank, rank3, size,
         dact.stride(0), 0 if low is None else low.stride(0), 0 if a is None else a.stride(0),
         z1.stride(0), z2.stride(0), dz1.stride(0), dz2.stride(0), *_low_strides(gate)[:1], *_low_strides(up)[:1],
@@ -246,14 +241,15 @@ def gated_backward(
     )  # fmt: skip
     empty = dact.new_empty(0)
     results = [act if wants_act else empty]
-    for update, dz, dzb, db, dg in ((gate, dz1, dzb1, db1, dg1), (up, dz2, dzb2, db2, dg2)):
+    for update, dz, db, dg in ((gate, dz1, db1, dg1), (up, dz2, db2, dg2)):
         rows = sum_rows(db, dg, update.norm_O, update.scale) if db is not None or dg is not None else (empty, empty)
-        if update.xa_TR is not None and update.b_OR is not None and not reduce:
-            results.append(dz @ (update.scale * update.b_OR).to(dz.dtype))
-            rows = (dz.T @ update.xa_TR).float() * update.scale, rows[1]
-        else:
-            results.append(empty if dzb is None else sum_chunks(dzb, dact.new_empty(dzb.shape[1:])))
-        results += rows
+        if update.xa_TR is None or update.b_OR is None:
+            results += empty, *rows
+            continue
+        # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
+        dzb = dz @ (update.scale * update.b_OR).to(dz.dtype)
+        db = rows[0] if reduce else (dz.T @ update.xa_TR).float() * update.scale
+        results += dzb, db, rows[1]
     if low is not None and not reduce:
         results.append((low.T @ act).float())
     else:
