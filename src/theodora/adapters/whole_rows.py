@@ -11,15 +11,17 @@ from transformers import masking_utils
 
 @contextmanager
 def whole_rows() -> Iterator[None]:
-    """Inside the block every row of a batch is one sequence, from its first token to its last.
+    """Inside the block every row of a batch is one sequence, from its first token to its last, and has no mask.
 
     Without an attention mask, transformers 5 looks in each forward pass whether the positions start anew within a row
-    (packing): the host waits for the GPU, and while a CUDA graph is captured, where it cannot look, it assumes so and
-    builds a full mask. Nothing public says "no".
+    (packing), for which the host waits for the GPU. While a CUDA graph is captured, where it cannot look, it assumes
+    so and builds a full mask, with which attention takes twice as long. Nothing public says "no".
     """
-    own: Any = masking_utils.find_packed_sequence_indices
+    before: dict[str, Any] = {name: getattr(masking_utils, name) for name in ("find_packed_sequence_indices", "is_tracing")}
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.is_tracing = lambda tensor=None: False
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = own
+        for name, own in before.items():
+            setattr(masking_utils, name, own)
