@@ -112,7 +112,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-PEFT, OURS = partial(Variant, library="peft", liger="all"), partial(Variant, library="theodora", accelerate=True)
+PEFT, OURS = (
+    partial(Variant, library="peft", liger="all"),
+    partial(Variant, library="theodora", accelerate=True, graph=True),
+)
 VARIANTS = {
     "floor": Variant(label="floor: no adapter, compiled blocks", liger="loss", compiled=True),
     "floor-eager": Variant(label="floor, eager, Liger kernels", liger="all"),
@@ -125,6 +128,7 @@ VARIANTS = {
     "lora": OURS(label="Theodora LoRA", method="lora"),
     "dora": OURS(label="Theodora DoRA", method="dora"),
     "dora-fp8": OURS(label="Theodora DoRA, fp8 base", method="dora", base_dtype="fp8"),
+    "dora-eager": OURS(label="Theodora DoRA, no CUDA graph", method="dora", graph=False),
     # Not in the table unless asked for.
     "dora-compiled": OURS(label="Theodora DoRA, compiled blocks", method="dora", compiled=True),
     "dora-reference": Variant(

@@ -22,6 +22,7 @@ from theodora.adapters import inject_adapter
 from theodora.adapters.accelerate import accelerate
 from theodora.adapters.models import check_model_folder, load_model
 from theodora.adapters.quantize import quantize_base
+from theodora.adapters.whole_rows import whole_rows
 from theodora.bench.variants import Variant, Workload
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError
@@ -200,10 +201,10 @@ def use_liger_kernels(model: Any) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute each decoder block in the backward pass."""
+    """Recompute each decoder block in the backward pass. No dropout, so no random state to keep."""
     # transformers 5.18 gave the method another name, and warns of the old one
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def compile_blocks(model: Any) -> None:
@@ -234,7 +235,8 @@ def _loss_function(model: Any, ids_BT: Tensor, variant: Variant) -> Callable[[],
     predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
 
     def ours() -> Tensor:
-        hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
+        with whole_rows():
+            hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
         return linear_cross_entropy(hidden_NH, head.weight, labels_N, bias_V=head.bias).nats / predicted
 
     if variant.accelerate:

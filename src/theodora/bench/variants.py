@@ -71,6 +71,8 @@ class Variant:
     """Storage of the frozen weights, where it is not the model's dtype: fp8."""
     compiled: bool = False
     """Each decoder block under torch.compile."""
+    graph: bool = False
+    """The whole step as one CUDA graph (where there is CUDA)."""
     build: Callable[[Workload, Variant], tuple[Any, Callable[[], Any]]] | None = None
     """Replaces `theodora.bench.build.build`. A function at the top of a module, because it travels by its name."""
     imports: tuple[str, ...] = ()

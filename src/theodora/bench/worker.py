@@ -99,6 +99,7 @@ class Stepper:
         self.job, self.torch, self.build = job, torch, build
         self.cuda = job.workload.device.startswith("cuda")
         self.step: Any = None
+        self.forward_backward: Any = self._forward_backward
         self.optimizer: Any = None
 
     def load(self) -> Loaded:
@@ -112,6 +113,10 @@ class Stepper:
         self.step = prepare()
         if workload.optimizer and self.step.trained:
             self.optimizer = torch.optim.AdamW(self.step.trained, lr=1e-4)
+        if self.job.variant.graph and self.cuda:
+            from theodora.kernels.graph import GraphedStep
+
+            self.forward_backward = GraphedStep(self._forward_backward, self.step.trained)
         first_loss = self._step().item()
         self._wait()
         seconds = time.perf_counter() - start
@@ -142,11 +147,15 @@ class Stepper:
         return Turn(seconds[warm_up:], self._memory())
 
     def _step(self) -> Any:
-        loss = self.step.loss()
-        loss.backward()
+        loss = self.forward_backward({})
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return loss
+
+    def _forward_backward(self, _: Any) -> Any:
+        loss = self.step.loss()
+        loss.backward()
         return loss.detach()
 
     def _between_steps(self) -> None:

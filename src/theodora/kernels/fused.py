@@ -248,10 +248,14 @@ def layers_backward(
     stack: Stack | None,
     needs_x: bool,
     joins_x: bool,
+    over: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """(dx, dzb (T, ΣR), all dB, all dm) of layers that read one x; `joins_x` if the low-rank branches read it too."""
+    """(dx, dzb (T, ΣR), all dB, all dm) of layers that read one x; `joins_x` if the low-rank branches read it too.
+
+    With a stack, [dz₁ | dz₂ | … | dzb] may be written over `over`, which holds the z.
+    """
     if stack is not None and _scaled(layers) and all(in_one_pass(dys[0], layer) for layer in layers):
-        return _stacked_backward(dys, kept, xas, layers, stack, needs_x)
+        return _stacked_backward(dys, kept, xas, layers, stack, needs_x, over)
     dx = None
     dzbs, dbs, dms = [], [], []
     for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
@@ -270,13 +274,19 @@ def layers_backward(
 
 
 def _stacked_backward(
-    dys: Sequence[Tensor], kept: Sequence[Any], xas: Sequence[Any], layers: Sequence[Parts], stack: Stack, needs_x: bool
+    dys: Sequence[Tensor],
+    kept: Sequence[Any],
+    xas: Sequence[Any],
+    layers: Sequence[Parts],
+    stack: Stack,
+    needs_x: bool,
+    over: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
     a = stacked_a(layers, dys[0].dtype)
     assert a is not None
     ranks = a.shape[0]
-    dz_dzb = dys[0].new_empty(dys[0].shape[0], stack.columns(ranks))
+    dz_dzb = dys[0].new_empty(dys[0].shape[0], stack.columns(ranks)) if over is None else over
     at, low = 0, stack.rows
     dbs: list[Tensor | None] = []
     dms: list[Tensor | None] = []

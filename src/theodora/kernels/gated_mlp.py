@@ -23,6 +23,7 @@ from theodora.kernels.fused import (
     base_products,
     composed,
     flat,
+    in_one_pass,
     layers_backward,
     layers_of,
     plus,
@@ -84,15 +85,16 @@ class _GatedMLP(torch.autograd.Function):
         z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
         h = gated(z1, z2, _update(gate, xa1), _update(up, xa2), activation)
         xa3 = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
-        y, z3 = composed(base_product(h, down.weight_OI, down.weight_scale_O), xa3, down)
+        z3, room3 = _base_product(h, down, stacks[1])
+        y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.scales, ctx.activation = stacks, scales, activation
-        save_input(ctx, x_TI, source, xa, xa3, z, z1, z2, z3, *tensors)
+        save_input(ctx, x_TI, source, xa, xa3, z, z1, z2, z3, room3, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TI: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        source, (xa, xa3, z, z1, z2, z3, *tensors) = saved_input(ctx)
+        source, (xa, xa3, z, z1, z2, z3, room3, *tensors) = saved_input(ctx)
         gate, up, down = layers_of(tensors, ctx.scales)
         xa1, xa2 = split_ranks(xa, [gate, up])
         grads: list[Any] = [None] * len(tensors)
@@ -100,7 +102,7 @@ class _GatedMLP(torch.autograd.Function):
         # A small update of down's joins dh in the kernel, and gives dA there; a large one is dealt with outside.
         inside = down.b_OR is not None and _small(down)
         joins = inside and ctx.stacks[1] is None
-        dh, dzb3, (db3,), (dm3,) = layers_backward([dy_TI], [z3], [xa3], [down], ctx.stacks[1], True, not joins)
+        dh, dzb3, (db3,), (dm3,) = layers_backward([dy_TI], [z3], [xa3], [down], ctx.stacks[1], True, not joins, room3)
         assert dh is not None
         h, dzb1, db1, dm1, dzb2, db2, dm2, da3 = gated_backward(
             dh,
@@ -115,7 +117,7 @@ class _GatedMLP(torch.autograd.Function):
             z2,
             dzb3 is not None and not inside,
         )
-        torch.autograd.graph.increment_version([z1, z2])
+        torch.autograd.graph.increment_version([z1, z2] if room3 is None else [z1, z2, room3])
         if down.a_RI is not None and dzb3 is not None:
             da3 = (da3 if inside else dzb3.T @ h).to(down.a_RI.dtype)
             set_gradients(grads, 2, da=da3, db=db3, dm=dm3)
@@ -150,6 +152,16 @@ def _base_products(
     torch.mm(x_TI, stack.weight.T, out=z[:, : stack.rows])
     features = gate.weight_OI.shape[0]
     return z, z[:, :features], z[:, features : stack.rows]
+
+
+def _base_product(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
+    """(z, room): with a stack and a magnitude, z is columns of a tensor that has room for dzb behind them."""
+    if stack is None or down.norm_O is None or down.a_RI is None or not in_one_pass(h_TF, down):
+        return base_product(h_TF, down.weight_OI, down.weight_scale_O), None
+    room = h_TF.new_empty(h_TF.shape[0], stack.columns(down.a_RI.shape[0]))
+    z = room[:, : stack.rows]
+    torch.mm(h_TF, stack.weight.T, out=z)
+    return z, room
 
 
 def _input_gradient(

@@ -34,16 +34,20 @@ def operator(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _in_its_own_terms(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"theodora::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.theodora, name).default
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Operators choose their own precision; their references are made of torch's, which autocast would change."""
+def _in_its_own_terms(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run on the tensors' own device, where Triton launches, and without autocast, which would change references."""
 
     @wraps(implementation)
     def run(*args: Any) -> Any:
+        first = args[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return run(*args)
         if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
             return implementation(*args)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):

@@ -165,7 +165,7 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
-    """Tiles and splits such that some two programs fall on each of the GPU's `processors`.
+    """Tiles and splits such that one or two programs fall on each of the GPU's `processors`; measured on an H100.
 
     One token: no tensor cores, and rows are cut so that each program has 8192 weights in flight. More: 64 rows, so that
     x, which each program reads anew, weighs little beside W.
@@ -175,8 +175,8 @@ def plan(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
         return Plan(bo, 1, min(8192 // bo, max(32, triton.next_power_of_2(inputs))))
     bi = min(128, max(32, triton.next_power_of_2(inputs)))
     bt = max(16, triton.next_power_of_2(tokens))
-    splits = 2 * processors // triton.cdiv(outputs, 64)
-    splits = max(1, min(splits, 8, inputs // (2 * bi)))
+    splits = processors // triton.cdiv(outputs, 64)
+    splits = max(1, min(splits, 4, inputs // (2 * bi)))
     return Plan(64, bt, bi, splits, stages=3 if bt == 64 else 4)
 
 
