@@ -17,7 +17,9 @@ def whole_rows() -> Iterator[None]:
     (packing), for which the host waits for the GPU. While a CUDA graph is captured, where it cannot look, it assumes
     so and builds a full mask, with which attention takes twice as long. Nothing public says "no".
     """
-    before: dict[str, Any] = {name: getattr(masking_utils, name) for name in ("find_packed_sequence_indices", "is_tracing")}
+    before: dict[str, Any] = {
+        name: getattr(masking_utils, name) for name in ("find_packed_sequence_indices", "is_tracing")
+    }
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     masking_utils.is_tracing = lambda tensor=None: False
     try:
