@@ -12,11 +12,12 @@ adapter is moved, so that nothing computed once per optimizer step is used twice
 
 The floor is the model without an adapter: decoder blocks under torch.compile, one by one, and Liger's fused linear
 cross entropy. Gradients flow to the embeddings' output in every row. Memory is the most that PyTorch's allocator has
-handed out during a step, and the whole pools of CUDA graphs. `% of peak` counts what the frozen model alone must
-compute: 4 × the weights in matrix products × tokens (forward, and the gradients of the inputs), and causal attention
-(theodora.bench.build.matmul_flops), against the GPU's datasheet in dense bf16. `first step s` runs from the model on
-its device to the end of the first step: adapter, compilation with empty caches, and all; a process's start and imports
-are not in it. With --keep-caches, the user's caches of compiled code are used instead.
+handed out during a step (for a CUDA graph, while it was captured); the results file also has what it held in all. `% of
+peak` counts what the frozen model alone must compute: 4 × the weights in matrix products × tokens (forward, and the
+gradients of the inputs), and causal attention (theodora.bench.build.matmul_flops), against the GPU's datasheet in dense
+bf16. `first step s` runs from the model on its device to the end of the first step: adapter, compilation with empty
+caches, and all; a process's start and imports are not in it. With --keep-caches, the user's caches of compiled code are
+used instead.
 
 A peer that is not installed, or fails, has a row that says so.
 """

@@ -176,15 +176,9 @@ class Stepper:
             capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return Memory(process_bytes("VmRSS"), peak, peak, capacity)
         cuda = self.torch.cuda
-        peak, reserved = cuda.max_memory_allocated() + self._hidden_in_graphs(), cuda.max_memory_reserved()
+        peak, reserved = cuda.max_memory_allocated(), cuda.max_memory_reserved()
         cuda.empty_cache()  # the other variants' turn
         return Memory(cuda.memory_reserved(), peak, reserved, cuda.mem_get_info()[1])
-
-    def _hidden_in_graphs(self) -> int:
-        """Bytes of CUDA graphs' own pools that count as free, although each replay writes to them."""
-        segments: list[Any] = self.torch.cuda.memory_snapshot()
-        private = [s for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
-        return sum(s["total_size"] - s["allocated_size"] for s in private)
 
 
 def process_bytes(key: str) -> int:
