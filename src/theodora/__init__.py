@@ -24,6 +24,7 @@ _HOMES = {
     "unmerge_adapter": "theodora.adapters",
     "merge_checkpoint": "theodora.adapters",
     "quantize_base": "theodora.adapters",
+    "accelerate": "theodora.adapters.accelerate",
     "accelerate_peft": "theodora.adapters.peft_models",
     "restore_peft": "theodora.adapters.peft_models",
     "train": "theodora.train",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge_adapter,
     )
+    from theodora.adapters.accelerate import accelerate
     from theodora.adapters.peft_models import accelerate_peft, restore_peft
     from theodora.analysis import inspect_adapter
     from theodora.config import AdapterConfig, TrainConfig

@@ -29,6 +29,7 @@ PUBLIC = {
     "unmerge_adapter",
     "merge_checkpoint",
     "quantize_base",
+    "accelerate",
     "accelerate_peft",
     "restore_peft",
     "train",

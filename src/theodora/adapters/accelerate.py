@@ -8,6 +8,8 @@ not fit (on a CPU, under torch.compile, with hooks or dropout).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +88,17 @@ def uninstall(model: nn.Module) -> None:
         elif isinstance(module, FastRMSNorm):
             restore_norm(module)
         restore_rotary(module)
+
+
+@contextmanager
+def off_the_fast_path(model: nn.Module) -> Iterator[None]:
+    """Take the model off the fast path while its layers change, and put it back on if it was there."""
+    was_on = any(isinstance(m, GatedMLP | FastRMSNorm) or GROUP in m.__dict__ for m in model.modules())
+    if was_on:
+        uninstall(model)
+    yield
+    if was_on and any(hasattr(m, "parts") for m in model.modules()):
+        install(model)
 
 
 def _group(parent: nn.Module) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from theodora.adapters.accelerate import off_the_fast_path
 from theodora.adapters.integration import install, uninstall
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
 from theodora.config import AdapterConfig
@@ -91,8 +92,9 @@ def add_adapter(
         setattr(model, _STATE, state)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for path, adapter in adapters.items():
-        adapt(model.get_submodule(path)).add_adapter(name, adapter)
+    with off_the_fast_path(model):
+        for path, adapter in adapters.items():
+            adapt(model.get_submodule(path)).add_adapter(name, adapter)
     for path in full:
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full
@@ -117,14 +119,15 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
     leaving = list(state.configs) if name is None else [name]
     if state.active in leaving:
         set_adapter(model, None)
-    for adapter in leaving:
+    with off_the_fast_path(model):
+        for adapter in leaving:
+            for layer in adapter_layers(model).values():
+                if adapter in layer.adapters:
+                    del layer.adapters[adapter]
+            del state.configs[adapter], state.full[adapter]
         for layer in adapter_layers(model).values():
-            if adapter in layer.adapters:
-                del layer.adapters[adapter]
-        del state.configs[adapter], state.full[adapter]
-    for layer in adapter_layers(model).values():
-        if not layer.adapters:
-            restore(layer)
+            if not layer.adapters:
+                restore(layer)
     if not state.configs:
         uninstall(model)
         delattr(model, _STATE)

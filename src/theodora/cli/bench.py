@@ -122,7 +122,7 @@ def _variants(methods: list[str], workload: Workload) -> dict[str, Variant]:
         return chosen
     liger = "all" if find_spec("liger_kernel") else "none"
     return {
-        name: replace(v, accelerate=True) if v.library == "theodora" else replace(v, liger=liger)
+        name: replace(v, accelerate=True, graph=True) if v.library == "theodora" else replace(v, liger=liger)
         for name, v in chosen.items()
     }
 
