@@ -88,7 +88,9 @@ class _GatedMLP(torch.autograd.Function):
         z3, room3 = _base_product(h, down, stacks[1])
         y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.scales, ctx.activation = stacks, scales, activation
-        save_input(ctx, x_TI, source, xa, xa3, z, z1, z2, z3, room3, *tensors)
+        # Views are not saved beside what they are views of: whoever moves saved tensors (offloading) moves them apart.
+        zs = (None, z1, z2) if z is None else (z, None, None)
+        save_input(ctx, x_TI, source, xa, xa3, *zs, z3 if room3 is None else None, room3, *tensors)
         return y
 
     @staticmethod
@@ -98,6 +100,10 @@ class _GatedMLP(torch.autograd.Function):
         gate, up, down = layers_of(tensors, ctx.scales)
         xa1, xa2 = split_ranks(xa, [gate, up])
         grads: list[Any] = [None] * len(tensors)
+        if z is not None:
+            z1, z2 = _columns(z, gate, up)
+        if room3 is not None:
+            z3 = room3[:, : down.weight_OI.shape[0]]
 
         # A small update of down's joins dh in the kernel, and gives dA there; a large one is dealt with outside.
         inside = down.b_OR is not None and _small(down)
@@ -150,8 +156,13 @@ def _base_products(
         return None, *base_products(x_TI, [gate, up], None)
     z = x_TI.new_empty(x_TI.shape[0], stack.columns(ranks))
     torch.mm(x_TI, stack.weight.T, out=z[:, : stack.rows])
-    features = gate.weight_OI.shape[0]
-    return z, z[:, :features], z[:, features : stack.rows]
+    return z, *_columns(z, gate, up)
+
+
+def _columns(z: Tensor, gate: Parts, up: Parts) -> tuple[Tensor, Tensor]:
+    """z₁ and z₂ in z."""
+    first, both = gate.weight_OI.shape[0], gate.weight_OI.shape[0] + up.weight_OI.shape[0]
+    return z[:, :first], z[:, first:both]
 
 
 def _base_product(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
