@@ -28,8 +28,11 @@ class GatedMLP(Swapped):
     _theodora_gated: tuple[tuple[str, str, str], str]
     _theodora_stacks: tuple[Stack | None, Stack | None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the module's own forward computes, (…, I)."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module's own forward computes, (…, I), for the same arguments."""
+        if kwargs or len(args) != 1:
+            return super().forward(*args, **kwargs)
+        (x,) = args
         names, activation = self._theodora_gated
         modules = [getattr(self, name) for name in names]
         if torch.compiler.is_compiling() or has_hooks(modules):
@@ -93,20 +96,32 @@ def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
         gate, up, down = (nn.Linear(a, b, bias=False, device="cpu") for a, b in ((4, 6), (4, 6), (6, 4)))
         generator = torch.Generator().manual_seed(0)
         for layer in (gate, up, down):
-            layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
-        probe = copy.copy(module)
-        probe.__dict__["_modules"] = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}
-        x = torch.randn(1, 5, 4, generator=generator)
-        with torch.no_grad():
-            try:
-                found: Any = type(module).forward(probe, x)
-            except Exception:  # whatever a stranger's forward raises: it is no gated MLP
-                continue
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
+        # Large rows show a limit on what the activation gives (as in Step and DeepSeek-V4).
+        x = torch.randn(1, 5, 4, generator=generator, device="cpu", dtype=torch.float32)
+        x = torch.cat([x, 30 * x, 1000 * x], dim=1)
+        others = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = [_in_miniature(module, others, x, training) for training in (False, True)]
             for activation in ACTIVATIONS:
                 expected = down(activate(gate(x), activation) * up(x))
-                if isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected):
+                if all(y is not None and y.shape == expected.shape and torch.allclose(y, expected) for y in found):
                     return names, activation
     return None
+
+
+def _in_miniature(module: nn.Module, children: dict[str, Any], x: Tensor, training: bool) -> Tensor | None:
+    """What the module's forward gives with other children, themselves in that mode: in training there may be dropout."""
+    probe = copy.copy(module)
+    probe.__dict__["_modules"] = {name: copy.copy(child) for name, child in children.items()}
+    for part in (probe, *probe._modules.values()):
+        if part is not None:
+            part.__dict__["training"] = training
+    try:
+        found: Any = type(module).forward(probe, x)
+    except Exception:  # whatever a stranger's forward raises: it is no gated MLP
+        return None
+    return found if isinstance(found, Tensor) else None
 
 
 def _is_product(module: nn.Module | None) -> bool:
