@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,9 @@ class FastRMSNorm(Swapped):
     prefix = "Fast"
     _theodora_style: NormStyle
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the module's own forward computes."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module's own forward computes, for the same argument."""
+        (x,) = (*args, *kwargs.values())  # `is_rms_norm` has seen that there is one
         if torch.compiler.is_compiling() or not kernels.fast() or not runs_triton(x):
             return super().forward(x)
         return fast_forward(self, self._theodora_style, x, super().forward)
