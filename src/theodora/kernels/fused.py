@@ -133,7 +133,7 @@ class NormedInput:
     def of(cls, x: Tensor) -> NormedInput | None:
         """Where x came from, if our RMSNorm made it (see `rms_norm.fast_forward`)."""
         found = getattr(x, "_theodora_norm", None)
-        if found is None:
+        if found is None or x._version:  # written to since, by a hook perhaps
             return None
         h_TI, rstd_T, weight_I, offset = found
         return cls(h_TI, rstd_T, weight_I + offset if offset else weight_I)
