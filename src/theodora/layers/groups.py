@@ -110,9 +110,13 @@ def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | Non
 
 
 def has_hooks(modules: Sequence[Any]) -> bool:
-    """Whether calling the modules' forward would do more than compute it."""
+    """Whether calling the modules would do more than their classes' forward does."""
     return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
         for module in modules
         if isinstance(module, nn.Module)
     )
