@@ -199,15 +199,16 @@ def test_a_run_leaves_the_model_as_it_was(fused_run):
 
 def test_a_wrapper_does_not_hide_that_the_model_is_in_evaluation_mode(monkeypatch):
     """DDP is made in training mode, around a model that an evaluation has left in the other."""
-    monkeypatch.setattr(trainer.SFTTrainer, "training_step", lambda self, model: model.train())
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", lambda self, model, *_: model.train())
     made = object.__new__(trainer.AdapterTrainer)
     made.model = nn.Linear(2, 2).eval()
     wrapper = nn.Sequential(made.model)
     made.model.eval()
     assert wrapper.training
-    made.training_step(wrapper)
+    made.why_no_graph = "not here"
+    made.training_step(wrapper, {})
     assert made.model.training
     calls = []
     made.model.train = calls.append
-    made.training_step(wrapper)
+    made.training_step(wrapper, {})
     assert not calls  # and afterwards nothing is walked through again

@@ -1,13 +1,17 @@
 """A step of fixed shape as one CUDA graph: forward and backward replayed without the host.
 
-The host takes several milliseconds to launch the thousand kernels of a step one by one. Where they are short (small
-models, few tokens), and where something made the GPU wait, it is the host that is measured. A graph launches them all
-at once. What is captured once is replayed exactly: same kernels, same order, same addresses.
+The host takes some 100 ms to launch the thousand kernels of a large model's step one by one. Where they are short
+(small models, few tokens), and where something made the GPU wait, it is the host that is measured. A graph launches
+them all at once. What is captured once is replayed exactly: same kernels, same order, same addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +19,32 @@ from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
 
+_RARE = 8  # a shape that is less than one call in so many is not worth the memory
+
+
+@dataclass(frozen=True)
+class _Recording:
+    graph: Any
+    """Has `replay()`."""
+    inputs: Inputs
+    """Where the graph reads."""
+    result: Any
+    """Where it writes."""
+    trained: list[nn.Parameter]
+    """The parameters that it adds gradients to."""
+    addresses: list[int]
+    """Where they are."""
+
 
 class GraphedStep:
     """Runs `step(inputs)`, which computes a loss and calls its backward, from a CUDA graph for each shape of inputs.
 
-    A shape's first calls run as they are, one of the next is captured. What cannot be captured, because it makes the
-    host wait for the GPU, runs as it is for good (see `why_not`). Gradients are added to those that are there, as
-    always.
+    The first calls of a shape that is not rare run as they are; in the last of them whatever would make the host wait
+    for the GPU, or draws random numbers on the host, is an error, so that a capture does not fail half-way. What cannot
+    be captured runs as it is for good (see `why_not`). Gradients are added to those that are there, as always, and
+    parameters that the step does not reach keep none.
+
+    A graph keeps the memory of its step. Where that is missing elsewhere, call `release`; the step itself does.
 
     Example:
         step = GraphedStep(lambda batch: backward_of(model(**batch).loss), model.parameters())
@@ -41,62 +64,149 @@ class GraphedStep:
             step: a function of tensors alone that returns a tensor or a (nested) tuple of them, without gradient. It
                 must not depend on anything else that changes, but the values of tensors that stay where they are.
             parameters: what gets gradients.
-            warmup: calls of a shape before it is captured.
-            most_shapes: shapes that are captured; each keeps the memory of a step.
+            warmup: calls of a shape before it is captured, at least 1.
+            most_shapes: shapes that are captured; they share the memory of the largest step.
         """
         self.why_not: str | None = None
+        self.replays = 0
+        """Calls that ran from a graph."""
         self._step = step
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._warmup, self._most_shapes = warmup, most_shapes
+        self._warmup, self._most_shapes = max(1, warmup), most_shapes
         self._seen: dict[Any, int] = {}
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs, Any, list[Tensor]]] = {}
+        self._graphs: dict[Any, _Recording] = {}
+        self._grads: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
 
     def __call__(self, inputs: Inputs) -> Any:
         """The result of the step; it is overwritten by the next call."""
         key = tuple((name, t.shape, t.dtype, t.device) for name, t in inputs.items())
-        if key in self._graphs:
-            return self._replay(key, inputs)
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self.why_not is not None or self._seen[key] <= self._warmup or len(self._graphs) >= self._most_shapes:
-            return self._step(inputs)
+        recording = self._graphs.get(key)
+        if recording is not None:
+            if recording.addresses == _addresses(recording.trained):
+                return self._replay(recording, inputs)
+            del self._graphs[key], self._seen[key]  # a parameter has moved
+        if self.why_not is not None or len(self._graphs) >= self._most_shapes:
+            return self._plain(inputs)
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        if seen < self._warmup or seen * _RARE < sum(self._seen.values()):
+            return self._plain(inputs)
         try:
-            self._capture(key, inputs)
+            return self._first(key, inputs)
         except RuntimeError as error:
-            self.why_not = str(error).splitlines()[0]
-            torch.cuda.synchronize()
+            self.release(_reason(error))
+        return self._step(inputs)
+
+    def release(self, why_not: str) -> bool:
+        """Let the graphs and their memory go, and run as it is from now on; whether there were any."""
+        found = bool(self._graphs)
+        self.why_not = self.why_not or why_not
+        self._graphs, self._pool = {}, None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return found
+
+    def _plain(self, inputs: Inputs) -> Any:
+        if not self._graphs:
             return self._step(inputs)
-        return self._replay(key, inputs)
-
-    def _capture(self, key: Any, inputs: Inputs) -> None:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        before = [p.grad is None for p in self._parameters]
-        static = {name: t.clone() for name, t in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
-        for p, grad in zip(self._parameters, grads, strict=True):
-            p.grad = grad
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = self._step(static)
-        except RuntimeError:
-            for p, was_none in zip(self._parameters, before, strict=True):
-                p.grad = None if was_none else p.grad
-            raise
-        for p, was_none in zip(self._parameters, before, strict=True):
-            p.grad = None if was_none else p.grad
-        self._pool = graph.pool()
-        self._graphs[key] = graph, static, result, grads
+            return self._apart(inputs)[0]
+        except torch.OutOfMemoryError:
+            self.release("there is no memory for a graph beside batches of other shapes")
+        return self._step(inputs)
 
-    def _replay(self, key: Any, inputs: Inputs) -> Any:
-        graph, static, result, grads = self._graphs[key]
-        fresh = [grad for p, grad in zip(self._parameters, grads, strict=True) if p.grad is None]
+    def _first(self, key: Any, inputs: Inputs) -> Any:
+        """The call that finds out whether a shape can be captured, and captures it for the next."""
+        result, trained = self._apart(inputs, strict=True)
+        try:
+            self._capture(key, inputs, trained)
+        except RuntimeError as error:
+            self.release(_reason(error))
+        return result
+
+    def _apart(self, inputs: Inputs, strict: bool = False) -> tuple[Any, list[nn.Parameter]]:
+        """The step and what it reached, with all gradients and random states as they were if it fails."""
+        before = [p.grad for p in self._parameters]
+        states = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        for p in self._parameters:
+            p.grad = None
+        try:
+            with _strict() if strict and states[1] is not None else nullcontext():
+                result = self._step(inputs)
+        except RuntimeError:
+            for p, grad in zip(self._parameters, before, strict=True):
+                p.grad = grad
+            torch.set_rng_state(states[0])
+            if states[1] is not None:
+                torch.cuda.set_rng_state(states[1])
+            raise
+        trained = [p for p in self._parameters if p.grad is not None]
+        for p, grad in zip(self._parameters, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        return result, trained
+
+    def _capture(self, key: Any, inputs: Inputs, trained: list[nn.Parameter]) -> None:
+        before = [p.grad for p in trained]
+        static = {name: t.clone() for name, t in inputs.items()}
+        for p in trained:
+            p.grad = self._grads.setdefault(p, torch.zeros_like(p))
+        try:
+            graph, result, self._pool = record(lambda: self._step(static), self._pool)
+        finally:
+            for p, grad in zip(trained, before, strict=True):
+                p.grad = grad
+        self._graphs[key] = _Recording(graph, static, result, trained, _addresses(trained))
+
+    def _replay(self, recording: _Recording, inputs: Inputs) -> Any:
+        grads = [self._grads[p] for p in recording.trained]
+        fresh = [grad for p, grad in zip(recording.trained, grads, strict=True) if p.grad is None]
         if fresh:
-            torch._foreach_zero_(fresh)
-        for p, grad in zip(self._parameters, grads, strict=True):
+            torch._foreach_zero_(fresh)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        for p, grad in zip(recording.trained, grads, strict=True):
             if p.grad is not None and p.grad is not grad:
                 grad.copy_(p.grad)
             p.grad = grad
-        for name, t in static.items():
+        for name, t in recording.inputs.items():
             t.copy_(inputs[name], non_blocking=True)
-        graph.replay()
-        return result
+        recording.graph.replay()
+        self.replays += 1
+        return recording.result
+
+
+def record(step: Callable[[], Any], pool: Any) -> tuple[Any, Any, Any]:
+    """Capture `step`: the graph, the result that it will write, and the memory pool, which was given or is new."""
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # where the capture itself is broken, torch leaves its own in place
+        raise
+    return graph, result, graph.pool()
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """Inside the block it is an error if the host waits for the GPU, and afterwards if it has drawn random numbers."""
+    mode = torch.cuda.get_sync_debug_mode()
+    states = random.getstate(), torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # torch: a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    if states[0] != random.getstate() or not torch.equal(states[1], torch.get_rng_state()):
+        raise RuntimeError("the step draws random numbers on the host")
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of the error that came first: a capture that was broken off fails once more at its end."""
+    first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    return (str(first).splitlines() or [type(first).__name__])[0]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]

@@ -11,9 +11,10 @@ Legend: B rows, T tokens, N learned tokens, H hidden size.
 from __future__ import annotations
 
 import functools
+import math
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -21,15 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
+from theodora.adapters.whole_rows import whole_rows
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
 
 LEARNED = "learned"
 """The key in a batch of what `SelectLearned` found."""
 
-_MULTIPLE = 128  # numbers of learned tokens are rounded up to it, so that memory is reused from batch to batch
+# Numbers of learned tokens are rounded up to multiples of this one and of this share of all tokens, so that memory is
+# reused from batch to batch, and batches of one shape have few numbers.
+_MULTIPLE, _SHARE = 128, 1 / 16
 _MOST = 0.9  # share of learned tokens from which all positions are taken as they lie, without a copy
 # ‖difference‖ / ‖expected‖ that rounding alone explains, in the probes below.
 _SAME_LOGITS, _SAME_STATES = 1e-2, 5e-2
@@ -74,7 +78,8 @@ def select_learned(labels_BT: Tensor) -> tuple[Tensor, Tensor | None]:
     targets_BT[:, :-1] = labels_BT[:, 1:]
     flat = targets_BT.flatten()
     positions = (flat != IGNORED).nonzero().squeeze(1)
-    padded = max(1, -(-positions.numel() // _MULTIPLE)) * _MULTIPLE
+    multiple = max(1, math.ceil(flat.numel() * _SHARE / _MULTIPLE)) * _MULTIPLE
+    padded = max(1, math.ceil(positions.numel() / multiple)) * multiple
     if padded > _MOST * flat.numel():
         return flat, None
     # The last position of the first row predicts nothing: a place for what fills up the number.
@@ -97,7 +102,8 @@ class Head:
         if self.maskless and learned["maskless"]:
             kwargs.pop("attention_mask", None)
         # Positions that are given may start anew within a row; where they are not, there is nothing to look for.
-        with _one_sequence_per_row(kwargs.get("position_ids") is None):
+        whole = kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None
+        with whole_rows() if whole and not torch.compiler.is_compiling() else nullcontext():
             hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
         layer: Any = model.get_output_embeddings()
         weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (layer.weight, layer.bias))
@@ -218,17 +224,3 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positions,) = ctx.saved_tensors
         return dy.new_zeros(ctx.rows, dy.shape[1]).index_copy_(0, positions, dy), None
-
-
-@contextmanager
-def _one_sequence_per_row(sure: bool) -> Iterator[None]:
-    """Spare transformers its search for sequences packed into one row, which waits for the GPU (transformers 5.23)."""
-    if not sure or torch.compiler.is_compiling():
-        yield
-        return
-    search = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = search

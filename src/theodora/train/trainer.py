@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.inject import trained_tensors
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
+from theodora.kernels.graph import GraphedStep
 from theodora.layers import AdapterLayer
 from theodora.train.figures import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
+from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, why_no_graph
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses
 from theodora.train.movement import fingerprints
 
@@ -70,6 +72,13 @@ class AdapterTrainer(SFTTrainer):
         if isinstance(self.head, Head):
             add_fused_loss(self.model, self.head)
             self.data_collator = SelectLearned(self.data_collator)
+        self._graphed: GraphedStep | None = None
+        self.why_no_graph = self._why_no_graph()
+
+    def _why_no_graph(self) -> str | None:
+        if not isinstance(self.head, Head):
+            return "TRL's loss"
+        return why_no_graph(self) if graphs_pay(self.args.device) else f"not on {self.args.device.type}"
 
     def _fused_head(self, kernels: str) -> Head | str:
         """How the fused loss is to read the model's head, or why it is not used."""
@@ -111,10 +120,13 @@ class AdapterTrainer(SFTTrainer):
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         else:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._record(found, tokens)
-        loss = found.nats / torch.as_tensor(
-            num_items_in_batch if num_items_in_batch is not None else found.count
-        ).clamp(min=1)
+        self._record(_stats(found), tokens)
+        return self._mean(found, num_items_in_batch)
+
+    def _mean(self, found: LossSums, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The loss per token of the whole step."""
+        items = num_items_in_batch if num_items_in_batch is not None else found.count
+        loss = found.nats / torch.as_tensor(items).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The number counts the tokens of all processes, whose gradients are averaged.
             loss = loss * self.accelerator.num_processes
@@ -127,11 +139,10 @@ class AdapterTrainer(SFTTrainer):
         faster = self.args.device.type == "cpu" and logits_fit(labels, vocabulary)
         return faster and self._plain_loss and self._takes_positions
 
-    def _record(self, found: LossSums, tokens: Tensor | int) -> None:
-        """Keep the metrics that TRL keeps, on the device; `log` fetches them."""
+    def _record(self, sums: Any, tokens: Tensor | int) -> None:
+        """Keep the metrics that TRL keeps, on the device; `log` fetches them. `sums` are `_stats`."""
         mode = "train" if self.model.training else "eval"
         metrics: dict[str, list[Any]] = self._metrics[mode]
-        sums: Any = torch.stack([value.detach().float() for value in (found.entropy, found.correct, found.count)])
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
             tokens = torch.as_tensor(tokens, device=sums.device)
@@ -143,18 +154,51 @@ class AdapterTrainer(SFTTrainer):
             self._total_train_tokens = self._total_train_tokens + tokens
         metrics["num_tokens"] = [self._total_train_tokens]
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward pass.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; graphs do not outlive it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._graphed is not None:
+                self._graphed.release("training has ended")
+                self._graphed = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward pass: a CUDA graph, or the base class's.
 
         Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
         at their weights for changes.
         """
-        if model.training and self.model.training:  # a wrapper for several processes has a mode of its own
-            model.__dict__["train"] = lambda mode=True: model
+        if not (model.training and self.model.training):  # a wrapper for several processes has a mode of its own
+            model.train()
+        model.__dict__["train"] = lambda mode=True: model
         try:
-            return super().training_step(model, *args, **kwargs)
+            tensors = self._graph_inputs(inputs, num_items_in_batch)
+            if tensors is None or self._graphed is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            if callable(getattr(self.optimizer, "train", None)):  # some keep other weights for evaluation
+                self.optimizer.train()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            loss, sums = self._graphed(tensors)
+            self._record(sums.clone(), inputs[LEARNED]["tokens"])  # the next replay writes there again
+            return loss.clone()
         finally:
             model.__dict__.pop("train", None)
+
+    def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
+        if self.why_no_graph is not None or not isinstance(self.head, Head):
+            return None
+        if self._graphed is None:
+            self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()))
+        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head)
+
+    def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A training step on tensors alone: the loss, and what is recorded of it."""
+        inputs, num_items_in_batch = batch_of(tensors)
+        with self.compute_loss_context_manager():
+            found = self.model(**inputs)
+            loss = self._mean(found, num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach(), _stats(found)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the base class counts, but walking through the parameters once."""
@@ -319,6 +363,11 @@ class AdapterTrainer(SFTTrainer):
             yield
         finally:
             self._staging = None
+
+
+def _stats(found: LossSums) -> Tensor:
+    """Entropy, correct and count, in float32."""
+    return torch.stack([value.detach().float() for value in (found.entropy, found.correct, found.count)])
 
 
 @contextmanager
