@@ -57,7 +57,7 @@ def compose_backward_reference(
         dg = (dy_TO * v).sum(0, dtype=norm_O.dtype)
         # Where the norm is zero g is 1 by definition and does not depend on m.
         dm = torch.where(norm_O == 0, 0, dg / norm_O)
-    dzb = db = dy_TO.new_empty(0)
+    dzb, db = dy_TO.new_empty(0), dy_TO.new_empty(0)  # not one: outputs of an operator must not alias
     if xa_TR is not None and b_OR is not None:
         dzb = dz @ (scale * b_OR).to(dz.dtype)
         db = (dz.T @ xa_TR).to(wide_dtype(dz.dtype)) * scale
@@ -146,9 +146,9 @@ def _fake_compose_backward(
     magnitude: Tensor | None,
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide, none = wide_dtype(dy.dtype), dy.new_empty(0)
-    dz = none if norm is None else dy.new_empty(dy.shape)
-    dm = none if norm is None else torch.empty_like(norm)
+    wide = wide_dtype(dy.dtype)
+    dz = dy.new_empty(0 if norm is None else dy.shape)
+    dm = dy.new_empty(0) if norm is None else torch.empty_like(norm)
     if xa is None or b is None:
         return dz, dy.new_empty(0), dy.new_empty(0), dm
     return dz, xa.new_empty(xa.shape), b.new_empty(b.shape, dtype=wide), dm
