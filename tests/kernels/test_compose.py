@@ -1,0 +1,134 @@
+"""Update and row scale on z against float64: the kernels on a GPU or under Triton's interpreter, else the reference."""
+
+import pytest
+import torch
+
+import formula
+from theodora.kernels import compose as kernel
+from theodora.kernels.operators import interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (7, 33, 3), (33, 130, 16), (70, 65, 40), (5, 48, 100), (3, 24, 128)]
+LOW, SCALED, BIASED = "low", "scaled", "biased"
+KINDS = [{LOW}, {LOW, BIASED}, {LOW, SCALED}, {LOW, SCALED, BIASED}, {SCALED}, {SCALED, BIASED}]
+KIND_IDS = [" ".join(sorted(kind)) for kind in KINDS]
+
+
+def budget(dtype):
+    """What a kernel's error may be of the reference's; Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    return 5 if dtype == torch.bfloat16 and interpreted() and DEVICE == "cpu" else 2
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def inputs(shape, kind, dtype, far=False):
+    """z, xa, B, scale, magnitude, norm, bias, and dy; xa and z are columns of wider tensors, the first norm is 0."""
+    tokens, outputs, rank = shape
+    z, xa = normal(tokens, outputs + 5, dtype=dtype)[:, 2:-3], normal(tokens, rank + 3, dtype=dtype)[:, 1 : rank + 1]
+    norm = torch.rand(outputs, device=DEVICE) + 0.5
+    magnitude = norm * torch.exp((1 if far else 0.01) * normal(outputs))
+    norm[0] = 0
+    low, scaled = LOW in kind, SCALED in kind
+    return (
+        z,
+        xa if low else None,
+        0.3 * normal(outputs, rank) if low else None,
+        0.7,
+        magnitude if scaled else None,
+        norm if scaled else None,
+        normal(outputs, dtype=dtype) if BIASED in kind else None,
+    ), normal(tokens, outputs, dtype=dtype)
+
+
+def wide(values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def check(found, plain, exact, dtype):
+    for value, reference, expected in zip(found, plain, exact, strict=True):
+        assert value.shape == reference.shape == expected.shape
+        assert value.dtype == reference.dtype or not value.numel()
+        allowed = budget(dtype) * formula.error(reference, expected) + torch.finfo(dtype).eps
+        assert formula.error(value, expected) <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_float64(shape, dtype, kind):
+    given, dy = inputs(shape, kind, dtype, far=shape[0] % 2 == 0)
+    y = kernel.compose(*given)
+    exact = kernel.compose_reference(*wide(given))
+    check([y], [kernel.compose_reference(*given)], [exact], dtype)
+    given = given[:-1]
+    exact = kernel.compose_backward_reference(dy.double(), *wide(given))
+    check(kernel.compose_backward(dy, *given), kernel.compose_backward_reference(dy, *given), exact, dtype)
+    if SCALED in kind:
+        assert exact[3][0] == kernel.compose_backward(dy, *given)[3][0] == 0  # a row without a norm has no say
+
+
+def test_rows_of_a_gradient_that_lie_apart():
+    given, dy = inputs((9, 40, 5), {LOW, SCALED}, torch.float32)
+    for apart in (dy.T.contiguous().T, dy[:1].expand(9, -1), dy[:, :1].expand(-1, 40)):
+        whole = apart.contiguous()
+        for found, expected in zip(
+            kernel.compose_backward(apart, *given[:-1]), kernel.compose_backward(whole, *given[:-1]), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_b_may_lie_in_any_order():
+    given, dy = inputs((9, 40, 5), {LOW, SCALED, BIASED}, torch.float32)
+    turned = (*given[:2], given[2].T.contiguous().T, *given[3:])
+    torch.testing.assert_close(kernel.compose(*turned), kernel.compose(*given), rtol=1e-5, atol=1e-6)
+    for found, expected in zip(
+        kernel.compose_backward(dy, *turned[:-1]), kernel.compose_backward(dy, *given[:-1]), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_in_place(biased, dtype):
+    (z, xa, b, scale, _, _, bias), _ = inputs((37, 70, 6), {LOW, BIASED} if biased else {LOW}, dtype)
+    room = torch.full((37, 80), 7.0, device=DEVICE, dtype=dtype)
+    y = room[:, 3:73].copy_(z)
+    kernel.compose_in_place(y, xa, b, scale, bias)
+    exact = kernel.compose_reference(*wide((z, xa, b, scale, None, None, bias)))
+    check([y], [kernel.compose_reference(z, xa, b, scale, None, None, bias)], [exact], dtype)
+    assert bool((room[:, :3] == 7).all())
+    assert bool((room[:, 73:] == 7).all())
+
+
+@pytest.mark.parametrize("over_z", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 17, 128])
+def test_gradients_are_written_where_they_are_wanted_and_nowhere_else(rank, dtype, over_z):
+    given, dy = inputs((37, 70, rank), {LOW, SCALED}, dtype)
+    z, rest = given[0], given[1:6]
+    room = torch.full((37, 90 + rank), float("nan"), device=DEVICE, dtype=dtype)
+    dz, dzb = room[:, 4:74], room[:, 80 : 80 + rank]
+    if over_z:
+        z = dz.copy_(z)
+    plain = kernel.compose_backward_reference(dy, given[0], *rest)
+    exact = kernel.compose_backward_reference(*wide((dy, given[0], *rest)))
+    found = kernel.compose_backward_into(dy, z, *rest, dz, dzb)
+    check([dz, dzb, *found], plain, exact, dtype)
+    assert int(room.isnan().sum()) == 37 * 20
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
+def test_the_operators_keep_their_word(kind):
+    operators = torch.ops.theodora
+    given, dy = inputs((5, 20, 3), kind, torch.float32)
+    torch.library.opcheck(operators.compose, given)
+    torch.library.opcheck(operators.compose_backward, (dy, *given[:-1]))
+    z, xa, b, scale, magnitude, norm, bias = given
+    if xa is not None and norm is None:
+        torch.library.opcheck(operators.compose_, (z, xa, b, scale, bias))
+    if xa is not None and norm is not None:
+        into = torch.empty_like(dy), torch.empty(5, 3, device=DEVICE)
+        torch.library.opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, *into))
