@@ -28,6 +28,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](x)
 
 
+def _activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "silu":
+        return aten.silu_backward(dy, x)
+    if activation == "relu":
+        return aten.threshold_backward(dy, x, 0)
+    return aten.gelu_backward(dy, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def gated_reference(z1_TO: Tensor, z2_TO: Tensor, gate: Update, up: Update, activation: str) -> Tensor:
     """act(gate) ⊙ up, (T, O), in the dtype of z."""
     return activate(_composed(z1_TO, gate), activation) * _composed(z2_TO, up)
@@ -50,22 +59,21 @@ def gated_backward_reference(
 
     What does not exist is empty; h only exists with `keep_h`.
     """
-    empty = dh_TO.new_empty(0)
     if low_TR is not None and a_RO is not None:
         dh_TO = torch.addmm(dh_TO, low_TR, a_RO.to(dh_TO.dtype))
-    with torch.enable_grad():
-        y1 = _composed(z1_TO, gate).detach().requires_grad_()
-        y2 = _composed(z2_TO, up).detach().requires_grad_()
-        h = activate(y1, activation) * y2
-        dy1, dy2 = torch.autograd.grad(h, (y1, y2), dh_TO)
-    results: list[Tensor] = [h.detach() if keep_h else empty]
+    y1, y2 = _composed(z1_TO, gate), _composed(z2_TO, up)
+    activated = activate(y1, activation)
+    h = activated * y2
+    # Written out, because an operator runs below autograd.
+    dy1, dy2 = _activation_backward(dh_TO * y2, y1, activation), dh_TO * activated
+    results: list[Tensor] = [h if keep_h else dh_TO.new_empty(0)]
     for dy, z, update, dz in ((dy1, z1_TO, gate, dz1_TO), (dy2, z2_TO, up, dz2_TO)):
         found, *rest = compose_backward_reference(
             dy, z, update.xa_TR, update.b_OR, update.scale, update.magnitude_O, update.norm_O
         )
         dz.copy_(dy if update.norm_O is None else found)
         results += rest
-    results.append(empty if low_TR is None else (low_TR.T @ h.detach()).to(wide_dtype(dh_TO.dtype)))
+    results.append(dh_TO.new_empty(0) if low_TR is None else (low_TR.T @ h).to(wide_dtype(dh_TO.dtype)))
     return tuple(results)
 
 

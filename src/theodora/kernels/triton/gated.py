@@ -239,12 +239,12 @@ def gated_backward(
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, REDUCE=reduce,
         ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    empty = dact.new_empty(0)
-    results = [act if wants_act else empty]
+    results = [act if wants_act else _empty(dact)]
     for update, dz, db, dg in ((gate, dz1, db1, dg1), (up, dz2, db2, dg2)):
-        rows = sum_rows(db, dg, update.norm_O, update.scale) if db is not None or dg is not None else (empty, empty)
+        rows = sum_rows(db, dg, update.norm_O, update.scale) if db is not None or dg is not None else None
+        rows = rows or (_empty(dact), _empty(dact))
         if update.xa_TR is None or update.b_OR is None:
-            results += empty, *rows
+            results += _empty(dact), *rows
             continue
         # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
         dzb = dz @ (update.scale * update.b_OR).to(dz.dtype)
@@ -253,5 +253,10 @@ def gated_backward(
     if low is not None and not reduce:
         results.append((low.T @ act).float())
     else:
-        results.append(empty if da is None else sum_chunks(da, da.new_empty(da.shape[1:])).T)
+        results.append(_empty(dact) if da is None else sum_chunks(da, da.new_empty(da.shape[1:])).T.contiguous())
     return tuple(results)
+
+
+def _empty(like: Tensor) -> Tensor:
+    """One for each output that does not exist: those of an operator must not alias."""
+    return like.new_empty(0)
