@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import formula
+from formula import DEVICE
 from theodora import functional
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.weight_norm import dora_norm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 300, 3), (40, 70, 16), (33, 130, 40), (17, 64, 256)]
 EPS = torch.finfo(torch.float32).eps
