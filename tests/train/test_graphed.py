@@ -7,7 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import recorder
+from theodora.adapters.whole_rows import packed_rows, whole_rows
+from theodora.data.packing import packed_batch
 from theodora.train import trainer
+from theodora.train.fused_loss import fill_up
+from theodora.train.graphed import draws_at_random, reads_bounds
 
 SETTINGS = {"train_on": "all", "max_length": 12, "held_out": 6, "max_steps": 12, "save_steps": 5, "eval_steps": 4}
 
@@ -60,20 +64,23 @@ def same(one, other, losses):
         {},
         {"gradient_accumulation_steps": 3, "logging_steps": 2},
         {"dropout": 0.2, "method": "lora"},
+        {"gradient_checkpointing": True},
         {"train_on": "completion", "data": None, "max_length": 64},
+        {"packing": True, "max_length": 96},
+        {"packing": True, "max_length": 24, "trainer": {"packing_strategy": "wrapped"}},
     ],
-    ids=["", "accumulated", "dropout", "few learned"],
+    ids=["", "accumulated", "dropout", "recomputed", "few learned", "packed", "wrapped"],
 )
 def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_path, losses, monkeypatch):
     settings = {**SETTINGS, "data": same_rows, **others}
     settings["data"] = settings["data"] or str(sums)
     run(output=str(tmp_path / "graphed"), **settings)
-    monkeypatch.setattr(trainer, "graphs_pay", lambda device: False)
+    monkeypatch.setattr(trainer, "graph_inputs", lambda *_: None)
     run(output=str(tmp_path / "plain"), **settings)
     assert made[0].why_no_graph is None
-    assert made[0].steps.replays > 3
+    assert made[0].steps.replays >= 3
     assert made[0].steps.why_not == "training has ended"
-    assert made[1].steps is None
+    assert not made[1].steps.replays
     same(tmp_path / "graphed", tmp_path / "plain", losses)
 
 
@@ -94,3 +101,59 @@ def test_what_cannot_be_a_graph_says_why(run, made):
     run(kernels="reference", overwrite=True)
     assert "TRL's loss" in made[1].why_no_graph
     assert [t.steps for t in made] == [None, None]
+
+
+def test_packed_rows_are_filled_up_without_a_trace(run, made, same_rows, tmp_path, losses, monkeypatch):
+    settings = {**SETTINGS, "data": same_rows, "packing": True, "max_length": 101, "per_device_train_batch_size": 2}
+    run(output=str(tmp_path / "filled"), **settings)
+    filled, trained = made[0].data_collator.full, made[0].steps.replays
+    monkeypatch.setattr(trainer, "reads_bounds", lambda model: True)
+    run(output=str(tmp_path / "as they are"), **settings)
+    assert (filled, made[1].data_collator.full) == (101, None)
+    assert trained
+    assert not made[1].steps.replays
+    assert losses(tmp_path / "filled", "num_tokens") == losses(tmp_path / "as they are", "num_tokens")
+    for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy"):
+        found, expected = losses(tmp_path / "filled", name), losses(tmp_path / "as they are", name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_filling_up_keeps_a_batch_of_one_kind():
+    batch = packed_batch([torch.arange(3, 14), torch.arange(5, 14)]) | {"labels": torch.ones(1, 20).long()}
+    whole = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    fill_up(batch, 21)
+    expected = packed_batch([torch.arange(3, 14), torch.arange(5, 14), torch.zeros(1).long()])
+    assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])) for name in expected)
+    assert batch["labels"].tolist() == [[1] * 20 + [-100]]
+    fill_up(whole, 30)
+    assert whole["input_ids"].shape == (1, 20)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi"])
+def test_positions_say_it_all_to_attention(family, tiny_model):
+    model = tiny_model(family)
+    assert not reads_bounds(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert reads_bounds(model)
+
+
+@pytest.mark.parametrize("lengths", [(10, 9), (19,)])
+def test_what_the_host_knows_of_packed_rows_changes_nothing(lengths, tiny_model):
+    model = tiny_model()
+    batch = packed_batch([torch.randint(3, 200, (n,)) for n in lengths])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with packed_rows() if len(lengths) > 1 else whole_rows():
+            assert torch.equal(model(**batch).logits, expected)
+
+
+def test_random_states_are_kept_for_those_who_draw(run, tiny_model):
+    def kept(**options):
+        model = run(gradient_checkpointing=True, overwrite=True, **options).model
+        return model.model.layers[0]._gradient_checkpointing_func.keywords.get("preserve_rng_state", True)
+
+    assert not kept()
+    assert kept(dropout=0.1)
+    assert not draws_at_random(tiny_model("gpt2"))
+    assert draws_at_random(tiny_model("gpt2", resid_pdrop=0.1))
+    assert draws_at_random(tiny_model("llama", attention_dropout=0.1))

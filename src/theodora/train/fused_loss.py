@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from theodora.adapters.whole_rows import whole_rows
+from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
 
@@ -34,6 +34,7 @@ LEARNED = "learned"
 # Numbers of learned tokens are rounded up to multiples of this one and of this share of all tokens, so that memory is
 # reused from batch to batch, and batches of one shape have few numbers.
 _MULTIPLE, _SHARE = 128, 1 / 16
+_FILL = 0.05  # share by which a batch may grow to be like others: about what a CUDA graph saves
 _MOST = 0.9  # share of learned tokens from which all positions are taken as they lie, without a copy
 # ‖difference‖ / ‖expected‖ that rounding alone explains, in the probes below.
 _SAME_LOGITS, _SAME_STATES = 1e-2, 5e-2
@@ -50,26 +51,56 @@ class Learned(TypedDict):
     """Tokens in the batch, padding not."""
     maskless: bool
     """Whether padding stands on the right alone, where no causal model sees it."""
+    packed: bool
+    """Whether positions start anew within a row."""
 
 
 class SelectLearned:
     """A collator that also tells which positions are learned, under the key `LEARNED`."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None) -> None:
+        """Take the collator to ask, and the length to whose multiples packed rows are filled up (see `fill_up`)."""
+        self.collate, self.full = collate, full
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of these rows."""
         batch = self.collate(rows)
-        mask = batch.get("attention_mask")
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        tokens = batch["labels"].numel() if mask is None else int(mask.sum())
+        packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
+        if packed and mask is None and self.full is not None:
+            fill_up(batch, self.full)
         targets, positions = select_learned(batch["labels"])
         batch[LEARNED] = Learned(
             targets=targets,
             positions=positions,
-            tokens=batch["labels"].numel() if mask is None else int(mask.sum()),
+            tokens=tokens,
             maskless=mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all()),
+            packed=packed,
         )
         return batch
+
+
+def fill_up(batch: dict[str, Any], full: int) -> None:
+    """Add one more sequence, of which nothing is learned, to a packed row that is nearly a multiple of `full` long.
+
+    So that batches have one shape. The others do not see it. A row that would grow by more than `_FILL` stays.
+    """
+    length = batch["input_ids"].shape[1]
+    missing = -length % full
+    if batch["input_ids"].shape[0] != 1 or not missing or missing > _FILL * length:
+        return
+    added: dict[str, Any] = {
+        "input_ids": torch.zeros(1, missing),
+        "labels": torch.full((1, missing), IGNORED),
+        "position_ids": torch.arange(missing)[None],
+        "seq_idx": batch["seq_idx"][:, -1:].expand(1, missing) + 1 if "seq_idx" in batch else None,
+        **{f"cu_seq_lens_{of}": torch.tensor([length + missing]) for of in "qk"},
+    }
+    for name in added.keys() & batch.keys():
+        batch[name] = torch.cat([batch[name], added[name].to(batch[name].dtype)], dim=-1)
+    for name in {"max_length_q", "max_length_k"} & batch.keys():
+        batch[name] = max(batch[name], missing)
 
 
 def select_learned(labels_BT: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -101,9 +132,10 @@ class Head:
         """Run the model's body on a batch and add up the losses of the learned tokens."""
         if self.maskless and learned["maskless"]:
             kwargs.pop("attention_mask", None)
-        # Positions that are given may start anew within a row; where they are not, there is nothing to look for.
-        whole = kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None
-        with whole_rows() if whole and not torch.compiler.is_compiling() else nullcontext():
+        known = packed_rows() if learned["packed"] else whole_rows()
+        if kwargs.get("attention_mask") is not None or torch.compiler.is_compiling():
+            known = nullcontext()  # the mask says it all
+        with known:
             hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
         layer: Any = model.get_output_embeddings()
         weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (layer.weight, layer.bias))

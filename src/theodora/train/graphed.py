@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
+from theodora.data.packing import packed_batch
 from theodora.train.fused_loss import LEARNED, Head, Learned
 
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TARGETS, _POSITIONS, _ITEMS = "learned.targets", "learned.positions", "num_items_in_batch"
 
 
@@ -44,16 +46,52 @@ def why_no_graph(trainer: Trainer) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head) -> dict[str, Tensor] | None:
+def draws_at_random(model: PreTrainedModel) -> bool:
+    """Whether a forward pass in training may draw random numbers (dropout, noise on a router)."""
+    return any(
+        isinstance(value, float) and value > 0 and (name == "p" or "drop" in name or "jitter" in name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
+
+
+def reads_bounds(model: PreTrainedModel) -> bool:
+    """Whether the model needs to be told where the sequences of a packed row begin otherwise than by their positions.
+
+    Some layers (flash attention, linear attention) do. There are as many bounds as sequences, so that no two batches
+    have one shape.
+    """
+    attention = model.config.get_text_config()._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    if attention not in ("sdpa", "eager"):
+        return True
+    device = next(model.get_input_embeddings().parameters()).device
+    batch = packed_batch([torch.arange(3, 9, device=device), torch.arange(5, 12, device=device)])
+    without = {name: value for name, value in batch.items() if name not in _BOUNDS}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            found: list[Tensor] = [model(**given, use_cache=False).logits for given in (batch, without)]
+    finally:
+        model.train(was_training)
+    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
+
+
+def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bounds: bool) -> dict[str, Tensor] | None:
     """A batch with the fused loss as tensors alone, or None if a graph cannot take it."""
     learned = inputs.get(LEARNED)
     if learned is None or not isinstance(num_items, Tensor):
         return None
     left_out = {"labels", LEARNED} | ({"attention_mask"} if head.maskless and learned["maskless"] else set())
     tensors = {name: value for name, value in inputs.items() if name not in left_out}
-    # A mask is looked at by the host, and so are positions that are given.
-    if "attention_mask" in tensors or "position_ids" in tensors:
+    if "attention_mask" in tensors:  # the host looks at it
         return None
+    if "position_ids" in tensors:
+        if reads_bounds:
+            return None
+        tensors = {name: value for name, value in tensors.items() if name not in _BOUNDS}
+        if not learned["packed"]:
+            del tensors["position_ids"]  # they count the tokens, as the model does by itself
     tensors |= {_TARGETS: learned["targets"], _POSITIONS: learned["positions"], _ITEMS: num_items}
     if learned["positions"] is None:
         del tensors[_POSITIONS]
@@ -62,6 +100,7 @@ def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head) -> dict[
 
 def batch_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
     """The model's inputs, and the number of learned tokens in the whole step, from `graph_inputs`."""
-    learned = Learned(targets=tensors[_TARGETS], positions=tensors.get(_POSITIONS), tokens=0, maskless=False)
+    targets, positions, packed = tensors[_TARGETS], tensors.get(_POSITIONS), "position_ids" in tensors
+    learned = Learned(targets=targets, positions=positions, tokens=0, maskless=False, packed=packed)
     inputs = {name: t for name, t in tensors.items() if name not in (_TARGETS, _POSITIONS, _ITEMS)}
     return {**inputs, LEARNED: learned}, tensors[_ITEMS]

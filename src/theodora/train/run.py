@@ -29,6 +29,7 @@ from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt,
 from theodora.train.card import summary_line, write_card
 from theodora.train.fast_path import fast_path, missing_parts
 from theodora.train.figure import draw_losses
+from theodora.train.graphed import draws_at_random
 from theodora.train.movement import check_moved, fingerprints
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
@@ -98,7 +99,7 @@ def _train(
     )
     view, interrupt, updates = ProgressView(console), StopOnInterrupt(), CountUpdates()
     trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), interrupt, updates, view])
-    plan = _plan(prepared, trainer, checkpoint, path)
+    plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
         trainer.tokens_seen = _tokens_at(checkpoint)
@@ -116,9 +117,12 @@ def _train(
     result = _result(prepared, plan, trainer, view, seconds)
     if arguments.should_save:
         _end_record(prepared, plan, result)
-    if not resting:
-        return result, []
-    return result, [f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …"]
+    notes = (
+        [f"steps did not run as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
+    )
+    if resting:
+        notes.append(f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …")
+    return result, notes
 
 
 def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
@@ -130,6 +134,9 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if hasattr(arguments, name):
             setattr(arguments, name, bool(config.gradient_checkpointing))
+            if not getattr(arguments, f"{name}_kwargs") and not draws_at_random(prepared.model):
+                # Nor is a random state kept then, which the host would have to read, and cannot in a CUDA graph.
+                setattr(arguments, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
     # Without an accelerator torch warns at every data loader.
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type != "cpu"
     if arguments.dataloader_pin_memory and isinstance(arguments.accelerator_config, AcceleratorConfig):
@@ -176,7 +183,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
         resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
-        path=None if path is None else ", ".join([path, *trainer.loss_note]),
+        path=None if path is None else ", ".join([path, *trainer.fast_notes]),
         notes=[
             *prepared.notes,
             *_device_notes(),

@@ -26,7 +26,7 @@ from theodora.kernels.graph import GraphedStep
 from theodora.layers import AdapterLayer
 from theodora.train.figures import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
-from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, why_no_graph
+from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses
 from theodora.train.movement import fingerprints
 
@@ -71,9 +71,13 @@ class AdapterTrainer(SFTTrainer):
         self.head = self._fused_head(kernels)
         if isinstance(self.head, Head):
             add_fused_loss(self.model, self.head)
-            self.data_collator = SelectLearned(self.data_collator)
         self._graphed: GraphedStep | None = None
-        self.why_no_graph = self._why_no_graph()
+        self.graph_replays, self.why_no_graph = 0, self._why_no_graph()
+        self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
+        if isinstance(self.head, Head):
+            self.data_collator = SelectLearned(
+                self.data_collator, None if self._reads_bounds or not self.args.packing else self.args.max_length
+            )
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
@@ -93,11 +97,12 @@ class AdapterTrainer(SFTTrainer):
         return fused_head(self.model)
 
     @property
-    def loss_note(self) -> list[str]:
-        """What there is to say about the loss where a fast path is reported."""
-        if isinstance(self.head, Head):
-            return ["loss"]
-        return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
+    def fast_notes(self) -> list[str]:
+        """What there is to say about loss and steps where a fast path is reported."""
+        if not isinstance(self.head, Head):
+            return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
+        graphs = "steps of a recurring shape as CUDA graphs"
+        return ["loss", graphs if self.why_no_graph is None else f"no CUDA graphs ({self.why_no_graph})"]
 
     def compute_loss(
         self,
@@ -160,6 +165,7 @@ class AdapterTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
         finally:
             if self._graphed is not None:
+                self.graph_replays, self.why_no_graph = self._graphed.replays, self._graphed.why_not
                 self._graphed.release("training has ended")
                 self._graphed = None
 
@@ -189,7 +195,7 @@ class AdapterTrainer(SFTTrainer):
             return None
         if self._graphed is None:
             self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()))
-        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head)
+        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A training step on tensors alone: the loss, and what is recorded of it."""
@@ -264,7 +270,13 @@ class AdapterTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """Also add up the loss over tokens."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        try:
+            # (A copy, because the loss takes things out.)
+            loss, logits, labels = super().prediction_step(model, dict(inputs), prediction_loss_only, ignore_keys)
+        except torch.OutOfMemoryError:
+            if self._graphed is None or not self._graphed.release("evaluation needs the memory"):
+                raise
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != -100).sum().item()
         if loss is not None and tokens:
             self._eval_nats += loss.item() * tokens
