@@ -12,6 +12,9 @@ from theodora.kernels.graph import GraphedStep
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+CLOSE = (
+    {"rtol": 1e-4, "atol": 1e-5} if CUDA else {"rtol": 0, "atol": 0}
+)  # cuBLAS may add up in another order in a graph
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ class Twins:
         self.models = [made.to(DEVICE), copy.deepcopy(made).to(DEVICE)]
         for model in self.models:
             model.unused = nn.Parameter(torch.ones(3, device=DEVICE))
-        self.optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1) for m in self.models]
+        self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.1) for m in self.models]
         self.plain = self._step(self.models[0])
         self.graphed = GraphedStep(self._step(self.models[1]), list(self.models[1].parameters()), **settings)
 
@@ -48,10 +51,11 @@ class Twins:
         expected = self.plain(inputs)
         torch.manual_seed(rows)
         found = self.graphed(inputs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, **CLOSE)
         for one, other in zip(*(m.parameters() for m in self.models), strict=True):
             assert (one.grad is None) == (other.grad is None)
-            assert one.grad is None or torch.equal(one.grad, other.grad)
+            if one.grad is not None:
+                torch.testing.assert_close(other.grad, one.grad, **CLOSE)
         if update:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -67,7 +71,7 @@ def test_it_is_the_step(dropout):
     assert twins.graphed.replays == 4
     assert twins.graphed.why_not is None
     for one, other in zip(*(m.parameters() for m in twins.models), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(other, one, **CLOSE)
 
 
 def test_gradients_add_up_wherever_the_capture_falls():

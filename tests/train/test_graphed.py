@@ -157,3 +157,22 @@ def test_random_states_are_kept_for_those_who_draw(run, tiny_model):
     assert not draws_at_random(tiny_model("gpt2"))
     assert draws_at_random(tiny_model("gpt2", resid_pdrop=0.1))
     assert draws_at_random(tiny_model("llama", attention_dropout=0.1))
+
+
+def test_graphs_make_room_for_an_evaluation(run, made, same_rows, tmp_path, losses, monkeypatch):
+    settings = {**SETTINGS, "data": same_rows}
+    run(output=str(tmp_path / "roomy"), **settings)
+    predict, full = trainer.SFTTrainer.prediction_step, iter([True])
+
+    def short_of_memory(self, *args):
+        found = predict(self, *args)
+        if self._graphed is not None and self._graphed.replays and next(full, False):
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    monkeypatch.setattr(trainer.SFTTrainer, "prediction_step", short_of_memory)
+    run(output=str(tmp_path / "tight"), **settings)
+    assert made[1].why_no_graph == "evaluation needs the memory"
+    assert 0 < made[1].graph_replays < made[0].graph_replays
+    for name in ("loss", "eval_loss"):
+        assert losses(tmp_path / "tight", name) == losses(tmp_path / "roomy", name)

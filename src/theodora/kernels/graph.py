@@ -102,7 +102,7 @@ class GraphedStep:
         found = bool(self._graphs)
         self.why_not = self.why_not or why_not
         self._graphs, self._pool = {}, None
-        if torch.cuda.is_initialized():
+        if found and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return found
 

@@ -118,7 +118,7 @@ def _train(
     if arguments.should_save:
         _end_record(prepared, plan, result)
     notes = (
-        [f"steps did not run as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
+        [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
     if resting:
         notes.append(f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …")
