@@ -269,7 +269,7 @@ def layers_backward(
     if joins_x and dx is not None and dzb is not None:
         a = stacked_a(layers, dzb.dtype)
         assert a is not None
-        dx = add_product(dx, dzb, a)
+        dx = add_low_rank(dx, dzb, a)
     return dx, dzb, dbs, dms
 
 
@@ -348,6 +348,15 @@ def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
     autograd function that returns a tensor it wrote to (2.13 does not).
     """
     return torch.addmm(onto, left, right) if torch.compiler.is_compiling() else onto.addmm_(left, right)
+
+
+def add_low_rank(dx_TI: Tensor, dzb_TR: Tensor, a_RI: Tensor) -> Tensor:
+    """dx + dzb A, in place: by the compose kernel, at half the time of a thin product that adds, where it can."""
+    fits = a_RI.shape[0] <= MOST_FUSED_RANK and runs_triton(dx_TI) and not torch.compiler.is_compiling()
+    if not fits:
+        return add_product(dx_TI, dzb_TR, a_RI)
+    compose_in_place(dx_TI, dzb_TR, a_RI.T, 1.0, None)
+    return dx_TI
 
 
 def flat(x: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from theodora.functional import wide_dtype
 from theodora.kernels.base_product import base_product
 from theodora.kernels.compose import MOST_FUSED_RANK
 from theodora.kernels.fused import (
     NormedInput,
     a_gradients,
+    add_low_rank,
     add_product,
     base_products,
     composed,
@@ -39,6 +41,8 @@ from theodora.kernels.fused import (
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import Parts, Update
 from theodora.kernels.stack import Stack
+
+_MOST_DH = 2**27  # bytes
 
 
 def gated_mlp(
@@ -105,40 +109,34 @@ class _GatedMLP(torch.autograd.Function):
         if room3 is not None:
             z3 = room3[:, : down.weight_OI.shape[0]]
 
-        # A small update of down's joins dh in the kernel, and gives dA there; a large one is dealt with outside.
-        inside = down.b_OR is not None and _small(down)
-        joins = inside and ctx.stacks[1] is None
-        dh, dzb3, (db3,), (dm3,) = layers_backward([dy_TI], [z3], [xa3], [down], ctx.stacks[1], True, not joins, room3)
-        assert dh is not None
-        h, dzb1, db1, dm1, dzb2, db2, dm2, da3 = gated_backward(
-            dh,
-            dzb3 if inside else None,
-            down.a_RI if joins else None,
-            z1,
-            z2,
-            _update(gate, xa1),
-            _update(up, xa2),
-            ctx.activation,
-            z1,
-            z2,
-            dzb3 is not None and not inside,
-        )
+        tokens = dy_TI.shape[0]
+        size = -(-tokens // _slices(z1, down))
+        dzb1, dzb2, (db1, dm1, db2, dm2, db3, dm3, da3) = _joined(
+            [
+                _to_gate_and_up(
+                    *(None if t is None else t[at : at + size] for t in (dy_TI, z1, z2, z3, xa1, xa2, xa3, room3)),
+                    gate, up, down, ctx.stacks[1], ctx.activation,
+                )  # pyright: ignore[reportArgumentType]
+                for at in range(0, tokens, size)
+            ]
+        )  # fmt: skip
         torch.autograd.graph.increment_version([z1, z2] if room3 is None else [z1, z2, room3])
-        if down.a_RI is not None and dzb3 is not None:
-            da3 = (da3 if inside else dzb3.T @ h).to(down.a_RI.dtype)
-            set_gradients(grads, 2, da=da3, db=db3, dm=dm3)
+        if down.a_RI is not None and da3 is not None:
+            set_gradients(grads, 2, da=da3.to(down.a_RI.dtype), db=db3)
+        set_gradients(grads, 2, dm=dm3)
 
         dzbs: list[Tensor | None] = []
         for i, (layer, xa_TR, dz, dzb, db, dm) in enumerate(
             ((gate, xa1, z1, dzb1, db1, dm1), (up, xa2, z2, dzb2, db2, dm2))
         ):
-            if layer.magnitude_O is not None:
+            if layer.magnitude_O is not None and dm is not None:
                 set_gradients(grads, i, dm=dm.to(layer.magnitude_O.dtype))
             if layer.b_OR is None or xa_TR is None:
                 dzbs.append(None)
                 continue
             if not _small(layer):
                 dzb, db = dz @ scaled_b(layer, dz.dtype), (dz.T @ xa_TR).float() * layer.scale
+            assert db is not None
             dzbs.append(dzb)
             set_gradients(grads, i, db=db.to(layer.b_OR.dtype))
         dzb = side_by_side(dzbs)
@@ -146,6 +144,62 @@ class _GatedMLP(torch.autograd.Function):
             set_gradients(grads, i, da=da)
         dx = _input_gradient(z, z1, z2, dzb, gate, up, ctx.stacks[0]) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *grads
+
+
+def _slices(z_TF: Tensor, down: Parts) -> int:
+    """Into how many slices of tokens the backward is cut, so that dh, which is as wide as the MLP, is never whole."""
+    # A float8 weight is transposed for each product, so it has one.
+    return 1 if down.weight_scale_O is not None else -(-z_TF.numel() * z_TF.element_size() // _MOST_DH)
+
+
+def _to_gate_and_up(
+    dy_TI: Tensor,
+    z1_TF: Tensor,
+    z2_TF: Tensor,
+    z3_TI: Tensor | None,
+    xa1_TR: Tensor | None,
+    xa2_TR: Tensor | None,
+    xa3_TR: Tensor | None,
+    room3: Tensor | None,
+    gate: Parts,
+    up: Parts,
+    down: Parts,
+    stack: Stack | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """From dy to dz₁ and dz₂, written over z₁ and z₂: (dzb₁, dzb₂, [dB₁, dm₁, dB₂, dm₂, dB₃, dm₃, dA₃])."""
+    # A small update of down's joins dh in the kernel, and gives dA there; a large one is dealt with outside.
+    inside = down.b_OR is not None and _small(down)
+    joins = inside and stack is None
+    dh, dzb3, (db3,), (dm3,) = layers_backward([dy_TI], [z3_TI], [xa3_TR], [down], stack, True, not joins, room3)
+    assert dh is not None
+    h, dzb1, db1, dm1, dzb2, db2, dm2, da3 = gated_backward(
+        dh,
+        dzb3 if inside else None,
+        down.a_RI if joins else None,
+        z1_TF,
+        z2_TF,
+        _update(gate, xa1_TR),
+        _update(up, xa2_TR),
+        activation,
+        z1_TF,
+        z2_TF,
+        dzb3 is not None and not inside,
+    )
+    if not inside:
+        da3 = None if dzb3 is None else (dzb3.T @ h).to(wide_dtype(h.dtype))
+    return dzb1, dzb2, [db1, dm1, db2, dm2, db3, dm3, da3]
+
+
+def _joined(
+    slices: Sequence[tuple[Tensor, Tensor, list[Tensor | None]]],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The results for all tokens: rows one after the other, sums added up."""
+    if len(slices) == 1:
+        return slices[0]
+    dzb1, dzb2, sums = zip(*slices, strict=True)
+    totals = [None if first is None else torch.stack([first, *rest]).sum(0) for first, *rest in zip(*sums, strict=True)]
+    return torch.cat(dzb1), torch.cat(dzb2), totals
 
 
 def _base_products(
@@ -193,7 +247,7 @@ def _input_gradient(
         z[:, stack.rows + a.shape[0] :].zero_()
         return z @ stack.with_a(a)
     dx = plus(plus(None, dz1_TF, gate), dz2_TF, up)
-    return dx if a is None or dzb_TR is None else add_product(dx, dzb_TR, a)
+    return dx if a is None or dzb_TR is None else add_low_rank(dx, dzb_TR, a)
 
 
 def _small(layer: Parts) -> bool:

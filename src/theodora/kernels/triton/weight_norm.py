@@ -88,8 +88,9 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     bo, bi, warps, stages = _TILES[min(block, 64)]
     a3 = _in_three(a) if split else a
     products = None
-    if split and w_scale is None and w.is_cuda:
-        products = torch.mm(w, a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
+    if split and w.is_cuda:
+        # A float8 weight is exact in bfloat16, too; the copy is gone at once.
+        products = torch.mm(w.to(torch.bfloat16), a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
     _dora_norm[(triton.cdiv(outputs, bo),)](
         w, a, a3, products, b, wide @ wide.T, w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
