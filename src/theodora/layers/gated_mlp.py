@@ -68,7 +68,8 @@ def fuse_mlp(module: nn.Module) -> bool:
     """Make `module` run as one step, in place, if it is a gated MLP; say whether it is one."""
     if isinstance(module, GatedMLP):
         return True
-    found = _gated(module)
+    with torch.random.fork_rng(devices=[]):
+        found = _gated(module)
     if found is None:
         return False
     swap_class(module, GatedMLP)
@@ -87,6 +88,7 @@ def unfuse_mlp(module: GatedMLP) -> None:
     swap_back(module)
 
 
+@torch.no_grad()
 def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
     """The names of its three layers and its activation, found by running the module's own forward in miniature."""
     for names in _NAMES:
@@ -101,17 +103,16 @@ def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
         x = torch.randn(1, 5, 4, generator=generator, device="cpu", dtype=torch.float32)
         x = torch.cat([x, 30 * x, 1000 * x], dim=1)
         others = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = [_in_miniature(module, others, x, training) for training in (False, True)]
-            for activation in ACTIVATIONS:
-                expected = down(activate(gate(x), activation) * up(x))
-                if all(y is not None and y.shape == expected.shape and torch.allclose(y, expected) for y in found):
-                    return names, activation
+        found = [_in_miniature(module, others, x, training) for training in (False, True)]
+        for activation in ACTIVATIONS:
+            expected = down(activate(gate(x), activation) * up(x))
+            if all(y is not None and y.shape == expected.shape and torch.allclose(y, expected) for y in found):
+                return names, activation
     return None
 
 
 def _in_miniature(module: nn.Module, children: dict[str, Any], x: Tensor, training: bool) -> Tensor | None:
-    """What the module's forward gives with other children, themselves in that mode: in training there may be dropout."""
+    """What the module gives with other children; in training there may be dropout."""
     probe = copy.copy(module)
     probe.__dict__["_modules"] = {name: copy.copy(child) for name, child in children.items()}
     for part in (probe, *probe._modules.values()):
