@@ -20,6 +20,9 @@ from theodora.kernels.stack import Stack
 GROUP = "_theodora_group"
 
 
+_NOTHING: tuple[tuple[Any, ...], dict[int, Tensor]] = (None,), {}
+
+
 class FastLinear(Protocol):
     """An adapted linear layer, ours or another library's, that can tell what it computes."""
 
@@ -34,39 +37,39 @@ class Group:
     def __init__(self, layers: Sequence[FastLinear]) -> None:
         self.layers = list(layers)
         self.stack = stack_weights(layers)
-        self._key: tuple[Any, ...] | None = None
-        self._ready: dict[int, Tensor] = {}
+        # What the outputs were computed from, and those that nobody has asked for yet. One attribute, so that threads
+        # that share the model (`nn.DataParallel`) cannot mix up theirs.
+        self._ready: tuple[tuple[Any, ...], dict[int, Tensor]] = _NOTHING
 
     def output(self, layer: FastLinear, x: Tensor) -> Tensor | None:
         """The layer's output for x, or None if the layer is to compute it by itself."""
-        if torch.compiler.is_compiling() or not self.layers:
+        layers = self.layers
+        if torch.compiler.is_compiling() or not layers:
             return None
-        ready = self._ready.pop(id(layer), None)
+        key, outputs = self._ready
+        ready = outputs.pop(id(layer), None)
         if ready is not None:
-            if self._key is not None and self._key[0] is x and self._key[1:] == _state(x):
-                if not self._ready:
-                    self._key = None
+            if key[0] is x and key[1:] == _state(x):
+                if not outputs:
+                    self._ready = _NOTHING
                 return ready
-            self._forget()
+            self._ready = _NOTHING
             self.layers = []
             return None
-        if layer is not self.layers[0]:
+        if layer is not layers[0]:
             return None
-        self._forget()
-        found = parts_that_fit(x, self.layers)
+        self._ready = _NOTHING
+        found = parts_that_fit(x, layers)
         if found is None:
             return None
         first, *others = kernels.adapted_linears(x, found, stack=self.stack)
-        self._key = (x, *_state(x)) if others else None
-        self._ready = {id(other): y for other, y in zip(self.layers[1:], others, strict=True)}
+        if others:
+            self._ready = (x, *_state(x)), {id(other): y for other, y in zip(layers[1:], others, strict=True)}
         return first
-
-    def _forget(self) -> None:
-        self._key, self._ready = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are its own again.
-        return {"layers": self.layers, "stack": None, "_key": None, "_ready": {}}
+        return {"layers": self.layers, "stack": None, "_ready": _NOTHING}
 
     def dissolve(self) -> None:
         """Let go of the layers; their weights get memory of their own again."""
