@@ -33,10 +33,14 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Appended to a command, by its first words. argparse and the recipe take the last of two values.
 SHORTER = {
     "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --max-length 128 --eval-steps 1 --save-steps 2",
+    "theodora bench": "--rounds 1 --batch 1 --length 16 --methods lora",
     "theodora evaluate": "--batch-size 4 --max-new-tokens 4",
     "python recipes/sft_loop.py": "--steps 2 --batch-size 2",
 }
-SHORTER_PYTHON = {"max_steps=30": "max_steps=2, per_device_train_batch_size=2, max_length=128"}
+SHORTER_PYTHON = {
+    "max_steps=30": "max_steps=2, per_device_train_batch_size=2, max_length=128",
+    "max_steps=20,": "max_steps=2, per_device_train_batch_size=2, max_length=128, use_cpu=True, bf16=False,",
+}
 
 
 @pytest.fixture
@@ -54,6 +58,7 @@ def reader(tmp_path, tiny_model_dir, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:torch")  # TRL 1.16
 def test_the_blocks_run_in_order(reader, monkeypatch, capsys):
     namespace: dict[str, object] = {}
     for language, text in BLOCKS:
