@@ -105,7 +105,7 @@ def _group(parent: nn.Module) -> int:
     """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
     found = 0
     for names in _SIBLINGS:
-        layers: list[Any] = [child for name in names if hasattr(child := parent._modules.get(name), "parts")]
+        layers: list[Any] = [child for name in names if hasattr(child := parent._modules.get(name), "parts")]  # pyright: ignore[reportPrivateUsage]
         if len(layers) > 1:
             group = Group(layers)
             for layer in layers:

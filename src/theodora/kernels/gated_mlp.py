@@ -115,7 +115,7 @@ class _GatedMLP(torch.autograd.Function):
             [
                 _to_gate_and_up(
                     *(None if t is None else t[at : at + size] for t in (dy_TI, z1, z2, z3, xa1, xa2, xa3, room3)),
-                    gate, up, down, ctx.stacks[1], ctx.activation,
+                    gate, up, down, ctx.stacks[1], ctx.activation,  # pyright: ignore[reportCallIssue]
                 )  # pyright: ignore[reportArgumentType]
                 for at in range(0, tokens, size)
             ]
@@ -207,7 +207,8 @@ def _base_products(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(z, z₁, z₂): with a stack, z₁ and z₂ are columns of z, which has room for dzb behind them."""
     if stack is None:
-        return None, *base_products(x_TI, [gate, up], None)
+        z1, z2 = base_products(x_TI, [gate, up], None)
+        return None, z1, z2
     z = x_TI.new_empty(x_TI.shape[0], stack.columns(ranks))
     torch.mm(x_TI, stack.weight.T, out=z[:, : stack.rows])
     return z, *_columns(z, gate, up)

@@ -72,5 +72,5 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
             return liger_rotary_pos_emb(q, k, cos, sin)
         return original(q, k, cos, sin, *args, **kwargs)
 
-    apply.__theodora__ = original  # pyright: ignore[reportFunctionMemberAccess]
+    apply.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
     return apply

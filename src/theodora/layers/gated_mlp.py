@@ -40,7 +40,8 @@ class GatedMLP(Swapped):
         found = parts_that_fit(x, [_fast(module) for module in modules])
         if found is None:
             return super().forward(x)
-        return gated_mlp(x, *found, activation, self._theodora_stacks)
+        gate, up, down = found
+        return gated_mlp(x, gate, up, down, activation, self._theodora_stacks)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are its own again.
@@ -81,10 +82,10 @@ def fuse_mlp(module: nn.Module) -> bool:
 
 def unfuse_mlp(module: GatedMLP) -> None:
     """Undo `fuse_mlp`."""
-    for stack in module._theodora_stacks:
+    for stack in module._theodora_stacks:  # pyright: ignore[reportPrivateUsage]
         if stack is not None:
             stack.dissolve()
-    del module._theodora_gated, module._theodora_stacks
+    del module._theodora_gated, module._theodora_stacks  # pyright: ignore[reportPrivateUsage]
     swap_back(module)
 
 
@@ -92,7 +93,7 @@ def unfuse_mlp(module: GatedMLP) -> None:
 def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
     """The names of its three layers and its activation, found by running the module's own forward in miniature."""
     for names in _NAMES:
-        children = [module._modules.get(name) for name in names]
+        children = [module._modules.get(name) for name in names]  # pyright: ignore[reportPrivateUsage]
         if "forward" in module.__dict__ or not all(_is_product(child) for child in children):
             continue
         gate, up, down = (nn.Linear(a, b, bias=False, device="cpu") for a, b in ((4, 6), (4, 6), (6, 4)))
@@ -102,7 +103,7 @@ def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
         # Large rows show a limit on what the activation gives (as in Step and DeepSeek-V4).
         x = torch.randn(1, 5, 4, generator=generator, device="cpu", dtype=torch.float32)
         x = torch.cat([x, 30 * x, 1000 * x], dim=1)
-        others = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}
+        others = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}  # pyright: ignore[reportPrivateUsage]
         found = [_in_miniature(module, others, x, training) for training in (False, True)]
         for activation in ACTIVATIONS:
             expected = down(activate(gate(x), activation) * up(x))
@@ -115,7 +116,7 @@ def _in_miniature(module: nn.Module, children: dict[str, Any], x: Tensor, traini
     """What the module gives with other children; in training there may be dropout."""
     probe = copy.copy(module)
     probe.__dict__["_modules"] = {name: copy.copy(child) for name, child in children.items()}
-    for part in (probe, *probe._modules.values()):
+    for part in (probe, *probe._modules.values()):  # pyright: ignore[reportPrivateUsage]
         if part is not None:
             part.__dict__["training"] = training
     try:

@@ -84,14 +84,14 @@ def stack_weights(layers: Sequence[FastLinear]) -> Stack | None:
     (A tied weight would take its other owner along, which is harmless but pointless: its gradient is not ours.)
     """
     found = [layer.parts() for layer in layers]
-    weights = [None if parts is None else parts.weight_OI for parts in found]
+    weights: list[Any] = [None if parts is None else parts.weight_OI for parts in found]
     ranks = sum(parts.a_RI.shape[0] for parts in found if parts is not None and parts.a_RI is not None)
     for w in weights:
         plain = isinstance(w, nn.Parameter) and not w.requires_grad and w.is_contiguous() and type(w.data) is Tensor
         if not plain or not runs_triton(w) or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return None
-    one_kind = len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) == 1
-    return Stack(weights, ranks) if one_kind and len({id(w) for w in weights}) == len(weights) else None  # pyright: ignore[reportArgumentType]
+    one_kind = len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
+    return Stack(weights, ranks) if one_kind and len({id(w) for w in weights}) == len(weights) else None
 
 
 def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | None:
@@ -115,10 +115,10 @@ def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | Non
 def has_hooks(modules: Sequence[Any]) -> bool:
     """Whether calling the modules would do more than their classes' forward does."""
     return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+        or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+        or module._backward_hooks  # pyright: ignore[reportPrivateUsage]
+        or module._backward_pre_hooks  # pyright: ignore[reportPrivateUsage]
         or "forward" in module.__dict__
         for module in modules
         if isinstance(module, nn.Module)

@@ -41,5 +41,5 @@ def speed_up_norm(module: nn.Module) -> bool:
 
 def restore_norm(module: FastRMSNorm) -> None:
     """Undo `speed_up_norm`."""
-    del module._theodora_style
+    del module._theodora_style  # pyright: ignore[reportPrivateUsage]
     swap_back(module)

@@ -148,7 +148,8 @@ def compose_backward(
         dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, tokens, outputs, rank, size,
         dy.stride(0), z.stride(0) if z is not None else 0, xa.stride(0) if low else 0,
         b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
-        LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype),
+        BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
     if low:

@@ -102,7 +102,7 @@ def _low_strides(update: Update) -> tuple[int, int, int]:
     """Row stride of xa, row and column stride of B."""
     if update.xa_TR is None or update.b_OR is None:
         return 0, 0, 0
-    return update.xa_TR.stride(0), *update.b_OR.stride()
+    return update.xa_TR.stride(0), update.b_OR.stride(0), update.b_OR.stride(1)
 
 
 @triton.jit

@@ -25,8 +25,9 @@ def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
-               MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
-               CANCELLED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+               MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr,
+               BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
     w_a = tl.zeros((BO, BR), tl.float32)
@@ -94,7 +95,8 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     _dora_norm[(triton.cdiv(outputs, bo),)](
         w, a, a3, products, b, wide @ wide.T, w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
-        MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split, PRECISION=precision(torch.bfloat16 if split else torch.float32),
+        MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
+        PRECISION=precision(torch.bfloat16 if split else torch.float32),
         TRANSPOSED=w.stride(0) == 1 and w.stride(1) != 1, CANCELLED=CANCELLED,
         BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
