@@ -4,6 +4,10 @@
 PYTHON ?= python3
 ARGS ?=
 
+# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU. (Triton is part of torch on
+# Linux alone; without it these run their references again.)
+INTERPRETED := tests/kernels tests/adapters/test_accelerate.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -20,6 +24,7 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .
