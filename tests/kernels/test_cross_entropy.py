@@ -40,6 +40,13 @@ def widened(hidden, weight, labels, options):
     return hidden.double(), weight.double(), labels, wide
 
 
+def within(found, plain, exact, dtype, slack):
+    """Whether the error is at most the budget's multiple of the reference's, but for rounding and `slack`."""
+    found_error, plain_error = ((t.double() - exact).norm() for t in (found.detach(), plain.detach()))
+    rounding = max(torch.finfo(dtype).eps, 1e-6) * exact.norm()
+    return found_error <= budget(dtype) * plain_error + rounding + slack
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}], ids=["", "scale", "cap", "both"]
 )
@@ -55,13 +62,13 @@ def test_agrees_with_float64(shape, dtype, bias, options):
     )
     found, found_dh = run(linear_cross_entropy, *given, 0.3)
     assert (found_dh.dtype, found.nats.dtype) == (dtype, torch.float32)
-    rounding = max(torch.finfo(dtype).eps, 1e-6)
+    # Of a sure prediction little is left when probabilities near 1 are subtracted: there it is their own error that
+    # counts, some 1e-7 a token.
+    each = 4e-7 * labels.numel()
     for name in ("nats", "entropy"):
         value, exact = getattr(found, name), getattr(expected, name)
-        assert formula.error(value, exact) <= budget(dtype) * formula.error(getattr(plain, name), exact) + rounding, (
-            name
-        )
-    assert formula.error(found_dh, dh) <= budget(dtype) * formula.error(plain_dh, dh) + rounding
+        assert within(value, getattr(plain, name), exact, dtype, each), name
+    assert within(found_dh, plain_dh, dh, dtype, 0.3 * each * weight.double().norm(dim=1).max())
     assert found.count == expected.count == (labels != -100).sum()
     assert not found_dh[labels == -100].any()
     if dtype == torch.float32:

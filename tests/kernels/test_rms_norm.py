@@ -171,11 +171,11 @@ def test_a_module_gives_the_same_by_the_fast_forward(family, dtype, tiny_model):
     style = is_rms_norm(norm)
     x = torch.randn(2, 3, 32, device=DEVICE, dtype=dtype, requires_grad=True)
     y = fast_forward(norm, style, x, lambda _: pytest.fail("it fits"))
-    rounding = budget(dtype) / 2 * torch.finfo(dtype).eps
+    rounding = budget(dtype) * torch.finfo(dtype).eps  # of a reciprocal root and two products
     torch.testing.assert_close(y, norm(x), rtol=rounding, atol=0)
     x_flat, rstd, weight, offset = y._theodora_norm
     rebuilt = x_flat.float() * rstd[:, None] * (weight.float() + offset)
-    torch.testing.assert_close(rebuilt.to(dtype).view_as(y), y, rtol=2 * rounding, atol=1e-6)
+    torch.testing.assert_close(rebuilt.to(dtype).view_as(y), y, rtol=rounding, atol=1e-6)
     with torch.no_grad():
         assert not hasattr(fast_forward(norm, style, x, norm), "_theodora_norm")
 

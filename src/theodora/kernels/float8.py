@@ -79,7 +79,8 @@ def reference_quantize_rows(x_TI: Tensor, times_I: Tensor | None = None) -> tupl
     if not x.numel():
         return x.to(FLOAT8), x.new_ones(len(x))
     largest = x.abs().amax(1)
-    scale_T = torch.where(largest < _SMALLEST, 1.0, largest / _LARGEST)
+    # By a tensor: on a GPU torch divides by a number by multiplying with its rounded reciprocal.
+    scale_T = torch.where(largest < _SMALLEST, 1.0, largest / torch.full_like(largest, _LARGEST))
     return (x * (1 / scale_T)[:, None]).to(FLOAT8), scale_T
 
 

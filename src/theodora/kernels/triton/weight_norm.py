@@ -10,7 +10,7 @@ from torch import Tensor
 from theodora.kernels.triton.common import precision, product, rank_block
 
 # (output features, input features, warps, stages) of a program, by padded rank; measured on an H100.
-_TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3)}
+_TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
                MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
                TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr,
                BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
@@ -57,9 +57,11 @@ def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R, w
     b_tile = tl.load(
         b + o[:, None] * b_row + r[None, :] * b_col, mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
     ).to(tl.float32)
-    gram_tile = tl.load(gram + r[:, None] * R + r[None, :], mask=(r[:, None] < R) & (r[None, :] < R), other=0.0)
+    b_gram_tile = tl.load(
+        b_gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
+    )
     base = tl.load(w_norm_sq + o, mask=o < O, other=1.0).to(tl.float32)
-    update = scale * scale * tl.sum(tl.dot(b_tile, gram_tile, input_precision="ieee") * b_tile, axis=1)
+    update = scale * scale * tl.sum(b_gram_tile * b_tile, axis=1)
     norm_sq = base + 2 * scale * row_scale * tl.sum(b_tile * w_a, axis=1) + update
     # Where the terms cancel, rounding has eaten the digits: those rows are formed after all.
     cancelled = norm_sq < CANCELLED * (base + update)
@@ -86,14 +88,14 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     wide = a.float()
     norm = torch.empty(outputs, dtype=torch.float32, device=w.device)
     block = rank_block(rank)
-    bo, bi, warps, stages = _TILES[min(block, 64)]
+    bo, bi, warps, stages = _TILES[min(block, 256)]
     a3 = _in_three(a) if split else a
     products = None
     if split and w.is_cuda:
         # A float8 weight is exact in bfloat16, too; the copy is gone at once.
         products = torch.mm(w.to(torch.bfloat16), a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
     _dora_norm[(triton.cdiv(outputs, bo),)](
-        w, a, a3, products, b, wide @ wide.T, w_norm_sq, w_scale, norm, outputs, inputs, rank,
+        w, a, a3, products, b, b.float() @ (wide @ wide.T), w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
         MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
         PRECISION=precision(torch.bfloat16 if split else torch.float32),

@@ -1,0 +1,89 @@
+"""The kernels compile for a GPU that is not there, at every padded rank, and fit its shared memory.
+
+Triton's compiler needs no GPU. What it is given here is what a launch would give it; the launch itself is replaced.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+from triton.runtime.jit import JITFunction
+
+from theodora.kernels.operators import interpreted
+from theodora.kernels.parts import Update
+from theodora.kernels.triton import compose, gated, weight_norm
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes a program can have on an H100
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Kernel name -> bytes of shared memory, of every launch in the test."""
+    used: dict[str, int] = {}
+
+    def run(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **constants):
+        values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        signature, constexprs = {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constexprs[(index,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(kernel, signature, constexprs)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        made = compile_kernel(source, target=HOPPER, options=options)
+        used[kernel.__name__] = made.metadata.shared
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return used
+
+
+def update(tokens, outputs, rank, dtype):
+    xa, bias, ones = torch.zeros(tokens, rank, dtype=dtype), torch.zeros(outputs, dtype=dtype), torch.ones(outputs)
+    return Update(xa, torch.zeros(outputs, rank), 2.0, ones, ones, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [16, 64, 128])
+def test_compose(rank, dtype, launched):
+    z, u = torch.zeros(64, 128, dtype=dtype), update(64, 128, rank, dtype)
+    compose.compose(z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O, u.bias_O, torch.empty_like(z))
+    compose.compose_backward(z, z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O)
+    assert max(launched.values()) <= SHARED_MEMORY
+    assert {"_compose", "_compose_backward", "_sum_rows"} <= launched.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [16, 64, 128])
+def test_gated(rank, dtype, launched):
+    z1, z2, u = *torch.zeros(2, 64, 128, dtype=dtype), update(64, 128, rank, dtype)
+    gated.gated(z1, z2, u, u, "silu")
+    a = torch.zeros(rank, 128)
+    gated.gated_backward(z1, u.xa_TR, a, z1, z2, u, u, "silu", torch.empty_like(z1), torch.empty_like(z2), False)
+    assert max(launched.values()) <= SHARED_MEMORY
+    assert {"_gated", "_gated_backward"} <= launched.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rank", [16, 64, 256])
+def test_weight_norm(rank, dtype, launched):
+    w = torch.zeros(64, 256).to(dtype)
+    w_scale = torch.ones(64) if dtype == torch.float8_e4m3fn else None
+    weight_norm.dora_norm(w, torch.zeros(rank, 256), torch.zeros(64, rank), 2.0, torch.ones(64), w_scale)
+    assert launched["_dora_norm"] <= SHARED_MEMORY
