@@ -1,5 +1,0 @@
-"""`Parts` under the layers' roof."""
-
-from theodora.kernels.parts import Parts
-
-__all__ = ["Parts"]
