@@ -81,6 +81,7 @@ def test_steps_of_one_token_do_no_norm_work(work, context):
 CHANGES = {
     "in place": lambda model, layer: layer.active.lora_B.add_(0.5),
     "magnitude": lambda model, layer: layer.active.magnitude.mul_(2),
+    "scale": lambda model, layer: setattr(layer.active, "scale", 3 * layer.active.scale),
     "base weight": lambda model, layer: layer.weight.mul_(2),
     "new data": lambda model, layer: setattr(layer.active.lora_B, "data", layer.active.lora_B.data + 0.5),
     "train and eval": lambda model, layer: (layer.active.lora_B.data.add_(0.5), model.train().eval()),

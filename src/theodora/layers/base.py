@@ -128,7 +128,7 @@ class AdapterLayer(Swapped):
         if torch.compiler.is_compiling():
             return kept if one_token and kept is not None and kept.name == self.active_adapter else None
         tensors = self.weight, adapter.lora_A, adapter.lora_B, adapter.magnitude
-        found, norm = versions(*tensors), None
+        found, norm = (*versions(*tensors), adapter.scale), None
         current = kept if kept is not None and kept.versions == found else None
         if current is not None and one_token:
             return current

@@ -26,6 +26,7 @@ class Kept:
     name: str | None
     """The adapter's."""
     versions: tuple[Any, ...]
+    """Of the tensors, and the scale."""
     content: list[int] | None
     """None for LoRA, which has no norm: its factors are made anew instead."""
     norm_O: Tensor | None
