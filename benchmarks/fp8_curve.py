@@ -3,10 +3,10 @@
     python benchmarks/fp8_curve.py --model path/to/SmolLM2-135M-Instruct --data findings.jsonl
     python benchmarks/fp8_curve.py --draw benchmarks/results/fp8_curve.json        # the picture again
 
-The same run as `theodora train` makes, twice for each seed: the seed sets the adapter's start and the order of the rows,
-so that two runs of a seed differ in the base's storage alone. `--data` is a JSONL file that `theodora train` reads; the
-same rows of it are held out in all runs. Nothing is downloaded. (`theodora demo` leaves both behind: rows in its output's `data/`, and
-the model's folder in its cache.)
+The same run as `theodora train` makes, twice for each seed: the seed sets the adapter's start and the order of the
+rows, so that two runs of a seed differ in the base's storage alone. `--data` is a JSONL file that `theodora train`
+reads; the same rows of it are held out in all runs. Nothing is downloaded. (`theodora demo` leaves both behind: rows in
+its output's `data/`, and the model's folder in its cache.)
 
 Judged are two losses: that of the rows trained on, as a running mean over a twelfth of the steps, and that of the
 held-out rows. fp8 is *within the seed-to-seed spread* if, for both,

@@ -24,7 +24,8 @@ def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
+               w_row, w_col, a_row, b_row, b_col, scale,
                MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
                TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr,
                BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
@@ -57,9 +58,7 @@ def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
     b_tile = tl.load(
         b + o[:, None] * b_row + r[None, :] * b_col, mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
     ).to(tl.float32)
-    b_gram_tile = tl.load(
-        b_gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
-    )
+    b_gram_tile = tl.load(b_gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)
     base = tl.load(w_norm_sq + o, mask=o < O, other=1.0).to(tl.float32)
     update = scale * scale * tl.sum(b_gram_tile * b_tile, axis=1)
     norm_sq = base + 2 * scale * row_scale * tl.sum(b_tile * w_a, axis=1) + update
