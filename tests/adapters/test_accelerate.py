@@ -295,7 +295,8 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize(
-    "name", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj", "mlp", "input_layernorm"]
+    "name",
+    ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.act_fn", "mlp", "input_layernorm"],
 )
 def test_hooks_fire(name):
     model = adapted()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import formula
+from theodora import kernels
 from theodora.kernels.operators import interpreted
 from theodora.kernels.rms_norm import NormStyle, fast_forward, is_rms_norm, rms_norm, rms_norm_reference
 from tiny import FAMILIES
@@ -75,6 +76,24 @@ def test_rows_that_lie_apart():
     assert not apart.is_contiguous()
     for found, expected in zip(run(rms_norm, apart, w, dy_apart, 1e-6), run(rms_norm, x, w, dy, 1e-6), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_that_do_without_the_output_learn_from_large_rows_and_small_gradients(dtype):
+    norm = nn.RMSNorm(64, eps=1e-6, device=DEVICE, dtype=dtype).requires_grad_(False)
+    h = (1e3 * torch.randn(32, 64, device=DEVICE)).to(dtype).requires_grad_()
+    w, dy = torch.randn(2, 32, 64, device=DEVICE).to(dtype) * torch.tensor([[[0.1]], [[1e-4]]], device=DEVICE)
+    a, b = torch.randn(4, 64, device=DEVICE) / 8, torch.randn(32, 4, device=DEVICE)
+
+    def gradient(x):
+        learned = a.to(x.dtype if x.dtype == torch.float64 else a.dtype, copy=True).requires_grad_()
+        y = kernels.lora_linear(x, w.to(x.dtype), None, learned, b.to(learned.dtype), 1.0)
+        y.backward(dy[:, :32].to(x.dtype))
+        return learned.grad.double()
+
+    wanted = gradient(rms_norm_reference(h.detach().double(), norm.weight.double(), 1e-6)[0])
+    found = gradient(fast_forward(norm, NormStyle(1e-6, 0.0, "llama"), h, norm.forward))
+    assert formula.error(found, wanted) < 0.03
 
 
 def test_no_rows():

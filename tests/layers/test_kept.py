@@ -45,6 +45,10 @@ def one_token(layer):
     return torch.randn(3, 1, layer.in_features, device=DEVICE, dtype=layer.weight.dtype)
 
 
+def prompt(layer):
+    return layer(torch.randn(1, 2, layer.in_features, device=DEVICE, dtype=layer.weight.dtype))
+
+
 @pytest.fixture
 def work(monkeypatch):
     """How many norms were computed, and how many times values were looked at."""
@@ -96,7 +100,14 @@ CHANGES = {
     ),
     "a prompt after a write that leaves no version": lambda model, layer: (
         layer.active.lora_B.data.add_(0.5),
-        layer(torch.randn(1, 2, layer.in_features, device=DEVICE, dtype=layer.weight.dtype)),
+        prompt(layer),
+    ),
+    "a prompt after all signs have changed": lambda model, layer: (layer.active.lora_B.data.neg_(), prompt(layer)),
+    "a prompt after zeros were filled": lambda model, layer: (
+        layer.active.lora_B.data.zero_(),
+        prompt(layer),
+        layer.active.lora_B.data.fill_(0.5),
+        prompt(layer),
     ),
 }
 

@@ -136,6 +136,8 @@ class NormedInput:
         if found is None or x._version:  # written to since, by a hook perhaps
             return None
         h_TI, rstd_T, weight_I, offset = found
+        if h_TI.dtype == torch.float16:  # gradients times rstd leave its range
+            return None
         return cls(h_TI, rstd_T, weight_I + offset if offset else weight_I)
 
     def left_product(self, left_TR: Tensor) -> Tensor:

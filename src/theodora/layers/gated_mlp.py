@@ -35,7 +35,8 @@ class GatedMLP(Swapped):
         (x,) = args
         names, activation = self._theodora_gated
         modules = [getattr(self, name) for name in names]
-        if torch.compiler.is_compiling() or has_hooks(modules):
+        children = list(self._modules.values())  # the activation's hooks count, too
+        if torch.compiler.is_compiling() or has_hooks(children):
             return super().forward(x)
         found = parts_that_fit(x, [_fast(module) for module in modules])
         if found is None:

@@ -42,7 +42,10 @@ def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def content(*tensors: Tensor | None) -> list[int]:
-    """Hashes of small tensors, and of some 64 values of large matrices; one wait for the device."""
+    """What tells small tensors, and some 64 values of large matrices, from changed ones; one wait for the device.
+
+    Bits xored, and the sum: a change of all signs, or of zeros into one number, leaves an even number's xor as it was.
+    """
     hashes: list[Tensor] = []
     for tensor in tensors:
         if tensor is None:
@@ -50,7 +53,8 @@ def content(*tensors: Tensor | None) -> list[int]:
         t = tensor.detach()
         large = t.dim() == 2 and min(t.shape) > 256
         few = t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t
-        hashes.append(torch.hash_tensor(few.to(wide_dtype(t.dtype))))
+        wide = few.to(wide_dtype(t.dtype))
+        hashes += [torch.hash_tensor(wide), torch.hash_tensor(wide.sum())]
     return torch.stack(hashes).tolist()
 
 
