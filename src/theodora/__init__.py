@@ -25,6 +25,7 @@ _HOMES = {
     "merge_checkpoint": "theodora.adapters",
     "quantize_base": "theodora.adapters",
     "accelerate": "theodora.adapters.accelerate",
+    "checkpoint_contexts": "theodora.kernels.recompute",
     "accelerate_peft": "theodora.adapters.peft_models",
     "restore_peft": "theodora.adapters.peft_models",
     "train": "theodora.train",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from theodora.config import AdapterConfig, TrainConfig
     from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError
     from theodora.evaluate import evaluate
+    from theodora.kernels.recompute import checkpoint_contexts
     from theodora.train import train
 
 

@@ -24,7 +24,7 @@ from theodora import (
     set_adapter,
     unmerge_adapter,
 )
-from theodora.adapters.accelerate import install, uninstall
+from theodora.adapters.accelerate import install, recompute_less, uninstall
 from theodora.adapters.inject import trained_tensors
 from theodora.kernels.operators import runs_triton
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp
@@ -353,6 +353,49 @@ def test_activation_checkpointing(reentrant):
     model.enable_input_require_grads()
     for _ in range(2):
         same(step(model), wanted)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_blocks_that_recompute_less(method, monkeypatch):
+    model = adapted(method=method)
+    wanted = expected(model)
+    install(model)
+    norms = []
+    monkeypatch.setattr(kernels, "dora_norm", lambda *args, own=kernels.dora_norm: norms.append(1) or own(*args))
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    recompute_less(model)
+    model.enable_input_require_grads()
+    for _ in range(2):
+        norms.clear()
+        same(step(model), wanted)
+        assert len(norms) == len({name for name, _ in model.named_parameters() if name.endswith(".magnitude")})
+
+
+def test_what_a_checkpointed_block_keeps():
+    """Two forward passes before one backward, a graph that is kept, blocks inside blocks."""
+    from theodora.kernels.recompute import checkpoint_contexts, once_in_a_block
+
+    computed = []
+
+    def tripled(x, key="k"):
+        factor = once_in_a_block(key, lambda: computed.append(1) or torch.full((), 3.0))
+        return torch.sin(factor * x)
+
+    def run(function, x):
+        return checkpoint(function, x, use_reentrant=False, context_fn=checkpoint_contexts)
+
+    x = torch.tensor(0.5, requires_grad=True)
+    slope = 3 * torch.cos(torch.tensor(1.5))
+    first, second = run(tripled, x), run(tripled, x)
+    torch.testing.assert_close(torch.autograd.grad(second + first, x)[0], 2 * slope)
+    assert len(computed) == 2
+    y = run(tripled, x)
+    for runs in (1, 2):  # what was kept is let go at the first backward
+        torch.testing.assert_close(torch.autograd.grad(y, x, retain_graph=runs == 1)[0], slope)
+        assert len(computed) == 2 + runs
+    torch.autograd.grad(run(lambda x: run(tripled, x) + tripled(x, "other"), x), x)
+    assert tripled(x) == torch.sin(torch.tensor(1.5))
 
 
 def test_checkpointed_mlps_alone_and_saved_tensors_elsewhere():

@@ -31,6 +31,7 @@ PUBLIC = {
     "quantize_base",
     "accelerate",
     "accelerate_peft",
+    "checkpoint_contexts",
     "restore_peft",
     "train",
     "evaluate",

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from theodora.kernels.recompute import checkpoint_contexts
 from theodora.kernels.rotary import restore_rotary, speed_up_rotary
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
 from theodora.layers.groups import GROUP, Group
@@ -88,6 +91,26 @@ def uninstall(model: nn.Module) -> None:
         elif isinstance(module, FastRMSNorm):
             restore_norm(module)
         restore_rotary(module)
+
+
+def recompute_less(model: Model) -> Model:
+    """Let activation checkpointing, which is on by now, keep what is dear to compute and small, in place.
+
+    These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
+    the block's input, for a third of an MLP's forward pass. In a trainer of transformers, the same is
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}`. Blocks that
+    are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        found: Any = module.__dict__.get("_gradient_checkpointing_func")
+        if not isinstance(found, partial) or found.func is not checkpoint or "context_fn" in found.keywords:
+            continue
+        if found.keywords.get("use_reentrant") is False:
+            module.__dict__["_gradient_checkpointing_func"] = partial(found, context_fn=checkpoint_contexts)
+    return model
 
 
 @contextmanager

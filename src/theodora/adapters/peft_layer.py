@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from theodora import kernels
 from theodora.functional import dora_norm, row_norm_squared
 from theodora.kernels import Parts
+from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.base import FLOATS, cannot_adapt
 from theodora.layers.groups import GROUP
 from theodora.layers.linear import is_conv1d
@@ -118,7 +119,8 @@ class FastLinear(Linear):
         if not kernels.fast():
             return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
-            return kernels.dora_norm(self._weight(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq, None)
+            w, a, b = self._weight(), a_RI.detach(), b_OR.detach()
+            return once_in_a_block(("norm", id(self)), lambda: kernels.dora_norm(w, a, b, scale, w_norm_sq, None))
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]

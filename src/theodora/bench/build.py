@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from theodora.adapters import inject_adapter
-from theodora.adapters.accelerate import accelerate
+from theodora.adapters.accelerate import accelerate, recompute_less
 from theodora.adapters.models import check_model_folder, load_model
 from theodora.adapters.quantize import quantize_base
 from theodora.adapters.whole_rows import whole_rows
@@ -75,6 +75,8 @@ def prepare(model: Any, workload: Workload, variant: Variant) -> Step:
         _add_theodora(model, workload, variant)
     if workload.gradient_checkpointing:
         checkpoint_activations(model)
+        if variant.accelerate:
+            recompute_less(model)
     # What any adapter has to pay: gradients flow through all layers down to the embeddings' output.
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     model.train()

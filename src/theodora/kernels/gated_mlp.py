@@ -40,6 +40,7 @@ from theodora.kernels.fused import (
 )
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import Parts, Update
+from theodora.kernels.recompute import once_in_a_block
 from theodora.kernels.stack import Stack
 
 _MOST_DH = 2**27  # bytes
@@ -89,7 +90,7 @@ class _GatedMLP(torch.autograd.Function):
         z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
         h = gated(z1, z2, _update(gate, xa1), _update(up, xa2), activation)
         xa3 = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
-        z3, room3 = _base_product(h, down, stacks[1])
+        z3, room3 = _product_of_down(h, down, stacks[1])
         y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.scales, ctx.activation = stacks, scales, activation
         # Views are not saved beside what they are views of: whoever moves saved tensors (offloading) moves them apart.
@@ -220,9 +221,15 @@ def _columns(z: Tensor, gate: Parts, up: Parts) -> tuple[Tensor, Tensor]:
     return z[:, :first], z[:, first:both]
 
 
-def _base_product(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
+def _product_of_down(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
     """(z, room): with a stack and a magnitude, z is columns of a tensor that has room for dzb behind them."""
-    if stack is None or down.norm_O is None or down.a_RI is None or not in_one_pass(h_TF, down):
+    if down.norm_O is None or not in_one_pass(h_TF, down):  # z may be written to, or is not needed again
+        return base_product(h_TF, down.weight_OI, down.weight_scale_O), None
+    return once_in_a_block(("z", down.weight_OI.data_ptr()), lambda: _product_with_room(h_TF, down, stack))
+
+
+def _product_with_room(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
+    if stack is None or down.a_RI is None:
         return base_product(h_TF, down.weight_OI, down.weight_scale_O), None
     room = h_TF.new_empty(h_TF.shape[0], stack.columns(down.a_RI.shape[0]))
     z = room[:, : stack.rows]

@@ -15,6 +15,7 @@ from theodora import kernels
 from theodora.functional import dora_norm, merged_weight, row_norm_squared
 from theodora.kernels.base_product import dequantized
 from theodora.kernels.float8 import FLOAT8
+from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.float8 import Float8Layer, move, weight_scale
 from theodora.layers.kept import Kept, content, remember, versions
 from theodora.layers.swap import Swapped, swap_back, swap_class
@@ -156,8 +157,10 @@ class AdapterLayer(Swapped):
         if not kernels.fast():
             return dora_norm(_plain(self, self.weight_OI), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
-            a, b = a_RI.detach(), b_OR.detach()
-            return kernels.dora_norm(self.weight_OI, a, b, scale, w_norm_sq, self.weight_scale_O)
+            a, b, w_scale = a_RI.detach(), b_OR.detach(), self.weight_scale_O
+            return once_in_a_block(
+                ("norm", id(self)), lambda: kernels.dora_norm(self.weight_OI, a, b, scale, w_norm_sq, w_scale)
+            )
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from theodora import kernels
-from theodora.adapters.accelerate import install, uninstall
+from theodora.adapters.accelerate import install, recompute_less, uninstall
 from theodora.config import TrainConfig
 
 
@@ -33,6 +34,15 @@ def fast_path(model: PreTrainedModel, config: TrainConfig, device: torch.device)
         yield str(found)
     finally:
         uninstall(model)
+
+
+class RecomputeLess(TrainerCallback):
+    """`recompute_less`, once the trainer has turned activation checkpointing on."""
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Does nothing to a model that will be compiled: torch.compile knows none but its own contexts."""
+        if not args.torch_compile:
+            recompute_less(model)
 
 
 def missing_parts(device: torch.device) -> list[str]:

@@ -27,7 +27,7 @@ from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
-from theodora.train.fast_path import fast_path, missing_parts
+from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
 from theodora.train.movement import check_moved, fingerprints
@@ -98,7 +98,7 @@ def _train(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
     )
     view, interrupt, updates = ProgressView(console), StopOnInterrupt(), CountUpdates()
-    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), interrupt, updates, view])
+    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), interrupt, updates, view])
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
