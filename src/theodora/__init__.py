@@ -24,6 +24,10 @@ _HOMES = {
     "unmerge_adapter": "theodora.adapters",
     "merge_checkpoint": "theodora.adapters",
     "quantize_base": "theodora.adapters",
+    "combine_adapters": "theodora.adapters.combine",
+    "to_lora": "theodora.adapters.to_lora",
+    "swap_adapter_weights": "theodora.adapters.swap_weights",
+    "save_mlx": "theodora.adapters.mlx",
     "accelerate": "theodora.adapters.accelerate",
     "checkpoint_contexts": "theodora.kernels.recompute",
     "accelerate_peft": "theodora.adapters.peft_models",
@@ -50,7 +54,11 @@ if TYPE_CHECKING:
         unmerge_adapter,
     )
     from theodora.adapters.accelerate import accelerate
+    from theodora.adapters.combine import combine_adapters
+    from theodora.adapters.mlx import save_mlx
     from theodora.adapters.peft_models import accelerate_peft, restore_peft
+    from theodora.adapters.swap_weights import swap_adapter_weights
+    from theodora.adapters.to_lora import to_lora
     from theodora.analysis import inspect_adapter
     from theodora.config import AdapterConfig, TrainConfig
     from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError
