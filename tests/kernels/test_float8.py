@@ -7,6 +7,7 @@ import formula
 from theodora.kernels import float8
 from theodora.kernels.base_product import base_product, base_product_backward, dequantized, shared_base_products
 from theodora.kernels.float8 import FLOAT8, float8_product, quantize_rows, reference_quantize_rows, transpose
+from theodora.kernels.operators import runs_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -128,6 +129,16 @@ def test_products_that_share_x_equal_those_alone():
     for given in (weights, weights[1:], weights[:2]):
         found = shared_base_products(x, given)
         assert all(torch.equal(z, base_product(x, *weight)) for z, weight in zip(found, given, strict=True))
+
+
+@pytest.mark.skipif(not runs_triton(torch.zeros(1, device=DEVICE)), reason="a Triton kernel")
+def test_widened_weights():
+    from theodora.kernels.triton.float8 import widen
+
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    every = every.masked_fill(every % 128 == 127, 0).view(FLOAT8).view(16, 16).repeat(3, 5)  # weights have no NaN
+    for w8 in (every, every.T, every[:, ::2], every[:0]):
+        torch.testing.assert_close(widen(w8), w8.to(torch.bfloat16), rtol=0, atol=0)
 
 
 def test_weights_that_lie_transposed():

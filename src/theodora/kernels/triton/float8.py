@@ -13,6 +13,7 @@ from theodora.kernels.operators import interpreted
 from theodora.kernels.triton.common import row_contiguous
 
 _IN_REGISTERS = 16384  # longest row that one program holds; longer ones are read twice
+_WIDENED = 8192  # values that one program widens
 _TILE = 128  # rows and columns of a tile of the transpose
 
 
@@ -56,6 +57,24 @@ def transpose(w8_OI: Tensor) -> Tensor:
         w8_OI.view(torch.int32), w8_IO.view(torch.int32), rows // 4, columns // 4, WORDS=_TILE // 4, num_warps=4
     )
     return w8_IO
+
+
+def widen(w8: Tensor) -> Tensor:
+    """W8 as bfloat16, which holds it exactly: torch's own conversion moves a third of the bytes a second."""
+    wide = torch.empty_like(w8, dtype=torch.bfloat16)  # of the same strides, where those leave no gaps
+    if wide.stride() != w8.stride():
+        return wide.copy_(w8)
+    kernel: Any = _widen
+    kernel[(triton.cdiv(w8.numel(), _WIDENED),)](w8, wide, w8.numel(), BLOCK=_WIDENED, num_warps=8)
+    return wide
+
+
+@triton.jit
+def _widen(w8_ptr, wide_ptr, numel, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w8_ptr + at, mask=at < numel, other=0.0)
+    # The GPU converts e4m3 to float16, which holds it exactly, too.
+    tl.store(wide_ptr + at, w.to(tl.float16).to(tl.float32).to(tl.bfloat16), mask=at < numel)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from theodora.kernels.triton.common import precision, product, rank_block
+from theodora.kernels.triton.float8 import widen
 
 # (output features, input features, warps, stages) of a program, by padded rank; measured on an H100.
 _TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
@@ -92,7 +93,7 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     products = None
     if split and w.is_cuda:
         # A float8 weight is exact in bfloat16, too; the copy is gone at once.
-        products = torch.mm(w.to(torch.bfloat16), a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
+        products = torch.mm(w if w_scale is None else widen(w), a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
     _dora_norm[(triton.cdiv(outputs, bo),)](
         w, a, a3, products, b, b.float() @ (wide @ wide.T), w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
