@@ -30,6 +30,7 @@ from theodora.errors import CheckpointError, ConfigError, bullet_list
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 KEY_PREFIX = "base_model.model."
 METADATA_KEY = "theodora"
 
@@ -92,20 +93,59 @@ class AdapterFile:
     """Whether A and B hold start factors in their second half."""
     probe: dict[str, list[float]] | None = None
     """Some values of the base weights; see `probe_base`."""
+    only_layers: tuple[int, ...] | None = None
+    """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
+    mlx: bool = False
+    """Whether it was read from MLX's files."""
+
+    @property
+    def weights(self) -> Path:
+        """The file that holds the tensors."""
+        return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Read and check a PEFT adapter folder (or the name of one on the Hugging Face hub).
+    """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
             without its magnitudes, or options that mean something this library does not compute.
     """
     folder = _find_folder(path)
-    peft = read_peft_config(folder)
-    tensors, metadata = _read_tensors(folder / WEIGHTS_NAME)
-    where = f"{folder / WEIGHTS_NAME}"
+    mlx = not (folder / WEIGHTS_NAME).is_file()
+    tensors, metadata = _read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME))
+    if mlx:
+        from theodora.adapters.mlx import peft_from_mlx
+
+        peft, tensors = peft_from_mlx(_read_json(folder / CONFIG_NAME), tensors, folder)
+    else:
+        peft = read_peft_config(folder)
     config = _config_from_peft(peft, folder / CONFIG_NAME)
+    layers = peft.get("layers_to_transform")
+    return replace(
+        adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME)),
+        base_model=peft.get("base_model_name_or_path") or None,
+        starts=bool(metadata.get("starts")),
+        probe=metadata.get("probe"),
+        only_layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        mlx=mlx,
+    )
+
+
+def adapter_of(
+    tensors: Mapping[str, Tensor], config: AdapterConfig, where: Path, any_rank: bool = False
+) -> AdapterFile:
+    """Sort and check tensors under PEFT's keys.
+
+    Args:
+        tensors: key → tensor.
+        config: what they have to agree with.
+        where: they come from; for messages.
+        any_rank: whether the ranks may differ from those of `config`.
+
+    Raises:
+        CheckpointError: with every key that is unknown, missing, of another shape, or that holds no finite numbers.
+    """
     problems: list[str] = []
 
     parts: dict[str, dict[str, Tensor]] = {}
@@ -140,7 +180,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
     modules: dict[str, AdapterTensors] = {}
     for module, found in parts.items():
-        problem = _module_problem(module, found, config)
+        problem = _module_problem(module, found, config, any_rank)
         if problem:
             problems.append(f"{module}: {problem}")
         else:
@@ -154,14 +194,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if problems:
         raise CheckpointError(f"{where} cannot be used:" + bullet_list(_some(problems)))
     return AdapterFile(
-        path=folder,
+        path=where.parent,
         config=replace(config, modules_to_save=tuple(sorted(saved_modules))),
-        base_model=peft.get("base_model_name_or_path") or None,
+        base_model=None,
         modules=modules,
         full=full,
         base_copies=base_copies,
-        starts=bool(metadata.get("starts")),
-        probe=metadata.get("probe"),
     )
 
 
@@ -270,7 +308,7 @@ def sample_weight(w_OI: Tensor) -> list[float]:
 def _find_folder(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / CONFIG_NAME).is_file():
-        if (folder / WEIGHTS_NAME).is_file():
+        if (folder / WEIGHTS_NAME).is_file() or (folder / MLX_WEIGHTS_NAME).is_file():
             return folder
         if (folder / "adapter_model.bin").is_file():
             raise CheckpointError(
@@ -287,7 +325,7 @@ def _find_folder(path: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(text, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+            return Path(snapshot_download(text, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(f"{text} is neither a folder here nor an adapter on the hub ({error})") from error
     raise CheckpointError(f"{folder} does not exist; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -297,6 +335,8 @@ def read_peft_config(folder: str | Path) -> dict[str, Any]:
     """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
     path = Path(folder) / CONFIG_NAME
     fields = _read_json(path)
+    if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
+        fields = {**fields, "base_model_name_or_path": fields.get("model")}
     base = fields.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise CheckpointError(f"{path}: base_model_name_or_path is {base!r}; expected a folder or hub name")
@@ -359,6 +399,7 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
                 rslora=bool(peft.get("use_rslora")),
                 dropout=peft.get("lora_dropout") or 0.0,
                 targets=_names(peft.get("target_modules")) or "all-linear",
+                exclude=_names(peft.get("exclude_modules")),
                 rank_pattern=peft.get("rank_pattern") or {},
                 alpha_pattern=peft.get("alpha_pattern") or {},
                 modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
@@ -380,15 +421,17 @@ def _scale(config: AdapterConfig, module: str) -> float:
     return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
 
 
-def _module_problem(module: str, found: Mapping[str, Tensor], config: AdapterConfig) -> str | None:
+def _module_problem(
+    module: str, found: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool = False
+) -> str | None:
     """What is wrong with one module's tensors, if anything."""
     lacking = [name for name in ("a", "b") if name not in found]
     if lacking:
-        return f"lora_{' and lora_'.join(lacking).upper()} missing".replace("LORA_", "lora_")
+        return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
     a, b, magnitude = found["a"], found["b"], found.get("magnitude")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
-    if a.shape[0] != _rank(config, module):
+    if a.shape[0] != _rank(config, module) and not any_rank:
         return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {_rank(config, module)}"
     if config.method == "dora" and magnitude is None:
         return "the magnitudes (lora_magnitude_vector) are missing; a DoRA adapter is nothing without them"

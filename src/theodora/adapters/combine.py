@@ -188,7 +188,8 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
     if not parts:
         return None
     w_OI = layer.base_weight_OI
-    dora = any(layer.adapters[name].magnitude is not None for name, _, _ in parts)
+    adapters: list[Any] = [layer.adapters[name] for name, _, _ in parts]
+    dora = any(adapter.magnitude is not None for adapter in adapters)
     dtype = storage_dtype(w_OI)
     if plan.method in _SPARSE:
         changes = [wanted.update(w_OI) for _, _, wanted in parts]
@@ -199,7 +200,7 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
         return hold(w_OI, wanted, dora=dora, rank=plan.rank, dtype=dtype)
     rank = plan.rank
     if plan.method == "svd" and rank is None:
-        rank = max(layer.adapters[name].factors()[0].shape[0] for name, _, _ in parts)
+        rank = max(adapter.factors()[0].shape[0] for adapter in adapters)
     return hold(w_OI, _sum([(w, wanted) for _, w, wanted in parts]), dora=dora, rank=rank, dtype=dtype)
 
 

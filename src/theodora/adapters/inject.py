@@ -43,6 +43,8 @@ class AdapterState:
     """Model configurations that said `tie_word_embeddings` before a merge."""
     trainable_before: set[str] = field(default_factory=set)
     """Parameters that asked for gradients before the first adapter came."""
+    loaded: dict[str, Any] = field(default_factory=dict)
+    """Adapter name → what `load_adapter` read from its folder."""
 
 
 def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str = "default") -> Model:
@@ -125,6 +127,7 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
                 if adapter in layer.adapters:
                     del layer.adapters[adapter]
             del state.configs[adapter], state.full[adapter]
+            state.loaded.pop(adapter, None)
         for layer in adapter_layers(model).values():
             if not layer.adapters:
                 restore(layer)

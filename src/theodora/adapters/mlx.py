@@ -1,12 +1,215 @@
-"""Adapters in MLX's files: `adapter_config.json` and `adapters.safetensors`, as mlx-lm writes and reads them."""
+"""Adapters in MLX's files, as mlx-lm writes and reads them: `adapter_config.json` and `adapters.safetensors`.
+
+    <path>.lora_a    (I, R)     Aᵀ
+    <path>.lora_b    (R, O)     Bᵀ
+    <path>.m         (O,)       DoRA's magnitude
+
+One rank and one scale hold for all modules. `load_adapter` reads such folders through the same checks as PEFT's.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from theodora.adapters.atomic import atomic_directory, atomic_write
+from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.adapters.inject import active_name, adapter_layers, originals_in_place, require_state
+from theodora.adapters.save import is_tied, probe_of
+from theodora.config import is_int, is_number
+from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.functional import dora_norm, wide_dtype
+from theodora.layers import AdapterLayer
+
+# Path in transformers' model ↔ path in mlx-lm's, where they differ: (ours, theirs), first match, both ways.
+_NAMES = (
+    (r"transformer\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)", r"model\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)"),
+    (r"gpt_neox\.layers\.(\d+\.(?:attention|mlp)\.\w+)", r"model\.h\.(\d+\.(?:attention|mlp)\.\w+)"),
+    (r"gpt_neox\.(embed_in)", r"model\.(embed_in)"),
+)
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
+_PARTS = ("lora_a", "lora_b", "m")
 
 
 def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> None:
-    """Save one adapter in MLX's files, whole or not at all."""
-    raise NotImplementedError
+    """Save one adapter in MLX's files, whole or not at all: `mlx_lm.generate --adapter-path` reads them.
+
+    Smaller ranks are filled up with zeros to the largest, and scales that differ go into B; what the adapter does stays
+    the same.
+
+    Args:
+        model: carries the adapter.
+        path: the folder; other files in it are left alone.
+        name: which adapter; by default the active one.
+
+    Raises:
+        ConfigError: there is no such adapter, or it does what MLX's files cannot say; nothing was written.
+        CheckpointError: a tensor holds NaN or infinite values, or the folder cannot be written.
+    """
+    state = require_state(model, name)
+    name = active_name(state, name)
+    layers = adapter_layers(model, name)
+    path = Path(path)
+    if (path / WEIGHTS_NAME).exists():
+        raise ConfigError(
+            f"{path} holds an adapter in PEFT's files, whose {CONFIG_NAME} would be lost; choose another."
+        )
+    with torch.no_grad(), originals_in_place(model):
+        problems = [f"{key}: trained in full, for which MLX's files have no place" for key in state.full[name]]
+        problems += [f"{at}: {problem}" for at, layer in layers.items() if (problem := _unfit(model, layer, name))]
+        if problems:
+            raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
+        probe = probe_of(layers)
+    adapters: dict[str, Any] = {at: layer.adapters[name] for at, layer in layers.items()}
+    rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
+    scale = next(iter(adapters.values())).scale
+    tensors: dict[str, Tensor] = {}
+    for at, adapter in adapters.items():
+        tensors |= _tensors(to_mlx_name(at), adapter, rank, scale)
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(f"Adapter {name!r} holds NaN or infinite values and was not saved:" + bullet_list(bad))
+    hf_config: Any = getattr(model, "config", None)
+    fields = {
+        "fine_tune_type": state.configs[name].method,
+        "model": getattr(hf_config, "_name_or_path", "") or None,
+        "num_layers": -1,  # all; modules that the file leaves out do nothing there
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": state.configs[name].dropout,
+            "keys": sorted({_key(to_mlx_name(at)) for at in layers}),
+        },
+    }
+    config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    metadata = {"format": "mlx", METADATA_KEY: json.dumps({"probe": probe})}
+    if not path.exists():
+        with atomic_directory(path) as folder:
+            save_file(tensors, folder / MLX_WEIGHTS_NAME, metadata)
+            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        return
+    with atomic_write(path / MLX_WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
+        save_file(tensors, weights, metadata)
+        configuration.write_text(config, encoding="utf-8")
+
+
+def peft_from_mlx(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same adapter as PEFT would have written it: fields of its configuration, and tensors under its keys.
+
+    Raises:
+        CheckpointError: with everything in the files that MLX would not have written, or that means another thing here.
+    """
+    problems: list[str] = []
+    kind, values = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind not in ("lora", "dora"):
+        problems.append(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
+    values = values if isinstance(values, dict) else {}
+    rank, scale = values.get("rank"), values.get("scale")
+    if not isinstance(rank, int) or not is_int(rank) or rank < 1:
+        problems.append(f"lora_parameters: rank is {rank!r}; expected a whole number of at least 1")
+    if not is_number(scale) or scale <= 0:
+        problems.append(f"lora_parameters: scale is {scale!r}; expected a positive number")
+    translated: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part not in _PARTS:
+            problems.append(f"{key}: unknown key; expected it to end with {', '.join(_PARTS)}")
+        elif tensor.ndim != (1 if part == "m" else 2):
+            problems.append(f"{key}: shape {tuple(tensor.shape)}, as of experts, which are not supported")
+        elif part == "m" and _is_embedding(module):
+            problems.append(f"{key}: MLX gives each token of an embedding a magnitude, DoRA here each output feature")
+        else:
+            name = "lora_magnitude_vector" if part == "m" else _peft_part(module, part)
+            translated[f"{KEY_PREFIX}{from_mlx_name(module)}.{name}"] = tensor if part == "m" else tensor.T.contiguous()
+    if problems:
+        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(problems[:20]))
+    assert isinstance(rank, int)
+    assert isinstance(scale, int | float)
+    paths = sorted({from_mlx_name(key.rpartition(".")[0]) for key in tensors})
+    model = config.get("model")
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": values.get("dropout", 0.0),
+        "target_modules": paths,
+        "use_dora": kind == "dora",
+        "base_model_name_or_path": model if isinstance(model, str) else None,
+    }
+    return fields, translated
+
+
+def to_mlx_name(path: str) -> str:
+    """A module's path in mlx-lm's model."""
+    for ours, theirs in _NAMES:
+        if found := re.fullmatch(ours, path):
+            return theirs[: theirs.index("(")].replace("\\", "") + found[1]
+    return path
+
+
+def from_mlx_name(path: str) -> str:
+    """A module's path in transformers' model."""
+    for ours, theirs in _NAMES:
+        if found := re.fullmatch(theirs, path):
+            return ours[: ours.index("(")].replace("\\", "") + found[1]
+    return path
+
+
+def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
+    """Why MLX's files cannot say what this layer's adapter does, if they cannot."""
+    adapter: Any = layer.adapters[name]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(layer, nn.Embedding):
+        if adapter.magnitude is not None:
+            return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"
+        if is_tied(model, layer):
+            return "MLX would adapt the output head with it, whose weight it shares"
+    elif layer is head and embedding is not None and _base(layer) is _base(embedding):
+        return "its weight is the embedding's, and MLX then has no such layer"
+    if adapter.magnitude is not None:
+        a, b = adapter.factors()
+        if bool((dora_norm(layer.base_weight_OI, a, b, adapter.scale) == 0).any()):
+            return "an adapted row is all zeros, for which MLX divides by zero"
+    return None
+
+
+def _base(module: Any) -> Tensor:
+    kept = module.__dict__.get("_base_weight")
+    return module.weight if kept is None else kept[0]
+
+
+def _tensors(path: str, adapter: Any, rank: int, scale: float) -> dict[str, Tensor]:
+    a, b = (t.detach().cpu() for t in adapter.factors())
+    wide = wide_dtype(b.dtype)
+    lora_a, lora_b = a.new_zeros(a.shape[1], rank, dtype=wide), b.new_zeros(rank, b.shape[0], dtype=wide)
+    lora_a[:, : a.shape[0]].copy_(a.T)
+    lora_b[: b.shape[1]].copy_(b.T.to(wide) * (adapter.scale / scale))
+    tensors = {f"{path}.lora_a": lora_a, f"{path}.lora_b": lora_b}
+    if adapter.magnitude is not None:
+        tensors[f"{path}.m"] = adapter.magnitude.detach().to("cpu", copy=True)
+    return tensors
+
+
+def _key(path: str) -> str:
+    """The name by which mlx-lm finds a module: within its block, or else from the top."""
+    found = re.search(r"\.\d+\.", path)
+    return path[found.end() :] if found else path
+
+
+def _is_embedding(path: str) -> bool:
+    return path.rpartition(".")[2] in _EMBEDDINGS
+
+
+def _peft_part(path: str, part: str) -> str:
+    letter = part[-1].upper()
+    return f"lora_embedding_{letter}" if _is_embedding(path) else f"lora_{letter}.weight"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,47 @@ from theodora.adapters.inject import (
     require_state,
     set_adapter,
 )
+from theodora.adapters.kinds import layer_index
 from theodora.adapters.quantize import sample_base
-from theodora.adapters.targets import nearest, saved_names, target_names
-from theodora.config import AdapterConfig
+from theodora.adapters.targets import matches, nearest, saved_names, target_names
+from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
 from theodora.layers.linear import Conv1DAdapterLayer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_adapter` found in a folder and put on the model: all of it, or it would have raised."""
+
+    name: str
+    path: str
+    method: str
+    """dora or lora."""
+    ranks: tuple[int, ...]
+    """The distinct ones."""
+    modules: int
+    """Adapted modules."""
+    magnitudes: int
+    """How many of them have magnitudes."""
+    full: tuple[str, ...]
+    """Paths of the parameters trained in full."""
+    parameters: int
+    """Numbers in all."""
+    base_distance: float | None
+    """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
+
+    def __str__(self) -> str:
+        ranks = " and ".join(map(str, self.ranks))
+        parts = [f"{METHOD_NAMES[self.method]} of rank {ranks} on {self.modules} modules"] if self.modules else []
+        parts += [f"magnitudes on {self.magnitudes}"] if self.magnitudes else []
+        parts += [f"{len(self.full)} parameters trained in full"] if self.full else []
+        base = (
+            "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
+        )
+        return f"{self.path} as {self.name!r}: {', '.join(parts)}; {self.parameters:,} numbers; {base}"
 
 
 def save_adapter(
@@ -103,7 +140,7 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
     file = read_adapter(path)
     config = _original_config(file)
     with originals_in_place(model):
-        _check_fit(model, file)
+        distance = check_fit(model, file)
         adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
     state = find_state(model) or AdapterState()
     full = {
@@ -115,7 +152,37 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
     if not trainable:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+    report = report_of(name, file, config, distance)
+    require_state(model).loaded[name] = report
+    _log.info("Loaded %s", report)
     return model
+
+
+def load_report(model: nn.Module, name: str | None = None) -> LoadReport | None:
+    """What `load_adapter` put on the model under that name; None for an adapter that was not loaded.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    state = require_state(model, name)
+    return state.loaded.get(active_name(state, name))
+
+
+def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: float) -> LoadReport:
+    """What a checked file holds, to be told to whoever loads it."""
+    modules = file.modules.values()
+    tensors = [t for m in modules for t in (m.a, m.b, m.magnitude) if t is not None]
+    return LoadReport(
+        name=name,
+        path=str(file.path),
+        method=config.method,
+        ranks=tuple(sorted({m.a.shape[0] // (2 if file.starts else 1) for m in modules})),
+        modules=len(file.modules),
+        magnitudes=sum(m.magnitude is not None for m in modules),
+        full=tuple(sorted(file.full)),
+        parameters=sum(t.numel() for t in (*tensors, *file.full.values())),
+        base_distance=distance if file.probe else None,
+    )
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -128,7 +195,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
     name = active_name(state, name)
     file = read_adapter(path)
     with originals_in_place(model):
-        _check_fit(model, file)
+        check_fit(model, file)
     layers = adapter_layers(model, name)
     problems = [f"{module}: in the model, not in the file" for module in layers if module not in file.modules]
     problems += [f"{module}: in the file, not in the model" for module in file.modules if module not in layers]
@@ -201,8 +268,12 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     layers = adapter_layers(model, name)
     with originals_in_place(model):
-        probe = probe_base(list(layers), lambda path: sample_base(layers[path]))
-    return {"starts": starts_from_weight(config), "init": config.init, "probe": probe}
+        return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
+
+
+def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
+    """A few values of the base weights of an adapter's layers, by which another base model is recognised."""
+    return probe_base(list(layers), lambda path: sample_base(layers[path]))
 
 
 def _original_config(file: AdapterFile) -> AdapterConfig:
@@ -234,8 +305,13 @@ def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterC
     return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
 
 
-def _check_fit(model: nn.Module, file: AdapterFile) -> None:
-    """Raise a CheckpointError with every module that is missing, of another shape, or cannot be adapted."""
+def check_fit(model: nn.Module, file: AdapterFile) -> float:
+    """Check that a file is for this model; how far the base weights are from those it was trained on, relative.
+
+    Raises:
+        CheckpointError: with every module that is missing in the model or in the file, of another shape, or that
+            cannot be adapted.
+    """
     modules = dict(model.named_modules())
     problems: list[str] = []
     for path, tensors in file.modules.items():
@@ -252,6 +328,11 @@ def _check_fit(model: nn.Module, file: AdapterFile) -> None:
             found = (tensors.b.shape[0], tensors.a.shape[1])
             if found != expected:
                 problems.append(f"{path}: made for a weight of {found} (out, in); here it is {expected}")
+            elif file.mlx and tensors.embedding and is_tied(model, module):
+                problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
+    problems += [
+        f"{path}: named by the targets, but the file holds nothing for it" for path in _left_out(modules, file)
+    ]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in {**file.full, **file.base_copies}.items():
         if key not in parameters:
@@ -278,6 +359,31 @@ def _check_fit(model: nn.Module, file: AdapterFile) -> None:
             "quantised, or trained further? The adapter may not do what it did.",
             stacklevel=3,
         )
+    return distance
+
+
+def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
+    """Modules that the file's configuration targets and that its tensors leave out: a part of it is lost."""
+    config = file.config
+    if config.targets == "all-linear":
+        return []
+    full = {path.rpartition(".")[0] for path in file.full}
+    return [
+        path
+        for path, module in modules.items()
+        if path not in file.modules
+        and matches(config.targets, path)
+        and not (config.exclude and matches(config.exclude, path))
+        and (file.only_layers is None or layer_index(path) in file.only_layers)
+        and cannot_adapt(module) is None
+        and not any(path == whole or path.startswith(whole + ".") for whole in full)
+    ]
+
+
+def is_tied(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether the output head shares the embedding's weight."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head is not embedding and head.weight is embedding.weight
 
 
 def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import WEIGHTS_NAME, AdapterFile, AdapterTensors, check_base, read_adapter
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, read_adapter
 from theodora.adapters.kinds import layer_index, layer_kinds
 from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.analysis.movement import Movement, measure, update_norm
@@ -153,7 +153,7 @@ def inspect_adapter(
         targets=file.config.targets,
         modules_to_save=file.config.modules_to_save,
         parameters=sum(m.parameters for m in (*modules, *full)),
-        bytes=(file.path / WEIGHTS_NAME).stat().st_size,
+        bytes=file.weights.stat().st_size,
         dtype=", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (*tensors, *file.full.values()))),
         base_model=file.base_model if base_model is None else str(base_model),
         base_folder=str(base.folder) if base is not None else None,

@@ -148,6 +148,27 @@ class AdapterLayer(Swapped):
             decode = tuple(_rewritten(old, new) for old, new in zip(current.decode, decode, strict=True))
         return remember(self, Kept(self.active_adapter, found, values, norm, decode))
 
+    def renew_kept(self) -> None:
+        """After a write to an adapter's tensors: compute what is kept anew, in the memory where it lies.
+
+        Compiled code and recorded CUDA graphs read it there, and cannot see that it is out of date.
+        """
+        old, adapter = self._kept, self.active
+        if old is None or adapter is None or old.name != self.active_adapter:
+            self._kept = None
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            norm = None if adapter.magnitude is None else self._new_norm(*adapter.factors(), adapter.scale)
+            decode = self._decode_tensors(adapter, norm)
+            if old.norm_O is not None and norm is not None:
+                old.norm_O.copy_(norm)
+            if old.decode is not None and decode is not None:
+                old.decode = tuple(_rewritten(*pair) for pair in zip(old.decode, decode, strict=True))
+            tensors = self.weight, adapter.lora_A, adapter.lora_B, adapter.magnitude
+            old.versions = (*versions(*tensors), adapter.scale)
+            if old.content is not None:
+                old.content = content(*tensors, adapter.start_A, adapter.start_B)
+
     def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> tuple[Any, ...] | None:
         """What `theodora.kernels.decode` reads of the adapter, if it can run this layer."""
         return None
