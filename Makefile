@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench clean
+.PHONY: help demo test fuzz check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(ARGS)
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
+
+fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .

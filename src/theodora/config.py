@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import ConfigError, bullet_list, shown
 
 Method = Literal["dora", "lora"]
 METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
@@ -79,19 +79,24 @@ class AdapterConfig:
     def _problems(self) -> Iterator[str]:
         for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not is_int(rank) or rank < 1:
-                yield f"{what} is {rank!r}; expected a whole number of at least 1"
+                yield f"{what} is {shown(rank)}; expected a whole number of at least 1"
         for what, alpha in [
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
             if not is_number(alpha) or alpha <= 0:
-                yield f"alpha is {alpha!r}; expected a positive number".replace("alpha", what, 1)
+                yield f"{what} is {shown(alpha)}; expected a positive number"
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
         for name in ("targets", "exclude", "modules_to_save"):
-            odd = [item for item in getattr(self, name) if not isinstance(item, str)]
+            odd = [item for item in getattr(self, name) if not isinstance(item, str) or not item]
             if odd:
-                yield f"{name} holds {odd[0]!r}; expected names"
+                yield f"{name} holds {shown(odd[0])}; expected names"
+        for name in ("rank_pattern", "alpha_pattern"):
+            keys: list[Any] = list(getattr(self, name))
+            odd = [key for key in keys if not isinstance(key, str)]
+            if odd:
+                yield f"{name} has the key {shown(odd[0])}; expected names or regular expressions"
         if not self.targets:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
         for what, pattern in [
@@ -104,9 +109,9 @@ class AdapterConfig:
             *(("alpha_pattern", key) for key in self.alpha_pattern),
         ]:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                yield f"{what}: {pattern!r} is no regular expression ({error})"
+                re.compile(str(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                yield f"{what}: {shown(pattern)} is no regular expression ({error})"
         if self.init == "orthogonal" and any(
             is_int(rank) and rank % 2 for rank in (self.rank, *self.rank_pattern.values())
         ):
@@ -241,7 +246,9 @@ class TrainConfig:
         for name, (least, inclusive) in _TRAIN_BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
-                yield f"{name} is {value}; expected {'at least' if inclusive else 'more than'} {least}"
+                yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
+            elif value is not None and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
+                yield f"{name} is {shown(value)}; expected at most {most:,}"
         if isinstance(self.held_out, float) and self.held_out >= 1:
             yield f"held_out is {self.held_out}; expected a share below 1, or a whole number of rows"
         if self.eval_data is not None and self.held_out:
@@ -252,6 +259,10 @@ class TrainConfig:
             yield "resume and overwrite are both given; expected one of them"
         if self.bf16 and self.trainer.get("fp16"):
             yield "bf16 and fp16 are both on; expected one of them"
+        keys: list[Any] = list(self.trainer)
+        odd = [key for key in keys if not isinstance(key, str)]
+        if odd:
+            yield f"trainer has the key {shown(odd[0])}; expected names of options"
         for name in sorted(self.trainer.keys() & {f.name for f in fields(self)}):
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
 
@@ -268,10 +279,10 @@ class TrainConfig:
         extra = {name: options[name] for name in options if name not in OPTION_NAMES}
         trainer = options.get("trainer") or {}
         if not isinstance(trainer, Mapping):
-            problems.append(f"trainer is {trainer!r}; expected a mapping of names to values")
+            problems.append(f"trainer is {shown(trainer)}; expected a mapping of names to values")
             trainer = {}
         problems += [
-            f"{name} is {extra[name]!r}, and trainer says {trainer[name]!r}; expected one of them"
+            f"{name} is {shown(extra[name])}, and trainer says {shown(trainer[name])}; expected one of them"
             for name in sorted(extra.keys() & trainer.keys())
         ]
         problems += [
@@ -326,7 +337,7 @@ def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
             continue
         if name != given and name in options:
             problems.append(f"{given} and {name} are both given; expected {name} alone")
-        renamed[name] = values.get(value, value) if values else value
+        renamed[name] = values[value] if isinstance(value, bool) and value in values else value
     return renamed, problems
 
 
@@ -339,7 +350,7 @@ def _coerce_all(values: Mapping[str, Any], config_class: type) -> tuple[dict[str
         try:
             coerced[name] = coerce(value, hints[name])
         except ValueError as error:
-            problems.append(f"{name} is {value!r}; expected {error}")
+            problems.append(f"{name} is {shown(value)}; expected {error}")
     return coerced, problems
 
 
@@ -363,6 +374,10 @@ _TRAIN_BOUNDS = {
     "early_stopping_patience": (1, True),
     "seed": (0, True),
 }
+_LARGEST_NUMBER = 2**53
+"""Up to here floats tell whole numbers apart. No count of rows, steps or tokens is larger, and infinity is."""
+_LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 
 
 def type_hints(config_class: type) -> dict[str, Any]:
@@ -404,7 +419,7 @@ def coerce(value: Any, hint: Any) -> Any:
     if literals and value in literals:
         return value
     if isinstance(value, str | Path) and str in kinds:
-        return str(value)
+        return _storable(str(value))
     if isinstance(value, str):
         value = _parse_scalar(value, kinds)
     if isinstance(value, bool):
@@ -412,8 +427,10 @@ def coerce(value: Any, hint: Any) -> Any:
             return value
     elif isinstance(value, int) and int in kinds:
         return value
-    elif isinstance(value, int | float) and float in kinds:
+    elif isinstance(value, int | float) and float in kinds and abs(value) < _TOO_LARGE:
         return float(value)
+    elif isinstance(value, float) and float in kinds:  # NaN and infinity, which are for the ranges to refuse
+        return value
     elif isinstance(value, float) and int in kinds and value.is_integer():
         return int(value)
     elif isinstance(value, str) and tuple in kinds:
@@ -426,6 +443,19 @@ def coerce(value: Any, hint: Any) -> Any:
         return value
     words = [_EXPECTED[kind] for kind in kinds if kind in _EXPECTED and kind is not type(None)]
     raise ValueError(" or ".join([*(["one of " + ", ".join(map(str, literals))] if literals else []), *words]))
+
+
+_TOO_LARGE = 10**308
+"""Whole numbers from here on have no float (the largest is 1.8e308)."""
+
+
+def _storable(text: str) -> str:
+    """The text, if files can be named after it and hold it."""
+    if "\0" in text:
+        raise ValueError("text without NUL characters")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("text without halves of characters (lone surrogates)")
+    return text
 
 
 def alternatives(hint: Any) -> list[Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
@@ -19,6 +18,7 @@ from theodora.adapters.kinds import layer_index, layer_kinds
 from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
+from theodora.parse import parse_yaml
 
 RUN_CONFIG = "config.yaml"
 
@@ -311,8 +311,8 @@ def _is_idle(file: AdapterFile, tensors: AdapterTensors) -> bool:
 def _training(folder: Path) -> dict[str, Any] | None:
     """The options of the run, from the file that `theodora train` leaves beside the adapter."""
     try:
-        options = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        options = parse_yaml((folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None  # somebody else's file says nothing about the adapter
     return options if isinstance(options, dict) and {"model", "data", "output"} <= options.keys() else None
 

@@ -134,6 +134,8 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
 def _fail(message: str, code: int) -> int:
     from theodora.cli.console import stderr
 
+    # Names in files are strangers' text: what is not for printing would be an order to the terminal.
+    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
     stderr().print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     return code
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from theodora.cli.arguments import add_field, field_help, other_options
 from theodora.config import AdapterConfig, TrainConfig
-from theodora.errors import ConfigError
+from theodora.errors import ConfigError, shown
+from theodora.parse import parse_yaml
 
 PASSES_OPTIONS_ON = True
 
@@ -143,14 +144,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, no YAML, or no mapping.
     """
-    import yaml
-
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        options = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{path} holds {type(options).__name__}; expected lines of the form `name: value`.")
-    return {str(name).replace("-", "_"): value for name, value in options.items()}
+    odd = [name for name in options if not isinstance(name, str)]
+    if odd:
+        raise ConfigError(f"{path}: the name {shown(odd[0])} is no text; expected names of options.")
+    named = {name.replace("-", "_"): value for name, value in options.items()}
+    if len(named) < len(options):
+        spelt = [name.replace("-", "_") for name in options]
+        twice = sorted({name for name in spelt if spelt.count(name) > 1})
+        raise ConfigError(f"{path} gives {', '.join(twice)} twice, once with - and once with _.")
+    return named

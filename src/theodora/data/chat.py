@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theodora.data.masks import Span, agreement
-from theodora.data.messages import Message, assistant, user
+from theodora.data.messages import Message, assistant, calls_of, user
 from theodora.errors import ConfigError
 
 Tools = Sequence[Any] | None
 
 # Templates raise the first on purpose, and the others over rows that they were not written for.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # A character for private use, which neither templates nor data hold.
 _MARK = "\ue000"
@@ -270,7 +270,8 @@ def tools_of(row: Mapping[str, Any]) -> Tools:
 
 def _cleaned(messages: Sequence[Message]) -> list[Message]:
     """Messages as templates expect them: without empty fields, which some print as "None", and without `weight`."""
-    return [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in messages]
+    whole = [{**message, "tool_calls": calls_of(message)} for message in messages]
+    return [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in whole]
 
 
 def _without_reasoning(content: str) -> str:

@@ -10,18 +10,28 @@ import codecs
 import csv
 import gzip
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 from theodora.data.problems import Problems
+from theodora.errors import shown
+from theodora.parse import parse_json
 
 Row = dict[str, Any]
 LocatedRows = Iterator[tuple[str, Row]]
 Reader = Callable[[Path, Problems], LocatedRows]
 
-# csv refuses fields over 131,072 characters by default; one document may well be longer.
-_LONGEST_CSV_FIELD = 2**31 - 1
+LONGEST_LINE = 256 << 20
+"""Bytes of the longest line that is read: one row is one example, and what is longer lacks its line ends."""
+LARGEST_UNPACKED = 1 << 30
+"""Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
+_PARQUET_ROWS = 100
+_MOST_COMPRESSED = 1000
+"""How many times over Parquet's codecs shrink what people write, and more. Beyond it a file is made to fill memory."""
 
 
 def read_jsonl(path: Path, problems: Problems) -> LocatedRows:
@@ -32,8 +42,8 @@ def read_jsonl(path: Path, problems: Problems) -> LocatedRows:
             continue
         where = f"line {number}"
         try:
-            value = _parse(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             problems.add(where, f"is not valid JSON ({_reason(error)})")
             continue
         if isinstance(value, dict):
@@ -50,18 +60,18 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
     if _looks_like_lines(path):
         yield from read_jsonl(path, problems)
         return
-    text = "".join(line for _, line in _lines(path, problems))
+    text = _whole(path, problems)
     if not text.strip():
         return
     try:
-        value = _parse(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         problems.add(where, f"is not valid JSON ({_reason(error)})")
         return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        found = f"an object with {', '.join(map(repr, value))}" if isinstance(value, dict) else f"a {_kind(value)}"
+        found = f"an object with {shown(list(value))[1:-1]}" if isinstance(value, dict) else f"a {_kind(value)}"
         problems.add("", f'holds {found}; expected a list of objects, or {{"data": [...]}}')
         return
     for number, row in enumerate(rows, 1):
@@ -73,7 +83,8 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
 
 def read_csv(path: Path, problems: Problems) -> LocatedRows:
     """Comma-, semicolon- or tab-separated values under a line of column names."""
-    csv.field_size_limit(_LONGEST_CSV_FIELD)
+    # csv refuses fields over 131,072 characters by default; one document may well be longer.
+    csv.field_size_limit(LONGEST_LINE)
     lines = _lines(path, problems)
     first = next(lines, None)
     if first is None:
@@ -94,7 +105,7 @@ def read_csv(path: Path, problems: Problems) -> LocatedRows:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
-            for name in sorted({name for name in header if header.count(name) > 1}):
+            for name in sorted(name for name, times in Counter(header).items() if times > 1):
                 problems.add("line 1", f"names the column {name!r} twice")
         elif len(cells) != len(header):
             problems.add(f"line {reader.line_num}", f"has {len(cells)} cells; the header has {len(header)} columns")
@@ -110,12 +121,18 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
+            names = Counter(file.schema_arrow.names)
+            for name in sorted(name for name, times in names.items() if times > 1):
+                problems.add("", f"names the column {name!r} twice")
+            if _is_bomb(file.metadata):
+                problems.add("", f"unfolds to more than {_MOST_COMPRESSED} times its size; no text does that")
+                return
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield f"row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        problems.add("", f"is not a whole Parquet file ({error})")
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # text that is no UTF-8, dates
+        problems.add(f"after row {number}" if number else "", f"is not a whole Parquet file ({error})")
 
 
 READERS: dict[str, Reader] = {
@@ -137,11 +154,40 @@ def reader_for(path: Path) -> Reader | None:
     return READERS.get(suffixes[-1]) if suffixes else None
 
 
-def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+def _is_bomb(metadata: Any) -> bool:
+    """Whether a Parquet file says of itself that some column unfolds to far more than there is of it."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            if column.total_uncompressed_size > LONGEST_LINE + _MOST_COMPRESSED * max(column.total_compressed_size, 0):
+                return True
+    return False
+
+
+def _whole(path: Path, problems: Problems) -> str:
+    """The text of a file, or as much of a gzipped one as fits into memory."""
+    zipped = path.suffix.lower() == ".gz"
+    most = LARGEST_UNPACKED if zipped else path.stat().st_size
+    lines: list[str] = []
+    size = 0
+    for _, line in _lines(path, problems, most):
+        lines.append(line)
+        size += len(line)
+        if zipped and size > most:
+            problems.add("", f"unfolds to more than {most >> 20:,} MB of JSON; write one row a line, as .jsonl.gz")
+            return ""
+    return "".join(lines)
+
+
+def _lines(path: Path, problems: Problems, longest: int | None = None) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file. What is no UTF-8 is noted and replaced, so that line numbers stay true."""
+    longest = longest or LONGEST_LINE
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(partial(file.readline, longest + 1), b""), 1):
+                if len(raw) > longest:
+                    problems.add(f"line {number}", f"is longer than {longest:,} bytes; one line holds one row")
+                    return
                 if number == 1:
                     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         problems.add("", "is encoded in UTF-16; save it as UTF-8")
@@ -153,7 +199,7 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
                     byte = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
                     problems.add(f"line {number}", f"is not UTF-8 ({byte}); save the file as UTF-8")
                     yield number, raw.decode(errors="replace")
-    except (OSError, EOFError) as error:  # no permission, a damaged gzip file
+    except (OSError, EOFError, zlib.error) as error:  # no permission, a damaged gzip file
         problems.add("", f"cannot be read ({error})")
 
 
@@ -179,22 +225,8 @@ def _looks_like_lines(path: Path) -> bool:
     return False
 
 
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_without_duplicates)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return row
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+def _reason(error: ValueError) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _kind(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,11 @@ from theodora.data.messages import (
     parsed_or_same,
     read_text,
     read_turns,
+    storable_json,
     user,
 )
 from theodora.data.problems import nearest
+from theodora.errors import shown
 
 # Columns in order of preference. Names are compared without regard to case.
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -31,6 +32,7 @@ CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 TEXT = "text"
 TOOLS = "tools"
+_SHOWN_COLUMNS = 20
 
 LOOKED_FOR = (
     "prompt + completion (or question + answer, input + output, prompt + response, instruction + response)",
@@ -79,10 +81,10 @@ def recognise(row: Row) -> Layout | None:
 
 def explain_unknown(columns: list[str]) -> str:
     """Why no column is usable: those there are, what was looked for, and likely slips."""
-    lines = [f"no usable column; there are {', '.join(map(repr, columns)) or 'none at all'}. Looked for:"]
+    lines = [f"no usable column; there are {shown(columns, 40)[1:-1] or 'none at all'}. Looked for:"]
     lines += [f"    {choice}" for choice in LOOKED_FOR]
     known: list[str] = list(dict.fromkeys((*CONVERSATIONS, *PROMPTS, *COMPLETIONS, TEXT)))
-    for name in columns:
+    for name in columns[:_SHOWN_COLUMNS]:
         lower = name.strip().lower()
         if lower in known:
             partner = COMPLETIONS if lower in PROMPTS else PROMPTS
@@ -224,7 +226,7 @@ def _read_tools(row: Row, column: str | None, problems: list[str]) -> Row:
         value = parsed_or_same(value) if value.strip() else None
     if value is not None and not isinstance(value, list):
         problems.append(f"{column!r} is {describe(value)}; expected a list of tools")
-    return {"tools": json.dumps(value) if value else None}
+    return {"tools": storable_json(value, repr(column), problems) if value else None}
 
 
 def _tools_feature(tools: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,7 +19,12 @@ from theodora.data.files import LocatedRows, Row
 from theodora.data.formats import Layout, explain_unknown, recognise
 from theodora.data.problems import Problems
 from theodora.data.sources import open_source
-from theodora.errors import DataError
+from theodora.errors import DataError, shown
+
+_MOST_UNUSED = 1000
+"""Names of columns to remember; rows of a hostile file may each have their own."""
+_BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
+"""What is held in memory before it is written: rows may be whole books, and a batch's text must stay under 2 GB."""
 
 
 def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
@@ -78,7 +84,7 @@ class _Reading:
             self.problems.add(
                 where,
                 f"has no {' and no '.join(map(repr, missing))}, unlike {self._first}; "
-                f"it has {', '.join(map(repr, row)) or 'nothing'}",
+                f"it has {shown(list(row), 40)[1:-1] or 'nothing'}",
             )
             return None
         complaints: list[str] = []
@@ -86,7 +92,8 @@ class _Reading:
         for complaint in complaints:
             self.problems.add(where, complaint)
         self._skipped += found is None
-        self._unused.update(dict.fromkeys(name for name in row if name not in layout.columns))
+        if len(self._unused) < _MOST_UNUSED:
+            self._unused.update(dict.fromkeys(name for name in row if name not in layout.columns))
         return found
 
     def describe(self, count: int, note: str) -> str:
@@ -94,7 +101,7 @@ class _Reading:
         assert self.layout is not None
         parts = [f"{count:,} {'row' if count == 1 else 'rows'} read as {self.layout.sentence}"]
         if self._unused:
-            parts.append(f"not used: {', '.join(map(repr, self._unused))}")
+            parts.append(f"not used: {shown(list(self._unused), 40)[1:-1]}")
         if self._skipped:
             parts.append(f"{self._skipped:,} empty rows skipped")
         if note:
@@ -109,12 +116,15 @@ def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
         return None
     folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
     path = folder / "rows.arrow"
-    # 100 rows a batch: a batch's text must stay under 2 GB, and rows may be whole books.
+    held = 0
     try:
-        with ArrowWriter(path=str(path), features=reading.layout.features, writer_batch_size=100) as writer:
-            writer.write(first)
-            for row in rows:
+        with ArrowWriter(path=str(path), features=reading.layout.features, writer_batch_size=_BATCH_ROWS) as writer:
+            for row in chain([first], rows):
                 writer.write(row)
+                held += len(str(row))
+                if held > _BATCH_BYTES:
+                    writer.write_examples_on_file()
+                    held = 0
             writer.finalize()
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+from theodora.config import is_int
 from theodora.data.problems import nearest
+from theodora.errors import shown
+from theodora.parse import parse_json
 
 Message = dict[str, Any]
+
+_NUMBER = re.compile(r"\d\.\d|\d[eE]|\d{10}")
 
 ROLES = {
     "system": "system",
@@ -26,8 +32,8 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# What chat templates read beside role and content. `weight` is OpenAI's: 0 keeps an answer out of the loss.
-_KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")
+# What chat templates read beside role and content and `tool_calls`.
+_TEXTS = ("reasoning_content", "tool_call_id", "name")
 
 
 def user(content: str) -> Message:
@@ -85,16 +91,56 @@ def describe(value: Any) -> str:
     """A value in an error message: its kind, and as much of it as fits."""
     if value is None:
         return "null"
-    text = repr(value)
+    text = shown(value)
     return f"the {type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
 
 
 def parsed_or_same(text: str) -> Any:
     """What a JSON text holds, or the text itself."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
+
+
+def storable_json(value: Any, what: str, problems: list[str]) -> str:
+    """A value as JSON text; one that JSON cannot say goes to `problems`."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        problems.append(f"{what} is nothing that JSON can say ({error}): {describe(value)}")
+        return ""
+    return text
+
+
+def calls_of(message: Message) -> Any:
+    """The tool calls of a message, which may be stored as JSON text."""
+    calls = message.get("tool_calls")
+    return parsed_or_same(calls) if isinstance(calls, str) else calls
+
+
+def _read_extras(turn: Message, what: str, problems: list[str]) -> Message:
+    extras: Message = {}
+    for key in _TEXTS:
+        if (value := turn.get(key)) is not None:
+            extras[key] = value if is_int(value) else read_text(value, f"{key} of {what}", problems)
+    # OpenAI's, which keeps an answer out of the loss.
+    if (weight := turn.get("weight")) is not None:
+        if weight not in (0, 1):
+            problems.append(f"weight of {what} is {describe(weight)}; expected 0 (not learned) or 1")
+        extras["weight"] = weight
+    if (calls := calls_of(turn)) is not None:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            problems.append(f"tool_calls of {what} is {describe(calls)}; expected a list of calls")
+        text = storable_json(calls, f"tool_calls of {what}", problems)
+        extras["tool_calls"] = calls if _survives_ujson(text) else text
+    return extras
+
+
+def _survives_ujson(text: str) -> bool:
+    """Whether datasets' JSON column gives back what it was given: it rounds numbers to ten digits."""
+    return _NUMBER.search(text) is None
 
 
 def _read_turn(turn: Any, what: str, problems: list[str]) -> Message:
@@ -106,10 +152,10 @@ def _read_turn(turn: Any, what: str, problems: list[str]) -> Message:
     if role is None:
         known = "system, user, assistant, tool (or human, gpt, …)"
         hint = nearest(name, list(ROLES)) if isinstance(name, str) else ""
-        problems.append(f"{what} has the role {name!r}; expected {known}{hint}")
+        problems.append(f"{what} has the role {shown(name)}; expected {known}{hint}")
         return {}
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    extras = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    extras = _read_extras(turn, what, problems)
     if content is None and extras.get("tool_calls"):
         content = ""
     text = read_text(content, f"{what} ({role})", problems)

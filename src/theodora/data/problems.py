@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from theodora.errors import DataError, bullet_list
 
 SHOWN = 10
+_LONGEST_NAME = 100
 
 
 class Problems:
@@ -40,5 +41,7 @@ class Problems:
 
 def nearest(name: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"` for the most similar known name, or an empty string."""
+    if len(name) > _LONGEST_NAME:  # comparing takes time in the square of the length, and no slip is that long
+        return ""
     found = get_close_matches(name, known, n=1)
     return f"; did you mean {found[0]!r}?" if found else ""

@@ -47,9 +47,13 @@ def open_source(source: str | Path, split: str | None) -> Source:
     Raises:
         DataError: there is no such file, or no such split, or the kind is unknown.
     """
-    path = Path(source).expanduser()
     name = str(source)
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a user (~name) who does not exist
+        raise DataError(f"{name} is no file or folder: {error}") from error
+    if is_file:
         return _open_file(path, name, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, name, split)
@@ -95,7 +99,10 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+        for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
+            # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
+            part.data.validate(full=True)
+    except Exception as error:  # datasets and pyarrow raise what a damaged file leads them to
         raise DataError(f"{name} is a saved dataset that cannot be read: {error}") from error
     return _open_dataset(saved, name, split)
 
@@ -119,8 +126,13 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
         raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
 
     def rows(problems: Problems) -> LocatedRows:
-        for number, row in enumerate(loaded, 1):
-            yield f"row {number}", row
+        number = 0
+        try:
+            for row in loaded:
+                number += 1
+                yield f"row {number}", row
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:  # pictures, sounds, damaged JSON
+            problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
     return Source(name, rows, note)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback
@@ -23,6 +22,7 @@ from theodora.adapters.atomic import atomic_write
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, TheodoraError
+from theodora.parse import parse_yaml, to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt, StopWhenDiverged, read_metrics
@@ -223,7 +223,7 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
     head = f"# Every setting of this run. To run it again: {command}\n"
     with atomic_write(output / files.CONFIG_FILE) as file:
-        file.write_text(head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        file.write_text(head + to_yaml(options), encoding="utf-8")
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
@@ -243,7 +243,12 @@ def _changed_since(config: TrainConfig, output: Path) -> list[str]:
     record = output / files.CONFIG_FILE
     if not record.is_file():
         return []
-    before, now = yaml.safe_load(record.read_text(encoding="utf-8")), config.to_options()
+    try:
+        before, now = parse_yaml(record.read_text(encoding="utf-8")), config.to_options()
+    except ValueError as error:
+        return [f"{record} is damaged, so that nothing says whether options changed since the run began ({error})"]
+    if not isinstance(before, dict):
+        return [f"{record} holds no options, so that nothing says whether they changed since the run began"]
     names = [name for name in now if name not in ("resume", "overwrite") and before.get(name) != now[name]]
     return [f"changed since the run began: {name} from {before.get(name)} to {now[name]}" for name in names]
 
