@@ -22,7 +22,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
-    {"train", "evaluate", "serve", "analysis", "bench"},
+    {"train", "evaluate", "serve", "analysis", "bench", "export"},
     {"demo", "cli"},
 ]
 BESIDE = {
@@ -39,7 +39,7 @@ ONLY_IN = {
     "trl": {"train"},
     "accelerate": {"train"},
     "peft": {"adapters", "bench"},  # accelerate_peft and the rows to compare with; its files are read without it
-    "gguf": {"demo"},
+    "gguf": {"export"},
 }
 
 # Importing these takes a second or more: commands import them when they run.

@@ -1,0 +1,167 @@
+"""`theodora verify`: do two forms of one model predict the same?
+
+example:
+  theodora verify runs/first merged
+  theodora verify runs/first model.gguf --text my_domain.txt
+  theodora verify runs/first http://localhost:8000/v1#first --json
+
+A form is a model folder or hub name, an adapter folder, a .gguf file (of a model or a LoRA), or a running
+OpenAI-compatible server, the model's name after a # (its key, if it wants one, in THEODORA_API_KEY). Both are computed
+in float32, so that what differs is what the files hold. Exit code 1: they differ by more than the bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from theodora.export import Verification
+    from theodora.export.predictions import Difference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `theodora verify`."""
+    parser.add_argument("a", metavar="A", help="the form to trust")
+    parser.add_argument("b", metavar="B", help="the form to check")
+    parser.add_argument("--base-model", metavar="MODEL", help="base of an adapter that does not name the right one")
+    add_probe_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
+
+
+def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is compared, and within which bounds."""
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text to compare on, one of your domain. Default: a built-in page"
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, metavar="N", help="tokens of it. Default: 256; 64 with a server, each a request"
+    )
+    parser.add_argument(
+        "--bound", type=_bound, metavar="X", help="largest difference of a logit. Default: by the stored precision"
+    )
+    parser.add_argument(
+        "--kl-bound", type=_bound, metavar="X", help="largest mean KL divergence, in nats. Default: by the precision"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare and report."""
+    from theodora.cli.console import stderr, stdout
+    from theodora.export import verify
+
+    with stderr().status("Comparing ...") as status:
+        result = verify(
+            args.a,
+            args.b,
+            base_model=args.base_model,
+            text=read_text(args.text),
+            tokens=args.tokens,
+            bound=args.bound,
+            kl_bound=args.kl_bound,
+            trust_remote_code=args.trust_remote_code,
+            progress=status.update,
+        )
+    if args.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        show(result, stdout())
+    return 0 if result.passed else 1
+
+
+def read_text(path: str | None) -> str | None:
+    """The user's text, or None.
+
+    Raises:
+        UsageError: the file cannot be read as text.
+    """
+    from theodora.errors import UsageError
+
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {path} cannot be read: {error}") from error
+
+
+def show(result: Verification, console: Console) -> None:
+    """Print the table, the first token that differs, and the verdict."""
+    for side, name, kind, precision in zip("AB", (result.a, result.b), result.kinds, result.precisions, strict=True):
+        console.print(f"{side}  {name}  [dim]({kind}, {precision})[/]", highlight=False, soft_wrap=True)
+    console.print(_table(result))
+    found = result.difference
+    if found.first is None:
+        console.print(f"The likeliest next token is the same after each of {found.positions} tokens.")
+    elif result.first_text is not None:
+        before, mine, theirs = (repr(text) for text in result.first_text)
+        tie = "" if found.margin is None else f" ({found.margin:.2g} nats apart in A)"
+        console.print(
+            f"First choice that differs: after token {found.first}, {before}: A {mine}, B {theirs}{tie}.",
+            markup=False,
+            soft_wrap=True,
+        )
+    for note in result.notes:
+        console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
+    if result.passed:
+        console.print("The two forms agree.", style="green")
+    else:
+        why = "by about what the adapter does: it is not in both" if result.lost else "by more than the bounds"
+        console.print(f"The two forms differ {why}.", style="red")
+
+
+def _table(result: Verification) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    found, effect = result.difference, result.effect
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("over the probe text", no_wrap=True)
+    for heading in ("A to B", "bound", *(("adapter to base",) if effect else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def row(label: str, value: str, bound: str, field: str) -> None:
+        theirs = () if effect is None else (_cell(effect, field),)
+        table.add_row(label, value, bound, *theirs)
+
+    row(f"largest {found.measure} difference", _cell(found, "largest"), _number(result.bound), "largest")
+    row("mean KL divergence, nats", _cell(found, "kl_mean"), _number(result.kl_bound), "kl_mean")
+    row("largest KL divergence", _cell(found, "kl_max"), "", "kl_max")
+    row("same likeliest token", _cell(found, "agreeing"), "", "agreeing")
+    return table
+
+
+def _cell(found: Difference, field: str) -> str:
+    value = getattr(found, field)
+    return f"{value:.1%}" if field == "agreeing" else _number(value)
+
+
+def _number(value: float) -> str:
+    return (
+        "0"
+        if value == 0
+        else f"{value:.2g}"
+        if 1e-3 <= abs(value) < 1e4 or not math.isfinite(value)
+        else f"{value:.1e}"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _bound(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number

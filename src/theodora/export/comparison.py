@@ -1,0 +1,202 @@
+"""`verify`: do two forms of one model say the same?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from theodora.errors import CheckpointError, UsageError
+from theodora.export.forms import Form, open_form, release
+from theodora.export.gguf_files import PRECISIONS
+from theodora.export.predictions import Difference, Predictions, difference
+from theodora.export.probe import PROBE_TEXT
+
+# Bounds by the coarser form's precision: largest difference of a logit, relative to the standard deviation of A's
+# logits, and mean KL in nats. Measured (docs/exporting.md has the figures), with room for other models.
+BOUNDS = {
+    "float32": (1e-3, 1e-6),
+    "float16": (0.02, 1e-4),
+    "bfloat16": (0.3, 1e-3),
+    "quantised": (1.0, 5e-2),
+    "unknown": (0.3, 1e-3),
+}
+_SERVER_TOKENS = 64  # each is a request of its own
+_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    a: str
+    b: str
+    kinds: tuple[str, str]
+    precisions: tuple[str, str]
+    difference: Difference
+    effect: Difference | None
+    """What A's adapter does to its base on the same text, where A is an adapter: a difference as large as this means
+    that the adapter is not in B."""
+    bound: float
+    """Largest difference of a logit (log-probability) allowed."""
+    kl_bound: float
+    """Largest mean KL allowed, in nats."""
+    first_text: tuple[str, str, str] | None = None
+    """The text before the first position where the choice differs, A's next token, and B's."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether both stand within their bounds, and within half of what the adapter does at all."""
+        within = self.difference.largest <= self.bound and self.difference.kl_mean <= self.kl_bound
+        return within and not self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether B is so far from A that it can hardly have A's adapter in it, however small that adapter's effect."""
+        found, effect = self.difference, self.effect
+        if effect is None or found.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
+            return False
+        return found.kl_mean > 0.5 * effect.kl_mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return _plain(asdict(self) | {"passed": self.passed, "lost": self.lost})
+
+
+def verify(
+    a: str,
+    b: str,
+    *,
+    base_model: str | None = None,
+    text: str | None = None,
+    tokens: int | None = None,
+    bound: float | None = None,
+    kl_bound: float | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Compare two forms of one model on a text, after each of its tokens.
+
+    Example:
+        `verify("runs/first", "merged").passed`
+
+    Args:
+        a, b: each a model folder or hub name, an adapter folder, a .gguf file (model or LoRA), or the URL of a running
+            OpenAI-compatible server, the model's name after a # (`http://localhost:8000/v1#law`). Not two servers.
+        base_model: the base of adapters that name none.
+        text: to compare on. Default: a page of prose, code and other scripts.
+        tokens: how many of its tokens. Default: 256; with a server 64, each of which is a request.
+        bound: largest difference of a logit allowed (log-probability, with a server). Default: by the coarser form's
+            stored precision, relative to the spread of A's logits.
+        kl_bound: largest mean KL divergence allowed, in nats. Default: by precision.
+        dtype: to compute in.
+        trust_remote_code: run Python code that comes with the model.
+        progress: called with a line before each long step.
+
+    Raises:
+        CheckpointError: a form does not load or answer, or the two have different vocabularies.
+        UsageError: two servers, or a text without tokens.
+    """
+    say = progress or (lambda _line: None)
+    forms: list[Form] = []
+    predictions: list[Predictions] = []
+    ids: list[int] = []
+    effect = None
+    notes: list[str] = []
+    tokenizer: PreTrainedTokenizerBase | None = None
+    order = (0, 1) if not a.startswith("http") else (1, 0)  # a server is asked in the other form's tokens
+    if all(name.startswith(("http://", "https://")) for name in (a, b)):
+        raise UsageError("Two servers cannot be compared with each other: compare each with the files it serves")
+    limit = tokens or (_SERVER_TOKENS if any(name.startswith("http") for name in (a, b)) else _TOKENS)
+    for at in order:
+        name = (a, b)[at]
+        say(f"opening {name}")
+        form = open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code)
+        if tokenizer is None:
+            tokenizer = form.tokenizer
+            if tokenizer is None:
+                raise CheckpointError(f"{name} has no tokenizer to make tokens of the probe text with")
+            ids = _probe_ids(form, tokenizer, text, limit)
+        elif form.tokenizer is not None:
+            notes += _tokenizer_note(form, tokenizer, ids, text, limit)
+        say(f"asking {name} after each of {len(ids)} tokens")
+        predictions.append(form.predict(ids, tokenizer))
+        base = form.predict_base(ids) if at == 0 else None
+        if base is not None:
+            effect = difference(base, predictions[-1])
+        release(form)
+        forms.append(form)
+    assert tokenizer is not None
+    if order[0] == 1:
+        forms.reverse()
+        predictions.reverse()
+    _check_vocabularies(forms, predictions)
+    found = difference(predictions[0], predictions[1])
+    precision = max((form.precision for form in forms), key=PRECISIONS.index)
+    if effect is not None and effect.largest == 0:
+        notes.append("The adapter changes nothing on this text, so the forms being equal shows nothing: give --text.")
+    spread = found.reference if math.isfinite(found.reference) else 1.0
+    relative, kl_default = BOUNDS[precision]
+    return Verification(
+        a=a,
+        b=b,
+        kinds=(forms[0].kind, forms[1].kind),
+        precisions=(forms[0].precision, forms[1].precision),
+        difference=found,
+        effect=effect,
+        bound=relative * spread if bound is None else bound,
+        kl_bound=kl_default if kl_bound is None else kl_bound,
+        first_text=_first_text(found, ids, tokenizer),
+        notes=tuple(notes),
+    )
+
+
+def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None, limit: int) -> list[int]:
+    ids = tokenizer.encode(PROBE_TEXT if text is None else text)
+    window = getattr(form.model.config.get_text_config(), "max_position_embeddings", None) if form.model else None
+    ids = ids[: min(limit, window or limit)]
+    if not ids:
+        raise UsageError("The probe text has no tokens")
+    return ids
+
+
+def _tokenizer_note(
+    form: Form, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str | None, limit: int
+) -> list[str]:
+    assert form.tokenizer is not None
+    theirs = form.tokenizer.encode(PROBE_TEXT if text is None else text)[: len(ids)]
+    if theirs == ids:
+        return []
+    at = next((n for n, (x, y) in enumerate(zip(ids, theirs, strict=False)) if x != y), min(len(ids), len(theirs)))
+    read_by = " as transformers reads it (llama.cpp reads GGUF tokenizers itself)" if form.kind == "gguf" else ""
+    return [f"The tokenizer of {form.name}{read_by} cuts the probe text otherwise, from token {at} on."]
+
+
+def _check_vocabularies(forms: list[Form], predictions: list[Predictions]) -> None:
+    sizes = [p.logits_TV.shape[1] for p in predictions if p.logits_TV is not None]
+    tokens = [len(form.tokenizer) for form in forms if form.tokenizer is not None]
+    if len(sizes) == 2 and sizes[0] != sizes[1] and min(sizes) < max(tokens, default=0):
+        raise CheckpointError(
+            f"{forms[0].name} has {sizes[0]} tokens and {forms[1].name} {sizes[1]}: these are different models"
+        )
+
+
+def _first_text(found: Difference, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+    if found.first is None or found.choices is None:
+        return None
+    before = str(tokenizer.decode(ids[max(0, found.first - 7) : found.first + 1]))
+    return before, *(str(tokenizer.decode([choice])) for choice in found.choices)  # pyright: ignore[reportReturnType]
+
+
+def _plain(value: Any) -> Any:
+    """Infinite and undefined numbers as null: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

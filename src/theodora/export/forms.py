@@ -1,0 +1,175 @@
+"""The forms one model comes in: a model folder, an adapter on its base, a GGUF file, a running server.
+
+`open_form` finds out which one a name means, and loads it so that `predict` runs in float32: what then differs is
+what the files hold, and not the arithmetic of one precision or another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.adapters import adapter_disabled, load_adapter
+from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
+from theodora.adapters.models import (
+    base_model_of,
+    best_device,
+    has_tokenizer,
+    is_adapter_folder,
+    load_model,
+    load_tokenizer,
+)
+from theodora.errors import CheckpointError, UsageError
+from theodora.export.gguf_files import coarsest, load_gguf, read_header
+from theodora.export.predictions import Predictions
+from theodora.export.server import Server, is_server
+
+
+@dataclass
+class Form:
+    """One form of a model, loaded."""
+
+    name: str
+    kind: str
+    """model, adapter, gguf, gguf-lora, served, mlx or server."""
+    precision: str
+    """One of `gguf_files.PRECISIONS`: what writing this form may have rounded to."""
+    model: PreTrainedModel | None
+    server: Server | None
+    tokenizer: PreTrainedTokenizerBase | None
+    """None for a server, and for a form whose tokenizer does not load."""
+
+    def predict(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Predictions:
+        """Scores of the next token after each of `ids`."""
+        if self.server is not None:
+            return self.server.predict(ids, tokenizer)
+        assert self.model is not None
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits
+        return Predictions(logits[0].float().cpu())
+
+    def predict_base(self, ids: list[int]) -> Predictions | None:
+        """The same without the adapter; None for a form that is no adapter on its base."""
+        if self.kind not in ("adapter", "served", "mlx") or self.model is None:
+            return None
+        with torch.no_grad(), adapter_disabled(self.model):
+            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits
+        return Predictions(logits[0].float().cpu())
+
+
+def kind_of(name: str) -> str:
+    """What a name means, without loading it.
+
+    Raises:
+        CheckpointError: a file or folder that is none of the forms.
+    """
+    if is_server(name):
+        return "server"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return "gguf-lora" if read_header(path).type == "adapter" else "gguf"
+    if is_adapter_folder(path):
+        return "adapter"
+    return "model"
+
+
+def open_form(
+    name: str, *, base_model: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> Form:
+    """Load a form of a model.
+
+    Args:
+        name: a model folder or hub name, an adapter folder, a .gguf file (of a model or an adapter), or the URL of an
+            OpenAI-compatible server with the model's name after a #.
+        base_model: for adapters that do not say what base they belong to, or say it wrong.
+        dtype: to compute in. float32 tells what the files hold.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        CheckpointError: it does not load.
+        UsageError: an adapter without a base model.
+    """
+    kind = kind_of(name)
+    if kind == "server":
+        return Form(name, kind, "unknown", None, Server(name), None)
+    path = Path(name).expanduser()
+    if kind == "gguf":
+        header = read_header(path)
+        model, tokenizer = load_gguf(path, dtype)
+        return Form(name, kind, header.precision, _ready(model), None, tokenizer)
+    if kind == "gguf-lora":
+        raise UsageError(f"{name} is a LoRA in GGUF, which cannot be compared yet")
+    base = name
+    if kind != "model":
+        base = base_model or _base_of(name, kind)
+    with quiet():
+        model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+        if kind == "adapter":
+            load_adapter(model, name)
+    tokenizer = _tokenizer(name if has_tokenizer(path) else base, trust_remote_code)
+    precision = _stored_precision(base) if kind == "model" else _adapter_precision(path, kind)
+    return Form(name, kind, precision, _ready(model), None, tokenizer)  # pyright: ignore[reportArgumentType]
+
+
+def release(form: Form) -> None:
+    """Free a form's memory before the next one is loaded."""
+    form.model = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice while a form is loaded."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(best_device()).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps nn.Module.to)
+
+
+def _base_of(name: str, kind: str) -> str:
+    if kind == "adapter":
+        return base_model_of(name)
+    raise UsageError(f"{name} does not say where its base model is: name it with --base-model")
+
+
+def _tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None
+
+
+def _adapter_precision(path: Path, kind: str) -> str:
+    """Of the adapter's own tensors: the base is the same in both forms."""
+    if kind == "gguf-lora":
+        return read_header(path).precision
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        return coarsest({file.get_slice(key).get_dtype() for key in file.offset_keys()})
+
+
+def _stored_precision(name: str) -> str:
+    try:
+        stored = BaseCheckpoint(find_base(name))
+    except CheckpointError:
+        return "unknown"
+    return coarsest({tensor.dtype for tensor in stored.tensors.values()})

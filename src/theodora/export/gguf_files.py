@@ -1,0 +1,94 @@
+"""Reading GGUF files: what one is, and the model in it."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.errors import CheckpointError, UsageError
+
+# From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
+PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says about itself."""
+
+    type: str
+    """model or adapter."""
+    architecture: str
+    precision: str
+    """Of its matrices: float32, float16, bfloat16 or quantised."""
+
+
+def require_gguf() -> None:
+    """Raise a UsageError if the package is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("GGUF files are read and written with the package gguf: python -m pip install 'gguf>=0.19'")
+
+
+def open_reader(path: Path) -> Any:
+    """`gguf.GGUFReader`, with a damaged file as our own error."""
+    require_gguf()
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a GGUF file, or is damaged: {error}") from error
+
+
+def text_field(reader: Any, key: str, otherwise: str) -> str:
+    """A text of the header."""
+    field = reader.get_field(key)
+    return otherwise if field is None else str(field.contents())
+
+
+def read_header(path: Path) -> GgufHeader:
+    """What kind of GGUF file this is.
+
+    Raises:
+        CheckpointError: it is none, or is damaged.
+        UsageError: the package `gguf` is missing.
+    """
+    reader = open_reader(path)
+    matrices = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    return GgufHeader(
+        text_field(reader, "general.type", "model"), text_field(reader, "general.architecture", ""), coarsest(matrices)
+    )
+
+
+def coarsest(dtypes: set[str]) -> str:
+    """The coarsest of some dtypes, by their names in safetensors and GGUF, as one of `PRECISIONS`."""
+    names = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    whole = {name for name in dtypes if name[0] in "IUB" and name != "BF16"}  # buffers of integers and truth values
+    found = {names.get(name, "quantised") for name in dtypes - whole}
+    return max(found, key=PRECISIONS.index, default="float32")
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model of a GGUF file through transformers, which dequantises it, and its tokenizer if that loads.
+
+    Raises:
+        CheckpointError: transformers does not read this architecture.
+    """
+    try:
+        # transformers shows a bar here that no setting turns off.
+        with redirect_stderr(StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
+    except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"transformers does not load {path}: {error}") from error
+    try:
+        with redirect_stderr(StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception:  # whatever an unfinished converter raises: the weights can be compared without a tokenizer
+        tokenizer = None
+    return model, tokenizer
