@@ -67,7 +67,7 @@ class AdapterConfig:
             if getattr(self, f.name) is None and f.name != "alpha":
                 default = f.default if f.default_factory is MISSING else f.default_factory()
                 object.__setattr__(self, f.name, default)
-        values, problems = _coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
+        values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.alpha is None and is_int(self.rank):
@@ -228,7 +228,7 @@ class TrainConfig:
     """Any other fields of trl.SFTConfig, by name."""
 
     def __post_init__(self) -> None:
-        values, problems = _coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)
+        values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.max_steps == -1:  # what transformers writes for "not set"
@@ -290,8 +290,8 @@ class TrainConfig:
             for f in fields(cls)
             if f.default is MISSING and f.default_factory is MISSING and options.get(f.name) is None
         ]
-        adapter, wrong = _coerce_all({k: v for k, v in options.items() if k in _ADAPTER_NAMES}, AdapterConfig)
-        own, also_wrong = _coerce_all({k: v for k, v in options.items() if k in _OWN_NAMES}, cls)
+        adapter, wrong = coerce_all({k: v for k, v in options.items() if k in _ADAPTER_NAMES}, AdapterConfig)
+        own, also_wrong = coerce_all({k: v for k, v in options.items() if k in _OWN_NAMES}, cls)
         problems += wrong + also_wrong
         for name in ("targets", "exclude"):
             # One bare word is a name. AdapterConfig takes text that is not a tuple for a regular expression.
@@ -341,7 +341,7 @@ def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     return renamed, problems
 
 
-def _coerce_all(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
+def coerce_all(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
     """Each value as the type of its field, and complaints about those that cannot be."""
     coerced: dict[str, Any] = {}
     problems: list[str] = []

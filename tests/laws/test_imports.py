@@ -40,10 +40,14 @@ ONLY_IN = {
     "accelerate": {"train"},
     "peft": {"adapters", "bench"},  # accelerate_peft and the rows to compare with; its files are read without it
     "gguf": {"export"},
+    "fastapi": {"serve", "cli"},
+    "uvicorn": {"serve", "cli"},
+    "prometheus_client": {"serve", "cli"},
 }
 
 # Importing these takes a second or more: commands import them when they run.
 HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "matplotlib", "safetensors", "pandas", "pyarrow"}
+HEAVY |= {"fastapi", "pydantic", "uvicorn"}
 
 
 def part_of(module: Path) -> str:

@@ -27,6 +27,7 @@ COMMANDS = {
         "merge": ("theodora.cli.merge", "write a plain model folder that any engine loads"),
         "export": ("theodora.cli.export", "write an adapter in another program's form, and compare"),
         "verify": ("theodora.cli.verify", "compare two forms of one model: adapter, merged, GGUF, a server"),
+        "serve": ("theodora.cli.serve", "serve a model and many adapters over HTTP, as OpenAI does"),
     },
 }
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}

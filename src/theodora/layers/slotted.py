@@ -1,0 +1,233 @@
+"""Layers that serve many adapters at once: each token of a batch goes through the slot that its request was given.
+
+A module is `slotted` in place, as `adapt` does it, when the first adapter that touches it arrives. It holds the slots'
+tensors; which token goes where is said once per batch, for all layers, in a `Routing` that they share.
+
+Shapes: T tokens, I in features, O out features, R rank, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.functional import dora_scale, wide_dtype
+from theodora.kernels.base_product import base_product
+from theodora.kernels.routed import Routes, routed, routes
+from theodora.layers.base import AdapterLayer, cannot_adapt
+from theodora.layers.linear import is_conv1d, is_linear
+from theodora.layers.swap import swap_back, swap_class
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """What one adapter puts into one module's slot."""
+
+    a_RI: Tensor
+    """A, in the dtype of the module's products."""
+    b_RO: Tensor
+    """s·B, transposed, in the same dtype."""
+    g_O: Tensor | None
+    """m / ‖W + s·B·A‖, float32; None for LoRA."""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a_RI.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.a_RI, self.b_RO, self.g_O) if t is not None]
+
+    def map(self, change: Any) -> SlotTensors:
+        """The same with `change` applied to each tensor."""
+        return SlotTensors(change(self.a_RI), change(self.b_RO), None if self.g_O is None else change(self.g_O))
+
+
+class Routing:
+    """Where the tokens of the batch at hand go; shared by all slotted layers of a model."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.tokens: Routes | None = None
+        """Of all tokens; None outside a batch, where every token is the base model's."""
+        self.kept: Routes | None = None
+        """Of the tokens that the output head sees, if it sees only those."""
+
+    def set(self, slots_T: Tensor, kept_K: Tensor | None = None) -> None:
+        """Route a batch: the slot of each token, and which tokens the output head sees."""
+        self.tokens = routes(slots_T, self.slots)
+        self.kept = self.tokens if kept_K is None else routes(slots_T[kept_K], self.slots)
+
+    def clear(self) -> None:
+        """End the batch."""
+        self.tokens = self.kept = None
+
+
+class SlottedLayer(AdapterLayer):
+    """Mixed in before the module's own class by `slot`."""
+
+    prefix = "Slotted"
+
+    routing: Routing
+    is_head: bool
+    """Whether it is the output head, which may see some of the tokens only."""
+
+    def begin_slots(self, routing: Routing, rank: int, is_head: bool) -> None:
+        """Set up S empty slots of the given rank."""
+        self.begin()
+        self.routing, self.is_head = routing, is_head
+        self._a_SRI = self._b_SRO = self._g_SO = None
+        self.set_rank(rank)
+
+    def set_rank(self, rank: int) -> None:
+        """Make room for adapters of this rank."""
+        (outputs, inputs), slots = self.weight_OI.shape, self.routing.slots
+        a = self._new(slots, rank, inputs)
+        b = self._new(slots, rank, outputs)
+        if self._a_SRI is not None and self._b_SRO is not None:
+            held = self._a_SRI.shape[1]
+            a[:, :held], b[:, :held] = self._a_SRI, self._b_SRO
+        self._a_SRI, self._b_SRO = a, b
+        if self._g_SO is None and a.is_cuda:  # a CUDA graph keeps what it was captured with
+            self._g_SO = self._ones()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank there is room for."""
+        assert self._a_SRI is not None
+        return self._a_SRI.shape[1]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the module's inputs and outputs."""
+        own: Any = self
+        return own.plain_dtype if self.weight_scale_O is not None else self.weight.dtype
+
+    def prepare(self, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float) -> SlotTensors:
+        """What an adapter of this module puts into a slot; g is computed here, once, from the wide factors."""
+        wide, dtype = wide_dtype(self.product_dtype), self.product_dtype
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = a_RI.to(self.weight.device, wide), b_OR.to(self.weight.device, wide)
+            g = None
+            if magnitude_O is not None:
+                g = dora_scale(magnitude_O.to(self.weight.device, wide), self._new_norm(a, b, scale))
+            # s goes in before rounding, so that it costs no precision.
+            return SlotTensors(a.to(dtype), (scale * b).T.to(dtype).contiguous(), g)
+
+    def fill(self, slot: int, tensors: SlotTensors | None) -> None:
+        """Put an adapter into a slot, or empty it."""
+        a, b = self._a_SRI, self._b_SRO
+        assert a is not None
+        assert b is not None
+        if tensors is None:
+            a[slot].zero_()
+            b[slot].zero_()
+        else:
+            a[slot, : tensors.rank].copy_(tensors.a_RI, non_blocking=True)
+            b[slot, : tensors.rank].copy_(tensors.b_RO, non_blocking=True)
+            a[slot, tensors.rank :].zero_()
+            b[slot, tensors.rank :].zero_()
+        if tensors is not None and tensors.g_O is not None:
+            if self._g_SO is None:
+                self._g_SO = self._ones()
+            self._g_SO[slot].copy_(tensors.g_O, non_blocking=True)
+        elif self._g_SO is not None:
+            self._g_SO[slot].fill_(1)
+
+    def slot_bytes(self) -> int:
+        """Memory of all slots."""
+        held = (t for t in (self._a_SRI, self._b_SRO, self._g_SO) if t is not None)
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def _routes(self) -> Routes | None:
+        return self.routing.kept if self.is_head else self.routing.tokens
+
+    def _ones(self) -> Tensor:
+        shape = self.routing.slots, self.weight_OI.shape[0]
+        return torch.ones(*shape, dtype=wide_dtype(self.product_dtype), device=self.weight.device)
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.product_dtype, device=self.weight.device)
+
+    _a_SRI: Tensor | None
+    _b_SRO: Tensor | None
+    _g_SO: Tensor | None
+
+
+class SlottedLinear(SlottedLayer):
+    """y = g[slot] ⊙ (x Wᵀ + (x A[slot]ᵀ) (sB)[slot]) + bias, (…, T, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product of each token with its own adapter; the module's own outside a batch."""
+        to = self._routes()
+        if to is None:
+            return super().forward(x)
+        assert self._a_SRI is not None
+        assert self._b_SRO is not None
+        flat = x.reshape(-1, x.shape[-1])
+        z = base_product(flat, self.weight_OI, self.weight_scale_O)
+        y = routed(z, flat, self._a_SRI, self._b_SRO, self._g_SO, self.bias, to)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class SlottedConv1D(SlottedLinear):
+    """GPT-2's `Conv1D`: the same product from a transposed weight."""
+
+    stored_transposed = True
+
+
+class SlottedEmbedding(SlottedLayer):
+    """Rows g[slot] ⊙ (W[token] + (sB)[slot] A[slot][token]), (…, T, O)."""
+
+    stored_transposed = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The row of each token with its own adapter; the module's own outside a batch."""
+        rows = super().forward(input)
+        to = self._routes()
+        if to is None:
+            return rows
+        a, b, g = self._a_SRI, self._b_SRO, self._g_SO
+        assert a is not None
+        assert b is not None
+        slots = to.slots_T
+        a_rows = a[slots, :, input.reshape(-1)]
+        if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
+            own: Any = self
+            a_rows = a_rows * torch.as_tensor(own.embed_scale).to(rows)
+        y = rows.reshape(-1, rows.shape[-1]) + torch.bmm(a_rows[:, None], b[slots])[:, 0]
+        if g is not None:
+            y = (y * g[slots]).to(rows.dtype)
+        return y.view_as(rows)
+
+
+def slot(module: nn.Module, routing: Routing, rank: int, is_head: bool = False) -> SlottedLayer:
+    """Turn `module` into a slotted layer in place; one that is gets room for the rank.
+
+    Raises:
+        TypeError: the module cannot be adapted (see `cannot_adapt`).
+    """
+    if isinstance(module, SlottedLayer):
+        if module.rank < rank:
+            module.set_rank(rank)
+        return module
+    if (reason := cannot_adapt(module)) is not None:
+        raise TypeError(reason)
+    kind = SlottedLinear if is_linear(module) else SlottedConv1D if is_conv1d(module) else SlottedEmbedding
+    swap_class(module, kind)
+    assert isinstance(module, SlottedLayer)
+    module.begin_slots(routing, rank, is_head)
+    return module
+
+
+def unslot(layer: SlottedLayer) -> None:
+    """Undo `slot`."""
+    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
+        delattr(layer, name)
+    for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
+        delattr(layer, name)
+    swap_back(layer)

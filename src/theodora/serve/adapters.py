@@ -1,0 +1,169 @@
+"""Adapters ready to serve: read, checked, g computed; in host memory until a slot is free for them.
+
+Every adapter has a serial number of its own that is never used again: what was cached for an adapter of the same name
+that has been unloaded is not taken for the new one's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.adapters.checkpoint import AdapterFile, read_adapter
+from theodora.adapters.save import check_fit
+from theodora.config import METHOD_NAMES
+from theodora.errors import CheckpointError, bullet_list
+from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
+
+_serials = itertools.count(1)
+
+
+@dataclass(eq=False)
+class ServedAdapter:
+    """One loaded adapter."""
+
+    name: str
+    path: Path
+    method: str
+    """DoRA or LoRA."""
+    rank: int
+    """The largest of its modules."""
+    modules: dict[str, SlotTensors]
+    """Module path -> its tensors, in host memory."""
+    seconds: float
+    """It took to load."""
+    created: int
+    """Unix time of loading."""
+    serial: int
+    users: int = 0
+    """Requests that run or wait with it."""
+    leaving: bool = False
+    """Unloaded: it goes when its last request does."""
+
+    @property
+    def bytes(self) -> int:
+        """In host memory."""
+        return sum(t.numel() * t.element_size() for tensors in self.modules.values() for t in tensors.tensors())
+
+
+def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFile:
+    """Read and check an adapter against the model, before anything of the model changes.
+
+    Raises:
+        CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
+    """
+    file = read_adapter(path)
+    check_fit(model, file)
+    problems = [f"{key}: trained in full" for key in file.full]
+    if problems:
+        raise CheckpointError(
+            f"{file.path} cannot be served beside others, because it replaces weights of the model; merge it and "
+            "serve the merged model:" + bullet_list(problems[:12])
+        )
+    rank = rank_of(file)
+    if rank > most_rank:
+        raise CheckpointError(f"{file.path} has rank {rank}; this server takes ranks up to {most_rank} (--max-rank)")
+    return file
+
+
+def rank_of(file: AdapterFile) -> int:
+    """The largest rank of an adapter's modules."""
+    return max(tensors.a.shape[0] for tensors in file.modules.values())
+
+
+def make_room(model: nn.Module, file: AdapterFile, routing: Routing) -> bool:
+    """Slot the modules that the adapter touches; whether anything changed. No batch may run meanwhile."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    changed = False
+    for path, tensors in file.modules.items():
+        module: Any = model.get_submodule(path)
+        if not isinstance(module, SlottedLayer) or module.rank < tensors.a.shape[0]:
+            slot(module, routing, tensors.a.shape[0], is_head=module is head)
+            changed = True
+    return changed
+
+
+def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> ServedAdapter:
+    """Compute what the slots will hold; in pinned memory, if the model is on a GPU."""
+    modules: dict[str, SlotTensors] = {}
+    for path, tensors in file.modules.items():
+        layer: Any = model.get_submodule(path)
+        modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
+    modules = {path: tensors.map(_to_host) for path, tensors in modules.items()}
+    if any(tensors.g_O is not None and not bool(tensors.g_O.isfinite().all()) for tensors in modules.values()):
+        raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
+    return ServedAdapter(
+        name=name,
+        path=file.path,
+        method=METHOD_NAMES[file.config.method],
+        rank=rank_of(file),
+        modules=modules,
+        seconds=time.perf_counter() - started,
+        created=int(time.time()),
+        serial=next(_serials),
+    )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.detach()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
+
+
+class Registry:
+    """Adapters by name. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, ServedAdapter] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """In order of loading."""
+        with self._lock:
+            return list(self._adapters)
+
+    def adapters(self) -> list[ServedAdapter]:
+        """In order of loading."""
+        with self._lock:
+            return list(self._adapters.values())
+
+    def get(self, name: str) -> ServedAdapter | None:
+        """The adapter, if it is loaded."""
+        with self._lock:
+            return self._adapters.get(name)
+
+    def add(self, adapter: ServedAdapter) -> None:
+        """Serve it under its name from now on."""
+        with self._lock:
+            self._adapters[adapter.name] = adapter
+
+    def remove(self, name: str) -> ServedAdapter | None:
+        """Serve it no more to new requests."""
+        with self._lock:
+            adapter = self._adapters.pop(name, None)
+            if adapter is not None:
+                adapter.leaving = True
+            return adapter
+
+    def use(self, name: str) -> ServedAdapter | None:
+        """The adapter with one more user."""
+        with self._lock:
+            adapter = self._adapters.get(name)
+            if adapter is not None:
+                adapter.users += 1
+            return adapter
+
+    def release(self, adapter: ServedAdapter) -> bool:
+        """One user less; whether it was the last one of an adapter that is leaving."""
+        with self._lock:
+            adapter.users -= 1
+            return adapter.leaving and adapter.users == 0

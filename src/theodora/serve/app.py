@@ -1,0 +1,244 @@
+"""The HTTP server: OpenAI's routes on an engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from theodora.errors import CheckpointError, ConfigError, TheodoraError
+from theodora.serve.answers import Answers, Desk
+from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
+from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
+from theodora.serve.metrics import Metrics
+from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
+from theodora.serve.replies import Replies, event
+
+_GONE = 499  # nginx's number for a client that hung up; nobody reads it
+
+
+def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
+    """The application; it starts and stops the engine."""
+    config = engine.config
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="theodora", lifespan=lifespan, openapi_url=None)
+    hosts = frozenset((*LOOPBACK, "testserver")) if config.host in LOOPBACK else None
+    app.add_middleware(Guards, keys=read_keys(config.api_key_file), max_body=config.max_body, hosts=hosts)
+    desk, metrics = Desk(engine, tokenizer), Metrics(engine)
+    app.state.engine, app.state.metrics = engine, metrics
+    _add_errors(app)
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = engine.ready()
+        return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": _models(engine)}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        found = next((entry for entry in _models(engine) if entry["id"] == name), None)
+        if found is None:
+            raise UnknownModel(f"There is no model {name!r}.")
+        return found
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        return await _serve(asked, request, desk, metrics, "completions")
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await _serve(asked, request, desk, metrics, "chat")
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(asked: LoadRequest) -> dict[str, Any]:
+        path = await asyncio.to_thread(inside, _allowed(engine), asked.lora_path)
+        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path)
+        return {"status": "ok", "id": adapter.name, "method": adapter.method, "seconds": round(adapter.seconds, 4)}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(asked: UnloadRequest) -> dict[str, Any]:
+        _allowed(engine)
+        if not engine.unload(asked.lora_name):
+            raise UnknownModel(f"There is no adapter {asked.lora_name!r}.")
+        return {"status": "ok", "id": asked.lora_name}
+
+    return app
+
+
+class _Forbidden(TheodoraError):
+    """Not allowed on this server."""
+
+
+class _Late(TheodoraError):
+    """It took too long."""
+
+
+_STATUS: dict[type[Exception], tuple[int, str]] = {
+    UnknownModel: (404, "not_found_error"),
+    Busy: (429, "rate_limit_error"),
+    Unavailable: (503, "unavailable_error"),
+    _Late: (504, "timeout_error"),
+    _Forbidden: (403, "permission_error"),
+    ConfigError: (400, "invalid_request_error"),
+    CheckpointError: (400, "invalid_request_error"),
+}
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def told(_: Request, error: Exception) -> Response:
+        return _reply(error)
+
+    for kind in _STATUS:
+        app.add_exception_handler(kind, told)
+    app.add_exception_handler(RequestValidationError, told)
+    app.add_exception_handler(404, lambda *_: _answer(*failure(404, "There is no such page.", "not_found_error")))
+    app.add_exception_handler(Exception, told)
+
+
+def _reply(error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        misses = [
+            ": ".join(filter(None, (".".join(str(part) for part in miss["loc"][1:]), miss["msg"])))
+            for miss in error.errors()
+        ]
+        return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
+    for kind, (status, name) in _STATUS.items():
+        if isinstance(error, kind):
+            retry = {"retry-after": "1"} if status in (429, 503) else {}
+            return _answer(*failure(status, str(error), name, **retry))
+    return _answer(*failure(500, "The server failed on this request.", "server_error"))
+
+
+def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
+    return Response(body, status, headers)
+
+
+async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str) -> Response:
+    known = asked.model if desk.knows(asked.model) else "unknown"
+    loop = asyncio.get_running_loop()
+
+    def count(status: int) -> None:
+        metrics.requests.labels(endpoint, known, status).inc()
+
+    try:
+        take = desk.chat if isinstance(asked, ChatRequest) else desk.completion
+        answers = await take(asked, loop)  # pyright: ignore[reportArgumentType]
+    except TheodoraError as error:
+        reply = _reply(error)
+        count(reply.status_code)
+        return reply
+
+    def end(status: int) -> None:
+        answers.close()
+        count(status)
+        metrics.prompt_tokens.labels(known).inc(answers.prompt_tokens)
+        metrics.generated_tokens.labels(known).inc(answers.generated_tokens)
+        metrics.duration.observe(answers.seconds)
+        if answers.first_token is not None:
+            metrics.first_token.observe(answers.first_token)
+
+    replies, timeout = Replies(asked, desk.tokenizer), desk.engine.config.timeout
+    if asked.stream:
+        return StreamingResponse(_stream(asked, answers, replies, timeout, end), media_type="text/event-stream")
+    return await _whole(request, answers, replies, timeout, end)
+
+
+async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
+    status = _GONE
+    reading = asyncio.ensure_future(_read(answers))
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if reading.done():
+            reading.result()
+            reply: Response = JSONResponse(replies.whole(answers))
+        elif gone.done():
+            reply = Response(status_code=_GONE)
+        else:
+            raise _Late(f"The answer took more than {timeout:g} s.")
+        status = reply.status_code
+        return reply
+    except TheodoraError as error:
+        reply = _reply(error)
+        status = reply.status_code
+        return reply
+    finally:
+        for task in (reading, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, TheodoraError):
+                await task
+        end(status)
+
+
+async def _read(answers: Answers) -> None:
+    async for _ in answers.pieces():
+        pass
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
+    status = _GONE
+    try:
+        for chunk in replies.opening(answers):
+            yield event(chunk)
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
+                async for pieces in answers.pieces():
+                    if (chunk := replies.chunk(pieces)) is not None:
+                        yield event(chunk)
+        except TimeoutError as error:
+            raise _Late(f"The answer took more than {timeout:g} s.") from error
+        if asked.stream_options and asked.stream_options.include_usage:
+            yield event(replies.last(answers))
+        status = 200
+        yield event("[DONE]")
+    except TheodoraError as error:
+        # The status has been sent; the error stands in the stream, where clients look for it.
+        reply = _reply(error)
+        status = reply.status_code
+        yield event(bytes(reply.body).decode())
+    finally:
+        end(status)
+
+
+def _models(engine: Engine) -> list[dict[str, Any]]:
+    base = engine.config.name
+    entry = {"object": "model", "owned_by": "theodora"}
+    return [
+        {"id": base, "created": engine.created, **entry, "parent": None, "max_model_len": engine.window},
+        *(
+            {"id": adapter.name, "created": adapter.created, **entry, "parent": base, "root": str(adapter.path.name)}
+            for adapter in engine.adapters.adapters()
+        ),
+    ]
+
+
+def _allowed(engine: Engine) -> str:
+    folder = engine.config.adapter_folder
+    if folder is None:
+        raise _Forbidden("Adapters cannot be loaded at run time; start the server with --adapter-folder FOLDER.")
+    return folder

@@ -1,0 +1,396 @@
+"""The seams to transformers' continuous batching: the only file that knows its insides (5.17 to 5.23).
+
+Five things are not in it, and are put in here:
+
+- which slot each sequence of a batch goes to. It travels with the batch's other inputs, in the row of arguments that
+  transformers keeps for logits processors, so that it works with graphs and with batches under way;
+- adapters that wait for a slot: requests of theirs wait, too (`RoutedScheduler`);
+- prefix reuse by adapter: the same tokens under another adapter are other keys and values (`_salted`);
+- picking tokens by each request's own temperature, seed and so on, and log-probabilities before temperature;
+- a worker that fails tells so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import RequestStatus
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.generation.logits_process import LogitsProcessorList
+
+from theodora.layers.slotted import Routing
+from theodora.serve.requests import Request, Sampling
+from theodora.serve.sampling import likeliest, pick
+from theodora.serve.slots import Slots
+
+SCHEDULER = "theodora"
+KEY = "request"
+"""Under which a `Request` travels in transformers' request."""
+MOST_TOP_LOGPROBS = 20
+
+_GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
+_ROWS = 5  # slot, temperature, random bits, top_p, top_k
+# Prefixes are told apart by bits above all token ids, spread over the first tokens of a block, of which there are at
+# least four.
+_TOKEN_BITS, _SALT_BITS, _SALTED = 20, 11, 4
+
+
+def request_of(state: Any) -> Request | None:
+    """Our request behind transformers' (None for those that it warms up with)."""
+    return state.logit_processor_kwargs.get(KEY)
+
+
+class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
+    """Takes each sequence's slot and sampling along with the batch, and picks tokens by them."""
+
+    def __init__(self, most_requests: int) -> None:
+        # The class's own __init__ sorts logits processors, of which there are none here.
+        self.logits_processor = LogitsProcessorList()
+        self.tensors_required = _ROWS
+        self.supported_keys, self.ignored_keys = {}, set()
+        self.do_processing = True
+        self.most_requests = most_requests
+        self.samples = self.filters = self.tops = False
+        """Whether the batch at hand asks for random tokens; for some of the tokens only; for the likeliest ones."""
+        self._args: Tensor | None = None
+
+    @property
+    def eager(self) -> bool:
+        """Whether the batch asks for what is not in a CUDA graph: sorting, or the likeliest tokens."""
+        return self.filters or self.tops
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """A request's arguments are checked before it gets here."""
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Slot 0, and greedy."""
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
+        """Write the rows: slots for all sequences, the rest for those that get a new token."""
+        slots, temperatures, chances, top_ps, top_ks = [], [], [], [], []
+        self.samples, self.filters, self.tops = False, False, False
+        for future in requests_in_batch:
+            request = request_of(future.state)
+            sampling = _GREEDY if request is None else request.sampling
+            slots.append(0 if request is None else request.slot)
+            if future.has_new_token:
+                temperatures.append(sampling.temperature)
+                chances.append(sampling.chance(future.state.position_offset) if sampling.temperature > 0 else 0)
+                top_ps.append(sampling.top_p)
+                top_ks.append(sampling.top_k)
+                self.samples |= sampling.temperature > 0
+                self.filters |= sampling.filters
+                self.tops |= sampling.top_logprobs > 0
+        rows = torch.zeros(_ROWS, len(slots), dtype=torch.int32)
+        new = len(temperatures)
+        rows[0] = torch.tensor(slots, dtype=torch.int32)
+        rows[1, :new] = torch.tensor(temperatures, dtype=torch.float32).view(torch.int32)
+        rows[2, :new] = torch.tensor(chances, dtype=torch.int32)
+        rows[3, :new] = torch.tensor(top_ps, dtype=torch.float32).view(torch.int32)
+        rows[4, :new] = torch.tensor(top_ks, dtype=torch.int32)
+        arg_storage[:_ROWS, : len(slots)] = rows.to(arg_storage.device)
+        return arg_storage
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        """Leave the logits alone; `sample` needs them and the arguments."""
+        self._args = logits_processor_args
+        return scores
+
+    def sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """Pick each sequence's next token; write tokens, log-probabilities, and the likeliest others behind them.
+
+        Args:
+            scores: logits, (1, N, V).
+            output_ids: (2, …) int32: tokens, and log-probabilities as float32's bits.
+        """
+        logits, args = scores[0], self._args
+        assert args is not None
+        count = logits.shape[0]
+        if self.samples or logits.is_cuda:  # a graph is captured for all batches that are not `eager`
+            floats = args.view(torch.float32)
+            tokens = pick(logits, floats[1], args[2], floats[3], args[4], self.filters)
+        else:
+            tokens = logits.argmax(-1)
+        whole = logits.logsumexp(-1)
+        output_ids[0, :count].copy_(tokens)
+        output_ids[1, :count].copy_((logits.gather(1, tokens[:, None])[:, 0] - whole).view(torch.int32))
+        if self.tops:
+            best, values = likeliest(logits, whole, MOST_TOP_LOGPROBS)
+            start, size = self.most_requests, best.numel()
+            output_ids[0, start : start + size].copy_(best.reshape(-1))
+            output_ids[1, start : start + size].copy_(values.reshape(-1).view(torch.int32))
+
+    def keep_tops(self, requests: Sequence[Any], output_ids: Tensor, vocabulary: int) -> None:
+        """Hand the likeliest tokens of a finished batch to the requests that asked."""
+        width = min(MOST_TOP_LOGPROBS, vocabulary)
+        row = 0
+        for future in requests:
+            if not future.has_new_token:
+                continue
+            request = request_of(future.state)
+            if request is not None and request.sampling.top_logprobs:
+                start = self.most_requests + row * width
+                both = output_ids[:, start : start + min(width, request.sampling.top_logprobs)].cpu()
+                request.tops[len(future.state.logprobs)] = both[0].tolist(), both[1].view(torch.float32).tolist()
+            row += 1
+
+
+class RoutedScheduler(FIFOScheduler):
+    """First come, first served, among the requests whose adapter has a slot or can get one."""
+
+    slots: Slots
+    """Set when the engine takes the scheduler over."""
+    compute: Callable[[], Any]
+    """A context on whose stream slots are filled: after the batches that still read them."""
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        """As the parent, with waiting requests hidden that have no slot, and the batch sorted by slot."""
+        order = list(self.waiting_requests_order)
+        with self.compute():
+            self.waiting_requests_order = deque(self._with_slots(order))
+        batch, *rest = super().schedule_batch(token_budget, cache_budget)
+        self.waiting_requests_order = deque(id for id in order if id in self.waiting_requests)
+        if batch:
+            # Tokens of one adapter lie together, so that nothing need be sorted.
+            batch.sort(key=lambda future: request.slot if (request := request_of(future.state)) else 0)
+        return batch, *rest
+
+    def _with_slots(self, waiting: list[str]) -> list[str]:
+        requests = [request_of(state) for state in self.active_requests.values()]
+        needed = {request.adapter.serial for request in requests if request and request.adapter}
+        room = self.max_requests_per_batch - len(self.active_requests)
+        fit: list[str] = []
+        for id in waiting:
+            if len(fit) >= room:
+                break
+            request = request_of(self.waiting_requests[id])
+            if request is None or request.adapter is None:
+                fit.append(id)
+                continue
+            slot = self.slots.place(request.adapter.serial, request.adapter.modules, needed)
+            if slot is not None:
+                request.slot = slot
+                needed.add(request.adapter.serial)
+                fit.append(id)
+        return fit
+
+    def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
+        cache: Any = self.cache
+        cache.asks = request_of(state)  # for whom a prefix is searched
+        return super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
+
+    def clear_cancelled_requests(self) -> list[Any]:
+        """Cancelled ones are over; without that, transformers looks for the cache of one that is in a batch."""
+        cancelled: list[Any] = super().clear_cancelled_requests()
+        for state in cancelled:
+            state._status = RequestStatus.FINISHED
+        return cancelled
+
+
+SCHEDULER_MAPPING[SCHEDULER] = RoutedScheduler
+
+
+class Router(OutputRouter):
+    """Brings updates to the requests, with one call for each event loop and batch."""
+
+    def __init__(self, find: Callable[[str], Request | None], over: Callable[[Request], object]) -> None:
+        super().__init__()
+        self._find, self._over = find, over
+
+    def deliver(self, output: Any) -> None:
+        """Bring one update."""
+        self.deliver_batch([output])
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        """Bring a batch's updates."""
+        loops: dict[Any, list[tuple[Request, Any]]] = {}
+        for output in outputs:
+            request = self._find(output.request_id)
+            if request is None:
+                continue
+            if output.is_finished():
+                self._over(request)
+            loops.setdefault(request.loop, []).append((request, output))
+        for loop, updates in loops.items():
+            if loop is None:
+                _hand_over(updates)
+            elif not loop.is_closed():
+                try:
+                    loop.call_soon_threadsafe(_hand_over, updates)
+                except RuntimeError:  # closed in between: nobody is left to be told
+                    continue
+
+
+def _hand_over(updates: list[tuple[Request, Any]]) -> None:
+    for request, output in updates:
+        (request.updates.put if request.loop is None else request.updates.put_nowait)(output)
+
+
+class RoutedManager(ContinuousBatchingManager):
+    """transformers' manager with our parts in its places."""
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: Any,
+        cb_config: Any,
+        *,
+        routing: Routing,
+        slots: Slots,
+        router: Router,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        super().__init__(model, generation_config, cb_config)
+        self.logit_processor = RoutedProcessors(cb_config.max_requests_per_batch)
+        self.output_router = router
+        self._routing, self._slots, self._failed = routing, slots, failed
+        self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
+
+    def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
+        """Run `task` on the worker, while no batch does; its result, or its exception."""
+        if threading.current_thread() is self._generation_thread or not self.is_running():
+            return task()
+        done, result = threading.Event(), []
+        self._tasks.append((task, done, result))
+        self.wake()
+        if not done.wait(timeout):
+            raise TimeoutError(f"the worker did not come to a task within {timeout:g} s")
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        return result[0]
+
+    def wake(self) -> None:
+        """End the worker's wait for requests."""
+        event = getattr(self, "_wake_up_loop", None) or getattr(self, "_has_new_requests", None)
+        if event is not None:
+            event.set()
+
+    def forget_graphs(self) -> None:
+        """Capture CUDA graphs anew: the layers have changed."""
+        for io in _leaves(self.batch_processor):
+            io.graphs = type(io.graphs)()
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        while self._tasks:
+            task, done, result = self._tasks.popleft()
+            try:
+                stream = batch_processor.inputs_and_outputs.compute_stream
+                if stream is not None:
+                    stream.synchronize()
+                result.append(task())
+            except Exception as error:
+                result.append(error)
+            done.set()
+        return super()._generation_loop_body(batch_processor, bootstrapping)
+
+    def _create_batch_processor(self) -> Any:
+        processor: Any = super()._create_batch_processor()
+        processors, cache = self.logit_processor, processor.cache
+        processor.scheduler.slots = self._slots
+        stream = processor.inputs_and_outputs.compute_stream
+        processor.scheduler.compute = lambda: torch.cuda.stream(stream)
+        _salt(cache)
+        runner = processor.model_runner
+        runner._sample = processors.sample
+        choose = runner._get_forward_fn
+
+        def forward(use_block_table: bool) -> tuple[Callable[..., Any], bool]:
+            function, graph = choose(use_block_table)
+            return function, graph and not processors.eager
+
+        runner._get_forward_fn = forward
+        for io in _leaves(processor):
+            _wrap_update(io, processors, self.model.config.get_text_config().vocab_size)
+        return processor
+
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        super()._handle_critical_error(error, batch_processor)
+        while self._tasks:
+            _, done, result = self._tasks.popleft()
+            result.append(RuntimeError(f"the worker failed: {error}"))
+            done.set()
+        self._failed(error)
+
+
+def route_batches(model: Any, routing: Routing) -> None:
+    """Tell the slotted layers, before each batch, which token goes where."""
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows = kwargs.get("logits_processor_args")
+        if rows is None:  # no batch of ours
+            return
+        routing.set(
+            token_slots(rows[0], kwargs["cu_seq_lens_q"], kwargs["input_ids"].shape[1]), kwargs.get("logits_to_keep")
+        )
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(lambda *_: routing.clear(), always_call=True)
+
+
+def token_slots(slots_N: Tensor, starts: Tensor, tokens: int) -> Tensor:
+    """The slot of each token, (T,), from those of the sequences and where these start (N + 1); padding takes any."""
+    at = torch.arange(tokens, device=starts.device, dtype=starts.dtype)
+    sequence = torch.searchsorted(starts[1:].contiguous(), at, right=True).clamp_max(slots_N.shape[0] - 1)
+    return slots_N[sequence]
+
+
+def _leaves(processor: Any) -> list[Any]:
+    """The objects that hold a batch's inputs, outputs and graphs: one, or two where batches overlap."""
+    if processor is None:
+        return []
+    ios = processor.inputs_and_outputs
+    pairs = getattr(ios, "io_pairs", None)
+    return [ios] if pairs is None else [io for pair in pairs for io in (pair.host_io, pair.device_io)]
+
+
+def _wrap_update(io: Any, processors: RoutedProcessors, vocabulary: int) -> None:
+    update = io.prepare_batch_update
+
+    def wrapped() -> Any:
+        found = update()
+        processors.keep_tops(found[0], io.output_ids, vocabulary)
+        return found
+
+    io.prepare_batch_update = wrapped
+
+
+def _salt(cache: Any) -> None:
+    """Make the cache see each adapter's prefixes as tokens of their own."""
+    search = cache.search_prefix_match
+    name = next(name for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete") if hasattr(cache, name))
+    mark = getattr(cache, name)
+    cache.search_prefix_match = lambda request_id, prompt_ids: search(request_id, _salted(prompt_ids, cache.asks))
+    cache.asks = None
+    setattr(cache, name, lambda state, complete: mark(_Salted(state), complete))
+
+
+class _Salted:
+    """transformers' request, with salted tokens."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.initial_tokens = _salted(state.initial_tokens, request_of(state))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _salted(tokens: list[int], request: Request | None) -> list[int]:
+    salt = 0 if request is None or request.adapter is None else request.adapter.serial
+    if not salt:
+        return tokens
+    first = [
+        token | (salt >> n * _SALT_BITS) % (1 << _SALT_BITS) << _TOKEN_BITS for n, token in enumerate(tokens[:_SALTED])
+    ]
+    return first + tokens[_SALTED:]

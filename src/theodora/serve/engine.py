@@ -1,0 +1,282 @@
+"""The engine: a model, its adapters, and transformers' worker that runs batches; started anew when it fails.
+
+engine = Engine(model, tokenizer, ServeConfig(model="…"))
+engine.start()
+request = engine.submit([1, 2, 3], Sampling(max_tokens=8), adapter="law")
+output = request.updates.get()
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from theodora.errors import ConfigError, TheodoraError
+from theodora.layers.slotted import Routing, SlottedLayer
+from theodora.serve.adapters import Registry, ServedAdapter, make_room, prepare, read_served
+from theodora.serve.batching import SCHEDULER, RoutedManager, Router, route_batches
+from theodora.serve.config import ServeConfig
+from theodora.serve.requests import Request, Sampling
+from theodora.serve.slots import Slots
+
+log = logging.getLogger("theodora.serve")
+
+_MOST_RESTARTS = 3  # without an answered request in between
+
+
+class Busy(TheodoraError):
+    """As many requests run and wait as may."""
+
+
+class UnknownModel(TheodoraError):
+    """No such model or adapter."""
+
+
+class Unavailable(TheodoraError):
+    """The worker has failed, or the server is stopping."""
+
+
+class Engine:
+    """Runs requests in batches. Any thread may call its methods."""
+
+    def __init__(self, model: Any, config: ServeConfig) -> None:
+        self.model, self.config = model, config
+        self.device = model.device
+        self.adapters = Registry()
+        self.routing = Routing(config.slots + 1)
+        self.slots = Slots(config.slots + 1, self._slotted)
+        self.window = _window(model, config)
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+        self.created = int(time.time())
+        self.restarts = self.answered = 0
+        self.failure: str | None = None
+        self._requests: dict[str, Request] = {}
+        self._numbers = itertools.count()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._manager: RoutedManager | None = None
+        self._stopping = False
+        route_batches(model, self.routing)
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        adapter: str | None = None,
+        *,
+        every_token: bool = True,
+        loop: Any = None,
+        updates: Any = None,
+    ) -> Request:
+        """Put a request in the queue.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are picked.
+            adapter: name of an adapter; None for the base model.
+            every_token: whether each token is an update.
+            loop: the event loop on which updates are awaited; None for threads.
+            updates: the queue for updates, if it is shared with other requests.
+
+        Raises:
+            ConfigError: the prompt is empty or too long.
+            UnknownModel: there is no such adapter.
+            Busy: the queue is full.
+            Unavailable: nothing can be run now.
+        """
+        self._check(prompt, sampling)
+        with self._lock:
+            manager = self._manager
+            if manager is None or self._stopping or self.failure is not None:
+                raise Unavailable(self.failure or "The server is stopping.")
+            if len(self._requests) >= self.config.max_batch + self.config.max_queue:
+                raise Busy(f"{len(self._requests)} requests are under way; try again soon.")
+            served = None
+            if adapter is not None and (served := self.adapters.use(adapter)) is None:
+                raise UnknownModel(f"There is no model {adapter!r}.")
+            number = next(self._numbers)
+            request = Request(f"r{number}", prompt, served, sampling, every_token, loop, updates)
+            self._requests[request.id] = request
+        accepted = manager.add_request(
+            prompt,
+            request_id=request.id,
+            max_new_tokens=sampling.max_tokens,
+            streaming=every_token,
+            eos_token_id=list(sampling.stop_ids) or -1,
+            request=request,
+        )
+        if accepted is None:
+            self._over(request)
+            raise Unavailable("The engine is starting again; try again soon.")
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request that nobody waits for any more. Does nothing to one that is over."""
+        manager = self._manager
+        if self._over(request, answered=False) and manager is not None:
+            manager.cancel_request(request.id)
+
+    def ready(self) -> bool:
+        """Whether a request would be taken."""
+        return self._manager is not None and self.failure is None and not self._stopping
+
+    def under_way(self) -> int:
+        """Requests that run or wait."""
+        return len(self._requests)
+
+    def running(self) -> int:
+        """Requests in the batch."""
+        processor = self._manager and self._manager.batch_processor
+        return len(processor.scheduler.active_requests) if processor else 0
+
+    def _check(self, prompt: list[int], sampling: Sampling) -> None:
+        if not prompt:
+            raise ConfigError("The prompt is empty; expected at least one token.")
+        if min(prompt) < 0 or max(prompt) >= self.vocabulary:
+            raise ConfigError(f"The prompt holds token ids outside 0 to {self.vocabulary - 1}.")
+        if len(prompt) + sampling.max_tokens > self.window:
+            raise ConfigError(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they may be at "
+                f"most {self.window}."
+            )
+
+    def _over(self, request: Request, answered: bool = True) -> bool:
+        with self._lock:
+            if self._requests.pop(request.id, None) is None:
+                return False
+            if answered:
+                self.answered += 1
+        if request.adapter is not None and self.adapters.release(request.adapter):
+            self._free(request.adapter)
+        return True
+
+    # Adapters
+
+    def load(self, name: str, path: str | Path) -> ServedAdapter:
+        """Load an adapter and serve it under `name`.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the adapter cannot be served.
+        """
+        with self._loading:
+            if name == self.config.name or self.adapters.get(name) is not None:
+                raise ConfigError(f"The name {name!r} is taken; unload it first, or choose another.")
+            started = time.perf_counter()
+            file = read_served(path, self.model, self.config.max_rank)
+            manager = self._manager
+
+            def change() -> None:
+                if make_room(self.model, file, self.routing) and manager is not None:
+                    manager.forget_graphs()
+
+            manager.run_between_batches(change) if manager is not None else change()
+            adapter = prepare(name, file, self.model, started)
+            self.adapters.add(adapter)
+        log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
+        return adapter
+
+    def unload(self, name: str) -> bool:
+        """Stop serving an adapter; requests that run or wait with it are answered. False if there is none."""
+        adapter = self.adapters.remove(name)
+        if adapter is None:
+            return False
+        if adapter.users == 0:
+            self._free(adapter)
+        return True
+
+    def _free(self, adapter: ServedAdapter) -> None:
+        # The slot's tensors are overwritten when it is taken.
+        self.slots.forget(adapter.serial)
+
+    def _slotted(self) -> dict[str, SlottedLayer]:
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, SlottedLayer)}
+
+    # The worker
+
+    def start(self) -> None:
+        """Start the worker, and wait until it runs.
+
+        Raises:
+            Unavailable: it does not: no memory, say, or a model that cannot be run in batches.
+        """
+        manager = self._new_manager()
+        manager.start()
+        while manager.batch_processor is None:
+            if not manager.is_running():
+                error = manager.background_thread_status.fatal_error
+                raise Unavailable(f"The engine does not start: {error}") from error
+            time.sleep(0.01)
+        self._manager = manager
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End what runs, and the worker."""
+        self._stopping = True
+        manager, self._manager = self._manager, None
+        if manager is not None and manager.is_running():
+            manager.stop(block=True, timeout=timeout, hard_stop=True)
+
+    def _new_manager(self) -> RoutedManager:
+        config = self.config
+        generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
+        batching = ContinuousBatchingConfig(
+            page_size=config.page_size or (32 if self.device.type == "cpu" else 256),
+            num_blocks=_blocks(config, self.device),
+            max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else None),
+            max_memory_percent=config.kv_memory,
+            max_requests_per_batch=config.max_batch,
+            allow_block_sharing=config.prefix_reuse,
+            scheduler_type=SCHEDULER,
+            return_logprobs=True,
+        )
+        return RoutedManager(
+            self.model,
+            generation,
+            batching,
+            routing=self.routing,
+            slots=self.slots,
+            router=Router(self._requests.get, self._over),
+            failed=self._failed,
+        )
+
+    def _failed(self, error: Exception) -> None:
+        """On the worker's thread, after every request has been told: start another worker."""
+        log.error("the worker failed: %s", error)
+        self.restarts += 1
+        if self._stopping or self._manager is None:  # it had not started yet
+            return
+        if self.restarts > _MOST_RESTARTS:
+            self.failure = f"The worker has failed {self.restarts} times: {error}"
+            return
+        self._manager = None
+        threading.Thread(target=self._start_again, daemon=True).start()
+
+    def _start_again(self) -> None:
+        try:
+            self.start()
+        except Unavailable as error:
+            self.failure = str(error)
+
+
+def _blocks(config: ServeConfig, device: torch.device) -> int | None:
+    page = config.page_size or (32 if device.type == "cpu" else 256)
+    tokens = config.kv_tokens or (32768 if device.type == "cpu" else None)
+    return None if tokens is None else -(-tokens // page)
+
+
+def _window(model: Any, config: ServeConfig) -> int:
+    """Tokens that prompt and answer may have together."""
+    text = model.config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None), config.max_length]
+    if model.device.type == "cpu" or config.kv_tokens:
+        limits.append(config.kv_tokens or 32768)
+    return min(limit for limit in limits if limit)

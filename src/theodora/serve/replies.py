@@ -1,0 +1,113 @@
+"""Answers as OpenAI's protocol writes them: whole, and as chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from theodora.serve.answers import Answers, Choice, Piece
+from theodora.serve.protocol import ChatRequest, Common
+
+
+class Replies:
+    """The replies to one request."""
+
+    def __init__(self, asked: Common, tokenizer: Any) -> None:
+        self.asked, self.tokenizer = asked, tokenizer
+        self.chat = isinstance(asked, ChatRequest)
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
+        self.created = int(time.time())
+        wanted = getattr(asked, "logprobs", None)
+        self.logprobs = bool(wanted) if self.chat else wanted is not None
+
+    def whole(self, answers: Answers) -> dict[str, Any]:
+        """The reply when everything has come."""
+        choices = [self._whole_choice(choice) for choice in answers.choices]
+        return {**self._head("chat.completion" if self.chat else "text_completion"), "choices": choices} | {
+            "usage": usage(answers)
+        }
+
+    def opening(self, answers: Answers) -> Iterable[dict[str, Any]]:
+        """What a stream begins with."""
+        if self.chat:
+            for choice in answers.choices:
+                yield self._chunk([self._choice(choice.index, {"delta": {"role": "assistant", "content": ""}})])
+
+    def chunk(self, pieces: list[Piece]) -> dict[str, Any] | None:
+        """What came new, if there is anything to tell."""
+        told = [
+            piece
+            for piece in pieces
+            if piece.text or piece.choice.finish or (self.logprobs and piece.stop > piece.first)
+        ]
+        return self._chunk([self._part(piece) for piece in told]) if told else None
+
+    def last(self, answers: Answers) -> dict[str, Any]:
+        """What a stream ends with, where the usage is asked for."""
+        return self._chunk([]) | {"usage": usage(answers)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        options = self.asked.stream_options
+        return {**head, "choices": choices} | ({"usage": None} if options and options.include_usage else {})
+
+    def _choice(
+        self, index: int, what: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, **what, "logprobs": logprobs, "finish_reason": finish}
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        text = choice.writer.text
+        what = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        return self._choice(choice.index, what, self._logprobs(choice, 0, choice.told), choice.finish)
+
+    def _part(self, piece: Piece) -> dict[str, Any]:
+        what = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
+        logprobs = self._logprobs(piece.choice, piece.first, piece.stop)
+        return self._choice(piece.choice.index, what, logprobs, piece.choice.finish)
+
+    def _logprobs(self, choice: Choice, first: int, stop: int) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        tokens, values = choice.tokens[first:stop], choice.logprobs[first:stop]
+        tops = [choice.request.tops.get(at, ([], [])) for at in range(first, stop)]
+        if self.chat:
+            content = [
+                self._entry(token, value)
+                | {"top_logprobs": [self._entry(other, its) for other, its in zip(*top, strict=True)]}
+                for token, value, top in zip(tokens, values, tops, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [self._text(token) for token in tokens],
+            "token_logprobs": values,
+            "top_logprobs": [
+                {self._text(other): its for other, its in zip(*top, strict=True)} | {self._text(token): value}
+                for token, value, top in zip(tokens, values, tops, strict=True)
+            ],
+            "text_offset": choice.writer.offsets[first:stop],
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": None if "�" in text else list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+
+def usage(answers: Answers) -> dict[str, int]:
+    """Counted tokens."""
+    prompt, generated = answers.prompt_tokens, answers.generated_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,56 @@
+"""Picking tokens: each row of a batch by its own temperature, top-p, top-k and random number, without a look at values.
+
+One random number picks from the summed-up probabilities, so the same seed picks the same token in any batch.
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = 23  # of a random number; below 1 also after a product with the largest float32 sum
+
+
+def pick(
+    logits_NV: Tensor, temperature_N: Tensor, chance_N: Tensor, top_p_N: Tensor, top_k_N: Tensor, filters: bool
+) -> Tensor:
+    """The picked tokens, (N,) int64.
+
+    Args:
+        logits_NV: float32.
+        temperature_N: float32; 0 picks the likeliest.
+        chance_N: 23 random bits for each row.
+        top_p_N: float32 in (0, 1]; see `filters`.
+        top_k_N: integers; 0 stands for all; see `filters`.
+        filters: whether to mind top_p and top_k, which takes sorting.
+    """
+    rows = logits_NV.shape[0]
+    temperature, chance = temperature_N[:rows, None], chance_N[:rows, None].float() / 2**_BITS
+    greedy = logits_NV.argmax(-1)
+    # Without the shift a small temperature would overflow.
+    shifted = logits_NV - logits_NV.gather(1, greedy[:, None])
+    chances = (shifted / temperature.clamp_min(torch.finfo(torch.float32).tiny)).softmax(-1)
+    sampled = _draw(chances, chance)[:, 0]
+    if filters:
+        chances, tokens = chances.sort(-1, descending=True)
+        before = chances.cumsum(-1) - chances
+        rank = torch.arange(chances.shape[1], device=chances.device)
+        top_p, top_k = top_p_N[:rows, None], top_k_N[:rows, None]
+        # The likeliest always stays.
+        out = ((before >= top_p) | ((top_k > 0) & (rank >= top_k))) & (rank > 0)
+        filtered = tokens.gather(1, _draw(chances.masked_fill(out, 0), chance))[:, 0]
+        # Rows without filters draw as they would in a batch without any.
+        sampled = torch.where(((top_p < 1) | (top_k > 0))[:, 0], filtered, sampled)
+    return torch.where(temperature[:, 0] > 0, sampled, greedy)
+
+
+def likeliest(logits_NV: Tensor, logsumexp_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row and their log-probabilities, (N, count) each; all tokens if there are fewer."""
+    values, tokens = logits_NV.topk(min(count, logits_NV.shape[1]), -1)
+    return tokens, values - logsumexp_N[:, None]
+
+
+def _draw(chances_NV: Tensor, chance_N1: Tensor) -> Tensor:
+    sums = chances_NV.cumsum(-1)
+    return torch.searchsorted(sums, chance_N1 * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1)
