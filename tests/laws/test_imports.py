@@ -23,6 +23,7 @@ FLOORS = [
     {"layers"},
     {"adapters", "data"},
     {"train", "evaluate", "serve", "analysis", "bench", "export"},
+    {"compare"},
     {"demo", "cli"},
 ]
 BESIDE = {

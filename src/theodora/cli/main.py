@@ -20,6 +20,7 @@ COMMANDS = {
     "Look": {
         "evaluate": ("theodora.cli.evaluate", "score a model or adapter on a file: loss, exact match"),
         "chat": ("theodora.cli.chat", "talk to base and adapted model side by side"),
+        "compare": ("theodora.cli.compare", "find out which method is best on your data, with several seeds"),
         "info": ("theodora.cli.info", "say what an adapter is, and how far it has moved"),
         "bench": ("theodora.cli.bench", "time a training step on your model and machine, against PEFT's"),
     },

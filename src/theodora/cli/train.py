@@ -147,7 +147,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         options = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}.") from error
+        raise ConfigError(f"{path}: {error.strerror}.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(options, dict):

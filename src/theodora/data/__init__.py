@@ -4,7 +4,7 @@ from theodora.data.chat import fallback_chat_template
 from theodora.data.examples import Examples
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
-from theodora.data.prompts import encode_prompt, reference_answer, render_prompt
+from theodora.data.prompts import encode_prompt, reference_answer, render_prompt, with_answer
 from theodora.data.split import split_examples
 from theodora.data.tokens import tokenize
 
@@ -18,4 +18,5 @@ __all__ = [
     "render_prompt",
     "split_examples",
     "tokenize",
+    "with_answer",
 ]

@@ -58,6 +58,21 @@ def reference_answer(example: Mapping[str, Any]) -> str:
     return next(message["content"] for message in answered if message["role"] == "assistant")
 
 
+def with_answer(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """The same row with another answer to its prompt.
+
+    Raises:
+        DataError: a row of plain text, which answers nothing.
+    """
+    _refuse_text(example)
+    asked, answered = _question_and_answer(example)
+    if isinstance(example.get("prompt"), str):
+        return {**example, "completion": answer}
+    last = next(i for i, message in enumerate(answered) if message["role"] == "assistant")
+    turns = [{**message, "content": answer} if i == last else message for i, message in enumerate(answered)]
+    return {**example, "messages": asked + turns} if "messages" in example else {**example, "completion": turns}
+
+
 def whole_conversation(row: Mapping[str, Any]) -> list[Message]:
     """All turns of a row; those of the model that belong to the prompt have `weight: 0`, as they are not learned."""
     if "messages" in row:

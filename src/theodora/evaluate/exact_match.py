@@ -1,4 +1,4 @@
-"""How many rows a model answers exactly, decoding greedily."""
+"""What a model answers, decoding greedily."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from theodora.evaluate.batches import pad
 from theodora.evaluate.decoding import decoding, end_tokens
 
 
-def count_matches(
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    references: Sequence[str],
     *,
     max_new_tokens: int,
     first_line_only: bool,
-) -> int:
-    """Count the rows whose greedy continuation equals the reference, blanks around both aside.
+    only_if: Sequence[str] | None = None,
+) -> list[str]:
+    """The greedy continuation of each prompt, without blanks around it.
 
-    A row ends with the model's end token, or as soon as it cannot match any more. The second saves most of the
-    time on a model that is not trained yet, and changes no score.
+    A row ends with the model's end token, or as soon as it cannot be `only_if` any more. The second saves most of the
+    time on a model that is not trained yet, and changes no exact match.
 
     Args:
         model: any causal language model, in evaluation mode.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
-        references: the answer to each prompt.
         max_new_tokens: tokens generated at most.
         first_line_only: end an answer at the first line break after some text. For prompts without a chat template,
             where a model that was never trained to end an answer would go on writing.
+        only_if: texts to which alone answers are compared. An answer that is not its text may be broken off.
     """
     ends = end_tokens(model, tokenizer)
+    width = max(map(len, prompts))
     judge = _Judge(
-        tokenizer, references, prompt_width=max(map(len, prompts)), ends=ends, first_line_only=first_line_only
+        tokenizer, only_if, rows=len(prompts), prompt_width=width, ends=ends, first_line_only=first_line_only
     )
     output = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
         input_ids=pad(prompts, ends[0], left=True).to(model.device),
@@ -51,7 +52,7 @@ def count_matches(
         generation_config=decoding(ends, max_new_tokens),
         stopping_criteria=StoppingCriteriaList([judge]),
     )
-    return judge.count(output)
+    return judge.answers(output)
 
 
 class _Judge(StoppingCriteria):
@@ -60,30 +61,33 @@ class _Judge(StoppingCriteria):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        references: Sequence[str],
+        references: Sequence[str] | None,
         *,
+        rows: int,
         prompt_width: int,
         ends: list[int],
         first_line_only: bool,
     ) -> None:
         self._tokenizer = tokenizer
-        self._references = [reference.strip() for reference in references]
+        self._references = None if references is None else [reference.strip() for reference in references]
         self._prompt_width = prompt_width
         self._ends = set(ends)
         self._first_line_only = first_line_only
-        self._settled = [False] * len(references)
+        self._settled = [False] * rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Say which rows are settled, (rows,)."""
         for i, tokens in enumerate(input_ids[:, self._prompt_width :].tolist()):
             if not self._settled[i]:
-                self._settled[i] = self._ended(tokens) or not self._references[i].startswith(self._answer(tokens))
+                self._settled[i] = self._ended(tokens) or not self._may_match(i, tokens)
         return torch.tensor(self._settled, device=input_ids.device)
 
-    def count(self, output: Tensor) -> int:
-        """How many rows of the finished output, (rows, tokens), are their references."""
-        rows = output[:, self._prompt_width :].tolist()
-        return sum(self._answer(tokens) == reference for tokens, reference in zip(rows, self._references, strict=True))
+    def answers(self, output: Tensor) -> list[str]:
+        """The answers in the finished output, (rows, tokens)."""
+        return [self._answer(tokens) for tokens in output[:, self._prompt_width :].tolist()]
+
+    def _may_match(self, row: int, tokens: list[int]) -> bool:
+        return self._references is None or self._references[row].startswith(self._answer(tokens))
 
     def _ended(self, tokens: list[int]) -> bool:
         return tokens[-1] in self._ends or (self._first_line_only and "\n" in self._text(tokens).lstrip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def summed_loss(
     if kept.numel() == 0:
         return 0.0, 0
     last = int(kept[-1]) + 1  # what follows the last predicted token of all rows changes nothing
-    logits = _logits(model, ids_BT[:, :last], kept.to(model.device))
+    logits = logits_at(model, ids_BT[:, :last], kept.to(model.device))
     targets = targets_BT[:, kept].to(logits.device)
     predicted = targets != IGNORED
     logits_NV, targets_N = logits[predicted], targets[predicted]
@@ -46,10 +47,22 @@ def summed_loss(
     return float(total), targets_N.numel()
 
 
-def _logits(model: PreTrainedModel, ids_BT: Tensor, kept: Tensor) -> Tensor:
-    """Logits at the kept positions only: the output head is a quarter of a small model's work."""
+def logits_at(model: PreTrainedModel, ids_BT: Tensor, kept: Tensor | None, **arguments: Any) -> Tensor:
+    """Logits at the kept positions only, or at all: the output head is a quarter of a small model's work.
+
+    Args:
+        model: any causal language model.
+        ids_BT: token ids, on the model's device.
+        kept: the positions, (K,).
+        **arguments: more for the model's forward. Default: no cache.
+    """
     parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        arguments = {"use_cache": False, **arguments}
+    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments.pop("position_ids", None)  # positions come from the mask then
+    if kept is None:
+        return model(input_ids=ids_BT, **arguments).logits
     if "logits_to_keep" in parameters:
-        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
-    arguments = {"use_cache": False} if "use_cache" in parameters else {}
+        return model(input_ids=ids_BT, logits_to_keep=kept, **arguments).logits
     return torch.index_select(model(input_ids=ids_BT, **arguments).logits, 1, kept)

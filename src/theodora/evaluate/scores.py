@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -15,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.data import Examples, encode_prompt, reference_answer, tokenize
-from theodora.data.prompts import is_verbatim
+from theodora.data import Examples
 from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, evaluating
-from theodora.evaluate.exact_match import count_matches
+from theodora.evaluate.exact_match import answer
+from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
+from theodora.evaluate.metrics import Metric, mean_score, token_f1
+from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,12 @@ class Scores:
     """Predicted tokens: the completions' (or all, for plain text), not the prompts'."""
     seconds: float
     """Time taken."""
+    label_accuracy: float | None = None
+    """Share of rows whose right label is the likeliest of all labels, 0 to 1; None without labels."""
+    token_f1: float | None = None
+    """Mean F1 of the words that answer and reference share, 0 to 1; None if not asked for."""
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Means of the user's own metrics, by name."""
 
     @property
     def perplexity(self) -> float:
@@ -56,6 +62,9 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     exact_match: bool = True,
+    labels: Sequence[str] | None = None,
+    f1: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
     max_length: int | None = None,
     use_chat_template: bool | None = None,
     progress: bool = False,
@@ -72,39 +81,81 @@ def evaluate(
         batch_size: rows in a forward pass, at most. Long rows come in smaller batches.
         max_new_tokens: tokens of the longest answer to generate.
         exact_match: also generate answers (greedily) and compare them; slower than the loss alone.
+        labels: the closed set of answers; then also the share of rows whose right label is the likeliest.
+        f1: also generate answers and score the words they share with the references.
+        metrics: functions of (answer, reference), by name, whose means over the rows are wanted.
         max_length: tokens after which a row is cut. Default: the model's context window.
         use_chat_template: whether prompts are wrapped in the chat template. Default: if the tokenizer has one.
         progress: show a bar on the terminal (standard error).
 
     Raises:
-        DataError: there is no row, or no row has a token to predict.
+        DataError: there is no row, or no row has a token to predict; rows do not fit the labels; a metric gives
+            something that is no finite number.
     """
     start = time.perf_counter()
-    if not len(examples):
-        raise DataError(f"{examples.source} holds no rows; expected at least one")
-    exact_match = exact_match and examples.format != "text"
-    tokenized = tokenize(
+    is_text = examples.format == "text"
+    if is_text and (f1 or metrics or labels is not None):
+        raise DataError(
+            f"{examples.source} is plain text, which has no answers to score; expected prompts with answers"
+        )
+    asked = questions(
         examples,
         tokenizer,
-        max_length=max_length or _context_window(model, tokenizer),
+        max_length=max_length or context_window(model, tokenizer),
         use_chat_template=use_chat_template,
+        answered=exact_match or f1 or bool(metrics),
+        labels=labels,
     )
+    scores = score(
+        model,
+        tokenizer,
+        asked,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        exact_match=exact_match and not is_text,
+        f1=f1,
+        metrics=metrics,
+        progress=progress,
+    )
+    return Scores(**{**asdict(scores), "seconds": time.perf_counter() - start})
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Questions,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    exact_match: bool = True,
+    f1: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
+    progress: bool = False,
+) -> Scores:
+    """`evaluate` on rows that `questions` has made ready. Arguments and errors are the same."""
+    start = time.perf_counter()
+    metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
     with evaluating(model), _progress_bar(shown=progress) as bar:
-        total, tokens = _loss(model, tokenized, batch_size, bar)
-        matches = (
-            _matches(model, tokenizer, examples, batch_size, max_new_tokens, use_chat_template, bar)
-            if exact_match
-            else None
-        )
-    if tokens == 0:
-        raise DataError(f"{examples.source}: no row has a token to predict; is every completion empty or cut off?")
-    rows = len(examples)
+        total, tokens = _loss(model, asked, batch_size, bar)
+        if tokens == 0:
+            raise DataError(f"{asked.source}: no row has a token to predict; is every completion empty or cut off?")
+        accuracy = _label_accuracy(model, asked, batch_size, bar) if asked.choices else None
+        matches, found = None, dict[str, float]()
+        if exact_match or metrics:
+            # An answer that is only compared is broken off as soon as it differs.
+            answers = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
+            right = [a == reference.strip() for a, reference in zip(answers, asked.references, strict=True)]
+            matches = sum(right) / len(right) if exact_match else None
+            found = {name: mean_score(metric, name, answers, asked.references) for name, metric in metrics.items()}
     return Scores(
         loss=total / tokens,
-        exact_match=None if matches is None else matches / rows,
-        rows=rows,
+        exact_match=matches,
+        rows=asked.rows,
         tokens=tokens,
         seconds=time.perf_counter() - start,
+        label_accuracy=accuracy,
+        token_f1=found.pop("token_f1", None) if f1 else None,
+        metrics=found,
     )
 
 
@@ -141,12 +192,6 @@ def text_loss(
     )
 
 
-def _context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that both model and tokenizer take (a tokenizer that knows no limit says 1e30)."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(known or sys.maxsize, tokenizer.model_max_length)
-
-
 def _progress_bar(*, shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -159,8 +204,8 @@ def _progress_bar(*, shown: bool) -> Progress:
     )
 
 
-def _loss(model: PreTrainedModel, tokenized: Dataset, batch_size: int, bar: Progress) -> tuple[float, int]:
-    rows, labels = list(tokenized["input_ids"]), list(tokenized["labels"])
+def _loss(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progress) -> tuple[float, int]:
+    rows, labels = asked.input_ids, asked.labels
     total, tokens = 0.0, 0
     task = bar.add_task("Loss", total=len(rows))
     for batch in batches_by_length([len(row) for row in rows], batch_size):
@@ -170,42 +215,39 @@ def _loss(model: PreTrainedModel, tokenized: Dataset, batch_size: int, bar: Prog
     return total, tokens
 
 
-def _matches(
+def _label_accuracy(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progress) -> float:
+    right = 0
+    task = bar.add_task("Labels", total=len(asked.choices))
+    for batch, chosen in choose(model, asked.choices, batch_size):
+        right += sum(asked.choices[i].right == label for i, label in zip(batch, chosen, strict=True))
+        bar.advance(task, len(batch))
+    return right / len(asked.choices)
+
+
+def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
+    asked: Questions,
     batch_size: int,
     max_new_tokens: int,
-    use_chat_template: bool | None,
     bar: Progress,
-) -> int:
-    rows: list[Any] = list(examples.dataset)
-    prompts = [encode_prompt(row, tokenizer, use_chat_template) for row in rows]
-    references = [reference_answer(row) for row in rows]
-    # Without a template nothing tells an untrained model where an answer ends.
-    single_line = is_verbatim(rows[0], tokenizer, use_chat_template) and not any("\n" in r.strip() for r in references)
-    _warn_of_long_answers(tokenizer, references, max_new_tokens)
-    matches = 0
-    task = bar.add_task("Exact match", total=len(prompts))
-    for batch in batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size):
-        matches += count_matches(
+    *,
+    whole: bool,
+) -> list[str]:
+    """The answers to all prompts, in the order of the rows."""
+    warn_of_long_answers(tokenizer, asked.references, max_new_tokens)
+    answers = [""] * len(asked.prompts)
+    task = bar.add_task("Answers" if whole else "Exact match", total=len(answers))
+    for batch in batches_by_length([len(prompt) + max_new_tokens for prompt in asked.prompts], batch_size):
+        given = answer(
             model,
             tokenizer,
-            [prompts[i] for i in batch],
-            [references[i] for i in batch],
+            [asked.prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
-            first_line_only=single_line,
+            first_line_only=asked.single_line,
+            only_if=None if whole else [asked.references[i] for i in batch],
         )
+        for i, text in zip(batch, given, strict=True):
+            answers[i] = text
         bar.advance(task, len(batch))
-    return matches
-
-
-def _warn_of_long_answers(tokenizer: PreTrainedTokenizerBase, references: Sequence[str], max_new_tokens: int) -> None:
-    lengths = [len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]]
-    too_long = sum(length > max_new_tokens for length in lengths)
-    if too_long:
-        warnings.warn(
-            f"{too_long} of {len(lengths)} reference answers are longer than max_new_tokens ({max_new_tokens}) and "
-            f"count as not matched; the longest has {max(lengths)} tokens",
-            stacklevel=4,
-        )
+    return answers

@@ -1,0 +1,224 @@
+"""Data sets, split and tokenised once for all cells of a process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.compare.config import CompareConfig, DataConfig
+from theodora.data import Examples, load_examples, reference_answer, split_examples, tokenize
+from theodora.data.replay import mix
+from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list
+from theodora.evaluate.labels import answers_of
+from theodora.evaluate.metrics import load_metric
+from theodora.evaluate.questions import Questions, context_window, questions
+from theodora.train.light import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One data set, ready."""
+
+    rows: list[Row]
+    """To train on."""
+    validation: Questions
+    curve: Questions
+    """The first validation rows, for learning curves."""
+    test: Questions
+    other: Questions | None
+    """The first test rows, for models trained on other data sets."""
+    commonest: float | None
+    """Share of the commonest answer among the test rows: what saying it always would score."""
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Rows of each part, for the record."""
+        found: dict[str, float] = {"train": len(self.rows), "validation": self.validation.rows, "test": self.test.rows}
+        return found if self.commonest is None else {**found, "commonest": self.commonest}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """The rows of a data set, in three parts."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """All data of a comparison."""
+
+    tasks: dict[str, Task]
+    general: Questions | None
+    replay: list[Row]
+    """General texts that are not scored, tokenised."""
+
+    def rows(self, data: str, replay: float, seed: int) -> list[Row]:
+        """What a cell trains on."""
+        return mix(self.tasks[data].rows, self.replay, replay, seed)
+
+
+def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Examples, Examples] | None]:
+    """Read and split every data set, and general text into what is scored and what is left for replay.
+
+    Raises:
+        TheodoraError: naming every data set that cannot be used.
+    """
+    splits: dict[str, Splits] = {}
+    problems: list[str] = []
+    for name, data in config.data.items():
+        try:
+            splits[name] = _split(config, name, data)
+        except TheodoraError as error:
+            problems.append(f"data.{name}: {error}")
+    general = None
+    if config.general is not None:
+        try:
+            general = _general(config, config.general)
+        except TheodoraError as error:
+            problems.append(f"general: {error}")
+    if problems:
+        raise DataError("The data cannot be used:" + bullet_list(problems))
+    return splits, general
+
+
+def prepare(
+    config: CompareConfig,
+    splits: dict[str, Splits],
+    general: tuple[Examples, Examples] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Material:
+    """Tokenise everything."""
+    window = context_window(model, tokenizer)
+    tasks = {name: _task(config, config.data[name], split, tokenizer, window) for name, split in splits.items()}
+    if general is None:
+        return Material(tasks=tasks, general=None, replay=[])
+    scored, left = general
+    length = min(config.general_length, window)
+    replayed = any(variant.replay for variant in config.variants)
+    return Material(
+        tasks=tasks,
+        general=questions(scored, tokenizer, max_length=length, answered=False),
+        replay=_rows(left, tokenizer, min(length, config.max_length), None) if replayed else [],
+    )
+
+
+def labels_for(data: DataConfig, splits: Splits) -> list[str] | None:
+    """The closed set of labels of a data set; None where there is none."""
+    if data.score != "labels":
+        return None
+    if data.labels != "auto":
+        return list(data.labels)
+    return sorted(set().union(*(answers_of(part) for part in (splits.train, splits.validation, splits.test))))
+
+
+def _split(config: CompareConfig, name: str, data: DataConfig) -> Splits:
+    if ".py:" in data.score:
+        load_metric(data.score)  # what is wrong with it is said before anything runs
+    train = load_examples(data.train)
+    parts: dict[str, Examples] = {}
+    for part in ("test", "validation"):
+        wanted = getattr(data, part)
+        if isinstance(wanted, str):
+            parts[part] = load_examples(wanted)
+        else:
+            train, parts[part] = split_examples(train, wanted, config.split_seed)
+    splits = Splits(
+        train=train,
+        validation=_first(parts["validation"], config.validation_rows),
+        test=_first(parts["test"], config.test_rows),
+    )
+    if data.score != "loss":
+        texts = sorted({part.source for part in vars(splits).values() if part.format == "text"})
+        if texts:
+            raise DataError(
+                f"{', '.join(texts)} is plain text, which has no answers: score={data.score!r} cannot be had. Expected "
+                "prompts with completions, or score: loss"
+            )
+    if data.score == "labels":
+        _check_labels(name, data, splits)
+    return splits
+
+
+def _check_labels(name: str, data: DataConfig, splits: Splits) -> None:
+    labels = labels_for(data, splits) or []
+    rows = len(splits.train) + len(splits.validation) + len(splits.test)
+    if len(labels) < 2:
+        raise DataError(f"all {rows:,} rows have the same answer; a choice needs at least two labels")
+    if data.labels == "auto" and len(labels) > max(50, rows // 10):
+        raise DataError(
+            f"{rows:,} rows have {len(labels):,} different answers: that is no closed set of labels. Name the labels, "
+            "or choose another score"
+        )
+    for part in (splits.validation, splits.test):
+        strange = answers_of(part) - {label.strip() for label in labels}
+        if strange:
+            raise DataError(f"{part.source}: answers that are none of the labels: {', '.join(sorted(strange)[:5])}")
+
+
+def _first(examples: Examples, count: int | None) -> Examples:
+    """The first rows of a source, which may be sorted: picked at even distances."""
+    total = len(examples)
+    if count is None or count >= total:
+        return examples
+    return examples.with_dataset(examples.dataset.select([i * total // count for i in range(count)]))
+
+
+def _general(config: CompareConfig, source: str) -> tuple[Examples, Examples]:
+    texts = load_examples(source)
+    if texts.format != "text":
+        raise DataError(f"{source} is {texts.format}; expected plain text (a column `text`)")
+    if any(variant.replay for variant in config.variants):
+        if len(texts) <= config.general_rows:
+            raise ConfigError(
+                f"{source} has {len(texts)} texts, and general_rows takes {config.general_rows}: none is left for "
+                "replay"
+            )
+        left, scored = split_examples(texts, config.general_rows, config.split_seed)
+        return scored, left
+    return _first(texts, config.general_rows), texts
+
+
+def _task(
+    config: CompareConfig, data: DataConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, window: int
+) -> Task:
+    labels = labels_for(data, splits)
+    answered = data.score not in ("labels", "loss")
+
+    def asked(examples: Examples, *, scored: bool = True) -> Questions:
+        return questions(
+            examples,
+            tokenizer,
+            max_length=window,
+            use_chat_template=config.use_chat_template,
+            answered=answered and scored,
+            labels=labels if scored else None,
+        )
+
+    return Task(
+        rows=_rows(splits.train, tokenizer, min(config.max_length, window), config.use_chat_template),
+        validation=asked(splits.validation),
+        curve=asked(_first(splits.validation, config.curve_rows), scored=False),
+        test=asked(splits.test),
+        other=asked(_first(splits.test, config.other_rows)) if config.other_rows else None,
+        commonest=_commonest(splits.test) if data.score in ("labels", "exact-match") else None,
+    )
+
+
+def _commonest(examples: Examples) -> float:
+    counts = Counter(reference_answer(row).strip() for row in examples.dataset)  # pyright: ignore[reportArgumentType]
+    return max(counts.values()) / len(examples)
+
+
+def _rows(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, use_chat_template: bool | None
+) -> list[Row]:
+    tokens = tokenize(examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template)
+    return [
+        Row(input_ids=ids, labels=labels) for ids, labels in zip(tokens["input_ids"], tokens["labels"], strict=True)
+    ]

@@ -1,0 +1,176 @@
+"""The methods of a comparison: what each trains, by the adapters there are. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from theodora.config import AdapterConfig, is_int, is_number
+from theodora.errors import ConfigError
+
+_RATIO = 16.0  # of LoRA+, as its paper recommends (arXiv 2402.12354)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a name stands for."""
+
+    title: str
+    adapter: Mapping[str, Any] | None
+    """Fields of `AdapterConfig`; None trains all weights and needs no adapter."""
+    trains: tuple[str, ...] = ()
+    """Parts of the adapter that are trained, the others keeping their start; empty: all."""
+    b_ratio: float = 1.0
+    has_rank: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(title="full fine-tuning", adapter=None, has_rank=False),
+    "lora": Method(title="LoRA", adapter={"method": "lora"}),
+    # alpha stays as it is whatever the rank: that is the point of dividing it by the root of the rank.
+    "rslora": Method(title="rsLoRA", adapter={"method": "lora", "rslora": True, "alpha": 16.0}),
+    "pissa": Method(title="PiSSA", adapter={"method": "lora", "init": "pissa"}),
+    "olora": Method(title="OLoRA", adapter={"method": "lora", "init": "olora"}),
+    "lora+": Method(title="LoRA+", adapter={"method": "lora"}, b_ratio=_RATIO),
+    "dora": Method(title="DoRA", adapter={"method": "dora"}),
+    "dora+": Method(title="DoRA+", adapter={"method": "dora"}, b_ratio=_RATIO),
+    # B is zero and stays so: W' = m ⊙ W / ‖W‖, and the rank does nothing.
+    "magnitude": Method(
+        title="magnitude only", adapter={"method": "dora", "rank": 1}, trains=("magnitude",), has_rank=False
+    ),
+    # m stays ‖W‖: the rows turn, and keep their lengths.
+    "direction": Method(title="direction only", adapter={"method": "dora"}, trains=("lora_A", "lora_B")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method with one rank: what one row of the result table is about."""
+
+    name: str
+    """Of the method, as the file calls it."""
+    method: str
+    """A key of `METHODS`."""
+    rank: int | None
+    replay: float = 0.0
+    b_ratio: float = 1.0
+    learning_rates: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Other fields of the adapter."""
+
+    @property
+    def key(self) -> str:
+        """Short and unique, fit for a file name."""
+        return self.name + ("" if self.rank is None else f"-r{self.rank}")
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        own = METHODS[self.method].title if self.name == self.method else self.name
+        return own + ("" if self.rank is None else f", rank {self.rank}")
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """The adapter; None trains all weights."""
+        base = METHODS[self.method].adapter
+        if base is None:
+            return None
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return AdapterConfig(**{**base, **rank, **self.options})
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Parts of the adapter that are trained; empty: all."""
+        return METHODS[self.method].trains
+
+
+_OWN = ("method", "name", "ranks", "learning_rates", "replay", "b_ratio")
+_ADAPTER = {f.name for f in fields(AdapterConfig)} - {"method", "rank"}
+
+
+def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> list[Variant]:
+    """Every method with each of its ranks.
+
+    Raises:
+        ConfigError: naming everything that makes no sense, a line for each.
+    """
+    found: list[Variant] = []
+    problems: list[str] = []
+    for given in methods:
+        options: Mapping[Any, Any] = {"method": given} if isinstance(given, str) else given
+        wrong = list(_wrong(given, options))
+        if wrong:
+            problems += wrong
+            continue
+        method = METHODS[options["method"]]
+        replay = float(options.get("replay") or 0.0)
+        name = options.get("name") or options["method"] + (f"+replay{100 * replay:g}" if replay else "")
+        wanted = _as_tuple(options.get("ranks", ranks)) if method.has_rank else (None,)
+        own = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in _OWN}
+        for rank in wanted:
+            variant = Variant(
+                name=name,
+                method=options["method"],
+                rank=rank,
+                replay=replay,
+                b_ratio=float(options.get("b_ratio", method.b_ratio)),
+                learning_rates=_rates(options.get("learning_rates"), rates, name, options["method"], problems),
+                options=own,
+            )
+            try:
+                _ = variant.adapter
+            except ConfigError as error:
+                problems += [f"methods: {name}: {line.strip()}" for line in str(error).splitlines()[1:]]
+            found.append(variant)
+    keys = [variant.key for variant in found]
+    problems += [
+        f"methods: there are two of {key}; give one of them another name"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
+def _wrong(given: Any, options: Any) -> Iterator[str]:
+    if not isinstance(options, Mapping) or options.get("method") not in METHODS:
+        name = options.get("method") if isinstance(options, Mapping) else given
+        yield f"methods: {name!r} is no method; expected one of {', '.join(METHODS)}, or a mapping with one as `method`"
+        return
+    method = METHODS[options["method"]]
+    for key in options.keys() - {*_OWN, *_ADAPTER}:
+        yield f"methods: {options['method']}: there is no option {key}"
+    if method.adapter is None and (extra := sorted(options.keys() & {*_ADAPTER, "ranks", "b_ratio"})):
+        yield f"methods: full fine-tuning has no adapter, and so no {', '.join(extra)}"
+    replay = options.get("replay") or 0
+    if not is_number(replay) or not 0 <= replay < 1:
+        yield f"methods: replay is {replay!r}; expected a share of at least 0 and below 1"
+    ratio = options.get("b_ratio", 1)
+    if not is_number(ratio) or ratio <= 0:
+        yield f"methods: b_ratio is {ratio!r}; expected a positive number"
+    ranks = _as_tuple(options.get("ranks", (1,)))
+    if not ranks or not all(is_int(rank) and rank > 0 for rank in ranks):
+        yield f"methods: ranks are {options.get('ranks')!r}; expected whole numbers of at least 1"
+
+
+def _rates(own: Any, shared: Any, name: str, method: str, problems: list[str]) -> tuple[float, ...]:
+    """Those of the entry itself, of its name, of its method, or the default ones."""
+    if own is None and isinstance(shared, Mapping):
+        own = shared.get(name, shared.get(method, shared.get("default")))
+    elif own is None:
+        own = shared
+    rates: list[float] = []
+    for rate in _as_tuple(own) if own is not None else ():
+        try:
+            rates.append(float(rate))  # YAML reads 1e-3 as text
+        except (TypeError, ValueError):
+            rates.append(0.0)
+    if not rates or not all(is_number(rate) and rate > 0 for rate in rates):
+        problems.append(f"learning_rates of {name} are {own!r}; expected positive numbers")
+    return tuple(sorted(set(rates)))
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -1,0 +1,218 @@
+"""Workers that run cells: this process itself, or one process for each place on a GPU.
+
+A worker answers each cell with its record. One that dies (the system kills what takes too much memory) is replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+
+from theodora.adapters.models import best_device
+from theodora.compare.cells import Cell, Record
+from theodora.compare.config import CompareConfig
+from theodora.errors import TheodoraError
+
+
+class Workers(Protocol):
+    """Takes cells, and gives back their records in the order in which they are done."""
+
+    count: int
+
+    def free(self) -> int:
+        """How many cells can be begun now."""
+        ...
+
+    def begin(self, cell: Cell) -> None:
+        """Begin a cell; some worker is free."""
+        ...
+
+    def running(self) -> list[Cell]:
+        """The cells under way."""
+        ...
+
+    def done(self) -> Iterator[tuple[Cell, Record | None]]:
+        """Wait for at least one cell, if any is under way. None: its worker died."""
+        ...
+
+    def close(self) -> None:
+        """End all workers."""
+        ...
+
+
+def places(config: CompareConfig) -> list[str]:
+    """Where workers are to run: each GPU as often as asked for, or the one other device."""
+    device = best_device()
+    if device.type != "cuda":
+        return [str(device)]
+    return [f"cuda:{i}" for _ in range(config.workers_per_gpu) for i in range(torch.cuda.device_count())]
+
+
+def start_workers(config: CompareConfig) -> Workers:
+    """Start what this machine has room for.
+
+    Raises:
+        TheodoraError: the model or data cannot be used.
+    """
+    found = places(config)
+    return Processes(config, found) if len(found) > 1 else Here(config, found[0])
+
+
+class Here:
+    """This process, where it is the only one."""
+
+    count = 1
+
+    def __init__(self, config: CompareConfig, place: str) -> None:
+        from theodora.compare.worker import Bench
+
+        self._bench = Bench(config, torch.device(place))
+        self._waiting: list[Cell] = []
+
+    def free(self) -> int:
+        """One, unless a cell waits."""
+        return 1 - len(self._waiting)
+
+    def begin(self, cell: Cell) -> None:
+        """Take a cell; it runs in `done`."""
+        self._waiting.append(cell)
+
+    def running(self) -> list[Cell]:
+        """The cell taken."""
+        return list(self._waiting)
+
+    def done(self) -> Iterator[tuple[Cell, Record | None]]:
+        """Run it."""
+        while self._waiting:
+            record = self._bench.run(self._waiting[0])
+            yield self._waiting.pop(0), record
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass
+class _Worker:
+    place: str
+    process: Any
+    pipe: Connection
+    ready: bool = False
+    cell: Cell | None = None
+    served: int = 0
+
+
+@dataclass
+class Processes:
+    """One process for each place."""
+
+    config: CompareConfig
+    where: list[str]
+    count: int = 0
+    _workers: list[_Worker] = field(default_factory=list[_Worker])
+
+    def __post_init__(self) -> None:
+        self.count = len(self.where)
+        self._workers = [self._start(place) for place in self.where]
+
+    def free(self) -> int:
+        """Workers without a cell; one that still loads its model takes a cell, too."""
+        return sum(worker.cell is None for worker in self._workers)
+
+    def begin(self, cell: Cell) -> None:
+        """Send a cell to a free worker, to one that is ready if there is one."""
+        worker = min((w for w in self._workers if w.cell is None), key=lambda w: not w.ready)
+        worker.cell = cell
+        worker.pipe.send(cell)
+
+    def running(self) -> list[Cell]:
+        """The cells sent."""
+        return [worker.cell for worker in self._workers if worker.cell is not None]
+
+    def done(self) -> Iterator[tuple[Cell, Record | None]]:
+        """Wait for a message of any worker."""
+        found = False
+        while self.running() and not found:
+            for pipe in wait([worker.pipe for worker in self._workers], timeout=1.0):
+                worker = next(w for w in self._workers if w.pipe is pipe)
+                for outcome in self._hear(worker):
+                    found = True
+                    yield outcome
+
+    def close(self) -> None:
+        """End them all, whatever they do."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+            worker.pipe.close()
+
+    def _hear(self, worker: _Worker) -> Iterator[tuple[Cell, Record | None]]:
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            yield from self._replace(worker)
+            return
+        if message == "ready":
+            worker.ready = True
+        elif isinstance(message, Record):
+            cell, worker.cell = worker.cell, None
+            worker.served += 1
+            if cell is not None:
+                yield cell, message
+        else:  # it could not begin: no other could either
+            raise TheodoraError(str(message))
+
+    def _replace(self, worker: _Worker) -> Iterator[tuple[Cell, Record | None]]:
+        worker.process.join(timeout=5)
+        if not worker.ready:
+            raise TheodoraError(
+                f"A worker on {worker.place} died while it loaded the model (exit code {worker.process.exitcode}). Is "
+                "there memory for all of them? Lower workers_per_gpu."
+            )
+        cell = worker.cell
+        worker.pipe.close()
+        self._workers[self._workers.index(worker)] = self._start(worker.place)
+        if cell is not None:
+            yield cell, None
+
+    def _start(self, place: str) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.config, place, len(self.where)), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(place, process, ours)
+
+
+def _serve(pipe: Connection, config: CompareConfig, place: str, count: int) -> None:
+    """A worker's life: load, then a cell after the other, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    from theodora.compare.quiet import quiet
+    from theodora.compare.worker import Bench
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    device = torch.device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with quiet():
+        try:
+            bench = Bench(config, device)
+            pipe.send("ready")
+            while True:
+                pipe.send(bench.run(pipe.recv()))
+        except (EOFError, BrokenPipeError):
+            return
+        except TheodoraError as error:
+            pipe.send(str(error))
+        except Exception:
+            pipe.send(f"A worker on {place} failed:\n{traceback.format_exc()}")

@@ -1,0 +1,169 @@
+"""The results folder: settings.yaml, a JSON file for each finished cell, results.parquet.
+
+A cell's file appears whole or not at all, so a process killed at any moment loses the cells at hand and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from theodora.adapters.atomic import atomic_write
+from theodora.compare.cells import Cell, Record
+from theodora.compare.config import CompareConfig
+from theodora.errors import UsageError, bullet_list
+
+SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
+# Settings that change how fast results come, and what is kept beside them, but not the results.
+_FREE = ("output", "workers_per_gpu", "keep_adapters")
+_MOST_DEATHS = 3  # times that a process may die in a cell before the cell counts as failed
+
+
+class Store:
+    """Records on disk."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.folder = Path(config.output)
+        self.config = config
+        self.records: dict[str, Record] = {}
+
+    def open(self) -> None:
+        """Make the folder, or take up what an earlier run of the same comparison left.
+
+        Raises:
+            UsageError: the folder holds something else; the message shows the difference.
+        """
+        settings = self.folder / SETTINGS
+        now = _settings(self.config)
+        if settings.is_file():
+            _check_same(self.folder, yaml.safe_load(settings.read_text(encoding="utf-8")), now)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{self.folder} exists and holds no comparison; choose another output")
+        else:
+            with atomic_write(settings) as file:
+                file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (self.folder / CELLS).mkdir(exist_ok=True)
+        self.records = {record.key: record for record in map(_read, sorted((self.folder / CELLS).glob("*.json")))}
+
+    def add(self, record: Record) -> None:
+        """Keep the record of a finished cell."""
+        with atomic_write(self._path(record.key)) as file:
+            file.write_text(json.dumps(record.to_dict()), encoding="utf-8")
+        self._deaths(record.key).unlink(missing_ok=True)
+        self.records[record.key] = record
+
+    def begin(self, cell: Cell) -> Record | None:
+        """Note that a cell begins. A record if it has already brought down its process too often.
+
+        What kills a process without a word is nearly always the system, out of memory.
+        """
+        path = self._deaths(cell.key)
+        deaths = int(path.read_text() or 0) if path.is_file() else 0
+        if deaths >= _MOST_DEATHS:
+            record = Record.of(cell, self.config)
+            record.status = "out of memory"
+            record.message = f"the process was killed {deaths} times while this cell ran: out of main memory, probably"
+            return record
+        path.write_text(str(deaths + 1))
+        return None
+
+    def not_its_fault(self, cell: Cell) -> None:
+        """Take back what `begin` noted: the cell was broken off from outside."""
+        path = self._deaths(cell.key)
+        deaths = int(path.read_text() or 0) if path.is_file() else 0
+        if deaths > 1:
+            path.write_text(str(deaths - 1))
+        else:
+            path.unlink(missing_ok=True)
+
+    def write_parquet(self) -> Path:
+        """Write all records as one table, a row for each cell."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [_flat(record) for _, record in sorted(self.records.items())]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+        with atomic_write(self.folder / PARQUET) as file:
+            pq.write_table(table, file)
+        return self.folder / PARQUET
+
+    def _path(self, key: str) -> Path:
+        return self.folder / CELLS / f"{key}.json"
+
+    def _deaths(self, key: str) -> Path:
+        return self.folder / CELLS / f"{key}.begun"
+
+
+def _read(path: Path) -> Record:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("losses", "curve"):
+        values[name] = [tuple(point) for point in values[name]]
+    return Record(**values)
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    """Scores on other data sets as columns of their own, curves as lists of steps and of losses."""
+    values = record.to_dict()
+    del values["sizes"]
+    for what in ("scores", "losses"):
+        found: Mapping[str, float] = values.pop(f"other_{what}")
+        values |= {f"{what[:-1] if what == 'scores' else 'loss'}_on_{name}": value for name, value in found.items()}
+    for name in ("losses", "curve"):
+        points = values.pop(name)
+        values[f"{name}_step"], values[f"{name}_loss"] = [p[0] for p in points], [p[1] for p in points]
+    return values
+
+
+def _settings(config: CompareConfig) -> dict[str, Any]:
+    """The settings that results depend on, and what the files hold: another file under the same name is another."""
+    options = {name: value for name, value in config.to_options().items() if name not in _FREE}
+    sources = {config.model, *([config.general] if config.general else [])}
+    for data in config.data.values():
+        sources |= {value for value in (data.train, data.validation, data.test) if isinstance(value, str)}
+        if ".py:" in data.score:
+            sources.add(data.score.rpartition(":")[0])
+    return {**options, "contents": {source: _content(Path(source)) for source in sorted(sources)}}
+
+
+def _content(path: Path) -> str:
+    """A short hash of a file, or of the names and sizes in a folder (of a model's weights nothing more is read)."""
+    path = path.expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if path.is_dir():
+        listing = sorted((str(f.relative_to(path)), f.stat().st_size) for f in path.rglob("*") if f.is_file())
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    return "by name"
+
+
+def _check_same(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    found, wanted = dict(_leaves(before)), dict(_leaves(now))
+    different = [
+        f"{name}: {_shown(found, name)} there, {_shown(wanted, name)} now"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise UsageError(
+            f"{folder} holds a comparison with other settings:{bullet_list(different)}\n"
+            "Choose another output, or use the same settings."
+        )
+
+
+def _leaves(value: Any, name: str = ""):
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "nothing"

@@ -1,0 +1,105 @@
+"""Rows made ready to be scored, once: several models can then be scored on them without tokenising anything again."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.data import Examples, encode_prompt, reference_answer, tokenize
+from theodora.data.prompts import is_verbatim
+from theodora.errors import DataError
+from theodora.evaluate.labels import Choice, choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Tokenised rows, and what is needed to ask for answers to them."""
+
+    source: str
+    rows: int
+    """Rows of the source; a long text may be several in `input_ids`."""
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    prompts: list[list[int]] = field(default_factory=list[list[int]])
+    """Empty where no answers are asked for."""
+    references: list[str] = field(default_factory=list[str])
+    single_line: bool = False
+    """Whether an answer ends with its first line."""
+    choices: list[Choice] = field(default_factory=list[Choice])
+    """Empty where there are no labels to choose from."""
+
+
+def questions(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    use_chat_template: bool | None = None,
+    answered: bool = True,
+    labels: Sequence[str] | None = None,
+) -> Questions:
+    """Tokenise rows for scoring.
+
+    Args:
+        examples: rows as `load_examples` returns them.
+        tokenizer: of the models to score.
+        max_length: tokens after which a row is cut.
+        use_chat_template: as in `tokenize`.
+        answered: whether models will be asked to answer the prompts. Plain text has none.
+        labels: the closed set of answers to choose from.
+
+    Raises:
+        DataError: there is no row, or rows do not fit the labels.
+    """
+    if not len(examples):
+        raise DataError(f"{examples.source} holds no rows; expected at least one")
+    tokenized = tokenize(examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template)
+    prompts: list[list[int]] = []
+    references: list[str] = []
+    single_line = False
+    if answered and examples.format != "text":
+        rows: list[Any] = list(examples.dataset)
+        prompts = [encode_prompt(row, tokenizer, use_chat_template) for row in rows]
+        references = [reference_answer(row) for row in rows]
+        # Without a template nothing tells an untrained model where an answer ends.
+        single_line = is_verbatim(rows[0], tokenizer, use_chat_template) and not any(
+            "\n" in reference.strip() for reference in references
+        )
+    chosen = (
+        choices(examples, tokenizer, labels, max_length=max_length, use_chat_template=use_chat_template)
+        if labels is not None
+        else []
+    )
+    return Questions(
+        source=examples.source,
+        rows=len(examples),
+        input_ids=list(tokenized["input_ids"]),
+        labels=list(tokenized["labels"]),
+        prompts=prompts,
+        references=references,
+        single_line=single_line,
+        choices=chosen,
+    )
+
+
+def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that both model and tokenizer take (a tokenizer that knows no limit says 1e30)."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(known or sys.maxsize, tokenizer.model_max_length)
+
+
+def warn_of_long_answers(tokenizer: PreTrainedTokenizerBase, references: Sequence[str], max_new_tokens: int) -> None:
+    """Warn of references that no answer of `max_new_tokens` can equal."""
+    lengths = [len(ids) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]]
+    too_long = sum(length > max_new_tokens for length in lengths)
+    if too_long:
+        warnings.warn(
+            f"{too_long} of {len(lengths)} reference answers are longer than max_new_tokens ({max_new_tokens}) and "
+            f"count as not matched; the longest has {max(lengths)} tokens",
+            stacklevel=5,
+        )
