@@ -139,7 +139,7 @@ def chosen_rate(config: CompareConfig, records: Records, data: str, variant: Var
     A rate of which a run did not finish is out: it is not to be relied on.
     """
     if len(variant.learning_rates) < 2:
-        return variant.learning_rates[0]
+        return next(iter(variant.learning_rates), None)
     scored: dict[float, tuple[float, float]] = {}
     for rate in variant.learning_rates:
         runs = [records.get(c.key) for c in tuning_cells(config, data, variant) if c.learning_rate == rate]

@@ -139,6 +139,9 @@ def rates(
                 alpha=0.85,
             )
             drawn = True
+    ticks = sorted({rate for _, points in by_variant for rate, _ in points})
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.minorticks_off()
     return _finish(figure, axes) if drawn else None
 
 

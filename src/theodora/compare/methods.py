@@ -76,8 +76,8 @@ class Variant:
         base = METHODS[self.method].adapter
         if base is None:
             return None
-        rank = {} if self.rank is None else {"rank": self.rank}
-        return AdapterConfig(**{**base, **rank, **self.options})
+        fields_given: dict[str, Any] = {**base, **({} if self.rank is None else {"rank": self.rank}), **self.options}
+        return AdapterConfig(**fields_given)
 
     @property
     def trains(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from theodora.compare.config import CompareConfig
 from theodora.compare.methods import Variant
 from theodora.compare.page import CELL_TITLES, NOTES, PAGE, cell_row, estimated, million, signed, table
 from theodora.compare.store import REPORT, Store
-from theodora.compare.summary import MEASURES, POOLED, Line, Measure, Test, lines, tests
+from theodora.compare.summary import MEASURES, POOLED, Finding, Line, Measure, lines, tests
 
 
 def write_report(store: Store) -> Path:
@@ -81,21 +81,26 @@ def _asked(config: CompareConfig, records: dict[str, Record]) -> str:
     return f"<section><h2>What was asked</h2><table class='facts'>{rows}</table>{table(head, data)}</section>"
 
 
-def _in_words(config: CompareConfig, found: Sequence[Test]) -> Iterable[str]:
+def _in_words(config: CompareConfig, found: Sequence[Finding]) -> Iterable[str]:
     main: Measure = "score" if any(test.measure == "score" for test in found) else "loss"
     where = POOLED if len(config.data) > 1 else next(iter(config.data))
     for measure in (main, "general_loss"):
-        items = [
-            f"<li><b>{escape(test.variant.title)}</b> against {escape(test.reference.title)}: "
-            f"{escape(test.in_words())}.</li>"
-            for test in found
-            if test.measure == measure and test.data == where
-        ]
-        if items:
-            yield (
-                f"<section><h2>In words: {escape(MEASURES[measure])}</h2><p>{escape(where).capitalize()}, pairs of runs "
-                f"with the same seed, p-values corrected for {len(items)} tests.</p><ul>{''.join(items)}</ul></section>"
+        own = [test for test in found if test.measure == measure and test.data == where]
+        if own:
+            differ, same = [t for t in own if t.is_found], [t for t in own if not t.is_found]
+            items = "".join(f"<li>{_sentence(test)}</li>" for test in [*differ, *same])
+            lead = (
+                f"{where.capitalize()}; pairs of runs with the same seed; p-values corrected for {len(own)} tests, of "
+                f"which {len(differ)} find a difference."
             )
+            title = f"In words: {MEASURES[measure]}"
+            yield f"<section><h2>{escape(title)}</h2><p>{escape(lead)}</p><ul>{items}</ul></section>"
+
+
+def _sentence(test: Finding) -> str:
+    titles = escape(test.variant.title), escape(test.reference.title)
+    words = f"<b>{titles[0]}</b> against {titles[1]}: {escape(test.in_words())}"
+    return f"<b>{words}</b>" if test.is_found else words
 
 
 def _results(config: CompareConfig, found: Sequence[Line], base: Record | None) -> str:
@@ -148,7 +153,7 @@ def _result_row(line: Line, base: Record | None, best: float | None) -> list[str
     ]
 
 
-def _tests(config: CompareConfig, found: Sequence[Test]) -> str:
+def _tests(config: CompareConfig, found: Sequence[Finding]) -> str:
     rows = []
     for test in found:
         score = test.measure == "score"
@@ -171,8 +176,8 @@ def _tests(config: CompareConfig, found: Sequence[Test]) -> str:
     head = ["data set", "of", "difference", "mean", "p", "p, corrected", "effect size", "pairs", "in words"]
     return (
         "<section><h2>Tests between methods</h2><p>Paired t-tests, two-sided; a pair is one seed on one data set. "
-        "Corrected by Holm's method within one measure on one data set. The effect size is the mean difference over its "
-        "standard deviation (Cohen's d<sub>z</sub>). Scores in points of a hundred, losses in nats.</p>"
+        "Corrected by Holm's method within one measure on one data set. The effect size is the mean difference over "
+        "its standard deviation (Cohen's d<sub>z</sub>). Scores in points of a hundred, losses in nats.</p>"
         f"{table(head, rows)}</section>"
     )
 

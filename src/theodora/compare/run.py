@@ -53,7 +53,8 @@ def compare(
     with quiet():
         if any(all_cells(config, store.records)):
             with console.status("Reading the data ..."):
-                read_splits(config)  # what is wrong with it is said before a model is loaded
+                read_splits(config)  # what is wrong with it is said before a model is loaded, or anything written
+            store.create()
             until = None if seconds is None else start + seconds
             with _workers(config, console) as workers:
                 _run_cells(store, workers, View(console, store, workers), until)

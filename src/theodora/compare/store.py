@@ -33,22 +33,26 @@ class Store:
         self.records: dict[str, Record] = {}
 
     def open(self) -> None:
-        """Make the folder, or take up what an earlier run of the same comparison left.
+        """Take up what an earlier run of the same comparison left in the folder, if anything; nothing is written.
 
         Raises:
             UsageError: the folder holds something else; the message shows the difference.
         """
         settings = self.folder / SETTINGS
-        now = _settings(self.config)
-        if settings.is_file():
-            _check_same(self.folder, yaml.safe_load(settings.read_text(encoding="utf-8")), now)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UsageError(f"{self.folder} exists and holds no comparison; choose another output")
-        else:
-            with atomic_write(settings) as file:
-                file.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        cells = sorted((self.folder / CELLS).glob("*.json"))
+        if not settings.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise UsageError(f"{self.folder} exists and holds no comparison; choose another output")
+        elif cells:
+            _check_same(self.folder, yaml.safe_load(settings.read_text(encoding="utf-8")), _settings(self.config))
+        self.records = {record.key: record for record in map(_read, cells)}
+
+    def create(self) -> None:
+        """Make the folder, and write down what is in it."""
+        text = yaml.safe_dump(_settings(self.config), sort_keys=False, allow_unicode=True)
+        with atomic_write(self.folder / SETTINGS) as file:
+            file.write_text(text, encoding="utf-8")
         (self.folder / CELLS).mkdir(exist_ok=True)
-        self.records = {record.key: record for record in map(_read, sorted((self.folder / CELLS).glob("*.json")))}
 
     def add(self, record: Record) -> None:
         """Keep the record of a finished cell."""

@@ -46,7 +46,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
+class Finding:
     """A method against a reference, on one data set or on all together."""
 
     data: str
@@ -117,12 +117,12 @@ def _estimate(values: Sequence[float | None]) -> Estimate | None:
     return estimate(known) if known else None
 
 
-def tests(config: CompareConfig, found: Sequence[Line]) -> list[Test]:
+def tests(config: CompareConfig, found: Sequence[Line]) -> list[Finding]:
     """Every method against the reference methods: on each data set, and pair by pair over all of them.
 
     Those of one measure on one data set are read together, and corrected together.
     """
-    result: list[Test] = []
+    result: list[Finding] = []
     for measure in MEASURES:
         for data in [*config.data, *([POOLED] if len(config.data) > 1 else [])]:
             family = [
@@ -156,7 +156,7 @@ def references(config: CompareConfig, variant: Variant) -> list[Variant]:
     return [v for v in chosen if v.name != variant.name and not (variant.key in own and v.key > variant.key)]
 
 
-def _test(found: Sequence[Line], data: str, variant: Variant, reference: Variant, measure: Measure) -> Test | None:
+def _test(found: Sequence[Line], data: str, variant: Variant, reference: Variant, measure: Measure) -> Finding | None:
     one: list[float] = []
     other: list[float] = []
     for name in [line.data for line in found if line.variant.key == variant.key]:
@@ -167,7 +167,7 @@ def _test(found: Sequence[Line], data: str, variant: Variant, reference: Variant
             other += [theirs[seed] for seed in seeds]
     if not one:
         return None
-    return Test(data=data, variant=variant, reference=reference, measure=measure, found=paired_test(one, other))
+    return Finding(data=data, variant=variant, reference=reference, measure=measure, found=paired_test(one, other))
 
 
 def _by_seed(found: Sequence[Line], data: str, variant: Variant, measure: Measure) -> dict[int, float]:

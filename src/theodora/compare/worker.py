@@ -150,7 +150,7 @@ class Bench:
             rows,
             settings,
             head=self.head,
-            pad_id=self.tokenizer.pad_token_id or 0,
+            pad_id=pad if isinstance(pad := self.tokenizer.pad_token_id, int) else 0,
             autocast=autocast,
             on_step=on_step if points else None,
         )
@@ -185,7 +185,7 @@ class Bench:
 
     def _score(self, data: str, asked: Questions) -> Scores:
         wanted = self.config.data[data]
-        own = {"score": load_metric(wanted.score)} if ".py:" in wanted.score else None
+        own = {wanted.score.rpartition(":")[2]: load_metric(wanted.score)} if ".py:" in wanted.score else None
         found = score(
             self.model,
             self.tokenizer,
@@ -236,7 +236,7 @@ def full_weights(model: PreTrainedModel) -> Iterator[None]:
 
 def score_of(found: Scores) -> float | None:
     """The score that a data set asked for; None where it is the loss alone."""
-    own = found.metrics.get("score")
+    own = next(iter(found.metrics.values()), None)
     return next((v for v in (found.label_accuracy, found.exact_match, found.token_f1, own) if v is not None), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
@@ -117,7 +117,7 @@ def evaluate(
         metrics=metrics,
         progress=progress,
     )
-    return Scores(**{**asdict(scores), "seconds": time.perf_counter() - start})
+    return replace(scores, seconds=time.perf_counter() - start)
 
 
 def score(

@@ -128,7 +128,7 @@ def train_light(
         if settings.max_grad_norm > 0:
             clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        scheduler.step()
+        scheduler.step()  # pyright: ignore[reportCallIssue] (of the one kind that wants a metric, none is made here)
         tokens += int(batch.mask.sum())
         if on_step is not None:
             on_step(step)
