@@ -273,16 +273,17 @@ def test_moved_to_another_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_the_reference(dtype):
-    model = adapted(dtype=dtype)
-    exact, plain = expected(copy.deepcopy(model).double()), expected(model)
-    install(model)
-    found = step(model)
-
-    def error(grads):
-        return sum((grads[name].double() - exact[name]).square().sum() for name in exact if name != "loss") ** 0.5
-
-    assert found["loss"].item() == pytest.approx(exact["loss"].item(), abs=0.05)
-    assert error(found) <= (5 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2) * error(plain)
+    found_errors, plain_errors = 0.0, 0.0
+    for _ in range(4):  # one model's errors are one draw
+        model = adapted(dtype=dtype)
+        exact, plain = expected(copy.deepcopy(model).double()), expected(model)
+        install(model)
+        found = step(model)
+        assert found["loss"].item() == pytest.approx(exact["loss"].item(), abs=0.05)
+        names = [name for name in exact if name != "loss"]
+        found_errors += sum((found[name].double() - exact[name]).square().sum() for name in names)
+        plain_errors += sum((plain[name].double() - exact[name]).square().sum() for name in names)
+    assert found_errors**0.5 <= (5 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2) * plain_errors**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -87,11 +87,23 @@ def test_in_place(biased, dtype):
     (z, xa, b, scale, _, _, bias), _ = inputs((37, 70, 6), {LOW, BIASED} if biased else {LOW}, dtype)
     room = torch.full((37, 80), 7.0, device=DEVICE, dtype=dtype)
     y = room[:, 3:73].copy_(z)
-    kernel.compose_in_place(y, xa, b, scale, bias)
+    kernel.compose_in_place(y, xa, b, scale, bias, [])
     exact = kernel.compose_reference(*wide((z, xa, b, scale, None, None, bias)))
     check([y], [kernel.compose_reference(z, xa, b, scale, None, None, bias)], [exact], dtype)
     assert bool((room[:, :3] == 7).all())
     assert bool((room[:, 73:] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sums(count, dtype):
+    (z, xa, b, scale, _, _, _), _ = inputs((37, 70, 6), {LOW}, dtype)
+    others = [torch.randn(70, 37, device=DEVICE).to(dtype).T for _ in range(count)]
+    one_by_one = kernel.compose_reference(sum(others, z), xa, b, scale, None, None, None)
+    exact = kernel.compose_reference(sum(wide(others), z.double()), *wide((xa, b, scale)), None, None, None)
+    y = z.clone()
+    kernel.compose_in_place(y, xa, b, scale, None, others)
+    check([y], [one_by_one], [exact], dtype)
 
 
 @pytest.mark.parametrize("over_z", [False, True])
@@ -119,7 +131,7 @@ def test_the_operators_keep_their_word(kind):
     torch.library.opcheck(operators.compose_backward, (dy, *given[:-1]))
     z, xa, b, scale, magnitude, norm, bias = given
     if xa is not None and norm is None:
-        torch.library.opcheck(operators.compose_, (z, xa, b, scale, bias))
+        torch.library.opcheck(operators.compose_, (z, xa, b, scale, bias, [dy]))
     if xa is not None and norm is not None:
         into = torch.empty_like(dy), torch.empty(5, 3, device=DEVICE)
         torch.library.opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, *into))

@@ -199,6 +199,7 @@ def test_it_compiles_without_a_break():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CPUs do not run ahead")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # torch: a prototype
 def test_nothing_waits_for_the_gpu():
     given = problem((300, 16, 272), torch.bfloat16)
     given[3]["with_stats"] = True

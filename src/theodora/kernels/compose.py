@@ -12,6 +12,8 @@ against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,15 +89,20 @@ def _compose(
     )
 
 
-def _compose_in_place(z: Tensor, xa: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> None:
+def _compose_in_place(
+    z: Tensor, xa: Tensor, b: Tensor, scale: float, bias: Tensor | None, others: Sequence[Tensor]
+) -> None:
+    """z + Σ others + s·xa Bᵀ + bias, over z."""
     if not runs_triton(z):
+        for other in others:
+            z.add_(other)
         z.addmm_(xa, (scale * b).to(z.dtype).T)
         if bias is not None:
             z.add_(bias)
         return
     from theodora.kernels.triton import compose as triton
 
-    triton.compose(z, xa, b, scale, None, None, bias, z)
+    triton.compose(z, xa, b, scale, None, None, bias, z, others)
 
 
 def _compose_backward(
@@ -160,9 +167,9 @@ compose = operator(
     lambda z, xa, b, scale, magnitude, norm, bias: z.new_empty(z.shape),
 )
 compose_in_place = operator(
-    "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale, Tensor? bias) -> ()",
+    "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale, Tensor? bias, Tensor[] others) -> ()",
     _compose_in_place,
-    lambda z, xa, b, scale, bias: None,
+    lambda z, xa, b, scale, bias, others: None,
 )
 compose_backward = operator(
     "compose_backward(Tensor dy, Tensor? z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm)"

@@ -198,7 +198,7 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
         if in_one_pass(z_TO, layer):
             if norm is not None or torch.compiler.is_compiling():
                 return compose(z_TO, xa_TR, layer.b_OR, layer.scale, magnitude, norm, bias), z_TO
-            compose_in_place(z_TO, xa_TR, layer.b_OR, layer.scale, bias)
+            compose_in_place(z_TO, xa_TR, layer.b_OR, layer.scale, bias, [])
             return z_TO, None
         z_TO = add_product(z_TO, xa_TR, scaled_b(layer, z_TO.dtype).T)
     if norm is None or magnitude is None:
@@ -258,21 +258,31 @@ def layers_backward(
     """
     if stack is not None and _scaled(layers) and all(in_one_pass(dys[0], layer) for layer in layers):
         return _stacked_backward(dys, kept, xas, layers, stack, needs_x, over)
-    dx = None
-    dzbs, dbs, dms = [], [], []
+    dzs, dzbs, dbs, dms = [], [], [], []
     for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
-        dz, dzb, db, dm = composed_backward(dy, z, xa_TR, layer)
-        dzbs.append(dzb)
-        dbs.append(db)
-        dms.append(dm)
-        if needs_x:
-            dx = plus(dx, dz, layer)
+        for found, value in zip((dzs, dzbs, dbs, dms), composed_backward(dy, z, xa_TR, layer), strict=True):
+            found.append(value)
     dzb = side_by_side(dzbs)
-    if joins_x and dx is not None and dzb is not None:
-        a = stacked_a(layers, dzb.dtype)
-        assert a is not None
-        dx = add_low_rank(dx, dzb, a)
+    dx = input_gradient(dzs, layers, dzb if joins_x else None) if needs_x else None
     return dx, dzb, dbs, dms
+
+
+def input_gradient(dzs: Sequence[Tensor], layers: Sequence[Parts], dzb_TR: Tensor | None) -> Tensor:
+    """Σ dz W + dzb A, (T, I), where the layers read one x."""
+    dx, *others = [
+        base_product_backward(dz, layer.weight_OI, layer.weight_scale_O)
+        for i, (dz, layer) in enumerate(zip(dzs, layers, strict=True))
+        if i == 0 or layer.weight_scale_O is not None
+    ]
+    for dz, layer in zip(dzs[1:], layers[1:], strict=True):
+        if layer.weight_scale_O is None:
+            dx = add_product(dx, dz, layer.weight_OI)
+    a = None if dzb_TR is None else stacked_a(layers, dzb_TR.dtype)
+    if a is None or dzb_TR is None:
+        for other in others:
+            dx.add_(other)
+        return dx
+    return add_low_rank(dx, dzb_TR, a, others)
 
 
 def _stacked_backward(
@@ -328,15 +338,6 @@ def a_gradients(dzb_TR: Tensor | None, layers: Sequence[Parts], source: Tensor |
     return [None if layer.a_RI is None else next(split).to(layer.a_RI.dtype) for layer in layers]
 
 
-def plus(onto: Tensor | None, dz_TO: Tensor, layer: Parts) -> Tensor:
-    """onto + dz W, in one pass where the weight is plain."""
-    if onto is None:
-        return base_product_backward(dz_TO, layer.weight_OI, layer.weight_scale_O)
-    if layer.weight_scale_O is None:
-        return add_product(onto, dz_TO, layer.weight_OI)
-    return onto.add_(base_product_backward(dz_TO, layer.weight_OI, layer.weight_scale_O))
-
-
 def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
     """s·B in the dtype of the products. s goes in before rounding, so that it costs no precision."""
     assert layer.b_OR is not None
@@ -352,13 +353,15 @@ def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(onto, left, right) if torch.compiler.is_compiling() else onto.addmm_(left, right)
 
 
-def add_low_rank(dx_TI: Tensor, dzb_TR: Tensor, a_RI: Tensor) -> Tensor:
-    """dx + dzb A, in place: by the compose kernel, at half the time of a thin product that adds, where it can."""
+def add_low_rank(dx_TI: Tensor, dzb_TR: Tensor, a_RI: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+    """dx + Σ others + dzb A, in place: by the compose kernel, in one pass, where it can."""
     fits = a_RI.shape[0] <= MOST_FUSED_RANK and runs_triton(dx_TI) and not torch.compiler.is_compiling()
-    if not fits:
-        return add_product(dx_TI, dzb_TR, a_RI)
-    compose_in_place(dx_TI, dzb_TR, a_RI.T, 1.0, None)
-    return dx_TI
+    if fits:
+        compose_in_place(dx_TI, dzb_TR, a_RI.T, 1.0, None, others)
+        return dx_TI
+    for other in others:
+        dx_TI = dx_TI + other
+    return add_product(dx_TI, dzb_TR, a_RI)
 
 
 def flat(x: Tensor) -> Tensor:

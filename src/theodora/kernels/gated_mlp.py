@@ -20,15 +20,14 @@ from theodora.kernels.compose import MOST_FUSED_RANK
 from theodora.kernels.fused import (
     NormedInput,
     a_gradients,
-    add_low_rank,
     add_product,
     base_products,
     composed,
     flat,
     in_one_pass,
+    input_gradient,
     layers_backward,
     layers_of,
-    plus,
     save_input,
     saved_input,
     scaled_b,
@@ -247,15 +246,14 @@ def _input_gradient(
     stack: Stack | None,
 ) -> Tensor:
     """dx of gate and up; z holds dz₁ and dz₂ by now."""
-    a = None if dzb_TR is None else stacked_a([gate, up], dzb_TR.dtype)
     if stack is not None and z is not None:
+        a = None if dzb_TR is None else stacked_a([gate, up], dzb_TR.dtype)
         if a is None or dzb_TR is None:
             return z[:, : stack.rows] @ stack.weight
         z[:, stack.rows : stack.rows + a.shape[0]].copy_(dzb_TR)
         z[:, stack.rows + a.shape[0] :].zero_()
         return z @ stack.with_a(a)
-    dx = plus(plus(None, dz1_TF, gate), dz2_TF, up)
-    return dx if a is None or dzb_TR is None else add_low_rank(dx, dzb_TR, a)
+    return input_gradient([dz1_TF, dz2_TF], [gate, up], dzb_TR)
 
 
 def _small(layer: Parts) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -27,13 +29,18 @@ REDUCES = 64
 
 
 @triton.jit
-def _compose(z, xa, b, magnitude, norm, bias, y, T, O, R, z_row, xa_row, b_row, b_col, y_row, scale,
-             LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
-             BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def _compose(z, other1, other2, xa, b, magnitude, norm, bias, y, T, O, R,
+             z_row, row1, row2, xa_row, b_row, b_col, y_row, scale,
+             OTHERS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+             PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
     inside = (t[:, None] < T) & (o[None, :] < O)
     v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    if OTHERS > 0:
+        v += tl.load(other1 + t[:, None] * row1 + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    if OTHERS > 1:
+        v += tl.load(other2 + t[:, None] * row2 + o[None, :], mask=inside, other=0.0).to(tl.float32)
     if LOW:
         r = tl.arange(0, BR)
         xa_tile = load_xa(xa, t, r, T, R, xa_row)
@@ -55,9 +62,13 @@ def compose(
     norm: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
+    others: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Write g ⊙ (z + s·xa Bᵀ) + bias into y, which may be z itself."""
+    """Write g ⊙ (z + Σ others + s·xa Bᵀ) + bias into y, which may be z itself."""
     z = row_contiguous(z)
+    for other in others[2:]:
+        z = z + other
+    other1, other2 = [*(row_contiguous(other) for other in others[:2]), None, None][:2]
     low = xa is not None and b is not None
     if low:
         xa = row_contiguous(xa)
@@ -66,12 +77,17 @@ def compose(
     block = rank_block(rank)
     bt, bo, warps, stages = _FORWARD[block]
     _compose[(triton.cdiv(outputs, bo), triton.cdiv(tokens, bt))](
-        z, xa, b, magnitude, norm, bias, y, tokens, outputs, rank,
-        z.stride(0), xa.stride(0) if low else 0, b.stride(0) if low else 0, b.stride(1) if low else 0, y.stride(0),
-        scale, LOW=low, SCALED=norm is not None, BIASED=bias is not None, PRECISION=precision(z.dtype),
-        BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        z, other1, other2, xa, b, magnitude, norm, bias, y, tokens, outputs, rank,
+        z.stride(0), _row(other1), _row(other2), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0,
+        y.stride(0), scale, OTHERS=min(len(others), 2), LOW=low, SCALED=norm is not None, BIASED=bias is not None,
+        PRECISION=precision(z.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
+
+
+def _row(tensor: Tensor | None) -> int:
+    """From one row to the next."""
+    return 0 if tensor is None else tensor.stride(0)
 
 
 @triton.jit
@@ -146,8 +162,7 @@ def compose_backward(
     dg_parts = torch.empty(chunks, outputs, **wide) if scaled else None
     _compose_backward[(blocks, chunks)](
         dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, tokens, outputs, rank, size,
-        dy.stride(0), z.stride(0) if z is not None else 0, xa.stride(0) if low else 0,
-        b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
+        dy.stride(0), _row(z), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
         LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype),
         BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
