@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,7 @@ from theodora.adapters.rules import combined
 from theodora.config import AdapterConfig, is_int, is_number
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, LowRank
+from theodora.layers.base import FLOATS
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 _SPARSE = ("ties", "dare_linear", "dare_ties")
@@ -97,6 +98,9 @@ def combine_adapters(
     problems += list(_problems(plan, density))
     if problems:
         raise ConfigError("The adapters cannot be combined so:" + bullet_list(problems))
+    odd = [path for name in plan.names for path in state.full[name] if state.originals[path].dtype not in FLOATS]
+    if odd:
+        raise ConfigError("These base parameters are quantised and cannot be combined:" + bullet_list(odd))
     with torch.no_grad(), originals_in_place(model):
         full, errors = _full(model, plan)
         held = {
@@ -117,19 +121,7 @@ def put_on(
     errors: dict[str, float] | None = None,
 ) -> FitReport:
     """Hang computed tensors on the model as an adapter of scale 1, make it active and freeze it."""
-    ranks = {path: h.a_RI.shape[0] for path, h in held.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
-    config = AdapterConfig(
-        method=method,  # pyright: ignore[reportArgumentType]
-        rank=common,
-        alpha=common,
-        targets=tuple(held) or "all-linear",
-        rank_pattern=others,
-        alpha_pattern=others,
-        modules_to_save=tuple(sorted({path.rpartition(".")[0] for path in full})),
-        adapter_dtype="base" if any(h.a_RI.dtype == torch.float64 for h in held.values()) else "float32",
-    )
+    config = scale_one_config(method, held, full)
     adapters: dict[str, LowRank] = {}
     with originals_in_place(model):
         for path, h in held.items():
@@ -139,7 +131,32 @@ def put_on(
     set_adapter(model, name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return FitReport(name, method, ranks, {path: h.error for path, h in held.items()} | (errors or {}))
+    return report_fit(name, method, held, errors)
+
+
+def scale_one_config(method: str, held: Mapping[str, Held], full: Mapping[str, Tensor]) -> AdapterConfig:
+    """The configuration of computed tensors: alpha is the rank, so that the scale is 1."""
+    ranks = {path: h.a_RI.shape[0] for path, h in held.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
+    return AdapterConfig(
+        method=method,  # pyright: ignore[reportArgumentType]
+        rank=common,
+        alpha=common,
+        targets=tuple(held) or "all-linear",
+        rank_pattern=others,
+        alpha_pattern=others,
+        modules_to_save=tuple(sorted({path.rpartition(".")[0] for path in full})),
+        adapter_dtype="base" if any(h.a_RI.dtype == torch.float64 for h in held.values()) else "float32",
+    )
+
+
+def report_fit(
+    name: str, method: str, held: Mapping[str, Held], errors: Mapping[str, float] | None = None
+) -> FitReport:
+    """Ranks and errors of computed tensors."""
+    ranks = {path: h.a_RI.shape[0] for path, h in held.items()}
+    return FitReport(name, method, ranks, {path: h.error for path, h in held.items()} | dict(errors or {}))
 
 
 def wanted_by(layer: AdapterLayer, name: str) -> Wanted | None:

@@ -6,15 +6,18 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
+from theodora.adapters.merge_check import Probe, check_probes
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.layers.float8 import Float8Layer
 
 
 def merge_adapter(model: Model, name: str | None = None) -> Model:
     """Compute the weights that do what base and adapter do together, in float32, and use them, in the model's dtype.
+
+    Each merged layer is held against the unmerged one on random inputs (`merge_check.py`).
 
     The base weights are kept aside for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
@@ -31,7 +34,8 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
 
     Raises:
         ConfigError: there is no such adapter, or one is merged already.
-        CheckpointError: a merged weight would not be finite; nothing was changed.
+        CheckpointError: a merged weight would not be finite, or would not do what the adapter does; nothing was
+            changed.
     """
     state = require_state(model, name)
     if state.merged is not None:
@@ -40,12 +44,16 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     layers = adapter_layers(model, name)
     if state.active != name:
         set_adapter(model, name)
+    excess: dict[str, Tensor] = {}
     try:
-        for layer in layers.values():
+        for path, layer in layers.items():
+            probe = Probe(layer)
             layer.merge(name)
+            excess[path] = probe.excess(layer)
         bad = [path for path, layer in layers.items() if not bool(torch.isfinite(layer.weight).all())]
         if bad:
             raise CheckpointError("Merged weights would hold NaN or infinite values:" + bullet_list(bad))
+        check_probes(excess)
     except BaseException:
         for layer in layers.values():
             layer.unmerge()

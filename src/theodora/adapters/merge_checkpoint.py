@@ -259,6 +259,13 @@ def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding |
         raise CheckpointError(f"{tensor.key}: values beyond the range of float16. Merge with --dtype bf16 instead.")
     if rounding is not None:
         rounding.add(stored, merged, written)
+        excess = tensor.excess(stored, written)
+        if not excess <= 1:
+            raise CheckpointError(
+                f"{tensor.key}: the merged weight does not do what base and adapter do together: their outputs differ "
+                f"by {excess:.3g} times what rounding allows. Nothing was written. This is a fault of Theodora or of "
+                "the hardware, and worth a report."
+            )
     return written
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from theodora.adapters.base_checkpoint import FLOAT_DTYPES, BaseCheckpoint, StoredTensor
 from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
+from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.targets import nearest
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import merged_weight, wide_dtype
@@ -73,6 +74,15 @@ class OutputTensor:
             w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
             work = w_OI.T if self.transposed else w_OI
         return stored, work.contiguous()
+
+    def excess(self, stored: Tensor, written: Tensor) -> float:
+        """How far the written weight is from the unmerged formula, as a share of what rounding allows."""
+        update = self.change.low_rank if self.change is not None else None
+        if self.change is None or update is None:
+            return 0.0
+        w, merged = (stored if self.change.full is None else self.change.full), written
+        w_OI, merged_OI = (w.T, merged.T) if self.transposed else (w, merged)
+        return weight_excess(w_OI, update.a, update.b, update.scale, update.magnitude, merged_OI)
 
     def written_dtype(self, stored: Tensor) -> torch.dtype:
         """The dtype in the merged file."""

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from theodora.adapters.combine import put_on, storage_dtype, wanted_by
-from theodora.adapters.fit import FitReport, hold
+from theodora.adapters.atomic import atomic_directory
+from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
+from theodora.adapters.checkpoint import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    AdapterFile,
+    peft_config,
+    read_adapter,
+)
+from theodora.adapters.combine import put_on, report_fit, scale_one_config, storage_dtype, wanted_by
+from theodora.adapters.fit import FitReport, Held, hold, wanted_of
 from theodora.adapters.inject import active_name, adapter_layers, check_name, originals_in_place, require_state
+from theodora.adapters.merge_plan import base_weight, plan_merge
 from theodora.config import is_int
-from theodora.errors import ConfigError
+from theodora.errors import CheckpointError, ConfigError
 
 
 def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> FitReport:
@@ -59,5 +73,67 @@ def check_rank(rank: int | None) -> None:
 def folder_to_lora(
     adapter: str | Path, output: str | Path, rank: int | None, *, base_model: str | Path | None = None
 ) -> FitReport:
-    """`to_lora` for a saved adapter and its base on disk, layer by layer."""
-    raise NotImplementedError
+    """`to_lora` for a saved adapter and its base on disk, layer by layer, into PEFT's files.
+
+    Example:
+        `folder_to_lora("runs/first", "runs/first-lora", 64).worst`
+
+    Args:
+        adapter: the adapter's folder (PEFT's or MLX's files).
+        output: the folder to write, which must not exist; it appears whole or not at all.
+        rank: of the result, at most. None for an exact one, of up to min(out, in).
+        base_model: folder or hub name of the base. Default: the one that the adapter names.
+
+    Returns:
+        Ranks and errors, module by module.
+
+    Raises:
+        ConfigError: the rank is none.
+        UsageError: the output is taken.
+        CheckpointError: adapter and base do not fit, or a file is damaged. Nothing is written.
+    """
+    check_rank(rank)
+    file = read_adapter(adapter)
+    base = BaseCheckpoint(find_base(str(base_model or file.base_model or ""), download=True))
+    plan_merge(base, file, None)
+    held: dict[str, Held] = {}
+    transposed = False
+    with atomic_directory(output) as folder, torch.no_grad():
+        for path, tensors in file.modules.items():
+            w_OI = _start(base, file, path)
+            wanted = wanted_of(w_OI, tensors.a, tensors.b, tensors.scale, tensors.magnitude)
+            held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
+            transposed |= not tensors.embedding and base.is_transposed(base.model_name(f"{path}.weight") or "")
+        base.close()
+        config = scale_one_config("lora", held, file.full)
+        fields = peft_config(
+            config,
+            target_modules=sorted(held),
+            modules_to_save=list(config.modules_to_save),
+            base_model=file.base_model,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=transposed,
+        )
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({"probe": file.probe})}
+        save_file(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return report_fit(str(output), "lora", held)
+
+
+def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
+    """The weight that the adapter adds to, (O, I): a changed one that lies beside it goes before the base's."""
+    copy = file.base_copies.get(f"{path}.weight")
+    if copy is not None:
+        return copy.T if file.modules[path].embedding else copy
+    w_OI = base_weight(base, path)
+    if w_OI is None:
+        raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor.")
+    return w_OI
+
+
+def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {**file.full, **file.base_copies}
+    for path, h in held.items():
+        pattern = "{}.lora_embedding_{}" if file.modules[path].embedding else "{}.lora_{}.weight"
+        tensors |= {pattern.format(path, "A"): h.a_RI, pattern.format(path, "B"): h.b_OR}
+    return {KEY_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}

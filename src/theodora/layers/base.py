@@ -174,7 +174,7 @@ class AdapterLayer(Swapped):
         return None
 
     def _new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        w_norm_sq = self._weight_norm_squared()
+        w_norm_sq = self.weight_norm_squared()
         if not kernels.fast():
             return dora_norm(_plain(self, self.weight_OI), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
@@ -234,7 +234,7 @@ class AdapterLayer(Swapped):
         self._kept = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _weight_norm_squared(self) -> Tensor:
+    def weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
         if torch.compiler.is_compiling():
             kept = self._weight_norm_sq

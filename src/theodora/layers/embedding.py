@@ -36,7 +36,8 @@ class EmbeddingAdapterLayer(AdapterLayer):
         if adapter.dropout and self.training:
             a_rows = F.dropout(a_rows, adapter.dropout)
         if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
-            a_rows = a_rows * torch.as_tensor(own.embed_scale).to(rows)
+            wide = torch.promote_types(a_rows.dtype, rows.dtype)
+            a_rows = a_rows.to(wide) * torch.as_tensor(own.embed_scale).to(rows)
         with torch.autocast(input.device.type, enabled=False):
             if adapter.magnitude is None:
                 return lora_embedding(rows, a_rows, b, adapter.scale)

@@ -1,0 +1,137 @@
+"""A merge checks itself: the merged layer and the unmerged one do the same to random inputs.
+
+The unmerged output comes from the layer's own forward pass, by whatever kernels it runs, through the factored norm; the
+merged one from the dense weight. They may differ by rounding alone: a magnitude left out, a scale applied twice or a
+kernel gone wrong is far beyond it.
+
+Every output feature is held by itself (for an embedding, every token), over T random inputs: the difference may be
+8 u times the larger of the merged output and g·‖W‖, what the base adds to it, with u half the spacing of the weight's
+dtype at 1. Rounding makes one to two u of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora import kernels
+from theodora.errors import CheckpointError, bullet_list
+from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
+from theodora.layers import AdapterLayer, base_dtype
+from theodora.layers.float8 import Float8Layer
+from theodora.layers.groups import GROUP
+
+_TOKENS = 16
+_UNITS = 8.0
+
+
+class Probe:
+    """Random inputs of one layer, and what the unmerged layer makes of them."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        """Run the layer, whose adapter is active, as it is."""
+        w_OI, adapter = layer.weight_OI, layer.active
+        assert adapter is not None
+        self._dtype = base_dtype(layer)
+        self._embedding = isinstance(layer, nn.Embedding)
+        self._x = _inputs(w_OI, self._embedding, self._dtype)
+        with torch.no_grad():
+            self._adapted = _run(layer, self._x)
+            scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
+            if self._embedding:
+                self._base = (_base_rows(layer, self._x) * scale).norm(dim=-1)
+            else:
+                self._base = layer.weight_norm_squared().sqrt() * scale * _TOKENS**0.5
+
+    def excess(self, layer: AdapterLayer) -> Tensor:
+        """The merged layer's largest difference as a share of what rounding allows, a number on the device."""
+        with torch.no_grad():
+            merged = _run(layer, self._x)
+        return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else 0)
+
+
+def check_probes(excess: dict[str, Tensor]) -> None:
+    """Raise a CheckpointError with every layer that does something else when it is merged."""
+    found = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
+    wrong = {path: value for path, value in zip(excess, found, strict=True) if not value <= 1}
+    if wrong:
+        raise CheckpointError(
+            "The merged weights do not do what base and adapter do together, so nothing was merged. This is a fault of "
+            "Theodora or of the hardware, and worth a report. Difference between merged and unmerged outputs, as a "
+            "multiple of what rounding allows:" + bullet_list([f"{path}: {x:.3g}" for path, x in wrong.items()])
+        )
+
+
+def weight_excess(
+    w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor | None, merged_OI: Tensor
+) -> float:
+    """The same for weights alone: how far x W'ᵀ is from the unmerged formula, as a share of what rounding allows."""
+    wide = torch.promote_types(torch.promote_types(w_OI.dtype, merged_OI.dtype), torch.float32)
+    w, a, b, merged = (t.to(wide) for t in (w_OI, a_RI, b_OR, merged_OI))
+    x = _inputs(w, False, wide)
+    base = w.norm(dim=1) * _TOKENS**0.5
+    if magnitude_O is None:
+        adapted = lora_linear(x, w, None, a, b, scale)
+    else:
+        norm = dora_norm(w, a, b, scale)
+        adapted = dora_linear(x, w, None, a, b, scale, magnitude_O, norm)
+        base = base * dora_scale(magnitude_O, norm)
+    return float(_excess(adapted, x @ merged.T, base, merged_OI.dtype, dim=0))
+
+
+def _excess(adapted: Tensor, merged: Tensor, base_size: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    adapted, merged = adapted.to(wide), merged.to(wide)
+    allowed = torch.maximum(merged.norm(dim=dim), base_size.abs().to(wide)) * (_UNITS * _unit(dtype, merged.device))
+    # What is below the dtype's normal numbers has no relative precision; a sum of them adds up.
+    allowed += 64 * torch.finfo(dtype).tiny * torch.finfo(dtype).eps * merged.shape[dim] ** 0.5
+    return ((adapted - merged).norm(dim=dim) / allowed).max()
+
+
+def _unit(dtype: torch.dtype, device: torch.device) -> float:
+    """Half the spacing of the dtype's numbers at 1, or the error of a product's sum where that is larger."""
+    if dtype == torch.float32:
+        # A GPU's kernels, and torch's faster float32 products, round factors to fewer bits.
+        return 2.0**-20 if device.type == "cpu" and torch.get_float32_matmul_precision() == "highest" else 2.0**-9
+    return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+
+
+def _inputs(w_OI: Tensor, embedding: bool, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if embedding:
+        return torch.randint(w_OI.shape[1], (_TOKENS,), generator=generator).to(w_OI.device)
+    return torch.randn(_TOKENS, w_OI.shape[1], generator=generator).to(w_OI.device, dtype)
+
+
+def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:
+    """The base embedding's output, (T, O)."""
+    name, layer.active_adapter = layer.active_adapter, None
+    try:
+        return _run(layer, ids)
+    finally:
+        layer.active_adapter = name
+
+
+def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """The layer alone: without hooks, dropout, autocast, or the layers that read the same input."""
+    own: Any = type(layer)
+    # A float8 product rounds x, which a merged weight does not.
+    exactly = kernels.reference() if isinstance(layer, Float8Layer) else nullcontext()
+    with exactly, _alone(layer), torch.autocast(x.device.type, enabled=False):
+        return own.forward(layer, x)
+
+
+@contextmanager
+def _alone(layer: AdapterLayer) -> Iterator[None]:
+    training, group = layer.training, layer.__dict__.pop(GROUP, None)
+    layer.training = False
+    try:
+        yield
+    finally:
+        layer.training = training
+        if group is not None:
+            layer.__dict__[GROUP] = group
