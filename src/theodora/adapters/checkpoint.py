@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from theodora.adapters.targets import from_pattern
-from theodora.config import AdapterConfig
+from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 
 CONFIG_NAME = "adapter_config.json"
@@ -121,13 +121,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
     else:
         peft = read_peft_config(folder)
     config = _config_from_peft(peft, folder / CONFIG_NAME)
-    layers = peft.get("layers_to_transform")
     return replace(
         adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME)),
         base_model=peft.get("base_model_name_or_path") or None,
         starts=bool(metadata.get("starts")),
         probe=metadata.get("probe"),
-        only_layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        only_layers=_layers(peft),
         mlx=mlx,
     )
 
@@ -390,6 +389,8 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
             "on. Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter"
         )
     problems += [f"{name} is set, which is not supported" for name in _FOREIGN_OPTIONS if peft.get(name)]
+    if not all(is_int(layer) for layer in _layers(peft) or ()):
+        problems.append(f"layers_to_transform is {peft['layers_to_transform']!r}; expected numbers of layers")
     if not problems:
         try:
             return AdapterConfig(
@@ -407,6 +408,12 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
         except (ConfigError, TypeError, AttributeError) as error:
             problems.append(str(error))
     raise CheckpointError(f"{path} cannot be used:" + bullet_list(problems))
+
+
+def _layers(peft: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The numbers of the layers that PEFT was told to adapt; None for all."""
+    layers = peft.get("layers_to_transform")
+    return None if layers is None else tuple(layers) if isinstance(layers, list) else (layers,)
 
 
 def _names(value: Any) -> str | tuple[str, ...]:

@@ -330,8 +330,10 @@ def new_low_rank(
 
 def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:
     """Parameter path → the base model's parameter, for the modules that are trained in full."""
+    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
     return {
         (path := f"{module_path}.{key}"): state.originals.get(path, parameter)
         for module_path in find_modules_to_save(model, config.modules_to_save)
         for key, parameter in model.get_submodule(module_path).named_parameters()
+        if id(parameter) not in adapters  # another adapter's, on the same module
     }
