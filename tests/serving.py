@@ -56,6 +56,18 @@ def expected(model, prompt, count):
     return tokens, logprobs
 
 
+def settled(engine):
+    """Nothing runs, waits or is held."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        cache = engine._manager.batch_processor.cache
+        tables = [table for ca in cache.cache_allocators.values() for table in ca.block_table]
+        if engine.under_way() == engine.running() == 0 and not tables:
+            return all(adapter.users == 0 for adapter in engine.adapters.adapters())
+        time.sleep(0.02)
+    return False
+
+
 class Server:
     """A running server: `.client` (openai), `.url`, `.engine`."""
 

@@ -2,14 +2,24 @@
 
 import contextlib
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
+from transformers.generation.continuous_batching import continuous_api
 
 import tiny
 from serving import Server, trained
 from theodora import save_adapter
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_collections():
+    """transformers collects garbage twice when it stops: seconds, after tests of many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuous_api, "gc", SimpleNamespace(collect=lambda: None))
+        yield
 
 
 @pytest.fixture(scope="session")

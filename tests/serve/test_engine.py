@@ -1,18 +1,29 @@
 """Answers of a mixed batch against each adapter alone, on a model of its own, by plain forward passes."""
 
 import itertools
+import time
 
 import pytest
+import torch
 
-from serving import ADAPTERS, alone, expected
+from serving import ADAPTERS, alone, expected, settled
+from theodora.errors import ConfigError
+from theodora.serve.engine import Busy, Unavailable, UnknownModel
 from theodora.serve.requests import Sampling
 from tiny import FAMILIES
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 30, 40], [n % 250 + 3 for n in range(80)]]
 
 
-def greedy(engine, prompt, adapter, count=8, **options):
-    return engine.submit(prompt, Sampling(max_tokens=count, temperature=0.0, **options), adapter, every_token=False)
+def ask(engine, prompt, adapter=None, count=8, temperature=0.0, every_token=False, **options):
+    sampling = Sampling(max_tokens=count, temperature=temperature, **options)
+    return engine.submit(prompt, sampling, adapter, every_token=every_token)
+
+
+def answer(request):
+    output = request.updates.get(timeout=60)
+    assert output.error is None
+    return output.generated_tokens
 
 
 def check(request, model, prompt, count=8):
@@ -27,7 +38,151 @@ def check(request, model, prompt, count=8):
 def test_a_mixed_batch_answers_as_each_adapter_alone(family, engine_of, adapter_dir):
     engine = engine_of(family, *ADAPTERS, slots=6)
     asked = [(p, name) for p, name in itertools.product(PROMPTS, (None, *ADAPTERS))]
-    requests = [greedy(engine, prompt, name) for prompt, name in asked]
+    requests = [ask(engine, prompt, name) for prompt, name in asked]
     for request, (prompt, name) in zip(requests, asked, strict=True):
         check(request, alone(family, name, name and adapter_dir(name, family)), prompt)
-    assert engine.under_way() == 0
+    assert settled(engine)
+
+
+def test_more_adapters_than_slots_take_turns(engine_of, adapter_dir):
+    engine = engine_of("llama", *ADAPTERS, slots=2, max_batch=4)
+    asked = [(p, name) for p, name in itertools.product(PROMPTS, (None, *ADAPTERS))]
+    requests = [ask(engine, prompt, name) for prompt, name in asked]
+    for request, (prompt, name) in zip(requests, asked, strict=True):
+        check(request, alone("llama", name, name and adapter_dir(name)), prompt)
+    assert len(engine.slots) == 2
+    assert engine.slots.swaps >= len(ADAPTERS)
+    assert settled(engine)
+
+
+def test_prefixes_are_reused_within_an_adapter_and_not_across(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", "lora8", page_size=16)
+    cache = engine._manager.batch_processor.cache
+    found, search = [], cache.search_prefix_match
+    cache.search_prefix_match = lambda *asked: found.append(search(*asked)) or found[-1]
+    prompt = PROMPTS[2]
+    for name in (None, "dora4", "lora8", None, "dora4", "lora8"):
+        check(ask(engine, prompt, name), alone("llama", name, name and adapter_dir(name)), prompt)
+    assert found == [0, 0, 0, 64, 64, 64]
+
+
+def test_an_adapter_of_a_used_name_finds_no_prefix_of_the_old_one(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", page_size=16)
+    check(ask(engine, PROMPTS[2], "dora4"), alone("llama", "dora4", adapter_dir("dora4")), PROMPTS[2])
+    assert engine.unload("dora4")
+    other = adapter_dir("dora4", seed=1)
+    engine.load("dora4", other)
+    check(ask(engine, PROMPTS[2], "dora4"), alone("llama", "dora4", other), PROMPTS[2])
+
+
+def test_adapters_come_and_go_between_answers(engine_of, adapter_dir):
+    engine = engine_of("llama", "lora1", slots=2)
+    running = ask(engine, PROMPTS[0], "lora1", count=60)
+    for _ in range(2):
+        for name in ("dora4", "lora8", "head", "rows"):
+            engine.load(name, adapter_dir(name))
+            request = ask(engine, PROMPTS[1], name)
+            assert engine.unload(name)
+            check(request, alone("llama", name, adapter_dir(name)), PROMPTS[1])  # unloaded while in use
+            with pytest.raises(UnknownModel):
+                ask(engine, PROMPTS[1], name)
+    check(running, alone("llama", "lora1", adapter_dir("lora1")), PROMPTS[0], 60)
+    assert engine.adapters.names() == ["lora1"]
+    assert settled(engine)
+
+
+def test_long_prompts_are_read_in_parts(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", "head", max_batch_tokens=32, max_batch=8)
+    for prompt, name in itertools.product(PROMPTS, ("dora4", "head")):
+        requests = [ask(engine, prompt[n:], name) for n in range(3)]
+        for n, request in enumerate(requests):
+            check(request, alone("llama", name, adapter_dir(name)), prompt[n:])
+
+
+def test_a_seed_decides_whatever_else_is_in_the_batch(engine_of):
+    engine = engine_of("llama", "dora4", "lora8")
+    asked = {"adapter": "dora4", "count": 12, "temperature": 0.9, "seed": 7}
+    alone = answer(ask(engine, PROMPTS[0], **asked))
+    others = [ask(engine, PROMPTS[2][n:], "lora8", 20, 1.0, seed=n, top_p=0.8, top_logprobs=2) for n in range(5)]
+    assert answer(ask(engine, PROMPTS[0], **asked)) == alone
+    assert answer(ask(engine, PROMPTS[0], **{**asked, "seed": 8})) != alone
+    for request in others:
+        answer(request)
+
+
+def test_what_cannot_run_is_refused_and_harms_nobody(engine_of):
+    engine = engine_of("llama", max_batch=2, max_queue=1)
+    for prompt, says in (([], "empty"), ([1] * 600, "600 tokens"), ([3, 272], "outside"), ([-1], "outside")):
+        with pytest.raises(ConfigError, match=says):
+            ask(engine, prompt)
+    with pytest.raises(UnknownModel, match="nobody"):
+        ask(engine, [5], "nobody")
+    requests = [ask(engine, [5], count=50) for _ in range(3)]
+    with pytest.raises(Busy):
+        ask(engine, [5])
+    assert [len(answer(request)) for request in requests] == [50] * 3
+    assert settled(engine)
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", max_batch=4)
+    requests = [ask(engine, PROMPTS[0], "dora4", 100, every_token=True) for _ in range(6)]  # two of them wait
+    requests[0].updates.get(timeout=60)
+    for request in (*requests[1:3], requests[5]):
+        engine.cancel(request)
+        engine.cancel(request)
+    last = [list(updates(request))[-1] for request in (requests[0], requests[3], requests[4])]
+    assert [len(output.generated_tokens) for output in last] == [100] * 3
+    assert settled(engine)
+
+
+def updates(request):
+    while True:
+        output = request.updates.get(timeout=60)
+        yield output
+        if output.is_finished():
+            return
+
+
+def test_a_worker_that_fails_tells_and_is_replaced(engine_of, adapter_dir, monkeypatch):
+    engine = engine_of("llama", "dora4")
+    model, fail = engine.model, [True]
+
+    def once(*_):
+        if fail.pop() if fail else False:
+            raise RuntimeError("out of memory, say")
+
+    handle = model.model.layers[0].register_forward_pre_hook(once)
+    failed = [ask(engine, PROMPTS[0], "dora4") for _ in range(3)]
+    assert all("out of memory, say" in request.updates.get(timeout=60).error for request in failed)
+    handle.remove()
+    deadline = time.monotonic() + 30
+    while not engine.ready() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    check(ask(engine, PROMPTS[0], "dora4"), alone("llama", "dora4", adapter_dir("dora4")), PROMPTS[0])
+    assert engine.restarts == 1
+    assert settled(engine)
+
+
+def test_a_worker_that_fails_again_and_again_is_given_up(engine_of):
+    engine = engine_of("llama")
+    engine.model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    deadline = time.monotonic() + 60
+    while engine.failure is None and time.monotonic() < deadline:
+        try:
+            assert ask(engine, [5]).updates.get(timeout=60).error
+        except Unavailable:
+            time.sleep(0.02)
+    assert not engine.ready()
+    with pytest.raises(Unavailable, match="division by zero"):
+        ask(engine, [5])
+
+
+def test_half_precision_and_a_tied_head(engine_of, adapter_dir):
+    from tiny import tiny_model
+
+    engine = engine_of("llama", "dora4", model=tiny_model("llama", tied=True, dtype=torch.bfloat16))
+    requests = [ask(engine, prompt, name) for prompt, name in itertools.product(PROMPTS, (None, "dora4"))]
+    answers = [answer(request) for request in requests]
+    assert answers[0] != answers[1]
+    assert [len(tokens) for tokens in answers] == [8] * 6

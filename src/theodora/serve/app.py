@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.serve.answers import Answers, Desk
@@ -111,7 +112,7 @@ def _add_errors(app: FastAPI) -> None:
     for kind in _STATUS:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, told)
-    app.add_exception_handler(404, lambda *_: _answer(*failure(404, "There is no such page.", "not_found_error")))
+    app.add_exception_handler(HTTPException, told)
     app.add_exception_handler(Exception, told)
 
 
@@ -122,6 +123,8 @@ def _reply(error: Exception) -> Response:
             for miss in error.errors()
         ]
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
+    if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
+        return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             retry = {"retry-after": "1"} if status in (429, 503) else {}

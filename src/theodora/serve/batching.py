@@ -249,12 +249,13 @@ class RoutedManager(ContinuousBatchingManager):
         routing: Routing,
         slots: Slots,
         router: Router,
-        failed: Callable[[Exception], None],
+        failing: Callable[[Exception], None],
+        failed: Callable[[], None],
     ) -> None:
         super().__init__(model, generation_config, cb_config)
         self.logit_processor = RoutedProcessors(cb_config.max_requests_per_batch)
         self.output_router = router
-        self._routing, self._slots, self._failed = routing, slots, failed
+        self._routing, self._slots, self._failing, self._failed = routing, slots, failing, failed
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
 
     def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -315,12 +316,13 @@ class RoutedManager(ContinuousBatchingManager):
         return processor
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        self._failing(error)
         super()._handle_critical_error(error, batch_processor)
         while self._tasks:
             _, done, result = self._tasks.popleft()
             result.append(RuntimeError(f"the worker failed: {error}"))
             done.set()
-        self._failed(error)
+        self._failed()
 
 
 def route_batches(model: Any, routing: Routing) -> None:

@@ -62,7 +62,7 @@ class Engine:
         self._numbers = itertools.count()
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._manager: RoutedManager | None = None
-        self._stopping = False
+        self._started = self._stopping = False
         route_batches(model, self.routing)
 
     # Requests
@@ -97,7 +97,7 @@ class Engine:
         with self._lock:
             manager = self._manager
             if manager is None or self._stopping or self.failure is not None:
-                raise Unavailable(self.failure or "The server is stopping.")
+                raise Unavailable(self._why_not())
             if len(self._requests) >= self.config.max_batch + self.config.max_queue:
                 raise Busy(f"{len(self._requests)} requests are under way; try again soon.")
             served = None
@@ -114,9 +114,9 @@ class Engine:
             eos_token_id=list(sampling.stop_ids) or -1,
             request=request,
         )
-        if accepted is None:
-            self._over(request)
-            raise Unavailable("The engine is starting again; try again soon.")
+        if accepted is None or self._manager is not manager:  # it may have failed after it had told all others
+            self._over(request, answered=False)
+            raise Unavailable(self._why_not())
         return request
 
     def cancel(self, request: Request) -> None:
@@ -148,6 +148,11 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they may be at "
                 f"most {self.window}."
             )
+
+    def _why_not(self) -> str:
+        return self.failure or (
+            "The server is stopping." if self._stopping else "The engine is starting; try again soon."
+        )
 
     def _over(self, request: Request, answered: bool = True) -> bool:
         with self._lock:
@@ -216,7 +221,7 @@ class Engine:
                 error = manager.background_thread_status.fatal_error
                 raise Unavailable(f"The engine does not start: {error}") from error
             time.sleep(0.01)
-        self._manager = manager
+        self._manager, self._started = manager, True
 
     def stop(self, timeout: float = 5.0) -> None:
         """End what runs, and the worker."""
@@ -245,20 +250,23 @@ class Engine:
             routing=self.routing,
             slots=self.slots,
             router=Router(self._requests.get, self._over),
+            failing=self._failing,
             failed=self._failed,
         )
 
-    def _failed(self, error: Exception) -> None:
-        """On the worker's thread, after every request has been told: start another worker."""
+    def _failing(self, error: Exception) -> None:
+        """On the worker's thread, before every request is told: take no more."""
         log.error("the worker failed: %s", error)
-        self.restarts += 1
-        if self._stopping or self._manager is None:  # it had not started yet
-            return
-        if self.restarts > _MOST_RESTARTS:
-            self.failure = f"The worker has failed {self.restarts} times: {error}"
-            return
-        self._manager = None
-        threading.Thread(target=self._start_again, daemon=True).start()
+        with self._lock:
+            self._manager = None
+            self.restarts += 1
+            if self.restarts > _MOST_RESTARTS:
+                self.failure = f"The worker has failed {self.restarts} times: {error}"
+
+    def _failed(self) -> None:
+        """On the worker's thread, after every request has been told: start another worker."""
+        if self._started and not self._stopping and self.failure is None:
+            threading.Thread(target=self._start_again, daemon=True).start()
 
     def _start_again(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,26 @@ class Guards:
         if refusal is not None:
             await _answer(send, *refusal)
             return
-        too_large = _TooLarge()
-        started = False
-        size = 0
+        size, large, started = 0, False, False
 
         async def counted() -> Any:
-            nonlocal size
+            nonlocal size, large
             message = await receive()
             size += len(message.get("body", b""))
             if size > self.max_body:
-                raise too_large
+                large = True
+                raise _TooLarge
             return message
 
         async def noted(message: Any) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not large:
+                started = True
+                await send(message)
 
-        try:
+        with suppress(_TooLarge):
             await self.app(scope, counted, noted)
-        except _TooLarge:
-            if started:
-                raise
+        if large and not started:  # whatever the application made of it
             await _answer(send, *self._large())
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]] | None:
