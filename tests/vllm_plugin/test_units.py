@@ -63,7 +63,7 @@ def test_a_column_parallel_layer_has_g_of_its_own_rows():
             is_merged_col_linear=False,
             output_size=6,
         )
-        layer.set_scales(0, layer.compute_scales(0, m))
+        layer.set_scales(0, layer.compute_scales(0, m, 7))
         torch.testing.assert_close(layer.dora_scales[0], g[rows])
         assert bool((layer.dora_scales[1:] == 1).all())
 
@@ -76,7 +76,7 @@ def test_a_fused_gate_up_is_cut_in_both_halves():
         layer = _layer(
             "ColumnParallelLinearWithDora", rank, w[rows], [a], [b[rows]], [8], is_merged_col_linear=True, output_size=8
         )
-        layer.set_scales(0, layer.compute_scales(0, m))
+        layer.set_scales(0, layer.compute_scales(0, m, 7))
         torch.testing.assert_close(layer.dora_scales[0], g[rows])
 
 
@@ -97,7 +97,7 @@ def test_packed_qkv_with_fewer_kv_heads_than_ranks():
             [4, 4, 4],
             output_ids=(rank, 0, 0),
         )
-        layer.set_scales(0, layer.compute_scales(0, [q[3], None, v[3]]))
+        layer.set_scales(0, layer.compute_scales(0, [q[3], None, v[3]], 7))
         expected = torch.cat([q[4][rows], torch.ones(4), v[4]])
         torch.testing.assert_close(layer.dora_scales[0], expected)
 
@@ -109,14 +109,23 @@ def test_a_row_parallel_layer_sums_the_norm_over_the_ranks(monkeypatch):
     w, a, b, m, g = _problem(6, 12)
     halves = [slice(0, 6), slice(6, 12)]
     total = sum(dora_norm(w[:, part], a[:, part], b, 1.0).square() for part in halves)
+    others = 7
     seen = []
-    monkeypatch.setattr(vllm.distributed, "tensor_model_parallel_all_reduce", lambda t: seen.append(t) or total)
+
+    def reduce(sent):
+        seen.append(sent[:-2])
+        return torch.cat([total, sent[-2:] + torch.tensor([others, others**2])])
+
+    monkeypatch.setattr(vllm.distributed, "tensor_model_parallel_all_reduce", reduce)
     monkeypatch.setattr(linear, "RowParallelLinear", torch.nn.Module)  # what the stand-in for the base layer is
     for rank, part in enumerate(halves):
         layer = _layer("RowParallelLinearWithDora", rank, w[:, part], [a[:, part]], [b], [6])
-        layer.set_scales(0, layer.compute_scales(0, m))
+        layer.set_scales(0, layer.compute_scales(0, m, 7))
         torch.testing.assert_close(layer.dora_scales[0], g, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sum(seen), total)
+    others = 6  # the other rank is at another adapter: vLLM goes through a set, whose order is each process's own
+    with pytest.raises(RuntimeError, match="another rank"):
+        layer.compute_scales(0, m, 7)
 
 
 def test_a_packed_weights_norm_is_the_same_also_where_terms_cancel():
@@ -129,7 +138,7 @@ def test_a_packed_weights_norm_is_the_same_also_where_terms_cancel():
     apply = lambda base, x, bias: x @ w.T  # noqa: E731
     layer.base_layer.quant_method = SimpleNamespace(apply=apply)
     layer.base_layer.weight = torch.nn.Parameter(torch.empty(0))
-    norm = layer._norm(slice(0, 10), 0, 0)
+    norm = layer._norm(slice(0, 10), 0, 0, 7)
     torch.testing.assert_close(norm, expected, rtol=1e-4, atol=1e-7)
 
 

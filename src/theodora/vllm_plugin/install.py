@@ -30,6 +30,7 @@ def install() -> bool:
     parse_in_model = lora_model.parse_fine_tuned_lora_name
     from_tensors = lora_model.LoRAModel.from_lora_tensors.__func__
     load = worker_manager.WorkerLoRAManager._load_adapter
+    apply = {cls: cls._apply_adapters for cls in _managers(worker_manager)}
     activate = model_manager.LoRAModelManager.activate_adapter
     process = UnquantizedLinearMethod.process_weights_after_loading
     classes = layers.with_dora(utils._all_lora_classes)
@@ -57,6 +58,13 @@ def install() -> bool:
         loading.check(lora, self._adapter_manager, self.lora_config, lora_request.lora_path)
         return lora
 
+    def in_order(original: Any) -> Any:
+        def apply_adapters(self: Any, adapter_requests: Any) -> None:
+            """One order on all ranks, which a set has not: where the input is cut, loading sums norms over them."""
+            original(self, sorted(filter(None, adapter_requests), key=lambda request: request.lora_int_id))
+
+        return apply_adapters
+
     def activate_adapter(self: Any, lora_id: int) -> bool:
         """After A and B, put g into the adapter's slot."""
         done = activate(self, lora_id)
@@ -75,8 +83,15 @@ def install() -> bool:
     lora_model.parse_fine_tuned_lora_name = parse_name
     lora_model.LoRAModel.from_lora_tensors = classmethod(from_lora_tensors)
     worker_manager.WorkerLoRAManager._load_adapter = load_adapter
+    for cls, original in apply.items():
+        cls._apply_adapters = in_order(original)
     model_manager.LoRAModelManager.activate_adapter = activate_adapter
     UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
     utils._all_lora_classes = classes
     setattr(utils, _MARK, True)
     return True
+
+
+def _managers(worker_manager: Any) -> tuple[type, ...]:
+    """The classes that load adapters when a batch asks for them; each has its own way."""
+    return (worker_manager.WorkerLoRAManager, worker_manager.LRUCacheWorkerLoRAManager)

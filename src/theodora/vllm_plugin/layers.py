@@ -106,12 +106,16 @@ class DoraLayer:
             return f"{type(self.base_layer).__name__} computes its output in its own way"
         return None
 
-    def compute_scales(self, index: int, magnitudes: Tensor | list[Tensor | None]) -> list[Tensor | None]:
+    def compute_scales(self, index: int, magnitudes: Tensor | list[Tensor | None], lora_id: int) -> list[Tensor | None]:
         """g of each slice of this layer (of this rank's part of it), float32, for the A and B that lie in a slot.
 
         Args:
             index: the slot.
             magnitudes: m of the whole layer, or of each of the layers packed into it, None for those not adapted.
+            lora_id: the adapter's number in vLLM, the same on all ranks.
+
+        Raises:
+            RuntimeError: another rank is loading another adapter.
         """
         scales: list[Tensor | None] = []
         start = 0
@@ -119,7 +123,7 @@ class DoraLayer:
             if m is None:
                 scales.append(None)
             else:
-                norm = self._norm(slice(start, start + rows), number, index)
+                norm = self._norm(slice(start, start + rows), number, index, lora_id)
                 scales.append(dora_scale(m.to(norm), norm))
             start += rows
         return scales
@@ -148,7 +152,7 @@ class DoraLayer:
         columns = [columns] if isinstance(columns, Tensor) else columns
         return [None if column is None else column[:, 0] for column in columns]
 
-    def _norm(self, rows: slice, number: int, index: int) -> Tensor:
+    def _norm(self, rows: slice, number: int, index: int, lora_id: int) -> Tensor:
         """‖W + s·B·A‖ of some output rows, float32; s is in B already. Of a row-parallel layer: over all ranks."""
         from vllm.distributed import tensor_model_parallel_all_reduce
         from vllm.model_executor.layers.linear import RowParallelLinear
@@ -157,7 +161,13 @@ class DoraLayer:
         weight = self.base_layer.weight
         norm = dora_norm(weight[rows], a, b, 1.0) if weight.numel() else self._packed_norm(rows, a, b)
         if self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear):
-            norm = tensor_model_parallel_all_reduce(norm.square()).sqrt()
+            sent = torch.cat([norm.square(), norm.new_tensor([lora_id, lora_id**2])])
+            *norm_sq, ids, squares = tensor_model_parallel_all_reduce(sent).split([len(norm), 1, 1])
+            if float(ids) != self.tp_size * lora_id or float(squares) != self.tp_size * lora_id**2:
+                raise RuntimeError(
+                    f"Adapter {lora_id} is loaded here while another rank loads another: their norms were mixed up"
+                )
+            norm = norm_sq[0].sqrt()
         return norm
 
     def _packed_norm(self, rows: slice, a_RI: Tensor, b_OR: Tensor) -> Tensor:

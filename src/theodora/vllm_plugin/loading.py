@@ -120,7 +120,7 @@ def fill_slot(manager: Any, lora: Any, index: int) -> None:
             parts = [magnitudes.get(part) for part in manager.packed_modules.get(name, ())]
             if own is None and not any(part is not None for part in parts):
                 continue
-            kept = module.compute_scales(index, own if own is not None else parts)
+            kept = module.compute_scales(index, own if own is not None else parts, lora.id)
             lora.theodora_scales[name] = [None if g is None else g.cpu() for g in kept]
         module.set_scales(index, kept)
 
