@@ -1,4 +1,4 @@
-"""One mixed batch in an engine of its own: `python batch.py FOLDER FAMILY tp|compile`; says which answers are as PEFT."""
+"""One mixed batch in an engine of its own: `python batch.py FOLDER FAMILY tp|compile`; which answers are as PEFT."""
 
 import os
 import sys
