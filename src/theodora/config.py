@@ -247,8 +247,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
                 yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
-            elif value is not None and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
+            elif is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
                 yield f"{name} is {shown(value)}; expected at most {most:,}"
+            elif value is not None and not math.isfinite(value):
+                yield f"{name} is {value}; expected a finite number"
         if isinstance(self.held_out, float) and self.held_out >= 1:
             yield f"held_out is {self.held_out}; expected a share below 1, or a whole number of rows"
         if self.eval_data is not None and self.held_out:
@@ -376,7 +378,7 @@ _TRAIN_BOUNDS = {
 }
 _LARGEST_ALPHA = 1e12  # its square is still a float32
 _LARGEST_NUMBER = 2**53
-"""Up to here floats tell whole numbers apart. No count of rows, steps or tokens is larger, and infinity is."""
+"""Up to here floats tell whole numbers apart, and no count of rows, steps or tokens is larger."""
 _LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
 

@@ -50,8 +50,8 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
             f"Cannot hold out {wanted} of {rows} rows: identical rows have to stay together, and no row of "
             f"{examples.source} has that few copies; remove the copies or give evaluation data of its own"
         )
-    training, held_out = (examples.dataset.select(np.flatnonzero(part)) for part in (~chosen, chosen))
-    return examples.with_dataset(training), examples.with_dataset(held_out)
+    training, other = (examples.dataset.select(np.flatnonzero(part)) for part in (~chosen, chosen))
+    return examples.with_dataset(training), examples.with_dataset(other)
 
 
 def _wanted(held_out: float | int, rows: int) -> int:
