@@ -22,7 +22,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
-    {"train", "evaluate", "serve", "analysis", "bench", "export", "vllm_plugin"},
+    {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export"},
     {"compare"},
     {"demo", "cli"},
 ]
@@ -39,12 +39,12 @@ ONLY_IN = {
     "torchao": {"layers"},
     "trl": {"train"},
     "accelerate": {"train"},
-    "peft": {"adapters", "bench"},  # accelerate_peft and the rows to compare with; its files are read without it
+    # accelerate_peft, and the rows to compare with; its files are read without it
+    "peft": {"adapters", "bench", "conformance"},
     "gguf": {"export"},
     "fastapi": {"serve", "cli"},
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
-    "vllm": {"vllm_plugin"},
 }
 
 # Importing these takes a second or more: commands import them when they run.

@@ -336,3 +336,13 @@ def test_compiled_equals_eager(method):
 def test_empty_batch():
     model, _ = net()
     assert model.linear(torch.randn(0, 10)).shape == (0, 7)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_row_of_zeros_has_no_start_either(init):
+    # Rounding leaves about 1e-9 in B₀, whose direction DoRA would scale up to the magnitude.
+    model, _ = net(method="dora", init=init)
+    adapter = model.linear.adapters["default"]
+    assert not bool(adapter.start_B[3].any())
+    assert not bool(adapter.lora_B[3].any())
+    assert float(adapter.magnitude[3].detach()) == 0

@@ -29,6 +29,8 @@ def start_values(
             raise ValueError(f"init={init!r} needs a rank of at most {min(w_OI.shape)} here, found {rank}")
         with torch.no_grad():
             a, b = _principal(w_OI.float(), rank, scale) if init == "pissa" else _qr(w_OI.float(), rank)
+            # Rounding leaves about 1e-9 in the rows of B where W has zeros: DoRA would take it for a direction.
+            b[(w_OI == 0).all(1)] = 0
         return a.clone(), b.clone(), (a, b)
     if init == "orthogonal":
         # Both factors differ from zero, yet B·A = 0: their rank dimensions lie in orthogonal subspaces.

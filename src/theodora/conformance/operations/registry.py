@@ -1,0 +1,44 @@
+"""What an operation is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from theodora.conformance.trial import Check, Trial
+
+Run = Callable[[Trial], Iterator[Check]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that can happen to an adapter, and how it is judged."""
+
+    key: str
+    title: str
+    group: str
+    run: Run
+    ours_only: bool = False
+    """PEFT has nothing of the kind."""
+    sample: tuple[str, ...] = ()
+    """Only these variants, because it is slow; the others differ from them in numbers alone. Kinds and dtypes are all
+    there, and `plan(every_variant=True)` takes every variant as well."""
+    cost: int = 0
+    """Dear ones begin first."""
+
+
+COMPILED = ("lora", "dora", "dora-pissa", "dora-rslora-patterns")
+"""Variants whose compiled code differs: with and without magnitudes, with start factors, with ranks and scales of
+each layer's own."""
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(key: str, title: str, group: str, **options: Any) -> Callable[[Run], Run]:
+    """Put the function on the list."""
+
+    def register(run: Run) -> Run:
+        OPERATIONS[key] = Operation(key, title, group, run, **options)
+        return run
+
+    return register

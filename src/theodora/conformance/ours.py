@@ -1,0 +1,128 @@
+"""Theodora as the suite's operations see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.adapters import (
+    adapter_disabled,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    remove_adapter,
+    save_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
+from theodora.adapters.combine import combine_adapters
+from theodora.adapters.rules import kept_by_dare
+from theodora.adapters.swap_weights import swap_adapter_weights
+from theodora.adapters.to_lora import to_lora
+from theodora.config import AdapterConfig
+from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, Specimen, Variant
+
+
+class Ours:
+    """A specimen with adapters of ours; see `Library`."""
+
+    def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:
+        self.model: nn.Module = model
+        self.variant, self.kinds = variant, kinds
+
+    def config(self) -> AdapterConfig:
+        """The variant as a configuration."""
+        v = self.variant
+        return AdapterConfig(
+            method=v.method,
+            rank=RANK,
+            alpha=ALPHA,
+            rslora=v.rslora,
+            targets=self.kinds,
+            rank_pattern=_only(RANK_PATTERN, self.kinds) if v.patterns else {},
+            alpha_pattern=_only(ALPHA_PATTERN, self.kinds) if v.patterns else {},
+            init=v.init,
+        )
+
+    def inject(self, name: str) -> None:
+        inject_adapter(self.model, self.config(), name)
+
+    def parameters(self, kind: str, name: str) -> dict[str, nn.Parameter]:
+        adapter: Any = self.adapter(kind, name)
+        found = {"A": adapter.lora_A, "B": adapter.lora_B, "m": adapter.magnitude}
+        return {part: p for part, p in found.items() if p is not None}
+
+    def start(self, kind: str, name: str) -> tuple[Tensor, Tensor] | None:
+        adapter: Any = self.adapter(kind, name)
+        if adapter.start_A is None:
+            return None
+        return adapter.start_A.to("cpu", torch.float64), adapter.start_B.to("cpu", torch.float64)
+
+    def layer(self, kind: str) -> nn.Module:
+        return self.model.get_submodule(kind)
+
+    def set_dropout(self, p: float) -> None:
+        for kind in self.kinds:
+            layer: Any = self.layer(kind)
+            for adapter in layer.adapters.values():
+                adapter.dropout = p
+
+    def adapter(self, kind: str, name: str) -> nn.Module:
+        layer: Any = self.model.get_submodule(kind)
+        return layer.adapters[name]
+
+    def weight(self, kind: str) -> Tensor:
+        weight: Any = self.model.get_submodule(kind).weight
+        return weight.T if kind in ("conv1d", "embed_tokens") else weight
+
+    def holder(self, kind: str) -> nn.Module:
+        return self.model.get_submodule(kind)
+
+    def activate(self, name: str) -> None:
+        set_adapter(self.model, name)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return adapter_disabled(self.model)
+
+    def remove(self) -> nn.Module:
+        return remove_adapter(self.model)
+
+    def merge(self, name: str) -> None:
+        merge_adapter(self.model, name)
+
+    def unmerge(self) -> None:
+        unmerge_adapter(self.model)
+
+    def save(self, folder: Path, name: str) -> None:
+        save_adapter(self.model, folder, name)
+
+    def load(self, folder: Path, name: str, trainable: bool = False) -> None:
+        load_adapter(self.model, folder, name, trainable)
+
+    def load_by_transformers(self, model: nn.Module, folder: Path) -> None:
+        load_adapter(model, folder)
+
+    def swap(self, folder: Path, name: str) -> None:
+        swap_adapter_weights(self.model, name, folder)
+
+    def combine(self, names: Sequence[str], weights: Sequence[float], into: str, method: str, **options: Any) -> None:
+        kind: Any = {"dare": "dare_linear"}.get(method, method)
+        combine_adapters(self.model, names, weights, into, kind, **options)
+
+    def drawn(self, kind: str, name: str, shape: Sequence[int], density: float) -> Tensor:
+        return kept_by_dare(shape, density, 0, f"{name}/{kind}")
+
+    def trimmed(self, elements: int, density: float) -> int:
+        return round(density * elements)
+
+    def to_lora(self, name: str, into: str) -> None:
+        to_lora(self.model, name, None, into)
+
+
+def _only(pattern: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    return {kind: value for kind, value in pattern.items() if kind in kinds}
