@@ -31,7 +31,9 @@ class _Recording:
     result: Any
     """Where it writes."""
     trained: list[nn.Parameter]
-    """The parameters that it adds gradients to."""
+    """The parameters that it computes gradients of."""
+    grads: list[Tensor]
+    """Where it writes them."""
     addresses: list[int]
     """Where they are."""
 
@@ -75,7 +77,7 @@ class GraphedStep:
         self._warmup, self._most_shapes = max(1, warmup), most_shapes
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Recording] = {}
-        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
 
     def __call__(self, inputs: Inputs) -> Any:
@@ -149,27 +151,36 @@ class GraphedStep:
     def _capture(self, key: Any, inputs: Inputs, trained: list[nn.Parameter]) -> None:
         before = [p.grad for p in trained]
         static = {name: t.clone() for name, t in inputs.items()}
-        for p in trained:
-            p.grad = self._grads.setdefault(p, torch.zeros_like(p))
+
+        def step() -> tuple[Any, list[Any]]:
+            for p in trained:
+                p.grad = None  # what was added to would have to be filled with zeros first
+            return self._step(static), [p.grad for p in trained]
+
         try:
-            graph, result, self._pool = record(lambda: self._step(static), self._pool)
+            graph, (result, grads), self._pool = record(step, self._pool)
         finally:
             for p, grad in zip(trained, before, strict=True):
                 p.grad = grad
-        self._graphs[key] = _Recording(graph, static, result, trained, _addresses(trained))
+        self._graphs[key] = _Recording(graph, static, result, trained, grads, _addresses(trained))
 
     def _replay(self, recording: _Recording, inputs: Inputs) -> Any:
-        grads = [self._grads[p] for p in recording.trained]
-        fresh = [grad for p, grad in zip(recording.trained, grads, strict=True) if p.grad is None]
-        if fresh:
-            torch._foreach_zero_(fresh)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        for p, grad in zip(recording.trained, grads, strict=True):
-            if p.grad is not None and p.grad is not grad:
-                grad.copy_(p.grad)
-            p.grad = grad
+        trained, grads = recording.trained, recording.grads
+        before = [p.grad for p in trained]
+        kept = [i for i, grad in enumerate(grads) if before[i] is grad]
+        if kept:  # an earlier step's, which this one would overwrite
+            sums = [self._sums.setdefault(trained[i], torch.empty_like(grads[i])) for i in kept]
+            torch._foreach_copy_(sums, [grads[i] for i in kept])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            for i, total in zip(kept, sums, strict=True):
+                before[i] = total
         for name, t in recording.inputs.items():
             t.copy_(inputs[name], non_blocking=True)
         recording.graph.replay()
+        added = [(total, grad) for total, grad in zip(before, grads, strict=True) if total is not None]
+        if added:
+            torch._foreach_add_(*map(list, zip(*added, strict=True)))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
+        for p, total, grad in zip(trained, before, grads, strict=True):
+            p.grad = grad if total is None else total
         self.replays += 1
         return recording.result
 

@@ -95,16 +95,24 @@ def _sum_rows(db_parts, dg_parts, norm, db, dm, O, R, CHUNKS, scale, LOW: tl.con
     at = o[:, None] * R + r[None, :]
     db_sum = tl.zeros((BO, BR), tl.float32)
     dg_sum = tl.zeros((BO,), tl.float32)
-    for chunk in range(CHUNKS):
-        if LOW:
-            db_sum += tl.load(db_parts + chunk * O * R + at, mask=inside, other=0.0)
-        if SCALED:
-            dg_sum += tl.load(dg_parts + chunk * O + o, mask=o < O, other=0.0)
+    for start in range(0, CHUNKS, 8):
+        for k in tl.static_range(8):  # eight loads under way at once: a program has little to do but wait
+            chunk = start + k
+            there = (o < O) & (tl.full((BO,), start, tl.int32) < CHUNKS - k)
+            if LOW:
+                db_sum += tl.load(db_parts + chunk * O * R + at, mask=inside & there[:, None], other=0.0)
+            if SCALED:
+                dg_sum += tl.load(dg_parts + chunk * O + o, mask=there, other=0.0)
     if LOW:
         tl.store(db + at, db_sum * scale, mask=inside)
     if SCALED:
         n = tl.load(norm + o, mask=o < O, other=1.0).to(tl.float32)
         tl.store(dm + o, tl.where(n == 0, 0.0, dg_sum / tl.where(n == 0, 1.0, n)), mask=o < O)
+
+
+def rounded_b(b_OR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s·B, rounded once to the dtype of the products."""
+    return torch.mul(b_OR, scale, out=torch.empty_like(b_OR, dtype=dtype))
 
 
 def sum_rows(
@@ -119,7 +127,7 @@ def sum_rows(
     db = empty if db_parts is None else parts.new_empty(out_features, rank)
     dm = empty if dg_parts is None else parts.new_empty(out_features)
     block = rank_block(rank)
-    rows = max(1, 2048 // block)
+    rows = max(1, 512 // block)
     _sum_rows[(triton.cdiv(out_features, rows),)](
         db_parts, dg_parts, norm, db, dm, out_features, rank, chunks, scale,
         LOW=db_parts is not None, SCALED=dg_parts is not None, BO=rows, BR=block, num_warps=4,

@@ -16,6 +16,7 @@ from theodora.kernels.triton.common import (
     precision,
     product,
     rank_block,
+    rounded_b,
     row_contiguous,
     row_scale,
     sum_rows,
@@ -169,7 +170,7 @@ def compose_backward(
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
     if low:
         # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
-        written, b_scaled = dz if scaled else dy, (scale * b).to(dy.dtype)
+        written, b_scaled = dz if scaled else dy, rounded_b(b, scale, dy.dtype)
         dzb = torch.mm(written, b_scaled, out=dzb) if dzb is not None else written @ b_scaled
         if not reduce:
             db = (written.T @ xa).float() * scale

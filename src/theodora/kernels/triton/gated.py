@@ -15,6 +15,7 @@ from theodora.kernels.triton.common import (
     precision,
     product,
     rank_block,
+    rounded_b,
     row_contiguous,
     row_scale,
     sum_chunks,
@@ -247,7 +248,7 @@ def gated_backward(
             results += _empty(dact), *rows
             continue
         # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
-        dzb = dz @ (update.scale * update.b_OR).to(dz.dtype)
+        dzb = dz @ rounded_b(update.b_OR, update.scale, dz.dtype)
         db = rows[0] if reduce else (dz.T @ update.xa_TR).float() * update.scale
         results += dzb, db, rows[1]
     if low is not None and not reduce:
