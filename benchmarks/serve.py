@@ -85,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens; default: 32")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer; default: 64")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--cuda-graphs", action="store_true", help="also without flash attention")
     parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds: on a busy machine")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"), help="JSON file")
     args = parser.parse_args()
@@ -146,6 +147,7 @@ def config(args: argparse.Namespace) -> Any:
         max_batch=args.batch,
         max_queue=args.requests,
         kv_tokens=args.batch * (args.prompt + args.tokens + 256),
+        cuda_graphs=True if args.cuda_graphs else None,
         prefix_reuse=False,
     )
 

@@ -84,8 +84,8 @@ class AdapterConfig:
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if not is_number(alpha) or alpha <= 0:
-                yield f"{what} is {shown(alpha)}; expected a positive number"
+            if not is_number(alpha) or not 0 < alpha <= _LARGEST_ALPHA:
+                yield f"{what} is {shown(alpha)}; expected a positive number, at most {_LARGEST_ALPHA:g}"
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
         for name in ("targets", "exclude", "modules_to_save"):
@@ -247,8 +247,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
                 yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
-            elif value is not None and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
+            elif is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
                 yield f"{name} is {shown(value)}; expected at most {most:,}"
+            elif value is not None and not math.isfinite(value):
+                yield f"{name} is {value}; expected a finite number"
         if isinstance(self.held_out, float) and self.held_out >= 1:
             yield f"held_out is {self.held_out}; expected a share below 1, or a whole number of rows"
         if self.eval_data is not None and self.held_out:
@@ -374,8 +376,9 @@ _TRAIN_BOUNDS = {
     "early_stopping_patience": (1, True),
     "seed": (0, True),
 }
+_LARGEST_ALPHA = 1e12  # its square is still a float32
 _LARGEST_NUMBER = 2**53
-"""Up to here floats tell whole numbers apart. No count of rows, steps or tokens is larger, and infinity is."""
+"""Up to here floats tell whole numbers apart, and no count of rows, steps or tokens is larger."""
 _LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
 

@@ -57,14 +57,25 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
         a, b = a_RI.to(wide), b_OR.to(wide)
         w_norm_sq = row_norm_squared(w_OI) if w_norm_sq_O is None else w_norm_sq_O.to(wide)
         w_a = torch.cat([piece.to(wide) @ a.T for piece in _row_pieces(w_OI)])
-        update = scale**2 * ((b @ (a @ a.T)) * b).sum(1)
-        norm_sq = w_norm_sq + 2 * scale * (b * w_a).sum(1) + update
+        norm_sq, terms = factored_norm_squared(w_norm_sq, w_a, a, b, scale)
         if norm_sq.device.type == "cpu" and not torch.compiler.is_compiling():
-            cancelled = norm_sq < CANCELLED * (w_norm_sq + update)
+            cancelled = norm_sq < CANCELLED * terms
             if bool(cancelled.any()):
                 rows = w_OI[cancelled].double() + lora_delta(a.double(), b[cancelled].double(), scale)
                 norm_sq[cancelled] = rows.square().sum(1).to(wide)
         return norm_sq.clamp_min(0).sqrt()
+
+
+def factored_norm_squared(
+    w_norm_sq_O: Tensor, w_a_OR: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """‖W + s·B·A‖² of each output row, (O,), from ‖W‖² and W Aᵀ; and what it is made of without the mixed term.
+
+    Where the first is far below the second, the terms have cancelled and rounding has eaten the digits of the first.
+    All in one dtype, float32 or float64.
+    """
+    update = scale**2 * ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
+    return w_norm_sq_O + 2 * scale * (b_OR * w_a_OR).sum(1) + update, w_norm_sq_O + update
 
 
 def dora_scale(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Update
-from theodora.kernels.triton import compose, gated, weight_norm
+from theodora.kernels.triton import compose, gated, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes a program can have on an H100
 TYPES = {
+    torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -87,3 +89,19 @@ def test_weight_norm(rank, dtype, launched):
     w_scale = torch.ones(64) if dtype == torch.float8_e4m3fn else None
     weight_norm.dora_norm(w, torch.zeros(rank, 256), torch.zeros(64, rank), 2.0, torch.ones(64), w_scale)
     assert launched["_dora_norm"] <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 16, 33, 64, 256])
+def test_routed(rank, dtype, launched):
+    tokens, features, outputs, slots = 64, 4096, 4096, 3
+    a, b = torch.zeros(slots, rank, features, dtype=dtype), torch.zeros(slots, rank, outputs, dtype=dtype)
+    x, z, g = (
+        torch.zeros(tokens, features, dtype=dtype),
+        torch.zeros(tokens, outputs, dtype=dtype),
+        torch.ones(3, outputs),
+    )
+    order, tiles = torch.arange(tokens), torch.zeros(tokens, 3, dtype=torch.int32)
+    routed.routed(z, x, a, b, g, z[0], order, tiles)
+    assert set(launched) == {"_down", "_up"}
+    assert max(launched.values()) <= SHARED_MEMORY

@@ -22,7 +22,7 @@ FLOORS = [
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
-    {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export"},
+    {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin"},
     {"compare"},
     {"demo", "cli"},
 ]
@@ -45,6 +45,7 @@ ONLY_IN = {
     "fastapi": {"serve", "cli"},
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
+    "vllm": {"vllm_plugin"},
 }
 
 # Importing these takes a second or more: commands import them when they run.

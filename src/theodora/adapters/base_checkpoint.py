@@ -7,7 +7,6 @@ model class itself knows: it is built here without memory (on the meta device), 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from theodora.errors import CheckpointError, bullet_list
+from theodora.adapters.reading import expanded
+from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.parse import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,9 @@ INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # An open safetensors file is mapped into memory and every page read stays resident: it is reopened after this much.
 _REOPEN_AFTER = 128 << 20
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+# What transformers' configurations call the number of layers.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # What a merge needs of a model on the hub; left out are the weights' copies in other formats.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _HUB_IGNORED = ("*/*.safetensors", "consolidated*")
@@ -63,11 +67,13 @@ def find_base(name: str | None, *, revision: str | None = None, download: bool =
     """
     if not name:
         raise CheckpointError("The adapter does not say which base model it belongs to. Name it with --base-model.")
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise CheckpointError(f"The base model {name} is not a folder on this machine. Name it with --base-model.")
+        raise CheckpointError(
+            f"The base model {shown(name)[1:-1]} is not a folder on this machine. Name it with --base-model."
+        )
     try:
         found = snapshot_download(
             name,
@@ -76,7 +82,7 @@ def find_base(name: str | None, *, revision: str | None = None, download: bool =
             ignore_patterns=list(_HUB_IGNORED),
             local_files_only=not download,
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:  # HFValidationError is the last
         where = "a folder, in the local hub cache, or on the hub" if download else "a folder or in the local hub cache"
         raise CheckpointError(f"The base model {name} is not {where}. Name its folder with --base-model.") from error
     return Path(found)
@@ -109,7 +115,7 @@ class BaseCheckpoint:
         self.folder = folder
         self.config = _read_config(folder)
         self.tensors = _read_headers(folder)
-        self.model = _meta_model(folder, trust_remote_code)
+        self.model = _meta_model(folder, trust_remote_code, len(self.tensors))
         self._to_model_name, self.keys, self.converted = _map_names(self.model, list(self.tensors))
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
@@ -176,14 +182,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter, not a model. Name the adapter's base model instead.")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
-    for part in (config, config.get("text_config") or {}):
-        if part.get("quantization_config"):
-            method = part["quantization_config"].get("quant_method", "of an unknown kind")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds {type(config).__name__}; expected an object.")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (quantisation := part.get("quantization_config")):
+            known = isinstance(quantisation, dict) and quantisation.get("quant_method")
+            method = shown(known)[1:-1] if isinstance(known, str) else "of an unknown kind"
             raise CheckpointError(
                 f"The base model {folder} is quantised ({method}): merging into it would round every weight again. "
                 "Name the unquantised model it was made from with --base-model."
@@ -213,37 +222,81 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def pickled_weights(folder: Path) -> str:
+    """What to say of a model folder whose weights are pickles only; empty if it is none."""
+    if any(folder.glob("*.safetensors")) or not any(path for kind in _PICKLES for path in folder.glob(kind)):
+        return ""
+    return (
+        f"The model {folder} has its weights only as pickles, which can run code when opened and cannot be streamed. "
+        "If you trust them, load the model once with transformers and save it with save_pretrained, which writes "
+        "safetensors; then name that folder."
+    )
+
+
+def stored_tensors(folder: Path) -> int:
+    """How many tensors the safetensors files of a model folder hold; 0 if there are none, or none that can be read."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                count += len(opened.keys())
+        except (SafetensorError, OSError):
+            return 0
+    return count
+
+
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
     """The files that hold the weights, and the keys that the index expects in each."""
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: []}
     if (folder / INDEX).is_file():
         try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            weight_map: Any = parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError("weight_map does not say which file holds which tensor")
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{folder / INDEX} is not a valid index ({error!r}).") from error
+        strange = sorted({name for name in weight_map.values() if Path(name).name != name or "\0" in name})
+        if strange:
+            raise CheckpointError(
+                f"{folder / INDEX} names files elsewhere than in its folder: {shown(strange)[1:-1]}. A model's weights "
+                "lie beside their index."
+            )
         files: dict[Path, list[str]] = {}
         for key, name in weight_map.items():
             files.setdefault(folder / name, []).append(key)
         return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise CheckpointError(
-            f"The base model {folder} has its weights only as pickles, which can run code when opened and cannot be "
-            "streamed. If you trust them, load the model once with transformers and save it with save_pretrained, "
-            "which writes safetensors; then name that folder with --base-model."
-        )
+    if pickled := pickled_weights(folder):
+        raise CheckpointError(pickled)
     raise CheckpointError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}.")
 
 
-def _meta_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def check_layers(folder: str | Path, config: dict[str, Any], stored: int) -> None:
+    """Raise a CheckpointError if a configuration speaks of more layers than the files hold tensors.
+
+    Building a model takes memory for each layer, so that one number in config.json could fill any machine.
+    """
+    inner: Any = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for name in _LAYER_COUNTS:
+            if isinstance(count := part.get(name), int) and count > stored:
+                raise CheckpointError(
+                    f"{folder}/config.json says {name}: {shown(count)}, but the weights hold only {stored:,} tensors."
+                )
+
+
+def _meta_model(folder: Path, trust_remote_code: bool, stored: int) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_layers(folder, config.to_dict(), stored)
         with torch.device("meta"):
             # The class is the one AutoModelForCausalLM chooses, because adapters are trained on that.
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return getattr(transformers, (config.architectures or [""])[0])._from_config(config)
-    except (ValueError, KeyError, AttributeError, OSError, ImportError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever a damaged configuration leads it to
         hint = "" if trust_remote_code else " If it brings its own code and you trust it, pass --trust-remote-code."
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the model in {folder}: {error}{hint}"

@@ -13,7 +13,6 @@ safetensors file, which PEFT leaves alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from theodora.adapters.reading import expanded, read_object, read_tensors
 from theodora.adapters.targets import from_pattern
 from theodora.config import AdapterConfig, is_int
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 KEY_PREFIX = "base_model.model."
-METADATA_KEY = "theodora"
 
 # PEFT's options that change what the tensors mean, and that nothing here computes.
 _FOREIGN_OPTIONS = (
@@ -50,6 +48,8 @@ _FOREIGN_OPTIONS = (
 )
 # Starts after which PEFT keeps the base weight as it is; the others leave a changed base behind.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Safetensors files know more kinds of numbers; no adapter is kept in them.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -113,14 +113,18 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """
     folder = _find_folder(path)
     mlx = not (folder / WEIGHTS_NAME).is_file()
-    tensors, metadata = _read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME))
+    tensors, metadata = read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME))
     if mlx:
         from theodora.adapters.mlx import peft_from_mlx
 
-        peft, tensors = peft_from_mlx(_read_json(folder / CONFIG_NAME), tensors, folder)
+        peft, tensors = peft_from_mlx(read_object(folder / CONFIG_NAME), tensors, folder)
     else:
         peft = read_peft_config(folder)
     config = _config_from_peft(peft, folder / CONFIG_NAME)
+    if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} says an odd rank, but half of it is to be the start that is taken away again"
+        )
     return replace(
         adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME)),
         base_model=peft.get("base_model_name_or_path") or None,
@@ -158,13 +162,15 @@ def adapter_of(
             continue
         name = key.removeprefix(KEY_PREFIX)
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
-        if not tensor.is_floating_point():
-            problems.append(f"{key}: dtype {tensor.dtype}; expected floating point numbers")
+        if tensor.dtype not in _DTYPES:
+            problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
-            parts.setdefault(module, {})[_PARTS[part]] = tensor
+            if _PARTS[part] in parts.setdefault(module, {}):
+                problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
+            parts[module][_PARTS[part]] = tensor
             if "embedding" in part:
                 embeddings.add(module)
         elif ".base_layer." in name:
@@ -282,7 +288,7 @@ def check_base(file: AdapterFile, sample: Callable[[str], list[float] | None]) -
             )
         square += sum(e * e for e in expected)
         difference += sum((f - e) ** 2 for f, e in zip(found, expected, strict=True))
-    distance = math.sqrt(difference / square) if square else 0.0
+    distance = math.sqrt(difference / square) if square else (math.inf if difference else 0.0)
     if distance > 0.5:
         raise CheckpointError(
             f"The adapter in {file.path} was trained on another base model{_trained_on(file)}: the weights here are "
@@ -305,7 +311,7 @@ def sample_weight(w_OI: Tensor) -> list[float]:
 
 
 def _find_folder(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = expanded(path)
     if (folder / CONFIG_NAME).is_file():
         if (folder / WEIGHTS_NAME).is_file() or (folder / MLX_WEIGHTS_NAME).is_file():
             return folder
@@ -316,7 +322,7 @@ def _find_folder(path: str | Path) -> Path:
             )
         raise CheckpointError(f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter was not saved whole.")
     if folder.exists():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "it is a file"
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "a file"
         raise CheckpointError(f"{folder} is no adapter folder: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found {held}")
     text = str(path)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
@@ -333,64 +339,32 @@ def _find_folder(path: str | Path) -> Path:
 def read_peft_config(folder: str | Path) -> dict[str, Any]:
     """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
     path = Path(folder) / CONFIG_NAME
-    fields = _read_json(path)
+    fields = read_object(path)
     if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
         fields = {**fields, "base_model_name_or_path": fields.get("model")}
     base = fields.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise CheckpointError(f"{path}: base_model_name_or_path is {base!r}; expected a folder or hub name")
+        raise CheckpointError(f"{path}: base_model_name_or_path is {shown(base)}; expected a folder or hub name")
     return fields
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; expected an object with PEFT's fields")
-    return content
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _checked_metadata((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
-        ) from error
-
-
-def _checked_metadata(text: str) -> dict[str, Any]:
-    """What we keep beside PEFT's tensors; a ValueError if it is not of our making."""
-    metadata = json.loads(text)
-    if not isinstance(metadata, dict):
-        raise ValueError(f"its {METADATA_KEY} metadata is no object")
-    probe = metadata.get("probe") or {}
-    if not isinstance(probe, dict) or not all(
-        isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-        for values in probe.values()
-    ):
-        raise ValueError(f"its {METADATA_KEY} metadata holds no probe of a base model")
-    return metadata
 
 
 def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
     problems: list[str] = []
     if peft.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {peft.get('peft_type')!r}; expected 'LORA' (which DoRA belongs to)")
+        problems.append(f"peft_type is {shown(peft.get('peft_type'))}; expected 'LORA' (which DoRA belongs to)")
     if peft.get("bias", "none") != "none":
-        problems.append(f"bias is {peft['bias']!r}; only 'none' is supported")
+        problems.append(f"bias is {shown(peft['bias'])}; only 'none' is supported")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(peft.get(name), bool | None):
+            problems.append(f"{name} is {shown(peft[name])}; expected true or false")
     if peft.get("init_lora_weights", True) not in _PLAIN_STARTS:
         problems.append(
-            f"init_lora_weights is {peft['init_lora_weights']!r}: such a file needs the changed base it was trained "
-            "on. Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter"
+            f"init_lora_weights is {shown(peft['init_lora_weights'])}: such a file needs the changed base it was "
+            "trained on. Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter"
         )
     problems += [f"{name} is set, which is not supported" for name in _FOREIGN_OPTIONS if peft.get(name)]
     if not all(is_int(layer) for layer in _layers(peft) or ()):
-        problems.append(f"layers_to_transform is {peft['layers_to_transform']!r}; expected numbers of layers")
+        problems.append(f"layers_to_transform is {shown(peft['layers_to_transform'])}; expected numbers of layers")
     if not problems:
         try:
             return AdapterConfig(

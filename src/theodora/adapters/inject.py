@@ -5,6 +5,7 @@ What a model carries is noted on the model itself, so that it travels with copie
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -284,6 +285,7 @@ def check_name(state: AdapterState, name: str) -> None:
 
 def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[str, LowRank]:
     """New tensors for every target; the model is not touched."""
+    _check_memory(model, config, paths)
     adapters: dict[str, LowRank] = {}
     problems: list[str] = []
     for path in paths:
@@ -300,6 +302,19 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
     if problems:
         raise ConfigError("The adapter does not fit this model:" + bullet_list(problems))
     return adapters
+
+
+def _check_memory(model: nn.Module, config: AdapterConfig, paths: list[str]) -> None:
+    """Raise a ConfigError if the tensors of an adapter (a rank of 10⁹?) cannot fit into this machine."""
+    sizes = {path: tuple(base_weight(model.get_submodule(path)).shape) for path in paths}
+    needed = sum(4 * from_pattern(config.rank_pattern, path, config.rank) * sum(sizes[path]) for path in paths)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        largest = max(from_pattern(config.rank_pattern, path, config.rank) for path in paths)
+        raise ConfigError(
+            f"An adapter of rank {largest:,} on {len(paths)} modules takes {needed / 1e9:,.0f} GB; this machine has "
+            f"{there / 1e9:,.0f} GB. Ranks above the weights' own ({max(map(min, sizes.values())):,}) add nothing."
+        )
 
 
 def new_low_rank(

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import AdapterFile, read_adapter
+from theodora.adapters.checkpoint import AdapterFile, read_adapter, read_peft_config
 from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
+from theodora.adapters.reading import expanded
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 
@@ -151,7 +152,7 @@ def merge_checkpoint(
     file = read_adapter(adapter)
     name = str(base_model or file.base_model or "")
     folder = find_base(name, revision=None if base_model else _base_revision(file), download=True)
-    output = Path(output).expanduser().absolute()
+    output = expanded(output).absolute()
     _check_output(output, overwrite, {"adapter": file.path, "base model": folder})
     base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
     plan = plan_merge(base, file, wanted)
@@ -207,7 +208,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _base_revision(file: AdapterFile) -> str | None:
     """The commit of the base that PEFT notes beside its name."""
-    return json.loads((file.path / "adapter_config.json").read_text(encoding="utf-8")).get("revision")
+    revision = read_peft_config(file.path).get("revision")
+    return revision if isinstance(revision, str) else None
 
 
 def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
@@ -304,9 +306,23 @@ def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
     own_code = ("*.py",) if "auto_map" in base.config else ()
     for source, patterns in ((tokenizer, _TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
         for found in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+            _refuse_link_out(found, source)
             target = folder / found.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(found, target)
+
+
+def _refuse_link_out(found: Path, source: Path) -> None:
+    """Raise a CheckpointError for a link out of a model's folder: what it points to may be no part of the model.
+
+    The hub's cache keeps its files beside its snapshots, as `blobs`, and links to them.
+    """
+    real, home = found.resolve(), source.resolve()
+    if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
+        raise CheckpointError(
+            f"{found} is a link to {real}, outside the folder, and would be copied into the merged model. If it "
+            "belongs there, put the file itself in its place."
+        )
 
 
 def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheckpoint) -> None:

@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
-from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.adapters.inject import active_name, adapter_layers, originals_in_place, require_state
+from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.save import is_tied, probe_of
 from theodora.config import is_int, is_number
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
 
@@ -111,13 +112,13 @@ def peft_from_mlx(
     problems: list[str] = []
     kind, values = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind not in ("lora", "dora"):
-        problems.append(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
+        problems.append(f"fine_tune_type is {shown(kind)}; expected 'lora' or 'dora'")
     values = values if isinstance(values, dict) else {}
     rank, scale = values.get("rank"), values.get("scale")
     if not isinstance(rank, int) or not is_int(rank) or rank < 1:
-        problems.append(f"lora_parameters: rank is {rank!r}; expected a whole number of at least 1")
+        problems.append(f"lora_parameters: rank is {shown(rank)}; expected a whole number of at least 1")
     if not is_number(scale) or scale <= 0:
-        problems.append(f"lora_parameters: scale is {scale!r}; expected a positive number")
+        problems.append(f"lora_parameters: scale is {shown(scale)}; expected a positive number")
     translated: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
@@ -129,7 +130,10 @@ def peft_from_mlx(
             problems.append(f"{key}: MLX gives each token of an embedding a magnitude, DoRA here each output feature")
         else:
             name = "lora_magnitude_vector" if part == "m" else _peft_part(module, part)
-            translated[f"{KEY_PREFIX}{from_mlx_name(module)}.{name}"] = tensor if part == "m" else tensor.T.contiguous()
+            peft_key = f"{KEY_PREFIX}{from_mlx_name(module)}.{name}"
+            if peft_key in translated:
+                problems.append(f"{key}: the file holds this module under two names")
+            translated[peft_key] = tensor if part == "m" else tensor.T.contiguous()
     if problems:
         raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(problems[:20]))
     assert isinstance(rank, int)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
+from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
+from theodora.parse import parse_json
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -77,15 +80,20 @@ def load_model(
     if dtype not in ("auto", *DTYPES.values()):
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
+    _check_weights(expanded(model))
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             model,
-            **{"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **(model_kwargs or {})},
+            **{
+                "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+                "use_safetensors": True,  # the other format is a pickle
+                **(model_kwargs or {}),
+            },
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file leads it to
         raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
     loaded, info = result
     if info["missing_keys"]:
@@ -112,11 +120,26 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above; tokenizers raises plain Exceptions
         raise CheckpointError(f"No tokenizer loads from {model}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a local folder whose weights are pickles, or which speaks of more layers than it holds."""
+    if not folder.is_dir():
+        return
+    if pickled_weights(folder):
+        raise CheckpointError(pickled_weights(folder))
+    tensors = stored_tensors(folder)
+    try:
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
+    if tensors and isinstance(config, dict):
+        check_layers(folder, config, tensors)
 
 
 def is_adapter_folder(path: str | Path) -> bool:
@@ -152,7 +175,7 @@ def check_model_folder(model: str | Path) -> None:
     Raises:
         CheckpointError: saying which.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir() and not (path / "config.json").is_file():
         if is_adapter_folder(path):
             raise CheckpointError(f"{model} holds an adapter, not a model; its base model is {base_model_of(path)}.")

@@ -17,7 +17,6 @@ from theodora.adapters.atomic import atomic_directory, atomic_write
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
-    METADATA_KEY,
     WEIGHTS_NAME,
     AdapterFile,
     AdapterTensors,
@@ -43,6 +42,7 @@ from theodora.adapters.inject import (
 )
 from theodora.adapters.kinds import layer_index
 from theodora.adapters.quantize import sample_base
+from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
@@ -82,6 +82,9 @@ class LoadReport:
             "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
         )
         return f"{self.path} as {self.name!r}: {', '.join(parts)}; {self.parameters:,} numbers; {base}"
+
+
+_SHOWN = 12
 
 
 def save_adapter(
@@ -317,7 +320,7 @@ def check_fit(model: nn.Module, file: AdapterFile) -> float:
     for path, tensors in file.modules.items():
         module = modules.get(path)
         if module is None:
-            close = nearest(path, modules)
+            close = nearest(path, modules) if len(problems) < _SHOWN else []
             problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
         elif (reason := cannot_adapt(module)) is not None:
             problems.append(f"{path}: {reason}")
@@ -350,7 +353,9 @@ def check_fit(model: nn.Module, file: AdapterFile) -> float:
             f"The adapter in {file.path} was made for another model"
             + (f" ({file.base_model})" if file.base_model else "")
             + ":"
-            + bullet_list(problems if len(problems) <= 12 else [*problems[:12], f"and {len(problems) - 12} more"])
+            + bullet_list(
+                problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
+            )
         )
     distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
     if distance > 0.02:

@@ -7,18 +7,24 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import regex
 from torch import nn
 
 from theodora.config import AdapterConfig
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import ConfigError, bullet_list, shown
 from theodora.layers import AdapterLayer, cannot_adapt
 from theodora.layers.linear import is_conv1d, is_linear
 
 T = TypeVar("T")
+
+_LONGEST_NAME = 300
+_PATIENCE = 0.5
+"""Seconds for one expression on one module path. Python's own `re` cannot be stopped, and a few characters in an
+adapter's configuration ("(a+)+$") keep it busy for years."""
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -93,7 +99,7 @@ def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
 def matches(wanted: str | tuple[str, ...], path: str) -> bool:
     """A name matches the path or its ending after a dot; a regular expression matches the whole path."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return _in_time(wanted, lambda expression: expression.fullmatch(path, timeout=_PATIENCE))
     return any(path == name or path.endswith("." + name) for name in wanted)
 
 
@@ -104,6 +110,8 @@ def from_pattern(pattern: Mapping[str, T], path: str, otherwise: T) -> T:
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """Up to three of `names` that look like `name`, best first."""
+    if len(name) > _LONGEST_NAME:  # comparing takes time in the square of the length
+        return []
     return difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
 
 
@@ -187,7 +195,24 @@ def _any_match(names: tuple[str, ...], paths: Iterable[str]) -> bool:
 
 
 def _pattern_matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return _in_time(rf"(.*\.)?({key})$", lambda expression: expression.match(path, timeout=_PATIENCE))
+
+
+def _in_time(expression: str, match: Callable[[Any], Any]) -> bool:
+    try:
+        return match(_compiled(expression)) is not None
+    except TimeoutError as error:
+        raise ConfigError(
+            f"The expression {shown(expression)} takes more than {_PATIENCE:g} s to compare with one module path; "
+            "expected one without nested repetitions"
+        ) from error
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{shown(expression)} is no regular expression ({error})") from error
+
+
+@cache
+def _compiled(expression: str) -> Any:
+    return regex.compile(expression, regex.VERSION0)
 
 
 def _unknown(name: str, modules: Mapping[str, nn.Module]) -> str:

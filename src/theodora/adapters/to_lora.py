@@ -14,7 +14,6 @@ from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
-    METADATA_KEY,
     WEIGHTS_NAME,
     AdapterFile,
     peft_config,
@@ -24,6 +23,7 @@ from theodora.adapters.combine import put_on, report_fit, scale_one_config, stor
 from theodora.adapters.fit import FitReport, Held, hold, wanted_of
 from theodora.adapters.inject import active_name, adapter_layers, check_name, originals_in_place, require_state
 from theodora.adapters.merge_plan import base_weight, plan_merge
+from theodora.adapters.reading import METADATA_KEY
 from theodora.config import is_int
 from theodora.errors import CheckpointError, ConfigError
 

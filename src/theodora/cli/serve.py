@@ -24,7 +24,7 @@ _GROUPS = {
     "Adapters": ("slots", "max_rank", "adapter_folder"),
     "Batches": (
         *("max_batch", "max_queue", "max_batch_tokens", "max_length", "kv_tokens", "kv_memory", "page_size"),
-        "prefix_reuse",
+        *("cuda_graphs", "prefix_reuse"),
     ),
     "The server": ("host", "port", "api_key_file", "max_body", "timeout", "grace"),
 }

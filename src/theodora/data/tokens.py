@@ -26,6 +26,7 @@ from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
 from theodora.errors import ConfigError, DataError
 
 IGNORED = -100
+_TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def tokenize(
         tokenised = examples.dataset.map(
             batches.encode,
             batched=True,
+            batch_size=_rows_at_once(examples.dataset),
             with_indices=True,
             remove_columns=examples.dataset.column_names,
             features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
@@ -92,6 +94,12 @@ def tokenize(
     if batches.counts.are_worth_saying:
         logger.warning("%s: %s", examples.source, tokenised.info.description)
     return tokenised
+
+
+def _rows_at_once(dataset: Dataset) -> int:
+    """Rows that are tokenised in one call: fewer where they are long, so that memory holds about 1 MB of text."""
+    mean = dataset.data.nbytes / max(len(dataset), 1)
+    return int(min(1000, max(1, _TEXT_AT_ONCE // max(mean, 1))))
 
 
 @dataclass

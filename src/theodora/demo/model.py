@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.demo.assets import MODEL, cache_folder, fetch
-from theodora.errors import UsageError
+from theodora.errors import CheckpointError, UsageError
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -46,7 +46,23 @@ def cached_model(console: Console) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF model and its tokenizer as a transformers folder in float32, whole or not at all."""
+    """Write a GGUF model and its tokenizer as a transformers folder in float32, whole or not at all.
+
+    Raises:
+        CheckpointError: the file is damaged, or no GGUF file.
+    """
+    try:
+        model, tokenizer = _read_gguf(gguf)
+    except Exception as error:  # transformers and gguf raise whatever a damaged file leads them to
+        raise CheckpointError(f"{gguf} cannot be read as a GGUF model ({type(error).__name__}: {error})") from error
+    split_digits(tokenizer)
+    with atomic_directory(folder, overwrite=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_README, encoding="utf-8")
+
+
+def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     # Newer than the oldest transformers that Theodora supports, hence only here.
     from transformers import GgufConfig
 
@@ -57,12 +73,7 @@ def convert(gguf: Path, folder: Path) -> None:
         # Without it the model stays marked as quantised and cannot be saved.
         quantization_config=GgufConfig(dequantize=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    split_digits(tokenizer)
-    with atomic_directory(folder, overwrite=True) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_README, encoding="utf-8")
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:

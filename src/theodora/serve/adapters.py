@@ -96,7 +96,7 @@ def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> S
     for path, tensors in file.modules.items():
         layer: Any = model.get_submodule(path)
         modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
-    modules = {path: tensors.map(_to_host) for path, tensors in modules.items()}
+    modules = _in_host_memory(modules)
     if any(tensors.g_O is not None and not bool(tensors.g_O.isfinite().all()) for tensors in modules.values()):
         raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
     return ServedAdapter(
@@ -111,12 +111,27 @@ def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> S
     )
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.detach()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
+def _in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:
+    """The tensors in one piece of pinned memory (many small ones take long to pin), or as they are on a CPU."""
+    first = next(iter(modules.values())).a_RI
+    if not first.is_cuda:
+        return modules
+    total = sum(_aligned(t) for tensors in modules.values() for t in tensors.tensors())
+    memory, at = torch.empty(total, dtype=torch.uint8, pin_memory=True), 0
+
+    def to_host(tensor: Tensor) -> Tensor:
+        nonlocal at
+        piece = memory[at : at + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        at += _aligned(tensor)
+        return piece.copy_(tensor, non_blocking=True)
+
+    held = {path: tensors.map(to_host) for path, tensors in modules.items()}
+    torch.cuda.current_stream(first.device).synchronize()
+    return held
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // 256) * 256
 
 
 class Registry:

@@ -45,6 +45,8 @@ class ServeConfig:
     """Share of a GPU's free memory for keys and values. Default: transformers' choice."""
     page_size: int | None = None
     """Tokens in a page of keys and values. Default: 32 on a CPU, 256 on a GPU."""
+    cuda_graphs: bool | None = None
+    """Run batches as CUDA graphs. Default: where flash attention is installed, which needs no masks."""
     prefix_reuse: bool = True
     """Reuse keys and values of prompts that begin alike and go through the same adapter."""
 

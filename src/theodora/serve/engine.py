@@ -239,6 +239,9 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else None),
             max_memory_percent=config.kv_memory,
             max_requests_per_batch=config.max_batch,
+            use_cuda_graph=config.cuda_graphs,
+            # transformers pads keys and values to 16384 tokens by default, which costs more than more graphs do.
+            kv_padding_interval_size=4096 if config.cuda_graphs else 0,
             allow_block_sharing=config.prefix_reuse,
             scheduler_type=SCHEDULER,
             return_logprobs=True,

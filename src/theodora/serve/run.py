@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     model, tokenizer = load_model_and_tokenizer(config.model, dtype=config.dtype, device=config.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if config.adapter_folder is None:  # no others will come
+        config = replace(config, slots=min(config.slots, max(1, len(adapters or {}))))
     engine = Engine(model, config)
     for name, path in (adapters or {}).items():
         engine.load(name, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -39,7 +40,8 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         ConfigError: the folder already holds a run, and it is neither to be overwritten nor resumed.
         CheckpointError: the place cannot be written.
     """
-    found = [name for name in RUN_FILES if (output / name).exists()]
+    # A link that points nowhere is there, too: written to, it would make a file elsewhere.
+    found = [name for name in RUN_FILES if os.path.lexists(output / name)]
     if found and not overwrite and not resume:
         raise ConfigError(
             f"{output} already holds a run ({', '.join(found)}). Choose another output folder, or say "
@@ -58,7 +60,7 @@ def clear_run(output: Path) -> None:
     """Delete the run that `output` holds; other files stay."""
     for name in RUN_FILES:
         path = output / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
