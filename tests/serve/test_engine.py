@@ -99,6 +99,20 @@ def test_long_prompts_are_read_in_parts(engine_of, adapter_dir):
             check(request, alone("llama", name, adapter_dir(name)), prompt[n:])
 
 
+def test_every_request_of_a_full_batch_can_have_the_likeliest_tokens(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", max_batch=16, max_batch_tokens=32)
+    requests = [ask(engine, PROMPTS[1], "dora4", top_logprobs=n % 3 * 10) for n in range(20)]
+    check(requests[0], alone("llama", "dora4", adapter_dir("dora4")), PROMPTS[1])
+    for n, request in list(enumerate(requests))[1:]:
+        output = request.updates.get(timeout=60)
+        assert output.error is None
+        for at, token in enumerate(output.generated_tokens if n % 3 else []):
+            tokens, values = request.tops[at]
+            assert (len(tokens), tokens[0]) == (n % 3 * 10, token)  # greedy: the picked one is the likeliest
+            assert values[0] == pytest.approx(output.logprobs[at], abs=1e-6)
+    assert engine.restarts == 0
+
+
 def test_a_seed_decides_whatever_else_is_in_the_batch(engine_of):
     engine = engine_of("llama", "dora4", "lora8")
     asked = {"adapter": "dora4", "count": 12, "temperature": 0.9, "seed": 7}

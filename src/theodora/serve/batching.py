@@ -53,13 +53,15 @@ def request_of(state: Any) -> Request | None:
 class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
     """Takes each sequence's slot and sampling along with the batch, and picks tokens by them."""
 
-    def __init__(self, most_requests: int) -> None:
+    current_io: Callable[[], Any]
+    """Gives the outputs of the batch at hand; set with the worker's other parts."""
+
+    def __init__(self) -> None:
         # The class's own __init__ sorts logits processors, of which there are none here.
         self.logits_processor = LogitsProcessorList()
         self.tensors_required = _ROWS
         self.supported_keys, self.ignored_keys = {}, set()
         self.do_processing = True
-        self.most_requests = most_requests
         self.samples = self.filters = self.tops = False
         """Whether the batch at hand asks for random tokens; for some of the tokens only; for the likeliest ones."""
         self._args: Tensor | None = None
@@ -108,7 +110,7 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         return scores
 
     def sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """Pick each sequence's next token; write tokens, log-probabilities, and the likeliest others behind them.
+        """Pick each sequence's next token; write tokens and log-probabilities, and note the likeliest others.
 
         Args:
             scores: logits, (1, N, V).
@@ -126,24 +128,19 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         output_ids[0, :count].copy_(tokens)
         output_ids[1, :count].copy_((logits.gather(1, tokens[:, None])[:, 0] - whole).view(torch.int32))
         if self.tops:
-            best, values = likeliest(logits, whole, MOST_TOP_LOGPROBS)
-            start, size = self.most_requests, best.numel()
-            output_ids[0, start : start + size].copy_(best.reshape(-1))
-            output_ids[1, start : start + size].copy_(values.reshape(-1).view(torch.int32))
+            # Beside the batch's other outputs: two batches can be under way.
+            self.current_io().tops = likeliest(logits, whole, MOST_TOP_LOGPROBS)
 
-    def keep_tops(self, requests: Sequence[Any], output_ids: Tensor, vocabulary: int) -> None:
+    def keep_tops(self, requests: Sequence[Any], tops: tuple[Tensor, Tensor] | None) -> None:
         """Hand the likeliest tokens of a finished batch to the requests that asked."""
-        width = min(MOST_TOP_LOGPROBS, vocabulary)
-        row = 0
-        for future in requests:
-            if not future.has_new_token:
-                continue
+        if tops is None:
+            return
+        tokens, values = (both.cpu() for both in tops)
+        for row, future in enumerate(future for future in requests if future.has_new_token):
             request = request_of(future.state)
-            if request is not None and request.sampling.top_logprobs:
-                start = self.most_requests + row * width
-                both = output_ids[:, start : start + min(width, request.sampling.top_logprobs)].cpu()
-                request.tops[len(future.state.logprobs)] = both[0].tolist(), both[1].view(torch.float32).tolist()
-            row += 1
+            if request is not None and (count := request.sampling.top_logprobs):
+                found = tokens[row, :count].tolist(), values[row, :count].tolist()
+                request.tops[len(future.state.logprobs)] = found
 
 
 class RoutedScheduler(FIFOScheduler):
@@ -253,7 +250,7 @@ class RoutedManager(ContinuousBatchingManager):
         failed: Callable[[], None],
     ) -> None:
         super().__init__(model, generation_config, cb_config)
-        self.logit_processor = RoutedProcessors(cb_config.max_requests_per_batch)
+        self.logit_processor = RoutedProcessors()
         self.output_router = router
         self._routing, self._slots, self._failing, self._failed = routing, slots, failing, failed
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
@@ -311,8 +308,11 @@ class RoutedManager(ContinuousBatchingManager):
             return function, graph and not processors.eager
 
         runner._get_forward_fn = forward
+        ios = processor.inputs_and_outputs
+        pairs = getattr(ios, "io_pairs", None)
+        processors.current_io = lambda: ios if pairs is None else pairs[ios.current_pair].host_io
         for io in _leaves(processor):
-            _wrap_update(io, processors, self.model.config.get_text_config().vocab_size)
+            _wrap_update(io, processors)
         return processor
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
@@ -356,12 +356,14 @@ def _leaves(processor: Any) -> list[Any]:
     return [ios] if pairs is None else [io for pair in pairs for io in (pair.host_io, pair.device_io)]
 
 
-def _wrap_update(io: Any, processors: RoutedProcessors, vocabulary: int) -> None:
+def _wrap_update(io: Any, processors: RoutedProcessors) -> None:
     update = io.prepare_batch_update
+    io.tops = None
 
     def wrapped() -> Any:
         found = update()
-        processors.keep_tops(found[0], io.output_ids, vocabulary)
+        processors.keep_tops(found[0], io.tops)
+        io.tops = None
         return found
 
     io.prepare_batch_update = wrapped
