@@ -12,9 +12,10 @@ from theodora import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    swap_adapter_weights,
     unmerge_adapter,
 )
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.inject import adapter_layers, trained_tensors
 from tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -129,3 +130,43 @@ def test_compiled_equals_eager(method):
         model.zero_grad()
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_graph_does_what_the_swapped_adapter_does(method, dtype, tmp_path):
+    """A step of one token, recorded before the swap, reads the tensors and what is kept of them where they lie."""
+
+    def moved(seed, rank):
+        model = tiny_model(hidden_size=64, intermediate_size=128).to("cuda", dtype)
+        inject_adapter(model, AdapterConfig(method=method, rank=rank))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in trained_tensors(model).values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        return model.eval()
+
+    other = moved(2, 2)
+    save_adapter(other, tmp_path / "other")
+    model = moved(1, 4)
+    path, layer = next(iter(adapter_layers(model).items()))
+    prompt = torch.randn(1, 5, 64, device="cuda", dtype=dtype)
+    x, expected = prompt[:, :1].clone(), adapter_layers(other)[path]
+    with torch.no_grad():
+        layer(prompt)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        before = y.clone()
+        swap_adapter_weights(model, "default", tmp_path / "other")
+        graph.replay()
+        expected(prompt)
+        exact = expected(x)
+        assert formula.error(y, exact.double()) < (1e-4 if dtype == torch.float32 else 2e-2)
+        assert formula.error(before, exact.double()) > 0.1
