@@ -197,7 +197,7 @@ def adapter_of(
     if not modules and not full and not problems:
         problems.append("the file holds no adapter tensors")
     if problems:
-        raise CheckpointError(f"{where} cannot be used:" + bullet_list(_some(problems)))
+        raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
     return AdapterFile(
         path=where.parent,
         config=replace(config, modules_to_save=tuple(sorted(saved_modules))),
@@ -430,5 +430,6 @@ def _saved_module(parameter: str, names: tuple[str, ...]) -> str | None:
     return next((module for module in modules if names and module.endswith(names)), None)
 
 
-def _some(problems: list[str], most: int = 20) -> list[str]:
+def some(problems: list[str], most: int = 20) -> list[str]:
+    """The first of many problems, and how many more there are."""
     return problems if len(problems) <= most else [*problems[:most], f"and {len(problems) - most} more"]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
-from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME, some
 from theodora.adapters.inject import active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.save import is_tied, probe_of
@@ -135,7 +135,7 @@ def peft_from_mlx(
                 problems.append(f"{key}: the file holds this module under two names")
             translated[peft_key] = tensor if part == "m" else tensor.T.contiguous()
     if problems:
-        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(problems[:20]))
+        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(some(problems)))
     assert isinstance(rank, int)
     assert isinstance(scale, int | float)
     paths = sorted({from_mlx_name(key.rpartition(".")[0]) for key in tensors})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter
+from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
 from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
 from theodora.adapters.save import LoadReport, check_fit, report_of
 from theodora.config import AdapterConfig
@@ -85,7 +85,7 @@ def swap_adapter_weights(
             writes.append((parameter, file.full.get(key, state.originals[key])))
     if problems:
         raise CheckpointError(
-            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(problems)
+            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))
         )
     with torch.no_grad():
         for mine, theirs in writes:
