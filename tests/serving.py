@@ -61,7 +61,8 @@ def settled(engine):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         cache = engine._manager.batch_processor.cache
-        tables = [table for ca in cache.cache_allocators.values() for table in ca.block_table]
+        managers = getattr(cache, "group_cache_managers", None) or cache.cache_allocators.values()  # 5.17's name first
+        tables = [table for manager in managers for table in manager.block_table]
         if engine.under_way() == engine.running() == 0 and not tables:
             return all(adapter.users == 0 for adapter in engine.adapters.adapters())
         time.sleep(0.02)
