@@ -235,8 +235,9 @@ class Engine:
         generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
         # transformers 5.17 calls pages blocks.
         page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+        pages: Any = {page: config.page_size or (32 if self.device.type == "cpu" else 256)}
         batching = ContinuousBatchingConfig(
-            **{page: config.page_size or (32 if self.device.type == "cpu" else 256)},
+            **pages,
             num_blocks=_blocks(config, self.device),
             max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else None),
             max_memory_percent=config.kv_memory,
