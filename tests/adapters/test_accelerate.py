@@ -107,6 +107,25 @@ def test_what_is_found():
     assert str(install(nn.Linear(2, 2))) == "nothing"
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "config", [{}, {"targets": ["down_proj"]}, {"targets": ["gate_up_proj"]}, {"rank": 20}], ids=str
+)
+def test_gate_and_up_in_one_layer(config):
+    model = tiny_model("phi3").to(DEVICE)
+    model = moved(inject_adapter(model, AdapterConfig(**{"method": "dora", "rank": 3} | config)))
+    wanted = expected(model)
+    assert install(model).mlps == 2
+    mlp = model.model.layers[0].mlp
+    stack = mlp._theodora_stacks[0]
+    calls = []
+    whole, stack.fits = stack.fits, lambda layers: calls.append(whole(layers)) or calls[-1]
+    same(step(model), wanted)
+    assert calls == [True]
+    uninstall(model)
+    same(step(model), wanted)
+
+
 def other_model(kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +19,15 @@ from theodora.layers.groups import FastLinear, has_hooks, parts_that_fit, stack_
 from theodora.layers.linear import is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
-# Names of gate, up and down.
-_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Names of gate, up and down; where gate and up are one layer (Phi-3, GLM), its upper half is the gate.
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"))
 
 
 class GatedMLP(Swapped):
     """Mixed in before an MLP's own class; runs the fused step wherever its layers can take it."""
 
     prefix = "Fused"
-    _theodora_gated: tuple[tuple[str, str, str], str]
+    _theodora_gated: tuple[tuple[str, ...], str]
     _theodora_stacks: tuple[Stack | None, Stack | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +43,8 @@ class GatedMLP(Swapped):
         found = parts_that_fit(x, [_fast(module) for module in modules])
         if found is None:
             return super().forward(x)
-        gate, up, down = found
+        *inner, down = found
+        gate, up = inner if len(inner) == 2 else _halves(*inner)
         return gated_mlp(x, gate, up, down, activation, self._theodora_stacks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,6 +69,21 @@ class _Plain:
         return Parts(self.module.weight, self.module.bias, weight_scale_O=weight_scale(self.module))
 
 
+def _halves(both: Parts) -> tuple[Parts, Parts]:
+    """Gate and up, where one layer computes both from one A."""
+    features = both.weight_OI.shape[0] // 2
+
+    def split(t: Tensor | None) -> Sequence[Tensor | None]:
+        return (None, None) if t is None else t.split(features)
+
+    rows = both.weight_OI, both.bias_O, both.b_OR, both.magnitude_O, both.norm_O, both.weight_scale_O
+    first, second = (
+        replace(both, weight_OI=w, bias_O=bias, b_OR=b, magnitude_O=magnitude, norm_O=norm, weight_scale_O=scale)
+        for w, bias, b, magnitude, norm, scale in zip(*map(split, rows), strict=True)
+    )
+    return first, second
+
+
 def fuse_mlp(module: nn.Module) -> bool:
     """Make `module` run as one step, in place, if it is a gated MLP; say whether it is one."""
     if isinstance(module, GatedMLP):
@@ -75,9 +93,9 @@ def fuse_mlp(module: nn.Module) -> bool:
     if found is None:
         return False
     swap_class(module, GatedMLP)
-    gate, up, down = (_fast(getattr(module, name)) for name in found[0])
+    *inner, down = (_fast(getattr(module, name)) for name in found[0])
     module.__dict__["_theodora_gated"] = found
-    module.__dict__["_theodora_stacks"] = stack_weights([gate, up]), stack_weights([down])
+    module.__dict__["_theodora_stacks"] = stack_weights(inner, parts=2), stack_weights([down])
     return True
 
 
@@ -91,23 +109,25 @@ def unfuse_mlp(module: GatedMLP) -> None:
 
 
 @torch.no_grad()
-def _gated(module: nn.Module) -> tuple[tuple[str, str, str], str] | None:
-    """The names of its three layers and its activation, found by running the module's own forward in miniature."""
+def _gated(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """The names of its layers and its activation, found by running the module's own forward in miniature."""
     for names in _NAMES:
         children = [module._modules.get(name) for name in names]  # pyright: ignore[reportPrivateUsage]
         if "forward" in module.__dict__ or not all(_is_product(child) for child in children):
             continue
-        gate, up, down = (nn.Linear(a, b, bias=False, device="cpu") for a, b in ((4, 6), (4, 6), (6, 4)))
+        layers = [nn.Linear(4, 12 // (len(names) - 1), bias=False, device="cpu") for _ in names[1:]]
+        layers.append(nn.Linear(6, 4, bias=False, device="cpu"))
         generator = torch.Generator().manual_seed(0)
-        for layer in (gate, up, down):
+        for layer in layers:
             layer.weight.data = torch.randn(layer.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
         # Large rows show a limit on what the activation gives (as in Step and DeepSeek-V4).
         x = torch.randn(1, 5, 4, generator=generator, device="cpu", dtype=torch.float32)
         x = torch.cat([x, 30 * x, 1000 * x], dim=1)
-        others = {**module._modules, **dict(zip(names, (gate, up, down), strict=True))}  # pyright: ignore[reportPrivateUsage]
+        others = {**module._modules, **dict(zip(names, layers, strict=True))}  # pyright: ignore[reportPrivateUsage]
         found = [_in_miniature(module, others, x, training) for training in (False, True)]
+        gate, up = torch.cat([layer(x) for layer in layers[:-1]], dim=-1).chunk(2, dim=-1)
         for activation in ACTIVATIONS:
-            expected = down(activate(gate(x), activation) * up(x))
+            expected = layers[-1](activate(gate, activation) * up)
             if all(y is not None and y.shape == expected.shape and torch.allclose(y, expected) for y in found):
                 return names, activation
     return None

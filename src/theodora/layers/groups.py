@@ -78,14 +78,17 @@ class Group:
         self.layers, self.stack = [], None
 
 
-def stack_weights(layers: Sequence[FastLinear]) -> Stack | None:
+def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> Stack | None:
     """Put the layers' weights into one buffer, if they are plain, frozen, on a GPU, and tied to no other module.
+
+    One layer that runs as several `parts` has room for its A as many times.
 
     (A tied weight would take its other owner along, which is harmless but pointless: its gradient is not ours.)
     """
     found = [layer.parts() for layer in layers]
-    weights: list[Any] = [None if parts is None else parts.weight_OI for parts in found]
-    ranks = sum(parts.a_RI.shape[0] for parts in found if parts is not None and parts.a_RI is not None)
+    weights: list[Any] = [None if one is None else one.weight_OI for one in found]
+    ranks = sum(one.a_RI.shape[0] for one in found if one is not None and one.a_RI is not None)
+    ranks *= max(1, parts // len(layers))
     for w in weights:
         plain = isinstance(w, nn.Parameter) and not w.requires_grad and w.is_contiguous() and type(w.data) is Tensor
         if not plain or not runs_triton(w) or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
