@@ -14,10 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz check bench clean
+.PHONY: help demo test fuzz test-vllm test-kills check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results in out/demo)
 	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
@@ -31,6 +31,9 @@ fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_E
 
 test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM on the CPU (AVX-512; an environment of its own)
 	timeout 1800 .venv-vllm/bin/python -m pytest tests/vllm_plugin -o filterwarnings= $(ARGS)
+
+test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
+	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash/test_kills.py -k many -s $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .

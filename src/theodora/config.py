@@ -198,6 +198,11 @@ class TrainConfig:
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third slower. Default: from 3 billion
     parameters on."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite, or whose loss exceeds max_loss: stop the run, or
+    skip the step. Its batch is written to bad_batches.jsonl either way, and the adapter is not touched."""
+    max_loss: float | None = None
+    """Loss of a step that counts as exploded. Default: three times that of guessing, 3·ln(vocabulary)."""
     seed: int = 0
     """Seed of the adapter's start, the data's order, dropout and the held-out split."""
 
@@ -216,8 +221,11 @@ class TrainConfig:
     report_to: tuple[str, ...] = ()
     """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations."""
 
-    resume: str | None = None
-    """Go on from a checkpoint: its folder, or auto for the newest whole one in the output folder."""
+    resume: bool | str | None = None
+    """Go on from a checkpoint: true for the newest whole one in the output folder, auto for the same if there is one
+    (else the run begins), or a checkpoint's folder."""
+    grace_period: float = 25.0
+    """Seconds after SIGTERM (preemption) within which a run saves a checkpoint and exits with 0."""
     overwrite: bool = False
     """Delete the run that the output folder holds."""
     trust_remote_code: bool = False
@@ -233,6 +241,10 @@ class TrainConfig:
             object.__setattr__(self, name, value)
         if self.max_steps == -1:  # what transformers writes for "not set"
             object.__setattr__(self, "max_steps", None)
+        if isinstance(self.resume, str) and self.resume.lower() in ("true", "false"):
+            object.__setattr__(self, "resume", self.resume.lower() == "true")
+        if self.resume is False:
+            object.__setattr__(self, "resume", None)
         if self.report_to in (("none",), ("",)):
             object.__setattr__(self, "report_to", ())
         # Ranges and combinations can only be judged once every value has the right type.
@@ -321,7 +333,7 @@ OPTION_NAMES = _ADAPTER_NAMES | _OWN_NAMES
 # Fields of transformers and TRL that are options here under another name, or with other values.
 _SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
     "output_dir": ("output", {}),
-    "resume_from_checkpoint": ("resume", {True: "auto", False: None}),
+    "resume_from_checkpoint": ("resume", {}),
     "activation_checkpointing": ("gradient_checkpointing", {}),
     "warmup_ratio": ("warmup_steps", {}),
     "completion_only_loss": ("train_on", {True: "completion", False: "all"}),
@@ -374,6 +386,8 @@ _TRAIN_BOUNDS = {
     "save_steps": (0, False),
     "save_total_limit": (1, True),
     "early_stopping_patience": (1, True),
+    "grace_period": (0, False),
+    "max_loss": (0, False),
     "seed": (0, True),
 }
 _LARGEST_ALPHA = 1e12  # its square is still a float32

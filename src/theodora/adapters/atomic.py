@@ -1,20 +1,31 @@
 """Files and folders that are whole or absent: written aside, flushed to disk, then renamed.
 
 A process killed at any moment leaves at most a hidden sibling named `.<name>.partial-…` behind, never half of
-anything under its final name.
+anything under its final name. The writer holds a lock on such a sibling, which dies with it, so that whoever writes
+there next can tell what is left over and deletes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import glob
 import os
+import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from theodora.errors import CheckpointError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SECONDS_TO_LOCK = 60  # in which whatever has been begun is locked and named, or its process is dead
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
 def partial_name(path: Path) -> str:
@@ -35,19 +46,19 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     path = Path(os.path.abspath(path))
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} already exists. Choose another place, or allow it to be overwritten.")
-    with _io_errors(path):
+    with explained_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=partial_name(path), dir=path.parent))
+        partial, lock = _new_partial(path, folder=True)
     try:
-        with _io_errors(path):
+        with explained_io_errors(path):
             yield partial
             partial.chmod(0o777 & ~_umask())
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _sync(file)
+            for found in (*partial.rglob("*"), partial):
+                if found.is_file() or found.is_dir():
+                    _sync(found)
             _take_place(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _end(partial, lock)
 
 
 @contextmanager
@@ -58,37 +69,142 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
-    with _io_errors(path):
+    with explained_io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=partial_name(path), dir=path.parent)
-        os.close(handle)
-    partial = Path(name)
+        partial, lock = _new_partial(path, folder=False)
     try:
-        with _io_errors(path):
+        with explained_io_errors(path):
             yield partial
             partial.chmod(0o666 & ~_umask())
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        _end(partial, lock)
+
+
+@contextmanager
+def atomic_files(folder: str | Path) -> Iterator[Path]:
+    """Yield a new folder whose files, when the block ends well, move into `folder`, each whole; others there stay.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written.
+    """
+    folder = Path(os.path.abspath(folder))
+    with explained_io_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial, lock = _new_partial(folder / "files", folder=True)
+    try:
+        with explained_io_errors(folder):
+            yield partial
+            found = sorted(file for file in partial.rglob("*") if file.is_file())
+            for file in found:
+                _sync(file)
+            for file in found:
+                final = folder / file.relative_to(partial)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(final)
+            _sync(folder)
+    finally:
+        _end(partial, lock)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder such that a killed process leaves all or nothing of it under its name."""
+    if not path.is_dir():
+        return
+    with explained_io_errors(path):
+        partial, lock = _new_partial(path, folder=True)
+    try:
+        with explained_io_errors(path):
+            path.rename(partial / "old")
+    finally:
+        _end(partial, lock)
+
+
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left in `folder` of things called `name` (a pattern); living ones keep theirs."""
+    for leftover in folder.glob(partial_name(Path(name)) + "*"):
+        with contextlib.suppress(OSError):
+            lock = _lock(leftover)
+            if lock is not None:
+                _remove(leftover)
+                os.close(lock)
+    for begun in folder.glob(_begun_name(Path(name)) + "*"):
+        with contextlib.suppress(OSError):
+            if time.time() - begun.stat().st_mtime > _SECONDS_TO_LOCK:
+                _remove(begun)
+
+
+def _begun_name(path: Path) -> str:
+    return f".{path.name}.begun-"
+
+
+def _new_partial(path: Path, *, folder: bool) -> tuple[Path, int | None]:
+    """A hidden sibling of `path`, and the descriptor that holds its lock. Earlier ones of dead processes go."""
+    clear_leftovers(path.parent, glob.escape(path.name))
+    # It gets its name with the lock, so that nobody takes it for a leftover.
+    if folder:
+        begun = Path(tempfile.mkdtemp(prefix=_begun_name(path), dir=path.parent))
+    else:
+        handle, name = tempfile.mkstemp(prefix=_begun_name(path), dir=path.parent)
+        os.close(handle)
+        begun = Path(name)
+    lock = _lock(begun)
+    return begun.rename(begun.with_name(begun.name.replace(_begun_name(path), partial_name(path), 1))), lock
+
+
+def _lock(path: Path) -> int | None:
+    """Open `path` with a lock of this process alone; None if another holds it, or the file system has no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _end(partial: Path, lock: int | None) -> None:
+    _remove(partial)
+    if lock is not None:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _take_place(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; what stood there is moved aside first and deleted last."""
-    old = None
-    if path.exists():
+    """Rename `partial` to `path`; what stood there takes the name `partial`, or is deleted."""
+    if not path.exists():
+        partial.rename(path)
+    elif not _exchange(partial, path):
         old = Path(tempfile.mkdtemp(prefix=partial_name(path), dir=path.parent)) / "old"
         path.rename(old)
-    try:
-        partial.rename(path)
-    except OSError:
-        if old is not None:
+        try:
+            partial.rename(path)
+        except OSError:
             old.rename(path)
-        raise
-    _sync(path.parent)
-    if old is not None:
+            raise
         shutil.rmtree(old.parent, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at one moment, where the system can: Linux, on all of its own file systems."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _sync(path: Path) -> None:
@@ -106,13 +222,31 @@ def _umask() -> int:
 
 
 @contextmanager
-def _io_errors(path: Path) -> Iterator[None]:
-    """Say in our own words what a full disk or a read-only folder means."""
+def explained_io_errors(path: Path) -> Iterator[None]:
+    """Say in our own words what a full disk or a read-only folder means.
+
+    Raises:
+        CheckpointError: in the place of such an error, also where a library hid it in one of its own.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        number = _error_number(error, path)
+        if number in _FULL:
             raise CheckpointError(f"No space left on the disk of {path}; nothing was changed there.") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise CheckpointError(f"{path} cannot be written ({error.strerror}); nothing was changed there.") from error
+        if number in _REFUSED:
+            why = os.strerror(number)
+            raise CheckpointError(f"{path} cannot be written ({why}); nothing was changed there.") from error
         raise
+
+
+def _error_number(error: Exception, path: Path) -> int:
+    """The system's number of an error; 0 if it is none of the system's."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        return int(match[1])
+    if re.search(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", str(error)):
+        # torch.save does not say more. What it had written is still there, so a full disk is full.
+        return errno.ENOSPC if shutil.disk_usage(path.parent).free < 2**20 else errno.EIO
+    return 0

@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt as stop:
-        return _fail(str(stop) or "Interrupted.", 130)
+        return _fail(str(stop) or "Interrupted.", getattr(stop, "exit_code", 130))  # 0 after SIGTERM: no failure
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain again when it flushes at exit.
         sys.stdout = None

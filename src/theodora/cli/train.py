@@ -60,6 +60,8 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "base_dtype",
             "kernels",
             "gradient_checkpointing",
+            "on_nan",
+            "max_loss",
             "seed",
         ),
     ),
@@ -75,6 +77,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "report_to",
             "resume",
             "overwrite",
+            "grace_period",
         ),
     ),
     "Model loading": (TrainConfig, ("trust_remote_code", "revision")),
@@ -95,9 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resume(group: Any) -> None:
-    """`--resume` alone means the newest whole checkpoint."""
+    """`--resume` alone means the newest whole checkpoint, which has to be there."""
     help_text = field_help(TrainConfig, "resume")
-    group.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER", default=argparse.SUPPRESS, help=help_text)
+    group.add_argument(
+        "--resume", nargs="?", const=True, metavar="auto|FOLDER", default=argparse.SUPPRESS, help=help_text
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,8 @@ from theodora.errors import ConfigError, bullet_list
 _ELSEWHERE = {
     "dataset_text_field": "call the column `text`",
     "dataset_kwargs": "rows are tokenised before TRL sees them",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
+    "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "push_to_hub": "upload the finished folder with `hf upload`",
 }
 # What people who know other tools write.
@@ -86,7 +88,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "logging_steps": config.logging_steps,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps,
-        "eval_on_start": evaluates and config.resume is None,
+        "eval_on_start": evaluates,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,

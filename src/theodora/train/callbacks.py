@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from theodora.adapters.atomic import atomic_write, explained_io_errors
 from theodora.errors import TheodoraError
 
 
@@ -22,7 +19,8 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, *, resume_at: int | None) -> None:
         self.path = path
         kept = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -30,7 +28,7 @@ class MetricsFile(TrainerCallback):
         """Write one line."""
         if not state.is_world_process_zero:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with explained_io_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n")
 
 
@@ -63,7 +61,8 @@ class StopWhenDiverged(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Look at the loss, the gradient norm and the held-out loss."""
-        for name in ("loss", "grad_norm", "eval_loss"):
+        # In fp16 gradients that overflow are expected: the loss scaler leaves such steps out.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise TheodoraError(
@@ -81,42 +80,3 @@ class CountUpdates(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Look at the learning rate of the coming update."""
         self.count += any(group["lr"] > 0 for group in optimizer.param_groups)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step (or evaluation batch) at hand, with a checkpoint; a second one at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.in_evaluation = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT inside the block. Only the main thread of a process can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _on_signal(self, *_: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end."""
-        if self.requested and state.global_step < state.max_steps:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = False
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the evaluation."""
-        if self.requested:
-            self.in_evaluation = True
-            raise KeyboardInterrupt

@@ -13,7 +13,15 @@ from theodora.adapters.atomic import atomic_write
 from theodora.config import TrainConfig
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.progress import as_size, as_time
-from theodora.train.report import Plan, describe_adapter, describe_modules, device_name, next_commands, result_rows
+from theodora.train.report import (
+    Plan,
+    describe_adapter,
+    describe_modules,
+    describe_moved,
+    device_name,
+    next_commands,
+    result_rows,
+)
 from theodora.train.result import TrainResult
 
 _LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors")
@@ -58,7 +66,8 @@ def _metadata(config: TrainConfig) -> str:
 def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
-    return f"## Results\n\n{table}\n\nLosses are means per predicted token, in nats.\n\n![Loss curve]({FIGURE_FILE})"
+    notes = f"Losses are means per predicted token, in nats. Tensors that training moved: {describe_moved(result)}."
+    return f"## Results\n\n{table}\n\n{notes}\n\n![Loss curve]({FIGURE_FILE})"
 
 
 def _data(plan: Plan) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from theodora.adapters.atomic import partial_name
+from theodora.adapters.atomic import clear_leftovers, remove_folder
 from theodora.errors import CheckpointError, ConfigError
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 FIGURE_FILE = "loss.png"
 CARD_FILE = "README.md"
 HELD_OUT_FILE = "held_out.jsonl"
+BAD_BATCHES_FILE = "bad_batches.jsonl"
 RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -27,25 +28,30 @@ RUN_FILES = (
     FIGURE_FILE,
     CONFIG_FILE,
     HELD_OUT_FILE,
+    BAD_BATCHES_FILE,
     CHECKPOINTS,
 )
+_RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
 # The state file is listed last because the trainer writes it last.
 _PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
-def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) -> None:
     """Check that a run may write into `output`, before anything is loaded. Nothing is deleted yet.
 
     Raises:
         ConfigError: the folder already holds a run, and it is neither to be overwritten nor resumed.
         CheckpointError: the place cannot be written.
     """
+    # What a run that died before its first checkpoint leaves is nothing to lose.
+    names = RUN_FILES if resume is None else _RESULTS if resume == "auto" and not newest_checkpoint(output) else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
-    found = [name for name in RUN_FILES if os.path.lexists(output / name)]
-    if found and not overwrite and not resume:
+    found = [name for name in names if os.path.lexists(output / name)]
+    if found and not overwrite:
         raise ConfigError(
             f"{output} already holds a run ({', '.join(found)}). Choose another output folder, or say "
-            "--resume to go on from its newest checkpoint, or --overwrite to delete it."
+            + ("" if resume else "--resume to go on from its newest checkpoint, or ")
+            + "--overwrite to delete it."
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -58,6 +64,8 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
 
 def clear_run(output: Path) -> None:
     """Delete the run that `output` holds; other files stay."""
+    # Checkpoints first, all at once: nobody may go on from those of a run that is to be forgotten.
+    remove_folder(output / CHECKPOINTS)
     for name in RUN_FILES:
         path = output / name
         if path.is_dir() and not path.is_symlink():
@@ -66,47 +74,72 @@ def clear_run(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def clear_partial(checkpoints: Path) -> None:
+def clear_partial(output: Path) -> None:
     """Delete what a killed process left half-written."""
-    prefix = partial_name(checkpoints / "checkpoint")
-    for leftover in checkpoints.glob(f"{prefix.removesuffix('.partial-')}-*.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in (output, output / CHECKPOINTS):
+        clear_leftovers(folder)
 
 
-def find_checkpoint(resume: str, output: Path) -> Path:
-    """The checkpoint to go on from: the newest whole one for `auto`, else the folder that `resume` names.
+def find_checkpoint(resume: bool | str, output: Path) -> Path | None:
+    """The checkpoint to go on from: the newest whole one for true and `auto`, else the folder that `resume` names.
+
+    Returns:
+        None for `auto` if there is none.
 
     Raises:
         ConfigError: there is none.
         CheckpointError: the folder is no whole checkpoint.
     """
-    if resume == "auto":
-        newest = newest_checkpoint(output)
-        if newest is None:
-            raise ConfigError(
-                f"There is no whole checkpoint in {output / CHECKPOINTS} to resume from. Start anew"
-                + (
-                    " with --overwrite."
-                    if any((output / name).exists() for name in RUN_FILES)
-                    else " without --resume."
-                )
-            )
-        return newest
-    folder = Path(resume)
-    missing = missing_parts(folder)
-    if missing:
-        raise CheckpointError(f"{folder} is no whole checkpoint: {', '.join(missing)} missing or damaged.")
-    return folder
+    if isinstance(resume, str) and resume != "auto":
+        folder = Path(resume)
+        missing = missing_parts(folder)
+        if missing:
+            raise CheckpointError(f"{folder} is no whole checkpoint: {', '.join(missing)} missing or damaged.")
+        return folder
+    newest = newest_checkpoint(output)
+    if newest is None and resume != "auto":
+        raise ConfigError(
+            f"There is no whole checkpoint in {output / CHECKPOINTS} to resume from. Start anew"
+            + (" with --overwrite" if any((output / name).exists() for name in RUN_FILES) else " without --resume")
+            + ", or say --resume auto, which goes on if it can and starts if it must."
+        )
+    return newest
+
+
+def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints beyond `limit`, each as a whole: the newest and the best stay.
+
+    Those of later steps go as well: they belong to a run that this one has left by resuming from before them.
+
+    Args:
+        checkpoints: the folder of all.
+        step: of the newest, just written.
+        limit: how many to keep; None for all.
+        best: the folder of the best one.
+    """
+    found = sorted(numbered_checkpoints(checkpoints))
+    for later, folder in found:
+        if later > step:
+            remove_folder(folder)
+    earlier = [folder for earlier, folder in found if earlier < step and str(folder) != best]
+    kept = 1 + any(str(folder) == best and number < step for number, folder in found)
+    for folder in earlier[: len(earlier) + kept - limit] if limit else []:
+        remove_folder(folder)
+
+
+def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Step and folder of everything that is called a checkpoint."""
+    return [
+        (int(match[1]), folder)
+        for folder in checkpoints.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+    ]
 
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of the highest step in a run's folder, if there is one."""
-    numbered = [
-        (int(match[1]), folder)
-        for folder in (output / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and not missing_parts(folder)
-    ]
-    return max(numbered)[1] if numbered else None
+    whole = [found for found in numbered_checkpoints(output / CHECKPOINTS) if not missing_parts(found[1])]
+    return max(whole)[1] if whole else None
 
 
 def missing_parts(checkpoint: Path) -> list[str]:
@@ -123,6 +156,14 @@ def missing_parts(checkpoint: Path) -> list[str]:
 def steps_done(checkpoint: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
     return int(read_state(checkpoint)["global_step"])
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether a run was stopped before an evaluation that was due at the checkpoint's step."""
+    state = read_state(checkpoint)
+    step, every = int(state["global_step"]), state.get("eval_steps") or 0
+    due = step >= int(state.get("max_steps") or step + 1) or (every >= 1 and step % every == 0)
+    return due and not any(line.get("step") == step and "eval_loss" in line for line in state.get("log_history", []))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         f"{result.steps:,} steps in {as_time(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, "
         f"peak memory {as_size(result.peak_memory)}",
     )
+    console.print(f"Moved by training: {describe_moved(result)}; all finite")
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
     where = Text.assemble(
@@ -111,6 +112,11 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
         rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
     return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
+
+
+def describe_moved(result: TrainResult) -> str:
+    """`lora_A 14 of 14, lora_B 14 of 14, magnitude 14 of 14`."""
+    return ", ".join(f"{part} {moved} of {total}" for part, (moved, total) in result.moved.items())
 
 
 def next_commands(config: TrainConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,9 @@ class TrainResult:
     """Tokens over the time spent in optimizer steps, evaluation and saving left out."""
     peak_memory: int
     """Most bytes held: of the GPU if there is one, else of main memory."""
+    moved: Mapping[str, tuple[int, int]]
+    """For each part of the adapter (lora_A, lora_B, magnitude) how many tensors training moved, of how many. All are
+    finite, or there would be an error."""
     model: PreTrainedModel = field(repr=False)
     """The model with its adapter, in eval mode."""
     tokenizer: PreTrainedTokenizerBase = field(repr=False)

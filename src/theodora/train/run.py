@@ -18,29 +18,27 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
-from theodora.adapters.atomic import atomic_write
+from theodora.adapters.atomic import atomic_files, atomic_write
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, TheodoraError
 from theodora.parse import parse_yaml, to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
-from theodora.train.callbacks import CountUpdates, MetricsFile, StopOnInterrupt, StopWhenDiverged, read_metrics
+from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
-from theodora.train.movement import check_moved, fingerprints
+from theodora.train.guard import StepGuard
+from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.result import TrainResult
+from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during training; the message says how to go on."""
 
 
 def train(config: TrainConfig, *, console: Console | None = None, show_result: bool = True) -> TrainResult:
@@ -65,12 +63,18 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
         DataError: the data cannot be used. Nothing was trained.
         CheckpointError: a model or checkpoint cannot be read, or a file not written.
         TheodoraError: the run diverged, ran out of memory, or left part of the adapter untrained.
-        TrainingInterrupted: Ctrl-C. A checkpoint was saved, and the message says how to resume.
+        TrainingInterrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to resume.
     """
+    stop = StopOnSignal(Path(config.output), config.grace_period)
+    with stop.listening():
+        return _train_in_order(config, console, show_result, stop)
+
+
+def _train_in_order(config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal) -> TrainResult:
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
     console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
-    files.check_output(output, overwrite=config.overwrite, resume=config.resume is not None)
+    files.check_output(output, overwrite=config.overwrite, resume=config.resume)
     checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
     PartialState().wait_for_everyone()  # no process writes before all have looked
     with quiet_libraries():
@@ -81,14 +85,19 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
             fast_path(prepared.model, prepared.config, arguments.device) as path,
             _explained_memory_errors(),
         ):
-            result, notes = _train(prepared, arguments, checkpoint, console, path)
+            result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
     if show_result:
         print_result(console, result, prepared.config, notes)
     return result
 
 
 def _train(
-    prepared: Prepared, arguments: SFTConfig, checkpoint: Path | None, console: Console, path: str | None
+    prepared: Prepared,
+    arguments: SFTConfig,
+    checkpoint: Path | None,
+    console: Console,
+    path: str | None,
+    stop: StopOnSignal,
 ) -> tuple[TrainResult, list[str]]:
     """The run itself; also what the user should be told beside the result."""
     output = Path(prepared.config.output)
@@ -97,8 +106,13 @@ def _train(
     files.check_space(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
     )
-    view, interrupt, updates = ProgressView(console), StopOnInterrupt(), CountUpdates()
-    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), interrupt, updates, view])
+    view, updates = ProgressView(console), CountUpdates()
+    arguments.eval_on_start = checkpoint is None or files.owes_evaluation(checkpoint)
+    stop.alone = arguments.world_size == 1
+    early = EarlyGradients(tensors)
+    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), stop, early, updates, view])
+    trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
+    trainer.guard = _guard(prepared, trainer, output)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
@@ -111,15 +125,23 @@ def _train(
         metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
-    _run(trainer, checkpoint, interrupt, view, output)
+    _run(trainer, checkpoint, stop, view, output)
     seconds = time.monotonic() - started
-    resting = check_moved(tensors, before, updates.count, trainer.fingerprints_at_end)
-    result = _result(prepared, plan, trainer, view, seconds)
+    steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
+    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
+    result = _result(prepared, plan, trainer, view, seconds, moved)
     if arguments.should_save:
         _end_record(prepared, plan, result)
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
+    if trainer.guard.skipped:
+        skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
+        notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
+    if trainer.pieces.count > 1:
+        notes.append(f"for want of memory each batch took {trainer.pieces.count} passes")
+    if plan.resume_at == plan.steps:
+        notes.append("all steps had been taken; raise max_steps or num_train_epochs to go on")
     if resting:
         notes.append(f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …")
     return result, notes
@@ -155,6 +177,24 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses this run: {error}") from error
+
+
+def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
+    config, arguments = prepared.config, trainer.args
+    rank = f"-{arguments.process_index}" if arguments.process_index else ""
+    name = files.BAD_BATCHES_FILE.replace(".", f"{rank}.")
+    guessing = math.log(prepared.model.config.get_text_config().vocab_size)
+    return StepGuard(
+        output / name,
+        config.on_nan,
+        # Several processes have to decide alike. Each has a loss of its own, and all have the same gradient.
+        None if arguments.world_size > 1 else config.max_loss or 3 * guessing,
+        lambda ids: str(prepared.tokenizer.decode(ids)),
+        waits=arguments.device.type == "cpu",
+        looks_at_norm=not arguments.fp16,
+        hint=f"Try a lower learning_rate (it is {arguments.learning_rate:g}) or a longer warm-up."
+        + (" bf16 instead of fp16 helps, too." if arguments.fp16 else ""),
+    )
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
@@ -201,10 +241,10 @@ def _device_notes() -> list[str]:
 
 
 def _check_resume(plan: Plan, checkpoint: Path) -> None:
-    if plan.resume_at is not None and plan.resume_at >= plan.steps:
+    if plan.resume_at is not None and plan.resume_at > plan.steps:
         raise ConfigError(
-            f"{checkpoint} already holds all {plan.steps} steps of this run. Raise max_steps or num_train_epochs to go "
-            "on."
+            f"{checkpoint} holds {plan.resume_at} steps, and this run has {plan.steps}. Raise max_steps or "
+            "num_train_epochs to go on."
         )
 
 
@@ -218,7 +258,7 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     config = prepared.config
     if config.overwrite:
         files.clear_run(output)
-    files.clear_partial(output / files.CHECKPOINTS)
+    files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
     head = f"# Every setting of this run. To run it again: {command}\n"
@@ -233,7 +273,8 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     """Write the adapter, and what there is to say about it."""
     output = result.output
     save_adapter(prepared.model, output)
-    prepared.tokenizer.save_pretrained(output)
+    with atomic_files(output) as folder:
+        prepared.tokenizer.save_pretrained(folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)
 
@@ -254,18 +295,19 @@ def _changed_since(config: TrainConfig, output: Path) -> list[str]:
 
 
 def _run(
-    trainer: AdapterTrainer, checkpoint: Path | None, interrupt: StopOnInterrupt, view: ProgressView, output: Path
+    trainer: AdapterTrainer, checkpoint: Path | None, stop: StopOnSignal, view: ProgressView, output: Path
 ) -> None:
-    """Train, and turn Ctrl-C into a checkpoint and a message."""
+    """Train, and turn signals into a checkpoint and a message."""
     try:
-        with interrupt.listening(), view:
+        with stop.training(), view:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except StepAbandoned:
+        trainer.save_now()
+        raise TrainingInterrupted(_interrupted(output), stop.exit_code) from None
     except KeyboardInterrupt:
-        if interrupt.in_evaluation and trainer.state.global_step:
-            trainer.save_now()
         raise TrainingInterrupted(_interrupted(output)) from None
-    if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingInterrupted(_interrupted(output))
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
+        raise TrainingInterrupted(_interrupted(output), stop.exit_code)
 
 
 def _interrupted(output: Path) -> str:
@@ -286,7 +328,14 @@ def _explained_memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _result(prepared: Prepared, plan: Plan, trainer: AdapterTrainer, view: ProgressView, seconds: float) -> TrainResult:
+def _result(
+    prepared: Prepared,
+    plan: Plan,
+    trainer: AdapterTrainer,
+    view: ProgressView,
+    seconds: float,
+    moved: dict[str, tuple[int, int]],
+) -> TrainResult:
     state = trainer.state
     last_tenth = _mean(state.log_history, lambda line: line["step"] > state.global_step * 0.9)
     held_out = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
@@ -305,6 +354,7 @@ def _result(prepared: Prepared, plan: Plan, trainer: AdapterTrainer, view: Progr
         seconds=seconds,
         tokens_per_second=view.mean_tokens_per_second,
         peak_memory=peak_memory(),
+        moved=moved,
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -24,11 +22,15 @@ from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
 from theodora.layers import AdapterLayer
+from theodora.train.checkpoints import rotate
 from theodora.train.figures import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
+from theodora.train.guard import StepGuard
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses
 from theodora.train.movement import fingerprints
+from theodora.train.pieces import Pieces
+from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
 
 _LOGS_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
@@ -50,12 +52,20 @@ class AdapterTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
         self._staging: Path | None = None
+        self.resumed_from: str | None = None
+        self.saved_at: int | None = None
+        self._last_step: StepState | None = None
         self.fingerprints_at_end: dict[str, int] | None = None
         self._eval_nats = self._eval_tokens = 0.0
         self._parameters_that_multiply: int | None = None
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        self.add_callback(RestoreUnlogged(self))
+        self.guard: StepGuard | None = None
+        self.say: Callable[[str], None] = print
+        self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
+        self.pieces.halves = self.args.world_size == 1
         self.adapts_head = isinstance(self.model.get_output_embeddings(), AdapterLayer)
         self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.adapts_head and not self._plain_loss:
@@ -159,15 +169,29 @@ class AdapterTrainer(SFTTrainer):
             self._total_train_tokens = self._total_train_tokens + tokens
         metrics["num_tokens"] = [self._total_train_tokens]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; graphs do not outlive it."""
+        self.resumed_from = resume_from_checkpoint or None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._graphed is not None:
                 self.graph_replays, self.why_no_graph = self._graphed.replays, self._graphed.why_not
                 self._graphed.release("training has ended")
                 self._graphed = None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class, unless the run goes on from a checkpoint that is its end: not a step more then."""
+        if self.state.global_step >= self.state.max_steps or self.has_stopped_early:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether held-out losses have not improved for so long that the run is to end."""
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass: a CUDA graph, or the base class's.
@@ -179,16 +203,48 @@ class AdapterTrainer(SFTTrainer):
             model.train()
         model.__dict__["train"] = lambda mode=True: model
         try:
-            tensors = self._graph_inputs(inputs, num_items_in_batch)
-            if tensors is None or self._graphed is None:
-                return super().training_step(model, inputs, num_items_in_batch)
-            if callable(getattr(self.optimizer, "train", None)):  # some keep other weights for evaluation
-                self.optimizer.train()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            loss, sums = self._graphed(tensors)
-            self._record(sums.clone(), inputs[LEARNED]["tokens"])  # the next replay writes there again
-            return loss.clone()
+            whole = dict(inputs)  # computing a loss takes things out
+            loss = self.pieces(inputs, model, num_items_in_batch)
+            if self.guard is not None:
+                self.guard.note(whole, loss)
+            return loss
         finally:
             model.__dict__.pop("train", None)
+
+    def _one_pass(self, inputs: dict[str, Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
+        """The forward and backward pass of a batch, or of a piece of one."""
+        tensors = self._graph_inputs(inputs, num_items_in_batch)
+        if tensors is None or self._graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if callable(getattr(self.optimizer, "train", None)):  # some keep other weights for evaluation
+            self.optimizer.train()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        loss, sums = self._graphed(tensors)
+        self._record(sums.clone(), inputs[LEARNED]["tokens"])  # the next replay writes there again
+        return loss.clone()
+
+    def _start_step_over(self) -> None:
+        """Forget what the step at hand has done so far, and let go of memory."""
+        if self._graphed is not None:
+            self._graphed.release("batches do not fit into memory as they are")
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self._last_step is not None:
+            self._last_step.restore_metrics_to(self)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Also let the guard look at the step, which ends here; a bad one leaves no trace."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.pieces.end_step()
+        if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
+            return grad_norm
+        if self.accelerator.scaler is None:  # which leaves such steps out by itself
+            model.zero_grad()
+        if self._last_step is not None:
+            self._last_step.restore_metrics_to(self)
+            self._tr_loss.copy_(self._last_step.loss)
+        self._globalstep_last_logged += 1  # losses are means over the steps that were taken
+        self.say(f"Step {self.state.global_step + 1} was skipped; its rows are in {self.guard.file}.")
+        return None
 
     def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
         if self.why_no_graph is not None or not isinstance(self.head, Head):
@@ -214,6 +270,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Send for the figures of this step and log those that have come; wait where something depends on them."""
+        if self.guard is not None and (self.control.should_save or self.control.should_evaluate):
+            self.guard.look()
         if self._defers_logs:
             if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
                 self._send_for_figures(tr_loss, grad_norm, kwargs.get("learning_rate"))
@@ -221,6 +279,12 @@ class AdapterTrainer(SFTTrainer):
             control = self.control
             self._log_arrived(control.should_save or control.should_evaluate or control.should_training_stop)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self.note_step()
+
+    def note_step(self) -> None:
+        """Take down the state at the end of a step."""
+        accumulates = self.args.gradient_accumulation_steps > 1 and self.args.world_size == 1
+        self._last_step = StepState.of(self, with_random_states=accumulates)
 
     def _send_for_figures(self, tr_loss: Tensor, grad_norm: Any, learning_rate: float | None) -> None:
         step, metrics = self.state.global_step, self._metrics["train"]
@@ -286,13 +350,30 @@ class AdapterTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Also replace the mean over batches by the mean over tokens."""
         self._eval_nats = self._eval_tokens = 0.0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # A data loader draws a seed for its workers: an evaluation must not change what training draws after it.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
         reduced: Any = self.accelerator.reduce(sums, "sum")
         nats, tokens = reduced.tolist()
         if tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
         return output
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Also look for the best where an evaluation that a stopped run owed is made at the start of the next."""
+        self.note_step()  # the step is logged already, and an evaluation may be left
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if skip_scheduler and self.state.global_step > 0:
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Also save what is the best so far, if the best is to be kept."""
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
 
     def _load_best_model(self) -> None:
         """Also note where training itself ended: the best adapter may be one from before it had moved everything."""
@@ -319,7 +400,12 @@ class AdapterTrainer(SFTTrainer):
         return Path(self.args.output_dir)
 
     def save_now(self) -> None:
-        """Write a checkpoint of the step at hand."""
+        """Write a checkpoint of the last step that was finished, unless there is one."""
+        step = self.state.global_step
+        if not step or self.saved_at == step or self.resumed_from == str(self.folder / f"checkpoint-{step}"):
+            return
+        if self._last_step is not None:
+            self._last_step.restore_to(self)
         self._save_checkpoint(self.model, None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -339,27 +425,16 @@ class AdapterTrainer(SFTTrainer):
             return
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
-            self._save_parts(model, trial)
+            super()._save_checkpoint(model, trial)
             inner = partial / folder.name
             self._name_best_checkpoint(folder)
+            write_unlogged(self, inner)
             self.state.save_to_json(str(inner / "trainer_state.json"))
             for file in inner.iterdir():
                 file.rename(partial / file.name)
             inner.rmdir()
-        rotate_checkpoints(
-            output_dir=str(self.folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
-
-    def _save_parts(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except RuntimeError as error:
-            # torch.save turns a full disk into a RuntimeError about its own file writer.
-            if shutil.disk_usage(self.folder).free < 2**20:
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+        self.saved_at = self.state.global_step
+        rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _name_best_checkpoint(self, current: Path) -> None:
         """Record the best checkpoint under its final name, not that of the folder it is written to."""

@@ -1,0 +1,201 @@
+"""Preemption and Ctrl-C: a run stops where it can go on exactly, within a bound, and goes on by itself."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from theodora.config import TrainConfig
+from theodora.errors import ConfigError
+from theodora.train import callbacks, train
+from theodora.train.stop import TrainingInterrupted
+
+ALL = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """Send this process a signal at a step of the next run."""
+
+    def at(event, step, number=signal.SIGTERM, nth=1):
+        class Sender(callbacks.CountUpdates):
+            pass
+
+        seen = []
+
+        def hook(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                seen.append(step)
+                if len(seen) == nth:
+                    os.kill(os.getpid(), number)
+
+        setattr(Sender, event, hook)
+        monkeypatch.setattr(sys.modules["theodora.train.run"], "CountUpdates", Sender)
+
+    yield at
+    monkeypatch.undo()
+
+
+def same(one, other, losses):
+    for name in ALL:
+        assert losses(one, name) == losses(other, name), name
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "saved", "settings"),
+    [
+        ("on_step_begin", 3, 4, {}),
+        ("on_step_begin", 5, 6, {"logging_steps": 4}),
+        ("on_substep_end", 5, 5, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}),
+        ("on_substep_end", 13, 13, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}),
+        ("on_step_begin", 8, 9, {}),  # an epoch has 9 steps
+        ("on_prediction_step", 4, 4, {"eval_steps": 2, "per_device_eval_batch_size": 1}),
+        ("on_step_begin", 3, 4, {"eval_steps": 2, "early_stopping_patience": 9, "save_steps": 100}),
+        ("on_prediction_step", 14, 14, {"eval_steps": 7, "per_device_eval_batch_size": 1}),
+    ],
+    ids=["step", "log line", "micro-batch", "first of an epoch", "epoch end", "evaluation", "best", "last evaluation"],
+)
+def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
+    event, step, saved, settings, run, send, tmp_path, losses, monkeypatch
+):
+    settings = {
+        "max_steps": 14,
+        "save_steps": 100,
+        "held_out": 2,
+        "dropout": 0.1,
+        "eval_steps": 100,
+        "resume": "auto",
+        **settings,
+    }
+    run(output=str(tmp_path / "whole"), **settings)
+    with monkeypatch.context():
+        send(event, step)
+        with pytest.raises(TrainingInterrupted, match=r"--resume") as caught:
+            run(**settings)
+    monkeypatch.undo()
+    assert caught.value.exit_code == 0
+    found = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert f"checkpoint-{saved}" in found
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    run(**settings)
+    same(tmp_path / "run", tmp_path / "whole", losses)
+
+
+def test_auto_begins_goes_on_and_finishes(run, tmp_path, losses):
+    first = run(resume="auto", max_steps=3)
+    assert first.steps == 3
+    second = run(resume="auto", max_steps=5)
+    assert second.steps == 5
+    assert losses(tmp_path / "run", "step").count(4) == 2  # its line and its evaluation
+    before = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()  # as if the last run had died just before its end
+    third = run(resume="auto", max_steps=5)
+    assert third.eval_loss == second.eval_loss
+    after = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_auto_does_not_overwrite_a_result_without_checkpoints(run, tmp_path):
+    run()
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(ConfigError, match=r"already holds a run \(adapter_config.json.*--overwrite"):
+        run(resume="auto")
+    with pytest.raises(ConfigError, match=r"no whole checkpoint.*--overwrite.*--resume auto"):
+        run(resume=True)
+
+
+def test_true_and_false_in_any_spelling():
+    def resume(value):
+        return TrainConfig(model="m", data="d", output="o", resume=value).resume
+
+    assert [resume(v) for v in (True, "true", False, "False", None, "auto", "a/b")] == [
+        True,
+        True,
+        None,
+        None,
+        None,
+        "auto",
+        "a/b",
+    ]
+
+
+def test_a_run_that_stopped_early_is_not_trained_on(run, tmp_path, losses):
+    settings = {"max_steps": 12, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.5}
+    first = run(**settings)
+    curve, adapter = losses(tmp_path / "run", "eval_loss"), load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    second = run(**settings, resume="auto")
+    assert second.steps == first.steps < 12
+    assert losses(tmp_path / "run", "eval_loss") == curve
+    again = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[key], again[key]) for key in adapter)
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones(run, tmp_path):
+    run(max_steps=6, save_steps=2, save_total_limit=9)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    run(max_steps=3, save_steps=3, save_total_limit=9, resume=str(checkpoints / "checkpoint-2"))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_signals_do_not_outlive_a_run_and_reach_it_while_it_loads(run, options, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def load(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(sys.modules["theodora.train.run"], "prepare", load)
+    with pytest.raises(TrainingInterrupted, match=r"before training began") as caught:
+        run()
+    assert caught.value.exit_code == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+_SLOW = """
+import sys, time
+from transformers import TrainerCallback
+from rich.console import Console
+from theodora.config import TrainConfig
+from theodora.train import callbacks, train
+
+class Slow(callbacks.CountUpdates):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            print("stuck", flush=True)
+            time.sleep(60)
+sys.modules["theodora.train.run"].CountUpdates = Slow
+train(TrainConfig.from_options({options}), console=Console(quiet=True))
+"""
+
+
+def test_a_step_that_takes_too_long_is_given_up_at_the_bound(options, tmp_path):
+    options |= {"grace_period": 0.5, "save_steps": 2, "max_steps": 6}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW.replace("{options}", repr(options))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert time.monotonic() - began < 10
+    assert re.search(r"no checkpoint within 0.5 s; .*checkpoint-2 is whole", err)
+    result = train(TrainConfig.from_options(options | {"resume": "auto"}), console=Console(quiet=True))
+    assert result.steps == 6
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
