@@ -161,6 +161,10 @@ class TrainConfig:
     held_out: int | float | None = None
     """Rows of data to hold out (a whole number) or their share (below 1); 0 holds out none. Default: 5 %, at most 200
     rows."""
+    replay: str | None = None
+    """File with general text to mix into the rows, so that less is forgotten."""
+    replay_share: float = 0.1
+    """Share of the rows trained on that are general text, if there is any (replay)."""
     train_on: Literal["completion", "all"] = "completion"
     """Tokens that count in the loss: those of completions and assistant turns, or all."""
     use_chat_template: bool | None = None
@@ -267,6 +271,8 @@ class TrainConfig:
             yield f"held_out is {self.held_out}; expected a share below 1, or a whole number of rows"
         if self.eval_data is not None and self.held_out:
             yield f"eval_data and held_out={self.held_out} are both given; expected one of them"
+        if not 0 <= self.replay_share < 1:
+            yield f"replay_share is {self.replay_share}; expected at least 0 and below 1"
         if self.early_stopping_patience is not None and self.eval_data is None and self.held_out == 0:
             yield "early_stopping_patience needs held-out rows; expected eval_data, or held_out above 0"
         if self.resume is not None and self.overwrite:

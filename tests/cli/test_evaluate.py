@@ -1,4 +1,6 @@
 import json
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -91,3 +93,22 @@ def test_bad_usage(arguments, code, data, tiny_model_dir, capsys):
     given = {"--model": str(tiny_model_dir("llama")), "--data": str(data), **dict([arguments])}
     assert main(["evaluate", *(word for pair in given.items() for word in pair)]) == code
     assert capsys.readouterr().out == ""
+
+
+def test_labels_words_and_own_metrics(evaluate, tiny_model_dir, data, tmp_path):
+    metric = tmp_path / "own.py"
+    metric.write_text("def length(answer, reference):\n    return len(reference)\n")
+    scores = evaluate(
+        "--model", tiny_model_dir(), "--data", data, "--labels", "auto", "--f1", "--metric", f"{metric}:length",
+        "--max-new-tokens", "9",
+    )  # fmt: skip
+    assert 0 <= scores["label_accuracy"] <= 1
+    assert 0 <= scores["token_f1"] <= 1
+    assert scores["metrics"] == {"length": 8.0}
+
+
+def test_lm_eval_is_asked_for_by_name(evaluate, tiny_model_dir, data, monkeypatch, capsys):
+    import_module("theodora.evaluate.harness")
+    monkeypatch.setattr(sys.modules["theodora.evaluate.harness"], "find_spec", lambda name: None)
+    assert main(["evaluate", "--model", str(tiny_model_dir()), "--data", str(data), "--lm-eval", "arc_easy"]) == 2
+    assert "pip install 'lm-eval" in capsys.readouterr().err

@@ -6,7 +6,8 @@ example:
 
 --model also takes the folder of an adapter, which names its base model. Loss is per predicted token (completions and
 assistant turns; all tokens of plain text). Exact match is the share of rows whose greedy answer is the reference,
-blanks around both aside; plain text has none.
+blanks around both aside; plain text has none. With --labels the model need not write anything: the likeliest of a
+closed set of answers counts, which is also fair to a model that was never trained.
 """
 
 from __future__ import annotations
@@ -31,6 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="rows in a pass. Default: 16.")
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens of the longest answer. Default: 64."
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="also the share of rows whose right label is the likeliest of these; auto: of the answers in the data",
+    )
+    parser.add_argument(
+        "--f1", action="store_true", help="also the mean F1 of the words that answers and references share"
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="FILE.py:FUNCTION",
+        help="also the mean of a function of your own, called with (answer, reference); the file is run",
+    )
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="also these tasks of EleutherAI's lm-eval, if it is installed and their data is on this machine",
     )
     parser.add_argument("--no-exact-match", action="store_true", help="score the loss only, which is faster")
     parser.add_argument(
@@ -57,11 +81,18 @@ def run(args: argparse.Namespace) -> int:
     from theodora.cli.console import stderr, stdout
     from theodora.data import load_examples
     from theodora.evaluate import evaluate
+    from theodora.evaluate.harness import check_harness, run_harness
+    from theodora.evaluate.labels import labels_of
+    from theodora.evaluate.metrics import load_metric
 
+    metrics = {where.rpartition(":")[2]: load_metric(where) for where in args.metric}
+    if args.lm_eval:
+        check_harness()
     examples = load_examples(args.data, split=args.split)
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))
     stderr().print(examples.description, style="dim", markup=False)
+    labels = labels_of(examples) if args.labels == ["auto"] else args.labels
     disable_progress_bar()
     with stderr().status("Loading the model ..."):
         model, tokenizer = load_model_and_tokenizer(
@@ -80,21 +111,25 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             exact_match=not args.no_exact_match,
+            labels=labels,
+            f1=args.f1,
+            metrics=metrics,
             max_length=args.max_length,
             use_chat_template=False if args.no_chat_template else None,
             progress=stderr().is_terminal,
         )
     for warning in caught:
         stderr().print(f"Warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
+    tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size, args.limit) if args.lm_eval else {}
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
-        print(json.dumps(named | scores.to_dict(), indent=2))
+        print(json.dumps(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}), indent=2))
     else:
-        stdout().print(_table(scores))
+        stdout().print(_table(scores, tasks))
     return 0
 
 
-def _table(scores: Scores):  # -> rich.table.Table
+def _table(scores: Scores, tasks: dict[str, dict[str, float]]):  # -> rich.table.Table
     from rich.table import Table
 
     table = Table.grid(padding=(0, 3))
@@ -104,6 +139,15 @@ def _table(scores: Scores):  # -> rich.table.Table
     table.add_row("perplexity", f"{scores.perplexity:,.2f}")
     if scores.exact_match is not None:
         table.add_row("exact match", f"{scores.exact_match:.1%}")
+    if scores.label_accuracy is not None:
+        table.add_row("right label likeliest", f"{scores.label_accuracy:.1%}")
+    if scores.token_f1 is not None:
+        table.add_row("F1 of words", f"{scores.token_f1:.1%}")
+    for name, value in scores.metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    for task, found in tasks.items():
+        for name, value in found.items():
+            table.add_row(f"{task} {name}", f"{value:.4g}")
     table.add_row("rows", f"{scores.rows:,}")
     table.add_row("predicted tokens", f"{scores.tokens:,}")
     table.add_row("seconds", f"{scores.seconds:,.1f}")

@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
     ),
     "Data": (
         TrainConfig,
-        ("eval_data", "held_out", "train_on", "use_chat_template", "max_length", "packing"),
+        ("eval_data", "held_out", "replay", "replay_share", "train_on", "use_chat_template", "max_length", "packing"),
     ),
     "Optimization": (
         TrainConfig,

@@ -47,6 +47,7 @@ class Bench:
             self.model.generation_config.use_cache = True
         self.head = fused_head(self.model)
         self.material: Material = prepare(config, splits, general, self.model, self.tokenizer)
+        self._trains_all = False
         self._variants = {variant.key: variant for variant in config.variants}
 
     def run(self, cell: Cell) -> Record:
@@ -89,7 +90,7 @@ class Bench:
     def _train_and_score(self, cell: Cell, record: Record) -> None:
         variant = self._variants[cell.variant]
         set_seed(cell.seed)
-        with self._trainable(variant) as autocast, self._precision(autocast):
+        with self._trainable(variant) as autocast:
             record.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             self._train(cell, variant, record, autocast)
             self._validate(cell, record)
@@ -104,7 +105,11 @@ class Bench:
         config = variant.adapter
         if config is None:
             with full_weights(self.model):
-                yield torch.bfloat16 if self.bf16 else None
+                self._trains_all = True
+                try:
+                    yield torch.bfloat16 if self.bf16 else None
+                finally:
+                    self._trains_all = False
             return
         inject_adapter(self.model, config)
         try:
@@ -180,33 +185,39 @@ class Bench:
 
     def _loss(self, asked: Questions) -> float:
         size = self.config.eval_batch_size
-        found = score(self.model, self.tokenizer, asked, batch_size=size, exact_match=False).loss
+        with self._as_served():
+            found = score(self.model, self.tokenizer, asked, batch_size=size, exact_match=False).loss
         return _finite(found, asked)
 
     def _score(self, data: str, asked: Questions) -> Scores:
         wanted = self.config.data[data]
         own = {wanted.score.rpartition(":")[2]: load_metric(wanted.score)} if ".py:" in wanted.score else None
-        found = score(
-            self.model,
-            self.tokenizer,
-            asked,
-            batch_size=self.config.eval_batch_size,
-            max_new_tokens=wanted.max_new_tokens,
-            exact_match=wanted.score == "exact-match",
-            f1=wanted.score == "f1",
-            metrics=own,
-        )
+        with self._as_served():
+            found = score(
+                self.model,
+                self.tokenizer,
+                asked,
+                batch_size=self.config.eval_batch_size,
+                max_new_tokens=wanted.max_new_tokens,
+                exact_match=wanted.score == "exact-match",
+                f1=wanted.score == "f1",
+                metrics=own,
+            )
         _finite(found.loss, asked)
         return found
 
     @contextmanager
-    def _precision(self, autocast: torch.dtype | None) -> Iterator[None]:
-        """Scores of weights wider than the base are computed in the dtype that they were trained in."""
-        if autocast is None:
+    def _as_served(self) -> Iterator[None]:
+        """Weights that were trained wider than the base are scored in the base's dtype, as they would be kept."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        wide = {p: p.data for p in self.model.parameters() if p.requires_grad and self._trains_all}
+        try:
+            for parameter, data in wide.items():
+                parameter.data = data.to(dtype)
             yield
-            return
-        with torch.autocast(self.device.type, autocast, cache_enabled=False):
-            yield
+        finally:
+            for parameter, data in wide.items():
+                parameter.data = data
 
     def _now(self) -> float:
         if self.device.type == "cuda":

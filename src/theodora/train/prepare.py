@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
@@ -20,6 +20,7 @@ from theodora.data import (
     split_examples,
     tokenize,
 )
+from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
@@ -57,6 +58,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config, training, held_out = _split(config, examples, notes)
     tokenizer = _load_tokenizer(config, arguments, training)
     train_rows = _tokenize(config, training, tokenizer, notes)
+    if config.replay is not None:
+        train_rows = _with_replay(config, train_rows, _tokenize(config, load_examples(config.replay), tokenizer, notes))
+        notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
     held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
     dtype, bf16 = choose_precision(config, arguments)
     model = load_model(
@@ -133,6 +137,11 @@ def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedToke
     # The first part says how many rows and tokens there are, which the panel shows by itself.
     notes += [note.rstrip(".") for note in rows.info.description.split("; ")[1:] if note.rstrip(".") not in notes]
     return rows
+
+
+def _with_replay(config: TrainConfig, rows: Dataset, texts: Dataset) -> Dataset:
+    places = range(len(rows)), range(len(rows), len(rows) + len(texts))
+    return concatenate_datasets([rows, texts]).select(mix(*places, config.replay_share, config.seed))
 
 
 def _recompute(config: TrainConfig, model: PreTrainedModel, notes: list[str]) -> bool:
