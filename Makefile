@@ -14,10 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz test-vllm test-kills check bench clean
+.PHONY: help demo test fuzz test-vllm test-kills check bench study study-small clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results in out/demo)
 	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
@@ -42,6 +42,14 @@ check: $(VENV)/.dev ## lint, formatting and types
 
 bench: $(VENV)/.test ## time a training step against PEFT's on this machine
 	$(BIN)/python benchmarks/cpu_step.py $(ARGS)
+
+study: $(VENV)/.demo ## compare methods on three domains, as docs/study.md reports (a GPU; results in out/study)
+	$(BIN)/python recipes/study_data.py --output out/study/data --model out/study/SmolLM2-135M-Instruct
+	$(BIN)/theodora compare recipes/study.yaml $(ARGS)
+
+study-small: $(VENV)/.demo ## the same in small, on two cores (results in out/study-small)
+	$(BIN)/python recipes/study_data.py --small --output out/study-small/data --model out/study-small/SmolLM2-135M-Instruct
+	$(BIN)/theodora compare recipes/study-small.yaml $(ARGS)
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .venv-vllm build dist out .pytest_cache .ruff_cache .hypothesis src/*.egg-info

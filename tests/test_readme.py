@@ -35,6 +35,7 @@ SHORTER = {
     "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --max-length 128 --eval-steps 1 --save-steps 2",
     "theodora bench": "--rounds 1 --batch 1 --length 16 --methods lora",
     "theodora evaluate": "--batch-size 4 --max-new-tokens 4",
+    "theodora compare": "--dry-run",
     "python recipes/sft_loop.py": "--steps 2 --batch-size 2",
 }
 SHORTER_PYTHON = {
@@ -54,6 +55,8 @@ def reader(tmp_path, tiny_model_dir, monkeypatch):
     for language, text in BLOCKS:
         if language == "yaml":
             (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
+    study = {"model": HUB_NAME, "output": "runs/methods", "data": {"own": "train.jsonl"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -130,12 +133,23 @@ def test_every_kind_of_block_is_tested():
     assert all(any(command.startswith(start) for command in COMMANDS) for start in SHORTER)
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", README))))
 def test_the_make_targets_exist(target):
     subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/maths.md", "docs/design.md", "docs/log.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/maths.md",
+        "docs/design.md",
+        "docs/log.md",
+        "docs/compare.md",
+        "docs/study.md",
+    ],
+)
 def test_the_links_between_documents_lead_somewhere(name):
     document = ROOT / name
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
