@@ -9,9 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from exports import adapter_folder
 from theodora import load_adapter
+from theodora.adapters.checkpoint import read_adapter
 from theodora.cli.main import main
-from theodora.errors import UsageError
-from theodora.export import VerificationFailed, export_adapter
+from theodora.errors import CheckpointError, UsageError
+from theodora.export import VerificationFailed, export_adapter, verify
+from theodora.export.served import read_served
+from theodora.functional import dora_norm
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -86,3 +89,71 @@ def test_the_command(adapter, tmp_path, capsys):
     assert main([*command, "hf", "--overwrite", "--dtype", "bf16", "--bound", "1e-7"]) == 1
     assert "not kept" in capsys.readouterr().err
     assert main([*command, "onnx"]) == 2
+
+
+def test_an_mlx_folder_and_back(adapter, base, expected, tmp_path):
+    report = export_adapter(adapter, tmp_path / "mlx", "mlx")
+    assert report.verification.passed
+    assert (tmp_path / "mlx" / "adapters.safetensors").is_file()
+    export_adapter(tmp_path / "mlx", tmp_path / "peft", "peft", base_model=str(base))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
+    torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_the_served_form_is_never_taken_for_an_adapter(method, base, tmp_path):
+    adapter = adapter_folder(tmp_path / "a", base, method=method, rslora=True, rank_pattern={"q_proj": 2})
+    report = export_adapter(adapter, tmp_path / "served", "served")
+    assert report.verification.passed
+    assert report.verification.kinds == ("adapter", "served")
+    with pytest.raises(CheckpointError, match="served_adapter"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "served")
+    with pytest.raises(ValueError, match="adapter_config"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "served")
+    fields, tensors = read_served(tmp_path / "served")
+    assert fields["method"] == method
+    scales = [key for key in tensors if key.endswith("dora_scale")]
+    assert bool(scales) == (method == "dora")
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
+    for key in scales:
+        layer = model.get_submodule(key.removesuffix(".dora_scale"))
+        own = layer.adapters["default"]
+        norm = dora_norm(layer.base_weight_OI.double(), *(t.double() for t in own.factors()), own.scale)
+        torch.testing.assert_close(tensors[key].double(), own.magnitude.double() / norm, atol=1e-6, rtol=1e-6)
+
+
+def test_a_damaged_served_form_is_said(adapter, tmp_path):
+    export_adapter(adapter, tmp_path / "served", "served")
+    config = tmp_path / "served" / "served_adapter.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"method": "lora"}))
+    with pytest.raises(CheckpointError, match="disagree"):
+        verify(str(adapter), str(tmp_path / "served"))
+    config.write_text(json.dumps(fields | {"form": "another"}))
+    with pytest.raises(CheckpointError, match=r"theodora\.served\.v1"):
+        verify(str(adapter), str(tmp_path / "served"))
+
+
+def test_a_plain_lora_of_a_dora(adapter, base, tmp_path):
+    """At full rank it is the adapter; at a low one the loss is told before anything is written."""
+    told = []
+    export_adapter(adapter, tmp_path / "full", "peft", lora_rank=48, approximated=told.append)
+    assert told[0].fit.worst < 1e-5
+    assert told[0].verification.difference.kl_mean < 1e-9
+    assert read_adapter(tmp_path / "full").config.method == "lora"
+    with pytest.raises(VerificationFailed, match="Nothing was written"):
+        export_adapter(adapter, tmp_path / "one", "peft", lora_rank=1, max_loss=0.05, approximated=told.append)
+    assert not (tmp_path / "one").exists()
+    assert told[1].fit.worst > 0.1
+    report = export_adapter(adapter, tmp_path / "l.gguf", "gguf-lora", lora_rank=16, max_loss=10)
+    assert report.verification.passed
+
+
+def test_the_loss_is_printed_layer_by_layer(adapter, tmp_path, capsys):
+    command = ["export", str(adapter), "--to", "peft", "--lora-rank", "8", "--max-loss", "9"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "error by layer" in printed
+    assert "q_proj" in printed
+    assert main(["export", str(adapter), "--to", "hf", "--lora-rank", "8", "--output", str(tmp_path / "m")]) == 2
+    assert "needs no --lora-rank" in capsys.readouterr().err

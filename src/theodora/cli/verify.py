@@ -92,7 +92,7 @@ def read_text(path: str | None) -> str | None:
         raise UsageError(f"--text {path} cannot be read: {error}") from error
 
 
-def show(result: Verification, console: Console) -> None:
+def show(result: Verification, console: Console, *, verdict: bool = True) -> None:
     """Print the table, the first token that differs, and the verdict."""
     for side, name, kind, precision in zip("AB", (result.a, result.b), result.kinds, result.precisions, strict=True):
         console.print(f"{side}  {name}  [dim]({kind}, {precision})[/]", highlight=False, soft_wrap=True)
@@ -110,6 +110,8 @@ def show(result: Verification, console: Console) -> None:
         )
     for note in result.notes:
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
+    if not verdict:
+        return
     if result.passed:
         console.print("The two forms agree.", style="green")
     else:

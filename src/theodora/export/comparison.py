@@ -124,6 +124,7 @@ def verify(
             ids = _probe_ids(form, tokenizer, text, limit)
         elif form.tokenizer is not None:
             notes += _tokenizer_note(form, tokenizer, ids, text, limit)
+        notes += [form.note] if form.note else []
         say(f"asking {name} after each of {len(ids)} tokens")
         predictions.append(form.predict(ids, tokenizer))
         base = form.predict_base(ids) if at == 0 else None
@@ -142,6 +143,8 @@ def verify(
         notes.append("The adapter changes nothing on this text, so the forms being equal shows nothing: give --text.")
     spread = found.reference if math.isfinite(found.reference) else 1.0
     relative, kl_default = BOUNDS[precision]
+    if found.positions < len(ids):
+        notes.append(f"The server gave no log-probabilities after {len(ids) - found.positions} of {len(ids)} tokens.")
     return Verification(
         a=a,
         b=b,
@@ -157,9 +160,10 @@ def verify(
 
 
 def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None, limit: int) -> list[int]:
-    ids = tokenizer.encode(PROBE_TEXT if text is None else text)
     window = getattr(form.model.config.get_text_config(), "max_position_embeddings", None) if form.model else None
-    ids = ids[: min(limit, window or limit)]
+    ids = tokenizer.encode(
+        PROBE_TEXT if text is None else text, truncation=True, max_length=min(limit, window or limit)
+    )
     if not ids:
         raise UsageError("The probe text has no tokens")
     return ids
@@ -169,7 +173,7 @@ def _tokenizer_note(
     form: Form, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str | None, limit: int
 ) -> list[str]:
     assert form.tokenizer is not None
-    theirs = form.tokenizer.encode(PROBE_TEXT if text is None else text)[: len(ids)]
+    theirs = form.tokenizer.encode(PROBE_TEXT if text is None else text, truncation=True, max_length=len(ids))
     if theirs == ids:
         return []
     at = next((n for n, (x, y) in enumerate(zip(ids, theirs, strict=False)) if x != y), min(len(ids), len(theirs)))

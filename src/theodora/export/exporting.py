@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from theodora.adapters.atomic import atomic_directory
+from theodora.adapters import load_adapter
+from theodora.adapters.atomic import atomic_directory, atomic_write
+from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from theodora.adapters.fit import FitReport
 from theodora.adapters.merge_checkpoint import merge_checkpoint
+from theodora.adapters.mlx import save_mlx
+from theodora.adapters.models import load_model
+from theodora.adapters.save import save_adapter
+from theodora.adapters.to_lora import folder_to_lora
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export.comparison import Verification, verify
+from theodora.export.forms import quiet
+from theodora.export.gguf_files import UnreadArchitecture
+from theodora.export.gguf_lora import write_gguf_lora
+from theodora.export.gguf_model import convert_with_llama_cpp, gguf_dtype, write_gguf
+from theodora.export.served import SERVED_CONFIG, write_served
 
 # Files that `--overwrite` may replace: what stands at the output must be an earlier export.
-_MARKS = ("config.json", CONFIG_NAME)
+_MARKS = ("config.json", CONFIG_NAME, SERVED_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,16 @@ class VerificationFailed(CheckpointError):
 
 
 @dataclass(frozen=True)
+class Approximation:
+    """A plain LoRA made of a DoRA adapter, before it is exported."""
+
+    fit: FitReport
+    """Rank and error of each layer: of W' − W, relative, in the Frobenius norm."""
+    verification: Verification
+    """What the probe text makes of it, beside the adapter itself; its bounds are infinite."""
+
+
+@dataclass(frozen=True)
 class Job:
     """What the writers of the forms get."""
 
@@ -59,7 +83,17 @@ class Job:
     """Where the export will stand; only its name may be used."""
     base_model: str | None
     dtype: str | None
+    llama_cpp: Path | None
     trust_remote_code: bool
+
+    @property
+    def base_name(self) -> str:
+        """Folder or hub name of the base."""
+        return self.base_model or self.file.base_model or ""
+
+    def base(self) -> BaseCheckpoint:
+        """The base's files."""
+        return BaseCheckpoint(find_base(self.base_name, download=True), trust_remote_code=self.trust_remote_code)
 
 
 def _write_hf(job: Job, place: Path) -> list[str]:
@@ -79,13 +113,60 @@ def _write_hf(job: Job, place: Path) -> list[str]:
 
 
 def _write_peft(job: Job, place: Path) -> list[str]:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        shutil.copyfile(job.file.path / name, place / name)
+    if not job.file.mlx:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copyfile(job.file.path / name, place / name)
+        return []
+    with quiet():
+        save_adapter(load_adapter(load_model(job.base_name), job.file.path), place)
     return []
 
 
-WRITERS: dict[str, Callable[[Job, Path], list[str]]] = {"hf": _write_hf, "peft": _write_peft}
-"""Form -> what writes it into a folder, and gives notes."""
+def _write_mlx(job: Job, place: Path) -> list[str]:
+    with quiet():
+        save_mlx(load_adapter(load_model(job.base_name), job.file.path), place)
+    return []
+
+
+def _write_served(job: Job, place: Path) -> list[str]:
+    write_served(job.file, job.base(), place, job.base_name)
+    return ["g stands here in place of m: this is no PEFT folder, and only loaders that know the form may read it."]
+
+
+def _write_gguf(job: Job, place: Path) -> list[str]:
+    gguf_dtype(job.dtype)
+    with tempfile.TemporaryDirectory(prefix=f".{job.output.name}.merged-", dir=place.parent) as folder:
+        merged = Path(folder) / "merged"
+        merge_checkpoint(
+            job.file.path,
+            merged,
+            base_model=job.base_model,
+            dtype="float32",
+            trust_remote_code=job.trust_remote_code,
+        )
+        if job.llama_cpp is not None:
+            convert_with_llama_cpp(job.llama_cpp, merged, place, job.dtype)
+        else:
+            write_gguf(merged, place, job.output.stem, job.dtype)
+    return []
+
+
+def _write_gguf_lora(job: Job, place: Path) -> list[str]:
+    base = job.base()
+    write_gguf_lora(job.file, base, place, job.output.stem)
+    return []
+
+
+WRITERS: dict[str, Callable[[Job, Path], list[str]]] = {
+    "hf": _write_hf,
+    "peft": _write_peft,
+    "mlx": _write_mlx,
+    "gguf": _write_gguf,
+    "gguf-lora": _write_gguf_lora,
+    "served": _write_served,
+}
+"""Form -> what writes it to a folder (GGUF: to a file), and gives notes."""
+_WITH_DTYPE = ("hf", "gguf")
 
 
 def export_adapter(
@@ -95,6 +176,9 @@ def export_adapter(
     *,
     base_model: str | None = None,
     dtype: str | None = None,
+    lora_rank: int | None = None,
+    max_loss: float = 0.5,
+    llama_cpp: str | Path | None = None,
     overwrite: bool = False,
     check: bool = True,
     text: str | None = None,
@@ -103,6 +187,7 @@ def export_adapter(
     kl_bound: float | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
+    approximated: Callable[[Approximation], None] | None = None,
 ) -> ExportReport:
     """Write an adapter in another form; it gets its name only when `verify` finds that it says the same.
 
@@ -110,54 +195,113 @@ def export_adapter(
         `export_adapter("runs/first", "merged", "hf", dtype="bf16").verification.difference.kl_mean`
 
     Args:
-        adapter: the adapter's folder (PEFT's files).
+        adapter: the adapter's folder (PEFT's or MLX's files).
         output: the folder or file to write; it appears whole or not at all.
         form: one of `WRITERS`.
         base_model: folder or hub name of the base. Default: the one that the adapter names.
-        dtype: of the exported weights: fp32, bf16 or fp16. Default: as in the base.
+        dtype: of the exported weights, for hf and gguf: fp32, bf16 or fp16; q8_0 for gguf. Default: as in the base, for
+            gguf fp16.
+        lora_rank: make a plain LoRA of at most this rank first, by SVD of what the adapter really changes.
+        max_loss: how much of the adapter's effect that LoRA may lose, as a share of the mean KL from the base.
+        llama_cpp: a checkout of llama.cpp, whose converter writes the GGUF file then.
         overwrite: replace an earlier export at `output`.
         check: whether to end with `verify`.
         text, tokens, bound, kl_bound: see `verify`.
         trust_remote_code: run Python code that comes with the model.
         progress: called with a line before each long step.
+        approximated: called with what `lora_rank` costs, before anything is written.
 
     Raises:
         UsageError: the output is taken, or holds the adapter; an unknown form or dtype.
         CheckpointError: adapter and base do not fit, or a file is damaged. Nothing is written.
-        VerificationFailed: what was written differs by more than the bounds, and was removed.
+        VerificationFailed: what was written differs by more than the bounds, and was removed; or the LoRA of
+            `lora_rank` loses too much, and nothing was written.
     """
     say = progress or (lambda _line: None)
-    if form not in WRITERS:
-        raise ConfigError(f"form is {form!r}; expected one of {', '.join(WRITERS)}")
+    _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
     _check_output(output, overwrite, file.path)
-    job = Job(file, output, base_model, dtype, trust_remote_code)
-    with atomic_directory(output, overwrite=overwrite) as place:
-        say(f"writing {output}")
-        notes = WRITERS[form](job, place)
-        found = None
-        if check:
-            found = verify(
-                str(file.path),
-                str(place),
-                base_model=base_model,
-                text=text,
-                tokens=tokens,
-                bound=bound,
-                kl_bound=kl_bound,
-                trust_remote_code=trust_remote_code,
-                progress=lambda line: say(line.replace(str(place), str(output))),
-            )
-            found = replace(found, a=str(adapter), b=str(output))
-            if not found.passed:
-                raise VerificationFailed(
-                    f"The export differs from {adapter} by more than the bounds, and was not kept. If the difference "
-                    "is wanted, allow it with --bound and --kl-bound.",
-                    found,
-                )
-        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    asked: dict[str, Any] = {
+        "base_model": base_model,
+        "text": text,
+        "tokens": tokens,
+        "trust_remote_code": trust_remote_code,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source, name = file, str(adapter)
+        if lora_rank is not None:
+            say(f"making a LoRA of rank {lora_rank}")
+            fit = folder_to_lora(file.path, Path(folder) / "lora", lora_rank, base_model=base_model)
+            source = read_adapter(Path(folder) / "lora")
+            name = f"{adapter} as LoRA of rank {lora_rank}"
+            loss = verify(str(file.path), str(source.path), bound=float("inf"), kl_bound=float("inf"), **asked)
+            loss = replace(loss, a=str(adapter), b=name)
+            if approximated is not None:
+                approximated(Approximation(fit, loss))
+            _check_loss(loss, lora_rank, max_loss)
+        job = Job(source, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code)
+        with _place(form, output, overwrite) as place:
+            say(f"writing {output}")
+            notes = WRITERS[form](job, place)
+            found = None
+            if check:
+                found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
+            files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, found, tuple(notes))
+
+
+def _check_loss(loss: Verification, rank: int, most: float) -> None:
+    effect = loss.effect.kl_mean if loss.effect is not None else 0.0
+    if effect > 0 and loss.difference.kl_mean > most * effect:
+        raise VerificationFailed(
+            f"A LoRA of rank {rank} is {loss.difference.kl_mean / effect:.0%} as far from the adapter as the base is "
+            f"(mean KL); {most:.0%} is allowed. Nothing was written: raise the rank, or allow more with --max-loss.",
+            loss,
+        )
+
+
+def _verified(
+    job: Job, place: Path, name: str, form: str, notes: list[str], asked: dict[str, Any], say: Callable[[str], None]
+) -> Verification | None:
+    """Compare the export, which has no name yet, with the adapter on its base."""
+
+    def line(text: str) -> None:
+        say(text.replace(str(place), str(job.output)))
+
+    asked = asked | {"base_model": asked["base_model"] or job.base_name}
+    try:
+        found = verify(str(job.file.path), str(place), progress=line, **asked)
+    except UnreadArchitecture:
+        notes.append(
+            "transformers does not read GGUF files of this architecture, so only the tensors were read back, not "
+            "run. Compare in llama.cpp: llama-server -m FILE, then theodora verify ADAPTER http://localhost:8080/v1."
+        )
+        return None
+    found = replace(found, a=name, b=str(job.output))
+    if not found.passed:
+        raise VerificationFailed(
+            f"The export differs from {name} by more than the bounds, and was not kept. If the difference is "
+            "wanted, allow it with --bound and --kl-bound.",
+            found,
+        )
+    return found
+
+
+def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
+    return atomic_write(output) if form.startswith("gguf") else atomic_directory(output, overwrite=overwrite)
+
+
+def _check_options(form: str, dtype: str | None, lora_rank: int | None, llama_cpp: str | Path | None) -> None:
+    if form not in WRITERS:
+        raise ConfigError(f"form is {form!r}; expected one of {', '.join(WRITERS)}")
+    if dtype is not None and form not in _WITH_DTYPE:
+        raise UsageError(f"The form {form} keeps the adapter's own dtype; --dtype is for {' and '.join(_WITH_DTYPE)}")
+    if lora_rank is not None and form in _WITH_DTYPE:
+        raise UsageError(f"The form {form} holds the whole change of the weights: it needs no --lora-rank")
+    if llama_cpp is not None and form != "gguf":
+        raise UsageError("--llama-cpp is for the form gguf")
 
 
 def _check_output(output: Path, overwrite: bool, adapter: Path) -> None:
@@ -167,5 +311,9 @@ def _check_output(output: Path, overwrite: bool, adapter: Path) -> None:
         return
     if not overwrite:
         raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
+    if output.is_file():
+        with output.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise UsageError(f"{output} is no GGUF file, so --overwrite does not replace it.")
     if output.is_dir() and not any((output / mark).is_file() for mark in _MARKS):
         raise UsageError(f"{output} is no earlier export, so --overwrite does not delete it.")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, load_adapter
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
+from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.models import (
     base_model_of,
     best_device,
@@ -29,7 +30,9 @@ from theodora.adapters.models import (
 )
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_files import coarsest, load_gguf, read_header
+from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.predictions import Predictions
+from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_served
 from theodora.export.server import Server, is_server
 
 
@@ -39,13 +42,15 @@ class Form:
 
     name: str
     kind: str
-    """model, adapter, gguf, gguf-lora, served, mlx or server."""
+    """model, adapter (PEFT's or MLX's), served, gguf, gguf-lora or server."""
     precision: str
     """One of `gguf_files.PRECISIONS`: what writing this form may have rounded to."""
     model: PreTrainedModel | None
     server: Server | None
     tokenizer: PreTrainedTokenizerBase | None
     """None for a server, and for a form whose tokenizer does not load."""
+    note: str | None = None
+    """What the comparison leaves out."""
 
     def predict(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Predictions:
         """Scores of the next token after each of `ids`."""
@@ -58,7 +63,7 @@ class Form:
 
     def predict_base(self, ids: list[int]) -> Predictions | None:
         """The same without the adapter; None for a form that is no adapter on its base."""
-        if self.kind not in ("adapter", "served", "mlx") or self.model is None:
+        if self.kind not in ("adapter", "served", "gguf-lora") or self.model is None:
             return None
         with torch.no_grad(), adapter_disabled(self.model):
             logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits
@@ -76,6 +81,8 @@ def kind_of(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         return "gguf-lora" if read_header(path).type == "adapter" else "gguf"
+    if is_served(path):
+        return "served"
     if is_adapter_folder(path):
         return "adapter"
     return "model"
@@ -103,10 +110,8 @@ def open_form(
     path = Path(name).expanduser()
     if kind == "gguf":
         header = read_header(path)
-        model, tokenizer = load_gguf(path, dtype)
-        return Form(name, kind, header.precision, _ready(model), None, tokenizer)
-    if kind == "gguf-lora":
-        raise UsageError(f"{name} is a LoRA in GGUF, which cannot be compared yet")
+        model, tokenizer, note = load_gguf(path, dtype, base_model)
+        return Form(name, kind, header.precision, _ready(model), None, tokenizer, note)
     base = name
     if kind != "model":
         base = base_model or _base_of(name, kind)
@@ -114,6 +119,10 @@ def open_form(
         model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
         if kind == "adapter":
             load_adapter(model, name)
+        elif kind == "gguf-lora":
+            put_gguf_lora_on(model, path)
+        elif kind == "served":
+            load_served(model, path)
     tokenizer = _tokenizer(name if has_tokenizer(path) else base, trust_remote_code)
     precision = _stored_precision(base) if kind == "model" else _adapter_precision(path, kind)
     return Form(name, kind, precision, _ready(model), None, tokenizer)  # pyright: ignore[reportArgumentType]
@@ -149,6 +158,8 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 def _base_of(name: str, kind: str) -> str:
     if kind == "adapter":
         return base_model_of(name)
+    if kind == "served" and (base := read_served(name)[0].get("base_model")):
+        return str(base)
     raise UsageError(f"{name} does not say where its base model is: name it with --base-model")
 
 
@@ -163,7 +174,8 @@ def _adapter_precision(path: Path, kind: str) -> str:
     """Of the adapter's own tensors: the base is the same in both forms."""
     if kind == "gguf-lora":
         return read_header(path).precision
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+    weights = path / SERVED_WEIGHTS if kind == "served" else read_adapter(path).weights
+    with safe_open(weights, framework="pt") as file:
         return coarsest({file.get_slice(key).get_dtype() for key in file.offset_keys()})
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from theodora.errors import CheckpointError, UsageError
 
@@ -74,21 +75,63 @@ def coarsest(dtypes: set[str]) -> str:
     return max(found, key=PRECISIONS.index, default="float32")
 
 
-def load_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of a GGUF file through transformers, which dequantises it, and its tokenizer if that loads.
+class UnreadArchitecture(CheckpointError):
+    """transformers has no reader for GGUF files of this architecture."""
+
+
+def load_gguf(
+    path: Path, dtype: str, base_model: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str | None]:
+    """The model of a GGUF file through transformers, which dequantises it; its tokenizer if that loads; and a note.
+
+    Args:
+        path: the file.
+        dtype: of the weights.
+        base_model: whose configuration to take where transformers reads too little of the file's own: it leaves out
+            sizes of GPT-2 and Qwen3.
 
     Raises:
-        CheckpointError: transformers does not read this architecture.
+        UnreadArchitecture: transformers does not read files of this architecture.
+        CheckpointError: it does not load this one.
     """
+    note = None
+    if any(tensor.name == "rope_freqs.weight" for tensor in open_reader(path).tensors):
+        if base_model is None:
+            note = "transformers leaves out this file's scaling of positions (rope_freqs.weight); llama.cpp does not."
+        else:
+            note = "transformers leaves out this file's scaling of positions, so the base's configuration stood in."
+    config = AutoConfig.from_pretrained(base_model) if note is not None and base_model is not None else None
     try:
-        # transformers shows a bar here that no setting turns off.
-        with redirect_stderr(StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
+        model = _load(path, dtype, config)
     except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"transformers does not load {path}: {error}") from error
+        if "not supported" in str(error):
+            raise UnreadArchitecture(f"transformers does not read {path}: {error}") from error
+        if base_model is None:
+            raise CheckpointError(f"transformers does not load {path}: {error}") from error
+        try:
+            model = _load(path, dtype, AutoConfig.from_pretrained(base_model))
+        except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as again:
+            raise CheckpointError(f"transformers does not load {path}: {again}") from again
+        note = (
+            "transformers reads too little of this file's header to build the model, so the base's configuration stood "
+            "in: the weights were compared, the header was not."
+        )
     try:
         with redirect_stderr(StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception:  # whatever an unfinished converter raises: the weights can be compared without a tokenizer
         tokenizer = None
-    return model, tokenizer
+    return model, tokenizer, note
+
+
+def _load(path: Path, dtype: str, config: Any) -> PreTrainedModel:
+    # transformers shows a bar here that no setting turns off, and a table of what did not fit before it raises.
+    level = get_verbosity()
+    set_verbosity_error()
+    try:
+        with redirect_stderr(StringIO()):
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), **({"config": config} if config else {})
+            )
+    finally:
+        set_verbosity(level)

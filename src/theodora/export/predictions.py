@@ -20,7 +20,7 @@ class Predictions:
     logits_TV: Tensor | None
     """float32 logits; None for a server."""
     tops: tuple[dict[int, float], ...] = ()
-    """For a server: token -> log-probability, at each position."""
+    """For a server: token -> log-probability, at each position; nothing where it gave no answer."""
 
     def __len__(self) -> int:
         return len(self.tops) if self.logits_TV is None else self.logits_TV.shape[0]
@@ -106,6 +106,8 @@ def _sparse(a: Predictions, b: Predictions) -> Difference:
     largest, kls, same = 0.0, [], []
     first, choices, margin = None, None, None
     for position, (one, other) in enumerate(zip(_log_probs(a, b), _log_probs(b, a), strict=True)):
+        if not one or not other:
+            continue
         common = sorted(one.keys() & other.keys())
         if not common:
             raise ValueError(f"position {position}: the two name no token in common among their likeliest")
@@ -139,7 +141,7 @@ def _log_probs(form: Predictions, other: Predictions) -> list[dict[int, float]]:
     for row, theirs in zip(form.logits_TV, other.tops, strict=True):
         log_p = row.double().log_softmax(0)
         wanted = {token for token in theirs if token < len(log_p)} | {int(log_p.argmax())}
-        found.append({token: float(log_p[token]) for token in wanted})
+        found.append({token: float(log_p[token]) for token in wanted} if theirs else {})
     return found
 
 

@@ -63,6 +63,12 @@ class Server:
         tops: list[dict[int, float]] = []
         for start in range(0, len(prompts), _PROMPTS):
             tops += self._tops(prompts[start : start + _PROMPTS], tokenizer)
+        if sum(map(bool, tops)) * 2 < len(tops):
+            silent = len(tops) - sum(map(bool, tops))
+            raise CheckpointError(
+                f"{self.url} answers without log-probabilities (choices[].logprobs.top_logprobs) after {silent} of "
+                f"{len(tops)} tokens. Does it allow `logprobs` on /v1/completions?"
+            )
         return Predictions(None, tuple(tops))
 
     def _tops(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[dict[int, float]]:
@@ -78,13 +84,14 @@ class Server:
         return [self._top(choice, tokenizer) for choice in choices]
 
     def _top(self, choice: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[int, float]:
-        found = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0]
-        if not found:
-            raise CheckpointError(
-                f"{self.url} answers without log-probabilities (choices[].logprobs.top_logprobs), so that nothing "
-                "can be compared. Does it allow `logprobs` on /v1/completions?"
-            )
-        known = {_token_id(text, tokenizer): score for text, score in found.items()}
+        """Empty where the server keeps them back, as llama.cpp does for ends of text and for parts of a character."""
+        logprobs = choice.get("logprobs") or {}
+        listed = (logprobs.get("content") or [{}])[0].get("top_logprobs")  # llama.cpp answers as the chat endpoint does
+        if listed:
+            known = {entry.get("id", _token_id(entry["token"], tokenizer)): entry["logprob"] for entry in listed}
+        else:
+            found: dict[str, float] = (logprobs.get("top_logprobs") or [{}])[0] or {}
+            known = {_token_id(text, tokenizer): score for text, score in found.items()}
         return {token: float(score) for token, score in known.items() if token is not None}
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

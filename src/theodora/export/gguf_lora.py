@@ -1,0 +1,119 @@
+"""A LoRA in GGUF, as llama.cpp's `--lora` takes it, and back onto a model.
+
+    general.type adapter    adapter.type lora    adapter.lora.alpha
+    <name>.weight.lora_a    (R, I)
+    <name>.weight.lora_b    (O, R)
+
+llama.cpp scales every layer by alpha / (its own rank) and knows nothing of rsLoRA or of an alpha by layer. So alpha is
+the adapter's rank here, and what a layer's scale is beyond that goes into its B.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from theodora.adapters.base_checkpoint import BaseCheckpoint
+from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, UsageError, bullet_list
+from theodora.export.gguf_files import open_reader, require_gguf, text_field
+from theodora.export.gguf_names import names_of
+from theodora.export.served import put_on
+
+
+def write_gguf_lora(file: AdapterFile, base: BaseCheckpoint, output: Path, name: str) -> None:
+    """Write a plain LoRA adapter as a GGUF file, in float32.
+
+    Raises:
+        UsageError: the adapter is a DoRA.
+        CheckpointError: listing every module that has no place in such a file.
+    """
+    require_gguf()
+    import gguf
+
+    if file.config.method == "dora":
+        raise UsageError(
+            "GGUF files have no DoRA: export --to gguf, which merges it, or say --lora-rank R for a plain LoRA near it"
+        )
+    names = names_of(base.model.config)
+    problems = [f"{key}: trained in full, for which such a file has no place" for key in file.full]
+    stored = set(base.keys)
+    placed: dict[str, str] = {}
+    for path, tensors in file.modules.items():
+        parameter = base.model_name(f"{path}.weight") or f"{path}.weight"
+        gguf_name = names.of(parameter)
+        if tensors.embedding or gguf_name is None:
+            problems.append(f"{path}: an embedding, or no tensor of llama.cpp's {names.family.architecture}")
+        elif parameter not in stored:
+            problems.append(f"{path}: shares its weight with the embedding, and has none of its own in llama.cpp")
+        else:
+            placed[path] = gguf_name
+    if problems:
+        raise CheckpointError(
+            "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems[:20])
+        )
+    alpha = float(file.config.rank)
+    writer = gguf.GGUFWriter(output, names.family.architecture, use_temp_file=False)
+    try:
+        writer.add_type("adapter")
+        writer.add_name(name)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for path, gguf_name in placed.items():
+            tensors = file.modules[path]
+            rank = tensors.a.shape[0]
+            b = tensors.b.double() * (tensors.scale * rank / alpha)
+            writer.add_tensor(f"{gguf_name}.lora_a", tensors.a.float().contiguous().numpy())
+            writer.add_tensor(f"{gguf_name}.lora_b", names.rows(gguf_name, b.float()).contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def put_gguf_lora_on(model: PreTrainedModel, path: Path) -> None:
+    """Load a LoRA in GGUF onto the transformers model it belongs to, by llama.cpp's rules.
+
+    Raises:
+        CheckpointError: the file is another model's, or no LoRA.
+    """
+    reader = open_reader(path)
+    names = names_of(model.config)
+    architecture, kind = text_field(reader, "general.architecture", ""), text_field(reader, "adapter.type", "")
+    if architecture != names.family.architecture or kind != "lora":
+        raise CheckpointError(f"{path} is a {kind or 'file without adapter.type'} for {architecture or 'no model'}")
+    field: Any = reader.get_field("adapter.lora.alpha")
+    alpha = float(field.contents()) if field is not None else 0.0
+    paths: dict[str, str] = {}
+    for module_path, module in model.named_modules():
+        known = names.of(f"{module_path}.weight") if hasattr(module, "weight") else None
+        if known is not None:
+            paths[known] = module_path
+    tensors: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    for entry in reader.tensors:
+        gguf_name, _, part = entry.name.rpartition(".")
+        if gguf_name not in paths or part not in ("lora_a", "lora_b"):
+            raise CheckpointError(f"{path}: {entry.name} has no place in this {architecture} model")
+        array = torch.from_numpy(entry.data.copy()).float()
+        if part == "lora_b":
+            array = names.rows_back(gguf_name, array)
+        else:
+            ranks[paths[gguf_name]] = array.shape[0]
+        key = f"{KEY_PREFIX}{paths[gguf_name]}.lora_{part[-1].upper()}.weight"
+        tensors[key] = array.contiguous()
+    # alpha 0 stands for a scale of 1. Every rank has its own alpha / rank, as in PEFT.
+    config = AdapterConfig(
+        method="lora",
+        rank=max(ranks.values(), default=1),
+        alpha=alpha or float(max(ranks.values(), default=1)),
+        targets=tuple(ranks),
+        rank_pattern=ranks,
+        alpha_pattern={} if alpha else {p: float(rank) for p, rank in ranks.items()},
+    )
+    put_on(model, config, tensors)

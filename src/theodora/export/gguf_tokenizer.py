@@ -1,0 +1,109 @@
+"""A Hugging Face tokenizer in a GGUF header, where llama.cpp has one that cuts text the same way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from theodora.errors import CheckpointError
+
+# How text is cut before merging, as llama.cpp calls it: by the regular expression or the steps of tokenizer.json.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+
+
+def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+    """Put the tokenizer of a model folder into the header of a `gguf.GGUFWriter`.
+
+    Raises:
+        CheckpointError: there is none, or llama.cpp has no tokenizer like it as far as is known here.
+    """
+    import gguf
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): a GGUF file holds its tokenizer") from error
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise CheckpointError(f"{path} is of type {model.get('type')}; tokenizers of type BPE are written to GGUF here")
+    bytes_only = bool(model.get("byte_fallback"))
+    tokens, types = _tokens(tokenizer, vocab_size, bytes_only)
+    if bytes_only:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_adds_space(tokenizer))
+        writer.add_token_scores(_scores(tokens, model["merges"]))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_cut(tokenizer, path))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(folder, load_merges=not bytes_only and bool(model["merges"]), n_vocab=vocab_size)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _tokens(tokenizer: dict[str, Any], vocab_size: int, bytes_only: bool) -> tuple[list[str], list[int]]:
+    from gguf import TokenType
+
+    added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
+    by_id = {index: text for text, index in tokenizer["model"]["vocab"].items()}
+    by_id |= {index: entry["content"] for index, entry in added.items()}
+    if by_id and max(by_id) >= vocab_size:
+        raise CheckpointError(f"The tokenizer has token {max(by_id)}, but the model's vocabulary ends at {vocab_size}")
+    unknown = tokenizer["model"].get("unk_token")
+    tokens, types = [], []
+    for index in range(vocab_size):
+        text = by_id.get(index)
+        if text is None:
+            tokens.append(f"[PAD{index}]")
+            types.append(TokenType.UNUSED)
+            continue
+        tokens.append(text)
+        if bytes_only and text == unknown:
+            types.append(TokenType.UNKNOWN)
+        elif index in added:
+            types.append(TokenType.CONTROL if added[index].get("special") else TokenType.USER_DEFINED)
+        elif bytes_only and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types.append(TokenType.BYTE)
+        else:
+            types.append(TokenType.NORMAL)
+    return tokens, [int(kind) for kind in types]
+
+
+def _cut(tokenizer: dict[str, Any], path: Path) -> str:
+    steps = tokenizer.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if not tokenizer["model"]["merges"]:
+        return "gpt-2"  # text falls into its bytes, however it is cut
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        name = _CUTS.get(steps[0].get("pattern", {}).get("Regex", ""))
+        if name is not None:
+            return name
+    raise CheckpointError(
+        f"{path} cuts text in a way ({', '.join(map(str, kinds)) or 'none'}) unknown here by llama.cpp's name. "
+        "Export --to hf, and convert that with llama.cpp's convert_hf_to_gguf.py, or name its folder with --llama-cpp."
+    )
+
+
+def _adds_space(tokenizer: dict[str, Any]) -> bool:
+    text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
+
+
+def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+    """SentencePiece merges what scores best; here: the result of the earliest merge."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
+    return [-float(ranks[token]) if token in ranks else -1e9 if merges else 0.0 for token in tokens]

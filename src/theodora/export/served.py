@@ -1,0 +1,143 @@
+"""The "served" form: an adapter with g = m / ‖W + s·B·A‖ in place of m, so that an engine has nothing left to compute.
+
+    served_adapter.json           form, method, base model, the scale s of each module
+    served_adapter.safetensors    <path>.lora_A (R, I), <path>.lora_B (O, R), <path>.dora_scale (O,) float32
+
+g looks like a magnitude and is none: where the two are mixed up, every layer comes out wrong in silence. So neither the
+files nor the keys are PEFT's, and no loader of PEFT's files takes the folder for one; `load_served` takes it by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from theodora.adapters import load_adapter
+from theodora.adapters.base_checkpoint import BaseCheckpoint
+from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
+from theodora.adapters.merge_plan import base_weight
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, UsageError, bullet_list
+from theodora.functional import dora_norm, dora_scale
+from theodora.layers import base_weight as layer_weight
+
+FORM = "theodora.served.v1"
+SERVED_CONFIG, SERVED_WEIGHTS = "served_adapter.json", "served_adapter.safetensors"
+
+
+def is_served(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in served form."""
+    return (Path(folder) / SERVED_CONFIG).is_file()
+
+
+def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_name: str) -> None:
+    """Write an adapter in served form.
+
+    Raises:
+        UsageError: it has modules trained in full, or on embeddings.
+    """
+    problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
+    if problems:
+        raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems[:20]))
+    tensors: dict[str, Tensor] = {}
+    for path, t in file.modules.items():
+        tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = t.a.contiguous(), t.b.contiguous()
+        if t.magnitude is not None:
+            w_OI = base_weight(base, path)
+            if w_OI is None:
+                raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor")
+            norm = dora_norm(w_OI.double(), t.a.double(), t.b.double(), t.scale)
+            tensors[f"{path}.dora_scale"] = dora_scale(t.magnitude.double(), norm).float()
+    base.close()
+    fields = {
+        "form": FORM,
+        "method": file.config.method,
+        "base_model": base_name,
+        "scales": {path: t.scale for path, t in file.modules.items()},
+        "note": "dora_scale is g = m / norm of (W + s·B·A), not the magnitude m.",
+    }
+    save_file(tensors, folder / SERVED_WEIGHTS, {"format": "pt", "form": FORM})
+    (folder / SERVED_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def read_served(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a folder in served form.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, or of another form.
+    """
+    folder = Path(folder)
+    try:
+        fields = json.loads((folder / SERVED_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / SERVED_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no whole adapter in served form: {error}") from error
+    if not isinstance(fields, dict) or fields.get("form") != FORM or not isinstance(fields.get("scales"), dict):
+        raise CheckpointError(f"{folder / SERVED_CONFIG} is not of the form {FORM}")
+    parts = ["lora_A", "lora_B", *(["dora_scale"] if fields.get("method") == "dora" else [])]
+    wanted = {f"{path}.{part}" for path in fields["scales"] for part in parts}
+    if wanted != set(tensors):
+        odd = sorted(wanted ^ set(tensors))[:8]
+        raise CheckpointError(f"{folder / SERVED_WEIGHTS} and {SERVED_CONFIG} disagree:" + bullet_list(odd))
+    return fields, tensors
+
+
+def load_served(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put an adapter in served form on its base model; m = g · ‖W + s·B·A‖ of the weights at hand.
+
+    Raises:
+        CheckpointError: the folder is damaged, or the model another one.
+    """
+    fields, served = read_served(folder)
+    modules = dict(model.named_modules())
+    tensors: dict[str, Tensor] = {}
+    for path, scale in fields["scales"].items():
+        if path not in modules:
+            raise CheckpointError(f"{path}: no such module in this model")
+        a, b = served[f"{path}.lora_A"], served[f"{path}.lora_B"]
+        tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = b
+        if fields["method"] == "dora":
+            w_OI = layer_weight(modules[path]).detach()
+            if w_OI.shape != (b.shape[0], a.shape[1]):
+                raise CheckpointError(f"{path}: made for {(b.shape[0], a.shape[1])}, here it is {tuple(w_OI.shape)}")
+            norm = dora_norm(w_OI.double(), a.double(), b.double(), scale)
+            magnitude = served[f"{path}.dora_scale"].double() * norm
+            tensors[f"{KEY_PREFIX}{path}.lora_magnitude_vector"] = magnitude.float()
+    ranks = {path: served[f"{path}.lora_A"].shape[0] for path in fields["scales"]}
+    config = AdapterConfig(
+        method=fields["method"],
+        rank=max(ranks.values()),
+        alpha=float(max(ranks.values())),
+        targets=tuple(ranks),
+        rank_pattern=ranks,
+        alpha_pattern={path: scale * ranks[path] for path, scale in fields["scales"].items()},
+    )
+    put_on(model, config, tensors)
+
+
+def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Load tensors under PEFT's keys through the checks that any adapter folder passes."""
+    import tempfile
+
+    fields = peft_config(
+        config,
+        target_modules=list(config.targets),
+        modules_to_save=[],
+        base_model=None,
+        task_type=None,
+        fan_in_fan_out=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields))
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(folder) / WEIGHTS_NAME)
+        with torch.no_grad():
+            load_adapter(model, folder)

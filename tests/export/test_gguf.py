@@ -1,0 +1,159 @@
+"""GGUF files of models and of adapters, loaded back through transformers, whose reader is not ours.
+
+Every family here was also compared with llama.cpp itself (docs/exporting.md).
+"""
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from exports import adapter_folder
+from theodora.errors import CheckpointError, ConfigError, UsageError
+from theodora.export import export_adapter, verify
+from theodora.export.gguf_names import names_of
+from tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def base(tiny_model_dir):
+    return tiny_model_dir()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_model(family, tied, tmp_path, tiny_model_dir):
+    adapter = adapter_folder(tmp_path / "adapter", tiny_model_dir(family, tied=tied))
+    report = export_adapter(adapter, tmp_path / f"{family}.gguf", "gguf", dtype="fp32")
+    assert report.verification is not None
+    assert report.verification.difference.largest < 1e-4
+    assert report.verification.effect.kl_mean > 1e-2
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", f"{family}.gguf"}
+
+
+def test_gemma_is_written_though_transformers_cannot_read_it(tmp_path, tiny_model_dir):
+    folder = tiny_model_dir("gemma", tied=True)
+    report = export_adapter(adapter_folder(tmp_path / "a", folder), tmp_path / "g.gguf", "gguf", dtype="fp32")
+    assert report.verification is None
+    assert any("only the tensors were read back" in note for note in report.notes)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "g.gguf").tensors}
+    norm = AutoModelForCausalLM.from_pretrained(folder).model.norm.weight
+    torch.testing.assert_close(torch.from_numpy(found["output_norm.weight"].data.copy()), norm.detach() + 1)
+    assert "output.weight" not in found
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "q8_0"])
+def test_dtypes(dtype, base, tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter", base)
+    report = export_adapter(adapter, tmp_path / "m.gguf", "gguf", dtype=dtype)
+    assert report.verification.passed
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {"fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}[dtype] in types
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "phi3", "gpt2"])
+def test_a_lora_with_scales_that_llama_cpp_does_not_know(family, tmp_path, tiny_model_dir):
+    """rsLoRA, and a rank and an alpha of its own for one layer; the file says alpha = rank and B holds the rest."""
+    folder = tiny_model_dir(family)
+    name = {"gpt2": "c_attn", "phi3": "qkv_proj"}.get(family, "q_proj")
+    adapter = adapter_folder(
+        tmp_path / "adapter",
+        folder,
+        method="lora",
+        rslora=True,
+        rank=4,
+        alpha=6,
+        rank_pattern={f"0.*{name}": 3},
+        alpha_pattern={f"1.*{name}": 11.0},
+    )
+    report = export_adapter(adapter, tmp_path / "l.gguf", "gguf-lora")
+    assert report.verification.difference.largest < 1e-4
+    assert report.verification.effect.kl_mean > 1e-2
+    reader = gguf.GGUFReader(tmp_path / "l.gguf")
+    assert reader.get_field("general.type").contents() == "adapter"
+    assert reader.get_field("adapter.type").contents() == "lora"
+    # By llama.cpp's arithmetic: alpha / rank · B·A, its rows in llama.cpp's order.
+    alpha = reader.get_field("adapter.lora.alpha").contents()
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    from theodora.adapters.checkpoint import read_adapter
+
+    names = names_of(model.config)
+    for path, own in read_adapter(adapter).modules.items():
+        to = names.of(f"{path}.weight")
+        a, b = tensors[f"{to}.lora_a"], tensors[f"{to}.lora_b"]
+        expected = names.rows(to, own.scale * (own.b @ own.a))
+        torch.testing.assert_close(alpha / a.shape[0] * (b @ a), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_q_and_k_are_woven_as_llama_cpp_wants_them(base):
+    """Row 2i of a head is row i of its first half, row 2i + 1 is row i of its second half."""
+    names = names_of(AutoModelForCausalLM.from_pretrained(base).config)
+    rows = torch.arange(32)  # 4 heads of 8
+    woven = names.rows("blk.0.attn_q.weight", rows)
+    assert woven[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(names.rows_back("blk.0.attn_q.weight", woven), rows)
+    assert torch.equal(names.rows("blk.0.attn_v.weight", rows), rows)
+
+
+def test_llama_3s_scaling_of_positions_is_written(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    folder = tmp_path / "base"
+    tiny_model("llama", rope_parameters=scaling).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    report = export_adapter(adapter_folder(tmp_path / "a", folder), tmp_path / "m.gguf", "gguf", dtype="fp32")
+    assert report.verification.difference.largest < 1e-4
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    inverse = tiny_model("llama", rope_parameters=scaling).model.rotary_emb.inv_freq
+    plain = tiny_model("llama").model.rotary_emb.inv_freq
+    torch.testing.assert_close(torch.from_numpy(found["rope_freqs.weight"].data.copy()), plain / inverse)
+
+
+def test_what_has_no_place_is_refused(base, tmp_path, tiny_model_dir):
+    dora = adapter_folder(tmp_path / "dora", base)
+    with pytest.raises(UsageError, match="--lora-rank"):
+        export_adapter(dora, tmp_path / "l.gguf", "gguf-lora")
+    with pytest.raises(ConfigError, match="q8_0"):
+        export_adapter(dora, tmp_path / "m.gguf", "gguf", dtype="q2_k")
+    with pytest.raises(UsageError, match="convert_hf_to_gguf"):
+        export_adapter(dora, tmp_path / "m.gguf", "gguf", llama_cpp=tmp_path)
+    unknown = adapter_folder(tmp_path / "neox", tiny_model_dir("gpt_neox"))
+    with pytest.raises(CheckpointError, match="known are llama"):
+        export_adapter(unknown, tmp_path / "m.gguf", "gguf")
+    tied = adapter_folder(tmp_path / "tied", tiny_model_dir(tied=True), method="lora", targets=("lm_head", "q_proj"))
+    with pytest.raises(CheckpointError, match="shares its weight"):
+        export_adapter(tied, tmp_path / "l.gguf", "gguf-lora")
+    (tmp_path / "notes.gguf").write_text("mine")
+    with pytest.raises(UsageError, match="no GGUF file"):
+        export_adapter(dora, tmp_path / "notes.gguf", "gguf", overwrite=True)
+    assert not (tmp_path / "m.gguf").exists()
+    assert not (tmp_path / "l.gguf").exists()
+
+
+def test_a_damaged_file_is_said(base, tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter", base)
+    export_adapter(adapter, tmp_path / "m.gguf", "gguf", dtype="fp32", check=False)
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"damaged|does not load"):
+        verify(str(adapter), str(tmp_path / "m.gguf"))
+
+
+def test_llama_cpps_own_converter(base, tmp_path):
+    """A stand-in for the script: what is called, with what, and that its failure is told."""
+    checkout = tmp_path / "llama.cpp"
+    checkout.mkdir()
+    script = checkout / "convert_hf_to_gguf.py"
+    adapter = adapter_folder(tmp_path / "adapter", base)
+    export_adapter(adapter, checkout / "ready.gguf", "gguf", dtype="fp32", check=False)
+    script.write_text(
+        "import shutil, sys\nfrom pathlib import Path\n"
+        "assert (Path(sys.argv[1]) / 'config.json').is_file()\n"
+        "assert sys.argv[2] == '--outfile' and sys.argv[4:] == ['--outtype', 'f32']\n"
+        "shutil.copyfile(Path(__file__).with_name('ready.gguf'), sys.argv[3])\n"
+    )
+    assert export_adapter(adapter, tmp_path / "m.gguf", "gguf", dtype="fp32", llama_cpp=checkout).verification.passed
+    script.write_text("raise SystemExit('it does not know this model')")
+    with pytest.raises(CheckpointError, match="does not know this model"):
+        export_adapter(adapter, tmp_path / "n.gguf", "gguf", llama_cpp=checkout)
