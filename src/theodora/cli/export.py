@@ -115,7 +115,7 @@ def fit_tables(found: Approximation) -> list[Table]:
     errors, ranks = found.fit.errors, found.fit.ranks
     kinds = layer_kinds(errors)
     columns = list(dict.fromkeys(kinds.values()))
-    rows = list(dict.fromkeys(layer_index(path) for path in errors))
+    rows = sorted({layer_index(path) for path in errors}, key=lambda block: -1 if block is None else block)
     cells = {(layer_index(path), kinds[path]): error for path, error in errors.items()}
     table = Table(box=box.SIMPLE_HEAD, title=f"LoRA of rank {max(ranks.values(), default=0)}: error by layer")
     table.add_column("block", justify="right")

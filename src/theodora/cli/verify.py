@@ -133,8 +133,8 @@ def _table(result: Verification) -> Table:
         theirs = () if effect is None else (_cell(effect, field),)
         table.add_row(label, value, bound, *theirs)
 
-    row(f"largest {found.measure} difference", _cell(found, "largest"), _number(result.bound), "largest")
-    row("mean KL divergence, nats", _cell(found, "kl_mean"), _number(result.kl_bound), "kl_mean")
+    row(f"largest {found.measure} difference", _cell(found, "largest"), _limit(result.bound), "largest")
+    row("mean KL divergence, nats", _cell(found, "kl_mean"), _limit(result.kl_bound), "kl_mean")
     row("largest KL divergence", _cell(found, "kl_max"), "", "kl_max")
     row("same likeliest token", _cell(found, "agreeing"), "", "agreeing")
     return table
@@ -143,6 +143,10 @@ def _table(result: Verification) -> Table:
 def _cell(found: Difference, field: str) -> str:
     value = getattr(found, field)
     return f"{value:.1%}" if field == "agreeing" else _number(value)
+
+
+def _limit(bound: float) -> str:
+    return "-" if math.isinf(bound) else _number(bound)
 
 
 def _number(value: float) -> str:
