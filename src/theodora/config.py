@@ -279,8 +279,7 @@ class TrainConfig:
             yield "resume and overwrite are both given; expected one of them"
         if self.bf16 and self.trainer.get("fp16"):
             yield "bf16 and fp16 are both on; expected one of them"
-        keys: list[Any] = list(self.trainer)
-        odd = [key for key in keys if not isinstance(key, str)]
+        odd = [key for key in list[Any](self.trainer) if not isinstance(key, str)]
         if odd:
             yield f"trainer has the key {shown(odd[0])}; expected names of options"
         for name in sorted(self.trainer.keys() & {f.name for f in fields(self)}):
