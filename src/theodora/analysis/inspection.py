@@ -108,7 +108,7 @@ class AdapterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON: numbers that are none (no rows to take a mean of) become None."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
 
 def inspect_adapter(
@@ -317,11 +317,12 @@ def _training(folder: Path) -> dict[str, Any] | None:
     return options if isinstance(options, dict) and {"model", "data", "output"} <= options.keys() else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A report as JSON takes it: tuples become lists, numbers that are none None, what it does not know text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | bool | None) else str(value)

@@ -22,6 +22,10 @@ COMMANDS = {
         "chat": ("theodora.cli.chat", "talk to base and adapted model side by side"),
         "compare": ("theodora.cli.compare", "find out which method is best on your data, with several seeds"),
         "info": ("theodora.cli.info", "say what an adapter is, and how far it has moved"),
+        "inspect": (
+            "theodora.cli.inspect",
+            "show how runs changed magnitudes and directions, checkpoint by checkpoint",
+        ),
         "conformance": ("theodora.cli.conformance", "hold every operation on adapters against the float64 formula"),
         "bench": ("theodora.cli.bench", "time a training step on your model and machine, against PEFT's"),
     },
