@@ -72,9 +72,14 @@ class RunReport:
     warnings: tuple[str, ...]
 
     @property
+    def last(self) -> Checkpoint:
+        """The newest checkpoint."""
+        return self.checkpoints[-1]
+
+    @property
     def kinds(self) -> list[str]:
         """The kinds of modules, in the model's order."""
-        return list(dict.fromkeys(module.kind for module in self.checkpoints[-1].modules))
+        return list(dict.fromkeys(module.kind for module in self.last.modules))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON: numbers that are none become None."""

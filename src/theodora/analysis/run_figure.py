@@ -80,12 +80,12 @@ def _heat_map(reports: list[RunReport]) -> Figure:
     from matplotlib.figure import Figure
 
     kinds = _kinds(reports)
-    layers = 1 + max(m.layer or 0 for report in reports for m in report.checkpoints[-1].modules)
+    layers = 1 + max(m.layer or 0 for report in reports for m in report.last.modules)
     size = (2 * max(3.6, 1.8 + 0.13 * layers), len(reports) * (0.9 + 0.24 * len(kinds)))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(reports), 2, squeeze=False)
     for row, report in zip(grid, reports, strict=True):
-        last = report.checkpoints[-1]
+        last = report.last
         panels = {"direction ΔD": "direction", "magnitude ΔM / ‖w‖ (%)": "relative_magnitude"}
         for axes, (title, name) in zip(row, panels.items(), strict=True):
             factor = 100 if name == "relative_magnitude" else 1

@@ -111,7 +111,7 @@ def _print(report: RunReport, movers: int, console: Console) -> None:
         console.print(_checkpoints(report))
     console.print(_kinds(report))
     if movers > 0:
-        console.print(_movers(report.checkpoints[-1], movers))
+        console.print(_movers(report.last, movers))
 
 
 def _checkpoints(report: RunReport) -> Table:
@@ -124,7 +124,7 @@ def _checkpoints(report: RunReport) -> Table:
 
 def _kinds(report: RunReport) -> Table:
     table = _table("modules", "", "ΔM", "ΔM / ‖w‖", "ΔD", "‖ΔW‖ / ‖W‖", "rank", "r(ΔD, ΔM)", "last alone")
-    last = report.checkpoints[-1]
+    last = report.last
     of_kind = {correlation.kind: correlation for correlation in report.correlations}
     for kind in report.kinds:
         modules = tuple(module for module in last.modules if module.kind == kind)
