@@ -27,7 +27,7 @@ KIND_TITLES = {
     "embed_tokens": "Embedding",
     "tied_head": "tied head",
     "zero_rows": "rows of zeros",
-    "odd": "odd shape (13 → 7)",
+    "odd": "odd shape",
 }
 ZERO_ROWS = (0, 5)
 """Rows of W that are zero in the layer `zero_rows`; B's row is zero in the first of them, too."""

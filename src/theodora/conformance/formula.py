@@ -78,6 +78,14 @@ def output(n: Numbers, x_TI: Tensor, x_lora_TI: Tensor | None = None) -> Tensor:
     return y if n.bias_O is None else y + n.bias_O
 
 
+def masked_output(n: Numbers, x_TI: Tensor, mask_TR: Tensor) -> Tensor:
+    """y where dropout acts on x Aᵀ, as it does on an embedding's looked-up columns of A."""
+    factors = n.factors()
+    assert factors is not None
+    y = row_scale(n) * (x_TI @ n.weight_OI.T + n.scale * (mask_TR * (x_TI @ factors[0].T)) @ factors[1].T)
+    return y if n.bias_O is None else y + n.bias_O
+
+
 def gradients(n: Numbers, x_TI: Tensor, dy_TO: Tensor) -> dict[str, Tensor]:
     """Gradients of Σ y ⊙ dy by x, A, B and m; the norm is a constant."""
     v, g = direction(n), row_scale(n)
@@ -172,7 +180,13 @@ def _row_scale(n: Numbers, wide: torch.dtype = torch.float32) -> tuple[Rounded, 
     return g.to(wide), norm
 
 
-def walk(n: Numbers, x_TI: Tensor, dtype: torch.dtype, x_lora_TI: Tensor | None = None) -> Walk:
+def walk(
+    n: Numbers,
+    x_TI: Tensor,
+    dtype: torch.dtype,
+    x_lora_TI: Tensor | None = None,
+    mask_TR: Tensor | None = None,
+) -> Walk:
     """Forward: x Wᵀ, x Aᵀ, (x Aᵀ) Bᵀ, s, the sum, g and the bias, each rounded to `dtype` once."""
     x = Rounded.exact(x_TI)
     if n.float8:
@@ -182,6 +196,8 @@ def walk(n: Numbers, x_TI: Tensor, dtype: torch.dtype, x_lora_TI: Tensor | None 
     if factors is not None:
         a, b = (Rounded.exact(f).to(dtype) for f in factors)
         xa = (Rounded.exact(x_TI if x_lora_TI is None else x_lora_TI) @ a.T).to(dtype)
+        if mask_TR is not None:
+            xa = xa * mask_TR
         z = (z + ((xa @ b.T).to(dtype) * n.scale).to(dtype)).to(dtype)
     scaled = _row_scale(n)
     y = z if scaled is None else (z * scaled[0]).to(dtype)

@@ -31,6 +31,8 @@ from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN,
 class Ours:
     """A specimen with adapters of ours; see `Library`."""
 
+    drops_lookups = True
+
     def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:
         self.model: nn.Module = model
         self.variant, self.kinds = variant, kinds

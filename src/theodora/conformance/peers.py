@@ -34,6 +34,7 @@ def _recorded_draws() -> Iterator[list[Tensor]]:
 class Peft:
     """A specimen in a `PeftModel`; see `Library`."""
 
+    drops_lookups = False
     draws: list[Any]
 
     def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:

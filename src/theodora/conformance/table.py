@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from theodora.conformance.cases import DTYPES, KIND_TITLES, VARIANTS
 from theodora.conformance.operations import OPERATIONS
@@ -56,86 +56,125 @@ def report(rows: Sequence[Row], versions: dict[str, str], full: bool = False) ->
     titles = {library: f"{TITLES[library]} {versions.get(library, '')}".strip() for library in libraries}
     yield matrix(rows, titles)
     yield worst_errors(rows, titles)
-    if failures := failure_table(rows, titles):
-        yield failures
+    for library in libraries:
+        if found := failures([row for row in rows if row.library == library]):
+            yield failure_table(found, titles[library])
     if full:
         yield every_row(rows, titles)
 
 
 def matrix(rows: Sequence[Row], titles: dict[str, str]) -> Table:
     """Operation × method × library: how many rows held."""
-    table = _table("Conformance to the float64 formula: rows that kept their bound")
-    table.add_column("")
+    table = _table("Rows that kept their bound to the float64 formula")
+    table.add_column("", no_wrap=True)
     for title in titles.values():
         for method in METHODS:
             table.add_column(f"{title}\n{VARIANTS[method].title}", justify="right", no_wrap=True)
+
+    def counts(operation: str | None) -> list[str]:
+        return [
+            _count(tally(row for row in rows if _is(row, library, operation) and _method(row) == method))
+            for library in titles
+            for method in METHODS
+        ]
+
     for _, group in groupby(_present(rows), key=lambda key: OPERATIONS[key].group):
         keys = list(group)
         table.add_section()
         table.add_row(f"[bold]{OPERATIONS[keys[0]].group}[/]")
         for key in keys:
-            cells = [_count(tally(_select(rows, key, library, method))) for library in titles for method in METHODS]
-            table.add_row(f"  {OPERATIONS[key].title}", *cells)
+            table.add_row(f"  {OPERATIONS[key].title}", *counts(key))
     table.add_section()
-    totals = [
-        _count(tally(row for row in rows if row.library == library and _method(row) == method))
-        for library in titles
-        for method in METHODS
-    ]
-    table.add_row("[bold]all[/]", *totals)
+    table.add_row("[bold]all[/]", *counts(None))
     return table
 
 
 def worst_errors(rows: Sequence[Row], titles: dict[str, str]) -> Table:
-    """Operation × library: the row nearest to its bound, or farthest beyond it."""
+    """Ours: the row nearest to its bound. A peer's: the largest errors, without rows of zeros, which are all NaN."""
     table = _table("The worst of each operation: relative error, and the bound it had to keep")
-    table.add_column("")
-    for title in titles.values():
-        table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("bound", justify="right", no_wrap=True)
-        table.add_column("where", style="dim", overflow="fold")
+    table.add_column("", no_wrap=True)
+    peers = [library for library in titles if library != "theodora"]
+    if "theodora" in titles:
+        for column in ("Theodora", "bound", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("where", style="dim")
+    for library in peers:
+        for method in METHODS:
+            table.add_column(f"{TITLES[library]}\n{VARIANTS[method].title}", justify="right", no_wrap=True)
     for key in _present(rows):
         cells: list[str] = []
-        for library in titles:
-            worst = tally(row for row in rows if row.operation == key and row.library == library).worst
-            cells += ["", "", ""] if worst is None else [_error(worst), _number(worst.bound), _where(worst)]
+        if "theodora" in titles:
+            worst = tally(row for row in rows if _is(row, "theodora", key)).worst
+            cells += (
+                ["", "", "", ""]
+                if worst is None
+                else [_error(worst), _number(worst.bound), _share(worst), _where(worst)]
+            )
+        for library in peers:
+            for method in METHODS:
+                chosen = (r for r in rows if _is(r, library, key) and _method(r) == method and r.kind != "zero_rows")
+                cells.append(_largest(chosen))
         table.add_row(OPERATIONS[key].title, *cells)
+    if peers:
+        table.caption = "Peers: the largest error, leaving out rows of zeros."
     return table
 
 
-def failure_table(rows: Sequence[Row], titles: dict[str, str]) -> Table | None:
-    """What did not hold, rows of the same kind together."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+@dataclass(frozen=True)
+class Failure:
+    """Rows that did not hold in the same way."""
+
+    operations: tuple[str, ...]
+    said: str
+    kinds: tuple[str, ...]
+    variants: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def failures(rows: Iterable[Row]) -> list[Failure]:
+    """What did not hold, alike rows together: first those of one operation, then NaNs of several."""
+    alike: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.status in ("failed", "refused", "raised"):
-            said = row.what if row.status == "failed" else row.message
-            groups.setdefault((row.library, row.operation, row.status, said, row.kind), []).append(row)
-    if not groups:
-        return None
-    table = _table("What did not hold")
-    for column in ("", "operation", "layers", "adapters", "dtypes"):
-        table.add_column(column, overflow="fold")
-    table.add_column("rows", justify="right")
-    table.add_column("error", justify="right", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    order = {library: i for i, library in enumerate(titles)}
-    merged: dict[tuple[str, ...], list[Row]] = {}
-    for (library, operation, status, said, _), members in groups.items():
-        merged.setdefault((library, operation, status, said), []).extend(members)
-    place = {key: i for i, key in enumerate(OPERATIONS)}
-    for (library, operation, status, said), members in sorted(
-        merged.items(), key=lambda item: (order[item[0][0]], place[item[0][1]], -len(item[1]))
-    ):
-        worst = max(members, key=_badness)
-        table.add_row(
-            TITLES[library],
-            OPERATIONS[operation].title,
-            _listed([KIND_TITLES[row.kind] for row in members], len(KIND_TITLES)),
-            _listed([VARIANTS[row.variant].title for row in members], len(VARIANTS)),
-            _listed([row.dtype for row in members], len(DTYPES)),
-            str(len(members)),
-            _error(worst) if status == "failed" else status,
+            alike.setdefault((row.operation, _reason(row)), []).append(row)
+    merged: dict[tuple[Any, ...], list[Row]] = {}
+    for (operation, said), members in alike.items():
+        where = (_ordered(members, "kind", KIND_TITLES), _ordered(members, "variant", VARIANTS))
+        apart = "" if said == _NAN else operation
+        merged.setdefault((apart, said, *where), []).extend(members)
+    found = [
+        Failure(
+            _ordered(members, "operation", OPERATIONS),
             said,
+            kinds,
+            variants,
+            _ordered(members, "dtype", DTYPES),
+            tuple(members),
+        )
+        for (_, said, kinds, variants), members in merged.items()
+    ]
+    place = list(OPERATIONS)
+    return sorted(found, key=lambda f: (-len(f.operations), place.index(f.operations[0]), -len(f.rows)))
+
+
+def failure_table(found: Sequence[Failure], title: str) -> Table:
+    """One library's failures."""
+    table = _table(f"{title}: what did not hold")
+    table.add_column("operation")
+    table.add_column("layers, adapters, dtypes", style="dim")
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("largest\nerror", justify="right", no_wrap=True)
+    table.add_column("what")
+    for failure in found:
+        table.add_row(
+            _listed([OPERATIONS[key].title for key in failure.operations], len(OPERATIONS)),
+            f"{_listed([KIND_TITLES[kind] for kind in failure.kinds], len(KIND_TITLES))}; "
+            f"{_listed([VARIANTS[variant].title for variant in failure.variants], len(VARIANTS))}; "
+            f"{_listed(list(failure.dtypes), len(DTYPES))}",
+            str(len(failure.rows)),
+            "" if failure.said == _NAN else _error(max(failure.rows, key=_badness)),
+            failure.said,
         )
     return table
 
@@ -170,8 +209,39 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def _select(rows: Sequence[Row], operation: str, library: str, method: str) -> Iterable[Row]:
-    return (r for r in rows if r.operation == operation and r.library == library and _method(r) == method)
+_NAN = "NaN or absent"
+
+
+def _is(row: Row, library: str, operation: str | None) -> bool:
+    return row.library == library and operation in (None, row.operation)
+
+
+def _reason(row: Row) -> str:
+    if row.status != "failed":
+        return f"{row.status}: {row.message}"
+    return _NAN if row.error == float("inf") else row.what
+
+
+def _ordered(rows: Sequence[Row], field: str, order: Iterable[str]) -> tuple[str, ...]:
+    there = {getattr(row, field) for row in rows}
+    return tuple(name for name in order if name in there)
+
+
+def _largest(rows: Iterable[Row]) -> str:
+    """The largest error; in red if it is beyond its bound, and what came instead where nothing was computed."""
+    rows = list(rows)
+    t = tally(rows)
+    if not t.total or t.not_offered == t.total:
+        return "[dim]–[/]"
+    judged = [row for row in rows if row.error is not None]
+    if not judged:
+        return "[yellow]raised[/]" if t.raised else "[yellow]refused[/]"
+    worst = max(judged, key=lambda row: (row.status == "failed", row.error or 0.0))
+    return _error(worst) if worst.status == "held" else f"[red]{_error(worst)}[/]"
+
+
+def _share(row: Row) -> str:
+    return f"{100 * row.error / row.bound:.0f} %" if row.error is not None and row.bound else ""
 
 
 def _method(row: Row) -> str:
@@ -190,8 +260,7 @@ def _count(t: Tally) -> str:
         return "[dim]–[/]"
     if t.held == offered:
         return f"[green]{t.held}[/]"
-    silent = t.failed
-    return f"[{'red' if silent else 'yellow'}]{t.held} of {offered}[/]"
+    return f"[{'red' if t.failed else 'yellow'}]{t.held} of {offered}[/]"
 
 
 def _badness(row: Row) -> float:
@@ -205,7 +274,7 @@ def _badness(row: Row) -> float:
 def _error(row: Row) -> str:
     if row.error is None:
         return ""
-    return "NaN or absent" if row.error == float("inf") else _number(row.error)
+    return "NaN" if row.error == float("inf") else _number(row.error)
 
 
 def _number(value: float | None) -> str:
@@ -217,7 +286,7 @@ def _number(value: float | None) -> str:
 
 
 def _where(row: Row) -> str:
-    return f"{row.what}, {VARIANTS[row.variant].title}, {KIND_TITLES[row.kind]}, {row.dtype}"
+    return f"{row.what}; {KIND_TITLES[row.kind]}; {VARIANTS[row.variant].title}; {row.dtype}"
 
 
 def _listed(names: list[str], everything: int) -> str:

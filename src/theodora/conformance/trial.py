@@ -41,6 +41,8 @@ class OneKindError(Exception):
 class Library(Protocol):
     """What both columns can be asked to do: a model with adapters on it. What a library lacks is NotOfferedError."""
 
+    drops_lookups: bool
+    """Whether dropout acts on embeddings, too."""
     model: nn.Module
     """What is called: the specimen itself, or the library's wrapper of it."""
 

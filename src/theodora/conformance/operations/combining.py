@@ -23,19 +23,19 @@ SHARE = 0.5
 """TIES's and DARE's density."""
 
 
-@operation("combine-linear", "weighted combination: linear", MAKE)
+@operation("combine-linear", "combination: linear", MAKE)
 def combine_linear(trial: Trial) -> Iterator[Check]:
     """W' = W + Σ wᵢ (W'ᵢ − W)."""
     yield from _summed(trial, "linear")
 
 
-@operation("combine-cat", "weighted combination: concatenation", MAKE)
+@operation("combine-cat", "combination: concatenation", MAKE)
 def combine_cat(trial: Trial) -> Iterator[Check]:
     """The same, by factors one beside the other."""
     yield from _summed(trial, "cat")
 
 
-@operation("combine-svd", "weighted combination: SVD", MAKE)
+@operation("combine-svd", "combination: SVD", MAKE)
 def combine_svd(trial: Trial) -> Iterator[Check]:
     """The nearest of a lower rank: for LoRA that very one, for DoRA, whose row scales cost no rank, one as near."""
     subject = _two(trial)
@@ -59,7 +59,7 @@ def combine_svd(trial: Trial) -> Iterator[Check]:
             yield trial.check(kind, "nearest of its rank", found, target.weight_OI + best, rounding + slack)
 
 
-@operation("combine-ties", "weighted combination: TIES", MAKE)
+@operation("combine-ties", "combination: TIES", MAKE)
 def combine_ties(trial: Trial) -> Iterator[Check]:
     """Trimmed, signs elected, averaged; on the changes of the weights, without a loss of rank."""
     subject, weights = _two(trial), [0.6, 0.6]
@@ -71,7 +71,7 @@ def combine_ties(trial: Trial) -> Iterator[Check]:
     yield from _dense(trial, subject, wanted)
 
 
-@operation("combine-dare", "weighted combination: DARE", MAKE)
+@operation("combine-dare", "combination: DARE", MAKE)
 def combine_dare(trial: Trial) -> Iterator[Check]:
     """Each element of each change kept by chance and scaled up, with the draws that were made; of full rank."""
     subject = _two(trial)
@@ -84,7 +84,7 @@ def combine_dare(trial: Trial) -> Iterator[Check]:
     yield from _dense(trial, subject, wanted)
 
 
-@operation("to-lora", "conversion to LoRA at full rank", MAKE)
+@operation("to-lora", "conversion to LoRA", MAKE)
 def to_lora(trial: Trial) -> Iterator[Check]:
     """A plain LoRA that does what the adapter does, magnitudes and all."""
     subject, x = trial.subject(), trial.inputs()
@@ -119,7 +119,7 @@ def _dense(trial: Trial, subject: Library, wanted: Callable[[str, list[Tensor]],
     yield from trial.outputs(subject.model(*x), x, numbers)
 
 
-@operation("swap", "hot swap in a running model", SWAP)
+@operation("swap", "hot swap, running model", SWAP)
 def swap(trial: Trial) -> Iterator[Check]:
     """Another adapter's numbers take the place of one's own: the tensors stay where they are, nothing is stale."""
     subject, x, second = _ready(trial)
@@ -138,12 +138,13 @@ def swap(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(subject, "one", leaves, dy)
 
 
-@operation("swap-compiled", "hot swap in a compiled model", SWAP, cost=1, sample=COMPILED)
+@operation("swap-compiled", "hot swap, compiled model", SWAP, cost=1, sample=COMPILED)
 def swap_compiled(trial: Trial) -> Iterator[Check]:
     """The compiled code takes the new numbers, and is not compiled again."""
     subject, x, second = _ready(trial)
     with trial.folder() as folder, torch.no_grad(), fresh_compiler():
         _save_second(trial, folder)
+        trial.subject().swap(folder / "two", "one")  # what cannot be swapped at all need not be compiled first
         compiles = _Counting()
         run: Any = torch.compile(subject.model, backend=compiles)
         for _ in range(2):

@@ -56,7 +56,7 @@ def load_beside(trial: Trial) -> Iterator[Check]:
         yield from trial.outputs(subject.model(*x), x, trial.numbers["one"], "output of another one")
 
 
-@operation("load-transformers", "load onto a transformers model", FILES)
+@operation("load-transformers", "load by transformers", FILES)
 def load_transformers(trial: Trial) -> Iterator[Check]:
     """By the one line that users of transformers write; with PEFT that is `model.load_adapter(folder)`."""
     subject, x = trial.subject(), trial.inputs()
@@ -80,7 +80,7 @@ def train_loaded(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(other, "one", leaves, dy)
 
 
-@operation("gathered", "save from a gathered state dict", FILES, ours_only=True)
+@operation("gathered", "save a gathered state dict", FILES, ours_only=True)
 def gathered(trial: Trial) -> Iterator[Check]:
     """What sharded training gathers is what is saved, not the tensors that happen to lie in this process."""
     from theodora.adapters import save_adapter
@@ -204,7 +204,7 @@ def _mlx_can_say(trial: Trial, kind: str) -> bool:
     return kind != "tied_head" and (trial.variant.method == "lora" or kind not in ("embed_tokens", "zero_rows"))
 
 
-@operation("refuse", "files that must be refused", FILES, ours_only=True)
+@operation("refuse", "files to be refused", FILES, ours_only=True)
 def refuse(trial: Trial) -> Iterator[Check]:
     """DoRA without magnitudes, LoRA with them, NaN, a wrong shape, a wrong rank, another base: an error, no change."""
     x = trial.inputs()

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from theodora.conformance import formula
 from theodora.conformance.cases import KINDS, flat, trained_values
 from theodora.conformance.operations.registry import COMPILED, operation
+from theodora.conformance.rounding import F64
 from theodora.conformance.trial import Check, Library, Trial, run_backward, with_values
 
 RUN = "Run and train"
@@ -34,7 +36,7 @@ def backward(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(subject, "one", leaves, dy)
 
 
-@operation("inference", "inference: a prompt, then single tokens", RUN)
+@operation("inference", "inference: prompt, then tokens", RUN)
 def inference(trial: Trial) -> Iterator[Check]:
     """What is kept between passes without gradients changes nothing."""
     subject, numbers = trial.subject(), trial.numbers["one"]
@@ -44,7 +46,7 @@ def inference(trial: Trial) -> Iterator[Check]:
             yield from trial.outputs(subject.model(*x), x, numbers, f"output of {batch[1]} tokens")
 
 
-@operation("changed", "forward after the weights changed", RUN)
+@operation("changed", "after a change of weights", RUN)
 def changed(trial: Trial) -> Iterator[Check]:
     """Nothing that was kept is stale: after writes in place, through `.data`, and by an optimizer."""
     subject, x = trial.subject(), trial.inputs()
@@ -82,7 +84,7 @@ def checkpointing(trial: Trial) -> Iterator[Check]:
     yield from _checkpointed(trial, reentrant=False)
 
 
-@operation("checkpointing-reentrant", "activation checkpointing, reentrant", RUN)
+@operation("checkpointing-reentrant", "checkpointing, reentrant", RUN)
 def checkpointing_reentrant(trial: Trial) -> Iterator[Check]:
     """The older way, which calls backward within backward."""
     yield from _checkpointed(trial, reentrant=True)
@@ -104,7 +106,7 @@ def accumulation(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(subject, "one", both, dy)
 
 
-@operation("dropout", "dropout on the low-rank branch", RUN)
+@operation("dropout", "dropout", RUN)
 def dropout(trial: Trial) -> Iterator[Check]:
     """y = g ⊙ (x Wᵀ + s·(x̃ Aᵀ) Bᵀ) + bias, with x̃ what dropout leaves of x; nothing is dropped in eval mode."""
     subject = trial.subject()
@@ -113,21 +115,27 @@ def dropout(trial: Trial) -> Iterator[Check]:
     subject.model.train()
     for kind in trial.kinds:
         i = KINDS.index(kind)
-        if kind == "embed_tokens":  # its A is looked up: there is no x to drop from
+        n, rows = trial.numbers["one"][kind], flat(x[i], kind)
+        if kind == "embed_tokens" and not subject.drops_lookups:
             continue
         torch.manual_seed(11)
         y = subject.layer(kind)(x[i])
         torch.manual_seed(11)
-        kept = torch.nn.functional.dropout(x[i], 0.5)
-        n, rows, dropped = trial.numbers["one"][kind], flat(x[i], kind), flat(kept, kind)
-        exact = formula.output(n, rows, dropped)
-        bound = formula.walk(n, rows, trial.torch_dtype, dropped).y.bound()
+        if kind == "embed_tokens":  # there is no x to drop from: of A's looked-up columns elements are dropped
+            factors = n.factors()
+            assert factors is not None
+            mask = F.dropout(torch.ones(len(rows), len(factors[0]), device=trial.device), 0.5).to("cpu", F64)
+            exact, walked = formula.masked_output(n, rows, mask), formula.walk(n, rows, trial.torch_dtype, None, mask)
+        else:
+            dropped = flat(F.dropout(x[i], 0.5), kind)
+            exact, walked = formula.output(n, rows, dropped), formula.walk(n, rows, trial.torch_dtype, dropped)
+        bound = walked.y.bound()
         yield trial.check(kind, "output in training", y.reshape(-1, y.shape[-1]), exact, bound)
     subject.model.eval()
     yield from trial.outputs(subject.model(*x), x, trial.numbers["one"], "output in eval mode")
 
 
-@operation("dropout-cost", "dropout costs no second base product", RUN)
+@operation("dropout-cost", "dropout: one base product", RUN)
 def dropout_cost(trial: Trial) -> Iterator[Check]:
     """Counted: products of the base weight's size in one forward pass."""
     subject, x = trial.subject(), trial.inputs()
@@ -154,7 +162,7 @@ def compiled_inductor(trial: Trial) -> Iterator[Check]:
     yield from _compiled(trial, "inductor")
 
 
-@operation("reference", "the reference path instead of the kernels", RUN, ours_only=True)
+@operation("reference", "reference path", RUN, ours_only=True)
 def reference(trial: Trial) -> Iterator[Check]:
     """`theodora.kernels.reference()`: plain torch, line by line."""
     from theodora import kernels
@@ -163,7 +171,7 @@ def reference(trial: Trial) -> Iterator[Check]:
         yield from backward(trial)
 
 
-@operation("accelerate", "the fast path of a whole model", RUN, ours_only=True)
+@operation("accelerate", "fast path of a whole model", RUN, ours_only=True)
 def accelerated(trial: Trial) -> Iterator[Check]:
     """`theodora.accelerate(model)`."""
     from theodora.adapters.accelerate import accelerate
