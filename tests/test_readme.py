@@ -32,6 +32,7 @@ COMMANDS = [
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Appended to a command, by its first words. argparse and the recipe take the last of two values.
 SHORTER = {
+    "theodora conformance": "--workers 1",
     "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --max-length 128 --eval-steps 1 --save-steps 2",
     "theodora bench": "--rounds 1 --batch 1 --length 16 --methods lora",
     "theodora evaluate": "--batch-size 4 --max-new-tokens 4",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from theodora.conformance.formula import Numbers
@@ -129,6 +129,11 @@ class Specimen(PreTrainedModel):
         ids = inputs[KINDS.index("embed_tokens")]
         outputs = [getattr(self, kind)(x) for kind, x in zip(KINDS, inputs, strict=True)]
         return (*outputs, self.tied_lookup(ids))
+
+
+# So that what builds a model from its folder's config.json finds the class.
+AutoConfig.register(SpecimenConfig.model_type, SpecimenConfig, exist_ok=True)
+AutoModelForCausalLM.register(SpecimenConfig, Specimen, exist_ok=True)
 
 
 def build(dtype: str, device: str = "cpu") -> Specimen:

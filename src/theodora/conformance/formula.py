@@ -78,6 +78,19 @@ def output(n: Numbers, x_TI: Tensor, x_lora_TI: Tensor | None = None) -> Tensor:
     return y if n.bias_O is None else y + n.bias_O
 
 
+def output_of_dropped_base(n: Numbers, x_TI: Tensor, x_lora_TI: Tensor) -> Tensor:
+    """y by the DoRA authors' code and PEFT: x Wᵀ + (g − 1) ⊙ x̃ Wᵀ + g ⊙ s·(x̃ Aᵀ) Bᵀ + bias.
+
+    W is there what it is without the start's factors, and dropout acts on the base product that is scaled, too.
+    """
+    assert n.a_RI is not None
+    assert n.b_OR is not None
+    update = n.scale * n.b_OR @ n.a_RI
+    base, g = direction(n) - update, row_scale(n)
+    y = x_TI @ base.T + (g - 1) * (x_lora_TI @ base.T) + g * (x_lora_TI @ update.T)
+    return y if n.bias_O is None else y + n.bias_O
+
+
 def masked_output(n: Numbers, x_TI: Tensor, mask_TR: Tensor) -> Tensor:
     """y where dropout acts on x Aᵀ, as it does on an embedding's looked-up columns of A."""
     factors = n.factors()
@@ -172,12 +185,25 @@ def _row_scale(n: Numbers, wide: torch.dtype = torch.float32) -> tuple[Rounded, 
     factors = n.factors()
     if n.magnitude_O is None or factors is None:
         return None
-    a, b = (Rounded.exact(f) for f in factors)
-    update = ((b @ a).to(wide) * n.scale).to(wide)
-    norm = (Rounded.exact(n.weight_OI) + update).to(wide).row_norm().to(wide)
-    there = direction(n).square().sum(1) > 0
+    norm = _norm(n, *(Rounded.exact(f) for f in factors), wide)
+    there = norm.value > 0
     g = (Rounded.exact(n.magnitude_O).to(wide) / norm.where(there, 1.0)).where(there, 1.0)
     return g.to(wide), norm
+
+
+def _norm(n: Numbers, a: Rounded, b: Rounded, wide: torch.dtype) -> Rounded:
+    """‖V‖ of each row, from V itself or from ‖W‖² + 2s·rowsum(B ⊙ (W Aᵀ)) + s²·rowsum((B·(A Aᵀ)) ⊙ B): the noisier.
+
+    (The second way, arXiv 2603.22276, forms no V; its terms may be larger than their sum.)
+    """
+    w = Rounded.exact(n.weight_OI)
+    formed = (w + ((b @ a).to(wide) * n.scale).to(wide)).to(wide).row_norm()
+    cross = (b * (w @ a.T).to(wide)).sum(1).to(wide) * (2 * n.scale)
+    update = ((b @ (a @ a.T).to(wide)).to(wide) * b).sum(1).to(wide) * n.scale**2
+    square = ((w * w).sum(1).to(wide) + cross + update).to(wide)
+    norm = direction(n).square().sum(1).sqrt()
+    factored = square.variance / (4 * torch.where(norm > 0, norm, 1.0).square())
+    return Rounded(norm, torch.maximum(formed.variance, factored)).to(wide)
 
 
 def walk(
@@ -223,7 +249,7 @@ def walk_back(n: Numbers, x_TI: Tensor, dy_TO: Tensor, dtype: torch.dtype) -> di
         found["B"] = ((dz.T @ _head(forward.xa, rank, 1)).to(dtype) * n.scale).to(dtype)
     if scaled is not None:
         norm, there = scaled[1], scaled[1].value > 0
-        found["m"] = ((dy * forward.z).to(dtype).sum_rows() / norm.where(there, 1.0)).where(there, 0.0).to(dtype)
+        found["m"] = ((dy * forward.z).to(dtype).sum(0) / norm.where(there, 1.0)).where(there, 0.0).to(dtype)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +33,7 @@ class Ours:
     """A specimen with adapters of ours; see `Library`."""
 
     drops_lookups = True
+    drops_scaled_base = False
 
     def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:
         self.model: nn.Module = model
@@ -74,7 +76,7 @@ class Ours:
             for adapter in layer.adapters.values():
                 adapter.dropout = p
 
-    def adapter(self, kind: str, name: str) -> nn.Module:
+    def adapter(self, kind: str, name: str) -> Any:
         layer: Any = self.model.get_submodule(kind)
         return layer.adapters[name]
 
@@ -111,6 +113,24 @@ class Ours:
 
     def swap(self, folder: Path, name: str) -> None:
         swap_adapter_weights(self.model, name, folder)
+
+    def mixed(self, names: Sequence[str | None], x: Sequence[Tensor]) -> Sequence[Tensor]:
+        from theodora.layers.slotted import Routing, slot
+
+        adapters = sorted({name for name in names if name is not None})
+        routing = Routing(1 + len(adapters))
+        held = {(kind, name): copy.deepcopy(self.adapter(kind, name)) for kind in self.kinds for name in adapters}
+        model = self.remove()
+        for kind in self.kinds:
+            factors = {name: held[kind, name].factors() for name in adapters}
+            layer = slot(model.get_submodule(kind), routing, max(len(a) for a, _ in factors.values()))
+            for i, (name, (a, b)) in enumerate(factors.items(), 1):
+                layer.fill(i, layer.prepare(a, b, held[kind, name].magnitude, held[kind, name].scale))
+        slots = torch.tensor([0 if name is None else 1 + adapters.index(name) for name in names])
+        tokens = x[0].shape[1]
+        with torch.inference_mode():
+            routing.set(slots.repeat_interleave(tokens).to(x[0].device))
+            return model(*x)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], into: str, method: str, **options: Any) -> None:
         kind: Any = {"dare": "dare_linear"}.get(method, method)

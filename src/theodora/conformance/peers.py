@@ -35,6 +35,7 @@ class Peft:
     """A specimen in a `PeftModel`; see `Library`."""
 
     drops_lookups = False
+    drops_scaled_base = True
     draws: list[Any]
 
     def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:
@@ -142,6 +143,10 @@ class Peft:
 
         device = str(next(self.model.parameters()).device)
         hotswap_adapter(self.model, str(folder), adapter_name=name, torch_device=device)
+
+    def mixed(self, names: Sequence[str | None], x: Sequence[Tensor]) -> Sequence[Tensor]:
+        with torch.inference_mode():
+            return self.model(*x, adapter_names=[name or "__base__" for name in names])
 
     def combine(self, names: Sequence[str], weights: Sequence[float], into: str, method: str, **options: Any) -> None:
         kind = {"ties": "ties_svd", "dare": "dare_linear_svd"}.get(method, method)

@@ -97,10 +97,10 @@ class Rounded:
         safe = torch.where(norm == 0, torch.ones_like(norm), norm)
         return Rounded(norm, square / safe.square() + summing)
 
-    def sum_rows(self) -> Rounded:
-        """Σ over the first dimension."""
-        summing = self.value.shape[0] / 2 * roundoff(torch.float32) ** 2 * self.value.square().sum(0)
-        return Rounded(self.value.sum(0), self.variance.sum(0) + summing)
+    def sum(self, dim: int) -> Rounded:
+        """Σ over a dimension."""
+        summing = self.value.shape[dim] / 2 * roundoff(torch.float32) ** 2 * self.value.square().sum(dim)
+        return Rounded(self.value.sum(dim), self.variance.sum(dim) + summing)
 
     def bound(self) -> float:
         """The largest relative error that a result may have, ‖found − exact‖ / ‖exact‖; absolute where exact is 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def _is(row: Row, library: str, operation: str | None) -> bool:
 
 def _reason(row: Row) -> str:
     if row.status != "failed":
-        return f"{row.status}: {row.message}"
+        return f"{row.status}: {re.sub(rf'.{row.kind}.', ' … ', row.message)}"
     return _NAN if row.error == float("inf") else row.what
 
 
@@ -282,7 +283,9 @@ def _number(value: float | None) -> str:
         return ""
     if value == 0:
         return "0"
-    return f"{100 * value:.2g} %" if value >= 1e-4 else f"{value:.1e}"
+    if value < 1e-4:
+        return f"{value:.1e}"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def _where(row: Row) -> str:

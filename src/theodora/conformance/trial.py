@@ -43,6 +43,8 @@ class Library(Protocol):
 
     drops_lookups: bool
     """Whether dropout acts on embeddings, too."""
+    drops_scaled_base: bool
+    """Whether DoRA's dropout acts on the base product that is scaled, too (`formula.output_of_dropped_base`)."""
     model: nn.Module
     """What is called: the specimen itself, or the library's wrapper of it."""
 
@@ -108,6 +110,10 @@ class Library(Protocol):
 
     def swap(self, folder: Path, name: str) -> None:
         """Replace the numbers of an adapter on the model by saved ones."""
+        ...
+
+    def mixed(self, names: Sequence[str | None], x: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Outputs of one batch, without gradients, each of its sequences with its own adapter, or None: the base."""
         ...
 
     def combine(self, names: Sequence[str], weights: Sequence[float], into: str, method: str, **options: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from theodora.conformance.cases import KINDS
+from theodora.conformance.cases import KINDS, Specimen, base_numbers, build, stored_weight
+from theodora.conformance.formula import adapted_weight, walk_merge
 from theodora.conformance.operations.registry import operation
 from theodora.conformance.trial import Check, Trial
 
@@ -27,6 +29,33 @@ def merge(trial: Trial) -> Iterator[Check]:
     yield from trial.merged_outputs(found, x, trial.numbers["one"], "merged output")
     if "tied_head" in trial.kinds:
         yield trial.same("tied_head", "lookup that shared its weight", found[len(KINDS)], lookup)
+
+
+@operation("merge-disk", "merge on disk", MERGE, ours_only=True)
+def merge_disk(trial: Trial) -> Iterator[Check]:
+    """`merge_checkpoint` writes a plain model: W' of the unquantised base, rounded once."""
+    from theodora.adapters import merge_checkpoint
+
+    subject, x = trial.subject(), trial.inputs()
+    base, numbers = build(trial.dtype), trial.numbers["one"]
+    plain = base_numbers(base)
+    numbers = {kind: replace(n, weight_OI=plain[kind].weight_OI, float8=False) for kind, n in numbers.items()}
+    with torch.no_grad(), trial.folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a float8 base is a little way off
+        subject.save(folder / "adapter", "one")
+        base.save_pretrained(folder / "base")
+        merge_checkpoint(folder / "adapter", folder / "merged", base_model=folder / "base")
+        model = Specimen.from_pretrained(folder / "merged", dtype=trial.torch_dtype).to(trial.device).eval()
+        for kind in trial.kinds:
+            bound = walk_merge(numbers[kind], trial.torch_dtype).bound()
+            found = stored_weight(model.get_submodule(kind), kind)
+            yield trial.check(kind, "merged weight", found, adapted_weight(numbers[kind]), bound)
+        outputs = model(*x)
+    yield from trial.merged_outputs(outputs, x, numbers, "merged output")
+    if "tied_head" in trial.kinds:
+        yield trial.same(
+            "tied_head", "lookup that shared its weight", model.tied_lookup.weight, base.tied_lookup.weight
+        )
 
 
 @operation("unmerge", "unmerge", MERGE)

@@ -108,7 +108,10 @@ def accumulation(trial: Trial) -> Iterator[Check]:
 
 @operation("dropout", "dropout", RUN)
 def dropout(trial: Trial) -> Iterator[Check]:
-    """y = g ⊙ (x Wᵀ + s·(x̃ Aᵀ) Bᵀ) + bias, with x̃ what dropout leaves of x; nothing is dropped in eval mode."""
+    """y = g ⊙ (x Wᵀ + s·(x̃ Aᵀ) Bᵀ) + bias, with x̃ what dropout leaves of x; nothing is dropped in eval mode.
+
+    Each library is judged by its own definition.
+    """
     subject = trial.subject()
     x = trial.inputs()
     subject.set_dropout(0.5)
@@ -128,7 +131,8 @@ def dropout(trial: Trial) -> Iterator[Check]:
             exact, walked = formula.masked_output(n, rows, mask), formula.walk(n, rows, trial.torch_dtype, None, mask)
         else:
             dropped = flat(F.dropout(x[i], 0.5), kind)
-            exact, walked = formula.output(n, rows, dropped), formula.walk(n, rows, trial.torch_dtype, dropped)
+            by = formula.output_of_dropped_base if subject.drops_scaled_base else formula.output
+            exact, walked = by(n, rows, dropped), formula.walk(n, rows, trial.torch_dtype, dropped)
         bound = walked.y.bound()
         yield trial.check(kind, "output in training", y.reshape(-1, y.shape[-1]), exact, bound)
     subject.model.eval()
@@ -160,6 +164,20 @@ def compiled(trial: Trial) -> Iterator[Check]:
 def compiled_inductor(trial: Trial) -> Iterator[Check]:
     """The same with TorchInductor's own kernels."""
     yield from _compiled(trial, "inductor")
+
+
+@operation("mixed-batch", "many adapters in one batch", RUN)
+def mixed_batch(trial: Trial) -> Iterator[Check]:
+    """Each sequence of a batch is the formula with its own adapter, or the base."""
+    subject, x = trial.subject(one=1, two=2), trial.inputs()
+    names = ("two", None, "one")
+    found = subject.mixed(names, x)
+    for i, name in enumerate(names):
+        numbers = trial.numbers["one"] if name is None else trial.numbers[name]
+        if name is None:
+            numbers = {kind: n.base() for kind, n in numbers.items()}
+        own = [t[i : i + 1] for t in x]
+        yield from trial.outputs([y[i : i + 1] for y in found], own, numbers, f"output of {name or 'the base'}")
 
 
 @operation("reference", "reference path", RUN, ours_only=True)
