@@ -185,7 +185,7 @@ def _row_scale(n: Numbers, wide: torch.dtype = torch.float32) -> tuple[Rounded, 
     factors = n.factors()
     if n.magnitude_O is None or factors is None:
         return None
-    norm = _norm(n, *(Rounded.exact(f) for f in factors), wide)
+    norm = _norm(n, Rounded.exact(factors[0]), Rounded.exact(factors[1]), wide)
     there = norm.value > 0
     g = (Rounded.exact(n.magnitude_O).to(wide) / norm.where(there, 1.0)).where(there, 1.0)
     return g.to(wide), norm

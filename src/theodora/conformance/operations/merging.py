@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -45,7 +46,8 @@ def merge_disk(trial: Trial) -> Iterator[Check]:
         subject.save(folder / "adapter", "one")
         base.save_pretrained(folder / "base")
         merge_checkpoint(folder / "adapter", folder / "merged", base_model=folder / "base")
-        model = Specimen.from_pretrained(folder / "merged", dtype=trial.torch_dtype).to(trial.device).eval()
+        model: Any = Specimen.from_pretrained(folder / "merged", dtype=trial.torch_dtype)
+        model.to(trial.device).eval()
         for kind in trial.kinds:
             bound = walk_merge(numbers[kind], trial.torch_dtype).bound()
             found = stored_weight(model.get_submodule(kind), kind)
