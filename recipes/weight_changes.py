@@ -37,10 +37,12 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def plain(part: str | list[dict]) -> str:
+    return part if isinstance(part, str) else part[-1]["content"]  # of messages, the last
+
+
 def encode(row: dict) -> list[int]:
-    prompt = row.get("prompt", "")
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]  # of messages, what the user says last
-    text = row.get("text") or f"{prompt}\n{row['completion']}"
+    text = row.get("text") or f"{plain(row['prompt'])}\n{plain(row['completion'])}"
     return [*tokenizer(text, add_special_tokens=False)["input_ids"][: args.max_length - 1], tokenizer.eos_token_id]
 
 

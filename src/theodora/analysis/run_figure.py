@@ -96,7 +96,9 @@ def _heat_map(reports: list[RunReport]) -> Figure:
             axes.set_yticks(range(len(kinds)), kinds, fontsize="x-small")
             axes.tick_params(axis="x", labelsize="x-small")
             axes.set_xlabel("layer", fontsize="x-small")
-            figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize="x-small")
+            bar = figure.colorbar(image, ax=axes, pad=0.01).ax
+            bar.tick_params(labelsize="x-small")
+            bar.yaxis.get_offset_text().set_fontsize("x-small")
     return figure
 
 
