@@ -3,12 +3,14 @@
 A job is a function of a folder that can be begun again at any time: it goes on, or does what is missing.
 """
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import theodora.data.load
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.config import TrainConfig
 from theodora.demo import model as demo_model
-from theodora.train import train
+from theodora.train import callbacks, train
+from theodora.train.stop import Agreement
 
 # All runs stop and go on in the middle of an epoch and at its end (10 rows of sums in steps of 4 or fewer rows).
 KINDS: dict[str, dict[str, Any]] = {
@@ -82,6 +85,29 @@ def start(name: str, inputs: Path, folder: Path, at_event: int | None = None, co
         count.write_text(str(seen[0]))
 
 
+def stuck(options: dict[str, Any], step: int, folder: Path) -> None:
+    """A run that takes a minute over the step after `step`."""
+    os.dup2(os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+    class Slow(callbacks.CountUpdates):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                (folder / "stuck").touch()
+                time.sleep(60)
+
+    sys.modules["theodora.train.run"].CountUpdates = Slow  # pyright: ignore
+    train(TrainConfig.from_options(options), console=Console(quiet=True))
+
+
+def vote(rank: int, folder: Path) -> None:
+    """One of two processes, of which the second is told to stop at step 2."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    agree = Agreement(torch.device("cpu"))
+    found = [agree(rank == 1 and step == 2) for step in range(4)]
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link")
 
 
@@ -118,3 +144,4 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 assert theodora.data.load  # imported so that the fork server has it
+gc.freeze()  # what is there now is not looked through again in each process

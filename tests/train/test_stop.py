@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,12 +12,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from crash import jobs
+from crash.killing import fork_server
+from theodora.cli import main as cli
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import callbacks, train
 from theodora.train.stop import TrainingInterrupted
 
 ALL = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+
+ACCUMULATED = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
 
 
 @pytest.fixture
@@ -54,16 +58,14 @@ def same(one, other, losses):
 @pytest.mark.parametrize(
     ("event", "step", "saved", "settings"),
     [
-        ("on_step_begin", 3, 4, {}),
-        ("on_step_begin", 5, 6, {"logging_steps": 4}),
-        ("on_substep_end", 5, 5, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}),
-        ("on_substep_end", 13, 13, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}),
+        ("on_step_begin", 3, 4, {"eval_steps": 2, "early_stopping_patience": 9}),
+        ("on_substep_end", 5, 5, {**ACCUMULATED, "logging_steps": 4}),
+        ("on_substep_end", 13, 13, ACCUMULATED),  # an epoch has 13 steps
         ("on_step_begin", 8, 9, {}),  # an epoch has 9 steps
         ("on_prediction_step", 4, 4, {"eval_steps": 2, "per_device_eval_batch_size": 1}),
-        ("on_step_begin", 3, 4, {"eval_steps": 2, "early_stopping_patience": 9, "save_steps": 100}),
         ("on_prediction_step", 14, 14, {"eval_steps": 7, "per_device_eval_batch_size": 1}),
     ],
-    ids=["step", "log line", "micro-batch", "first of an epoch", "epoch end", "evaluation", "best", "last evaluation"],
+    ids=["step", "micro-batch", "first of an epoch", "epoch end", "evaluation", "last evaluation"],
 )
 def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
     event, step, saved, settings, run, send, tmp_path, losses, monkeypatch
@@ -163,39 +165,35 @@ def test_signals_do_not_outlive_a_run_and_reach_it_while_it_loads(run, options, 
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-_SLOW = """
-import sys, time
-from transformers import TrainerCallback
-from rich.console import Console
-from theodora.config import TrainConfig
-from theodora.train import callbacks, train
-
-class Slow(callbacks.CountUpdates):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            print("stuck", flush=True)
-            time.sleep(60)
-sys.modules["theodora.train.run"].CountUpdates = Slow
-train(TrainConfig.from_options({options}), console=Console(quiet=True))
-"""
-
-
 def test_a_step_that_takes_too_long_is_given_up_at_the_bound(options, tmp_path):
     options |= {"grace_period": 0.5, "save_steps": 2, "max_steps": 6}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW.replace("{options}", repr(options))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "stuck\n"
+    process = fork_server().Process(target=jobs.stuck, args=(options, 3, tmp_path))
+    process.start()
+    while process.is_alive() and not (tmp_path / "stuck").exists():
+        time.sleep(0.01)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    log = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 143, log
     assert time.monotonic() - began < 10
-    assert re.search(r"no checkpoint within 0.5 s; .*checkpoint-2 is whole", err)
+    assert re.search(r"no checkpoint within 0.5 s; .*checkpoint-2 is whole", log)
     result = train(TrainConfig.from_options(options | {"resume": "auto"}), console=Console(quiet=True))
     assert result.steps == 6
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_command_exits_with_0_after_sigterm(options, send, tmp_path):
+    send("on_step_begin", 2)
+    flags = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    assert cli.main(["train", *flags, "--resume", "auto"]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "run" / "README.md").exists()
+
+
+def test_several_processes_stop_at_the_same_step(tmp_path):
+    processes = [fork_server().Process(target=jobs.vote, args=(n, tmp_path)) for n in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1)] == [[False, False, False, True]] * 2

@@ -145,7 +145,7 @@ def _fail(message: str, code: int) -> int:
 
     # Names in files are strangers' text: what is not for printing would be an order to the terminal.
     message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    stderr().print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    stderr().print(message, style="red" if code else "yellow", markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,15 @@ class MetricsFile(TrainerCallback):
         """Write one line."""
         if not state.is_world_process_zero:
             return
-        with explained_io_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n")
+        line = json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n"
+        with explained_io_errors(self.path):
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                os.truncate(self.path, size)  # a full disk may have taken part of it
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

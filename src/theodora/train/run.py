@@ -37,7 +37,7 @@ from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.result import TrainResult
-from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
+from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
 
 
@@ -108,7 +108,8 @@ def _train(
     )
     view, updates = ProgressView(console), CountUpdates()
     arguments.eval_on_start = checkpoint is None or files.owes_evaluation(checkpoint)
-    stop.alone = arguments.world_size == 1
+    if arguments.world_size > 1:
+        stop.alone, stop.agree = False, Agreement(arguments.device)
     early = EarlyGradients(tensors)
     trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), stop, early, updates, view])
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
@@ -126,6 +127,10 @@ def _train(
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
     _run(trainer, checkpoint, stop, view, output)
+    if trainer.saved_at is None and checkpoint is not None and checkpoint == files.newest_checkpoint(output):
+        # It may have been killed after its last checkpoint, before older ones were deleted.
+        limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
+        files.rotate(output / files.CHECKPOINTS, files.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
