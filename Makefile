@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz test-vllm test-kills check bench study study-small clean
+.PHONY: help demo test fuzz fuzz-atheris coverage test-oldest test-vllm test-kills mutants package audit sbom lock
+.PHONY: check bench study study-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,47 @@ test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM 
 test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
 	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash -s $(ARGS)
 
+fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each reader (SECONDS=N: as long)
+	for reader in jsonl json csv gzip parquet yaml config safetensors; do \
+	    $(BIN)/python tests/fuzz/run_atheris.py $$reader -max_total_time=$(or $(SECONDS),60) || exit 1; done
+
+coverage: $(VENV)/.test ## run the tests as `make test` does, and fail below the floor of lines and branches covered
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(INTERPRETED)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --show-missing
+
+test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions that are supported (oldest.txt)
+	.venv-oldest/bin/python -m pytest $(or $(ARGS),tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train)
+
+mutants: $(VENV)/.mutants ## change the formulas, layers and adapters one by one, and list what no test notices (hours)
+	nice $(BIN)/mutmut run --max-children 1 $(ARGS)
+	$(BIN)/mutmut results
+
+package: $(VENV)/.dev ## build sdist and wheel, install the wheel into a new environment, and try it there
+	rm -rf dist .package
+	$(BIN)/python -m build --quiet .
+	$(PYTHON) -m venv .package
+	.package/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index dist/*.whl
+	@# What it needs comes from $(VENV); the package itself does not.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    > $$(.package/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/needs.pth
+	cd .package && bin/theodora --version && bin/theodora train --help > /dev/null && bin/python -c \
+	    'import theodora, os; from theodora import *; assert ".package" in theodora.__file__, theodora.__file__; \
+	     assert os.path.exists(os.path.join(os.path.dirname(theodora.__file__), "py.typed"))'
+	rm -rf .package
+
+audit: $(VENV)/.audit ## look up the pinned versions in the database of known vulnerabilities (asks pypi.org)
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+sbom: $(VENV)/.audit ## write the bill of materials of the environment (CycloneDX) to dist/sbom.json
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --of JSON -o dist/sbom.json $(BIN)/python
+
+lock: $(VENV)/.audit ## write requirements.lock: constraints.txt with hashes
+	$(BIN)/python .ci/lock.py
+
 check: $(VENV)/.dev ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,8 +94,13 @@ study-small: $(VENV)/.demo ## the same in small, on two cores (results in out/st
 	$(BIN)/theodora compare recipes/study-small.yaml $(ARGS)
 
 clean: ## remove the environment, caches and build products
-	rm -rf $(VENV) .venv-vllm build dist out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-oldest .package build dist out mutants .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +
+
+.venv-oldest/.installed: pyproject.toml oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint oldest.txt --editable '.[test]'
+	@touch $@
 
 # $(VENV)/.EXTRA: the package is installed with that extra. A stamp, because pip's own answer takes seconds.
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.created
