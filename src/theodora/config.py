@@ -263,7 +263,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
                 yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
-            elif is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
+            elif value and is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
                 yield f"{name} is {shown(value)}; expected at most {most:,}"
             elif value is not None and not math.isfinite(value):
                 yield f"{name} is {value}; expected a finite number"
