@@ -193,7 +193,7 @@ def test_links_in_an_output_folder_are_not_written_through(tmp_path):
         output.mkdir()
         (output / name).symlink_to(tmp_path / "elsewhere")
         with pytest.raises(TheodoraError, match="already holds a run"):
-            check_output(output, overwrite=False, resume=False)
+            check_output(output, overwrite=False, resume=None)
         clear_run(output)
         assert not list(output.iterdir())
     kept = tmp_path / "kept"
