@@ -48,9 +48,9 @@ class Variant:
     @property
     def title(self) -> str:
         """As in the table."""
-        inits = {"pissa": "PiSSA", "olora": "OLoRA"}
-        parts = ["DoRA" if self.method == "dora" else "LoRA", "rsLoRA" * self.rslora, "patterns" * self.patterns]
-        return ", ".join(filter(None, [*parts, inits.get(self.init, self.init) * (self.init != "default")]))
+        init = {"default": "", "pissa": "PiSSA", "olora": "OLoRA"}.get(self.init, self.init)
+        options = ", ".join(filter(None, ["rsLoRA" * self.rslora, "patterns" * self.patterns, init]))
+        return ("DoRA" if self.method == "dora" else "LoRA") + (f" ({options})" if options else "")
 
     def rank(self, kind: str) -> int:
         """R of one layer."""

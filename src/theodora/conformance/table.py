@@ -87,11 +87,13 @@ def matrix(rows: Sequence[Row], titles: dict[str, str]) -> Table:
             table.add_row(f"  {OPERATIONS[key].title}", *counts(key))
     table.add_section()
     table.add_row("[bold]all[/]", *counts(None))
+    if any(row.status in ("failed", "refused", "raised") for row in rows):
+        table.caption = "Red: wrong results among them. Yellow: only errors that were raised."
     return table
 
 
 def worst_errors(rows: Sequence[Row], titles: dict[str, str]) -> Table:
-    """Ours: the row nearest to its bound. A peer's: the largest errors, without rows of zeros, which are all NaN."""
+    """Ours: the row nearest to its bound. A peer's: the largest errors, without what is wrong in every operation."""
     table = _table("The worst of each operation: relative error, and the bound it had to keep")
     table.add_column("", no_wrap=True)
     peers = [library for library in titles if library != "theodora"]
@@ -109,15 +111,16 @@ def worst_errors(rows: Sequence[Row], titles: dict[str, str]) -> Table:
             cells += (
                 ["", "", "", ""]
                 if worst is None
-                else [_error(worst), _number(worst.bound), _share(worst), _where(worst)]
+                else [_error(worst), _number(worst.bound), _share(worst), _where(worst) if worst.error else ""]
             )
         for library in peers:
             for method in METHODS:
-                chosen = (r for r in rows if _is(r, library, key) and _method(r) == method and r.kind != "zero_rows")
-                cells.append(_largest(chosen))
+                cells.append(_largest(r for r in rows if _is(r, library, key) and _method(r) == method and _usual(r)))
         table.add_row(OPERATIONS[key].title, *cells)
     if peers:
-        table.caption = "Peers: the largest error, leaving out rows of zeros."
+        table.caption = (
+            "Peers: the largest error, leaving out rows of zeros, and PiSSA and OLoRA, which change their base."
+        )
     return table
 
 
@@ -134,7 +137,7 @@ class Failure:
 
 
 def failures(rows: Iterable[Row]) -> list[Failure]:
-    """What did not hold, alike rows together: first those of one operation, then NaNs of several."""
+    """What did not hold, alike rows together: NaN, exceptions and rows of zeros across operations, others by one."""
     alike: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.status in ("failed", "refused", "raised"):
@@ -142,7 +145,8 @@ def failures(rows: Iterable[Row]) -> list[Failure]:
     merged: dict[tuple[Any, ...], list[Row]] = {}
     for (operation, said), members in alike.items():
         where = (_ordered(members, "kind", KIND_TITLES), _ordered(members, "variant", VARIANTS))
-        apart = "" if said == _NAN else operation
+        together = said == _NAN or members[0].status != "failed" or where[0] == ("zero_rows",)
+        apart = "" if together else operation
         merged.setdefault((apart, said, *where), []).extend(members)
     found = [
         Failure(
@@ -215,6 +219,11 @@ _NAN = "NaN or absent"
 
 def _is(row: Row, library: str, operation: str | None) -> bool:
     return row.library == library and operation in (None, row.operation)
+
+
+def _usual(row: Row) -> bool:
+    """Neither NaN in every operation nor about a base that the start has changed."""
+    return row.kind != "zero_rows" and VARIANTS[row.variant].init not in ("pissa", "olora")
 
 
 def _reason(row: Row) -> str:
