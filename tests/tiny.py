@@ -60,7 +60,7 @@ def tiny_model(
     """Build a random model in eval mode: 2 layers, hidden size 32, vocabulary 272; equal for equal arguments.
 
     Args:
-        family: a key of `FAMILIES`.
+        family: a key of `FAMILIES`, or a model_type whose configuration has Llama's names.
         tied: whether the output head shares the embedding's weight.
         dtype: of every parameter.
         seed: of the weights; the global random state is left alone.
@@ -76,7 +76,9 @@ def tiny_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | FAMILIES[family] | config))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **settings | FAMILIES.get(family, _GROUPED) | config)
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):

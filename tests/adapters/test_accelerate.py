@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from formula import DEVICE
+from steps import IDS, adapted, expected, moved, needs_triton, same, step
 from theodora import (
     AdapterConfig,
     adapter_disabled,
@@ -26,48 +27,8 @@ from theodora import (
 )
 from theodora.adapters.accelerate import install, recompute_less, uninstall
 from theodora.adapters.inject import trained_tensors
-from theodora.kernels.operators import runs_triton
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp
 from tiny import FAMILIES, tiny_model
-
-IDS = torch.arange(3, 23, device=DEVICE).view(2, 10)
-FAST = runs_triton(torch.zeros(1, device=DEVICE))
-needs_triton = pytest.mark.skipif(not FAST, reason="the fast path runs where Triton does")
-
-
-def moved(model):
-    """With adapters that do something."""
-    with torch.no_grad():
-        for t in trained_tensors(model).values():
-            t += 0.05 * torch.randn_like(t) * t.abs().mean().clamp_min(0.1)
-    return model.train()
-
-
-def adapted(family="llama", method="dora", dtype=torch.float32, tied=False, **config):
-    model = tiny_model(family, dtype=dtype, tied=tied).to(DEVICE)
-    return moved(inject_adapter(model, AdapterConfig(method=method, rank=3, **config)))
-
-
-def step(model, **inputs):
-    """Loss and all gradients."""
-    model.zero_grad()
-    inputs = inputs or {"input_ids": IDS}
-    loss = model(**inputs, labels=IDS, use_cache=False).loss
-    loss.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **grads}
-
-
-def expected(model, **inputs):
-    with kernels.reference():
-        return step(model, **inputs)
-
-
-def same(found, wanted, within=1e-4):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        difference = (found[name].double() - value.double()).norm()
-        assert difference <= within * value.double().norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
@@ -105,6 +66,7 @@ def test_what_is_found():
     found = install(adapted())
     assert (found.mlps, found.groups, found.norms) == (2, 2, 5)
     assert str(install(nn.Linear(2, 2))) == "nothing"
+    assert install(adapted("gpt2")).activations == 2
 
 
 @needs_triton

@@ -1,7 +1,8 @@
 """The fast path of a whole model: what one layer alone cannot do for itself.
 
 Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
-RMSNorms let the layers after them do without their outputs, and rotary embeddings run on Liger's kernel. Everything is
+RMSNorms let the layers after them do without their outputs, GELU is one pass, and rotary embeddings run on Liger's
+kernel. Everything is
 recognised by what it computes, on any model family, and falls back to the model's own code by itself wherever it does
 not fit (on a CPU, under torch.compile, with hooks or dropout).
 """
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from theodora.kernels import SharedOutputs
 from theodora.kernels.recompute import checkpoint_contexts
 from theodora.kernels.rotary import restore_rotary, speed_up_rotary
+from theodora.layers.activation import FastGELU, restore_gelu, speed_up_gelu
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
 from theodora.layers.groups import GROUP, Group
 from theodora.layers.norm import FastRMSNorm, restore_norm, speed_up_norm
@@ -26,8 +29,9 @@ from theodora.layers.norm import FastRMSNorm, restore_norm, speed_up_norm
 Model = TypeVar("Model", bound=nn.Module)
 
 # Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
 _SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
+    _ATTENTION,
     ("query", "key", "value"),
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
@@ -44,12 +48,17 @@ class FastPath:
     groups: int = 0
     mlps: int = 0
     norms: int = 0
+    activations: int = 0
     rotary: bool = False
 
     def __str__(self) -> str:
-        found = [
-            f"{n} {what}" for n, what in ((self.mlps, "MLPs"), (self.groups, "groups"), (self.norms, "norms")) if n
-        ]
+        counts = {
+            "MLPs": self.mlps,
+            "groups": self.groups,
+            "norms": self.norms,
+            "activations": self.activations,
+        }
+        found = [f"{n} {what}" for what, n in counts.items() if n]
         return ", ".join([*found, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
 
 
@@ -76,8 +85,9 @@ def install(model: nn.Module) -> FastPath:
         if hasattr(module, "parts") and GROUP not in module.__dict__ and id(module) not in fused:
             module.__dict__[GROUP] = Group([module])  # pyright: ignore[reportArgumentType]
     norms = sum(speed_up_norm(module) for module in modules)
+    activations = sum(speed_up_gelu(module) for module in modules)
     rotary = [speed_up_rotary(module) for module in modules]
-    return FastPath(groups, mlps, norms, any(rotary))
+    return FastPath(groups, mlps, norms, activations, any(rotary))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -90,6 +100,8 @@ def uninstall(model: nn.Module) -> None:
             unfuse_mlp(module)
         elif isinstance(module, FastRMSNorm):
             restore_norm(module)
+        elif isinstance(module, FastGELU):
+            restore_gelu(module)
         restore_rotary(module)
 
 
@@ -116,7 +128,7 @@ def recompute_less(model: Model) -> Model:
 @contextmanager
 def off_the_fast_path(model: nn.Module) -> Iterator[None]:
     """Take the model off the fast path while its layers change, and put it back on if it was there."""
-    was_on = any(isinstance(m, GatedMLP | FastRMSNorm) or GROUP in m.__dict__ for m in model.modules())
+    was_on = any(isinstance(m, GatedMLP | FastRMSNorm | FastGELU) or GROUP in m.__dict__ for m in model.modules())
     if was_on:
         uninstall(model)
     yield
@@ -128,10 +140,12 @@ def _group(parent: nn.Module) -> int:
     """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
     found = 0
     for names in _SIBLINGS:
-        layers: list[Any] = [child for name in names if hasattr(child := parent._modules.get(name), "parts")]  # pyright: ignore[reportPrivateUsage]
+        layers: dict[str, Any] = {n: child for n in names if hasattr(child := parent._modules.get(n), "parts")}  # pyright: ignore[reportPrivateUsage]
         if len(layers) > 1:
-            group = Group(layers)
-            for layer in layers:
+            rotary = names == _ATTENTION and speed_up_rotary(parent)
+            shared = SharedOutputs([name != "v_proj" for name in layers]) if rotary else None
+            group = Group(list(layers.values()), shared)
+            for layer in layers.values():
                 layer.__dict__[GROUP] = group
             found += 1
     return found

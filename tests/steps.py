@@ -1,0 +1,49 @@
+"""One training step of an adapted tiny model, and what the reference makes of it: `from steps import step`."""
+
+import pytest
+import torch
+
+from formula import DEVICE
+from theodora import AdapterConfig, inject_adapter, kernels
+from theodora.adapters.inject import trained_tensors
+from theodora.kernels.operators import runs_triton
+from tiny import tiny_model
+
+IDS = torch.arange(3, 23, device=DEVICE).view(2, 10)
+FAST = runs_triton(torch.zeros(1, device=DEVICE))
+needs_triton = pytest.mark.skipif(not FAST, reason="the fast path runs where Triton does")
+
+
+def moved(model):
+    """With adapters that do something."""
+    with torch.no_grad():
+        for t in trained_tensors(model).values():
+            t += 0.05 * torch.randn_like(t) * t.abs().mean().clamp_min(0.1)
+    return model.train()
+
+
+def adapted(family="llama", method="dora", dtype=torch.float32, tied=False, **config):
+    model = tiny_model(family, dtype=dtype, tied=tied).to(DEVICE)
+    return moved(inject_adapter(model, AdapterConfig(method=method, rank=3, **config)))
+
+
+def step(model, **inputs):
+    """Loss and all gradients."""
+    model.zero_grad()
+    inputs = inputs or {"input_ids": IDS}
+    loss = model(**inputs, labels=IDS, use_cache=False).loss
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def expected(model, **inputs):
+    with kernels.reference():
+        return step(model, **inputs)
+
+
+def same(found, wanted, within=1e-4):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        difference = (found[name].double() - value.double()).norm()
+        assert difference <= within * value.double().norm() + 1e-7, name
