@@ -4,10 +4,11 @@
     python benchmarks/serve.py --shape llama-3-8b --peft-adapters                  # on a GPU, random weights
 
 The same requests (random prompts of one length, greedy, no end token) go through an engine with the base model alone,
-and through one whose requests are spread evenly over 1, 8, 64 and 256 adapters. Engines take turns, and a ratio is
-taken within each round; the table shows medians. PEFT serves the same requests adapter by adapter: `set_adapter`, then
-`generate` on all requests of that adapter at once. Adapters are random: time does not depend on their numbers. HTTP is
-left out. The time to load an adapter is from its folder to ready (read, checked, g computed), the page cache warm.
+and through one whose requests are spread evenly over 1, 8, 64 and 256 adapters; where there are more adapters than
+requests, as many requests as adapters are sent, to both. Engines take turns, and a ratio is taken within each round;
+the table shows medians. PEFT serves the same requests adapter by adapter: `set_adapter`, then `generate` on all
+requests of that adapter at once. Adapters are random: time does not depend on their numbers. HTTP is left out. The time
+to load an adapter is from its folder to ready (read, checked, g computed), the page cache warm.
 """
 
 from __future__ import annotations
@@ -58,15 +59,22 @@ def main() -> None:
     warm_up(base, engine, args)
 
     results: dict[str, list[float]] = {"base": []} | {str(n): [] for n in args.adapters}
+    ratios: dict[str, list[float]] = {name: [] for name in results}
     for round_ in range(args.rounds):
-        results["base"].append(throughput(base, [None], args))
+        bases = {
+            count: throughput(base, [None], args, count)
+            for count in sorted({requests(n, args) for n in (1, *args.adapters)})
+        }
+        results["base"].append(bases[args.requests])
+        ratios["base"].append(1.0)
         for n in args.adapters:
-            results[str(n)].append(throughput(engine, names(n), args))
+            results[str(n)].append(throughput(engine, names(n), args, requests(n, args)))
+            ratios[str(n)].append(results[str(n)][-1] / bases[requests(n, args)])
         print(f"round {round_ + 1}/{args.rounds}: {[round(v[-1], 1) for v in results.values()]}", file=sys.stderr)
     base.stop()
     engine.stop()
     peft = {str(n): peft_throughput(model, path / "one", n, args) for n in args.peft_adapters}
-    report(results, peft, load_seconds, args)
+    report(results, ratios, peft, load_seconds, args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens; default: 32")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer; default: 64")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--cuda-graphs", action="store_true", help="also without flash attention")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, help="default: the server's choice")
     parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds: on a busy machine")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"), help="JSON file")
     args = parser.parse_args()
@@ -145,9 +153,9 @@ def config(args: argparse.Namespace) -> Any:
         slots=max(args.adapters),
         max_rank=args.rank,
         max_batch=args.batch,
-        max_queue=args.requests,
+        max_queue=max(args.requests, *args.adapters),
         kv_tokens=args.batch * (args.prompt + args.tokens + 256),
-        cuda_graphs=True if args.cuda_graphs else None,
+        cuda_graphs=args.cuda_graphs,
         prefix_reuse=False,
     )
 
@@ -167,52 +175,55 @@ def served(model: Any, folder: Path, args: argparse.Namespace) -> tuple[list[flo
     from theodora.serve.engine import Engine
 
     engine = Engine(model, config(args))
+    adapter = engine.load("a0", folder)  # makes the slots
     seconds = []
-    for _ in range(4):  # the first one makes the slots
+    for _ in range(3):
+        engine.unload("a0")
         adapter = engine.load("a0", folder)
         seconds.append(adapter.seconds)
-        engine.unload("a0")
     for index in range(max(args.adapters)):
         engine.adapters.add(replace(adapter, name=f"a{index}", serial=adapter.serial + 1 + index, leaving=False))
     engine.start()
-    return seconds[1:], engine
+    return seconds, engine
 
 
 def names(count: int) -> list[str]:
     return [f"a{index}" for index in range(count)]
 
 
+def requests(adapters: int, args: argparse.Namespace) -> int:
+    """Requests that are sent to that many adapters."""
+    return max(adapters, args.requests)
+
+
 def warm_up(base: Any, engine: Any, args: argparse.Namespace) -> None:
-    """Fill all slots, and compile what is compiled."""
-    short = argparse.Namespace(**{**vars(args), "tokens": min(args.tokens, 8)})
-    throughput(base, [None], short)
+    """Fill all slots, compile what is compiled, and capture what is captured (for each length, on a GPU)."""
+    short = argparse.Namespace(**{**vars(args), "tokens": args.tokens if base.device.type == "cuda" else 4})
+    throughput(base, [None], short, args.requests)
     for n in sorted(args.adapters):
-        many = argparse.Namespace(**{**vars(short), "requests": max(n, args.batch)})
-        for chunk in range(0, many.requests, args.requests):
-            several = names(n)[chunk % n : chunk % n + args.requests]
-            throughput(engine, several, short)
+        throughput(engine, names(n), short, requests(n, args))
 
 
-def throughput(engine: Any, adapters: list[Any], args: argparse.Namespace) -> float:
+def throughput(engine: Any, adapters: list[Any], args: argparse.Namespace, count: int) -> float:
     """Generated tokens per second."""
     from theodora.serve.requests import Sampling
 
     sampling = Sampling(max_tokens=args.tokens, temperature=0.0)
-    asked = list(zip(prompts(args), itertools.cycle(adapters), strict=False))
+    asked = list(zip(prompts(args, count), itertools.cycle(adapters), strict=False))
     clock = time.process_time if args.cpu_time else time.perf_counter
     start = clock()
-    requests = [engine.submit(prompt, sampling, name, every_token=False) for prompt, name in asked]
-    outputs = [request.updates.get(timeout=3600) for request in requests]
+    sent = [engine.submit(prompt, sampling, name, every_token=False) for prompt, name in asked]
+    outputs = [request.updates.get(timeout=3600) for request in sent]
     seconds = clock() - start
     assert all(len(output.generated_tokens) == args.tokens for output in outputs), outputs[0].error
-    return args.requests * args.tokens / seconds
+    return count * args.tokens / seconds
 
 
-def prompts(args: argparse.Namespace) -> list[list[int]]:
+def prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 256, (args.requests, args.prompt), generator=generator).tolist()
+    return torch.randint(3, 256, (count, args.prompt), generator=generator).tolist()
 
 
 def peft_throughput(model: Any, folder: Path, count: int, args: argparse.Namespace) -> float:
@@ -227,7 +238,7 @@ def peft_throughput(model: Any, folder: Path, count: int, args: argparse.Namespa
         for name in names(count)[1:]:
             peft.load_adapter(folder, name)
     per_adapter: dict[str, list[list[int]]] = {}
-    for prompt, name in zip(prompts(args), itertools.cycle(names(count)), strict=False):
+    for prompt, name in zip(prompts(args, requests(count, args)), itertools.cycle(names(count)), strict=False):
         per_adapter.setdefault(name, []).append(prompt)
     clock = time.process_time if args.cpu_time else time.perf_counter
     for tokens in (4, args.tokens):
@@ -242,11 +253,15 @@ def peft_throughput(model: Any, folder: Path, count: int, args: argparse.Namespa
             assert out.shape[1] == args.prompt + tokens
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-    return args.requests * args.tokens / (clock() - start)
+    return requests(count, args) * args.tokens / (clock() - start)
 
 
 def report(
-    results: dict[str, list[float]], peft: dict[str, float], load_seconds: list[float], args: argparse.Namespace
+    results: dict[str, list[float]],
+    ratios: dict[str, list[float]],
+    peft: dict[str, float],
+    load_seconds: list[float],
+    args: argparse.Namespace,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -255,13 +270,12 @@ def report(
 
     rows = []
     for name, values in results.items():
-        ratios = [value / base for value, base in zip(values, results["base"], strict=True)]
         rows.append(
             {
                 "adapters": name,
                 "tokens_per_second": statistics.median(values),
-                "ratio": statistics.median(ratios),
-                "ratios": [min(ratios), max(ratios)],
+                "ratio": statistics.median(ratios[name]),
+                "ratios": [min(ratios[name]), max(ratios[name])],
                 "peft_tokens_per_second": peft.get(name),
             }
         )

@@ -23,22 +23,10 @@ from theodora.kernels.recompute import checkpoint_contexts
 from theodora.kernels.rotary import restore_rotary, speed_up_rotary
 from theodora.layers.activation import FastGELU, restore_gelu, speed_up_gelu
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
-from theodora.layers.groups import GROUP, Group
+from theodora.layers.groups import ATTENTION, GROUP, SIBLINGS, Group
 from theodora.layers.norm import FastRMSNorm, restore_norm, speed_up_norm
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
-_ATTENTION = ("q_proj", "k_proj", "v_proj")
-_SIBLINGS = (
-    _ATTENTION,
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("wq", "wk", "wv"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
 
 
 @dataclass(frozen=True)
@@ -139,10 +127,10 @@ def off_the_fast_path(model: nn.Module) -> Iterator[None]:
 def _group(parent: nn.Module) -> int:
     """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
     found = 0
-    for names in _SIBLINGS:
+    for names in SIBLINGS:
         layers: dict[str, Any] = {n: child for n in names if hasattr(child := parent._modules.get(n), "parts")}  # pyright: ignore[reportPrivateUsage]
         if len(layers) > 1:
-            rotary = names == _ATTENTION and speed_up_rotary(parent)
+            rotary = names == ATTENTION and speed_up_rotary(parent)
             shared = SharedOutputs([name != "v_proj" for name in layers]) if rotary else None
             group = Group(list(layers.values()), shared)
             for layer in layers.values():

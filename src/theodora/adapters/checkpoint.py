@@ -164,7 +164,7 @@ def adapter_of(
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
         if tensor.dtype not in _DTYPES:
             problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        elif not bool(torch.isfinite(tensor).all()):
+        elif not _finite(tensor):
             problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
@@ -400,6 +400,11 @@ def _rank(config: AdapterConfig, module: str) -> int:
 
 def _scale(config: AdapterConfig, module: str) -> float:
     return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers. If their sum is, they are: one pass instead of four over most files."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _module_problem(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ BASE = 0
 """The slot of the base model."""
 TILE = 16
 """Tokens that a program of the kernel takes at once: what `tl.dot` needs."""
+MOST_LAYERS = 3
+"""Layers of one x that share the kernel's launches: q, k and v."""
 
 # On the CPU: adapters up to which one product each is faster than one batched product, and what a batched one may
 # waste, in tokens that are padding and slots that nobody uses (measured on SmolLM2's shapes).
@@ -46,6 +49,16 @@ class Routes:
     """On the CPU: (slot, first, last + 1) in `order_T` of each slot in use."""
     in_order: bool = False
     """On the CPU: whether `order_T` is 0, 1, 2, …"""
+
+
+class SlottedWeights(NamedTuple):
+    """What the slots of one layer hold."""
+
+    a_SRI: Tensor
+    b_SRO: Tensor
+    g_SO: Tensor | None
+    """None where no slot holds a DoRA adapter."""
+    bias_O: Tensor | None
 
 
 def routes(slots_T: Tensor, slots: int) -> Routes:
@@ -113,15 +126,29 @@ def routed(
     Safe in a CUDA graph: no look at values, no shape that depends on them. No operator of torch's, which would cost a
     copy of z, because nothing that serves is differentiated or compiled.
     """
+    return routed_together([z_TO], x_TI, [SlottedWeights(a_SRI, b_SRO, g_SO, bias_O)], to)[0]
+
+
+def routed_together(
+    zs: Sequence[Tensor], x_TI: Tensor, weights: Sequence[SlottedWeights], to: Routes
+) -> Sequence[Tensor]:
+    """`routed` for up to `MOST_LAYERS` layers of one x: on a GPU with as many launches as for one.
+
+    Args:
+        zs: x Wᵀ of each layer, (T, O); may be overwritten.
+        x_TI: what all of them read.
+        weights: of each layer.
+        to: where the tokens go.
+    """
     if x_TI.numel() == 0:
-        return z_TO
+        return zs
     if to.groups is not None:
-        return _grouped(z_TO, x_TI, a_SRI, b_SRO, g_SO, bias_O, to)
+        return [_grouped(z, x_TI, *its, to) for z, its in zip(zs, weights, strict=True)]
     if not runs_triton(x_TI):
-        return routed_reference(z_TO, x_TI, a_SRI, b_SRO, g_SO, bias_O, to.slots_T)
+        return [routed_reference(z, x_TI, *its, to.slots_T) for z, its in zip(zs, weights, strict=True)]
     from theodora.kernels.triton.routed import routed as triton
 
-    return triton(z_TO, x_TI, a_SRI, b_SRO, g_SO, bias_O, to.order_T, to.tiles)
+    return triton(zs, x_TI, weights, to.order_T, to.tiles)
 
 
 def _grouped(z: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor | None, bias: Tensor | None, to: Routes) -> Tensor:

@@ -18,6 +18,17 @@ from theodora.kernels.operators import runs_triton
 from theodora.kernels.stack import Stack
 
 GROUP = "_theodora_group"
+# Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+SIBLINGS = (
+    ATTENTION,
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 
 
 _NOTHING: tuple[tuple[Any, ...], dict[int, Tensor]] = (None,), {}

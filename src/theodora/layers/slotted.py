@@ -9,17 +9,20 @@ Shapes: T tokens, I in features, O out features, R rank, S slots, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels.base_product import base_product
-from theodora.kernels.routed import Routes, routed, routes
+from theodora.kernels.routed import Routes, SlottedWeights, routed_together, routes
 from theodora.layers.base import AdapterLayer, cannot_adapt
 from theodora.layers.linear import is_conv1d, is_linear
 from theodora.layers.swap import swap_back, swap_class
+
+if TYPE_CHECKING:
+    from theodora.layers.slotted_group import SlottedGroup
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,12 @@ class SlottedLayer(AdapterLayer):
         else:
             a[slot, : tensors.rank].copy_(tensors.a_RI, non_blocking=True)
             b[slot, : tensors.rank].copy_(tensors.b_RO, non_blocking=True)
-            a[slot, tensors.rank :].zero_()
-            b[slot, tensors.rank :].zero_()
+            if tensors.rank < self.rank:
+                a[slot, tensors.rank :].zero_()
+                b[slot, tensors.rank :].zero_()
+            if a.is_cuda and tensors.a_RI.is_cuda:  # they may be freed before this stream has read them
+                for tensor in tensors.tensors():
+                    tensor.record_stream(torch.cuda.current_stream(a.device))
         if tensors is not None and tensors.g_O is not None:
             if self._g_SO is None:
                 self._g_SO = self._ones()
@@ -161,17 +168,31 @@ class SlottedLayer(AdapterLayer):
 class SlottedLinear(SlottedLayer):
     """y = g[slot] ⊙ (x Wᵀ + (x A[slot]ᵀ) (sB)[slot]) + bias, (…, T, O)."""
 
+    group: SlottedGroup | None
+    """Layers that read the same x."""
+
+    def begin_slots(self, routing: Routing, rank: int, is_head: bool) -> None:
+        """Set up S empty slots of the given rank."""
+        self.group = None
+        super().begin_slots(routing, rank, is_head)
+
     def forward(self, x: Tensor) -> Tensor:
         """The product of each token with its own adapter; the module's own outside a batch."""
         to = self._routes()
         if to is None:
             return super().forward(x)
+        y = None if self.group is None else self.group.output(self, x, to)
+        if y is None:
+            flat = x.reshape(-1, x.shape[-1])
+            z = base_product(flat, self.weight_OI, self.weight_scale_O)
+            (y,) = routed_together([z], flat, [self.slotted_weights()], to)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def slotted_weights(self) -> SlottedWeights:
+        """What the slots hold, as the kernels take it."""
         assert self._a_SRI is not None
         assert self._b_SRO is not None
-        flat = x.reshape(-1, x.shape[-1])
-        z = base_product(flat, self.weight_OI, self.weight_scale_O)
-        y = routed(z, flat, self._a_SRI, self._b_SRO, self._g_SO, self.bias, to)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return SlottedWeights(self._a_SRI, self._b_SRO, self._g_SO, self.bias)
 
 
 class SlottedConv1D(SlottedLinear):
@@ -230,4 +251,6 @@ def unslot(layer: SlottedLayer) -> None:
         delattr(layer, name)
     for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
         delattr(layer, name)
+    if isinstance(layer, SlottedLinear):
+        del layer.group
     swap_back(layer)

@@ -21,6 +21,7 @@ from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
+from theodora.layers.slotted_group import group_slotted
 
 _serials = itertools.count(1)
 
@@ -36,7 +37,7 @@ class ServedAdapter:
     rank: int
     """The largest of its modules."""
     modules: dict[str, SlotTensors]
-    """Module path -> its tensors, in host memory."""
+    """Module path -> its tensors, in host memory (just after loading, on the GPU)."""
     seconds: float
     """It took to load."""
     created: int
@@ -87,18 +88,22 @@ def make_room(model: nn.Module, file: AdapterFile, routing: Routing) -> bool:
         if not isinstance(module, SlottedLayer) or module.rank < tensors.a.shape[0]:
             slot(module, routing, tensors.a.shape[0], is_head=module is head)
             changed = True
+    if changed:
+        group_slotted(model)
     return changed
 
 
 def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> ServedAdapter:
-    """Compute what the slots will hold; in pinned memory, if the model is on a GPU."""
+    """Compute what the slots will hold, on the model's device; see `to_host`."""
     modules: dict[str, SlotTensors] = {}
     for path, tensors in file.modules.items():
         layer: Any = model.get_submodule(path)
         modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
-    modules = _in_host_memory(modules)
-    if any(tensors.g_O is not None and not bool(tensors.g_O.isfinite().all()) for tensors in modules.values()):
+    finite = [tensors.g_O.isfinite().all() for tensors in modules.values() if tensors.g_O is not None]
+    if finite and not bool(torch.stack(finite).all()):  # on a GPU this waits until all is ready
         raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
+    if (first := next(iter(modules.values())).a_RI).is_cuda:
+        torch.cuda.current_stream(first.device).synchronize()
     return ServedAdapter(
         name=name,
         path=file.path,
@@ -109,6 +114,11 @@ def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> S
         created=int(time.time()),
         serial=next(_serials),
     )
+
+
+def to_host(adapter: ServedAdapter) -> None:
+    """Move a new adapter's tensors from the GPU to host memory. It can be served meanwhile."""
+    adapter.modules = _in_host_memory(adapter.modules)
 
 
 def _in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:

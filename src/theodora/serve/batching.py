@@ -40,6 +40,9 @@ MOST_TOP_LOGPROBS = 20
 
 _GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
 _ROWS = 5  # slot, temperature, random bits, top_p, top_k
+_GRAPH_TOKENS = 256
+"""Batches of more tokens than that (and than there are requests in a batch) are not worth a CUDA graph, of which there
+is one for each size: the GPU has enough to do while the host launches."""
 # Prefixes are told apart by bits above all token ids, spread over the first tokens of a block, of which there are at
 # least four.
 _TOKEN_BITS, _SALT_BITS, _SALTED = 20, 11, 4
@@ -287,6 +290,8 @@ class RoutedManager(ContinuousBatchingManager):
                 if stream is not None:
                     stream.synchronize()
                 result.append(task())
+                if stream is not None:  # what the task has put under way, on a stream of its own
+                    torch.cuda.current_stream().synchronize()
             except Exception as error:
                 result.append(error)
             done.set()
@@ -303,14 +308,19 @@ class RoutedManager(ContinuousBatchingManager):
         runner._sample = processors.sample
         choose = runner._get_forward_fn
 
-        def forward(use_block_table: bool) -> tuple[Callable[..., Any], bool]:
-            function, graph = choose(use_block_table)
-            return function, graph and not processors.eager
-
-        runner._get_forward_fn = forward
         ios = processor.inputs_and_outputs
         pairs = getattr(ios, "io_pairs", None)
         processors.current_io = lambda: ios if pairs is None else pairs[ios.current_pair].host_io
+        most = max(_GRAPH_TOKENS, self.continuous_batching_config.max_requests_per_batch or 0)
+
+        def forward(use_block_table: bool) -> tuple[Callable[..., Any], bool]:
+            function, graph = choose(use_block_table)
+            if stream is not None and pairs is None:
+                # transformers writes the inputs on another stream than the one that reads them.
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
+            return function, graph and not processors.eager and processors.current_io().num_q_tokens <= most
+
+        runner._get_forward_fn = forward
         for io in _leaves(processor):
             _wrap_update(io, processors)
         return processor

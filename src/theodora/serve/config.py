@@ -36,7 +36,7 @@ class ServeConfig:
     max_queue: int = 256
     """Requests that may wait; one more is answered with 429."""
     max_batch_tokens: int | None = None
-    """Tokens in one forward pass. Default: 1024 on a CPU, transformers' choice on a GPU."""
+    """Tokens in one forward pass. Default: 1024 on a CPU, 2048 on a GPU."""
     max_length: int | None = None
     """Tokens of prompt and answer together. Default: the model's window."""
     kv_tokens: int | None = None

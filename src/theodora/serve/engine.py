@@ -12,6 +12,7 @@ import itertools
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from theodora.errors import ConfigError, TheodoraError
 from theodora.layers.slotted import Routing, SlottedLayer
-from theodora.serve.adapters import Registry, ServedAdapter, make_room, prepare, read_served
+from theodora.serve.adapters import Registry, ServedAdapter, make_room, prepare, read_served, to_host
 from theodora.serve.batching import SCHEDULER, RoutedManager, Router, route_batches
 from theodora.serve.config import ServeConfig
 from theodora.serve.requests import Request, Sampling
@@ -61,6 +62,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
         self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._mover = ThreadPoolExecutor(1, "theodora-mover")
         self._manager: RoutedManager | None = None
         self._started = self._stopping = False
         route_batches(model, self.routing)
@@ -187,6 +189,8 @@ class Engine:
             manager.run_between_batches(change) if manager is not None else change()
             adapter = prepare(name, file, self.model, started)
             self.adapters.add(adapter)
+        if self.device.type == "cuda":  # pinning memory takes longer than all the rest
+            self._mover.submit(to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
         return adapter
 
@@ -227,6 +231,7 @@ class Engine:
         """End what runs, and the worker."""
         self._stopping = True
         manager, self._manager = self._manager, None
+        self._mover.shutdown(wait=False, cancel_futures=True)
         if manager is not None and manager.is_running():
             manager.stop(block=True, timeout=timeout, hard_stop=True)
 
@@ -239,7 +244,8 @@ class Engine:
         batching = ContinuousBatchingConfig(
             **pages,
             num_blocks=_blocks(config, self.device),
-            max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else None),
+            # Left to itself, transformers takes what memory allows, and reserves a mask of the square of that.
+            max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else 2048),
             max_memory_percent=config.kv_memory,
             max_requests_per_batch=config.max_batch,
             use_cuda_graph=config.cuda_graphs,
