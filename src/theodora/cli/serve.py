@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _GROUPS = {
     "The model": ("served_name", "dtype", "device"),
-    "Adapters": ("slots", "max_rank", "adapter_folder"),
+    "Adapters": ("slots", "host_adapters", "max_rank", "adapter_folder"),
     "Batches": (
         *("max_batch", "max_queue", "max_batch_tokens", "max_length", "kv_tokens", "kv_memory", "page_size"),
         *("cuda_graphs", "prefix_reuse"),

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
 from theodora.layers.slotted_group import group_slotted
+
+if TYPE_CHECKING:
+    from theodora.serve.tiers import Stamp
 
 _serials = itertools.count(1)
 
@@ -36,13 +39,15 @@ class ServedAdapter:
     """DoRA or LoRA."""
     rank: int
     """The largest of its modules."""
-    modules: dict[str, SlotTensors]
-    """Module path -> its tensors, in host memory (just after loading, on the GPU)."""
+    modules: dict[str, SlotTensors] | None
+    """Module path -> its tensors, in host memory (just after loading, on the GPU); None while they are on disk."""
     seconds: float
     """It took to load."""
     created: int
     """Unix time of loading."""
     serial: int
+    stamp: Stamp | None = None
+    """Of its files when it was loaded."""
     users: int = 0
     """Requests that run or wait with it."""
     leaving: bool = False
@@ -51,7 +56,8 @@ class ServedAdapter:
     @property
     def bytes(self) -> int:
         """In host memory."""
-        return sum(t.numel() * t.element_size() for tensors in self.modules.values() for t in tensors.tensors())
+        held = (self.modules or {}).values()
+        return sum(t.numel() * t.element_size() for tensors in held for t in tensors.tensors())
 
 
 def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFile:
@@ -94,16 +100,8 @@ def make_room(model: nn.Module, file: AdapterFile, routing: Routing) -> bool:
 
 
 def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> ServedAdapter:
-    """Compute what the slots will hold, on the model's device; see `to_host`."""
-    modules: dict[str, SlotTensors] = {}
-    for path, tensors in file.modules.items():
-        layer: Any = model.get_submodule(path)
-        modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
-    finite = [tensors.g_O.isfinite().all() for tensors in modules.values() if tensors.g_O is not None]
-    if finite and not bool(torch.stack(finite).all()):  # on a GPU this waits until all is ready
-        raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
-    if (first := next(iter(modules.values())).a_RI).is_cuda:
-        torch.cuda.current_stream(first.device).synchronize()
+    """Compute what the slots will hold, on the model's device; see `in_host_memory`."""
+    modules = slot_tensors(file, model)
     return ServedAdapter(
         name=name,
         path=file.path,
@@ -116,12 +114,25 @@ def prepare(name: str, file: AdapterFile, model: nn.Module, started: float) -> S
     )
 
 
-def to_host(adapter: ServedAdapter) -> None:
-    """Move a new adapter's tensors from the GPU to host memory. It can be served meanwhile."""
-    adapter.modules = _in_host_memory(adapter.modules)
+def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
+    """Module path -> what an adapter puts into a slot, on the model's device.
+
+    Raises:
+        CheckpointError: g is not finite.
+    """
+    modules: dict[str, SlotTensors] = {}
+    for path, tensors in file.modules.items():
+        layer: Any = model.get_submodule(path)
+        modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
+    finite = [tensors.g_O.isfinite().all() for tensors in modules.values() if tensors.g_O is not None]
+    if finite and not bool(torch.stack(finite).all()):
+        raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
+    if (first := next(iter(modules.values())).a_RI).is_cuda:
+        torch.cuda.current_stream(first.device).synchronize()
+    return modules
 
 
-def _in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:
+def in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:
     """The tensors in one piece of pinned memory (many small ones take long to pin), or as they are on a CPU."""
     first = next(iter(modules.values())).a_RI
     if not first.is_cuda:

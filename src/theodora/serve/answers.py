@@ -97,7 +97,10 @@ class Answers:
 
     def _take(self, choice: Choice, update: Any) -> Piece:
         if update.error is not None:
-            raise Unavailable("The engine failed while it ran this request, and is starting again; try again soon.")
+            raise Unavailable(
+                choice.request.problem
+                or "The engine failed while it ran this request, and is starting again; try again soon."
+            )
         tokens, finished = update.generated_tokens, update.is_finished()
         choice.generated = len(tokens)
         ended = finished and bool(tokens) and tokens[-1] in self._ends

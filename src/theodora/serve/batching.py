@@ -13,8 +13,10 @@ Five things are not in it, and are put in here:
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
+from theodora.errors import CheckpointError
 from theodora.layers.slotted import Routing
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.sampling import likeliest, pick
 from theodora.serve.slots import Slots
+from theodora.serve.tiers import HostTier
 
 SCHEDULER = "theodora"
 KEY = "request"
@@ -39,6 +43,8 @@ KEY = "request"
 MOST_TOP_LOGPROBS = 20
 
 _GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
+_PATIENCE = 2.0
+"""Seconds that a request waits for a slot before requests that came later have to wait for it."""
 _ROWS = 5  # slot, temperature, random bits, top_p, top_k
 _GRAPH_TOKENS = 256
 """Batches of more tokens than that (and than there are requests in a batch) are not worth a CUDA graph, of which there
@@ -150,9 +156,12 @@ class RoutedScheduler(FIFOScheduler):
     """First come, first served, among the requests whose adapter has a slot or can get one."""
 
     slots: Slots
-    """Set when the engine takes the scheduler over."""
+    """Set when the engine takes the scheduler over, as what follows."""
+    host: HostTier
     compute: Callable[[], Any]
     """A context on whose stream slots are filled: after the batches that still read them."""
+    fail: Callable[[Any, Exception], object]
+    """Ends a request that waits."""
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """As the parent, with waiting requests hidden that have no slot, and the batch sorted by slot."""
@@ -171,6 +180,7 @@ class RoutedScheduler(FIFOScheduler):
         needed = {request.adapter.serial for request in requests if request and request.adapter}
         room = self.max_requests_per_batch - len(self.active_requests)
         fit: list[str] = []
+        patient = True
         for id in waiting:
             if len(fit) >= room:
                 break
@@ -178,11 +188,22 @@ class RoutedScheduler(FIFOScheduler):
             if request is None or request.adapter is None:
                 fit.append(id)
                 continue
-            slot = self.slots.place(request.adapter.serial, request.adapter.modules, needed)
+            if not patient:
+                continue
+            adapter = request.adapter
+            try:
+                slot = self.slots.place(adapter.serial, partial(self.host.take, adapter), needed)
+            except CheckpointError as error:
+                request.problem = f"The adapter {adapter.name!r} cannot be read again: {error}"
+                self.fail(self.waiting_requests.pop(id), error)
+                continue
             if slot is not None:
                 request.slot = slot
-                needed.add(request.adapter.serial)
+                needed.add(adapter.serial)
                 fit.append(id)
+            elif adapter.modules is not None and time.monotonic() - request.asked > _PATIENCE:
+                # Others that keep their adapters' slots in use would never let it run.
+                patient = False
         return fit
 
     def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
@@ -246,8 +267,8 @@ class RoutedManager(ContinuousBatchingManager):
         generation_config: Any,
         cb_config: Any,
         *,
-        routing: Routing,
         slots: Slots,
+        host: HostTier,
         router: Router,
         failing: Callable[[Exception], None],
         failed: Callable[[], None],
@@ -255,7 +276,7 @@ class RoutedManager(ContinuousBatchingManager):
         super().__init__(model, generation_config, cb_config)
         self.logit_processor = RoutedProcessors()
         self.output_router = router
-        self._routing, self._slots, self._failing, self._failed = routing, slots, failing, failed
+        self._slots, self._host, self._failing, self._failed = slots, host, failing, failed
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
 
     def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -300,7 +321,8 @@ class RoutedManager(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         processor: Any = super()._create_batch_processor()
         processors, cache = self.logit_processor, processor.cache
-        processor.scheduler.slots = self._slots
+        processor.scheduler.slots, processor.scheduler.host = self._slots, self._host
+        processor.scheduler.fail = lambda state, error: self.output_router.fail_and_deliver(state, error)
         stream = processor.inputs_and_outputs.compute_stream
         processor.scheduler.compute = lambda: torch.cuda.stream(stream)
         _salt(cache)

@@ -28,6 +28,8 @@ class ServeConfig:
 
     slots: int = 32
     """Adapters that can be in one batch; others wait in host memory for their turn."""
+    host_adapters: int | None = None
+    """Adapters that wait in host memory; others are read from disk when they are asked for. Default: all."""
     max_rank: int = 64
     """Largest rank of an adapter."""
 

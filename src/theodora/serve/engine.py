@@ -21,12 +21,21 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from theodora.errors import ConfigError, TheodoraError
-from theodora.layers.slotted import Routing, SlottedLayer
-from theodora.serve.adapters import Registry, ServedAdapter, make_room, prepare, read_served, to_host
+from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors
+from theodora.serve.adapters import (
+    Registry,
+    ServedAdapter,
+    in_host_memory,
+    make_room,
+    prepare,
+    read_served,
+    slot_tensors,
+)
 from theodora.serve.batching import SCHEDULER, RoutedManager, Router, route_batches
 from theodora.serve.config import ServeConfig
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.slots import Slots
+from theodora.serve.tiers import HostTier, Stamp
 
 log = logging.getLogger("theodora.serve")
 
@@ -63,6 +72,7 @@ class Engine:
         self._numbers = itertools.count()
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._mover = ThreadPoolExecutor(1, "theodora-mover")
+        self.host = HostTier(config.host_adapters, self._mover, self._read_again, self._wake)
         self._manager: RoutedManager | None = None
         self._started = self._stopping = False
         route_batches(model, self.routing)
@@ -180,6 +190,7 @@ class Engine:
                 raise ConfigError(f"The name {name!r} is taken; unload it first, or choose another.")
             started = time.perf_counter()
             file = read_served(path, self.model, self.config.max_rank)
+            stamp = Stamp(file)
             manager = self._manager
 
             def change() -> None:
@@ -188,9 +199,11 @@ class Engine:
 
             manager.run_between_batches(change) if manager is not None else change()
             adapter = prepare(name, file, self.model, started)
+            adapter.stamp = stamp
             self.adapters.add(adapter)
+            self.host.add(adapter)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
-            self._mover.submit(to_host, adapter)
+            self._mover.submit(self.host.move, adapter, in_host_memory)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
         return adapter
 
@@ -206,6 +219,24 @@ class Engine:
     def _free(self, adapter: ServedAdapter) -> None:
         # The slot's tensors are overwritten when it is taken.
         self.slots.forget(adapter.serial)
+        self.host.forget(adapter)
+
+    def _read_again(self, adapter: ServedAdapter) -> dict[str, SlotTensors]:
+        """An adapter's tensors, from its folder, in host memory.
+
+        Raises:
+            CheckpointError: it is damaged now, or not what it was.
+        """
+        file = read_served(adapter.path, self.model, self.config.max_rank)
+        tensors = in_host_memory(slot_tensors(file, self.model))
+        if adapter.stamp is not None:
+            adapter.stamp.check()
+        return tensors
+
+    def _wake(self) -> None:
+        manager = self._manager
+        if manager is not None:
+            manager.wake()
 
     def _slotted(self) -> dict[str, SlottedLayer]:
         return {path: module for path, module in self.model.named_modules() if isinstance(module, SlottedLayer)}
@@ -259,8 +290,8 @@ class Engine:
             self.model,
             generation,
             batching,
-            routing=self.routing,
             slots=self.slots,
+            host=self.host,
             router=Router(self._requests.get, self._over),
             failing=self._failing,
             failed=self._failed,

@@ -55,8 +55,10 @@ class _EngineState:
             ("adapters", "Adapters that can be asked for.", len(adapters)),
             ("adapter_host_bytes", "Host memory of adapters.", sum(adapter.bytes for adapter in adapters)),
             ("adapters_in_slots", "Adapters that are in a slot.", len(engine.slots)),
+            ("adapters_in_host_memory", "Adapters that are in host memory.", len(engine.host)),
             ("slots", "Slots for adapters.", engine.config.slots),
         ):
             yield GaugeMetricFamily("theodora_" + name, help, value=value)
         yield CounterMetricFamily("theodora_adapter_swaps", "Adapters put into a slot.", value=engine.slots.swaps)
+        yield CounterMetricFamily("theodora_adapter_reads", "Adapters read again from disk.", value=engine.host.reads)
         yield CounterMetricFamily("theodora_worker_restarts", "Workers that failed.", value=engine.restarts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import queue
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,9 @@ class Request:
     """The event loop that `updates` belongs to; without one it is a queue between threads."""
     updates: Any = None
     slot: int = 0
+    problem: str | None = None
+    """Why it failed, if that is its own affair rather than the worker's."""
+    asked: float = field(default_factory=time.monotonic)
     tops: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
     """Index of a generated token -> the likeliest tokens at its place, and their log-probabilities."""
 

@@ -1,0 +1,226 @@
+"""Slots on the device, some adapters in host memory, the rest on disk: answers are those of each adapter alone."""
+
+import itertools
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from serving import alone, expected, settled
+from theodora.errors import CheckpointError
+from theodora.serve.requests import Sampling
+from theodora.serve.tiers import HostTier
+
+GREEDY = Sampling(max_tokens=5, temperature=0.0)
+NAMES = ("dora4", "lora8", "dora3", "lora1", "head", "rows")
+
+
+def ask(engine, name, prompt):
+    return engine.submit(prompt, GREEDY, name, every_token=False)
+
+
+def answer(request):
+    output = request.updates.get(timeout=60)
+    assert output.error is None, output.error
+    return output.generated_tokens
+
+
+def answer_of(name, folder, prompt):
+    return expected(alone("llama", name, folder), prompt, 5)[0]
+
+
+@pytest.mark.parametrize(("slots", "host"), [(2, 1), (1, 3), (3, 2)])
+def test_more_adapters_than_slots_and_host_memory(engine_of, adapter_dir, slots, host):
+    engine = engine_of("llama", *NAMES, slots=slots, host_adapters=host)
+    assert len(engine.host) == host
+    prompts = [[5, 6, 7, 8], [200, 3, 9]]
+    wanted = {(n, tuple(p)): answer_of(n, adapter_dir(n), p) for n in NAMES for p in prompts}
+    for _ in range(3):
+        asked = [(name, prompt) for prompt, name in itertools.product(prompts, NAMES)]
+        requests = [ask(engine, name, prompt) for name, prompt in asked]
+        for (name, prompt), request in zip(asked, requests, strict=True):
+            assert answer(request) == wanted[name, tuple(prompt)]
+        assert len(engine.host) <= host
+        assert sum(a.modules is not None for a in engine.adapters.adapters()) <= host
+    assert engine.host.reads >= 2 * (len(NAMES) - host - slots)
+    assert settled(engine)
+
+
+def test_requests_of_the_base_and_of_slotted_adapters_do_not_wait_for_the_disk(engine_of, monkeypatch):
+    engine = engine_of("llama", "dora4", "lora8", "dora3", slots=2, host_adapters=1)
+    answer(ask(engine, "dora3", [5, 6]))  # into a slot, from memory
+    reading = threading.Event()
+    read = engine.host._read
+
+    def slowly(adapter):
+        reading.wait(30)
+        return read(adapter)
+
+    monkeypatch.setattr(engine.host, "_read", slowly)
+    cold = ask(engine, "dora4", [5, 6, 7])
+    for name in (None, "dora3"):
+        answer(ask(engine, name, [5, 6, 7]))
+    reading.set()
+    answer(cold)
+
+
+def test_an_adapter_whose_files_changed_fails_its_requests_only(server_of, adapter_dir, tmp_path):
+    import shutil
+
+    import openai
+
+    folder = tmp_path / "own"
+    shutil.copytree(adapter_dir("dora4"), folder)
+    server = server_of("lora8", slots=1, host_adapters=1)
+    engine, create = server.engine, server.client.completions.create
+    engine.load("own", folder)
+    create(model="lora8", prompt="a", max_tokens=1)  # both were used: one is in the slot, none needs the disk yet
+    create(model="own", prompt="a", max_tokens=1)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+
+    def evict():
+        engine.host.forget(engine.adapters.get("own"))
+        create(model="lora8", prompt="a", max_tokens=1)
+
+    for damage in (lambda: weights.write_bytes(whole[:-100]), lambda: weights.unlink()):
+        evict()
+        damage()
+        with pytest.raises(openai.APIStatusError) as error:
+            create(model="own", prompt="a", max_tokens=1)
+        assert error.value.status_code == 503
+        assert "'own' cannot be read again" in str(error.value)
+        assert create(model="lora8", prompt="a", max_tokens=1).choices
+    weights.write_bytes(whole)  # as it was, but nobody can know
+    with pytest.raises(openai.APIStatusError, match="has changed since it was loaded"):
+        create(model="own", prompt="a", max_tokens=1)
+    assert engine.unload("own")
+    engine.load("own", folder)
+    assert create(model="own", prompt="a", max_tokens=1).choices
+    assert settled(engine)
+
+
+def test_a_request_waits_for_a_slot_but_not_for_ever(engine_of, adapter_dir, monkeypatch):
+    from theodora.serve import batching
+
+    monkeypatch.setattr(batching, "_PATIENCE", 0.1)
+    engine = engine_of("llama", "dora4", "lora8", slots=1)
+    done = threading.Event()
+
+    def busy():  # some request with the adapter that has the slot runs at any time
+        running = []
+        while not done.is_set():
+            running.append(engine.submit([5, 6], Sampling(max_tokens=60, temperature=0.0), "dora4", every_token=False))
+            time.sleep(0.02)
+        for request in running:
+            request.updates.get(timeout=60)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        time.sleep(0.1)
+        assert answer(ask(engine, "lora8", [7, 8])) == answer_of("lora8", adapter_dir("lora8"), [7, 8])
+    finally:
+        done.set()
+        thread.join(60)
+
+
+class Fake(SimpleNamespace):
+    """Enough of an adapter."""
+
+    def __init__(self, serial):
+        super().__init__(serial=serial, modules={"tensors": serial}, users=1, leaving=False)
+
+
+def tier(most, read=lambda adapter: {"tensors": adapter.serial}):
+    executor = ThreadPoolExecutor(1)
+    arrived = threading.Semaphore(0)
+    return HostTier(most, executor, read, arrived.release), arrived
+
+
+def test_the_least_recently_used_gives_way():
+    host, arrived = tier(2)
+    a, b, c = (Fake(n) for n in range(3))
+    host.add(a), host.add(b)
+    assert host.take(a) == {"tensors": 0}
+    host.add(c)
+    assert b.modules is None
+    assert a.modules
+    assert c.modules
+    assert host.take(b) is None
+    assert arrived.acquire(timeout=10)
+    assert host.take(b) == {"tensors": 1}
+    assert len(host) == 2
+    assert a.modules is None
+
+
+def test_no_more_is_read_at_once_than_has_room():
+    host, _ = tier(2)
+    adapters = [Fake(n) for n in range(6)]
+    for adapter in adapters:
+        host.add(adapter)
+    cold = [adapter for adapter in adapters if adapter.modules is None]
+    assert len(cold) == 4
+    taken = set()
+    deadline = time.monotonic() + 10
+    while len(taken) < 4 and time.monotonic() < deadline:
+        for adapter in cold:
+            if adapter.serial not in taken and host.take(adapter) is not None:
+                taken.add(adapter.serial)
+                adapter.users = 0
+        assert len(host) <= 2
+    assert len(taken) == 4
+
+
+def test_what_is_forgotten_while_it_is_read_does_not_come_back():
+    go = threading.Event()
+
+    def read(adapter):
+        go.wait(10)
+        return {"tensors": adapter.serial}
+
+    host, arrived = tier(1, read)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    assert host.take(a) is None
+    a.leaving, a.users = True, 0
+    host.forget(a)
+    go.set()
+    assert arrived.acquire(timeout=10)
+    assert a.modules is None
+    assert host.take(a) is None  # nor is it read again
+    assert len(host) == 1
+
+
+def test_a_failure_is_told_once():
+    def read(adapter):
+        raise OSError("no such disk")
+
+    host, arrived = tier(1, read)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    assert host.take(a) is None
+    assert arrived.acquire(timeout=10)
+    with pytest.raises(CheckpointError, match="no such disk"):
+        host.take(a)
+    assert host.take(a) is None  # and tried again
+
+
+def test_metrics_tell_the_tiers(server_of):
+    import http.client
+
+    server = server_of("dora4", "lora8", slots=1, host_adapters=1)
+    for name in ("dora4", "lora8", "dora4"):
+        server.client.completions.create(model=name, prompt="a", max_tokens=1)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    found = {
+        line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("theodora_adapter")
+    }
+    assert found["theodora_adapters_in_host_memory"] == found["theodora_adapters_in_slots"] == 1, json.dumps(found)
+    assert found["theodora_adapter_reads_total"] >= 1
