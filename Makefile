@@ -50,9 +50,8 @@ coverage: $(VENV)/.test ## run the tests as `make test` does, and fail below the
 test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions that are supported (oldest.txt)
 	.venv-oldest/bin/python -m pytest $(or $(ARGS),tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train)
 
-mutants: $(VENV)/.mutants ## change the formulas, layers and adapters one by one, and list what no test notices (hours)
-	nice $(BIN)/mutmut run --max-children 1 $(ARGS)
-	$(BIN)/mutmut results
+mutants: $(VENV)/.mutants ## change formulas, layers and adapters, 25 ways a file, and list what no test notices (SAMPLE=0: all)
+	nice $(BIN)/python .ci/mutants.py --sample $(or $(SAMPLE),25) $(ARGS)
 
 package: $(VENV)/.dev ## build sdist and wheel, install the wheel into a new environment, and try it there
 	rm -rf dist .package
@@ -68,6 +67,9 @@ package: $(VENV)/.dev ## build sdist and wheel, install the wheel into a new env
 	rm -rf .package
 
 audit: $(VENV)/.audit ## look up the pinned versions in the database of known vulnerabilities (asks pypi.org)
+	@$(BIN)/python -c 'from urllib.request import urlopen; urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=30)' \
+	    2> /dev/null || { echo "Nothing was audited: the lists of known vulnerabilities come from pypi.org itself, and" \
+	    "https://pypi.org/pypi/pip/25.0/json does not answer here. A mirror of the packages does not do." >&2; exit 1; }
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 sbom: $(VENV)/.audit ## write the bill of materials of the environment (CycloneDX) to dist/sbom.json

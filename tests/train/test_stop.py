@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -142,6 +143,19 @@ def test_a_run_that_stopped_early_is_not_trained_on(run, tmp_path, losses):
     assert losses(tmp_path / "run", "eval_loss") == curve
     again = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(torch.equal(adapter[key], again[key]) for key in adapter)
+
+
+def test_checkpoints_that_a_killed_run_had_still_to_delete_go(run, tmp_path, losses):
+    settings = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2}
+    run(**settings)
+    checkpoints, curve = tmp_path / "run" / "checkpoints", losses(tmp_path / "run")
+    # As if the process had been killed when checkpoint-4 had its name, and checkpoint-2 not yet gone.
+    shutil.copytree(checkpoints / "checkpoint-3", checkpoints / "checkpoint-2")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    run(**settings, resume="auto")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert losses(tmp_path / "run") == curve
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones(run, tmp_path):

@@ -1,0 +1,200 @@
+"""Files and folders that are whole or absent, whatever goes wrong while they are written."""
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from theodora.adapters import atomic
+from theodora.adapters.atomic import atomic_directory, atomic_files, atomic_write, clear_leftovers, remove_folder
+from theodora.errors import CheckpointError, UsageError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux swaps two names at one moment")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(params=[pytest.param(True, marks=linux), False], ids=["exchanged", "renamed"])
+def exchange(request, monkeypatch):
+    """With the system's way to swap two names, and where there is none."""
+    if not request.param:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    return request.param
+
+
+@linux
+def test_names_are_swapped_at_one_moment(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("of a")
+    (tmp_path / "b").write_text("b")
+    assert atomic._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "file").read_text() == "of a"
+    assert (tmp_path / "a").read_text() == "b"
+    assert not atomic._exchange(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_a_folder_is_replaced_as_a_whole(exchange, tmp_path):
+    for version in ("old", "new"):
+        with atomic_directory(tmp_path / "out", overwrite=version == "new") as folder:
+            (folder / "in").mkdir()
+            (folder / "in" / version).write_text(version)
+            assert names(tmp_path) == sorted([folder.name, *(["out"] if version == "new" else [])])
+            assert folder.name.startswith(".out.partial-")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out" / "in") == ["new"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~atomic._umask()
+
+
+def test_an_empty_folder_may_be_taken_and_a_full_one_not(exchange, tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    with pytest.raises(UsageError, match="out already exists"), atomic_directory(tmp_path / "out"):
+        raise AssertionError
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file already exists"), atomic_directory(tmp_path / "file"):
+        raise AssertionError
+    assert names(tmp_path) == ["file", "out"]
+
+
+def test_what_fails_leaves_the_old_and_nothing_else(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "folder", overwrite=True) as folder:
+        (folder / "file").write_text("half")
+        raise KeyError
+    with pytest.raises(KeyError), atomic_files(tmp_path / "folder") as folder:
+        (folder / "file").write_text("half")
+        raise KeyError
+    with pytest.raises(KeyError), atomic_write(tmp_path / "file") as file:
+        file.write_text("half")
+        raise KeyError
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(tmp_path / "folder") == ["file"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def test_a_name_that_cannot_be_taken_goes_back_to_the_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("old")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name.startswith(".") and Path(target).name == "out":
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    with pytest.raises(CheckpointError, match=r"out cannot be written"), atomic_directory(tmp_path / "out", True):
+        monkeypatch.setattr(Path, "rename", fail)
+    assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+def test_files_move_into_a_folder_and_others_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("kept", "replaced"):
+        (tmp_path / "out" / name).write_text("old")
+    with atomic_files(tmp_path / "out") as folder:
+        (folder / "replaced").write_text("new")
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "file").write_text("new")
+        assert (tmp_path / "out" / "replaced").read_text() == "old"
+    assert names(tmp_path / "out") == ["deep", "kept", "replaced"]
+    texts = [(tmp_path / "out" / name).read_text() for name in ("kept", "replaced", "deep/er/file")]
+    assert texts == ["old", "new", "new"]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("theirs")
+    (tmp_path / "file").symlink_to(tmp_path / "elsewhere")
+    with atomic_write(tmp_path / "file") as file:
+        file.write_text("ours")
+    assert (tmp_path / "elsewhere").read_text() == "theirs"
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+
+
+def test_a_folder_goes_at_one_moment(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    seen = []
+    remove = atomic._remove
+    monkeypatch.setattr(atomic, "_remove", lambda path: (seen.append(names(tmp_path)), remove(path)))
+    remove_folder(tmp_path / "out")
+    assert all("out" not in found for found in seen)
+    assert seen
+    assert names(tmp_path) == []
+    remove_folder(tmp_path / "out")  # it may be gone
+    (tmp_path / "file").touch()
+    remove_folder(tmp_path / "file")
+    assert names(tmp_path) == ["file"]
+
+
+def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
+    (tmp_path / ".out.partial-dead").mkdir()
+    (tmp_path / ".out.partial-dead" / "file").touch()
+    (tmp_path / ".file.partial-dead").touch()
+    (tmp_path / ".out.begun-young").mkdir()
+    (tmp_path / ".out.begun-old").mkdir()
+    long_ago = time.time() - atomic._SECONDS_TO_LOCK - 5
+    os.utime(tmp_path / ".out.begun-old", (long_ago, long_ago))
+    (tmp_path / ".hidden").touch()
+    with atomic_directory(tmp_path / "other") as living:
+        clear_leftovers(tmp_path, "out")
+        assert names(tmp_path) == sorted([".file.partial-dead", ".hidden", ".out.begun-young", living.name])
+        clear_leftovers(tmp_path)
+        assert names(tmp_path) == sorted([".hidden", ".out.begun-young", living.name])
+    assert names(tmp_path) == [".hidden", ".out.begun-young", "other"]
+
+
+def test_names_with_signs_of_patterns_are_names(tmp_path):
+    (tmp_path / ".out1.partial-other").mkdir()
+    with atomic_directory(tmp_path / "out[1]") as folder:
+        assert folder.is_dir()
+        (tmp_path / ".out[1].partial-dead").mkdir()
+    with atomic_write(tmp_path / "out[1]" / "file"):
+        pass
+    with atomic_directory(tmp_path / "out[1]", overwrite=True):
+        assert not (tmp_path / ".out[1].partial-dead").exists()
+    assert names(tmp_path) == [".out1.partial-other", "out[1]"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "full"), r"No space left on the disk of .*out; nothing was changed"),
+        (OSError(errno.EDQUOT, "full"), r"No space left on the disk of .*out; nothing was changed"),
+        (OSError(errno.EROFS, "no"), r"out cannot be written \(Read-only file system\); nothing was changed"),
+        (PermissionError(errno.EACCES, "no"), r"out cannot be written \(Permission denied\)"),
+        (SafetensorError("Error while serializing: I/O error (os error 28)"), "No space left"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "Input/output error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_errors_of_the_disk_are_explained(error, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message) as caught, atomic_write(tmp_path / "out"):
+        raise error
+    assert caught.value.__cause__ is error
+    assert names(tmp_path) == []
+
+
+def test_torch_does_not_say_that_a_disk_is_full(tmp_path, monkeypatch):
+    usage = atomic.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    with pytest.raises(CheckpointError, match="No space left"), atomic_write(tmp_path / "out"):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no file"), RuntimeError("other"), OSError("plain")])
+def test_other_errors_stay_what_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as caught, atomic_directory(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+    assert names(tmp_path) == []
