@@ -63,22 +63,22 @@ def test_an_empty_folder_may_be_taken_and_a_full_one_not(exchange, tmp_path):
     assert names(tmp_path) == ["file", "out"]
 
 
-def test_what_fails_leaves_the_old_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("way", [atomic_directory, atomic_files, atomic_write])
+def test_what_fails_leaves_the_old_and_nothing_else(way, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("old")
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(KeyError), atomic_directory(tmp_path / "folder", overwrite=True) as folder:
-        (folder / "file").write_text("half")
-        raise KeyError
-    with pytest.raises(KeyError), atomic_files(tmp_path / "folder") as folder:
-        (folder / "file").write_text("half")
-        raise KeyError
-    with pytest.raises(KeyError), atomic_write(tmp_path / "file") as file:
-        file.write_text("half")
-        raise KeyError
-    assert names(tmp_path) == ["file", "folder"]
+    target = tmp_path / "folder" / ("file" if way is atomic_write else "")
+    context = way(target, overwrite=True) if way is atomic_directory else way(target)
+    with pytest.raises(KeyError), context as partial:
+        _write_half_and_fail(partial if way is atomic_write else partial / "file")
+    assert names(tmp_path) == ["folder"]
     assert names(tmp_path / "folder") == ["file"]
-    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "old"
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def _write_half_and_fail(file: Path) -> None:
+    file.write_text("half")
+    raise KeyError
 
 
 def test_a_name_that_cannot_be_taken_goes_back_to_the_old(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from torch import nn
 from theodora import AdapterConfig, CheckpointError, inject_adapter, merge_adapter, merge_checkpoint, save_adapter
 from theodora.adapters import merge, merge_plan
 from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.merge_check import weight_excess
+from theodora.functional import merged_weight
 from theodora.layers import AdapterLayer
 from tiny import tiny_model
 
@@ -101,3 +103,20 @@ def test_a_wrong_merge_on_disk_leaves_nothing(family, dtype, tiny_model_dir, tmp
     with pytest.raises(CheckpointError, match="does not do what base and adapter do"):
         merge_checkpoint(tmp_path / "a", tmp_path / "wrong", base_model=base, dtype=dtype)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_each_row_is_held_by_its_own_size(dtype, method):
+    w = torch.randn(4, 33, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 30.0, 300.0], dtype=torch.float64)[:, None]
+    w = w.to(dtype)
+    a, b = torch.randn(2, 33) / 6, torch.randn(4, 2) * w.float().norm(dim=1)[:, None] / 6
+    factors = (a, b, 0.7, w.float().norm(dim=1) * 1.3 if method == "dora" else None)
+    exact = merged_weight(w.double(), *(t.double() if isinstance(t, torch.Tensor) else t for t in factors))
+    assert weight_excess(w, *factors, exact.to(dtype)) < 0.6
+    allowed = {torch.float64: 2.0**-44, torch.float32: 2.0**-20}.get(dtype, torch.finfo(dtype).eps / 2) * 8
+    for row in range(4):
+        for share in (3, 30):  # of what rounding may do, at least, since the update makes rows longer
+            wrong = exact.clone()
+            wrong[row] += share * allowed * wrong[row]
+            assert 0.4 * share < weight_excess(w, *factors, wrong.to(dtype)) < 1.5 * share

@@ -330,6 +330,25 @@ def test_an_interrupted_merge_leaves_nothing(make):
     assert sorted(path.name for path in case.output.parent.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors | {next(iter(tensors)): next(iter(tensors.values())) * 2}, "other values than"),
+        (lambda tensors: {key: t.bfloat16() for key, t in tensors.items()}, "other values than"),
+        (lambda tensors: {key: t[:-1] for key, t in tensors.items()}, "another shape than"),
+        (lambda tensors: dict(list(tensors.items())[1:]), "other tensors than"),
+    ],
+    ids=["values", "dtype", "shape", "names"],
+)
+def test_what_a_disk_gives_back_otherwise_is_refused(make, damage, message, monkeypatch):
+    case, module = make(max_shard_size="20KB"), sys.modules["theodora.adapters.merge_checkpoint"]
+    write = module.save_file
+    monkeypatch.setattr(module, "save_file", lambda tensors, *others, **more: write(damage(tensors), *others, **more))
+    said = refused(case, max_shard_size="20KB")
+    assert "does not read back right" in said
+    assert said.count(message) > 1, said  # every miss at once
+
+
 # Bad input: told before anything is written.
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter, save_mlx
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.inject import adapter_layers, find_state, trained_tensors
 from theodora.adapters.mlx import from_mlx_name, to_mlx_name
 from tiny import FAMILIES, tiny_model
 
@@ -188,3 +188,24 @@ def test_an_embedding_that_mlx_adapts_with_its_head(tmp_path):
 def test_names(path):
     assert from_mlx_name(to_mlx_name(path)) == path
     assert to_mlx_name(path).startswith("model.") or path == "lm_head"
+
+
+def test_keys_are_the_names_that_mlx_looks_for(tmp_path):
+    save_mlx(moved("gpt2", targets=("c_attn",)), tmp_path / "gpt2")
+    save_mlx(moved(targets=("q_proj", "down_proj", "lm_head")), tmp_path / "llama")
+    found = [
+        json.loads((tmp_path / n / "adapter_config.json").read_text())["lora_parameters"] for n in ("gpt2", "llama")
+    ]
+    assert [one["keys"] for one in found] == [["attn.c_attn"], ["lm_head", "mlp.down_proj", "self_attn.q_proj"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_dropout_targets_and_dtype_come_back(dtype, tmp_path):
+    model = moved(dtype=dtype, rank=1, dropout=0.25, targets=("q_proj",), adapter_dtype="base")
+    save_mlx(model, tmp_path / "m")
+    assert {t.dtype for t in load_file(tmp_path / "m" / "adapters.safetensors").values()} == {dtype}
+    loaded = load_adapter(tiny_model(dtype=dtype), tmp_path / "m").eval()
+    config = find_state(loaded).configs["default"]
+    assert (config.method, config.rank, config.dropout) == ("dora", 1, 0.25)
+    assert set(config.targets) == set(adapter_layers(model))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)  # loaded as float32

@@ -96,6 +96,20 @@ def test_tensors_with_a_scale_of_their_own(saved):
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
 
 
+def test_float32_factors_stay_so_on_a_base_of_fewer_bits(saved):
+    folder, _ = saved(rank=3, alpha=7, method="lora")
+    theirs = load_file(folder / "adapter_model.safetensors")
+    model = moved(1, method="lora", dtype=torch.bfloat16)
+    report = swap_adapter_weights(model, "default", folder)
+    for path, layer in adapter_layers(model).items():
+        adapter, key = layer.adapters["default"], f"base_model.model.{path}.lora_{{}}.weight"
+        assert torch.equal(adapter.lora_A[:3], theirs[key.format("A")])
+        torch.testing.assert_close(
+            adapter.scale * adapter.lora_B[:, :3], 7 / 3 * theirs[key.format("B")], rtol=1e-6, atol=0
+        )
+    assert 0 < report.base_distance < 0.01  # bfloat16's rounding
+
+
 def test_fewer_modules_only_if_asked(saved):
     folder, expected = saved(targets=("q_proj",))
     model = moved(1)

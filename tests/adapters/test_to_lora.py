@@ -80,6 +80,14 @@ def test_lora_that_fits_stays_as_it_is(config):
     assert to_lora(model, "default", 1, "less").worst > 0.01
 
 
+def test_which_of_several_and_none():
+    model = moved()
+    inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",)), "second")
+    assert len(to_lora(model, "second", None, into="plain").ranks) == 2
+    with pytest.raises(ConfigError, match="There is no adapter 'third'"):
+        to_lora(model, "third", None, into="another")
+
+
 def test_modules_trained_in_full_come_along():
     model = moved(modules_to_save=("lm_head",))
     expected = logits(model)
