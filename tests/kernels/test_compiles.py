@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Update
+from theodora.kernels.routed import MOST_LAYERS, SlottedWeights
 from theodora.kernels.triton import compose, gated, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
@@ -98,15 +99,17 @@ def test_weight_norm(rank, dtype, launched):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [1, 16, 33, 64, 256])
-def test_routed(rank, dtype, launched):
+@pytest.mark.parametrize("layers", [1, MOST_LAYERS])
+def test_routed(layers, rank, dtype, launched):
     tokens, features, outputs, slots = 64, 4096, 4096, 3
-    a, b = torch.zeros(slots, rank, features, dtype=dtype), torch.zeros(slots, rank, outputs, dtype=dtype)
-    x, z, g = (
-        torch.zeros(tokens, features, dtype=dtype),
-        torch.zeros(tokens, outputs, dtype=dtype),
-        torch.ones(3, outputs),
+    weights = SlottedWeights(
+        a_SRI=torch.zeros(slots, rank, features, dtype=dtype),
+        b_SRO=torch.zeros(slots, rank, outputs, dtype=dtype),
+        g_SO=torch.ones(slots, outputs),
+        bias_O=torch.zeros(outputs, dtype=dtype),
     )
+    x, zs = torch.zeros(tokens, features, dtype=dtype), [torch.zeros(tokens, outputs, dtype=dtype)] * layers
     order, tiles = torch.arange(tokens), torch.zeros(tokens, 3, dtype=torch.int32)
-    routed.routed(z, x, a, b, g, z[0], order, tiles)
+    routed.routed(zs, x, [weights] * layers, order, tiles)
     assert set(launched) == {"_down", "_up"}
     assert max(launched.values()) <= SHARED_MEMORY
