@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import tempfile
 from collections.abc import Sequence
@@ -61,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=200, help="rows held out")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at once, on one device; default: 1")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "fp8_curve.json")
     parser.add_argument("--figure", type=Path, default=HERE / "results" / "fp8_curve.png")
     parser.add_argument("--draw", type=Path, help="draw an earlier results file, and measure nothing")
@@ -73,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    shown = {name: value for name, value in vars(args).items() if name not in ("output", "figure", "draw")}
+    shown = {name: value for name, value in vars(args).items() if name not in ("output", "figure", "draw", "parallel")}
     return shown | {"model": Path(args.model).name, "data": Path(args.data).name}
 
 
@@ -85,12 +88,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="theodora-curve-") as scratch:
         split_rows(Path(args.data), args.held_out, Path(scratch))
-        for seed in range(args.seeds):
-            for dtype in DTYPES:
-                runs.append({"seed": seed, "dtype": dtype, **run(args, seed, dtype, Path(scratch) / f"{dtype}-{seed}")})
-                found = runs[-1]
-                losses = f"loss {found['train'][-1][1]:.4f}, held out {found['held_out'][-1][1]:.4f}"
-                print(f"seed {seed}  {dtype:<4}  {losses}  {found['seconds']:.0f} s", flush=True)
+        every = [(args, seed, dtype, Path(scratch)) for seed in range(args.seeds) for dtype in DTYPES]
+        if args.parallel == 1:
+            found = map(run, every)
+        else:
+            pool = multiprocessing.get_context("spawn").Pool(args.parallel, maxtasksperchild=1)
+            found = pool.imap(run, every)
+        for (_, seed, dtype, _), one in zip(every, found, strict=True):
+            runs.append({"seed": seed, "dtype": dtype, **one})
+            losses = f"loss {one['train'][-1][1]:.4f}, held out {one['held_out'][-1][1]:.4f}"
+            print(f"seed {seed}  {dtype:<4}  {losses}  {one['seconds']:.0f} s", flush=True)
     return runs
 
 
@@ -101,12 +108,17 @@ def split_rows(data: Path, held_out: int, folder: Path) -> None:
         (folder / name).write_text("\n".join(part) + "\n", encoding="utf-8")
 
 
-def run(args: argparse.Namespace, seed: int, dtype: str, output: Path) -> dict[str, Any]:
+def run(cell: tuple[argparse.Namespace, int, str, Path]) -> dict[str, Any]:
+    """One run; of one argument, because it may be in a process of a pool."""
+    import torch
     from rich.console import Console
 
     from theodora import AdapterConfig, TrainConfig, train
     from theodora.train.callbacks import read_metrics
 
+    args, seed, dtype, scratch = cell
+    output = scratch / f"{dtype}-{seed}"
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.parallel))
     config = TrainConfig(
         model=args.model,
         data=str(output.parent / "train.jsonl"),

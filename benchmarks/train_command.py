@@ -1,0 +1,144 @@
+"""Does `theodora train` keep the pace of the bare step? Tokens per second of the command beside those of the benchmark.
+
+    python benchmarks/train_command.py                                        # a GPU: 8 layers of Llama-3-8B's shape
+    python benchmarks/train_command.py --layers 1 --hidden 64 --vocabulary 256 --length 64 --batch 2 --steps 8   # a CPU
+
+One model of random weights is saved with a tokenizer, and rows of random words that fill packed sequences. The command
+runs as a user would run it: reading and packing the data, optimizer, clipping, logging at every tenth step, in a
+process of its own. Its tokens per second are those of the steps after the first ten, by the clock of its metrics file.
+Beside it the forward and backward pass alone (benchmarks/train_step.py, "Theodora DoRA"), before and after the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import train_step
+
+from theodora.bench import Job, Runner, describe_machine
+
+LOGGED = 10  # steps between two lines of the metrics file
+
+
+def main() -> None:
+    args = parse_args()
+    workload = train_step.base_workload(args)
+    with tempfile.TemporaryDirectory(prefix="theodora-command-") as scratch:
+        model, data = Path(scratch) / "model", Path(scratch) / "rows.jsonl"
+        train_step.save_random_model(workload, model)
+        write_rows(data, args)
+        bare = [bare_step(workload, args)]
+        command = run_command(model, data, Path(scratch) / "run", args)
+        bare.append(bare_step(workload, args))
+    tokens = workload.tokens
+    report = {
+        "machine": describe_machine(),
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "bare_tokens_per_second": [tokens / seconds for seconds in bare],
+        "command_tokens_per_second": command,
+        "ratio": command / (tokens / statistics.mean(bare)),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    before, after = report["bare_tokens_per_second"]
+    print(f"forward and backward alone   {before:10,.0f} tokens/s before, {after:,.0f} after")
+    print(f"theodora train               {command:10,.0f} tokens/s: {report['ratio']:.3f} of it")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="default: 8")
+    parser.add_argument("--hidden", type=int, help="another shape, as in train_step.py")
+    parser.add_argument("--vocabulary", type=int, help="default: the family's")
+    parser.add_argument("--batch", type=int, default=4, help="packed rows in a batch; default: 4")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a packed row; default: 2048")
+    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the command; default: 60")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_command.json"), help="JSON file")
+    args = parser.parse_args()
+    if args.steps <= LOGGED:
+        parser.error(f"--steps is {args.steps}; the first {LOGGED} warm up, so more are needed")
+    args.gradient_checkpointing = False
+    return args
+
+
+def write_rows(path: Path, args: argparse.Namespace) -> None:
+    """Rows of words that the tokenizer knows, of several lengths, enough for every step."""
+    draw = random.Random(0)
+    tokens = 0
+    with path.open("w", encoding="utf-8") as file:
+        while tokens < (args.steps + 2) * args.batch * args.length:
+            count = draw.randint(args.length // 8, args.length // 2)
+            words = " ".join(f"word{draw.randint(4, 255)}" for _ in range(count))
+            file.write(json.dumps({"text": words}) + "\n")
+            tokens += count
+
+
+def bare_step(workload: Any, args: argparse.Namespace) -> float:
+    """Median seconds of the forward and backward pass."""
+    variant = train_step.VARIANTS["dora"]
+    if workload.device == "cpu":
+        variant = replace(variant, accelerate=False)
+    job = Job(name="dora", variant=variant, workload=workload)
+    cuda = workload.device == "cuda"
+    found = Runner([job], rounds=3 if cuda else 1, warm_up=3 if cuda else 1, steps=5).run()["dora"]
+    if found.failure:
+        sys.exit(f"The bare step failed: {found.failure.reason}\n{found.failure.traceback}")
+    return statistics.median(seconds for turn in found.rounds.values() for seconds in turn)
+
+
+def run_command(model: Path, data: Path, output: Path, args: argparse.Namespace) -> float:
+    """Tokens per second of `theodora train`."""
+    options = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "rank": args.rank,
+        "alpha": 2 * args.rank,
+        "max-length": args.length,
+        "per-device-train-batch-size": args.batch,
+        "max-steps": args.steps,
+        "logging-steps": LOGGED,
+        "save-steps": 10 * args.steps,
+        "held-out": 0,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "theodora", "train", *words, "--packing"]
+    log, metrics = output.parent / "log.txt", output / "metrics.jsonl"
+    seen: list[tuple[float, int]] = []  # when the file told how many tokens
+    with log.open("wb") as printed:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=environment)
+        while process.poll() is None:
+            time.sleep(0.005)
+            lines = [json.loads(line) for line in whole_lines(metrics)]
+            tokens = [line["num_tokens"] for line in lines if "loss" in line]
+            if len(tokens) > len(seen):
+                seen.append((time.monotonic(), tokens[-1]))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if process.returncode or len(seen) < 2:
+        sys.exit(f"theodora train failed (exit code {process.returncode}):\n{text[-3000:]}")
+    print(text, file=sys.stderr)
+    (began, first), (ended, last) = seen[0], seen[-1]
+    return (last - first) / (ended - began)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is being written."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+if __name__ == "__main__":
+    main()
