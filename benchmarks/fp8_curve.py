@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import tempfile
 from collections.abc import Sequence
@@ -86,18 +85,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs: seed, dtype, and the losses by step."""
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="theodora-curve-") as scratch:
+    pool = multiprocessing.get_context("spawn").Pool(args.parallel)
+    with tempfile.TemporaryDirectory(prefix="theodora-curve-") as scratch, pool:
         split_rows(Path(args.data), args.held_out, Path(scratch))
         every = [(args, seed, dtype, Path(scratch)) for seed in range(args.seeds) for dtype in DTYPES]
-        if args.parallel == 1:
-            found = map(run, every)
-        else:
-            pool = multiprocessing.get_context("spawn").Pool(args.parallel, maxtasksperchild=1)
-            found = pool.imap(run, every)
-        for (_, seed, dtype, _), one in zip(every, found, strict=True):
-            runs.append({"seed": seed, "dtype": dtype, **one})
-            losses = f"loss {one['train'][-1][1]:.4f}, held out {one['held_out'][-1][1]:.4f}"
-            print(f"seed {seed}  {dtype:<4}  {losses}  {one['seconds']:.0f} s", flush=True)
+        for (_, seed, dtype, _), found in zip(every, pool.imap(run, every), strict=True):
+            runs.append({"seed": seed, "dtype": dtype, **found})
+            losses = f"loss {found['train'][-1][1]:.4f}, held out {found['held_out'][-1][1]:.4f}"
+            print(f"seed {seed}  {dtype:<4}  {losses}  {found['seconds']:.0f} s", flush=True)
     return runs
 
 
@@ -109,7 +104,7 @@ def split_rows(data: Path, held_out: int, folder: Path) -> None:
 
 
 def run(cell: tuple[argparse.Namespace, int, str, Path]) -> dict[str, Any]:
-    """One run; of one argument, because it may be in a process of a pool."""
+    """One run, in a process of the pool."""
     import torch
     from rich.console import Console
 
@@ -118,7 +113,7 @@ def run(cell: tuple[argparse.Namespace, int, str, Path]) -> dict[str, Any]:
 
     args, seed, dtype, scratch = cell
     output = scratch / f"{dtype}-{seed}"
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.parallel))
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.parallel))
     config = TrainConfig(
         model=args.model,
         data=str(output.parent / "train.jsonl"),
