@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theodora.kernels.operators import interpreted, runs_triton
-from theodora.kernels.shared_outputs import note_rotation
-
 _NAME = "apply_rotary_pos_emb"
 
 
@@ -70,14 +67,9 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Triton's interpreter keeps bfloat16 as integers, and multiplies those.
-        runs = runs_triton(q) and not (interpreted() and q.dtype == torch.bfloat16)
-        usual = runs and not args and not kwargs and not torch.compiler.is_compiling() and q.dim() == 4
-        if usual and q.dtype == cos.dtype and q.dtype == k.dtype and cos.dim() == 3:
-            turned = liger_rotary_pos_emb(q, k, cos, sin)
-            for before, after in zip((q, k), turned, strict=True):
-                note_rotation(before, after, cos, sin)  # it writes over them where it can
-            return turned
+        usual = q.is_cuda and not args and not kwargs and not torch.compiler.is_compiling() and q.dim() == 4
+        if usual and q.dtype == cos.dtype and q.dtype in (torch.bfloat16, torch.float16) and cos.dim() == 3:
+            return liger_rotary_pos_emb(q, k, cos, sin)
         return original(q, k, cos, sin, *args, **kwargs)
 
     apply.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]

@@ -47,10 +47,7 @@ def restore_gelu(module: FastGELU) -> None:
 def _is_gelu_in_steps(module: nn.Module) -> bool:
     """Whether it is an activation of transformers, without state, that equals the approximation."""
     own = type(module)
-    in_steps = own.__module__ == "transformers.activations" and own.__name__ in (
-        "NewGELUActivation",
-        "FastGELUActivation",
-    )
+    in_steps = own.__module__ == "transformers.activations" and own.__name__ in _IN_STEPS
     if not in_steps or vars(module)["_parameters"] or vars(module)["_buffers"]:
         return False
     x = torch.linspace(-6, 6, 49, dtype=torch.float64, device="cpu")

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
-from theodora.kernels import Parts, SharedOutputs
+from theodora.kernels import Parts
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.stack import Stack
 
 GROUP = "_theodora_group"
 # Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
-ATTENTION = ("q_proj", "k_proj", "v_proj")
 SIBLINGS = (
-    ATTENTION,
+    ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
@@ -29,7 +28,6 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-
 
 _NOTHING: tuple[tuple[Any, ...], dict[int, Tensor]] = (None,), {}
 
@@ -45,8 +43,8 @@ class FastLinear(Protocol):
 class Group:
     """Several `FastLinear` modules that read the same x."""
 
-    def __init__(self, layers: Sequence[FastLinear], shared: SharedOutputs | None = None) -> None:
-        self.layers, self.shared = list(layers), shared
+    def __init__(self, layers: Sequence[FastLinear]) -> None:
+        self.layers = list(layers)
         self.stack = stack_weights(layers)
         # What the outputs were computed from, and those that nobody has asked for yet. One attribute, so that threads
         # that share the model (`nn.DataParallel`) cannot mix up theirs.
@@ -73,14 +71,14 @@ class Group:
         found = parts_that_fit(x, layers)
         if found is None:
             return None
-        first, *others = kernels.adapted_linears(x, found, stack=self.stack, shared=self.shared)
+        first, *others = kernels.adapted_linears(x, found, stack=self.stack)
         if others:
             self._ready = (x, *_state(x)), {id(other): y for other, y in zip(layers[1:], others, strict=True)}
         return first
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are its own again.
-        return {"layers": self.layers, "shared": self.shared, "stack": None, "_ready": _NOTHING}
+        return {"layers": self.layers, "stack": None, "_ready": _NOTHING}
 
     def dissolve(self) -> None:
         """Let go of the layers; their weights get memory of their own again."""
