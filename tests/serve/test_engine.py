@@ -8,8 +8,11 @@ import torch
 
 from serving import ADAPTERS, alone, expected, settled
 from theodora.errors import ConfigError
+from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
+from theodora.serve import adapters as serve_adapters
 from theodora.serve.engine import Busy, Unavailable, UnknownModel
 from theodora.serve.requests import Sampling
+from theodora.serve.slots import Slots
 from tiny import FAMILIES
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 30, 40], [n % 250 + 3 for n in range(80)]]
@@ -191,6 +194,45 @@ def test_a_worker_that_fails_again_and_again_is_given_up(engine_of):
     assert not engine.ready()
     with pytest.raises(Unavailable, match="division by zero"):
         ask(engine, [5])
+
+
+def test_a_load_that_runs_out_of_memory_leaves_layers_that_work(engine_of, adapter_dir, monkeypatch):
+    engine = engine_of("llama", "lora1")  # on some of the layers, which are to get more room
+    forgotten, grouped = [], []
+    monkeypatch.setattr(engine._manager, "forget_graphs", lambda: forgotten.append(True))
+    group = serve_adapters.group_slotted
+    monkeypatch.setattr(serve_adapters, "group_slotted", lambda model: grouped.append(group(model)))
+    before = {path: layer.slotted_weights()[0] for path, layer in engine._slotted().items()}
+    new, room = SlottedLayer._new, iter(range(9))  # the fifth layer, whose module is new, gets half of its tensors
+
+    def full(layer, *shape):
+        if next(room, None) is None:
+            raise torch.OutOfMemoryError("out of memory")
+        return new(layer, *shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlottedLayer, "_new", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.load("lora8", adapter_dir("lora8"))
+    after = engine._slotted()
+    assert any(after[path].slotted_weights()[0] is not tensor for path, tensor in before.items())
+    assert forgotten
+    assert grouped
+    for name in (None, "lora1"):
+        check(ask(engine, PROMPTS[0], name), alone("llama", name, name and adapter_dir(name)), PROMPTS[0])
+    engine.load("lora8", adapter_dir("lora8"))
+    check(ask(engine, PROMPTS[0], "lora8"), alone("llama", "lora8", adapter_dir("lora8")), PROMPTS[0])
+
+
+def test_a_slot_that_was_filled_in_part_is_emptied():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "ab"})
+    layers = {name: slot(module, Routing(2), 1) for name, module in model.items()}
+    slots = Slots(2, lambda: layers)
+    whole = SlotTensors(torch.ones(1, 4), torch.ones(1, 4), None)
+    with pytest.raises(RuntimeError):  # b's do not fit
+        slots.place(1, lambda: {"a": whole, "b": SlotTensors(torch.ones(1, 5), torch.ones(1, 5), None)}, ())
+    assert slots.place(2, lambda: {"b": whole}, ()) == 1
+    assert not layers["a"].slotted_weights()[0].any()
 
 
 def test_half_precision_and_a_tied_head(engine_of, adapter_dir):

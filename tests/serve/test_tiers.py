@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from serving import alone, expected, settled
 from theodora.errors import CheckpointError
@@ -68,8 +70,6 @@ def test_requests_of_the_base_and_of_slotted_adapters_do_not_wait_for_the_disk(e
 
 
 def test_an_adapter_whose_files_changed_fails_its_requests_only(server_of, adapter_dir, tmp_path):
-    import shutil
-
     import openai
 
     folder = tmp_path / "own"
@@ -86,17 +86,26 @@ def test_an_adapter_whose_files_changed_fails_its_requests_only(server_of, adapt
         engine.host.forget(engine.adapters.get("own"))
         create(model="lora8", prompt="a", max_tokens=1)
 
-    for damage in (lambda: weights.write_bytes(whole[:-100]), lambda: weights.unlink()):
+    def unreadable(*_):
+        raise OSError("the disk is away")
+
+    for damage, status in (
+        (lambda patch: patch.setattr("theodora.serve.engine.read_served", unreadable), 503),
+        (lambda _: weights.write_bytes(whole[:-100]), 409),
+        (lambda _: weights.unlink(), 409),
+        (lambda _: weights.write_bytes(whole), 409),  # as it was, but nobody can know
+    ):
         evict()
-        damage()
-        with pytest.raises(openai.APIStatusError) as error:
-            create(model="own", prompt="a", max_tokens=1)
-        assert error.value.status_code == 503
+        with pytest.MonkeyPatch.context() as patch:
+            damage(patch)
+            with pytest.raises(openai.APIStatusError) as error:
+                create(model="own", prompt="a", max_tokens=1)
+        assert error.value.status_code == status
         assert "'own' cannot be read again" in str(error.value)
+        assert ("retry-after" in error.value.response.headers) == (status == 503)
+        assert (error.value.response.headers.get("x-should-retry") == "false") == (status == 409)
+        assert ("has changed since it was loaded" in str(error.value)) == (status == 409)
         assert create(model="lora8", prompt="a", max_tokens=1).choices
-    weights.write_bytes(whole)  # as it was, but nobody can know
-    with pytest.raises(openai.APIStatusError, match="has changed since it was loaded"):
-        create(model="own", prompt="a", max_tokens=1)
     assert engine.unload("own")
     engine.load("own", folder)
     assert create(model="own", prompt="a", max_tokens=1).choices
@@ -146,6 +155,7 @@ def test_the_least_recently_used_gives_way():
     a, b, c = (Fake(n) for n in range(3))
     host.add(a), host.add(b)
     assert host.take(a) == {"tensors": 0}
+    host.placed(a)
     host.add(c)
     assert b.modules is None
     assert a.modules
@@ -170,7 +180,7 @@ def test_no_more_is_read_at_once_than_has_room():
         for adapter in cold:
             if adapter.serial not in taken and host.take(adapter) is not None:
                 taken.add(adapter.serial)
-                adapter.users = 0
+                host.placed(adapter)
         assert len(host) <= 2
     assert len(taken) == 4
 
@@ -207,6 +217,158 @@ def test_a_failure_is_told_once():
     with pytest.raises(CheckpointError, match="no such disk"):
         host.take(a)
     assert host.take(a) is None  # and tried again
+
+
+def test_a_failure_is_not_told_to_those_who_come_later():
+    broken = [True]
+
+    def read(adapter):
+        if broken:
+            raise OSError("no such disk")
+        return {"tensors": adapter.serial}
+
+    host, arrived = tier(1, read)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    assert host.take(a) is None
+    assert arrived.acquire(timeout=10)
+    a.users = 0
+    host.rest(a)
+    broken.clear()
+    a.users = 1
+    assert host.take(a) is None
+    assert arrived.acquire(timeout=10)
+    assert host.take(a) == {"tensors": 0}
+
+
+@pytest.mark.parametrize("when", ["while it is read", "when it has come"])
+def test_what_was_read_for_requests_that_are_gone_makes_room(when):
+    go = threading.Event()
+
+    def read(adapter):
+        go.wait(10)
+        return {"tensors": adapter.serial}
+
+    host, arrived = tier(1, read)
+    a, b, c = (Fake(n) for n in range(3))
+    host.add(a), host.add(b), host.add(c)
+    assert host.take(a) is None
+    if when == "when it has come":
+        go.set()
+        assert arrived.acquire(timeout=10)
+    a.users = 0
+    host.rest(a)
+    if when == "while it is read":
+        assert host.take(b) is None  # there is no room yet
+        go.set()
+        assert arrived.acquire(timeout=10)
+    assert a.modules  # it may be asked for again
+    assert host.take(b) is None
+    assert arrived.acquire(timeout=10)
+    assert host.take(b) == {"tensors": 1}
+    assert a.modules is None
+
+
+def test_what_waits_for_a_slot_stays():
+    host, arrived = tier(1)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    for _ in range(3):  # both are asked for at each batch
+        assert host.take(b) == {"tensors": 1}
+        assert host.take(a) is None
+    host.placed(b)
+    assert host.take(a) is None
+    assert arrived.acquire(timeout=10)
+    for _ in range(3):
+        assert host.take(a) == {"tensors": 0}
+        assert host.take(b) is None
+    assert host.reads == 1
+
+
+def test_after_the_end_nothing_is_read():
+    host, _ = tier(1)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    host._executor.shutdown()
+    assert host.take(a) is None
+
+
+def slowed(engine, monkeypatch):
+    """Adapters are read when the event that this gives is set."""
+    go, read = threading.Event(), engine.host._read
+    monkeypatch.setattr(engine.host, "_read", lambda adapter: read(adapter) if go.wait(30) else None)
+    return go
+
+
+def test_a_client_that_hangs_up_while_its_adapter_is_read_holds_up_nobody(engine_of, adapter_dir, monkeypatch):
+    engine = engine_of("llama", "dora4", "lora8", "dora3", slots=1, host_adapters=1)
+    go = slowed(engine, monkeypatch)
+    gone = ask(engine, "dora4", [5, 6])
+    deadline = time.monotonic() + 10
+    while not engine.host._wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine.cancel(gone)
+    go.set()
+    assert answer(ask(engine, "lora8", [5, 6])) == answer_of("lora8", adapter_dir("lora8"), [5, 6])
+
+
+def test_requests_that_wait_for_a_slot_read_the_disk_once(engine_of):
+    engine = engine_of("llama", "dora4", "lora8", "dora3", slots=1, host_adapters=1)
+    answer(ask(engine, "dora4", [5, 6]))
+    before = engine.host.reads
+    running = engine.submit([5, 6], Sampling(max_tokens=60, temperature=0.0), "dora4", every_token=False)
+    waiting = [ask(engine, name, [5, 6]) for name in ("lora8", "dora3")]
+    for request in (running, *waiting):
+        answer(request)
+    assert engine.host.reads - before <= 2
+
+
+def test_an_adapter_that_is_unloaded_as_soon_as_it_is_there_leaves_nothing(engine_of, adapter_dir, monkeypatch):
+    engine = engine_of("llama")
+    add = engine.adapters.add
+    monkeypatch.setattr(engine.adapters, "add", lambda adapter: (add(adapter), engine.unload(adapter.name)))
+    engine.load("dora4", adapter_dir("dora4"))
+    assert not len(engine.host)
+    assert not engine.adapters.names()
+
+
+def test_what_is_in_memory_does_not_change_with_the_file(engine_of, adapter_dir, tmp_path):
+    shutil.copytree(adapter_dir("lora8"), tmp_path / "own")
+    engine = engine_of("llama")
+    adapter = engine.load("own", tmp_path / "own")
+    held = [tensor for tensors in adapter.modules.values() for tensor in tensors.tensors()]
+    before = [tensor.clone() for tensor in held]
+    other = (adapter_dir("lora8", seed=1) / "adapter_model.safetensors").read_bytes()
+    with (tmp_path / "own/adapter_model.safetensors").open("r+b") as file:  # in place
+        file.write(other)
+    assert all(map(torch.equal, held, before))
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_loaded(engine_of, adapter_dir, tmp_path, monkeypatch):
+    from theodora.serve import engine as module
+
+    shutil.copytree(adapter_dir("lora8"), tmp_path / "own")
+    engine, read = engine_of("llama"), module.read_served
+
+    def racing(path, *rest):
+        file = read(path, *rest)
+        shutil.copyfile(adapter_dir("lora8", seed=1) / "adapter_model.safetensors", tmp_path / "new")
+        (tmp_path / "new").replace(path / "adapter_model.safetensors")
+        return file
+
+    monkeypatch.setattr(module, "read_served", racing)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        engine.load("own", tmp_path / "own")
+    monkeypatch.undo()
+    engine.load("own", tmp_path / "own")
+
+
+def test_memory_that_cannot_be_pinned_is_told(engine_of, monkeypatch, caplog):
+    engine = engine_of("llama", "dora4")
+    (adapter,) = engine.adapters.adapters()
+    monkeypatch.setattr(engine.host, "move", lambda *_: 1 / 0)
+    engine._to_host(adapter)
+    assert "dora4 stays in the memory of cpu: division by zero" in caplog.text
 
 
 def test_metrics_tell_the_tiers(server_of):

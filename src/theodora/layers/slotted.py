@@ -94,9 +94,9 @@ class SlottedLayer(AdapterLayer):
         if self._a_SRI is not None and self._b_SRO is not None:
             held = self._a_SRI.shape[1]
             a[:, :held], b[:, :held] = self._a_SRI, self._b_SRO
-        self._a_SRI, self._b_SRO = a, b
         if self._g_SO is None and a.is_cuda:  # a CUDA graph keeps what it was captured with
             self._g_SO = self._ones()
+        self._a_SRI, self._b_SRO = a, b  # last, when nothing can fail any more
 
     @property
     def rank(self) -> int:
@@ -114,7 +114,8 @@ class SlottedLayer(AdapterLayer):
         """What an adapter of this module puts into a slot; g is computed here, once, from the wide factors."""
         wide, dtype = wide_dtype(self.product_dtype), self.product_dtype
         with torch.inference_mode(False), torch.no_grad():
-            a, b = a_RI.to(self.weight.device, wide), b_OR.to(self.weight.device, wide)
+            # A copy of A in any case: on a CPU it could be the file itself, mapped, which others may write to.
+            a, b = a_RI.to(self.weight.device, wide, copy=True), b_OR.to(self.weight.device, wide)
             g = None
             if magnitude_O is not None:
                 g = dora_scale(magnitude_O.to(self.weight.device, wide), self._new_norm(a, b, scale))
@@ -241,7 +242,11 @@ def slot(module: nn.Module, routing: Routing, rank: int, is_head: bool = False) 
     kind = SlottedLinear if is_linear(module) else SlottedConv1D if is_conv1d(module) else SlottedEmbedding
     swap_class(module, kind)
     assert isinstance(module, SlottedLayer)
-    module.begin_slots(routing, rank, is_head)
+    try:
+        module.begin_slots(routing, rank, is_head)
+    except BaseException:  # no memory, say: what has no slots must not be asked for them
+        unslot(module)
+        raise
     return module
 
 

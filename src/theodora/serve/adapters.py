@@ -86,16 +86,21 @@ def rank_of(file: AdapterFile) -> int:
 
 
 def make_room(model: nn.Module, file: AdapterFile, routing: Routing) -> bool:
-    """Slot the modules that the adapter touches; whether anything changed. No batch may run meanwhile."""
+    """Slot the modules that the adapter touches; whether anything changed. No batch may run meanwhile.
+
+    If it fails, for want of memory, say, some modules have changed; each is whole.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     changed = False
-    for path, tensors in file.modules.items():
-        module: Any = model.get_submodule(path)
-        if not isinstance(module, SlottedLayer) or module.rank < tensors.a.shape[0]:
-            slot(module, routing, tensors.a.shape[0], is_head=module is head)
-            changed = True
-    if changed:
-        group_slotted(model)
+    try:
+        for path, tensors in file.modules.items():
+            module: Any = model.get_submodule(path)
+            if not isinstance(module, SlottedLayer) or module.rank < tensors.a.shape[0]:
+                slot(module, routing, tensors.a.shape[0], is_head=module is head)
+                changed = True
+    finally:
+        if changed:
+            group_slotted(model)
     return changed
 
 

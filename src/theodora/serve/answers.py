@@ -14,6 +14,7 @@ from theodora.serve.engine import Engine, Unavailable
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import Writer
+from theodora.serve.tiers import Changed
 
 _LONG = 20_000  # characters of a text that is worth a thread
 
@@ -77,7 +78,8 @@ class Answers:
         """What comes, as it comes.
 
         Raises:
-            Unavailable: the worker failed.
+            Unavailable: the worker failed, or the adapter cannot be read now.
+            Changed: the adapter cannot be read again at all.
         """
         while self._open:
             pieces: list[Piece] = []
@@ -97,9 +99,13 @@ class Answers:
 
     def _take(self, choice: Choice, update: Any) -> Piece:
         if update.error is not None:
+            problem = choice.request.problem
+            if isinstance(problem, Changed):
+                raise problem
             raise Unavailable(
-                choice.request.problem
-                or "The engine failed while it ran this request, and is starting again; try again soon."
+                str(problem)
+                if problem is not None
+                else "The engine failed while it ran this request, and is starting again; try again soon."
             )
         tokens, finished = update.generated_tokens, update.is_finished()
         choice.generated = len(tokens)

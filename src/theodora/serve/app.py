@@ -19,6 +19,7 @@ from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
+from theodora.serve.tiers import Changed
 
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
@@ -100,9 +101,12 @@ _STATUS: dict[type[Exception], tuple[int, str]] = {
     Unavailable: (503, "unavailable_error"),
     _Late: (504, "timeout_error"),
     _Forbidden: (403, "permission_error"),
+    Changed: (409, "conflict_error"),  # before what it is a kind of
     ConfigError: (400, "invalid_request_error"),
     CheckpointError: (400, "invalid_request_error"),
 }
+# OpenAI's client tries again after 409, too, unless it is told.
+_RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-retry": "false"}}
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -127,8 +131,7 @@ def _reply(error: Exception) -> Response:
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
-            retry = {"retry-after": "1"} if status in (429, 503) else {}
-            return _answer(*failure(status, str(error), name, **retry))
+            return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
     return _answer(*failure(500, "The server failed on this request.", "server_error"))
 
 

@@ -194,11 +194,12 @@ class RoutedScheduler(FIFOScheduler):
             try:
                 slot = self.slots.place(adapter.serial, partial(self.host.take, adapter), needed)
             except CheckpointError as error:
-                request.problem = f"The adapter {adapter.name!r} cannot be read again: {error}"
+                request.problem = type(error)(f"The adapter {adapter.name!r} cannot be read again: {error}")
                 self.fail(self.waiting_requests.pop(id), error)
                 continue
             if slot is not None:
                 request.slot = slot
+                self.host.placed(adapter)
                 needed.add(adapter.serial)
                 fit.append(id)
             elif adapter.modules is not None and time.monotonic() - request.asked > _PATIENCE:
@@ -310,9 +311,11 @@ class RoutedManager(ContinuousBatchingManager):
                 stream = batch_processor.inputs_and_outputs.compute_stream
                 if stream is not None:
                     stream.synchronize()
-                result.append(task())
-                if stream is not None:  # what the task has put under way, on a stream of its own
-                    torch.cuda.current_stream().synchronize()
+                try:
+                    result.append(task())
+                finally:
+                    if stream is not None:  # what the task has put under way, on a stream of its own, even if it failed
+                        torch.cuda.current_stream().synchronize()
             except Exception as error:
                 result.append(error)
             done.set()

@@ -20,7 +20,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from theodora.errors import ConfigError, TheodoraError
+from theodora.adapters.reading import expanded
+from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors
 from theodora.serve.adapters import (
     Registry,
@@ -172,8 +173,12 @@ class Engine:
                 return False
             if answered:
                 self.answered += 1
-        if request.adapter is not None and self.adapters.release(request.adapter):
-            self._free(request.adapter)
+        if (adapter := request.adapter) is not None:
+            last = self.adapters.release(adapter)
+            if not adapter.users:
+                self.host.rest(adapter)
+            if last:
+                self._free(adapter)
         return True
 
     # Adapters
@@ -189,26 +194,36 @@ class Engine:
             if name == self.config.name or self.adapters.get(name) is not None:
                 raise ConfigError(f"The name {name!r} is taken; unload it first, or choose another.")
             started = time.perf_counter()
+            before = Stamp.of(expanded(path))
             file = read_served(path, self.model, self.config.max_rank)
-            stamp = Stamp(file)
+            stamp = Stamp.of(file.path)
+            if stamp.folder == before.folder and stamp != before:  # another folder: the hub's, which nobody overwrites
+                raise CheckpointError(f"{file.path} changed while it was read; load it again.")
             manager = self._manager
 
             def change() -> None:
-                if make_room(self.model, file, self.routing) and manager is not None:
-                    manager.forget_graphs()
+                changed = True  # also if it fails halfway
+                try:
+                    changed = make_room(self.model, file, self.routing)
+                finally:
+                    if changed and manager is not None:
+                        manager.forget_graphs()
 
             manager.run_between_batches(change) if manager is not None else change()
             adapter = prepare(name, file, self.model, started)
             adapter.stamp = stamp
+            self.host.add(adapter)  # first, because what can be asked for can be unloaded
             self.adapters.add(adapter)
-            self.host.add(adapter)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
-            self._mover.submit(self.host.move, adapter, in_host_memory)
+            self._mover.submit(self._to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
         return adapter
 
     def unload(self, name: str) -> bool:
-        """Stop serving an adapter; requests that run or wait with it are answered. False if there is none."""
+        """Stop serving an adapter. False if there is none.
+
+        Requests that run or wait with it are answered; those that wait for it to be read from disk need its folder.
+        """
         adapter = self.adapters.remove(name)
         if adapter is None:
             return False
@@ -221,16 +236,24 @@ class Engine:
         self.slots.forget(adapter.serial)
         self.host.forget(adapter)
 
+    def _to_host(self, adapter: ServedAdapter) -> None:
+        try:
+            self.host.move(adapter, in_host_memory)
+        except Exception as error:  # there is no more memory to pin, say; it can be served from where it is
+            log.warning("%s stays in the memory of %s: %s", adapter.name, self.device, error)
+
     def _read_again(self, adapter: ServedAdapter) -> dict[str, SlotTensors]:
         """An adapter's tensors, from its folder, in host memory.
 
         Raises:
-            CheckpointError: it is damaged now, or not what it was.
+            Changed: it is not what it was.
+            CheckpointError: it cannot be read.
         """
+        assert adapter.stamp is not None
+        adapter.stamp.check()  # before, because what is wrong with changed files is that they have changed
         file = read_served(adapter.path, self.model, self.config.max_rank)
         tensors = in_host_memory(slot_tensors(file, self.model))
-        if adapter.stamp is not None:
-            adapter.stamp.check()
+        adapter.stamp.check()
         return tensors
 
     def _wake(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from theodora.errors import CheckpointError
     from theodora.serve.adapters import ServedAdapter
 
 
@@ -77,7 +78,7 @@ class Request:
     """The event loop that `updates` belongs to; without one it is a queue between threads."""
     updates: Any = None
     slot: int = 0
-    problem: str | None = None
+    problem: CheckpointError | None = None
     """Why it failed, if that is its own affair rather than the worker's."""
     asked: float = field(default_factory=time.monotonic)
     tops: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)

@@ -66,8 +66,9 @@ class Slots:
         return None if victim is None else self._slot_of.pop(victim)
 
     def _fill(self, slot: int, modules: dict[str, SlotTensors]) -> None:
-        layers = self._layers()
-        for path in self._filled.get(slot, set()) - modules.keys():
+        layers, held = self._layers(), self._filled.get(slot, set())
+        self._filled[slot] = held | modules.keys()  # if this fails halfway, any of them may hold something
+        for path in held - modules.keys():
             layers[path].fill(slot, None)
         for path, tensors in modules.items():
             layers[path].fill(slot, tensors)

@@ -10,13 +10,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
-from theodora.adapters.checkpoint import CONFIG_NAME, AdapterFile
+from theodora.adapters.checkpoint import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.errors import CheckpointError
 from theodora.layers.slotted import SlotTensors
 from theodora.serve.adapters import ServedAdapter
 
 Tensors = dict[str, SlotTensors]
+
+
+class Changed(CheckpointError):
+    """An adapter's files are not those that were loaded: to try again does not help."""
 
 
 class HostTier:
@@ -41,8 +48,8 @@ class HostTier:
         """Adapters that were read again."""
         self._executor, self._read, self._arrived = executor, read, arrived
         self._held: OrderedDict[int, ServedAdapter] = OrderedDict()  # by serial number, oldest use first
-        self._wanted: set[int] = set()  # being read, or read and not taken yet
-        self._failed: dict[int, str] = {}
+        self._wanted: set[int] = set()  # being read, or held for requests that wait for a slot
+        self._failed: dict[int, CheckpointError] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -72,35 +79,54 @@ class HostTier:
     def take(self, adapter: ServedAdapter) -> Tensors | None:
         """An adapter's tensors; None if they have to be read first, which begins here if memory allows.
 
+        What was asked for stays in memory until it is `placed`, or nobody asks any more (`rest`).
+
         Raises:
             CheckpointError: they could not be read.
         """
         with self._lock:
             if (problem := self._failed.pop(adapter.serial, None)) is not None:
-                raise CheckpointError(problem)
+                raise problem
+            full = self.most is not None and len(self._wanted) >= self.most
             if adapter.modules is not None:
-                self._wanted.discard(adapter.serial)
-                if adapter.serial in self._held:
-                    self._held.move_to_end(adapter.serial)
+                if not full:
+                    self._wanted.add(adapter.serial)
+                self._held.move_to_end(adapter.serial)
                 return adapter.modules
-            full = self.most is not None and len(self._wanted) >= self.most  # what is read needs room until it is taken
             if full or adapter.serial in self._wanted or _gone(adapter):
                 return None
             self._wanted.add(adapter.serial)
-        self._executor.submit(self._fetch, adapter)
+        with suppress(RuntimeError):  # the server is stopping
+            self._executor.submit(self._fetch, adapter)
         return None
+
+    def placed(self, adapter: ServedAdapter) -> None:
+        """An adapter is in a slot: its place here can be another's."""
+        with self._lock:
+            self._wanted.discard(adapter.serial)
+
+    def rest(self, adapter: ServedAdapter) -> None:
+        """No request asks for an adapter any more: it may give way, and later requests are not told of a failure."""
+        with self._lock:
+            self._failed.pop(adapter.serial, None)
+            if adapter.serial in self._held:  # one that is being read takes memory nevertheless, until it has come
+                self._wanted.discard(adapter.serial)
 
     def _fetch(self, adapter: ServedAdapter) -> None:
         try:
             tensors, problem = self._read(adapter), None
         except Exception as error:  # whatever is wrong with the file, with memory, with the disk
-            tensors, problem = None, str(error)
+            # A new error, because a traceback would hold what has been read.
+            kind = Changed if isinstance(error, Changed) else CheckpointError
+            tensors, problem = None, kind(str(error))
         with self._lock:
-            if problem is not None:
+            wanted = adapter.serial in self._wanted  # it was not forgotten meanwhile
+            if problem is not None or not adapter.users:
                 self._wanted.discard(adapter.serial)
+            if problem is not None:
                 if adapter.users:
                     self._failed[adapter.serial] = problem
-            elif adapter.serial in self._wanted and not _gone(adapter):
+            elif wanted and not _gone(adapter):
                 adapter.modules, self.reads = tensors, self.reads + 1
                 self._hold(adapter)
         self._arrived()
@@ -120,23 +146,37 @@ def _gone(adapter: ServedAdapter) -> bool:
     return adapter.leaving and not adapter.users
 
 
+@dataclass(frozen=True)
 class Stamp:
     """What tells an adapter's files from changed ones: sizes and times."""
 
-    def __init__(self, file: AdapterFile) -> None:
-        self._files = (file.path / CONFIG_NAME, file.weights)
-        self._found = self._look()
+    folder: Path
+    files: tuple[tuple[int, int, int] | None, ...]
+    """Of the configuration and of the tensors; None for a file that is not there."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Stamp:
+        """The stamp of a folder as it is now.
+
+        Raises:
+            CheckpointError: it cannot be asked.
+        """
+        weights = _look(folder / WEIGHTS_NAME) or _look(folder / MLX_WEIGHTS_NAME)
+        return cls(folder, (_look(folder / CONFIG_NAME), weights))
 
     def check(self) -> None:
-        """Raise a CheckpointError if the files have changed."""
-        if self._look() != self._found:
-            raise CheckpointError(
-                f"{self._files[0].parent} has changed since it was loaded; unload the adapter, and load it again."
+        """Raise `Changed` if the files are others now."""
+        if Stamp.of(self.folder) != self:
+            raise Changed(
+                f"{self.folder} has changed since it was loaded, or is gone; unload the adapter, and load it again."
             )
 
-    def _look(self) -> list[tuple[int, int, int]]:
-        try:
-            stats = [file.stat() for file in self._files]
-        except OSError as error:
-            raise CheckpointError(f"{self._files[0].parent} cannot be read: {error}") from error
-        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+def _look(file: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
