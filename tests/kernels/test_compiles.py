@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Update
 from theodora.kernels.routed import MOST_LAYERS, SlottedWeights
-from theodora.kernels.triton import compose, gated, routed, weight_norm
+from theodora.kernels.triton import compose, gated, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
@@ -67,9 +67,19 @@ def update(tokens, outputs, rank, dtype):
 def test_compose(rank, dtype, launched):
     z, u = torch.zeros(64, 128, dtype=dtype), update(64, 128, rank, dtype)
     compose.compose(z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O, u.bias_O, torch.empty_like(z))
-    compose.compose_backward(z, z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O)
+    compose.compose_backward(z, z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O, from_output=True)
+    x = torch.zeros(64, 96, dtype=dtype), torch.zeros(64), torch.zeros(96, dtype=dtype)
+    w = torch.zeros(128, 96, dtype=dtype)
+    compose.zero_scale_gradient(torch.zeros(128), z, *x, w, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O)
     assert max(launched.values()) <= SHARED_MEMORY
-    assert {"_compose", "_compose_backward", "_sum_rows"} <= launched.keys()
+    assert {"_compose", "_compose_backward", "_sum_rows", "_zero_scale_gradient"} <= launched.keys()
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rotary(dtype, back, launched):
+    rotary.turn(torch.zeros(2, 6, 8, 128, dtype=dtype), *torch.zeros(2, 1, 8, 128, dtype=dtype), back)
+    assert set(launched) == {"_turn"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -123,6 +123,47 @@ def test_gradients_are_written_where_they_are_wanted_and_nowhere_else(rank, dtyp
     assert int(room.isnan().sum()) == 37 * 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [3, 16, 128])
+def test_a_magnitudes_gradient_from_the_output(rank, dtype):
+    given, dy = inputs((42, 96, rank), {LOW, SCALED}, dtype)
+    z, xa, b, scale, magnitude, norm, _ = given
+    magnitude[1:4] = torch.tensor([0.0, 1e-5, -1e-9])
+    exact = kernel.compose_backward_reference(*wide((dy, z, xa, b, scale, magnitude, norm)))
+    exact[3][1] = 0  # for `zero_scale_gradient`
+    rest = xa, b, scale, magnitude, norm
+    y = kernel.compose_reference(*wide(given))
+    again = kernel.compose_backward_from_output_reference(dy.double(), y, *wide(rest))
+    for value, expected in zip(again, exact, strict=True):
+        torch.testing.assert_close(value, expected)
+    # The output as it would be kept, rounded: what is kept of z is rounded, too.
+    y, dz, dzb = y.to(dtype), torch.empty_like(dy), torch.empty(42, rank, device=DEVICE, dtype=dtype)
+    db, dm = kernel.compose_backward_from_output(dy, y, *rest, dz, dzb)
+    plain = kernel.compose_backward_reference(dy, z, xa, b, scale, magnitude, norm)
+    plain[3][1] = 0
+    check([dz, dzb, db, dm], plain, exact, dtype)
+    check([dm[2:4]], [plain[3][2:4]], [exact[3][2:4]], dtype)  # small magnitudes learn as exactly as large ones
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_magnitude_of_zero_has_its_gradient_from_x(dtype, normed):
+    (_, xa, b, scale, magnitude, norm, _), dy = inputs((37, 20, 5), {LOW, SCALED}, dtype)
+    h, w = normal(37, 300, dtype=dtype), normal(20, 300, dtype=dtype)
+    rstd, weight = (normal(37).abs(), normal(300, dtype=dtype)) if normed else (None, None)
+    magnitude[3:6] = torch.tensor([0.0, 1e-30, -1e-30])
+    norm[4] = 0
+    x = h.double() if rstd is None else h.double() * rstd.double()[:, None] * weight.double()
+    z = x @ w.double().T
+    exact = kernel.compose_backward_reference(dy.double(), z, *wide((xa, b, scale, magnitude, norm)))[3]
+    plain = kernel.compose_backward_reference(dy, z.to(dtype), xa, b, scale, magnitude, norm)[3]
+    dm = torch.full((20,), 7.0, device=DEVICE)
+    kernel.zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, scale, magnitude, norm)
+    rows = [3, 5]  # row 4 has no norm: its magnitude has no say
+    check([dm[rows]], [plain[rows]], [exact[rows]], dtype)
+    assert bool((dm[[0, 1, 2, 4, *range(6, 20)]] == 7).all())
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=KIND_IDS)
 def test_the_operators_keep_their_word(kind):
     operators = torch.ops.theodora
@@ -135,3 +176,7 @@ def test_the_operators_keep_their_word(kind):
     if xa is not None and norm is not None:
         into = torch.empty_like(dy), torch.empty(5, 3, device=DEVICE)
         torch.library.opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, *into))
+        rest = xa, b, scale, magnitude, norm
+        torch.library.opcheck(operators.compose_backward_from_output, (dy, z, *rest, *into))
+        x, w, dm = normal(5, 8), normal(20, 8), torch.ones(20, device=DEVICE)
+        torch.library.opcheck(operators.zero_scale_gradient, (dm, dy, x, None, None, w, *rest))

@@ -1,9 +1,9 @@
 """The fast path of a whole model: what one layer alone cannot do for itself.
 
 Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
-RMSNorms let the layers after them do without their outputs, GELU is one pass, and rotary embeddings run on Liger's
-kernel. Everything is recognised by what it computes, on any model family, and falls back to the model's own code by
-itself wherever it does not fit (on a CPU, under torch.compile, with hooks or dropout).
+RMSNorms let the layers after them do without their outputs, GELU and rotary embeddings are one pass, and attention
+keeps q and k once. Everything is recognised by what it computes, on any model family, and falls back to the model's own
+code by itself wherever it does not fit (on a CPU, under torch.compile, with hooks or dropout).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from theodora.kernels import SharedOutputs
 from theodora.kernels.recompute import checkpoint_contexts
-from theodora.kernels.rotary import restore_rotary, speed_up_rotary
 from theodora.layers.activation import FastGELU, restore_gelu, speed_up_gelu
+from theodora.layers.attention import restore_rotary, speed_up_rotary
 from theodora.layers.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
-from theodora.layers.groups import GROUP, SIBLINGS, Group
+from theodora.layers.groups import ATTENTION, GROUP, SIBLINGS, Group
 from theodora.layers.norm import FastRMSNorm, restore_norm, speed_up_norm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -126,10 +127,12 @@ def _group(parent: nn.Module) -> int:
     """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
     found = 0
     for names in SIBLINGS:
-        layers: list[Any] = [child for name in names if hasattr(child := parent._modules.get(name), "parts")]  # pyright: ignore[reportPrivateUsage]
+        layers: dict[str, Any] = {n: child for n in names if hasattr(child := parent._modules.get(n), "parts")}  # pyright: ignore[reportPrivateUsage]
         if len(layers) > 1:
-            group = Group(layers)
-            for layer in layers:
+            rotary = names == ATTENTION and speed_up_rotary(parent)
+            shared = SharedOutputs([name != "v_proj" for name in layers]) if rotary else None
+            group = Group(list(layers.values()), shared)
+            for layer in layers.values():
                 layer.__dict__[GROUP] = group
             found += 1
     return found

@@ -17,11 +17,13 @@ from theodora import functional
 from theodora.kernels import decode, fused
 from theodora.kernels.base_product import dequantized
 from theodora.kernels.parts import Parts
+from theodora.kernels.shared_outputs import SharedOutputs
 from theodora.kernels.stack import Stack
 from theodora.kernels.weight_norm import dora_norm
 
 __all__ = [
     "Parts",
+    "SharedOutputs",
     "Stack",
     "adapted_linears",
     "decode",
@@ -54,14 +56,19 @@ def fast() -> bool:
 
 
 def adapted_linears(
-    x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None, stack: Stack | None = None
+    x_TI: Tensor,
+    layers: Sequence[Parts],
+    x_lora_TI: Tensor | None = None,
+    stack: Stack | None = None,
+    shared: SharedOutputs | None = None,
 ) -> list[Tensor]:
     """The outputs of layers that read the same x, each (…, O), by the fastest way that fits the inputs.
 
-    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout); `stack` may hold the weights.
+    `x_lora_TI` is what the low-rank branches see instead of x (x after dropout); `stack` may hold the weights; with
+    `shared`, somebody else keeps the outputs (see `shared_outputs.py`).
     """
     if all(fits(x_TI, layer) for layer in layers):
-        return fused.adapted_linears(x_TI, layers, x_lora_TI, stack)
+        return fused.adapted_linears(x_TI, layers, x_lora_TI, stack, shared)
     return [_reference_linear(x_TI, layer, x_lora_TI) for layer in layers]
 
 

@@ -3,6 +3,8 @@
     forward     y = g ⊙ (z + s·xa Bᵀ) + bias,  g = m / norm                        z = x Wᵀ, xa = x Aᵀ
     backward    dz = g ⊙ dy      dzb = s·dz B      dB = s·dzᵀ xa      dm = Σ_T dy ⊙ (z + s·xa Bᵀ) / norm
 
+Where the output is kept instead of z (see `shared_outputs.py`), dm is Σ_T dy ⊙ y / m.
+
 Without magnitude and norm this is LoRA (g = 1, dz = dy). T tokens, O out features, R rank. xa and dzb are (T, R) in the
 dtype of z; m and norm are (O,) float32, and the gradients of B and m come in float32.
 
@@ -22,6 +24,9 @@ from theodora.kernels.operators import operator, runs_triton
 
 MOST_FUSED_RANK = 128
 """Ranks up to which the Triton kernels hold a tile of B; a caller adds larger updates by a product of its own."""
+
+LEAST_SCALE = 2.0**-40
+"""|g| below which an output says nothing about z any more."""
 
 
 def compose_reference(
@@ -54,16 +59,58 @@ def compose_backward_reference(
     dy, and empty here."""
     dz, dm = dy_TO, dy_TO.new_empty(0)
     if magnitude_O is not None and norm_O is not None and z_TO is not None:
-        v = _updated(z_TO, xa_TR, b_OR, scale)
         dz = (dy_TO * dora_scale(magnitude_O, norm_O)).to(dy_TO.dtype)
-        dg = (dy_TO * v).sum(0, dtype=norm_O.dtype)
-        # Where the norm is zero g is 1 by definition and does not depend on m.
-        dm = torch.where(norm_O == 0, 0, dg / norm_O)
+        dm = _magnitude_gradient(dy_TO, _updated(z_TO, xa_TR, b_OR, scale), norm_O)
     dzb, db = dy_TO.new_empty(0), dy_TO.new_empty(0)  # not one: outputs of an operator must not alias
     if xa_TR is not None and b_OR is not None:
         dzb = dz @ (scale * b_OR).to(dz.dtype)
         db = (dz.T @ xa_TR).to(wide_dtype(dz.dtype)) * scale
     return dy_TO.new_empty(0) if dz is dy_TO else dz, dzb, db, dm
+
+
+def compose_backward_from_output_reference(
+    dy_TO: Tensor,
+    y_TO: Tensor,
+    xa_TR: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    magnitude_O: Tensor,
+    norm_O: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dzb, dB, dm) from the output y = g ⊙ (z + s·xa Bᵀ).
+
+    Where |g| < `LEAST_SCALE` dm is 0: see `zero_scale_gradient`.
+    """
+    g_O = dora_scale(magnitude_O, norm_O)
+    dz, dzb, db, _ = compose_backward_reference(dy_TO, y_TO, xa_TR, b_OR, scale, magnitude_O, norm_O)
+    v = torch.where(g_O.abs() < LEAST_SCALE, 0, y_TO / g_O)
+    return dz, dzb, db, _magnitude_gradient(dy_TO, v, norm_O)
+
+
+def _magnitude_gradient(dy_TO: Tensor, v_TO: Tensor, norm_O: Tensor) -> Tensor:
+    """dm = Σ_T dy ⊙ v / norm. Where the norm is zero g is 1 by definition and does not depend on m."""
+    return torch.where(norm_O == 0, 0, (dy_TO * v_TO).sum(0, dtype=norm_O.dtype) / norm_O)
+
+
+def zero_scale_gradient_reference(
+    dm_O: Tensor,
+    dy_TO: Tensor,
+    h_TI: Tensor,
+    rstd_T: Tensor | None,
+    weight_I: Tensor | None,
+    w_OI: Tensor,
+    xa_TR: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    magnitude_O: Tensor,
+    norm_O: Tensor,
+) -> None:
+    """Write dm where |g| < `LEAST_SCALE` and the norm is not zero, from x = h · rstd · weight (or h alone) again."""
+    rows = (dora_scale(magnitude_O, norm_O).abs() < LEAST_SCALE) & (norm_O != 0)
+    x = h_TI if rstd_T is None or weight_I is None else h_TI * rstd_T[:, None] * weight_I
+    dy = dy_TO[:, rows].to(norm_O.dtype)
+    dg = (dy.T @ x.to(dy.dtype) * w_OI[rows]).sum(1) + scale * (dy.T @ xa_TR.to(dy.dtype) * b_OR[rows]).sum(1)
+    dm_O[rows] = (dg / norm_O[rows]).to(dm_O.dtype)
 
 
 def _updated(z_TO: Tensor, xa_TR: Tensor | None, b_OR: Tensor | None, scale: float) -> Tensor:
@@ -144,6 +191,50 @@ def _compose_backward_into(
     return db, dm
 
 
+def _compose_backward_from_output(
+    dy: Tensor,
+    y: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    dz: Tensor,
+    dzb: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(dB, dm); dz and dzb are written to where they are wanted."""
+    if runs_triton(dy):
+        from theodora.kernels.triton import compose as triton
+
+        _, _, db, dm = triton.compose_backward(dy, y, xa, b, scale, magnitude, norm, dz, dzb, from_output=True)
+        return db, dm
+    found_dz, found_dzb, db, dm = compose_backward_from_output_reference(dy, y, xa, b, scale, magnitude, norm)
+    dz.copy_(found_dz)
+    dzb.copy_(found_dzb)
+    return db, dm
+
+
+def _zero_scale_gradient(
+    dm: Tensor,
+    dy: Tensor,
+    h: Tensor,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+) -> None:
+    if not runs_triton(dy):
+        zero_scale_gradient_reference(dm, dy, h, rstd, weight, w, xa, b, scale, magnitude, norm)
+        return
+    from theodora.kernels.triton import compose as triton
+
+    triton.zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, scale, magnitude, norm)
+
+
 def _fake_compose_backward(
     dy: Tensor,
     z: Tensor | None,
@@ -185,4 +276,19 @@ compose_backward_into = operator(
         b.new_empty(b.shape, dtype=wide_dtype(dy.dtype)),
         torch.empty_like(norm),
     ),
+)
+compose_backward_from_output = operator(
+    "compose_backward_from_output(Tensor dy, Tensor y, Tensor xa, Tensor b, float scale, Tensor magnitude, Tensor norm,"
+    " Tensor(a!) dz, Tensor(b!) dzb) -> (Tensor, Tensor)",
+    _compose_backward_from_output,
+    lambda dy, y, xa, b, scale, magnitude, norm, dz, dzb: (
+        b.new_empty(b.shape, dtype=wide_dtype(dy.dtype)),
+        torch.empty_like(norm),
+    ),
+)
+zero_scale_gradient = operator(
+    "zero_scale_gradient(Tensor(a!) dm, Tensor dy, Tensor h, Tensor? rstd, Tensor? weight, Tensor w, Tensor xa, "
+    "Tensor b, float scale, Tensor magnitude, Tensor norm) -> ()",
+    _zero_scale_gradient,
+    lambda dm, dy, h, rstd, weight, w, xa, b, scale, magnitude, norm: None,
 )

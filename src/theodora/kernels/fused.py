@@ -26,23 +26,30 @@ from theodora.kernels.compose import (
     MOST_FUSED_RANK,
     compose,
     compose_backward,
+    compose_backward_from_output,
     compose_backward_into,
     compose_in_place,
+    zero_scale_gradient,
 )
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import Parts
+from theodora.kernels.shared_outputs import Output, SharedOutputs, mark
 from theodora.kernels.stack import Stack
 
 _PER_LAYER = 7  # tensors: weight, weight_scale, bias, A, B, magnitude, norm
 
 
 def adapted_linears(
-    x_TI: Tensor, layers: Sequence[Parts], x_lora_TI: Tensor | None = None, stack: Stack | None = None
+    x_TI: Tensor,
+    layers: Sequence[Parts],
+    x_lora_TI: Tensor | None = None,
+    stack: Stack | None = None,
+    shared: SharedOutputs | None = None,
 ) -> list[Tensor]:
     """The outputs of several adapted layers that read the same x, each (…, O).
 
     `x_lora_TI` is what the low-rank branches see instead of x (x after dropout); `stack` holds the layers' weights,
-    perhaps.
+    perhaps; with `shared`, somebody else keeps the outputs.
     """
     x, x_lora = flat(x_TI), None if x_lora_TI is None else flat(x_lora_TI)
     source = NormedInput.of(x_TI) if x_lora is None else None
@@ -50,7 +57,9 @@ def adapted_linears(
     # Without magnitudes the outputs are the base products themselves, which must not be views of one another.
     if stack is not None and (x_lora is not None or not _scaled(layers) or not stack.fits(layers)):
         stack = None
-    ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, [layer.scale for layer in layers], *tensors)
+    if stack is None or (shared is not None and not shared.fit(x, layers)):
+        shared = None
+    ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, shared, [layer.scale for layer in layers], *tensors)
     return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -69,6 +78,7 @@ class _AdaptedLinears(torch.autograd.Function):
         x_lora_TI: Tensor | None,
         source: NormedInput | None,
         stack: Stack | None,
+        shared: SharedOutputs | None,
         scales: list[float],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -81,8 +91,12 @@ class _AdaptedLinears(torch.autograd.Function):
         for layer, z, xa_TR in zip(layers, zs, split_ranks(xa, layers), strict=True):
             y, z = composed(z, xa_TR, layer)
             ys.append(y)
-            kept.append(z)
-        ctx.scales, ctx.stack = scales, stack
+            kept.append(z if shared is None else None)
+        ctx.scales, ctx.stack, ctx.shared, ctx.outputs = scales, stack, shared, None
+        if shared is not None:  # not among what is saved, where a stranger's writing to them would be an error
+            ctx.outputs = [Output(y, read_by_rotary=turned) for y, turned in zip(ys, shared.turned, strict=True)]
+            for y, output in zip(ys, ctx.outputs, strict=True):
+                mark(y, output)
         ctx.set_materialize_grads(False)
         save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
         return tuple(ys)
@@ -97,15 +111,31 @@ class _AdaptedLinears(torch.autograd.Function):
         # A layer whose output was not used has nothing to learn, and adds nothing to dx.
         used = [i for i, dy in enumerate(dys) if dy is not None]
         chosen = [layers[i] for i in used]
+        whole = len(used) == len(layers)
+        # Autograd lets go of what it saved as it goes; of these, we do.
+        outputs: list[Output] | None = ctx.outputs
+        ctx.outputs = None
+        if outputs is not None and whole and all(output.known for output in outputs):
+            kept = [output.y_TO for output in outputs]
+        elif ctx.shared is not None:
+            ctx.shared.possible = ctx.shared.possible and (outputs is None or not whole)
+            kept, outputs = base_products(input_of(source), layers, ctx.stack), None
         dx, dzb, dbs, dms = layers_backward(
             [dys[i] for i in used],  # pyright: ignore[reportArgumentType]
             [kept[i] for i in used],
             [xas[i] for i in used],
             chosen,
-            ctx.stack if len(used) == len(layers) else None,
+            ctx.stack if whole else None,
             needs_x,
             needs_x and not needs_x_lora,
+            from_outputs=outputs is not None,
         )
+        if outputs is not None:
+            normed = isinstance(source, NormedInput)
+            x = (source.h_TI, source.rstd_T, source.weight_I) if normed else (source, None, None)
+            for dm, dy, xa_TR, layer in zip(dms, dys, xas, layers, strict=True):
+                rest = layer.weight_OI, xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
+                zero_scale_gradient(dm, dy, *x, *rest)
         dx_lora = None
         if needs_x_lora and dzb is not None:
             a = stacked_a(chosen, dzb.dtype)
@@ -115,7 +145,7 @@ class _AdaptedLinears(torch.autograd.Function):
         grads: list[Any] = [None] * (_PER_LAYER * len(layers))
         for i, da, db, dm in zip(used, das, dbs, dms, strict=True):
             set_gradients(grads, i, da=da, db=db, dm=dm)
-        return dx, dx_lora, None, None, None, *grads
+        return dx, dx_lora, None, None, None, None, *grads
 
 
 # The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
@@ -156,6 +186,13 @@ def saved_input(ctx: Any) -> tuple[Tensor | NormedInput, list[Any]]:
     """What `save_input` saved."""
     x, rstd, weight, *others = ctx.saved_tensors
     return (NormedInput(x, rstd, weight) if ctx.normed else x), others
+
+
+def input_of(source: Tensor | NormedInput) -> Tensor:
+    """x itself, (T, I)."""
+    if not isinstance(source, NormedInput):
+        return source
+    return (source.h_TI * source.rstd_T[:, None] * source.weight_I).to(source.h_TI.dtype)
 
 
 def layers_of(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Parts]:
@@ -251,13 +288,14 @@ def layers_backward(
     needs_x: bool,
     joins_x: bool,
     over: Tensor | None = None,
+    from_outputs: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """(dx, dzb (T, ΣR), all dB, all dm) of layers that read one x; `joins_x` if the low-rank branches read it too.
 
-    With a stack, [dz₁ | dz₂ | … | dzb] may be written over `over`, which holds the z.
+    With a stack, [dz₁ | dz₂ | … | dzb] may be written over `over`, which holds the z, or what was kept are the outputs.
     """
     if stack is not None and _scaled(layers) and all(in_one_pass(dys[0], layer) for layer in layers):
-        return _stacked_backward(dys, kept, xas, layers, stack, needs_x, over)
+        return _stacked_backward(dys, kept, xas, layers, stack, needs_x, over, from_outputs)
     dzs, dzbs, dbs, dms = [], [], [], []
     for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
         for found, value in zip((dzs, dzbs, dbs, dms), composed_backward(dy, z, xa_TR, layer), strict=True):
@@ -293,6 +331,7 @@ def _stacked_backward(
     stack: Stack,
     needs_x: bool,
     over: Tensor | None,
+    from_outputs: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
     a = stacked_a(layers, dys[0].dtype)
@@ -302,16 +341,17 @@ def _stacked_backward(
     at, low = 0, stack.rows
     dbs: list[Tensor | None] = []
     dms: list[Tensor | None] = []
+    backward = compose_backward_from_output if from_outputs else compose_backward_into
     for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
         b, magnitude = layer.b_OR, layer.magnitude_O
         assert b is not None
         assert magnitude is not None
-        outputs, rank = b.shape
-        into = dz_dzb[:, at : at + outputs], dz_dzb[:, low : low + rank]
-        db, dm = compose_backward_into(dy, z, xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)
+        features, rank = b.shape
+        into = dz_dzb[:, at : at + features], dz_dzb[:, low : low + rank]
+        db, dm = backward(dy, z, xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)
         dbs.append(db.to(b.dtype))
         dms.append(dm.to(magnitude.dtype))
-        at, low = at + outputs, low + rank
+        at, low = at + features, low + rank
     dz_dzb[:, low:].zero_()
     dx = dz_dzb @ stack.with_a(a) if needs_x else None
     return dx, dz_dzb[:, stack.rows : low], dbs, dms

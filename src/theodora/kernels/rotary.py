@@ -1,76 +1,60 @@
-"""Rotary position embeddings by Liger-Kernel, in the models whose own function computes the same.
+"""Rotary position embeddings in one pass, written to new memory.
 
-Attention modules call `apply_rotary_pos_emb` of the file they stand in. There is no hook, so the function itself is
-replaced, once in a process; tensors that Liger's kernel is not for go to the original.
+    (x₁, x₂) ↦ (x₁·cos₁ − x₂·sin₁, x₂·cos₂ + x₁·sin₂)        x₁, x₂: the halves of each head      (arXiv 2104.09864)
+
+Legend: B batch, H heads, T tokens, D features of a head.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_NAME = "apply_rotary_pos_emb"
-
-
-def speed_up_rotary(module: nn.Module) -> bool:
-    """Give the file of an attention module the faster function, if it is for its kind; say whether it has it now."""
-    file = sys.modules.get(type(module).__module__)
-    original = getattr(file, _NAME, None)
-    if original is None or "ttention" not in type(module).__name__:
-        return False
-    if hasattr(original, "__theodora__"):
-        return True
-    if importlib.util.find_spec("liger_kernel") is None or not _computes_the_usual(original):
-        return False
-    setattr(file, _NAME, _dispatching(original))
-    return True
+from theodora.functional import wide_dtype
+from theodora.kernels.operators import operator, runs_triton
 
 
-def restore_rotary(module: nn.Module) -> None:
-    """Put the file's own function back."""
-    file = sys.modules.get(type(module).__module__)
-    own = getattr(getattr(file, _NAME, None), "__theodora__", None)
-    if own is not None:
-        setattr(file, _NAME, own)
+def rotate(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """Each head turned by the angles of its token, differentiable in x.
+
+    Args:
+        x_BHTD: heads, in any order in memory, which the result has as well.
+        cos_BTD, sin_BTD: of the angles; B may be 1.
+    """
+    return _Rotate.apply(x_BHTD, cos_BTD, sin_BTD)  # pyright: ignore[reportReturnType]
 
 
-def rotate(q_BHTD: Tensor, k_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """The usual rotation: x·cos + rotate_half(x)·sin, for each head."""
-
-    def turned(x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        return x * cos_BTD[:, None] + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin_BTD[:, None]
-
-    return turned(q_BHTD), turned(k_BHTD)
+def rotate_reference(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, back: bool = False) -> Tensor:
+    """`rotate` in plain torch, rounded once; with `back`, what its gradient becomes on the way back."""
+    wide = wide_dtype(x_BHTD.dtype)
+    (x1, x2), (c1, c2), (s1, s2) = (t.to(wide).chunk(2, -1) for t in (x_BHTD, cos_BTD[:, None], sin_BTD[:, None]))
+    turned = (x1 * c1 + x2 * s2, x2 * c2 - x1 * s1) if back else (x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)
+    return torch.empty_like(x_BHTD).copy_(torch.cat(turned, -1))
 
 
-def _computes_the_usual(function: Callable[..., Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=generator, device="cpu") for heads in (4, 2))
-    angles = torch.randn(1, 3, 4, generator=generator, device="cpu").repeat(1, 1, 2)
-    expected = rotate(q, k, angles.cos(), angles.sin())
-    try:
-        found = function(q, k, angles.cos(), angles.sin())
-    except Exception:  # whatever a stranger's function raises: it is another one
-        return False
-    return len(found) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        return turn(x_BHTD, cos_BTD, sin_BTD, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BHTD: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return turn(dy_BHTD, *ctx.saved_tensors, True), None, None
 
 
-def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if not runs_triton(x) or x.stride(-1) != 1:
+        return rotate_reference(x, cos, sin, back)
+    from theodora.kernels.triton import rotary as triton
 
-    @functools.wraps(original)
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        usual = q.is_cuda and not args and not kwargs and not torch.compiler.is_compiling() and q.dim() == 4
-        if usual and q.dtype == cos.dtype and q.dtype in (torch.bfloat16, torch.float16) and cos.dim() == 3:
-            return liger_rotary_pos_emb(q, k, cos, sin)
-        return original(q, k, cos, sin, *args, **kwargs)
+    return triton.turn(x, cos, sin, back)
 
-    apply.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
-    return apply
+
+turn = operator(
+    "turn(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _turn, lambda x, cos, sin, back: torch.empty_like(x)
+)

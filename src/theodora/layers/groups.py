@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
-from theodora.kernels import Parts
+from theodora.kernels import Parts, SharedOutputs
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.stack import Stack
 
 GROUP = "_theodora_group"
 # Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
+ATTENTION = ("q_proj", "k_proj", "v_proj")
 SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
+    ATTENTION,
     ("query", "key", "value"),
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
@@ -43,8 +44,8 @@ class FastLinear(Protocol):
 class Group:
     """Several `FastLinear` modules that read the same x."""
 
-    def __init__(self, layers: Sequence[FastLinear]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[FastLinear], shared: SharedOutputs | None = None) -> None:
+        self.layers, self.shared = list(layers), shared
         self.stack = stack_weights(layers)
         # What the outputs were computed from, and those that nobody has asked for yet. One attribute, so that threads
         # that share the model (`nn.DataParallel`) cannot mix up theirs.
@@ -71,14 +72,16 @@ class Group:
         found = parts_that_fit(x, layers)
         if found is None:
             return None
-        first, *others = kernels.adapted_linears(x, found, stack=self.stack)
+        # (hooks of the first layer may write to its output where autograd does not see it)
+        shared = None if has_hooks(layers[:1]) else self.shared
+        first, *others = kernels.adapted_linears(x, found, stack=self.stack, shared=shared)
         if others:
             self._ready = (x, *_state(x)), {id(other): y for other, y in zip(layers[1:], others, strict=True)}
         return first
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are its own again.
-        return {"layers": self.layers, "stack": None, "_ready": _NOTHING}
+        return {"layers": self.layers, "shared": self.shared, "stack": None, "_ready": _NOTHING}
 
     def dissolve(self) -> None:
         """Let go of the layers; their weights get memory of their own again."""

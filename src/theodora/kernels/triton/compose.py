@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from theodora.kernels.compose import LEAST_SCALE
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
     load_scaled_b,
@@ -25,6 +26,7 @@ from theodora.kernels.triton.common import (
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
 _BACKWARD = {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
+_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
 
@@ -94,8 +96,8 @@ def _row(tensor: Tensor | None) -> int:
 @triton.jit
 def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, O, R, CHUNK,
                       dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
-                      LOW: tl.constexpr, SCALED: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
-                      BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+                      LOW: tl.constexpr, SCALED: tl.constexpr, OUTPUT: tl.constexpr, REDUCE: tl.constexpr,
+                      PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """One block of output features over one chunk of tokens; its shares of dB and dm are added up afterwards."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     o = block * BO + tl.arange(0, BO)
@@ -105,6 +107,9 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, 
         b_tile = load_scaled_b(b, o, r, O, R, b_row, b_col, scale, dtype)
     if SCALED:
         g = row_scale(magnitude, norm, o, o < O)
+    if OUTPUT:  # z holds y
+        small = tl.abs(g) < _LEAST_SCALE
+        inverse = tl.where(small, 0.0, 1.0 / tl.where(small, 1.0, g))
     db_sum = tl.zeros((BO, BR), tl.float32)
     dg_sum = tl.zeros((BO,), tl.float32)
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
@@ -116,7 +121,9 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, 
             xa_tile = load_xa(xa, t, r, T, R, xa_row)
         if SCALED:
             v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
-            if LOW:
+            if OUTPUT:
+                v *= inverse[None, :]
+            elif LOW:
                 v += product(xa_tile, tl.trans(b_tile), PRECISION)
             wide = dy_tile.to(tl.float32)
             dg_sum += tl.sum(wide * v, axis=0)
@@ -141,8 +148,12 @@ def compose_backward(
     norm: Tensor | None,
     dz: Tensor | None = None,
     dzb: Tensor | None = None,
+    from_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dzb, dB, dm) as in `compose_backward_reference`; dz and dzb go where they are told to."""
+    """(dz, dzb, dB, dm) as in `compose_backward_reference`; dz and dzb go where they are told to.
+
+    With `from_output`, z is the output, as in `compose_backward_from_output_reference`.
+    """
     dy = row_contiguous(dy)
     low, scaled = xa is not None and b is not None, norm is not None
     tokens, outputs = dy.shape
@@ -164,7 +175,7 @@ def compose_backward(
     _compose_backward[(blocks, chunks)](
         dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, tokens, outputs, rank, size,
         dy.stride(0), _row(z), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
-        LOW=low, SCALED=scaled, REDUCE=reduce, PRECISION=precision(dy.dtype),
+        LOW=low, SCALED=scaled, OUTPUT=from_output, REDUCE=reduce, PRECISION=precision(dy.dtype),
         BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
@@ -175,3 +186,58 @@ def compose_backward(
         if not reduce:
             db = (written.T @ xa).float() * scale
     return dz, dy.new_empty(0) if dzb is None else dzb, db, dm
+
+
+@triton.jit
+def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, I, R,
+                         dy_row, h_row, w_row, xa_row, b_row, b_col, scale,
+                         NORMED: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """One output row, whose program ends at once unless its scale is zero: there are hardly ever any."""
+    o = tl.program_id(0).to(tl.int64)
+    n = tl.load(norm + o).to(tl.float32)
+    m = tl.load(magnitude + o).to(tl.float32)
+    if n != 0 and tl.abs(m) < _LEAST_SCALE * n:
+        total = 0.0
+        r = tl.arange(0, BR)
+        b_tile = tl.load(b + o * b_row + r * b_col, mask=r < R, other=0.0).to(tl.float32) * scale
+        for first in range(0, I, BI):
+            i = first + tl.arange(0, BI)
+            w_tile = tl.load(w + o * w_row + i, mask=i < I, other=0.0).to(tl.float32)
+            if NORMED:
+                w_tile *= tl.load(weight + i, mask=i < I, other=0.0).to(tl.float32)
+            for start in range(0, T, BT):
+                t = (start + tl.arange(0, BT)).to(tl.int64)
+                share = tl.load(dy + t * dy_row + o, mask=t < T, other=0.0).to(tl.float32)
+                inside = (t[:, None] < T) & (i[None, :] < I)
+                tile = tl.load(h + t[:, None] * h_row + i[None, :], mask=inside, other=0.0).to(tl.float32)
+                z = tl.sum(tile * w_tile[None, :], axis=1)
+                if NORMED:
+                    z *= tl.load(rstd + t, mask=t < T, other=0.0).to(tl.float32)
+                if first == 0:
+                    z += tl.sum(load_xa(xa, t, r, T, R, xa_row).to(tl.float32) * b_tile[None, :], axis=1)
+                total += tl.sum(share * z, axis=0)
+        tl.store(dm + o, (total / n).to(dm.dtype.element_ty))
+
+
+def zero_scale_gradient(
+    dm: Tensor,
+    dy: Tensor,
+    h: Tensor,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+) -> None:
+    """`zero_scale_gradient_reference` on the GPU, which alone knows whether there are such rows."""
+    dy, h, w, xa = (row_contiguous(t) for t in (dy, h, w, xa))
+    tokens, inputs = h.shape
+    rank = b.shape[1]
+    _zero_scale_gradient[(dm.shape[0],)](
+        dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, tokens, inputs, rank,
+        dy.stride(0), h.stride(0), w.stride(0), xa.stride(0), b.stride(0), b.stride(1), scale,
+        NORMED=rstd is not None, BT=16, BI=256, BR=rank_block(rank), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Outputs that attention keeps for its own gradient, in the place of the base products that DoRA's would keep.
+
+The gradient of a magnitude needs z + s·xa Bᵀ, which is the output over g = m / norm. Attention keeps q, k and v, and so
+the same numbers need not be kept twice: 96 MiB for each layer of an 8B model at 8192 tokens. What stands in the way,
+and what is done about it:
+
+- Rotary embeddings turn q and k, and attention keeps what was turned. What they were before can't be had from that
+  (rounding leaves an error of the size of the *other* feature of a pair), but the other way round it can: attention
+  keeps the output, and turns it again in its backward pass (see `attention.py`).
+- Nobody may write to an output. Writing that autograd sees shows in its version; for what autograd does not see (a
+  kernel that turns q in place) an output counts as known only once our rotary embeddings have read it. Where one is not
+  known, z is computed again, and from then on kept.
+- A row whose magnitude is zero has lost its z: `zero_scale_gradient` has it from x again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodora.kernels.compose import MOST_FUSED_RANK
+from theodora.kernels.operators import runs_triton
+from theodora.kernels.parts import Parts
+
+_MARK = "_theodora_output"
+
+
+class Output:
+    """One output, and whether it is still what it was."""
+
+    __slots__ = ("_read", "_version", "y_TO")
+
+    def __init__(self, y_TO: Tensor, *, read_by_rotary: bool) -> None:
+        self.y_TO, self._version = y_TO.detach(), y_TO._version
+        self._read = not read_by_rotary
+
+    def was_read(self) -> None:
+        """Rotary embeddings that write to nothing have read it."""
+        self._read = True
+
+    @property
+    def known(self) -> bool:
+        """Whether nobody can have written to it."""
+        return self._read and self.y_TO._version == self._version
+
+
+class SharedOutputs:
+    """Whether the layers of one attention module may keep their outputs instead of base products."""
+
+    def __init__(self, turned: Sequence[bool]) -> None:
+        self.turned = list(turned)
+        """For each layer, whether rotary embeddings are to read its output."""
+        self.possible = True
+
+    def fit(self, x_TI: Tensor, layers: Sequence[Parts]) -> bool:
+        """Whether outputs may be kept in this pass."""
+        # float16 has not the range to be divided by a small g. Where hooks take what is saved elsewhere (checkpointing,
+        # offloading), it must go through them.
+        fits = self.possible and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        fits = fits and x_TI.dtype != torch.float16 and runs_triton(x_TI) and not saves_through_hooks()
+        return fits and all(map(_invertible, layers))
+
+
+def mark(y_TO: Tensor, output: Output) -> None:
+    """Let whoever reads (a view of) y find its record."""
+    setattr(y_TO, _MARK, output)
+
+
+def marked(view: Tensor) -> Output | None:
+    """The record of the output that this is a view of, all of it."""
+    base: Any = view._base
+    output: Output | None = getattr(base, _MARK, None)
+    return output if output is not None and view.numel() == base.numel() else None
+
+
+def saves_through_hooks() -> bool:
+    """Whether hooks take what autograd saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+
+
+def _invertible(layer: Parts) -> bool:
+    low = layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK
+    # A bias may be far larger than the rest of an output, whose digits it then costs.
+    return low and layer.norm_O is not None and layer.bias_O is None and layer.weight_scale_O is None
