@@ -182,7 +182,9 @@ def served(model: Any, folder: Path, args: argparse.Namespace) -> tuple[list[flo
         adapter = engine.load("a0", folder)
         seconds.append(adapter.seconds)
     for index in range(max(args.adapters)):
-        engine.adapters.add(replace(adapter, name=f"a{index}", serial=adapter.serial + 1 + index, leaving=False))
+        another = replace(adapter, name=f"a{index}", serial=adapter.serial + 1 + index, leaving=False)
+        engine.host.add(another)
+        engine.adapters.add(another)
     engine.start()
     return seconds, engine
 
