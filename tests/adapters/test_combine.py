@@ -303,6 +303,28 @@ def test_modules_trained_in_full_take_part(method, tied, tmp_path):
     assert torch.equal(logits(load_adapter(tiny_model(tied=tied), tmp_path / "sum").eval()), expected)
 
 
+def test_errors_of_a_sum_of_nothing_are_measured_on_the_weight():
+    model = inject_adapter(tiny_model(), AdapterConfig(rank=2, modules_to_save=("lm_head",)), "a")
+    report = combine_adapters(move(model), ["a"], [0], "none")
+    assert report.errors["lm_head.weight"] == 0
+    assert torch.equal(find_state(model).full["none"]["lm_head.weight"], find_state(model).originals["lm_head.weight"])
+
+
+def test_weights_in_float8_that_are_trained_in_full_have_no_sum():
+    model = quantize_base(tiny_model())
+    inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",), modules_to_save=("layers.1.mlp.down_proj",)), "a")
+    with pytest.raises(ConfigError, match=r"quantised and cannot be combined:\s+- model\.layers\.1\.mlp\.down_proj"):
+        combine_adapters(model, ["a"], [1], "x")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_weight_without_factors_is_held_at_rank_1(dora):
+    w, c = torch.randn(5, 7), torch.full((5,), 1.5 if dora else 1.0, dtype=torch.float64)
+    held = fit.hold(w, fit.Wanted(c, c.new_zeros(5, 0), c.new_zeros(0, 7)), dora=dora, rank=None, dtype=torch.float32)
+    assert (held.a_RI.shape, held.b_OR.shape) == ((1, 7), (5, 1))
+    assert held.error < 1e-7
+
+
 def test_lora_sums_need_no_more_than_the_ranks_added_up():
     model = three(methods=("lora", "lora", "lora"))
     report = check(model, "linear")
@@ -364,6 +386,9 @@ def test_the_rules_alone():
     assert weighted_sum([one, two], [1, 2]).tolist() == [1.0, -5.0, 8.0, 0.5]
     assert merge_by_sign([one, two], [1, 1]).tolist() == [3.0, -1.5, 4.0, 0.5]
     assert merge_by_sign([one, two], [1, -1]).tolist() == [2.0, 2.0, -4.0, 0.5]
+    # A seed goes on giving what it gave, in other versions and on other devices.
+    drawn = kept_by_dare((4, 6), 0.5, 0, "a/q").int().flatten().tolist()
+    assert "".join(map(str, drawn)) == "011111111001111111011010"
     kept = drop_and_rescale(torch.ones(200, 200), 0.25, 0, "k")
     assert set(kept.unique().tolist()) == {0.0, 4.0}
     assert float(kept.mean()) == pytest.approx(1, abs=0.03)
@@ -382,6 +407,10 @@ def test_large_weights_by_randomised_singular_vectors(monkeypatch):
     best, near = (float((matrix - b @ a).norm()) for b, a in (exact, found))
     assert best == pytest.approx(float(spectrum[8:].norm()), rel=1e-9)
     assert best <= near <= best * 1.001
+    # When the error settles is relative: a weight of another size takes as many passes.
+    for size in (2.0**-20, 2.0**20):
+        b, a = fit.truncated(u * spectrum * size, v.T, 8)
+        torch.testing.assert_close(b @ a / size, found[0] @ found[1], rtol=0, atol=1e-12)
 
 
 def test_a_combination_saved_for_peft(tmp_path):

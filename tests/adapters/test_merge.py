@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from theodora import (
@@ -73,7 +74,11 @@ def test_tied_weights_and_a_saved_merged_model(family, what, tied, tmp_path):
     expected = logits(model)
     merge_adapter(model)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "m", is_main_process=False)
+    assert not list((tmp_path / "m").glob("*"))
     model.save_pretrained(tmp_path / "m")
+    assert not any("adapters" in key for key in load_file(tmp_path / "m" / "model.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     unmerge_adapter(model)

@@ -105,6 +105,14 @@ def test_a_wrong_merge_on_disk_leaves_nothing(family, dtype, tiny_model_dir, tmp
     assert not (tmp_path / "wrong").exists()
 
 
+def test_products_of_fewer_bits_are_allowed_more(monkeypatch):
+    w, a, b = torch.randn(8, 33), torch.randn(2, 33), torch.randn(8, 2)
+    wrong = merged_weight(w, a, b, 1.0) * 1.001
+    exact = weight_excess(w, a, b, 1.0, None, wrong)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert weight_excess(w, a, b, 1.0, None, wrong) == pytest.approx(exact * 2.0**-11, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_each_row_is_held_by_its_own_size(dtype, method):

@@ -15,11 +15,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 import tiny
-from theodora.adapters import merge_checkpoint
+from theodora.adapters import base_checkpoint, merge_checkpoint
 from theodora.adapters.atomic import partial_name
+from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
+from theodora.adapters.merge_plan import OutputTensor
+from theodora.adapters.to_lora import folder_to_lora
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.functional import merged_weight
 
@@ -206,6 +209,12 @@ def test_old_names_of_the_head(make):
     assert_same_logits(case.output, case.logits)
 
 
+def test_a_class_of_no_causal_model_is_the_one_it_names(tmp_path):
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert type(BaseCheckpoint(tmp_path).model) is T5ForConditionalGeneration
+
+
 def test_experts_one_by_one_as_older_transformers_had_them(make):
     case = make("mixtral", target_modules=["q_proj"])
     module = "model.layers.1.block_sparse_moe.experts.2.w2"
@@ -213,12 +222,32 @@ def test_experts_one_by_one_as_older_transformers_had_them(make):
     file = case.adapter / "adapter_model.safetensors"
     parts = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": m}
     save_file(load_file(file) | {f"base_model.model.{module}.{part}": t for part, t in parts.items()}, file)
+    assert BaseCheckpoint(case.base).key_of(f"{module}.weight") == f"{module}.weight"
     report = merge_checkpoint(case.adapter, case.output, dtype="fp32")
     before, after = load_files(case.base), load_files(case.output)
     assert torch.equal(after.pop(f"{module}.weight"), merged_weight(before[f"{module}.weight"], a, b, 2.0, m))
     assert {kind.kind: kind.tensors for kind in report.kinds} == {"q_proj": 2, "w2": 1}
     assert [key for key in after if not torch.equal(before[key], after[key])] == [k for k in after if "q_proj" in k]
     load_whole(case.output)
+
+
+def test_a_changed_base_weight_beside_the_adapter_goes_before_the_bases(make):
+    case = make(target_modules=["embed_tokens", "q_proj"], use_dora=False)
+    file, name = case.adapter / "adapter_model.safetensors", "model.embed_tokens"
+    tensors, copy = load_file(file), torch.randn(tiny.VOCAB_SIZE, 32)
+    save_file(tensors | {f"base_model.model.{name}.base_layer.weight": copy}, file)
+    merge_checkpoint(case.adapter, case.output)
+    a, b = (tensors[f"base_model.model.{name}.lora_embedding_{part}"] for part in "AB")
+    assert torch.equal(load_files(case.output)[f"{name}.weight"], merged_weight(copy.T, a, b, 2.0).T)
+    folder_to_lora(case.adapter, case.output.with_name("lora"), None)
+    merge_checkpoint(case.output.with_name("lora"), case.output.with_name("again"))
+    torch.testing.assert_close(*(load_files(case.output.with_name(n))[f"{name}.weight"] for n in ("again", "merged")))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 3), ("BOOL", 3), ("BF16", 6), ("I64", 24)])
+def test_sizes_of_tensors_that_stay_as_they_are(dtype, size):
+    stored = StoredTensor("ids", Path("model.safetensors"), (3,), dtype)
+    assert OutputTensor("ids", stored, None, None, False, None).nbytes() == size
 
 
 def test_many_shards_in_many_shards_out(make):
@@ -281,6 +310,22 @@ def test_values_beyond_float16_are_refused(make):
     assert not case.output.exists()
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_base_of_no_numbers_is_refused(make, name):
+    case = make()
+    weights = load_file(case.base / "model.safetensors")
+    weights[name].flatten()[-1] = torch.nan
+    save_file(weights, case.base / "model.safetensors", metadata={"format": "pt"})
+    assert f"{name}: the merged weight holds NaN" in refused(case, dtype="bf16")
+
+
+def test_a_base_trained_further_is_noted(make):
+    case = make()
+    weights = load_file(case.base / "model.safetensors")
+    save_file({k: t * 1.1 for k, t in weights.items()}, case.base / "model.safetensors", metadata={"format": "pt"})
+    assert "10.0% away from those the adapter was trained on" in merge_checkpoint(case.adapter, case.output).notes[0]
+
+
 def test_what_lies_beside_the_weights(make):
     case = make()
     (case.base / "LICENSE").write_text("Apache-2.0")
@@ -314,6 +359,8 @@ def test_progress_counts_the_bytes(make):
     case = make()
     seen: list[tuple[int, int, str]] = []
     report = merge_checkpoint(case.adapter, case.output, progress=lambda *step: seen.append(step))
+    told = json.loads(json.dumps(report.to_dict()))
+    assert (told["output"], told["adapter"], told["bytes"]) == (str(case.output), str(case.adapter), report.bytes)
     assert [key for _, _, key in seen] == list(load_files(case.output))
     assert seen[-1][:2] == (report.bytes, report.bytes)
 
@@ -370,6 +417,24 @@ def test_another_base_model_is_refused_with_every_miss(make, tmp_path):
     message = refused(case, base_model=tmp_path / "short")
     assert message.count("layers.1.") == 7
     assert "--base-model" in message
+
+
+def test_parameters_without_a_place_are_refused_with_the_mend(make):
+    case = make("mixtral", target_modules=["q_proj"])
+    file, fused = case.adapter / "adapter_model.safetensors", "model.layers.0.mlp.experts.down_proj"
+    others = {fused: torch.randn(4, 32, 48), "model.normal.weight": torch.randn(32)}
+    save_file(load_file(file) | {f"base_model.model.{name}": tensor for name, tensor in others.items()}, file)
+    edit_json(case.adapter / "adapter_config.json", modules_to_save=["experts", "normal"])
+    message = refused(case)
+    assert f"{fused}: stored in other pieces (" in message
+    assert "model.normal.weight: no such parameter in the base (the nearest is model.norm.weight)" in message
+
+
+def test_names_that_a_rule_of_renaming_would_take_away(make):
+    model = tiny.tiny_model()
+    model.model.LayerNorm = torch.nn.ParameterDict({"gamma": torch.nn.Parameter(torch.ones(32))})
+    _, keys, _ = base_checkpoint._map_names(model, list(model.state_dict()))
+    assert keys == {name: name for name in model.state_dict()}
 
 
 def test_a_quantised_base_is_refused_with_the_mend(make):

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -50,6 +52,7 @@ def test_a_model_an_adapter_and_both(base, adapter):
     for model, beside in ((folder, None), (base, folder)):
         model, _ = load_model_and_tokenizer(model, adapter=beside, device="cpu")
         assert torch.equal(logits(model), adapted)
+    assert load_model_and_tokenizer(base, device="meta")[0].device.type == "meta"
     with pytest.raises(ConfigError, match=r"is an adapter, and adapter=.* is another"):
         load_model_and_tokenizer(folder, adapter=folder)
 
@@ -61,6 +64,20 @@ def test_an_adapters_own_tokenizer_goes_before_the_models(base, adapter):
     assert "<|new|>" in load_model_and_tokenizer(adapter[0])[1].get_vocab()
     assert "<|new|>" in load_model_and_tokenizer(base, adapter=adapter[0])[1].get_vocab()
     assert "<|new|>" not in load_model_and_tokenizer(base)[1].get_vocab()
+
+
+def test_revisions_in_the_hubs_cache(base, tiny_model_dir):
+    cache = Path(HF_HUB_CACHE) / "models--theodora--two"
+    for branch, commit, folder in (("main", "a" * 40, base), ("other", "b" * 40, tiny_model_dir(seed=1))):
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / branch).write_text(commit)
+    tiny.tiny_tokenizer().save_pretrained(cache / "snapshots" / ("b" * 40))
+    for revision, seed in ((None, 0), ("other", 1)):
+        model, _ = load_model_and_tokenizer("theodora/two", revision=revision, device="cpu")
+        assert torch.equal(logits(model), logits(tiny.tiny_model(seed=seed)))
+    with pytest.raises(CheckpointError, match="No tokenizer loads from theodora/two"):
+        load_model_and_tokenizer("theodora/two", revision="third")
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(base):
@@ -111,6 +128,9 @@ def test_damaged_folders(base, tmp_path):
     config = (base / "config.json").read_text()
     (base / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        load_model(base)
+    (base / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="does not load as a causal language model"):
         load_model(base)
     (base / "config.json").write_text(json.dumps(json.loads(config) | {"num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match="1000000000"):

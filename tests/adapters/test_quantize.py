@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -232,5 +233,7 @@ def test_refusals():
         quantize_base(tiny_model(), "int8")
     with pytest.raises(ConfigError, match="quantise it first"):
         quantize_base(inject_adapter(tiny_model()))
+    with pytest.raises(ConfigError, match="quantise it first"):
+        quantize_base(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])))
     with pytest.raises(ConfigError, match="no linear layer"):
         quantize_base(nn.Sequential(nn.Linear(15, 16), nn.Embedding(VOCAB_SIZE, 16)))

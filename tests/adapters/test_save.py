@@ -1,12 +1,13 @@
 """Adapter files: what is wrong with one is said, and nothing is changed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter
+from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter, set_adapter
 from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.adapters.save import load_weights
@@ -198,6 +199,21 @@ def test_load_weights_refuses_another_shape(folder):
         load_weights(model, folder)
     for word in ("v_proj: in the file", "k_proj: in the model", "q_proj.lora_A", "scale"):
         assert word in str(caught.value) or word == "scale"
+    model = inject_adapter(tiny_model("llama"), replace(CONFIG, modules_to_save=("lm_head",)))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: trained in full here, not in the file"):
+        load_weights(model, folder)
+
+
+def test_save_pretrained_saves_every_adapter(tmp_path):
+    model = inject_adapter(tiny_model("llama"), CONFIG, "main")
+    inject_adapter(model, replace(CONFIG, method="lora", targets=("k_proj",)), "beside")
+    set_adapter(model, "main")
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(str(tmp_path))
+    assert read_adapter(tmp_path).modules.keys() == adapter_layers(model, "main").keys()
+    assert read_adapter(tmp_path / "beside").modules.keys() == adapter_layers(model, "beside").keys()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["beside"]
 
 
 def test_read_adapter_needs_no_model(folder):

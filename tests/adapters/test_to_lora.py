@@ -1,5 +1,7 @@
 """DoRA as plain LoRA: the best of its rank, with the true error, on a model and on disk."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -125,6 +127,7 @@ def test_a_converted_folder_is_pefts(tiny_model_dir, tmp_path):
     model = moved(modules_to_save=("lm_head",))
     save_adapter(model, tmp_path / "a")
     folder_to_lora(tmp_path / "a", tmp_path / "out", None, base_model=tiny_model_dir())
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir())
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-4)

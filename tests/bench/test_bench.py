@@ -139,6 +139,17 @@ def test_variants_that_do_not_fit_together_alternate_with_the_floor_in_groups(mo
     assert step_table(list(rows.values()), title="").row_count == len(peaks)
 
 
+def test_a_floor_that_runs_out_of_memory_beside_another_is_measured_alone(monkeypatch):
+    monkeypatch.setattr(runner_module, "_Worker", FakeWorker)
+    peaks = {"floor": 75, "a": 72, "b": 20}
+    jobs = [Job(name=n, variant=Variant(label=str(peak)), workload=workload()) for n, peak in peaks.items()]
+    measured = Runner(jobs, floor="floor", rounds=2).run()
+    assert FakeWorker.alive == set()
+    assert all(m.failure is None and len(m.rounds) == 2 for m in measured.values())
+    rows = {row.name: row for row in make_rows(measured, against=["floor"])}
+    assert rows["a"].ratios["floor"].median == pytest.approx(72 / 75)
+
+
 def test_a_variant_that_fails_stops_no_other(tmp_path):
     jobs = [
         Job(name="floor", variant=VARIANTS["floor"], workload=workload()),

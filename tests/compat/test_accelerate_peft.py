@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import sys
 from contextlib import contextmanager
 
 import peft
@@ -20,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 import theodora
 from theodora import ConfigError, accelerate_peft, kernels, restore_peft
 from theodora.adapters import peft_layer
+from theodora.adapters.accelerate import FastPath
 from theodora.adapters.peft_layer import FastLinear
+from theodora.adapters.peft_models import Acceleration
 from theodora.layers import gated_mlp
 from tiny import tiny_model
 
@@ -513,6 +516,23 @@ def test_a_missing_peft_is_named(monkeypatch):
     with pytest.raises(ConfigError, match=re.escape("pip install peft")):
         accelerate_peft(tiny_model())
     restore_peft(tiny_model())
+
+
+def test_an_old_peft_is_named(monkeypatch):
+    monkeypatch.delattr("theodora.adapters.peft_layer")
+    monkeypatch.setitem(sys.modules, "theodora.adapters.peft_layer", None)  # as where one of its imports fails
+    with pytest.raises(ConfigError, match=re.escape(f"0.21 or later, found {peft.__version__}")):
+        accelerate_peft(tiny_model())
+
+
+def test_reports_say_what_was_found():
+    assert str(FastPath()) == "nothing"
+    assert str(FastPath(groups=4, mlps=2, rotary=True)) == "2 MLPs, 4 groups, rotary embeddings"
+    left = dict.fromkeys("abcd", "frozen") | dict.fromkeys("efg", "merged")
+    assert str(Acceleration(("h",), left)) == (
+        "1 of 8 PEFT layers run on Theodora's kernels.\nLeft to PEFT:"
+        "\n  - a, b, c and 1 more: frozen\n  - e, f, g: merged"
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lora dropout", "dora dropout", "trained biases"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 import tiny
 from fuzz.fuzzing import EXAMPLES, damaged, files_under, fuzz, json_values, only_our_errors, text
 from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora.adapters import base_checkpoint
 from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.models import load_model, load_model_and_tokenizer
@@ -149,6 +151,19 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(model_copy, tmp_path)
     assert not mark.exists()
 
 
+def test_code_that_comes_with_a_model_runs_when_asked(model_copy):
+    (model_copy / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class C(LlamaConfig):\n    model_type = 'own'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n"
+    )
+    config = json.loads((model_copy / "config.json").read_text())
+    auto = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    (model_copy / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    assert type(BaseCheckpoint(model_copy, trust_remote_code=True).model).__name__ == "M"
+    assert type(load_model(model_copy, trust_remote_code=True)).__name__ == "M"
+
+
 def test_more_layers_than_tensors_are_refused_before_any_is_built(model_copy):
     config = json.loads((model_copy / "config.json").read_text())
     (model_copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -184,6 +199,29 @@ def test_odd_base_names(name, tmp_path, monkeypatch):
     for read in (find_base, load_model):
         with pytest.raises(CheckpointError):
             read(name)
+
+
+def test_the_hub_is_asked_for_names_and_for_no_pickles(model_copy, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        base_checkpoint, "snapshot_download", lambda name, **how: asked.append(how | {"name": name}) or model_copy
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("../nowhere", ".hidden", "a b", "a/b/c", "https://x.y/z", "a/b?c"):
+        with pytest.raises(CheckpointError, match="is not a folder on this machine"):
+            find_base(name, download=True)
+    assert not asked
+    model = tiny.tiny_model()
+    model.name_or_path = "owner/name"
+    save_adapter(inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",))), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "0123"}))
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    (how,) = asked
+    assert (how["name"], how["revision"], how["local_files_only"]) == ("owner/name", "0123", False)
+    files = ["a.safetensors", "pytorch_model.bin", "original/b.safetensors", "config.json", "consolidated.00.pth"]
+    patterns = {key: how[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **patterns)) == ["a.safetensors", "config.json"]
 
 
 def test_links_in_an_output_folder_are_not_written_through(tmp_path):

@@ -124,6 +124,8 @@ class Runner:
         for name in group:
             self._stop(name)
         alone += [name for name in group if self._ran_out_of_memory(name) and (self.floor or len(group) > 1)]
+        if self.floor is not None and self._ran_out_of_memory(self.floor) and not self._load_again(self.floor):
+            self.floor = None
         return []
 
     def _take_turns(self, names: list[str]) -> None:
