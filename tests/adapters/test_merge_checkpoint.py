@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 import tiny
-from theodora.adapters import base_checkpoint, merge_checkpoint
+from theodora.adapters import base_checkpoint, inject_adapter, merge_checkpoint, save_adapter
 from theodora.adapters.atomic import partial_name
 from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
 from theodora.adapters.merge_plan import OutputTensor
@@ -321,9 +321,11 @@ def test_a_base_of_no_numbers_is_refused(make, name):
 
 def test_a_base_trained_further_is_noted(make):
     case = make()
+    save_adapter(inject_adapter(tiny.tiny_model()), case.adapter)
     weights = load_file(case.base / "model.safetensors")
     save_file({k: t * 1.1 for k, t in weights.items()}, case.base / "model.safetensors", metadata={"format": "pt"})
-    assert "10.0% away from those the adapter was trained on" in merge_checkpoint(case.adapter, case.output).notes[0]
+    (note,) = merge_checkpoint(case.adapter, case.output, base_model=case.base).notes
+    assert "10.0% away from those the adapter was trained on" in note
 
 
 def test_what_lies_beside_the_weights(make):

@@ -211,11 +211,11 @@ def test_the_hub_is_asked_for_names_and_for_no_pickles(model_copy, tmp_path, mon
         with pytest.raises(CheckpointError, match="is not a folder on this machine"):
             find_base(name, download=True)
     assert not asked
-    model = tiny.tiny_model()
-    model.name_or_path = "owner/name"
-    save_adapter(inject_adapter(model, AdapterConfig(rank=2, targets=("q_proj",))), tmp_path / "adapter")
+    model = inject_adapter(tiny.tiny_model(), AdapterConfig(rank=2, targets=("q_proj",)))
+    save_adapter(model, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "0123"}))
+    named = {"base_model_name_or_path": "owner/name", "revision": "0123"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
     merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
     (how,) = asked
     assert (how["name"], how["revision"], how["local_files_only"]) == ("owner/name", "0123", False)
