@@ -392,6 +392,7 @@ def test_the_rules_alone():
     kept = drop_and_rescale(torch.ones(200, 200), 0.25, 0, "k")
     assert set(kept.unique().tolist()) == {0.0, 4.0}
     assert float(kept.mean()) == pytest.approx(1, abs=0.03)
+    assert drop_and_rescale(torch.empty(3, 2, device="meta"), 0.5, 0, "k").is_meta  # drawn on the CPU, used elsewhere
 
 
 def test_large_weights_by_randomised_singular_vectors(monkeypatch):

@@ -425,11 +425,13 @@ def test_parameters_without_a_place_are_refused_with_the_mend(make):
     case = make("mixtral", target_modules=["q_proj"])
     file, fused = case.adapter / "adapter_model.safetensors", "model.layers.0.mlp.experts.down_proj"
     others = {fused: torch.randn(4, 32, 48), "model.normal.weight": torch.randn(32)}
+    others["model.hed.base_layer.weight"] = torch.randn(8, 32)
     save_file(load_file(file) | {f"base_model.model.{name}": tensor for name, tensor in others.items()}, file)
     edit_json(case.adapter / "adapter_config.json", modules_to_save=["experts", "normal"])
     message = refused(case)
     assert f"{fused}: stored in other pieces (" in message
     assert "model.normal.weight: no such parameter in the base (the nearest is model.norm.weight)" in message
+    assert "model.hed.weight: no such parameter in the base" in message
 
 
 def test_names_that_a_rule_of_renaming_would_take_away(make):

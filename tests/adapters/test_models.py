@@ -69,7 +69,7 @@ def test_an_adapters_own_tokenizer_goes_before_the_models(base, adapter):
 def test_revisions_in_the_hubs_cache(base, tiny_model_dir):
     cache = Path(HF_HUB_CACHE) / "models--theodora--two"
     for branch, commit, folder in (("main", "a" * 40, base), ("other", "b" * 40, tiny_model_dir(seed=1))):
-        shutil.copytree(folder, cache / "snapshots" / commit)
+        shutil.copytree(folder, cache / "snapshots" / commit, dirs_exist_ok=True)
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / branch).write_text(commit)
     tiny.tiny_tokenizer().save_pretrained(cache / "snapshots" / ("b" * 40))
