@@ -1,6 +1,7 @@
 """What layers keep while no gradients flow: used in every step of one token, and never out of date."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_what_is_kept_is_never_out_of_date(change):
         CHANGES[change](model, layer)
         x = one_token(layer)
         assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["", "pickle"])
+def test_copies_take_nothing_along(copied):
+    """What is kept names its tensors by address, and others may come to lie there."""
+    layer = layer_of(adapted())
+    with torch.no_grad():
+        prompt(layer)
+    assert layer._kept is not None
+    assert layer._weight_norm_sq is not None
+    other = copied(layer)
+    assert other._kept is None
+    assert other._weight_norm_sq is None
 
 
 def test_an_optimizer_that_leaves_no_version():

@@ -51,6 +51,7 @@ def test_together_as_alone(names):
             for one, other in zip(alone, together, strict=True):
                 torch.testing.assert_close(one, other)
         assert model.q_proj.group._x is None  # nothing is held after the batch
+        assert model.q_proj.group._misses == 0
         for name in names:
             model.get_submodule(name).group = None
 
