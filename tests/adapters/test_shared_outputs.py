@@ -120,6 +120,22 @@ def test_attention_keeps_nothing_that_was_turned(from_outputs, monkeypatch):
     same({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, wanted)
 
 
+def test_what_was_turned_and_then_written_to_is_kept(from_outputs, monkeypatch):
+    """As a model does that scales its queries in place."""
+    model = adapted()
+    install(model)
+    file = sys.modules[type(attention(model)).__module__]
+    own = file.apply_rotary_pos_emb
+
+    def scaled(*args, **kwargs):
+        q, k = own(*args, **kwargs)
+        return q.mul_(2), k
+
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", scaled)
+    same(step(model), expected(model))
+    assert from_outputs[0] == 6
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_as_before_once_undone(attention):
     model = adapted()

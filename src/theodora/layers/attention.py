@@ -105,18 +105,16 @@ def _note_turned(before: Tensor, after: Tensor, cos: Tensor, sin: Tensor) -> Non
             raise RuntimeError("An output of q_proj or k_proj was modified in place after it had been turned")
         return turn(kept, cos, sin, False)
 
-    setattr(after, _TURNED, again)
+    setattr(after, _TURNED, (again, after._version))
 
 
 def _turning_again(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turned = [t for t in (query, key) if hasattr(t, _TURNED)]
-        if not turned or not torch.is_grad_enabled() or torch.compiler.is_compiling() or saves_through_hooks():
+        # No tensor in here: what is saved keeps `pack`, and that keeps these.
+        ways = {_place(t): again for t in (query, key) if (again := _way(t)) is not None}
+        if not ways or not torch.is_grad_enabled() or torch.compiler.is_compiling() or saves_through_hooks():
             return original(module, query, key, *args, **kwargs)
-
-        # No tensor in here: what is saved keeps this function.
-        ways = {_place(t): getattr(t, _TURNED) for t in turned}
 
         def pack(tensor: Tensor) -> Tensor | _Again:
             return ways.get(_place(tensor)) or tensor.detach()
@@ -126,6 +124,12 @@ def _turning_again(original: Callable[..., Any]) -> Callable[..., Any]:
 
     attention.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
     return attention
+
+
+def _way(tensor: Tensor) -> _Again | None:
+    """How to make a tensor again that was turned, and not written to since."""
+    again, version = getattr(tensor, _TURNED, (None, 0))
+    return again if version == tensor._version else None
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
