@@ -103,7 +103,7 @@ def test_weight_norm(rank, dtype, launched):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [1, 16, 33, 64, 256])
+@pytest.mark.parametrize("rank", [16, 33, 256])
 @pytest.mark.parametrize("layers", [1, MOST_LAYERS])
 def test_routed(layers, rank, dtype, launched):
     tokens, features, outputs, slots = 64, 4096, 4096, 3
