@@ -6,8 +6,8 @@ ARGS ?=
 
 # What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU. (Triton is part of torch on
 # Linux alone; without it these run their references again.)
-INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/layers/test_slotted_group.py \
-    tests/layers/test_activation.py
+INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/adapters/test_shared_outputs.py \
+    $(addprefix tests/layers/test_,activation.py groups.py norm.py slotted.py slotted_group.py)
 
 VENV := .venv
 BIN := $(VENV)/bin
