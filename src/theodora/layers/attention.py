@@ -98,10 +98,12 @@ def _note_turned(before: Tensor, after: Tensor, cos: Tensor, sin: Tensor) -> Non
     if output is None:
         return
     output.was_read()
-    kept, version = before.detach(), before._version
+    if not output.known:  # then DoRA keeps something else, and there would be nothing to spare
+        return
+    kept = before.detach()
 
     def again() -> Tensor:
-        if kept._version != version:
+        if not output.known:
             raise RuntimeError("An output of q_proj or k_proj was modified in place after it had been turned")
         return turn(kept, cos, sin, False)
 
