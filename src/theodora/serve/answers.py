@@ -103,9 +103,7 @@ class Answers:
             if isinstance(problem, Changed):
                 raise problem
             raise Unavailable(
-                str(problem)
-                if problem is not None
-                else "The engine failed while it ran this request, and is starting again; try again soon."
+                str(problem or "The engine failed while it ran this request, and is starting again; try again soon.")
             )
         tokens, finished = update.generated_tokens, update.is_finished()
         choice.generated = len(tokens)
