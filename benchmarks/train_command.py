@@ -1,7 +1,7 @@
 """Does `theodora train` keep the pace of the bare step? Tokens per second of the command beside those of the benchmark.
 
     python benchmarks/train_command.py                                        # a GPU: 8 layers of Llama-3-8B's shape
-    python benchmarks/train_command.py --layers 1 --hidden 64 --vocabulary 256 --length 64 --batch 2 --steps 8   # a CPU
+    python benchmarks/train_command.py --layers 1 --hidden 64 --vocabulary 256 --length 64 --batch 2 --steps 30  # a CPU
 
 One model of random weights is saved with a tokenizer, and rows of random words that fill packed sequences. The command
 runs as a user would run it: reading and packing the data, optimizer, clipping, logging at every tenth step, in a
@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import train_step
 
 from theodora.bench import Job, Runner, describe_machine
+from theodora.train.callbacks import read_metrics
 
 LOGGED = 10  # steps between two lines of the metrics file
 
@@ -58,12 +58,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="default: 8")
-    parser.add_argument("--hidden", type=int, help="another shape, as in train_step.py")
-    parser.add_argument("--vocabulary", type=int, help="default: the family's")
-    parser.add_argument("--batch", type=int, default=4, help="packed rows in a batch; default: 4")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a packed row; default: 2048")
-    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    train_step.add_workload_arguments(parser)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the command; default: 60")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_command.json"), help="JSON file")
     args = parser.parse_args()
@@ -87,11 +82,8 @@ def write_rows(path: Path, args: argparse.Namespace) -> None:
 
 def bare_step(workload: Any, args: argparse.Namespace) -> float:
     """Median seconds of the forward and backward pass."""
-    variant = train_step.VARIANTS["dora"]
-    if workload.device == "cpu":
-        variant = replace(variant, accelerate=False)
-    job = Job(name="dora", variant=variant, workload=workload)
-    cuda = workload.device == "cuda"
+    cuda, variant = workload.device == "cuda", train_step.VARIANTS["dora"]
+    job = Job(name="dora", variant=variant if cuda else train_step.without_gpu(variant), workload=workload)
     found = Runner([job], rounds=3 if cuda else 1, warm_up=3 if cuda else 1, steps=5).run()["dora"]
     if found.failure:
         sys.exit(f"The bare step failed: {found.failure.reason}\n{found.failure.traceback}")
@@ -122,8 +114,7 @@ def run_command(model: Path, data: Path, output: Path, args: argparse.Namespace)
         process = subprocess.Popen(command, stdout=printed, stderr=printed, env=environment)
         while process.poll() is None:
             time.sleep(0.005)
-            lines = [json.loads(line) for line in whole_lines(metrics)]
-            tokens = [line["num_tokens"] for line in lines if "loss" in line]
+            tokens = [line["num_tokens"] for line in read_metrics(metrics) if "loss" in line]
             if len(tokens) > len(seen):
                 seen.append((time.monotonic(), tokens[-1]))
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -132,12 +123,6 @@ def run_command(model: Path, data: Path, output: Path, args: argparse.Namespace)
     print(text, file=sys.stderr)
     (began, first), (ended, last) = seen[0], seen[-1]
     return (last - first) / (ended - began)
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that is being written."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 if __name__ == "__main__":

@@ -168,12 +168,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--sweep", choices=SWEEPS, help="a series of small tables instead of the large one")
-    parser.add_argument("--layers", type=int, default=8, help="default: 8")
-    parser.add_argument("--hidden", type=int, help="another shape: 2048, 8192, or any small number for a test")
-    parser.add_argument("--vocabulary", type=int, help="default: the family's")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a batch; default: 4")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence; default: 2048")
-    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    add_workload_arguments(parser)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; default: 5")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn; default: 2")
@@ -184,6 +179,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"), help="JSON file")
     parser.add_argument("--figure", type=Path, help="PNG of the table")
     return parser.parse_args()
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `base_workload` reads, but for `gradient_checkpointing`."""
+    parser.add_argument("--layers", type=int, default=8, help="default: 8")
+    parser.add_argument("--hidden", type=int, help="another shape: 2048, 8192, or any small number for a test")
+    parser.add_argument("--vocabulary", type=int, help="default: the family's")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a batch; default: 4")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence; default: 2048")
+    parser.add_argument("--rank", type=int, default=16, help="default: 16")
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ def make_jobs(args: argparse.Namespace, names: list[str], workload: Workload, la
         if workload.device == "cpu":
             if variant.imports:
                 continue
-            variant = replace(variant, liger="none", accelerate=False, compiled=False)
+            variant = without_gpu(variant)
         if variant.imports:
             variant = unsloth_variant(variant, workload, args)
         job_name = f"{name} {label}".strip()
@@ -262,6 +267,11 @@ def make_jobs(args: argparse.Namespace, names: list[str], workload: Workload, la
             Job(name=job_name, variant=replace(variant, label=f"{variant.label} {label}".strip()), workload=workload)
         )
     return jobs
+
+
+def without_gpu(variant: Variant) -> Variant:
+    """The variant as a CPU can run it."""
+    return replace(variant, liger="none", accelerate=False, compiled=False)
 
 
 def cache_folders(args: argparse.Namespace, name: str) -> dict[str, str]:
