@@ -62,6 +62,15 @@ def test_some_layers_dropout_and_start_factors(config):
     same(step(model), wanted)
 
 
+def test_inference_mode_is_as_before():
+    """Attention, which is replaced for the whole process, meets tensors that keep no version."""
+    model = adapted().eval()
+    with torch.inference_mode():
+        wanted = model(input_ids=IDS).logits
+        install(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, wanted)
+
+
 @needs_triton
 def test_what_is_found():
     found = install(adapted())

@@ -130,8 +130,9 @@ def _turning_again(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _way(tensor: Tensor) -> _Again | None:
     """How to make a tensor again that was turned, and not written to since."""
-    again, version = getattr(tensor, _TURNED, (None, 0))
-    return again if version == tensor._version else None
+    # (tensors of inference mode have no version; they were not turned with gradients either)
+    again, version = getattr(tensor, _TURNED, (None, None))
+    return again if again is not None and version == tensor._version else None
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
