@@ -95,11 +95,15 @@ def test_gated(rank, dtype, launched):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("rank", [16, 64, 256])
-def test_weight_norm(rank, dtype, launched):
+def test_weight_norm(rank, dtype, launched, monkeypatch):
     w = torch.zeros(64, 256).to(dtype)
     w_scale = torch.ones(64) if dtype == torch.float8_e4m3fn else None
-    weight_norm.dora_norm(w, torch.zeros(rank, 256), torch.zeros(64, rank), 2.0, torch.ones(64), w_scale)
-    assert launched["_dora_norm"] <= SHARED_MEMORY
+    rest = torch.zeros(rank, 256), torch.zeros(64, rank), 2.0, torch.ones(64), w_scale
+    weight_norm.dora_norm(w, *rest)
+    monkeypatch.setattr(weight_norm, "_multiplied", lambda w, a3, _: torch.zeros(64, 3 * rank))
+    weight_norm.dora_norm(w, *rest)
+    assert max(launched.values()) <= SHARED_MEMORY
+    assert ("_form_cancelled" in launched) == (rank > 32 and dtype != torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

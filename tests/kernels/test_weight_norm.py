@@ -46,6 +46,22 @@ def test_agrees_with_float64(shape, dtype, transposed):
         check(*inputs(shape, dtype, size, transposed))
 
 
+@pytest.mark.parametrize("rank", [5, 40, 256])
+def test_from_products(rank, monkeypatch):
+    """What a GPU does: W Aᵀ by a product of its own, the rows that cancel by a kernel of their own at large ranks."""
+    pytest.importorskip("triton")
+    from theodora.kernels.triton import weight_norm
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(weight_norm, "_multiplied", lambda w, a3, _: w.float() @ a3.flatten(0, 1).float().T)
+    w, a, b = inputs((21, 48, rank), torch.bfloat16)
+    w[1], b[1] = 0, 0
+    a[0], b[7] = -1.98 * w[7].float(), 0
+    b[7, 0] = 1
+    found = dora_norm(w, a, b, 0.5, functional.row_norm_squared(w), None)
+    torch.testing.assert_close(found.double(), exact(w, a, b, 0.5), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_zeros(dtype):
     w, a, b = inputs((20, 48, 5), dtype)

@@ -12,6 +12,9 @@ from theodora.kernels.triton.float8 import widen
 
 # (output features, input features, warps, stages) of a program, by padded rank; measured on an H100.
 _TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
+_FORMS = 32
+"""Padded ranks up to which the kernel that adds up the terms also forms the rows whose terms cancel. Beyond it the room
+that forming wants, which is hardly ever used, would leave few programs under way at once."""
 
 
 @triton.jit
@@ -25,11 +28,32 @@ def _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _load_b(b, o, r, O, R, b_row, b_col):
+    inside = (o[:, None] < O) & (r[None, :] < R)
+    return tl.load(b + o[:, None] * b_row + r[None, :] * b_col, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale,
+            TRANSPOSED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    """‖W + s·B·A‖² of each row, by forming it."""
+    total = tl.zeros((BO,), tl.float32)
+    for start in range(0, I, BI):
+        k = start + tl.arange(0, BI)
+        w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED).to(tl.float32) * row_scale[:, None]
+        a_tile = tl.load(a + r[:, None] * a_row + k[None, :], mask=(r[:, None] < R) & (k[None, :] < I), other=0.0)
+        adapted = w_tile + scale * tl.dot(b_tile, a_tile.to(tl.float32), input_precision="ieee")
+        total += tl.sum(adapted * adapted, axis=1)
+    return total
+
+
+@triton.jit
 def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
                w_row, w_col, a_row, b_row, b_col, scale,
                MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr,
+               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr, FORM: tl.constexpr,
                BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """The norm of each row; without FORM, −1 for rows whose terms cancel."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
     w_a = tl.zeros((BO, BR), tl.float32)
@@ -56,25 +80,38 @@ def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
     row_scale = tl.full((BO,), 1.0, tl.float32)
     if QUANTIZED:
         row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
-    b_tile = tl.load(
-        b + o[:, None] * b_row + r[None, :] * b_col, mask=(o[:, None] < O) & (r[None, :] < R), other=0.0
-    ).to(tl.float32)
+    b_tile = _load_b(b, o, r, O, R, b_row, b_col)
     b_gram_tile = tl.load(b_gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)
     base = tl.load(w_norm_sq + o, mask=o < O, other=1.0).to(tl.float32)
     update = scale * scale * tl.sum(b_gram_tile * b_tile, axis=1)
     norm_sq = base + 2 * scale * row_scale * tl.sum(b_tile * w_a, axis=1) + update
     # Where the terms cancel, rounding has eaten the digits: those rows are formed after all.
     cancelled = norm_sq < CANCELLED * (base + update)
+    if FORM:
+        if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+            formed = _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale, TRANSPOSED, BO, BI)
+            norm_sq = tl.where(cancelled, formed, norm_sq)
+    found = tl.sqrt(tl.maximum(norm_sq, 0.0))
+    if not FORM:
+        found = tl.where(cancelled, -1.0, found)
+    tl.store(norm + o, found, mask=o < O)
+
+
+@triton.jit
+def _form_cancelled(w, a, b, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+                    QUANTIZED: tl.constexpr, TRANSPOSED: tl.constexpr,
+                    BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """The rows that `_dora_norm` left at −1; there are hardly ever any."""
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    cancelled = tl.load(norm + o, mask=o < O, other=0.0) < 0
     if tl.max(cancelled.to(tl.int32), axis=0) > 0:
-        formed = tl.zeros((BO,), tl.float32)
-        for start in range(0, I, BI):
-            k = start + tl.arange(0, BI)
-            w_tile = _load_w(w, o, k, O, I, w_row, w_col, TRANSPOSED).to(tl.float32) * row_scale[:, None]
-            a_tile = tl.load(a + r[:, None] * a_row + k[None, :], mask=(r[:, None] < R) & (k[None, :] < I), other=0.0)
-            adapted = w_tile + scale * tl.dot(b_tile, a_tile.to(tl.float32), input_precision="ieee")
-            formed += tl.sum(adapted * adapted, axis=1)
-        norm_sq = tl.where(cancelled, formed, norm_sq)
-    tl.store(norm + o, tl.sqrt(tl.maximum(norm_sq, 0.0)), mask=o < O)
+        r = tl.arange(0, BR)
+        row_scale = tl.full((BO,), 1.0, tl.float32)
+        if QUANTIZED:
+            row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
+        b_tile = _load_b(b, o, r, O, R, b_row, b_col)
+        formed = _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale, TRANSPOSED, BO, BI)
+        tl.store(norm + o, tl.sqrt(formed), mask=cancelled)
 
 
 def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:
@@ -90,19 +127,34 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     block = rank_block(rank)
     bo, bi, warps, stages = _TILES[min(block, 256)]
     a3 = _in_three(a) if split else a
-    products = None
-    if split and w.is_cuda:
-        # A float8 weight is exact in bfloat16, too; the copy is gone at once.
-        products = torch.mm(w if w_scale is None else widen(w), a3.view(3 * rank, inputs).T, out_dtype=torch.float32)
-    _dora_norm[(triton.cdiv(outputs, bo),)](
+    products = _multiplied(w, a3, w_scale) if split else None
+    forms = products is None or block <= _FORMS
+    own = bo if forms else max(1, 1024 // block)  # there is no `tl.dot` then, which wants 16 rows
+    transposed = w.stride(0) == 1 and w.stride(1) != 1
+    _dora_norm[(triton.cdiv(outputs, own),)](
         w, a, a3, products, b, b.float() @ (wide @ wide.T), w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
         MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
         PRECISION=precision(torch.bfloat16 if split else torch.float32),
-        TRANSPOSED=w.stride(0) == 1 and w.stride(1) != 1, CANCELLED=CANCELLED,
-        BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
+        TRANSPOSED=transposed, CANCELLED=CANCELLED, FORM=forms,
+        BO=own, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if not forms:
+        _form_cancelled[(triton.cdiv(outputs, bo),)](
+            w, a, b, w_scale, norm, outputs, inputs, rank,
+            w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
+            QUANTIZED=w_scale is not None, TRANSPOSED=transposed,
+            BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return norm
+
+
+def _multiplied(w: Tensor, a3: Tensor, w_scale: Tensor | None) -> Tensor | None:
+    """W with the three parts of A, (O, 3·R) float32, by cuBLAS; None where there is none."""
+    if not w.is_cuda:
+        return None
+    # A float8 weight is exact in bfloat16, too; the copy is gone at once.
+    return torch.mm(w if w_scale is None else widen(w), a3.flatten(0, 1).T, out_dtype=torch.float32)
 
 
 @triton.jit
