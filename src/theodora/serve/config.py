@@ -48,7 +48,7 @@ class ServeConfig:
     page_size: int | None = None
     """Tokens in a page of keys and values. Default: 32 on a CPU, 256 on a GPU."""
     cuda_graphs: bool | None = None
-    """Run batches as CUDA graphs. Default: where flash attention is installed, which needs no masks."""
+    """Run batches as CUDA graphs. Default: on a GPU, where the host is the limit without them."""
     prefix_reuse: bool = True
     """Reuse keys and values of prompts that begin alike and go through the same adapter."""
 

@@ -292,6 +292,7 @@ class Engine:
     def _new_manager(self) -> RoutedManager:
         config = self.config
         generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
+        graphs = self.device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
         # transformers 5.17 calls pages blocks.
         page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
         pages: Any = {page: config.page_size or (32 if self.device.type == "cpu" else 256)}
@@ -302,9 +303,9 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else 2048),
             max_memory_percent=config.kv_memory,
             max_requests_per_batch=config.max_batch,
-            use_cuda_graph=config.cuda_graphs,
+            use_cuda_graph=graphs,
             # transformers pads keys and values to 16384 tokens by default, which costs more than more graphs do.
-            kv_padding_interval_size=4096 if config.cuda_graphs else 0,
+            kv_padding_interval_size=4096 if graphs else 0,
             allow_block_sharing=config.prefix_reuse,
             scheduler_type=SCHEDULER,
             return_logprobs=True,
