@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -403,8 +404,13 @@ def _scale(config: AdapterConfig, module: str) -> float:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers. If their sum is, they are: one pass instead of four over most files."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
+    an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
+    if tensor.device.type != "cpu":
+        return bool(tensor.isfinite().all())
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
+        return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
+    return bool(np.isfinite(tensor.numpy()).all())
 
 
 def _module_problem(
