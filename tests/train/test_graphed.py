@@ -72,6 +72,8 @@ def same(one, other, losses):
     ids=["", "accumulated", "dropout", "recomputed", "few learned", "packed", "wrapped"],
 )
 def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_path, losses, monkeypatch):
+    if "dropout" in others and torch.cuda.is_available():
+        pytest.skip("a CUDA graph draws random numbers of its own: the runs drop other values")
     settings = {**SETTINGS, "data": same_rows, **others}
     settings["data"] = settings["data"] or str(sums)
     run(output=str(tmp_path / "graphed"), **settings)
