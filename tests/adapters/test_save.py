@@ -70,6 +70,16 @@ def test_several_misses_at_once(folder):
     refused(folder, "lora_A missing", "NaN", "magnitudes (3,)", "surprise", "lora_B.bias: unknown key")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_finite_numbers(folder, dtype):
+    change(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    change(folder, lambda t: t[key("lora_A.weight")].fill_(torch.finfo(dtype).max))
+    load_adapter(tiny_model("llama"), folder)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        change(folder, lambda t, value=value: t[key("lora_A.weight")][1].fill_(value))
+        refused(folder, "q_proj.lora_A.weight: holds NaN or infinite values")
+
+
 def test_rank_in_the_configuration_differs(folder):
     configure(folder, r=3)
     refused(folder, "rank 2", "says 3")

@@ -406,6 +406,7 @@ def _scale(config: AdapterConfig, module: str) -> float:
 def _finite(tensor: Tensor) -> bool:
     """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
     an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
+    tensor = tensor.detach()
     if tensor.device.type != "cpu":
         return bool(tensor.isfinite().all())
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
