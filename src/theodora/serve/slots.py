@@ -20,9 +20,6 @@ class Slots:
         self._lock = threading.Lock()
         self.swaps = 0
 
-    def __contains__(self, serial: int) -> bool:
-        return serial in self._slot_of
-
     def __len__(self) -> int:
         return len(self._slot_of)
 
