@@ -1,9 +1,15 @@
 """The HTTP server, asked by the official client."""
 
+import asyncio
+import re
+
 import openai
 import pytest
 
-from serving import alone, expected
+from serving import alone, expected, settled
+from theodora.errors import ConfigError
+from theodora.serve.answers import Desk
+from theodora.serve.protocol import ChatRequest
 from tiny import tiny_tokenizer
 
 PROMPT = "Hello there"
@@ -64,6 +70,10 @@ def test_a_chat_streamed_and_not(server):
         ({"max_tokens": 600}, 400, "at most 512"),
         ({"presence_penalty": 1.0}, 400, "presence_penalty"),
         ({"temperature": -1}, 400, "temperature"),
+        ({"best_of": 3}, 400, "best_of: not supported"),
+        ({"stop": ["x"] * 17}, 400, "at most 16 stop texts"),
+        ({"stop": "x" * 257}, 400, "at most 256 characters"),
+        ({"prompt": [PROMPT, "a" * 600]}, 400, "600 tokens"),  # the first runs already
         ({"extra_body": {"made_up": 1}}, 400, "made_up"),
     ],
 )
@@ -72,3 +82,67 @@ def test_what_cannot_be_answered_says_so(server, asked, status, says):
         server.client.completions.create(**{"model": "base", "prompt": PROMPT, **asked})
     assert error.value.status_code == status
     assert server.client.completions.create(model="base", prompt=PROMPT, max_tokens=1).choices
+    assert settled(server.engine)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "Hi"}]}, "role"),
+        ({"top_logprobs": 2}, "needs logprobs: true"),
+        ({"response_format": {"type": "json_object"}}, "response_format: not supported"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_says_so(server, asked, says):
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError, match=says):
+        server.client.chat.completions.create(**{"model": "base", "messages": messages, **asked})
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [(None, "no chat template; use /v1/completions"), ("{{ raise_exception('who is system?') }}", "who is system?")],
+)
+def test_a_template_that_cannot_write_a_chat_says_so(engine_of, template, says):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    asked = ChatRequest(model="base", messages=[{"role": "system", "content": "Hi"}])
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        asyncio.run(Desk(engine_of("llama"), tokenizer).chat(asked, None))
+
+
+def test_content_in_parts_and_null_for_defaults(server):
+    create, asked = server.client.chat.completions.create, {"model": "lora8", "max_tokens": 4, "seed": 1}
+    whole = create(messages=[{"role": "user", "content": "Hi there"}], **asked)
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    found = create(messages=[{"role": "user", "content": parts}], temperature=None, top_p=None, n=None, **asked)
+    assert found.choices == whole.choices
+    assert found.usage == whole.usage
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_text(server, adapter_dir, stream):
+    text, _ = text_of("dora4", adapter_dir("dora4"), 30)
+    stop = text[10:12]
+    asked = {"model": "dora4", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "logprobs": 0}
+    found = server.client.completions.create(**asked, stop=["never said", stop], stream=stream)
+    choices = [reply.choices[0] for reply in (found if stream else [found])]
+    assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+    assert choices[-1].finish_reason == "stop"
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    assert len(tokens) == len(text[: text.index(stop)].encode())  # a token is a byte, and none of them the stop's
+    assert settled(server.engine)  # the rest of the 400 tokens is not generated
+
+
+def test_a_model_that_is_not_there(server):
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        server.client.models.retrieve("other")
+
+
+def test_a_failure_of_ours_is_500_and_tells_nothing(server_of, monkeypatch):
+    server = server_of()
+    monkeypatch.setattr(server.engine.adapters, "adapters", lambda: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="The server failed on this request") as error:
+        server.client.models.list()
+    assert "zero" not in str(error.value)
