@@ -15,7 +15,11 @@ def test_every_field_that_makes_no_sense_is_named():
     with pytest.raises(ConfigError) as error:
         ServeConfig(model="m", slots=0, max_rank=-1, grace=-0.5, max_queue=0, port=0)
     told = str(error.value)
-    for says in ("slots is 0; expected more than 0", "max_rank is -1; expected more than 0", "grace is -0.5; expected at"):
+    for says in (
+        "slots is 0; expected more than 0",
+        "max_rank is -1; expected more than 0",
+        "grace is -0.5; expected at",
+    ):
         assert says in told
     assert told.count("\n") == 3
     with pytest.raises(ConfigError, match="max_batch"):

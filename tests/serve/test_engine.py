@@ -1,19 +1,26 @@
 """Answers of a mixed batch against each adapter alone, on a model of its own, by plain forward passes."""
 
+import asyncio
 import itertools
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from serving import ADAPTERS, alone, expected, settled
-from theodora.errors import ConfigError
+from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora.errors import CheckpointError, ConfigError
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
 from theodora.serve import adapters as serve_adapters
-from theodora.serve.engine import Busy, Unavailable, UnknownModel
+from theodora.serve import requests as serve_requests
+from theodora.serve.batching import RoutedManager, Router
+from theodora.serve.config import ServeConfig
+from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.requests import Sampling
 from theodora.serve.slots import Slots
-from tiny import FAMILIES
+from tiny import FAMILIES, tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 30, 40], [n % 250 + 3 for n in range(80)]]
 
@@ -236,10 +243,127 @@ def test_a_slot_that_was_filled_in_part_is_emptied():
 
 
 def test_half_precision_and_a_tied_head(engine_of, adapter_dir):
-    from tiny import tiny_model
-
     engine = engine_of("llama", "dora4", model=tiny_model("llama", tied=True, dtype=torch.bfloat16))
     requests = [ask(engine, prompt, name) for prompt, name in itertools.product(PROMPTS, (None, "dora4"))]
     answers = [answer(request) for request in requests]
     assert answers[0] != answers[1]
     assert [len(tokens) for tokens in answers] == [8] * 6
+
+
+def test_requests_that_outgrow_the_cache_begin_again(engine_of, adapter_dir):
+    engine = engine_of("llama", "dora4", "lora8", kv_tokens=64, page_size=16, max_batch=4)
+    names = ("dora4", "lora8", None)
+    requests = [ask(engine, PROMPTS[0], name, count=25) for name in names]  # 32 tokens each
+    for request, name in zip(requests, names, strict=True):
+        check(request, alone("llama", name, name and adapter_dir(name)), PROMPTS[0], 25)
+    assert settled(engine)
+
+
+def test_the_model_is_the_base_outside_of_batches(engine_of):
+    engine = engine_of("llama", "dora4")
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(engine.model(ids).logits, alone("llama", None, None)(ids).logits)
+
+
+def test_an_engine_that_does_not_start_says_why(monkeypatch):
+    engine = Engine(tiny_model(), ServeConfig(model="base", kv_tokens=512))
+
+    def no_memory(_):
+        raise RuntimeError("no memory for keys and values")
+
+    monkeypatch.setattr(RoutedManager, "_create_batch_processor", no_memory)
+    with pytest.raises(Unavailable, match="does not start: no memory for keys"):
+        engine.start()
+    with pytest.raises(Unavailable, match="starting"):
+        ask(engine, [5])
+    engine._start_again()  # as after a failure
+    with pytest.raises(Unavailable, match="no memory for keys"):
+        ask(engine, [5])
+    assert not engine.ready()
+    engine.stop()
+
+
+def test_a_request_that_the_worker_does_not_take_is_over(engine_of, monkeypatch):
+    engine = engine_of("llama", "dora4")
+    monkeypatch.setattr(engine._manager, "add_request", lambda *_, **__: None)
+    with pytest.raises(Unavailable):
+        ask(engine, [5], "dora4")
+    assert settled(engine)
+    engine.stop()
+    with pytest.raises(Unavailable, match="stopping"):
+        ask(engine, [5])
+
+
+def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter_dir):
+    engine = engine_of("llama")
+    manager, begun, go = engine._manager, threading.Event(), threading.Event()
+    busy = threading.Thread(target=manager.run_between_batches, args=(lambda: begun.set() or go.wait(30),))
+    busy.start()
+    assert begun.wait(30)
+    with pytest.raises(TimeoutError, match="did not come to a task within 0.05 s"):
+        manager.run_between_batches(lambda: None, timeout=0.05)
+    go.set()
+    busy.join(30)
+
+    def fails(*_):
+        deadline = time.monotonic() + 30
+        while not manager._tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise RuntimeError("out of memory, say")
+
+    handle = engine.model.model.layers[0].register_forward_pre_hook(fails)
+    request = ask(engine, [5])
+    with pytest.raises(RuntimeError, match="the worker failed: out of memory, say"):
+        engine.load("dora4", adapter_dir("dora4"))
+    assert "out of memory" in request.updates.get(timeout=60).error
+    handle.remove()
+    while not engine.ready():
+        time.sleep(0.01)
+    engine._manager.stop(block=True)
+    engine.load("dora4", adapter_dir("dora4"))  # nobody is in the way
+    assert engine.adapters.names() == ["dora4"]
+
+
+def test_answers_for_an_event_loop_that_has_closed_hold_up_nobody():
+    class Closing:
+        def is_closed(self):  # when it is asked, it has not yet
+            return False
+
+        def call_soon_threadsafe(self, *_):
+            raise RuntimeError("Event loop is closed")
+
+    closed, closing = asyncio.new_event_loop(), Closing()
+    closed.close()
+    requests = {
+        name: serve_requests.Request(name, [5], None, Sampling(max_tokens=1), loop=loop)
+        for name, loop in (("closed", closed), ("closing", closing), ("thread", None))
+    }
+    over = []
+    output = [SimpleNamespace(request_id=name, is_finished=lambda: True) for name in ("gone", *requests)]
+    Router(requests.get, over.append).deliver_batch(output)
+    assert requests["thread"].updates.get(timeout=1) is output[-1]
+    assert over == list(requests.values())
+
+
+def test_adapters_that_no_slot_can_hold_are_refused(engine_of, adapter_dir, tmp_path):
+    engine = engine_of("llama", "lora1", max_rank=4)
+    with pytest.raises(CheckpointError, match=r"has rank 8; this server takes ranks up to 4 \(--max-rank\)"):
+        engine.load("lora8", adapter_dir("lora8"))
+    config = AdapterConfig(rank=2, modules_to_save=("lm_head",))
+    save_adapter(inject_adapter(tiny_model(), config), tmp_path / "full")
+    with pytest.raises(
+        CheckpointError, match="merge it and serve the merged model:\n  - lm_head.weight: trained in full"
+    ):
+        engine.load("full", tmp_path / "full")
+    model = inject_adapter(tiny_model(), AdapterConfig(method="dora", rank=2, targets="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.fill_(3e38)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(0)
+    save_adapter(model, tmp_path / "huge")
+    engine.model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-3)
+    with pytest.raises(CheckpointError, match="not finite on this model's weights"):
+        engine.load("huge", tmp_path / "huge")
+    assert engine.adapters.names() == ["lora1"]

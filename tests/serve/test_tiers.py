@@ -14,7 +14,7 @@ import torch
 from serving import alone, expected, settled
 from theodora.errors import CheckpointError
 from theodora.serve.requests import Sampling
-from theodora.serve.tiers import HostTier
+from theodora.serve.tiers import HostTier, Stamp
 
 GREEDY = Sampling(max_tokens=5, temperature=0.0)
 NAMES = ("dora4", "lora8", "dora3", "lora1", "head", "rows")
@@ -291,6 +291,52 @@ def test_after_the_end_nothing_is_read():
     host.add(a), host.add(b)
     host._executor.shutdown()
     assert host.take(a) is None
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_tensors_that_move_come_back_only_for_an_adapter_that_is_there(forgotten):
+    host, _ = tier(None)
+    a, went = Fake(0), Fake(1)
+    went.modules = None
+    host.add(a)
+
+    def change(tensors):
+        if forgotten:
+            host.forget(a)
+        return {"moved": tensors}
+
+    host.move(a, change)
+    host.move(went, change)
+    assert a.modules == (None if forgotten else {"moved": {"tensors": 0}})
+    assert went.modules is None
+
+
+def test_a_failure_is_kept_for_nobody_who_has_gone():
+    go = threading.Event()
+
+    def read(adapter):
+        go.wait(10)
+        raise OSError("no such disk")
+
+    host, arrived = tier(1, read)
+    a, b = Fake(0), Fake(1)
+    host.add(a), host.add(b)
+    assert host.take(a) is None
+    a.users = 0
+    go.set()
+    assert arrived.acquire(timeout=10)
+    a.users = 1
+    assert host.take(a) is None  # read again, and told if it fails again
+    assert arrived.acquire(timeout=10)
+    with pytest.raises(CheckpointError, match="no such disk"):
+        host.take(a)
+
+
+def test_a_folder_that_cannot_be_asked(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Stamp.of(tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    assert Stamp.of(tmp_path / "file").files == (None, None)  # a file where a folder should be, as if it were not there
 
 
 def slowed(engine, monkeypatch):

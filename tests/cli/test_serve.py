@@ -1,0 +1,106 @@
+"""`theodora serve`: what it is given, what it says, and that Ctrl-C ends it."""
+
+import http.client
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora.cli.main import main
+from tiny import tiny_model
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    save_adapter(inject_adapter(tiny_model(), AdapterConfig(method="dora", rank=4)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def when_it_serves(port, act, ended):
+    """Call `act` when the server answers; then Ctrl-C, also if that fails, unless the command has ended by itself."""
+
+    def ask(path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request(
+            "POST" if body else "GET", path, body and json.dumps(body), {"content-type": "application/json"}
+        )
+        reply = json.loads(connection.getresponse().read())
+        connection.close()
+        return reply
+
+    def wait():
+        while not ended.is_set():
+            try:
+                ask("/health")
+                break
+            except OSError:
+                time.sleep(0.02)
+        else:
+            return
+        try:
+            act(ask)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_the_command_serves_until_ctrl_c(tiny_model_dir, adapter, capsys):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    replies, ended = [], threading.Event()
+
+    def act(ask):
+        replies.append(ask("/v1/models"))
+        replies.append(ask("/v1/completions", {"model": "law", "prompt": "Hi", "max_tokens": 2, "temperature": 0}))
+
+    thread = when_it_serves(port, act, ended)
+    model = str(tiny_model_dir("llama"))
+    flags = ("--served-name", "tiny", "--adapter", f"law={adapter}", "--port", str(port), "--kv-tokens", "512")
+    try:
+        code = main(["serve", model, *flags, "--device", "cpu"])
+    finally:
+        ended.set()
+        thread.join(30)
+    told = capsys.readouterr().err
+    assert code == 130, told
+    models, answer = replies
+    assert [entry["id"] for entry in models["data"]] == ["tiny", "law"]
+    assert answer["usage"]["completion_tokens"] == 2
+    assert f"http://127.0.0.1:{port}/v1" in told
+    assert "base, cpu, float32" in told
+    assert "DoRA" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--adapter", "runs/law"), "--adapter runs/law: expected NAME=FOLDER"),
+        (("--adapter", "=runs/law"), "expected NAME=FOLDER"),
+        (("--adapter", "law=a", "--adapter", "law=b"), "--adapter law is given twice"),
+        (("--slots", "0"), "slots is 0; expected more than 0"),
+    ],
+)
+def test_what_makes_no_sense_is_told_before_anything_is_loaded(flags, says, capsys):
+    assert main(["serve", "no-such-model", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_adapter_named_as_the_base_is_refused(tiny_model_dir, adapter, capsys):
+    model = str(tiny_model_dir("llama"))
+    assert main(["serve", model, "--served-name", "law", "--adapter", f"law={adapter}", "--device", "cpu"]) == 2
+    assert "'law' is taken" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert main(["serve", "model"]) == 2
+    assert "prometheus_client is missing: pip install 'theodora[serve]'" in capsys.readouterr().err
