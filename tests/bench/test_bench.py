@@ -13,6 +13,7 @@ from theodora.bench import runner as runner_module
 from theodora.bench.build import build, decoder_blocks, load_base, matmul_flops, shifted_labels
 from theodora.bench.machine import bf16_peak
 from theodora.bench.runner import Measured
+from theodora.bench.table import differing_losses
 from theodora.bench.worker import Failure, Loaded, Memory, Turn
 from theodora.cli.main import main
 from theodora.errors import ConfigError
@@ -78,6 +79,8 @@ def test_random_weights_and_losses_are_the_same_in_every_variant():
 def test_nonsense_is_refused():
     with pytest.raises(ConfigError, match="rank is 0"):
         workload(rank=0)
+    with pytest.raises(ConfigError, match="length is 1; expected at least 2"):
+        workload(length=1)
     with pytest.raises(ConfigError, match="layers is 3; the model has 2"):
         load_base(workload(layers=3))
 
@@ -148,6 +151,62 @@ def test_a_floor_that_runs_out_of_memory_beside_another_is_measured_alone(monkey
     assert all(m.failure is None and len(m.rounds) == 2 for m in measured.values())
     rows = {row.name: row for row in make_rows(measured, against=["floor"])}
     assert rows["a"].ratios["floor"].median == pytest.approx(72 / 75)
+
+
+def test_without_a_floor_the_others_are_measured(monkeypatch):
+    monkeypatch.setattr(runner_module, "_Worker", FakeWorker)
+    said = []
+    peaks = {"floor": 90, "a": 20, "b": 30}
+    jobs = [Job(name=n, variant=Variant(label=str(peak)), workload=workload()) for n, peak in peaks.items()]
+    measured = Runner(jobs, floor="floor", rounds=2, progress=said.append).run()
+    assert FakeWorker.alive == set()
+    assert "floor: out of memory" in said
+    assert "round 2/2: a 20.000 s  b 30.000 s" in said
+    assert all(len(measured[name].rounds) == 2 for name in "ab")
+    rows = {row.name: row for row in make_rows(measured, against=["floor"])}
+    assert rows["a"].ratios == {}
+    assert rows["floor"].failure == "out of memory"
+
+
+def test_a_floor_that_needs_more_from_turn_to_turn_is_given_up(monkeypatch):
+    class Leaks(FakeWorker):
+        def ask(self, command, *arguments):
+            if self.peak == 75 and command == "turn":
+                type(self).full = True  # the memory stays away, in its next process, too
+            if self.peak == 75 and getattr(self, "full", False):
+                return Failure("out of memory", out_of_memory=True)
+            return super().ask(command, *arguments)
+
+    monkeypatch.setattr(runner_module, "_Worker", Leaks)
+    jobs = [Job(name=n, variant=Variant(label=p), workload=workload()) for n, p in {"floor": "75", "a": "20"}.items()]
+    said = []
+    measured = Runner(jobs, floor="floor", rounds=2, progress=said.append).run()
+    FakeWorker.alive.clear()
+    assert measured["floor"].failure.out_of_memory
+    assert len(measured["a"].rounds) == 2
+    assert any("floor -" in text for text in said)
+
+
+def test_different_losses_are_told():
+    memory = Memory(idle=1, peak=2, reserved=2, capacity=10)
+
+    def rows(*losses):
+        measured = {
+            f"v{n}": Measured(
+                Job(name=f"v{n}", variant=Variant(label=f"v{n}"), workload=workload()),
+                loaded=Loaded(1.0, loss, 1, 1, 1.0, "cpu", memory),
+                memory=memory,
+                rounds={0: [1.0]},
+            )
+            for n, loss in enumerate(losses)
+        }
+        return make_rows(measured, against=[])
+
+    assert differing_losses(rows(5.0, 5.01)) is None
+    assert (
+        differing_losses(rows(5.0, 5.5)) == "First losses differ, so this compares different work: v0 5.0000, v1 5.5000"
+    )
+    assert differing_losses([]) is None
 
 
 def test_a_variant_that_fails_stops_no_other(tmp_path):

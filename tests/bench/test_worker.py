@@ -71,6 +71,24 @@ def test_a_worker_says_why_it_cannot(answers):
     assert not failure.out_of_memory
 
 
+def test_a_worker_ends_with_its_parent(answers, monkeypatch):
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv", lambda _: (_ for _ in ()).throw(EOFError))
+    ours, theirs = multiprocessing.Pipe()
+    worker.work(theirs, job("floor"), "log")
+    monkeypatch.undo()
+    assert ours.recv() == "imported"
+    assert not ours.poll()  # nor a failure: nobody hears it
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_memory_is_known_without_proc(monkeypatch, tmp_path, platform):
+    known = worker.process_bytes("VmHWM")
+    monkeypatch.setattr(worker, "Path", lambda _: tmp_path / "absent")
+    monkeypatch.setattr(worker.sys, "platform", platform)
+    unit = 1024 if platform == "darwin" else 1  # macOS counts bytes, others KiB
+    assert worker.process_bytes("VmHWM") * unit >= known / 2
+
+
 @pytest.mark.parametrize(
     ("error", "out_of_memory"),
     [
