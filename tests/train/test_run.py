@@ -9,11 +9,12 @@ from peft import PeftModel
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import train
+from theodora.train.run import _changed_since
 
 
 def test_a_run_leaves_an_adapter_and_its_record(run, options, tmp_path, losses):
@@ -162,3 +163,36 @@ def test_a_conversation_without_a_template_gets_one_that_is_saved(run, tiny_mode
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     run(model=str(tmp_path / "model"), data=str(data))
     assert "### Response:" in (tmp_path / "run" / "chat_template.jinja").read_text()
+
+
+def test_tokens_and_templates_of_the_users(run, tmp_path, tiny_tokenizer):
+    with pytest.raises(ConfigError, match=r"eos_token is '<end>', which the tokenizer of .* does not have"):
+        run(eos_token="<end>")
+    with pytest.raises(ConfigError, match=r"chat_template_path is .*absent; expected a file with a Jinja template"):
+        run(chat_template_path=str(tmp_path / "absent"))
+    template = "{% for message in messages %}{{ message['content'] }}|{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    run(eos_token="<|im_end|>", chat_template_path=str(tmp_path / "chat.jinja"), max_steps=1)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert saved.eos_token == "<|im_end|>"
+    assert saved.chat_template == template
+
+
+def test_rows_that_are_all_one_row_are_trained_on_and_none_is_held_out(run, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 5)
+    run(data=str(tmp_path / "one.jsonl"), max_steps=1)
+    assert not (tmp_path / "run" / "held_out.jsonl").exists()
+    with pytest.raises(ConfigError):  # asked for, it is an error
+        run(data=str(tmp_path / "one.jsonl"), max_steps=1, held_out=2, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "says"), [("- 1\n", "holds no options"), ("rank: [1\n", "is damaged"), (None, None)]
+)
+def test_what_a_damaged_record_cannot_tell_is_said(record, says, tmp_path):
+    config = TrainConfig(model="m", data="d", output=str(tmp_path))
+    if record is not None:
+        (tmp_path / "config.yaml").write_text(record)
+    notes = _changed_since(config, tmp_path)
+    assert len(notes) == (says is not None)
+    assert all(says in note for note in notes)

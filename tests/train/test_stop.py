@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -19,7 +20,8 @@ from theodora.cli import main as cli
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import callbacks, train
-from theodora.train.stop import TrainingInterrupted
+from theodora.train import stop as stopping
+from theodora.train.stop import Agreement, StopOnSignal, TrainingInterrupted
 
 ALL = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
 
@@ -211,3 +213,70 @@ def test_several_processes_stop_at_the_same_step(tmp_path):
     for process in processes:
         process.join(60)
     assert [json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1)] == [[False, False, False, True]] * 2
+
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+def test_only_a_second_ctrl_c_ends_a_run_at_once(again, tmp_path):
+    stop = StopOnSignal(tmp_path, grace_period=60)
+    with stop.listening(), stop.training():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.exit_code == 130
+        if again == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(again)
+        else:
+            signal.raise_signal(again)
+            assert stop.exit_code == 0
+    assert stop._watchdog is None or stop._watchdog.finished.wait(5)  # it does not outlive the run
+
+
+def test_ctrl_c_after_the_last_step_is_not_held_back(tmp_path):
+    stop = StopOnSignal(tmp_path, grace_period=60)
+    with stop.listening():
+        with stop.training():
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_thread_leaves_signals_alone(tmp_path):
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def listen():
+        with StopOnSignal(tmp_path, grace_period=60).listening():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_worker_of_a_data_loader_goes_on_until_it_is_asked_again(tmp_path, monkeypatch):
+    stop, handlers = StopOnSignal(tmp_path, grace_period=60), []
+    monkeypatch.setattr(stopping.signal, "signal", lambda number, handler: handlers.append((number, handler)))
+    monkeypatch.setattr(stopping.os, "getpid", lambda: -1)  # as in a fork
+    stop._on_signal(signal.SIGINT, None)
+    assert handlers == []
+    stop._on_signal(signal.SIGTERM, None)
+    assert handlers == [(signal.SIGTERM, signal.SIG_DFL)]
+    assert stop.requested is None
+
+
+def test_a_run_without_checkpoints_says_so_at_its_bound(tmp_path, monkeypatch):
+    said, codes = [], []
+    monkeypatch.setattr(stopping.os, "write", lambda to, text: said.append((to, text.decode())))
+    monkeypatch.setattr(stopping.os, "_exit", codes.append)
+    StopOnSignal(tmp_path, grace_period=1.5)._give_up()
+    assert said == [(2, "SIGTERM: no checkpoint within 1.5 s; no checkpoint was written yet.\n")]
+    assert codes == [143]
+
+
+def test_an_agreement_is_told_of_in_the_step_after(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        agree = Agreement(torch.device("cpu"))
+        assert [agree(stop) for stop in (False, True, False, False)] == [False, False, True, False]
+    finally:
+        torch.distributed.destroy_process_group()
