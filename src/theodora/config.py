@@ -282,7 +282,7 @@ class TrainConfig:
         odd = [key for key in list[Any](self.trainer) if not isinstance(key, str)]
         if odd:
             yield f"trainer has the key {shown(odd[0])}; expected names of options"
-        for name in sorted(self.trainer.keys() & {f.name for f in fields(self)}):
+        for name in sorted(self.trainer.keys() & OPTION_NAMES):
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
 
     @classmethod

@@ -83,6 +83,36 @@ def test_errors_become_messages_and_exit_codes(error, code, message, command, ca
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("evaluate", "--limit", "few"), "argument --limit: 'few' is no whole number of at least 1"),
+        (("evaluate", "--limit", "0"), "'0' is no whole number"),
+        (("verify", "a", "b", "--bound", "low"), "argument --bound: 'low' is no number of at least 0"),
+        (("verify", "a", "b", "--kl-bound", "nan"), "'nan' is no number"),
+        (("train", "--rank-pattern", "q_proj"), "'q_proj' is not KEY=VALUE"),
+        (("train", "--rank-pattern", "q_proj=few"), "'q_proj=few' has no number after the ="),
+    ],
+)
+def test_values_that_a_flag_cannot_take(argv, says, capsys):
+    assert cli.main(list(argv)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error_message(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    command(raising(BrokenPipeError()))
+    assert cli.main(["info"]) == 1
+    assert sys.stdout is None  # nothing is flushed at exit
+    assert capsys.readouterr().err == ""
+
+
+def test_debug_shows_where_the_unexpected_happened(command):
+    command(raising(RuntimeError("odd")))
+    with pytest.raises(RuntimeError, match="odd"):
+        cli.main(["--debug", "info"])
+
+
 @pytest.mark.parametrize("argv", [["--debug", "info"], ["info", "--debug"]])
 def test_debug_shows_the_traceback(argv, command):
     command(raising(ConfigError("rank is 0")))

@@ -143,7 +143,15 @@ def test_all_misses_are_named_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "holds list"), ("a: [\n", "no valid YAML"), (None, "No such file")],
+    [
+        ("- a\n- b\n", "holds list"),
+        ("a: [\n", "no valid YAML"),
+        (None, "No such file"),
+        ("3: a\n", "the name 3 is no text"),
+        ("max-steps: 1\nmax_steps: 2\n", "gives max_steps twice, once with - and once with _"),
+        ("rank: 1\nlr: 2\nrank: 3\n", "has the key 'rank' twice in the mapping that begins in line 1"),
+        ("[" * 3000, "nested too deeply"),
+    ],
 )
 def test_a_file_that_is_no_configuration(text, message, tmp_path):
     file = tmp_path / "run.yaml"
@@ -151,6 +159,11 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path):
         file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse("--config", str(file))
+
+
+def test_an_argument_that_belongs_to_no_flag():
+    with pytest.raises(ConfigError, match=r"unexpected argument 'rows.jsonl'. See theodora train --help"):
+        parse("rows.jsonl", *REQUIRED)
 
 
 RECIPES = [p for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml") if not p.name.startswith("study")]

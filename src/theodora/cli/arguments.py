@@ -84,6 +84,28 @@ def other_options(arguments: list[str]) -> dict[str, Any]:
     return {key: True if not words else words[0] if len(words) == 1 else words for key, words in options.items()}
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for a parser's `type`, whose own errors would name this function."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0, likewise."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return number
+
+
 class _WordOrList(argparse.Action):
     """One word stays text (it may be a regular expression); several become a list."""
 
@@ -106,7 +128,10 @@ def _pair(text: str) -> tuple[str, float]:
     key, equals, value = text.rpartition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} has no number after the =") from error
     return key, int(number) if number.is_integer() else number
 
 

@@ -17,6 +17,8 @@ import json
 import warnings
 from typing import TYPE_CHECKING
 
+from theodora.cli.arguments import positive
+
 if TYPE_CHECKING:
     from theodora.evaluate import Scores
 
@@ -28,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="rows to score: any source that `theodora train` reads")
     parser.add_argument("--split", help="which split, if the data has several")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="score the first N rows only")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="rows in a pass. Default: 16.")
+    parser.add_argument("--limit", type=positive, metavar="N", help="score the first N rows only")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="rows in a pass. Default: 16.")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens of the longest answer. Default: 64."
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens of the longest answer. Default: 64."
     )
     parser.add_argument(
         "--labels",
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-exact-match", action="store_true", help="score the loss only, which is faster")
     parser.add_argument(
         "--max-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="cut rows after N tokens. Default: the model's context window.",
     )
@@ -152,10 +154,3 @@ def _table(scores: Scores, tasks: dict[str, dict[str, float]]):  # -> rich.table
     table.add_row("predicted tokens", f"{scores.tokens:,}")
     table.add_row("seconds", f"{scores.seconds:,.1f}")
     return table
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number

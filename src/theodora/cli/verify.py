@@ -18,6 +18,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from theodora.cli.arguments import not_negative, positive
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -41,13 +43,19 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="a text to compare on, one of your domain. Default: a built-in page"
     )
     parser.add_argument(
-        "--tokens", type=_positive, metavar="N", help="tokens of it. Default: 256; 64 with a server, each a request"
+        "--tokens", type=positive, metavar="N", help="tokens of it. Default: 256; 64 with a server, each a request"
     )
     parser.add_argument(
-        "--bound", type=_bound, metavar="X", help="largest difference of a logit. Default: by the stored precision"
+        "--bound",
+        type=not_negative,
+        metavar="X",
+        help="largest difference of a logit. Default: by the stored precision",
     )
     parser.add_argument(
-        "--kl-bound", type=_bound, metavar="X", help="largest mean KL divergence, in nats. Default: by the precision"
+        "--kl-bound",
+        type=not_negative,
+        metavar="X",
+        help="largest mean KL divergence, in nats. Default: by the precision",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
@@ -157,17 +165,3 @@ def _number(value: float) -> str:
         if 1e-3 <= abs(value) < 1e4 or not math.isfinite(value)
         else f"{value:.1e}"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-def _bound(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return number
