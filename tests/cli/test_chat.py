@@ -163,3 +163,52 @@ def test_two_columns_if_there_is_room(width, together):
     console.print(view(answers, width))
     lines = console.file.getvalue().splitlines()
     assert any("left" in line and "right" in line for line in lines) is together
+
+
+class Terminal(io.StringIO):
+    """Keys that somebody types; what is a function is called instead."""
+
+    def __init__(self, *typed):
+        super().__init__()
+        self.typed = list(typed)
+
+    def isatty(self):
+        return True
+
+    def input(self, prompt):
+        assert prompt == "> "
+        if not self.typed:
+            raise EOFError
+        line = self.typed.pop(0)
+        return line() if callable(line) else line
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_on_a_terminal_it_greets_and_answers_grow(template, conversation, tiny_tokenizer, monkeypatch):
+    from theodora.cli import chat
+
+    if not template:
+        tiny_tokenizer.chat_template = None
+        conversation = Conversation(conversation._model, tiny_tokenizer, max_new_tokens=6)
+    prompts_of(conversation, monkeypatch)
+    keys = Terminal("", interrupt, "hello [bold]", "/exit", "never read")
+    monkeypatch.setattr("sys.stdin", keys)
+    monkeypatch.setattr("builtins.input", keys.input)
+    console = Console(width=120, file=io.StringIO(), force_terminal=True, color_system=None, legacy_windows=False)
+    chat._greet(console, "base[1]", "runs/mine", conversation)
+    chat._talk(console, conversation)
+    shown = console.file.getvalue()
+    assert "runs/mine on base[1]" in shown  # names are no markup
+    assert ("There is no chat template" in shown) == (not template)
+    assert "/exit or Ctrl-D leaves" in shown
+    assert shown.count("ok") >= 2  # both answers
+    assert keys.typed == ["never read"]
+
+
+def test_a_folder_beside_a_model_is_the_adapter(adapter, tiny_model_dir, chat):
+    output = chat(["hello"], adapter, "--model", tiny_model_dir("llama"))
+    assert "adapted:" in output

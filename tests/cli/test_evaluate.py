@@ -1,6 +1,8 @@
 import json
+import re
 import sys
 from importlib import import_module
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +114,43 @@ def test_lm_eval_is_asked_for_by_name(evaluate, tiny_model_dir, data, monkeypatc
     monkeypatch.setattr(sys.modules["theodora.evaluate.harness"], "find_spec", lambda name: None)
     assert main(["evaluate", "--model", str(tiny_model_dir()), "--data", str(data), "--lm-eval", "arc_easy"]) == 2
     assert "pip install 'lm-eval" in capsys.readouterr().err
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """A package of that name, which records what it is asked; its answer, or its error, is set by the test."""
+    asked = SimpleNamespace(answer={}, seen=None)
+
+    def simple_evaluate(**given):
+        asked.seen = given
+        if isinstance(asked.answer, Exception):
+            raise asked.answer
+        return {"results": asked.answer}
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lm_eval"].simple_evaluate = simple_evaluate
+    sys.modules["lm_eval.models.huggingface"].HFLM = lambda **given: SimpleNamespace(**given)
+    import_module("theodora.evaluate.harness")
+    monkeypatch.setattr(sys.modules["theodora.evaluate.harness"], "find_spec", lambda name: True)
+    return asked
+
+
+def test_figures_of_lm_eval_stand_in_the_table(lm_eval, tiny_model_dir, data, capsys):
+    lm_eval.answer = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": "N/A"}}
+    model = str(tiny_model_dir())
+    asked = ("--data", str(data), "--lm-eval", "arc_easy", "--limit", "2", "--batch-size", "3", "--labels", "auto")
+    assert main(["evaluate", "--model", model, *asked]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"arc_easy acc,none +0\.25", shown)
+    assert "stderr" not in shown  # no number
+    assert "right label likeliest" in shown
+    assert lm_eval.seen["tasks"] == ["arc_easy"]
+    assert lm_eval.seen["limit"] == 2
+    assert lm_eval.seen["model"].batch_size == 3
+
+
+def test_a_task_that_lm_eval_does_not_know(lm_eval, tiny_model_dir, data, capsys):
+    lm_eval.answer = KeyError("arc_hard")
+    assert main(["evaluate", "--model", str(tiny_model_dir()), "--data", str(data), "--lm-eval", "arc_hard"]) == 1
+    assert "lm-eval cannot run arc_hard" in capsys.readouterr().err

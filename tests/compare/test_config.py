@@ -1,9 +1,12 @@
 """What is wrong with a comparison's file is said before anything runs, and the option is named."""
 
+import json
+
 import pytest
 
 from theodora.compare import CompareConfig
-from theodora.errors import ConfigError
+from theodora.compare.material import read_splits
+from theodora.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +19,13 @@ from theodora.errors import ConfigError
         ({"tuning_seeds": 0}, "tuning_seeds is 0"),
         ({"methods": []}, "methods is empty"),
         ({"methods": ["gradient descent"]}, "gradient descent"),
+        ({"methods": [{"method": "lora", "speed": 2}]}, "methods: lora: there is no option speed"),
+        ({"methods": [{"method": "full", "rank_pattern": {"q_proj": 2}}]}, "full fine-tuning has no adapter"),
+        ({"methods": [{"method": "lora", "replay": 1}]}, "replay is 1; expected a share of at least 0 and below 1"),
+        ({"methods": [{"method": "lora", "b_ratio": 0}]}, "b_ratio is 0; expected a positive number"),
+        ({"methods": [{"method": "lora", "ranks": [2, 0]}]}, "ranks are [2, 0]; expected whole numbers of at least 1"),
+        ({"methods": [{"method": "lora", "learning_rates": ["fast"]}]}, "['fast']; expected positive numbers"),
+        ({"methods": [{"method": "lora", "learning_rates": []}]}, "[]; expected positive numbers"),
         ({"reference": ["full"]}, "reference is full; the methods are"),
         ({"general": None, "methods": [{"method": "dora", "replay": 0.1}]}, "general is missing"),
         ({"speed": 3}, "there is no option speed"),
@@ -43,3 +53,44 @@ def test_seeds_are_counted_or_named(options):
     named = CompareConfig.from_options(options | {"seeds": [4, 9], "tuning_seeds": [7]})
     assert (counted.final_seeds, counted.choosing_seeds) == ((0, 1, 2), (1000, 1001))
     assert (named.final_seeds, named.choosing_seeds) == ((4, 9), (7,))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def answers(*found):
+    return [{"prompt": f"{n}?", "completion": answer} for n, answer in enumerate(found)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (answers(*["yes"] * 30), {}, "all 30 rows have the same answer; a choice needs at least two labels"),
+        (answers(*map(str, range(80))), {}, "80 rows have 80 different answers: that is no closed set of labels"),
+        (
+            answers(*["odd", "even", "perhaps"] * 10),
+            {"labels": ["odd", "even"]},
+            "answers that are none of the labels: perhaps",
+        ),
+        ([{"text": f"row {n}"} for n in range(30)], {}, "is plain text, which has no answers: score='labels'"),
+    ],
+    ids=["one", "many", "strange", "text"],
+)
+def test_data_that_has_no_labels_is_refused_before_anything_runs(rows, changes, said, options, tmp_path):
+    train = write(tmp_path / "odd.jsonl", rows)
+    data = {"mine": {"train": train, "validation": 8, "test": 8, "score": "labels", **changes}}
+    config = CompareConfig.from_options(options | {"data": data})
+    with pytest.raises(DataError) as raised:
+        read_splits(config)
+    assert said in str(raised.value)
+
+
+def test_general_texts_are_texts_and_enough_of_them(options, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", answers("a", "b", "c"))
+    with pytest.raises(DataError, match=r"general: .*rows\.jsonl is .*; expected plain text \(a column `text`\)"):
+        read_splits(CompareConfig.from_options(options | {"general": rows}))
+    replayed = options | {"methods": [{"method": "dora", "replay": 0.1}], "general_rows": 12}
+    with pytest.raises(DataError, match="has 12 texts, and general_rows takes 12: none is left"):
+        read_splits(CompareConfig.from_options(replayed))
