@@ -11,9 +11,9 @@ from exports import adapter_folder
 from theodora import load_adapter
 from theodora.adapters.checkpoint import read_adapter
 from theodora.cli.main import main
-from theodora.errors import CheckpointError, UsageError
+from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export import VerificationFailed, export_adapter, verify
-from theodora.export.served import read_served
+from theodora.export.served import load_served, read_served
 from theodora.functional import dora_norm
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -157,3 +157,37 @@ def test_the_loss_is_printed_layer_by_layer(adapter, tmp_path, capsys):
     assert "q_proj" in printed
     assert main(["export", str(adapter), "--to", "hf", "--lora-rank", "8", "--output", str(tmp_path / "m")]) == 2
     assert "needs no --lora-rank" in capsys.readouterr().err
+
+
+def test_what_the_served_form_cannot_hold_is_refused(base, tmp_path):
+    whole = adapter_folder(tmp_path / "whole", base, targets=("q_proj",), modules_to_save=("lm_head",))
+    with pytest.raises(UsageError, match=r"holds linear layers only; merge instead:\n  - lm_head\.weight: trained in"):
+        export_adapter(whole, tmp_path / "served", "served")
+    rows = adapter_folder(tmp_path / "rows", base, targets=("embed_tokens", "q_proj"))
+    with pytest.raises(UsageError, match=r"model\.embed_tokens: an embedding"):
+        export_adapter(rows, tmp_path / "served", "served")
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_served_form_on_another_model_is_refused(adapter, tmp_path, tiny_model):
+    export_adapter(adapter, tmp_path / "served", "served", check=False)
+    with pytest.raises(CheckpointError, match="no such module in this model"):
+        load_served(tiny_model("gpt2"), tmp_path / "served")
+    with pytest.raises(CheckpointError, match=r"down_proj: made for \(32, 48\), here it is \(32, 64\)"):
+        load_served(tiny_model(intermediate_size=64), tmp_path / "served")
+    (tmp_path / "served" / "served_adapter.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no whole adapter in served form"):
+        load_served(tiny_model(), tmp_path / "served")
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "says"),
+    [
+        ("peft", {"dtype": "fp16"}, "keeps the adapter's own dtype"),
+        ("hf", {"llama_cpp": "llama.cpp"}, "--llama-cpp is for the form gguf"),
+        ("onnx", {}, "form is 'onnx'; expected one of hf, "),
+    ],
+)
+def test_options_of_another_form(form, options, says, adapter, tmp_path):
+    with pytest.raises((ConfigError, UsageError), match=says):
+        export_adapter(adapter, tmp_path / "out", form, **options)

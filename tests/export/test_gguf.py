@@ -3,6 +3,8 @@
 Every family here was also compared with llama.cpp itself (docs/exporting.md).
 """
 
+import sys
+
 import gguf
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from exports import adapter_folder
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export import export_adapter, verify
+from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.gguf_names import names_of
 from tiny import tiny_model, tiny_tokenizer
 
@@ -108,6 +111,73 @@ def test_llama_3s_scaling_of_positions_is_written(tmp_path):
     inverse = tiny_model("llama", rope_parameters=scaling).model.rotary_emb.inv_freq
     plain = tiny_model("llama").model.rotary_emb.inv_freq
     torch.testing.assert_close(torch.from_numpy(found["rope_freqs.weight"].data.copy()), plain / inverse)
+
+
+def test_other_scalings_of_positions(tmp_path):
+    def exported(kind, **scaling):
+        folder = tmp_path / f"base-{kind}"
+        tiny_model("llama", rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **scaling}).save_pretrained(
+            folder
+        )
+        tiny_tokenizer().save_pretrained(folder)
+        adapter = adapter_folder(tmp_path / f"a-{kind}", folder)
+        return export_adapter(adapter, tmp_path / f"{kind}.gguf", "gguf", dtype="fp32", check=False)
+
+    exported("linear", factor=4.0)
+    fields = gguf.GGUFReader(tmp_path / "linear.gguf").fields
+    assert fields["llama.rope.scaling.type"].contents() == "linear"
+    assert fields["llama.rope.scaling.factor"].contents() == 4.0
+    with pytest.raises(CheckpointError, match=r"by 'dynamic', which is not written to GGUF here\. Export --to hf"):
+        exported("dynamic", factor=4.0)
+    assert not (tmp_path / "dynamic.gguf").exists()
+
+
+def test_without_the_package_it_is_named(base, tmp_path, monkeypatch):
+    adapter = adapter_folder(tmp_path / "adapter", base)
+    module = sys.modules["theodora.export.gguf_files"]
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="python -m pip install 'gguf"):
+        export_adapter(adapter, tmp_path / "m.gguf", "gguf")
+
+
+def test_a_tensor_that_llama_cpp_does_not_know_is_named(tmp_path, tiny_model_dir):
+    adapter = adapter_folder(tmp_path / "a", tiny_model_dir("gemma"))  # whose head is its embeddings, elsewhere
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: no such tensor in llama\.cpp's gemma"):
+        export_adapter(adapter, tmp_path / "m.gguf", "gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(("spoil", "says"), [("values", "other values than were written"), ("names", "missing")])
+def test_a_file_that_reads_back_otherwise_is_not_kept(spoil, says, tmp_path, tiny_model_dir, monkeypatch):
+    adapter = adapter_folder(tmp_path / "adapter", tiny_model_dir("gemma", tied=True))  # its tensors are read back
+    module = sys.modules["theodora.export.gguf_model"]
+    arrays = module._arrays
+
+    def spoiled(*given):
+        for name, array in arrays(*given):
+            if "attn_k" not in name:
+                yield name, array
+            elif spoil == "values":
+                yield name, array + 1
+
+    monkeypatch.setattr(module, "_arrays", spoiled)
+    with pytest.raises(CheckpointError, match=rf"does not read back right:\n  - blk\.0\.attn_k\.weight: {says}"):
+        export_adapter(adapter, tmp_path / "m.gguf", "gguf", dtype="fp32")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_lora_of_another_model_is_refused(base, tmp_path, tiny_model_dir):
+    adapter = adapter_folder(tmp_path / "a", base, method="lora")
+    export_adapter(adapter, tmp_path / "l.gguf", "gguf-lora", check=False)
+    with pytest.raises(CheckpointError, match="is a lora for llama"):
+        put_gguf_lora_on(tiny_model("qwen2"), tmp_path / "l.gguf")
+    model = adapter_folder(tmp_path / "b", base, method="lora")
+    export_adapter(model, tmp_path / "m.gguf", "gguf", dtype="fp32", check=False)
+    with pytest.raises(CheckpointError, match=r"file without adapter\.type for llama"):
+        put_gguf_lora_on(tiny_model(), tmp_path / "m.gguf")
+    small = tiny_model(num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"blk\.1\.\S+ has no place in this llama model"):
+        put_gguf_lora_on(small, tmp_path / "l.gguf")
 
 
 def test_what_has_no_place_is_refused(base, tmp_path, tiny_model_dir):

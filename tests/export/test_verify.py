@@ -181,3 +181,47 @@ def test_what_a_server_cannot_answer_is_said(server, adapter):
         verify(str(adapter), f"{url}#law", tokens=4)
     with pytest.raises(CheckpointError, match="does not answer"):
         verify(str(adapter), "http://127.0.0.1:9/v1")
+
+
+def test_a_form_that_lacks_what_comparing_needs_is_told(adapter, tmp_path, tiny_model_dir):
+    merge_checkpoint(adapter, tmp_path / "merged")
+    for file in (tmp_path / "merged").glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer to make tokens of the probe text with"):
+        verify(str(tmp_path / "merged"), str(adapter))
+    assert verify(str(adapter), str(tmp_path / "merged"), tokens=16).passed  # the adapter's own do
+    with pytest.raises(UsageError, match="The probe text has no tokens"):
+        verify(str(adapter), str(tmp_path / "merged"), text="")
+
+
+def test_another_way_to_cut_the_text_and_another_vocabulary(adapter, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["The"])
+    tiny_model().save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    found = verify(str(adapter), str(tmp_path / "other"), text="So. The end.", tokens=10)
+    assert found.notes[0].endswith("/other cuts the probe text otherwise, from token 4 on.")
+    tiny_model(vocab_size=259).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"has 272 tokens and .*small 259: these are different models"):
+        verify(str(adapter), str(tmp_path / "small"), text="So.")
+
+
+def test_a_server_behind_a_key_and_without_v1_in_its_address(server, adapter, monkeypatch):
+    handler, url = server
+    seen = []
+    ask = handler.do_GET
+    handler.do_GET = lambda self: (seen.append((self.path, self.headers["Authorization"])), ask(self))
+    monkeypatch.setenv("THEODORA_API_KEY", "secret")
+    assert verify(str(adapter), f"{url.removesuffix('/v1')}/#law", tokens=4).passed
+    assert seen[0] == ("/v1/models", "Bearer secret")
+
+
+def test_a_server_that_gives_too_few_answers(server, adapter):
+    handler, url = server
+    answer = handler._answer
+    handler._answer = lambda self, content: answer(
+        self, {"choices": content["choices"][1:]} if "choices" in content else content
+    )
+    with pytest.raises(CheckpointError, match=r"gave \d+ answers to \d+ prompts"):
+        verify(str(adapter), f"{url}#law", tokens=4)
