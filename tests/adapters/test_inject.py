@@ -212,3 +212,33 @@ def test_another_adapters_own_head_is_not_the_base(tmp_path):
     torch.testing.assert_close(load_adapter(model, tmp_path / "a", "again")(ids).logits, base)
     inject_adapter(set_adapter(model, "full"), AdapterConfig(rank=2, targets=("lm_head",)), name="new")
     torch.testing.assert_close(model(ids).logits, base)
+
+
+def test_nothing_left_to_adapt_is_said():
+    with pytest.raises(ConfigError, match=r"nothing is left to adapt \(targets=\('q_proj',\), left out: "):
+        inject_adapter(tiny_model(), AdapterConfig(targets=("q_proj",), exclude=("q_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("expression", "says"), [("(.*.*.*)*x", "nested repetitions"), ("(q_proj", "is no regular expression")]
+)
+def test_expressions_that_cannot_be_used(expression, says, monkeypatch):
+    monkeypatch.setattr("theodora.adapters.targets._PATIENCE", 1e-4)
+    with pytest.raises(ConfigError, match=says):
+        inject_adapter(tiny_model(), AdapterConfig(rank_pattern={expression: 4}))
+
+
+def test_an_adapter_that_no_machine_can_hold_is_refused():
+    model = tiny_model()
+    with pytest.raises(
+        ConfigError, match=r"rank 1,000,000,000 on 14 modules takes .* GB; this machine has .*own \(48|32"
+    ):
+        inject_adapter(model, AdapterConfig(rank=10**9))
+    assert not adapter_layers(model)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_layer_is_printed_with_its_adapter(method):
+    model = inject_adapter(tiny_model(), AdapterConfig(method=method, rank=4, dropout=0.1))
+    name = {"lora": "LoRA", "dora": "DoRA"}[method]
+    assert f"{name}, rank=4, scale=2, dropout=0.1" in str(model.model.layers[0].self_attn.q_proj)

@@ -1,6 +1,7 @@
 """Adapter files: what is wrong with one is said, and nothing is changed."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapte
 from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.adapters.save import load_weights
+from theodora.errors import ConfigError
 from tiny import tiny_model
 
 CONFIG = AdapterConfig(rank=2, targets=("q_proj", "v_proj"))
@@ -236,3 +238,116 @@ def test_read_adapter_needs_no_model(folder):
 def test_loaded_for_inference_nothing_trains(folder):
     model = load_adapter(tiny_model("llama"), folder)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def tensors_of(folder, edit):
+    """Rewrite the tensors and keep the header."""
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    edit(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t, m: t.update({key("lora_A.weight"): torch.ones(2, 32, dtype=torch.int8)}), ("torch.int8", "dtype")),
+        (lambda t, m: t.update({key("lora_A.weight"): torch.ones(2, 32, 1)}), ("expected (rank, in) and (out, rank)",)),
+        (lambda t, m: t.update({key("lora_embedding_A"): torch.ones(2, 32)}), ("holds this twice",)),
+        (lambda t, m: t.clear(), ("holds no adapter tensors",)),
+        (lambda t, m: m.update(theodora="[]"), ("metadata is no object",)),
+        (lambda t, m: m.update(theodora='{"probe": {"a": ["x"]}}'), ("no probe of a base model",)),
+        (lambda t, m: m.update(theodora='{"starts": 3}'), ("whether there are start factors",)),
+    ],
+    ids=["dtype", "shape", "twice", "nothing", "metadata", "probe", "starts"],
+)
+def test_what_a_file_of_tensors_must_not_hold(folder, spoil, words):
+    tensors_of(folder, spoil)
+    refused(folder, *words)
+
+
+def test_half_of_an_odd_rank_is_no_start(tmp_path):
+    config = replace(CONFIG, init="pissa")
+    save_adapter(inject_adapter(tiny_model("llama"), config), tmp_path / "a")
+    configure(tmp_path / "a", r=5)
+    refused(tmp_path / "a", "says an odd rank, but half of it is to be the start")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"base_model_name_or_path": 3}, ("base_model_name_or_path is 3; expected a folder or hub name",)),
+        ({"use_dora": "yes"}, ("use_dora is 'yes'; expected true or false",)),
+        ({"modules_to_save": ["lm_head"]}, ("modules_to_save names 'lm_head', but the file holds no such tensor",)),
+    ],
+)
+def test_fields_that_say_something_else_than_they_should(folder, fields, words):
+    configure(folder, **fields)
+    refused(folder, *words)
+
+
+def test_a_file_where_a_configuration_should_be(folder):
+    (folder / "adapter_config.json").write_text("[1]")
+    refused(folder, "holds list; expected an object")
+
+
+def test_folders_that_hold_no_adapter(tmp_path, folder):
+    (tmp_path / "file").touch()
+    for path, words in (
+        (
+            tmp_path / "file",
+            "is no adapter folder: expected adapter_config.json and adapter_model.safetensors, found a",
+        ),
+        (tmp_path / "nowhere", "does not exist; expected a folder with adapter_config.json"),
+        ("somebody/some-adapter", "is neither a folder here nor an adapter on the hub"),
+        ("~nobody-of-that-name/a", "is no folder"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            read_adapter(path)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle file, which can run code when read"):
+        read_adapter(folder)
+
+
+def test_an_adapter_of_another_kind_of_module(tmp_path):
+    save_adapter(inject_adapter(tiny_model("llama"), replace(CONFIG, targets=("embed_tokens",))), tmp_path / "rows")
+    other = tiny_model("llama")
+    other.model.embed_tokens = torch.nn.Linear(32, 272)
+    refused(tmp_path / "rows", "the file and the model disagree whether this is an embedding", model=other)
+    other.model.embed_tokens = torch.nn.Embedding(272, 32, max_norm=1.0)
+    refused(tmp_path / "rows", "rescales its weight while it is used", model=other)
+
+
+def test_modules_trained_in_full_must_be_there_and_fit(tmp_path):
+    config = replace(CONFIG, modules_to_save=("lm_head",))
+    save_adapter(inject_adapter(tiny_model("llama"), config), tmp_path / "full")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: \(272, 32\) in the file, \(300, 32\) in the model"):
+        load_adapter(tiny_model("llama", vocab_size=300), tmp_path / "full")
+    model = tiny_model("llama")
+    model.head = model.lm_head
+    del model.lm_head
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: no such parameter"):
+        load_adapter(model, tmp_path / "full")
+
+
+def test_weights_of_another_adapter_do_not_fit(folder, tmp_path):
+    model = inject_adapter(tiny_model("llama"), replace(CONFIG, alpha=3.0, modules_to_save=("lm_head",)))
+    before = {name: t.clone() for name, t in trained_tensors(model).items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, folder)
+    assert "q_proj: scale 2 in the file, 1.5 in the model" in str(caught.value)
+    assert "lm_head.weight: trained in full here, not in the file" in str(caught.value)
+    assert all(torch.equal(t, before[name]) for name, t in trained_tensors(model).items())
+
+
+def test_which_adapter_must_be_said_where_there_are_several(folder, tmp_path):
+    model = load_adapter(load_adapter(tiny_model("llama"), folder, "one"), folder, "two")
+    set_adapter(model, None)
+    with pytest.raises(ConfigError, match="Which adapter\\? The model carries one, two, and none is active"):
+        save_adapter(model, tmp_path / "out")
+    with pytest.raises(ConfigError, match="There is no adapter 'three'; the model carries one, two"):
+        set_adapter(model, "three")
