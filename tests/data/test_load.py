@@ -345,3 +345,77 @@ class TestBadInput:
         write(b"cos\nsystem\n(S'true'\ntR.", "d/a.pkl")
         assert rows(write(PAIRS, "d/train.jsonl").parent) == PAIRS
         assert "ends in .pkl" in complaint(tmp_path / "d" / "a.pkl")
+
+
+def test_files_that_unfold_to_far_more_than_there_is(write, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from theodora.data import files
+
+    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    assert "line 1: is longer than 1,000 bytes; one line holds one row" in complaint(
+        write(json.dumps({"text": "a" * 2000}), "long.jsonl")
+    )
+    table = pa.table({"text": ["a" * 3_000_000]})
+    monkeypatch.setattr(files, "_MOST_COMPRESSED", 2)
+    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False)
+    assert "unfolds to more than 2 times its size; no text does that" in complaint(tmp_path / "bomb.parquet")
+    monkeypatch.setattr(files, "LARGEST_UNPACKED", 1 << 20)
+    packed = gzip.compress(json.dumps([{"text": "a" * 1000}] * 2000, indent=1).encode())
+    assert "unfolds to more than 1 MB of JSON; write one row a line, as .jsonl.gz" in complaint(
+        write(packed, "bomb.json.gz")
+    )
+
+
+def test_a_parquet_file_that_names_a_column_twice(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    assert "names the column 'text' twice" in complaint(tmp_path / "twice.parquet")
+
+
+def test_many_rows_are_written_as_they_come(write, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["theodora.data.load"], "_BATCH_BYTES", 100)
+    many = [{"prompt": f"question {n}", "completion": "a" * 30} for n in range(20)]
+    assert rows(write(many)) == many
+
+
+def test_a_full_disk_is_told(write, monkeypatch):
+    import errno
+    import sys
+
+    class Full:
+        def __init__(self, **_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["theodora.data.load"], "ArrowWriter", Full)
+    assert "No space is left in" in complaint(write(PAIRS))
+    monkeypatch.setattr(Full, "__init__", lambda self, **_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output")))
+    with pytest.raises(OSError, match="Input/output"):
+        load_examples(write(PAIRS))
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"weight": 0.5}, "weight of turn 2 of 'messages' is the float 0.5; expected 0 (not learned) or 1"),
+        ({"tool_calls": "search"}, "tool_calls of turn 2 of 'messages' is the str 'search'; expected a list of calls"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"x": float("nan")}}}]}, "nothing that JSON can say"),
+    ],
+)
+def test_turns_that_hold_what_no_template_can_write(write, turn, says):
+    assert says in complaint(write([{"messages": [TALK[0], TALK[1] | turn]}] * 2))
+
+
+def test_a_source_that_cannot_be_one():
+    assert "is no file or folder" in complaint("~nobody-of-that-name/rows.jsonl")
+
+
+def test_a_split_of_a_dataset_that_has_none(tmp_path):
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "one")
+    assert "is one dataset, which has no split 'test'; leave the split out" in complaint(tmp_path / "one", split="test")
