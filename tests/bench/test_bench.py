@@ -15,6 +15,7 @@ from theodora.bench.machine import bf16_peak
 from theodora.bench.runner import Measured
 from theodora.bench.table import differing_losses
 from theodora.bench.worker import Failure, Loaded, Memory, Turn
+from theodora.cli import bench as command
 from theodora.cli.main import main
 from theodora.errors import ConfigError
 from tiny import FAMILIES, VOCAB_SIZE
@@ -263,3 +264,44 @@ def test_the_command_measures_a_bare_configuration(tmp_path, capsys):
 def test_the_command_says_what_cannot_be_measured(tmp_path, capsys):
     assert main(["bench", str(tmp_path / "absent")]) == 1
     assert "there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("liger", [True, False])
+def test_on_a_gpu_everybody_gets_the_fast_kernels(liger, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: liger if name == "liger_kernel" else True)
+    found = command._variants(["floor", "peft-dora", "dora"], workload(device="cuda"))
+    assert found["dora"].accelerate
+    assert found["dora"].graph
+    assert {found[name].liger for name in ("floor", "peft-dora")} == {"all" if liger else "none"}
+    assert command._caption(found, list(found)) == ("Frozen model and PEFT run with Liger-Kernel." if liger else "")
+
+
+def test_without_peft_its_variants_are_left_out(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    methods = ["floor", "peft-lora", "dora"]
+    found = command._variants(methods, workload())
+    assert list(found) == ["floor", "dora"]
+    assert command._caption(found, methods) == "Left out, because peft is not installed: peft-lora."
+
+
+def test_the_command_fails_where_nothing_could_be_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner_module, "_Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "ask", lambda *_: Failure("out of memory", out_of_memory=True))
+    load_base(workload()).config.save_pretrained(tmp_path)
+    variants = {name: Variant(label="0") for name in ("floor", "dora")}
+    monkeypatch.setattr(command, "_variants", lambda *_: variants)
+    assert main(["bench", str(tmp_path), "--device", "cpu"]) == 1
+    assert "Nothing could be measured. 0: out of memory" in capsys.readouterr().err
+
+
+def test_different_first_losses_are_a_warning_of_the_command(tmp_path, monkeypatch, capsys):
+    class Different(FakeWorker):
+        def ask(self, command, *arguments):
+            answer = super().ask(command, *arguments)
+            return dataclasses.replace(answer, first_loss=self.peak) if isinstance(answer, Loaded) else answer
+
+    monkeypatch.setattr(runner_module, "_Worker", Different)
+    load_base(workload()).config.save_pretrained(tmp_path)
+    monkeypatch.setattr(command, "_variants", lambda *_: {n: Variant(label=n) for n in ("1", "2")})
+    assert main(["bench", str(tmp_path), "--device", "cpu", "--rounds", "1"]) == 0
+    assert "Warning: First losses differ" in capsys.readouterr().err
