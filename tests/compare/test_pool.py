@@ -117,16 +117,17 @@ def test_a_cell_goes_to_a_worker_that_is_ready(processes):
     assert found.running() == ["second"]
 
 
-def test_a_cell_whose_worker_died_comes_back_and_another_worker_begins(processes):
+@pytest.mark.parametrize("dies", ["after the cell was sent", "before"])
+def test_a_cell_whose_worker_died_comes_back_and_another_worker_begins(dies, processes):
     found, theirs = processes
     theirs["cuda:0"].send("ready")
     theirs["cuda:1"].send("ready")
+    for worker in found._workers:
+        list(found._hear(worker))
+    if dies == "before":
+        theirs["cuda:0"].close()  # killed for memory, say
     found.begin("one")
-    for _ in range(2):
-        for worker in found._workers:
-            if worker.pipe.poll():
-                list(found._hear(worker))
-    theirs["cuda:0"].close()  # killed for memory, say
+    theirs["cuda:0"].close()
     assert heard(found) == [("one", None)]
     assert found.free() == 2
     found.begin("one")

@@ -10,6 +10,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -130,7 +131,8 @@ class Processes:
         """Send a cell to a free worker, to one that is ready if there is one."""
         worker = min((w for w in self._workers if w.cell is None), key=lambda w: not w.ready)
         worker.cell = cell
-        worker.pipe.send(cell)
+        with suppress(OSError):  # it has just died, which `done` hears
+            worker.pipe.send(cell)
 
     def running(self) -> list[Cell]:
         """The cells sent."""

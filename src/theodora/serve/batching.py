@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
-from theodora.errors import CheckpointError
+from theodora.errors import CheckpointError, TheodoraError
 from theodora.layers.slotted import Routing
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.sampling import likeliest, pick
@@ -259,6 +259,10 @@ def _hand_over(updates: list[tuple[Request, Any]]) -> None:
         (request.updates.put if request.loop is None else request.updates.put_nowait)(output)
 
 
+class NotRun(TheodoraError):
+    """The worker did not come to what it was to do between two batches."""
+
+
 class RoutedManager(ContinuousBatchingManager):
     """transformers' manager with our parts in its places."""
 
@@ -281,14 +285,27 @@ class RoutedManager(ContinuousBatchingManager):
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
 
     def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
-        """Run `task` on the worker, while no batch does; its result, or its exception."""
+        """Run `task` on the worker, while no batch does; its result, or its exception.
+
+        Raises:
+            NotRun: the worker has failed, or did not come to it in time.
+        """
         if threading.current_thread() is self._generation_thread or not self.is_running():
             return task()
         done, result = threading.Event(), []
-        self._tasks.append((task, done, result))
+        mine = (task, done, result)
+        self._tasks.append(mine)
         self.wake()
-        if not done.wait(timeout):
-            raise TimeoutError(f"the worker did not come to a task within {timeout:g} s")
+        late = time.monotonic() + timeout
+        while not done.wait(min(1.0, timeout)):
+            if self.is_running() and time.monotonic() < late:
+                continue
+            try:
+                self._tasks.remove(mine)
+            except ValueError:  # it has begun
+                done.wait()
+                break
+            raise NotRun("the worker failed" if not self.is_running() else f"the worker was busy for {timeout:g} s")
         if isinstance(result[0], BaseException):
             raise result[0]
         return result[0]
@@ -355,7 +372,7 @@ class RoutedManager(ContinuousBatchingManager):
         super()._handle_critical_error(error, batch_processor)
         while self._tasks:
             _, done, result = self._tasks.popleft()
-            result.append(RuntimeError(f"the worker failed: {error}"))
+            result.append(NotRun(f"the worker failed: {error}"))
             done.set()
         self._failed()
 

@@ -32,7 +32,7 @@ from theodora.serve.adapters import (
     read_served,
     slot_tensors,
 )
-from theodora.serve.batching import SCHEDULER, RoutedManager, Router, route_batches
+from theodora.serve.batching import SCHEDULER, NotRun, RoutedManager, Router, route_batches
 from theodora.serve.config import ServeConfig
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.slots import Slots
@@ -189,6 +189,7 @@ class Engine:
         Raises:
             ConfigError: the name is taken.
             CheckpointError: the adapter cannot be served.
+            Unavailable: the worker has failed, or did not come to it.
         """
         with self._loading:
             if name == self.config.name or self.adapters.get(name) is not None:
@@ -209,7 +210,10 @@ class Engine:
                     if changed and manager is not None:
                         manager.forget_graphs()
 
-            manager.run_between_batches(change) if manager is not None else change()
+            try:
+                manager.run_between_batches(change) if manager is not None else change()
+            except NotRun as error:
+                raise Unavailable(f"The adapter was not loaded: {error}; try again soon.") from error
             adapter = prepare(name, file, self.model, started)
             adapter.stamp = stamp
             self.host.add(adapter)  # first, because what can be asked for can be unloaded

@@ -88,7 +88,8 @@ def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
     # Where the terms cancel, rounding has eaten the digits: those rows are formed after all.
     cancelled = norm_sq < CANCELLED * (base + update)
     if FORM:
-        if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+        some = tl.max(cancelled.to(tl.int32), axis=0) > 0
+        if some:
             formed = _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale, TRANSPOSED, BO, BI)
             norm_sq = tl.where(cancelled, formed, norm_sq)
     found = tl.sqrt(tl.maximum(norm_sq, 0.0))
