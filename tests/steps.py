@@ -1,5 +1,7 @@
 """One training step of an adapted tiny model, and what the reference makes of it: `from steps import step`."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -47,3 +49,15 @@ def same(found, wanted, within=1e-4):
     for name, value in wanted.items():
         difference = (found[name].double() - value.double()).norm()
         assert difference <= within * value.double().norm() + 1e-7, name
+
+
+@contextmanager
+def other_defaults():
+    """What torch makes is half precision without memory, as where a library builds a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from formula import DEVICE
-from steps import IDS, adapted, expected, moved, needs_triton, same, step
+from steps import IDS, adapted, expected, moved, needs_triton, other_defaults, same, step
 from theodora import (
     AdapterConfig,
     adapter_disabled,
@@ -71,12 +71,17 @@ def test_inference_mode_is_as_before():
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted)
 
 
-@needs_triton
 def test_what_is_found():
-    found = install(adapted())
-    assert (found.mlps, found.groups, found.norms) == (2, 2, 5)
-    assert str(install(nn.Linear(2, 2))) == "nothing"
-    assert install(adapted("gpt2")).activations == 2
+    models = {
+        "2 MLPs, 2 groups, 5 norms, rotary embeddings": adapted(),
+        "2 activations": adapted("gpt2"),
+        "nothing": nn.Linear(2, 2),
+    }
+    assert [str(install(model)) for model in models.values()] == [*models]
+    for model in models.values():
+        uninstall(model)
+    with other_defaults():
+        assert [str(install(model)) for model in models.values()] == [*models]
 
 
 @needs_triton

@@ -60,8 +60,9 @@ def restore_rotary(module: nn.Module) -> None:
 
 def _computes_the_usual(function: Callable[..., Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=generator, device="cpu") for heads in (4, 2))
-    angles = torch.randn(1, 3, 4, generator=generator, device="cpu").repeat(1, 1, 2)
+    made: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+    q, k = (torch.randn(1, heads, 3, 8, **made) for heads in (4, 2))
+    angles = torch.randn(1, 3, 4, **made).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     try:
         found = function(q.clone(), k.clone(), cos, sin)
