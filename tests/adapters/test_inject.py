@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from formula import DEVICE
 from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, save_adapter, set_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from tiny import FAMILIES, tiny_model
@@ -36,6 +37,11 @@ def test_unknown_targets_are_all_listed_with_the_nearest_names():
 def test_expression_without_a_match():
     with pytest.raises(ConfigError, match="matches no module path"):
         inject_adapter(tiny_model("llama"), AdapterConfig(targets=r".*\.qq_proj"))
+
+
+def test_nothing_left_to_adapt():
+    with pytest.raises(ConfigError, match=r"nothing is left to adapt \(targets=\('q_proj',\), left out: q_proj\)"):
+        inject_adapter(tiny_model("llama"), AdapterConfig(targets=("q_proj",), exclude=("q_proj",)))
 
 
 def test_pattern_without_a_match():
@@ -159,6 +165,14 @@ def test_modules_to_save_switch_with_their_adapter():
     torch.testing.assert_close(set_adapter(model, "default")(ids).logits, 2 * base)
     assert model.lm_head.weight.requires_grad
     assert not model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("where", [torch.float64, DEVICE], ids=str)
+def test_modules_to_save_that_were_not_in_place_follow_the_model(where):
+    model = inject_adapter(tiny_model("llama"), AdapterConfig(rank=2, modules_to_save=("lm_head",)))
+    embedding = set_adapter(model, None).to(where).model.embed_tokens.weight
+    head = set_adapter(model, "default").lm_head.weight
+    assert (head.device, head.dtype) == (embedding.device, embedding.dtype)
 
 
 @pytest.mark.parametrize("name", ["train", "keys", "forward"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter, set_adapter
 from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
-from theodora.adapters.save import load_weights
+from theodora.adapters.save import load_report, load_weights
 from theodora.errors import ConfigError
 from tiny import tiny_model
 
@@ -44,6 +44,7 @@ def refused(folder, *words, model=None):
     for word in words:
         assert word in str(caught.value)
     assert not adapter_layers(model)
+    return str(caught.value)
 
 
 def key(part, layer=0, module="q_proj"):
@@ -125,15 +126,40 @@ def test_missing_files(tmp_path, folder):
     refused(tmp_path, "no adapter folder", "found a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     refused(folder, "pickle")
+    (folder / "adapter_model.bin").unlink()
+    refused(folder, "not saved whole")
+
+
+def test_fields_that_older_files_lack(folder):
+    path = folder / "adapter_config.json"
+    kept = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora")
+    expected = read_adapter(folder).config
+    path.write_text(json.dumps({field: json.loads(path.read_text())[field] for field in kept}))
+    assert read_adapter(folder).config == expected
 
 
 def test_other_shapes_and_names(folder):
     refused(folder, "made for a weight of (32, 32)", model=tiny_model("llama", hidden_size=48, head_dim=12))
-    refused(folder, "no such module", model=tiny_model("gpt2"))
+    assert "more" not in refused(folder, "no such module", model=tiny_model("gpt2"))
+
+
+def test_of_many_misses_the_first_are_shown(tmp_path):
+    save_adapter(inject_adapter(tiny_model("llama"), AdapterConfig(rank=2)), tmp_path / "a")
+    assert refused(tmp_path / "a", "and 2 more", model=tiny_model("gpt2")).count("no such module") == 12
 
 
 def test_other_weights_of_the_same_shape(folder):
-    refused(folder, "another base model", model=tiny_model("llama", seed=1))
+    configure(folder, base_model_name_or_path="some/base")
+    refused(folder, "another base model (some/base)", model=tiny_model("llama", seed=1))
+
+
+def test_a_base_of_zeros_is_itself(tmp_path):
+    bases = [tiny_model("llama"), tiny_model("llama")]
+    with torch.no_grad():
+        for parameter in (*bases[0].parameters(), *bases[1].parameters()):
+            parameter.zero_()
+    save_adapter(inject_adapter(bases[0], replace(CONFIG, method="lora")), tmp_path / "a")
+    assert load_report(load_adapter(bases[1], tmp_path / "a")).base_distance == 0
 
 
 def test_another_dtype_is_the_same_base(folder):
@@ -173,10 +199,11 @@ def test_read_only_place(tmp_path, monkeypatch):
         save_adapter(model, tmp_path / "b")
 
 
+@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", ["default", "pissa", "olora"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_training_goes_on_from_a_file(init, method, tmp_path):
-    """Saved and loaded trainable, an adapter has the same tensors and takes the same step."""
+def test_training_goes_on_from_a_file(init, method, rslora, tmp_path):
+    """Saved and loaded trainable, an adapter has the same tensors and takes the same step; so does its file."""
     ids = torch.arange(3, 19).view(2, 8)
 
     def step(model):
@@ -189,11 +216,14 @@ def test_training_goes_on_from_a_file(init, method, tmp_path):
                     parameter.grad = None
         return float(loss.detach())
 
-    config = AdapterConfig(method=method, rank=4, init=init)
+    config = AdapterConfig(method=method, rank=4, init=init, rslora=rslora)
     model = inject_adapter(tiny_model("llama"), config)
     step(model)
     save_adapter(model, tmp_path / "a")
     other = load_adapter(tiny_model("llama"), tmp_path / "a", trainable=True)
+    save_adapter(other, tmp_path / "b")
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab"]
+    assert configs[1] == configs[0] | {"lora_alpha": pytest.approx(configs[0]["lora_alpha"])}
     fresh = inject_adapter(tiny_model("llama"), config)
     load_weights(fresh, tmp_path / "a") if init == "default" else None
     for name, tensor in trained_tensors(model).items():
@@ -226,6 +256,17 @@ def test_save_pretrained_saves_every_adapter(tmp_path):
     assert read_adapter(tmp_path).modules.keys() == adapter_layers(model, "main").keys()
     assert read_adapter(tmp_path / "beside").modules.keys() == adapter_layers(model, "beside").keys()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["beside"]
+
+
+def test_gathered_tensors_are_of_the_adapter_that_is_saved(tmp_path):
+    """Of one that is not active, what it trained in full stands beside the model's parameters."""
+    model = inject_adapter(tiny_model("llama"), replace(CONFIG, modules_to_save=("lm_head",)), "away")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    inject_adapter(model, CONFIG, "here")
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_adapter(model, tmp_path / "a", "away", state_dict=gathered)
+    assert torch.equal(read_adapter(tmp_path / "a").full["lm_head.weight"], 2 * model.lm_head.weight)
 
 
 def test_read_adapter_needs_no_model(folder):
