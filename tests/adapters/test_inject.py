@@ -167,6 +167,14 @@ def test_modules_to_save_switch_with_their_adapter():
     assert not model.model.embed_tokens.weight.requires_grad
 
 
+@pytest.mark.parametrize(("target", "zero"), [("embed_tokens", "lora_A"), ("q_proj", "lora_B")])
+def test_the_factor_that_starts_at_zero_is_pefts(target, zero):
+    """An embedding's gradient reaches the rows of a batch only: there it is B that must differ from zero."""
+    model = inject_adapter(tiny_model("llama"), AdapterConfig(method="lora", rank=2, targets=(target,)))
+    for name, tensor in trained_tensors(model).items():
+        assert tensor.any() == (not name.endswith(zero))
+
+
 @pytest.mark.parametrize("where", [torch.float64, DEVICE], ids=str)
 def test_modules_to_save_that_were_not_in_place_follow_the_model(where):
     model = inject_adapter(tiny_model("llama"), AdapterConfig(rank=2, modules_to_save=("lm_head",)))

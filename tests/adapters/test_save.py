@@ -70,7 +70,9 @@ def test_several_misses_at_once(folder):
         tensors[key("lora_B.bias")] = torch.ones(4)
 
     change(folder, edit)
-    refused(folder, "lora_A missing", "NaN", "magnitudes (3,)", "expected (16,)", "surprise", "lora_B.bias: unknown key")
+    refused(
+        folder, "lora_A missing", "NaN", "magnitudes (3,)", "expected (16,)", "surprise", "lora_B.bias: unknown key"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
