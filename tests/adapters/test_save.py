@@ -145,6 +145,12 @@ def test_other_shapes_and_names(folder):
     assert "more" not in refused(folder, "no such module", model=tiny_model("gpt2"))
 
 
+def test_a_target_that_was_trained_in_full_is_not_lost(tmp_path):
+    save_adapter(inject_adapter(tiny_model("llama"), replace(CONFIG, modules_to_save=("lm_head",))), tmp_path / "a")
+    configure(tmp_path / "a", target_modules=["q_proj", "v_proj", "lm_head"])
+    assert load_report(load_adapter(tiny_model("llama"), tmp_path / "a")).full == ("lm_head.weight",)
+
+
 def test_of_many_misses_the_first_are_shown(tmp_path):
     save_adapter(inject_adapter(tiny_model("llama"), AdapterConfig(rank=2)), tmp_path / "a")
     assert refused(tmp_path / "a", "and 2 more", model=tiny_model("gpt2")).count("no such module") == 12
