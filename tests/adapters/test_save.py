@@ -56,6 +56,11 @@ def test_missing_magnitudes(folder):
     refused(folder, "magnitudes (lora_magnitude_vector) are missing", "q_proj", "v_proj")
 
 
+def test_a_file_of_no_tensors(folder):
+    change(folder, lambda tensors: tensors.clear())
+    refused(folder, "holds no adapter tensors")
+
+
 def test_magnitudes_in_a_file_that_says_lora(folder):
     configure(folder, use_dora=False)
     refused(folder, "use_dora: false")
