@@ -166,6 +166,16 @@ def test_other_weights_of_the_same_shape(folder):
     refused(folder, "another base model (some/base)", model=tiny_model("llama", seed=1))
 
 
+@pytest.mark.parametrize("ending", ["weight", "base_layer.weight"])
+def test_base_weights_in_the_file_have_to_be_the_models(folder, ending):
+    """As PEFT saves them of an embedding that it adapts."""
+    weight = tiny_model("llama").get_parameter("model.layers.0.self_attn.q_proj.weight").detach()
+    change(folder, lambda tensors: tensors.update({key(ending): weight.clone()}))
+    load_adapter(tiny_model("llama"), folder)
+    change(folder, lambda tensors: tensors.update({key(ending): 1.1 * weight}))
+    refused(folder, "q_proj.weight: the file carries a changed base weight")
+
+
 def test_a_base_of_zeros_is_itself(tmp_path):
     bases = [tiny_model("llama"), tiny_model("llama")]
     with torch.no_grad():
@@ -249,11 +259,11 @@ def test_training_goes_on_from_a_file(init, method, rslora, tmp_path):
 
 
 def test_load_weights_refuses_another_shape(folder):
-    model = inject_adapter(tiny_model("llama"), AdapterConfig(rank=3, targets=("q_proj", "k_proj")))
+    model = inject_adapter(tiny_model("llama"), AdapterConfig(rank=3, alpha=9, targets=("q_proj", "k_proj")))
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, folder)
-    for word in ("v_proj: in the file", "k_proj: in the model", "q_proj.lora_A", "scale"):
-        assert word in str(caught.value) or word == "scale"
+    for word in ("v_proj: in the file", "k_proj: in the model", "q_proj.lora_A", "q_proj: scale 2 in the file, 3 in"):
+        assert word in str(caught.value)
     model = inject_adapter(tiny_model("llama"), replace(CONFIG, modules_to_save=("lm_head",)))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: trained in full here, not in the file"):
         load_weights(model, folder)
