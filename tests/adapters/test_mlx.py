@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter, save_mlx
+from theodora.adapters.checkpoint import read_adapter, read_peft_config
 from theodora.adapters.inject import adapter_layers, find_state, trained_tensors
 from theodora.adapters.mlx import from_mlx_name, to_mlx_name
 from tiny import FAMILIES, tiny_model
@@ -42,6 +43,14 @@ def as_mlx(folder, model):
             adapted = (tensors.pop(f"{name}.m") / adapted.norm(dim=1))[:, None] * adapted
         yield adapted, layer.merged_weight("default").double()
     assert not tensors
+
+
+def test_the_base_model_is_named(tmp_path):
+    model = moved()
+    model.config._name_or_path = "some/base"
+    save_mlx(model, tmp_path / "m")
+    assert read_peft_config(tmp_path / "m")["base_model_name_or_path"] == "some/base"
+    assert read_adapter(tmp_path / "m").base_model == "some/base"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
