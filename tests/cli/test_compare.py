@@ -40,10 +40,12 @@ def test_a_dry_run_counts_and_writes_nothing(study, tmp_path, capsys):
 
 
 def test_it_runs_and_flags_go_before_the_file(study, tmp_path, capsys):
-    assert main(["compare", str(study), "--output", str(tmp_path / "out")]) == 0
-    assert "report.html" in capsys.readouterr().out
-    assert (tmp_path / "out" / "report.html").is_file()
-    assert main(["compare", str(study), "--output", str(tmp_path / "out"), "--report-only"]) == 0
+    output = tmp_path / ("long-" * 20)  # longer than a line: a path is printed in one piece
+    assert main(["compare", str(study), "--output", str(output)]) == 0
+    assert str(output / "report.html") in capsys.readouterr().out
+    assert (output / "report.html").is_file()
+    assert main(["compare", str(study), "--output", str(output), "--report-only"]) == 0
+    assert str(output / "report.html") in capsys.readouterr().out
     assert main(["compare", str(study), "--output", str(tmp_path / "none"), "--report-only"]) == 1
     assert "holds no finished cells" in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from theodora.compare.run import compare, report_only
 
     if args.report_only:
-        stdout().print(str(report_only(config)))
+        stdout().print(str(report_only(config)), markup=False, soft_wrap=True)
     else:
         compare(config, console=stdout(), seconds=args.seconds)
     return 0

@@ -123,7 +123,7 @@ def _say_what_there_is(console: Console, store: Store) -> None:
         console.print(f"… and {len(failed) - 5} more; the report lists them", style="yellow")
     if ready or later:
         console.print(f"{len(ready) + len(later)} cells are left; the same command goes on with them.")
-    console.print(f"{store.folder / REPORT}  {store.folder / PARQUET}")
+    console.print(f"{store.folder / REPORT}  {store.folder / PARQUET}", markup=False, soft_wrap=True)
 
 
 def report_only(config: CompareConfig) -> Path:
