@@ -270,7 +270,7 @@ def test_wrong_arguments(write, make_tokenizer):
         tokenised(write, rows, tokenizer)
 
 
-@pytest.mark.parametrize("template", set(LEARNED) - {"deepseek"})
+@pytest.mark.parametrize("template", sorted(set(LEARNED) - {"deepseek"}))
 def test_training_continues_exactly_what_evaluation_prompts_with(template, write, make_tokenizer):
     tokenizer = make_tokenizer(template=template)
     examples = load_examples(write([{"messages": [SYSTEM, *TALK]}]))
