@@ -9,6 +9,9 @@ ARGS ?=
 INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/adapters/test_shared_outputs.py \
     $(addprefix tests/layers/test_,activation.py groups.py norm.py slotted.py slotted_group.py)
 
+# One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -25,8 +28,8 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
-	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
+	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED))
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)
@@ -43,8 +46,8 @@ fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each r
 
 coverage: $(VENV)/.test ## run the tests as `make test` does, and fail below the floor of lines and branches covered
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(INTERPRETED)
+	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),$(PARALLEL))
+	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) $(INTERPRETED)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --show-missing
 
