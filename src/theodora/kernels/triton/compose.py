@@ -25,7 +25,8 @@ from theodora.kernels.triton.common import (
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
 _FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
-_BACKWARD = {16: (64, 128, 4, 2), 32: (64, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
+_BACKWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (64, 64, 8, 3), 128: (32, 128, 8, 3)}
+_BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (16, 64, 4, 3), 32: (16, 64, 4, 3)}
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
@@ -97,7 +98,7 @@ def _row(tensor: Tensor | None) -> int:
 def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, O, R, CHUNK,
                       dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
                       LOW: tl.constexpr, SCALED: tl.constexpr, OUTPUT: tl.constexpr, REDUCE: tl.constexpr,
-                      PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+                      PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One block of output features over one chunk of tokens; its shares of dB and dm are added up afterwards."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     o = block * BO + tl.arange(0, BO)
@@ -111,8 +112,9 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, 
         small = tl.abs(g) < _LEAST_SCALE
         inverse = tl.where(small, 0.0, 1.0 / tl.where(small, 1.0, g))
     db_sum = tl.zeros((BO, BR), tl.float32)
-    dg_sum = tl.zeros((BO,), tl.float32)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
+    # Summed over the tokens of a tile after the loop: within it the threads would wait for one another each time.
+    dg_sum = tl.zeros((BT, BO), tl.float32)
+    for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
         t = (start + tl.arange(0, BT)).to(tl.int64)
         inside = (t[:, None] < T) & (o[None, :] < O)
         dy_tile = tl.load(dy + t[:, None] * dy_row + o[None, :], mask=inside, other=0.0)
@@ -126,7 +128,7 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, 
             elif LOW:
                 v += product(xa_tile, tl.trans(b_tile), PRECISION)
             wide = dy_tile.to(tl.float32)
-            dg_sum += tl.sum(wide * v, axis=0)
+            dg_sum += wide * v
             dz_tile = (wide * g[None, :]).to(dtype)
             tl.store(dz + t[:, None] * dz_row + o[None, :], dz_tile, mask=inside)
         if REDUCE:
@@ -135,7 +137,7 @@ def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, 
         at = (chunk * O + o[:, None]) * R + r[None, :]
         tl.store(db_parts + at, db_sum, mask=(o[:, None] < O) & (r[None, :] < R))
     if SCALED:
-        tl.store(dg_parts + chunk * O + o, dg_sum, mask=o < O)
+        tl.store(dg_parts + chunk * O + o, tl.sum(dg_sum, axis=0), mask=o < O)
 
 
 def compose_backward(
@@ -159,7 +161,7 @@ def compose_backward(
     tokens, outputs = dy.shape
     rank = b.shape[1] if low else 1
     block = rank_block(rank)
-    bt, bo, warps, stages = _BACKWARD[block]
+    bt, bo, warps, stages = (_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block]
     blocks = triton.cdiv(outputs, bo)
     chunks, size = chunks_of_tokens(tokens, blocks, bt)
     if z is not None:
@@ -176,7 +178,7 @@ def compose_backward(
         dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, tokens, outputs, rank, size,
         dy.stride(0), _row(z), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0, dz.stride(0), scale,
         LOW=low, SCALED=scaled, OUTPUT=from_output, REDUCE=reduce, PRECISION=precision(dy.dtype),
-        BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
     if low:

@@ -22,9 +22,11 @@ from theodora.kernels.triton.common import (
     sum_rows,
 )
 
-# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
-_FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)}
-_BACKWARD = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)}
+# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100. Small tiles and three stages, which
+# load what comes next while one computes: with two, most of the time goes into waiting for memory.
+_FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (16, 64, 4, 3), 128: (32, 128, 4, 2)}
+_BACKWARD = {16: (16, 64, 4, 4), 32: (32, 64, 4, 3), 64: (16, 32, 2, 3), 128: (16, 64, 4, 3)}
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2112, 1056
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB and dA; beyond it, products of their own do."""
 
@@ -50,34 +52,47 @@ def _activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _gated(z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2, act, T, O, R1, R2,
+def _gated(z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2, act, T, O, R1, R2, CHUNK,
            z1_row, z2_row, xa1_row, xa2_row, b1_row, b1_col, b2_row, b2_col, scale1, scale2,
            LOW1: tl.constexpr, LOW2: tl.constexpr, SCALED1: tl.constexpr, SCALED2: tl.constexpr,
            BIASED1: tl.constexpr, BIASED2: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-           BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+           BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """One block of features over one chunk of tokens."""
+    block, chunk = tl.program_id(0), tl.program_id(1)
+    o = block * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
-    inside = (t[:, None] < T) & (o[None, :] < O)
-    gate = tl.load(z1 + t[:, None] * z1_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(z2 + t[:, None] * z2_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
     dtype = z1.dtype.element_ty
     if LOW1:
-        b_tile = load_scaled_b(b1, o, r, O, R1, b1_row, b1_col, scale1, dtype)
-        gate += product(load_xa(xa1, t, r, T, R1, xa1_row), tl.trans(b_tile), PRECISION)
+        b1_tile = load_scaled_b(b1, o, r, O, R1, b1_row, b1_col, scale1, dtype)
     if LOW2:
-        b_tile = load_scaled_b(b2, o, r, O, R2, b2_row, b2_col, scale2, dtype)
-        up += product(load_xa(xa2, t, r, T, R2, xa2_row), tl.trans(b_tile), PRECISION)
+        b2_tile = load_scaled_b(b2, o, r, O, R2, b2_row, b2_col, scale2, dtype)
     if SCALED1:
-        gate *= row_scale(m1, n1, o, o < O)[None, :]
+        g1 = row_scale(m1, n1, o, o < O)
     if SCALED2:
-        up *= row_scale(m2, n2, o, o < O)[None, :]
+        g2 = row_scale(m2, n2, o, o < O)
     if BIASED1:
-        gate += tl.load(bias1 + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        bias1_tile = tl.load(bias1 + o, mask=o < O, other=0.0).to(tl.float32)
     if BIASED2:
-        up += tl.load(bias2 + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    value, _ = _activate(gate, ACT)
-    tl.store(act + t[:, None] * O + o[None, :], (value * up).to(dtype), mask=inside)
+        bias2_tile = tl.load(bias2 + o, mask=o < O, other=0.0).to(tl.float32)
+    for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
+        t = (start + tl.arange(0, BT)).to(tl.int64)
+        inside = (t[:, None] < T) & (o[None, :] < O)
+        gate = tl.load(z1 + t[:, None] * z1_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(z2 + t[:, None] * z2_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if LOW1:
+            gate += product(load_xa(xa1, t, r, T, R1, xa1_row), tl.trans(b1_tile), PRECISION)
+        if LOW2:
+            up += product(load_xa(xa2, t, r, T, R2, xa2_row), tl.trans(b2_tile), PRECISION)
+        if SCALED1:
+            gate *= g1[None, :]
+        if SCALED2:
+            up *= g2[None, :]
+        if BIASED1:
+            gate += bias1_tile[None, :]
+        if BIASED2:
+            up += bias2_tile[None, :]
+        value, _ = _activate(gate, ACT)
+        tl.store(act + t[:, None] * O + o[None, :], (value * up).to(dtype), mask=inside)
 
 
 def gated(z1: Tensor, z2: Tensor, gate: Update, up: Update, activation: str) -> Tensor:
@@ -87,14 +102,16 @@ def gated(z1: Tensor, z2: Tensor, gate: Update, up: Update, activation: str) -> 
     act = torch.empty(tokens, outputs, dtype=z1.dtype, device=z1.device)
     block = rank_block(max(gate.rank, up.rank))
     bt, bo, warps, stages = _FORWARD[block]
-    _gated[(triton.cdiv(outputs, bo), triton.cdiv(tokens, bt))](
+    blocks = triton.cdiv(outputs, bo)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _FORWARD_PROGRAMS)
+    _gated[(blocks, chunks)](
         z1, z2, gate.xa_TR, up.xa_TR, gate.b_OR, up.b_OR, gate.magnitude_O, up.magnitude_O, gate.norm_O, up.norm_O,
-        gate.bias_O, up.bias_O, act, tokens, outputs, gate.rank, up.rank,
+        gate.bias_O, up.bias_O, act, tokens, outputs, gate.rank, up.rank, size,
         z1.stride(0), z2.stride(0), *_low_strides(gate)[:1], *_low_strides(up)[:1],
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
         LOW1=gate.low, LOW2=up.low, SCALED1=gate.scaled, SCALED2=up.scaled,
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, ACT=activation,
-        PRECISION=precision(z1.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        PRECISION=precision(z1.dtype), BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return act
 
@@ -114,7 +131,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
                     LOW1: tl.constexpr, LOW2: tl.constexpr, LOW3: tl.constexpr, JOINS: tl.constexpr,
                     SCALED1: tl.constexpr, SCALED2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr,
                     KEEP_ACT: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-                    BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+                    BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One block of features over one chunk of tokens. 1 is the gate, 2 the up and 3 the down projection."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     o = block * BO + tl.arange(0, BO)
@@ -139,9 +156,10 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
     db1_sum = tl.zeros((BO, BR), tl.float32)
     db2_sum = tl.zeros((BO, BR), tl.float32)
     da_sum = tl.zeros((BO, BR), tl.float32)
-    dg1_sum = tl.zeros((BO,), tl.float32)
-    dg2_sum = tl.zeros((BO,), tl.float32)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
+    # Summed over the tokens of a tile after the loop: within it the threads would wait for one another each time.
+    dg1_sum = tl.zeros((BT, BO), tl.float32)
+    dg2_sum = tl.zeros((BT, BO), tl.float32)
+    for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
         t = (start + tl.arange(0, BT)).to(tl.int64)
         inside = (t[:, None] < T) & (o[None, :] < O)
         gate = tl.load(z1 + t[:, None] * z1_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -176,10 +194,10 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
             if LOW3 and REDUCE:
                 da_sum += product(tl.trans(h), low_tile, PRECISION)
         if SCALED1:
-            dg1_sum += tl.sum(d1 * v1, axis=0)
+            dg1_sum += d1 * v1
             d1 *= g1[None, :]
         if SCALED2:
-            dg2_sum += tl.sum(d2 * v2, axis=0)
+            dg2_sum += d2 * v2
             d2 *= g2[None, :]
         d1_tile, d2_tile = d1.to(dtype), d2.to(dtype)
         tl.store(dz1 + t[:, None] * dz1_row + o[None, :], d1_tile, mask=inside)
@@ -196,9 +214,9 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
     if LOW3 and REDUCE:
         tl.store(da + row * R3 + r[None, :], da_sum, mask=(o[:, None] < O) & (r[None, :] < R3))
     if SCALED1:
-        tl.store(dg1 + chunk * O + o, dg1_sum, mask=o < O)
+        tl.store(dg1 + chunk * O + o, tl.sum(dg1_sum, axis=0), mask=o < O)
     if SCALED2:
-        tl.store(dg2 + chunk * O + o, dg2_sum, mask=o < O)
+        tl.store(dg2 + chunk * O + o, tl.sum(dg2_sum, axis=0), mask=o < O)
 
 
 def gated_backward(
@@ -223,7 +241,7 @@ def gated_backward(
     reduce = block <= REDUCES
     wants_act, keep_act = keep_act, keep_act or (low is not None and not reduce)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _BACKWARD_PROGRAMS)
     wide = {"dtype": torch.float32, "device": dact.device}
     act = torch.empty(tokens, outputs, dtype=dact.dtype, device=dact.device) if keep_act else dact.new_empty(0)
     db1, db2 = (torch.empty(chunks, outputs, u.rank, **wide) if u.low and reduce else None for u in (gate, up))
@@ -238,7 +256,7 @@ def gated_backward(
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
         LOW1=gate.low, LOW2=up.low, LOW3=low is not None, JOINS=a is not None, SCALED1=gate.scaled, SCALED2=up.scaled,
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, REDUCE=reduce,
-        ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     results = [act if wants_act else _empty(dact)]
     for update, dz, db, dg in ((gate, dz1, db1, dg1), (up, dz2, db2, dg2)):
