@@ -111,7 +111,7 @@ def keep_a_stale_norm(monkeypatch):
 
 def norm_of_the_base(monkeypatch):
     """‖W‖ instead of ‖W + s·B·A‖."""
-    monkeypatch.setattr(AdapterLayer, "_new_norm", lambda self, a, b, scale: self.base_weight_OI.float().norm(dim=1))
+    monkeypatch.setattr(AdapterLayer, "new_norm", lambda self, a, b, scale: self.base_weight_OI.float().norm(dim=1))
 
 
 def norm_over_columns(monkeypatch):
@@ -122,7 +122,7 @@ def norm_over_columns(monkeypatch):
         rows = self.weight_OI.shape[0]
         return torch.cat([wrong, wrong, wrong, wrong, wrong])[:rows].detach()
 
-    monkeypatch.setattr(AdapterLayer, "_new_norm", norm)
+    monkeypatch.setattr(AdapterLayer, "new_norm", norm)
 
 
 def transpose_merged(monkeypatch):
@@ -139,8 +139,8 @@ def ignore_rslora(monkeypatch):
 
 def norm_in_bfloat16(monkeypatch):
     """g in bfloat16, whose steps are as large as what training changes."""
-    norm = AdapterLayer._new_norm
-    monkeypatch.setattr(AdapterLayer, "_new_norm", lambda self, a, b, scale: norm(self, a, b, scale).bfloat16().float())
+    norm = AdapterLayer.new_norm
+    monkeypatch.setattr(AdapterLayer, "new_norm", lambda self, a, b, scale: norm(self, a, b, scale).bfloat16().float())
 
 
 def merge_leaves_rounding(monkeypatch):

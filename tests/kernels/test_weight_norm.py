@@ -7,7 +7,8 @@ import formula
 from formula import DEVICE
 from theodora import functional
 from theodora.kernels.float8 import FLOAT8
-from theodora.kernels.weight_norm import dora_norm
+from theodora.kernels.operators import runs_triton
+from theodora.kernels.weight_norm import dora_norm, dora_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 300, 3), (40, 70, 16), (33, 130, 40), (17, 64, 256)]
@@ -60,6 +61,29 @@ def test_from_products(rank, monkeypatch):
     b[7, 0] = 1
     found = dora_norm(w, a, b, 0.5, functional.row_norm_squared(w), None)
     torch.testing.assert_close(found.double(), exact(w, a, b, 0.5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("rank", [5, 40, 256])
+def test_several_weights_at_once(rank, quantized, monkeypatch):
+    if runs_triton(torch.empty(0, device=DEVICE)) and DEVICE == "cpu":
+        from theodora.kernels.triton import weight_norm
+
+        monkeypatch.setattr(weight_norm, "_multiplied", lambda w, a3, _: w.float() @ a3.flatten(0, 1).float().T)
+    ws, factors = [], [inputs((21, 48, rank), torch.bfloat16) for _ in range(3)]
+    scales = torch.rand(3, 21, device=DEVICE) + 0.5 if quantized else None
+    for w, a, b in factors:
+        w[1], b[1] = 0, 0
+        ws.append(w.to(FLOAT8) if quantized else w)
+    rows = torch.ones(3, 21, device=DEVICE) if scales is None else scales
+    plain = [w.double() * scale[:, None] for w, scale in zip(ws, rows, strict=True)]
+    w, a, b = plain[1], *factors[1][1:]
+    a[0], b[7] = -1.98 * w[7].float(), 0  # a row whose terms cancel, in the middle one
+    b[7, 0] = 1
+    squared = torch.stack([w.square().sum(1).float() for w in plain])
+    found = dora_norms(ws, *(torch.stack([f[i] for f in factors]) for i in (1, 2)), 0.5, squared, scales)
+    expected = torch.stack([exact(w, a, b, 0.5) for w, (_, a, b) in zip(plain, factors, strict=True)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,7 +62,7 @@ def work(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(AdapterLayer, "_new_norm", counted("norms", AdapterLayer._new_norm))
+    monkeypatch.setattr(AdapterLayer, "new_norm", counted("norms", AdapterLayer.new_norm))
     monkeypatch.setattr(base, "content", counted("looks", base.content))
     return counts
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
+from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
 
 
 @torch.no_grad()
@@ -46,3 +46,18 @@ def test_tensors_are_changed_one_by_one():
     found = SlotTensors(a, b, g).map(torch.neg).tensors()
     assert [(t.shape, bool((t == -1).all())) for t in found] == [(t.shape, True) for t in (a, b, g)]
     assert SlotTensors(a, b, None).map(torch.neg).g_O is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_layers_are_prepared_together_as_each_alone(scaled, dtype):
+    layers = [slot(nn.Linear(6, 5, dtype=dtype), Routing(2), 2) for _ in range(3)]
+    a, b = [torch.randn(2, 6) for _ in layers], [torch.randn(5, 2) for _ in layers]
+    magnitudes = [torch.rand(5) + 1 for _ in layers] if scaled else None
+    together = prepare_slots(layers, a, b, magnitudes, 0.5)
+    for i, (layer, found) in enumerate(zip(layers, together, strict=True)):
+        (alone,) = prepare_slots([layer], a[i : i + 1], b[i : i + 1], magnitudes and magnitudes[i : i + 1], 0.5)
+        torch.testing.assert_close(found.tensors(), alone.tensors())
+        if magnitudes is not None:
+            norm = (layer.weight.double() + 0.5 * b[i].double() @ a[i].double()).norm(dim=1)
+            torch.testing.assert_close(found.g_O.double(), magnitudes[i] / norm, rtol=1e-5, atol=0)

@@ -14,7 +14,7 @@ safetensors file, which PEFT leaves alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,12 @@ class AdapterFile:
         return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def read_adapter(path: str | Path, device: torch.device | None = None) -> AdapterFile:
     """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
+
+    Args:
+        path: the folder, or the name.
+        device: a GPU that is to hold the tensors; where None, they are the file itself, mapped.
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
@@ -114,7 +118,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """
     folder = _find_folder(path)
     mlx = not (folder / WEIGHTS_NAME).is_file()
-    tensors, metadata = read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME))
+    tensors, metadata = read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME), device)
     if mlx:
         from theodora.adapters.mlx import peft_from_mlx
 
@@ -157,6 +161,7 @@ def adapter_of(
     base_copies: dict[str, Tensor] = {}
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
+    finite = _all_finite_on_gpu(tensors.values())
     for key, tensor in tensors.items():
         if not key.startswith(KEY_PREFIX):
             problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
@@ -165,7 +170,7 @@ def adapter_of(
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
         if tensor.dtype not in _DTYPES:
             problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        elif not _finite(tensor):
+        elif not (finite or _finite(tensor)):
             problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
@@ -412,6 +417,16 @@ def _finite(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
         return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
     return bool(np.isfinite(tensor.numpy()).all())
+
+
+def _all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
+    """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
+    floating = [t.detach().flatten() for t in tensors if t.is_floating_point()]
+    if not floating or not all(t.is_cuda for t in floating):
+        return False
+    kinds = {(t.dtype, t.device) for t in floating}
+    together = [torch.cat([t for t in floating if (t.dtype, t.device) == kind]) for kind in kinds]
+    return all(bool(t.isfinite().all()) for t in together)
 
 
 def _module_problem(

@@ -115,7 +115,7 @@ class Ours:
         swap_adapter_weights(self.model, name, folder)
 
     def mixed(self, names: Sequence[str | None], x: Sequence[Tensor]) -> Sequence[Tensor]:
-        from theodora.layers.slotted import Routing, slot
+        from theodora.layers.slotted import Routing, prepare_slots, slot
 
         adapters = sorted({name for name in names if name is not None})
         routing = Routing(1 + len(adapters))
@@ -125,7 +125,10 @@ class Ours:
             factors = {name: held[kind, name].factors() for name in adapters}
             layer = slot(model.get_submodule(kind), routing, max(len(a) for a, _ in factors.values()))
             for i, (name, (a, b)) in enumerate(factors.items(), 1):
-                layer.fill(i, layer.prepare(a, b, held[kind, name].magnitude, held[kind, name].scale))
+                adapter = held[kind, name]
+                magnitudes = None if adapter.magnitude is None else [adapter.magnitude]
+                (tensors,) = prepare_slots([layer], [a], [b], magnitudes, adapter.scale)
+                layer.fill(i, tensors)
         slots = torch.tensor([0 if name is None else 1 + adapters.index(name) for name in names])
         tokens = x[0].shape[1]
         with torch.inference_mode():

@@ -19,7 +19,7 @@ from theodora.kernels.base_product import dequantized
 from theodora.kernels.parts import Parts
 from theodora.kernels.shared_outputs import SharedOutputs
 from theodora.kernels.stack import Stack
-from theodora.kernels.weight_norm import dora_norm
+from theodora.kernels.weight_norm import dora_norm, dora_norms
 
 __all__ = [
     "Parts",
@@ -29,6 +29,7 @@ __all__ = [
     "decode",
     "dora_linear",
     "dora_norm",
+    "dora_norms",
     "fast",
     "fits",
     "lora_linear",

@@ -5,6 +5,8 @@ Plain torch widens W to float32 piece by piece, which moves five times the bytes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,23 @@ dora_norm = operator(
     _dora_norm,
     lambda w, a, b, scale, w_norm_sq, w_scale: w.new_empty(w.shape[0], dtype=wide_dtype(w.dtype)),
 )
+
+
+def dora_norms(
+    ws: Sequence[Tensor],
+    a_NRI: Tensor,
+    b_NOR: Tensor,
+    scale: float,
+    w_norm_sq_NO: Tensor,
+    w_scale_NO: Tensor | None = None,
+) -> Tensor:
+    """`dora_norm` of several weights of one shape, (N, O), without gradient: on a GPU in few launches."""
+    if runs_triton(ws[0]) and (ws[0].dtype == torch.bfloat16 or w_scale_NO is not None):
+        from theodora.kernels.triton import weight_norm as triton
+
+        found = triton.dora_norms(ws, a_NRI, b_NOR, scale, w_norm_sq_NO, w_scale_NO)
+        if found is not None:
+            return found
+    scales = [None] * len(ws) if w_scale_NO is None else w_scale_NO
+    each = zip(ws, a_NRI, b_NOR, w_norm_sq_NO, scales, strict=True)
+    return torch.stack([dora_norm(w, a, b, scale, w_norm_sq, w_scale) for w, a, b, w_norm_sq, w_scale in each])

@@ -116,7 +116,7 @@ class AdapterLayer(Swapped):
         """
         kept = None if torch.is_grad_enabled() else self.kept(adapter, one_token)
         if kept is None or kept.norm_O is None:
-            return self._new_norm(*adapter.factors(), adapter.scale)
+            return self.new_norm(*adapter.factors(), adapter.scale)
         return kept.norm_O
 
     def kept(self, adapter: LowRank, one_token: bool) -> Kept | None:
@@ -141,7 +141,7 @@ class AdapterLayer(Swapped):
             self._forget_a_changed_weight()
         with torch.inference_mode(False), torch.no_grad():
             if adapter.magnitude is not None:
-                norm = self._new_norm(*adapter.factors(), adapter.scale)
+                norm = self.new_norm(*adapter.factors(), adapter.scale)
             decode = self._decode_tensors(adapter, norm)
         if current is not None and current.decode is not None and decode is not None:
             # A recorded CUDA graph reads them where they are.
@@ -158,7 +158,7 @@ class AdapterLayer(Swapped):
             self._kept = None
             return
         with torch.inference_mode(False), torch.no_grad():
-            norm = None if adapter.magnitude is None else self._new_norm(*adapter.factors(), adapter.scale)
+            norm = None if adapter.magnitude is None else self.new_norm(*adapter.factors(), adapter.scale)
             decode = self._decode_tensors(adapter, norm)
             if old.norm_O is not None and norm is not None:
                 old.norm_O.copy_(norm)
@@ -173,7 +173,8 @@ class AdapterLayer(Swapped):
         """What `theodora.kernels.decode` reads of the adapter, if it can run this layer."""
         return None
 
-    def _new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    def new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        """‖W + s·B·A‖ of each output row, (O,), float32 or float64, computed now."""
         w_norm_sq = self.weight_norm_squared()
         if not kernels.fast():
             return dora_norm(_plain(self, self.weight_OI), a_RI, b_OR, scale, w_norm_sq)

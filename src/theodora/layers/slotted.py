@@ -8,12 +8,15 @@ Shapes: T tokens, I in features, O out features, R rank, S slots, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from theodora import kernels
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels.base_product import base_product
 from theodora.kernels.routed import Routes, SlottedWeights, routed_together, routes
@@ -110,18 +113,6 @@ class SlottedLayer(AdapterLayer):
         own: Any = self
         return own.plain_dtype if self.weight_scale_O is not None else self.weight.dtype
 
-    def prepare(self, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float) -> SlotTensors:
-        """What an adapter of this module puts into a slot; g is computed here, once, from the wide factors."""
-        wide, dtype = wide_dtype(self.product_dtype), self.product_dtype
-        with torch.inference_mode(False), torch.no_grad():
-            # A copy of A in any case: on a CPU it could be the file itself, mapped, which others may write to.
-            a, b = a_RI.to(self.weight.device, wide, copy=True), b_OR.to(self.weight.device, wide)
-            g = None
-            if magnitude_O is not None:
-                g = dora_scale(magnitude_O.to(self.weight.device, wide), self._new_norm(a, b, scale))
-            # s goes in before rounding, so that it costs no precision.
-            return SlotTensors(a.to(dtype), (scale * b).T.to(dtype).contiguous(), g)
-
     def fill(self, slot: int, tensors: SlotTensors | None) -> None:
         """Put an adapter into a slot, or empty it."""
         a, b = self._a_SRI, self._b_SRO
@@ -164,6 +155,54 @@ class SlottedLayer(AdapterLayer):
     _a_SRI: Tensor | None
     _b_SRO: Tensor | None
     _g_SO: Tensor | None
+
+
+def prepare_slots(
+    layers: Sequence[SlottedLayer],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    magnitudes: Sequence[Tensor] | None,
+    scale: float,
+) -> list[SlotTensors]:
+    """What an adapter puts into a slot of each of several layers; g is computed here, once, from the wide factors.
+
+    Args:
+        layers: N of one shape and dtype.
+        a: A of each, (R, I).
+        b: B of each, (O, R).
+        magnitudes: m of each, (O,); None for LoRA.
+        scale: s of all.
+
+    Returns:
+        tensors on the layers' device; those of one kind share memory.
+    """
+    device, dtype = layers[0].weight.device, layers[0].product_dtype
+    wide, g_NO = wide_dtype(dtype), None
+    with torch.inference_mode(False), torch.no_grad():
+        # (copies in any case: on a CPU the tensors could be the file itself, mapped, which others may write to)
+        a_NRI, b_NOR = (torch.stack(list(ts)).to(device, wide) for ts in (a, b))
+        if magnitudes is not None:
+            norm_NO = _norms(layers, a_NRI, b_NOR, scale)
+            g_NO = dora_scale(torch.stack(list(magnitudes)).to(device, wide), norm_NO)
+        # s goes in before rounding, so that it costs no precision.
+        a_NRI, b_NRO = a_NRI.to(dtype), (scale * b_NOR).mT.to(dtype).contiguous()
+        return [SlotTensors(*found) for found in zip(a_NRI, b_NRO, repeat(None) if g_NO is None else g_NO)]
+
+
+def _norms(layers: Sequence[SlottedLayer], a_NRI: Tensor, b_NOR: Tensor, scale: float) -> Tensor:
+    """‖W + s·B·A‖ of each output row of each layer, (N, O)."""
+    if len(layers) == 1 or not kernels.fast():
+        norms = [layer.new_norm(*factors, scale) for layer, *factors in zip(layers, a_NRI, b_NOR, strict=True)]
+        return torch.stack(norms)
+    w_scales = [layer.weight_scale_O for layer in layers if layer.weight_scale_O is not None]
+    return kernels.dora_norms(
+        [layer.weight_OI for layer in layers],
+        a_NRI,
+        b_NOR,
+        scale,
+        torch.stack([layer.weight_norm_squared() for layer in layers]),
+        torch.stack(w_scales) if w_scales else None,
+    )
 
 
 class SlottedLinear(SlottedLayer):

@@ -20,7 +20,7 @@ from theodora.adapters.checkpoint import AdapterFile, read_adapter
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
-from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
+from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
 from theodora.layers.slotted_group import group_slotted
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFi
     Raises:
         CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
     """
-    file = read_adapter(path)
+    device = next(model.parameters()).device
+    file = read_adapter(path, device if device.type == "cuda" else None)
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
     if problems:
@@ -125,12 +126,23 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
     Raises:
         CheckpointError: g is not finite.
     """
-    modules: dict[str, SlotTensors] = {}
+    alike: dict[Any, list[str]] = {}
     for path, tensors in file.modules.items():
         layer: Any = model.get_submodule(path)
-        modules[path] = layer.prepare(tensors.a, tensors.b, tensors.magnitude, tensors.scale)
-    finite = [tensors.g_O.isfinite().all() for tensors in modules.values() if tensors.g_O is not None]
-    if finite and not bool(torch.stack(finite).all()):
+        kind = layer.weight_OI.shape, layer.weight.dtype, layer.product_dtype, layer.weight.device
+        dtypes = tensors.a.dtype, tensors.b.dtype, None if tensors.magnitude is None else tensors.magnitude.dtype
+        kind += (tensors.a.shape[0], *dtypes, tensors.scale)
+        # On a CPU launches cost nothing, and copies do.
+        alike.setdefault(kind if layer.weight.is_cuda else path, []).append(path)
+    modules: dict[str, SlotTensors] = {}
+    for paths in alike.values():
+        layers: list[Any] = [model.get_submodule(path) for path in paths]
+        held = [file.modules[path] for path in paths]
+        magnitudes = [t.magnitude for t in held if t.magnitude is not None] or None
+        found = prepare_slots(layers, [t.a for t in held], [t.b for t in held], magnitudes, held[0].scale)
+        modules |= dict(zip(paths, found, strict=True))
+    gs = [tensors.g_O for tensors in modules.values() if tensors.g_O is not None]
+    if gs and not bool(torch.cat(gs).isfinite().all()):
         raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
     if (first := next(iter(modules.values())).a_RI).is_cuda:
         torch.cuda.current_stream(first.device).synchronize()

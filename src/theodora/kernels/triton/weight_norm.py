@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from theodora.functional import CANCELLED
 from theodora.kernels.triton.common import precision, product, rank_block
 from theodora.kernels.triton.float8 import widen
 
@@ -117,8 +120,6 @@ def _form_cancelled(w, a, b, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row,
 
 def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:
     """As `dora_norm_reference`, in float32."""
-    from theodora.functional import CANCELLED
-
     outputs, inputs = w.shape
     rank = a.shape[0]
     a = a if a.stride(1) == 1 else a.contiguous()
@@ -131,23 +132,74 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     products = _multiplied(w, a3, w_scale) if split else None
     forms = products is None or block <= _FORMS
     own = bo if forms else max(1, 1024 // block)  # there is no `tl.dot` then, which wants 16 rows
-    transposed = w.stride(0) == 1 and w.stride(1) != 1
     _dora_norm[(triton.cdiv(outputs, own),)](
         w, a, a3, products, b, b.float() @ (wide @ wide.T), w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
         MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
         PRECISION=precision(torch.bfloat16 if split else torch.float32),
-        TRANSPOSED=transposed, CANCELLED=CANCELLED, FORM=forms,
+        TRANSPOSED=_transposed(w), CANCELLED=CANCELLED, FORM=forms,
         BO=own, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not forms:
-        _form_cancelled[(triton.cdiv(outputs, bo),)](
-            w, a, b, w_scale, norm, outputs, inputs, rank,
-            w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
-            QUANTIZED=w_scale is not None, TRANSPOSED=transposed,
-            BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        _form_rows(w, a, b, w_scale, norm, scale)
     return norm
+
+
+def dora_norms(
+    ws: Sequence[Tensor],
+    a_NRI: Tensor,
+    b_NOR: Tensor,
+    scale: float,
+    w_norm_sq_NO: Tensor,
+    w_scale_NO: Tensor | None,
+) -> Tensor | None:
+    """The norms of several weights of one shape, (N, O), or None if W Aᵀ is not to be had as products of their own.
+
+    Each weight costs one launch, its product; the terms of all are added up in one more.
+    """
+    count, outputs, rank = b_NOR.shape
+    a_NRI, b_NOR = a_NRI.contiguous(), b_NOR.contiguous()
+    parts = _in_three(a_NRI)
+    scales: Sequence[Tensor | None] = [None] * count if w_scale_NO is None else list(w_scale_NO)
+    products = [_multiplied(w, a3, w_scale) for w, a3, w_scale in zip(ws, parts, scales, strict=True)]
+    multiplied = [product for product in products if product is not None]
+    if len(multiplied) < count:
+        return None
+    wide = a_NRI.float()
+    norm = torch.empty(count, outputs, dtype=torch.float32, device=a_NRI.device)
+    block = rank_block(rank)
+    bo, bi, warps, stages = _TILES[min(block, 256)]
+    rows = max(1, 1024 // block)
+    w, inputs = ws[0], ws[0].shape[1]  # (not read: rows that cancel are formed below)
+    _dora_norm[(triton.cdiv(count * outputs, rows),)](
+        w, a_NRI, parts, torch.stack(multiplied), b_NOR, b_NOR.float() @ (wide @ wide.mT), w_norm_sq_NO, w_scale_NO,
+        norm, count * outputs, inputs, rank, *w.stride(), inputs, rank, 1, scale,
+        MULTIPLIED=True, QUANTIZED=w_scale_NO is not None, SPLIT=True, PRECISION=precision(torch.bfloat16),
+        TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False,
+        BO=rows, BI=bi, BR=block, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if bool((norm < 0).any()):
+        for w, a, b, w_scale, found in zip(ws, a_NRI, b_NOR, scales, norm, strict=True):
+            _form_rows(w, a, b, w_scale, found, scale)
+    return norm
+
+
+def _form_rows(w: Tensor, a: Tensor, b: Tensor, w_scale: Tensor | None, norm: Tensor, scale: float) -> None:
+    """Put the norms of rows that are at −1 into `norm`, by forming them."""
+    outputs, inputs = w.shape
+    rank = a.shape[0]
+    block = rank_block(rank)
+    bo, bi, warps, stages = _TILES[min(block, 256)]
+    _form_cancelled[(triton.cdiv(outputs, bo),)](
+        w, a, b, w_scale, norm, outputs, inputs, rank,
+        w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
+        QUANTIZED=w_scale is not None, TRANSPOSED=_transposed(w),
+        BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _transposed(w: Tensor) -> bool:
+    return w.stride(0) == 1 and w.stride(1) != 1
 
 
 def _multiplied(w: Tensor, a3: Tensor, w_scale: Tensor | None) -> Tensor | None:
@@ -160,18 +212,19 @@ def _multiplied(w: Tensor, a3: Tensor, w_scale: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _split(a, a3, R, I, a_row, BLOCK: tl.constexpr):
-    r = tl.program_id(0)
+    r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(a + r * a_row + i, mask=i < I, other=0.0).to(tl.float32)
     for part in tl.static_range(3):
         value = rest.to(tl.bfloat16)
-        tl.store(a3 + (part * R + r) * I + i, value, mask=i < I)
+        tl.store(a3 + ((r // R * 3 + part) * R + r % R) * I + i, value, mask=i < I)
         rest -= value.to(tl.float32)
 
 
 def _in_three(a: Tensor) -> Tensor:
-    """A as the sum of three bfloat16 tensors, (3, R, I)."""
-    rank, inputs = a.shape
-    a3 = torch.empty(3, rank, inputs, dtype=torch.bfloat16, device=a.device)
-    _split[(rank, triton.cdiv(inputs, 1024))](a, a3, rank, inputs, a.stride(0), BLOCK=1024, num_warps=4)
+    """A as the sum of three bfloat16 tensors, (3, R, I); of several A (N, R, I) each, (N, 3, R, I)."""
+    *several, rank, inputs = a.shape
+    rows = a.flatten(0, -2)
+    a3 = torch.empty(*several, 3, rank, inputs, dtype=torch.bfloat16, device=a.device)
+    _split[(rows.shape[0], triton.cdiv(inputs, 1024))](rows, a3, rank, inputs, rows.stride(0), BLOCK=1024, num_warps=4)
     return a3
