@@ -61,7 +61,7 @@ def test_values_that_are_not_finite_are_found_on_a_gpu(tmp_path, bad):
     tensors = {key.format("A"): torch.randn(2, 4), key.format("B"): torch.randn(3, 2)}
     adapter_of({k: t.to(DEVICE) for k, t in tensors.items()}, AdapterConfig(method="lora", rank=2), tmp_path / "x")
     tensors[key.format("B")][1, 1] = bad
-    with pytest.raises(CheckpointError, match="lora_B.weight: holds NaN or infinite"):
+    with pytest.raises(CheckpointError, match=r"lora_B\.weight: holds NaN or infinite"):
         adapter_of({k: t.to(DEVICE) for k, t in tensors.items()}, AdapterConfig(method="lora", rank=2), tmp_path / "x")
 
 

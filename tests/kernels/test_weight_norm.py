@@ -72,7 +72,7 @@ def test_several_weights_at_once(rank, quantized, monkeypatch):
         monkeypatch.setattr(weight_norm, "_multiplied", lambda w, a3, _: w.float() @ a3.flatten(0, 1).float().T)
     ws, factors = [], [inputs((21, 48, rank), torch.bfloat16) for _ in range(3)]
     scales = torch.rand(3, 21, device=DEVICE) + 0.5 if quantized else None
-    for w, a, b in factors:
+    for w, _, b in factors:
         w[1], b[1] = 0, 0
         ws.append(w.to(FLOAT8) if quantized else w)
     rows = torch.ones(3, 21, device=DEVICE) if scales is None else scales

@@ -105,7 +105,8 @@ def test_unknown_and_impossible_options_are_refused_together(run):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr_scheduler_type": "cosin"}, {"optim": "adamw_torc"}, {"report_to": "tensorbord"}]
+    "wrong",
+    [{"lr_scheduler_type": "cosin"}, {"optim": "adamw_torc"}, {"report_to": "tensorbord"}, {"report_to": [None]}],
 )
 def test_values_that_transformers_does_not_know_are_refused_before_anything_is_loaded(wrong, run):
     with pytest.raises(ConfigError, match=str(*wrong.values())):

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.demo.assets import MODEL, cache_folder, fetch
 from theodora.errors import CheckpointError, UsageError
+from theodora.export.gguf_bounds import check_bounds, check_size
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -53,6 +54,8 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     try:
         model, tokenizer = _read_gguf(gguf)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers and gguf raise whatever a damaged file leads them to
         raise CheckpointError(f"{gguf} cannot be read as a GGUF model ({type(error).__name__}: {error})") from error
     split_digits(tokenizer)
@@ -66,6 +69,8 @@ def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     # Newer than the oldest transformers that Theodora supports, hence only here.
     from transformers import GgufConfig
 
+    contents = check_bounds(gguf)
+    check_size(gguf, AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name), contents)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from theodora.errors import CheckpointError, UsageError
+from theodora.export.gguf_bounds import check_bounds, check_size
 
 # From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
 PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")
@@ -41,6 +42,7 @@ def open_reader(path: Path) -> Any:
     require_gguf()
     import gguf
 
+    check_bounds(path)
     try:
         return gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
@@ -130,8 +132,12 @@ def _load(path: Path, dtype: str, config: Any) -> PreTrainedModel:
     set_verbosity_error()
     try:
         with redirect_stderr(StringIO()):
+            contents = check_bounds(path)
+            if config is None:
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+                check_size(path, config, contents)
             return AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), **({"config": config} if config else {})
+                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
             )
     finally:
         set_verbosity(level)

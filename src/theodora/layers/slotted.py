@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,14 +185,14 @@ def prepare_slots(
             g_NO = dora_scale(torch.stack(list(magnitudes)).to(device, wide), norm_NO)
         # s goes in before rounding, so that it costs no precision.
         a_NRI, b_NRO = a_NRI.to(dtype), (scale * b_NOR).mT.to(dtype).contiguous()
-        return [SlotTensors(*found) for found in zip(a_NRI, b_NRO, repeat(None) if g_NO is None else g_NO)]
+        gs = [None] * len(layers) if g_NO is None else g_NO
+        return [SlotTensors(*found) for found in zip(a_NRI, b_NRO, gs, strict=True)]
 
 
 def _norms(layers: Sequence[SlottedLayer], a_NRI: Tensor, b_NOR: Tensor, scale: float) -> Tensor:
     """‖W + s·B·A‖ of each output row of each layer, (N, O)."""
     if len(layers) == 1 or not kernels.fast():
-        norms = [layer.new_norm(*factors, scale) for layer, *factors in zip(layers, a_NRI, b_NOR, strict=True)]
-        return torch.stack(norms)
+        return torch.stack([layer.new_norm(a, b, scale) for layer, a, b in zip(layers, a_NRI, b_NOR, strict=True)])
     w_scales = [layer.weight_scale_O for layer in layers if layer.weight_scale_O is not None]
     return kernels.dora_norms(
         [layer.weight_OI for layer in layers],

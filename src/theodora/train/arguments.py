@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import OPTION_NAMES, TrainConfig, coerce
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import ConfigError, bullet_list, shown
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
 _ELSEWHERE = {
@@ -143,7 +143,9 @@ def _nearest(name: str, names: list[str]) -> str:
 def _check_reporters(config: TrainConfig) -> None:
     unknown = [name for name in config.report_to if name not in (*INTEGRATION_TO_CALLBACK, "all")]
     if unknown:
-        raise ConfigError(f"report_to is {', '.join(unknown)}; expected some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+        raise ConfigError(
+            f"report_to is {', '.join(map(shown, unknown))}; expected some of {', '.join(INTEGRATION_TO_CALLBACK)}"
+        )
 
 
 def choose_precision(config: TrainConfig, arguments: SFTConfig) -> tuple[str, bool]:

@@ -98,7 +98,8 @@ def _row(tensor: Tensor | None) -> int:
 def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, O, R, CHUNK,
                       dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
                       LOW: tl.constexpr, SCALED: tl.constexpr, OUTPUT: tl.constexpr, REDUCE: tl.constexpr,
-                      PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                      PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+                      STAGES: tl.constexpr):  # fmt: skip
     """One block of output features over one chunk of tokens; its shares of dB and dm are added up afterwards."""
     block, chunk = tl.program_id(0), tl.program_id(1)
     o = block * BO + tl.arange(0, BO)

@@ -22,8 +22,8 @@ from theodora.kernels.triton.common import (
     sum_rows,
 )
 
-# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100. Small tiles and three stages, which
-# load what comes next while one computes: with two, most of the time goes into waiting for memory.
+# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100. Small tiles and three stages,
+# which load what comes next while one computes: with two, most of the time goes into waiting for memory.
 _FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (16, 64, 4, 3), 128: (32, 128, 4, 2)}
 _BACKWARD = {16: (16, 64, 4, 4), 32: (32, 64, 4, 3), 64: (16, 32, 2, 3), 128: (16, 64, 4, 3)}
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2112, 1056
@@ -256,7 +256,8 @@ def gated_backward(
         *_low_strides(gate)[1:], *_low_strides(up)[1:], gate.scale, up.scale,
         LOW1=gate.low, LOW2=up.low, LOW3=low is not None, JOINS=a is not None, SCALED1=gate.scaled, SCALED2=up.scaled,
         BIASED1=gate.bias_O is not None, BIASED2=up.bias_O is not None, KEEP_ACT=keep_act, REDUCE=reduce,
-        ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
+        ACT=activation, PRECISION=precision(dact.dtype), BT=bt, BO=bo, BR=block, STAGES=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     results = [act if wants_act else _empty(dact)]
     for update, dz, db, dg in ((gate, dz1, db1, dg1), (up, dz2, db2, dg2)):

@@ -168,7 +168,7 @@ def dora_norms(
     wide = a_NRI.float()
     norm = torch.empty(count, outputs, dtype=torch.float32, device=a_NRI.device)
     block = rank_block(rank)
-    bo, bi, warps, stages = _TILES[min(block, 256)]
+    _, bi, warps, stages = _TILES[min(block, 256)]
     rows = max(1, 1024 // block)
     w, inputs = ws[0], ws[0].shape[1]  # (not read: rows that cancel are formed below)
     _dora_norm[(triton.cdiv(count * outputs, rows),)](

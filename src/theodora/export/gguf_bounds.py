@@ -1,0 +1,148 @@
+"""Whether a GGUF file holds what its header promises, looked up before a reader believes it.
+
+The readers of `gguf` and transformers take lengths as they find them: one changed byte makes them collect 2⁶⁰ items of
+a list, or build a model of a thousand times the file's size.
+
+    magic, version, tensors, entries · key, type, value … · name, dimensions, type, offset … · padding · data
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from theodora.errors import CheckpointError
+
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+_DEEPEST = 4  # lists within lists; files in use have none
+_SPARE = 2.0
+"""Parameters of a model for each number in its file: norms may be left out, and a head that shares the embedding's."""
+
+
+@dataclass
+class _Cursor:
+    """A place in the file; a ValueError where what is asked for ends behind it."""
+
+    data: mmap.mmap
+    order: str = "<"
+    at: int = 0
+
+    def skip(self, length: int) -> int:
+        """Go on by `length` bytes; where they begin."""
+        begin = self.at
+        if length > len(self.data) - begin:
+            raise ValueError(f"{length} bytes are announced at byte {begin}, and {len(self.data) - begin} are left")
+        self.at += length
+        return begin
+
+    def number(self, code: str) -> Any:
+        size = struct.calcsize(self.order + code)
+        return struct.unpack_from(self.order + code, self.data, self.skip(size))[0]
+
+    def text(self) -> bytes:
+        length = self.number("Q")
+        begin = self.skip(length)
+        return self.data[begin : begin + length]
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A value; of a list its length."""
+        if kind in _FORMATS:
+            return self.number(_FORMATS[kind])
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST or depth > _DEEPEST:
+            raise ValueError(f"a value of type {kind} at byte {self.at}")
+        kind, count = self.number("I"), self.number("Q")
+        if kind in _FORMATS:
+            self.skip(count * struct.calcsize(self.order + _FORMATS[kind]))
+            return count
+        for _ in range(count):  # ends at the end of the file at the latest
+            self.value(kind, depth + 1)
+        return count
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, as far as it says how much."""
+
+    numbers: int
+    """In all tensors."""
+    tensors: int
+    values: dict[str, Any] = field(repr=False)
+
+
+def check_bounds(path: Path) -> Contents:
+    """Go through the header of a GGUF file.
+
+    Raises:
+        CheckpointError: it is none, or announces more than the file holds.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _contents(_Cursor(data))
+    except (ValueError, OSError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a GGUF file, or is damaged: {error}") from error
+
+
+def _contents(cursor: _Cursor) -> Contents:
+    import gguf
+
+    begin = cursor.skip(4)
+    if cursor.data[begin : cursor.at] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.number("I")
+    if version & 0xFFFF == 0:  # written by a machine of the other byte order
+        cursor.order, version = ">", version >> 24
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; expected 2 or 3")
+    tensors, entries = cursor.number("Q"), cursor.number("Q")
+    values: dict[str, Any] = {}
+    for _ in range(entries):
+        key = cursor.text().decode("utf-8")
+        values[key] = cursor.value(cursor.number("I"))
+    ends, numbers = [0], 0
+    for _ in range(tensors):
+        name = cursor.text().decode("utf-8")
+        dimensions = [cursor.number("Q") for _ in range(min(cursor.number("I"), 64))]
+        kind, offset = cursor.number("I"), cursor.number("Q")
+        per_block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        count = math.prod(dimensions)
+        if count % per_block:
+            raise ValueError(f"{name} has {count} numbers, which come in blocks of {per_block}")
+        ends.append(offset + count // per_block * size)
+        numbers += count
+    alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"an alignment of {alignment}")
+    cursor.skip(-cursor.at % alignment if tensors else 0)
+    cursor.skip(max(ends))
+    return Contents(numbers, tensors, values)
+
+
+def check_size(path: Path, config: Any, contents: Contents) -> None:
+    """Refuse a configuration that was read from a GGUF file and speaks of a larger model than the file holds.
+
+    Args:
+        path: the file.
+        config: a transformers configuration.
+        contents: what `check_bounds` found.
+
+    Raises:
+        CheckpointError: with both sizes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > contents.tensors:
+        raise CheckpointError(f"{path} speaks of {layers} layers and holds {contents.tensors} tensors")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > _SPARE * contents.numbers:
+        raise CheckpointError(f"{path} describes a model of {parameters:,} parameters and holds {contents.numbers:,}")
