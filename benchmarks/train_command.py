@@ -74,7 +74,7 @@ def write_rows(path: Path, args: argparse.Namespace) -> None:
     tokens = 0
     with path.open("w", encoding="utf-8") as file:
         while tokens < (args.steps + 2) * args.batch * args.length:
-            count = draw.randint(args.length // 8, args.length // 2)
+            count = draw.randint(args.length // 32, args.length // 2)
             words = " ".join(f"word{draw.randint(4, 255)}" for _ in range(count))
             file.write(json.dumps({"text": words}) + "\n")
             tokens += count

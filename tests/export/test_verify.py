@@ -63,7 +63,7 @@ def test_a_lost_adapter_is_found_however_faint(tmp_path, tiny_model_dir):
 def test_an_adapter_that_does_nothing_is_said(tmp_path, tiny_model_dir):
     same = adapter_folder(tmp_path / "same", tiny_model_dir(), size=0)
     found = verify(str(same), str(tiny_model_dir()))
-    assert any("changes nothing" in note for note in found.notes)
+    assert any("changes next to nothing" in note for note in found.notes)
 
 
 def test_the_numbers_are_those_of_the_definitions():

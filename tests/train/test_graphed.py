@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import masking_utils
 
 import recorder
+from formula import DEVICE
 from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.data.packing import packed_batch
+from theodora.layers import packed_attention
 from theodora.train import trainer
+from theodora.train.apart import keeps_apart
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
 
@@ -67,9 +71,10 @@ def same(one, other, losses):
         {"gradient_checkpointing": True},
         {"train_on": "completion", "data": None, "max_length": 64},
         {"packing": True, "max_length": 96},
+        {"packing": True, "max_length": 96, "gradient_checkpointing": True},
         {"packing": True, "max_length": 24, "trainer": {"packing_strategy": "wrapped"}},
     ],
-    ids=["", "accumulated", "dropout", "recomputed", "few learned", "packed", "wrapped"],
+    ids=["", "accumulated", "dropout", "recomputed", "few learned", "packed", "packed and recomputed", "wrapped"],
 )
 def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_path, losses, monkeypatch):
     if "dropout" in others and torch.cuda.is_available():
@@ -112,12 +117,56 @@ def test_packed_rows_are_filled_up_without_a_trace(run, made, same_rows, tmp_pat
     monkeypatch.setattr(trainer, "reads_bounds", lambda model: True)
     run(output=str(tmp_path / "as they are"), **settings)
     assert (filled, made[1].data_collator.full) == (101, None)
+    assert [t.keeps_apart for t in made] == [DEVICE == "cpu", False]  # flash attention does not take float32
     assert trained
     assert not made[1].steps.replays
     assert losses(tmp_path / "filled", "num_tokens") == losses(tmp_path / "as they are", "num_tokens")
     for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy"):
         found, expected = losses(tmp_path / "filled", name), losses(tmp_path / "as they are", name)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bounds_say_what_masks_say(checkpointing, run, made, same_rows, tmp_path, losses, monkeypatch):
+    settings = {**SETTINGS, "data": same_rows, "packing": True, "max_length": 101, "per_device_train_batch_size": 2}
+    settings |= {"gradient_checkpointing": checkpointing, "bf16": torch.cuda.is_available()}
+    calls = []
+    attention = packed_attention.attention_apart
+    monkeypatch.setattr(packed_attention, "attention_apart", lambda *args: calls.append(args) or attention(*args))
+    run(output=str(tmp_path / "bounds"), **settings)
+    assert made[0].keeps_apart
+    assert calls
+    monkeypatch.setattr(trainer, "keeps_apart", lambda *_: False)
+    calls.clear()
+    run(output=str(tmp_path / "masks"), **settings)
+    assert not calls
+    for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy", "num_tokens"):
+        found, expected = losses(tmp_path / "bounds", name), losses(tmp_path / "masks", name)
+        torch.testing.assert_close(found, expected, rtol=2e-2 if settings["bf16"] else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma", "phi3", "gpt2"])
+def test_models_that_take_bounds(family, tiny_model):
+    model = tiny_model(family).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    assert keeps_apart(model, 64)
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    assert masks is masking_utils.sdpa_mask
+    model.config.sliding_window = 16
+    assert not keeps_apart(model, 64)
+    assert not keeps_apart(model, None)
+    assert keeps_apart(model, 16)
+    model.config._attn_implementation = "eager"
+    assert not keeps_apart(model, 16)
+
+
+def test_a_model_that_bounds_do_not_reach_keeps_its_masks(tiny_model, monkeypatch):
+    model = tiny_model().to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    layer = type(model.model.layers[0])
+    forward = layer.forward
+    monkeypatch.setattr(
+        layer, "forward", lambda self, *args, cu_seq_lens_q=None, **kwargs: forward(self, *args, **kwargs)
+    )
+    assert not keeps_apart(model, 64)
 
 
 def test_filling_up_keeps_a_batch_of_one_kind():

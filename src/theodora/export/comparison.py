@@ -139,8 +139,10 @@ def verify(
     _check_vocabularies(forms, predictions)
     found = difference(predictions[0], predictions[1])
     precision = max((form.precision for form in forms), key=PRECISIONS.index)
-    if effect is not None and effect.largest == 0:
-        notes.append("The adapter changes nothing on this text, so the forms being equal shows nothing: give --text.")
+    if effect is not None and effect.kl_mean <= BOUNDS["float32"][1]:
+        notes.append(
+            "The adapter changes next to nothing on this text, so the forms being equal shows nothing: give --text."
+        )
     spread = found.reference if math.isfinite(found.reference) else 1.0
     relative, kl_default = BOUNDS[precision]
     if found.positions < len(ids):

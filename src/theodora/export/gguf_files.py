@@ -136,8 +136,15 @@ def _load(path: Path, dtype: str, config: Any) -> PreTrainedModel:
             if config is None:
                 config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
                 check_size(path, config, contents)
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
             )
+            # Some versions of transformers take tensors of other shapes than the configuration's without a word.
+            with torch.device("meta"):
+                shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+            wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is of another shape than the header says")
+            return model
     finally:
         set_verbosity(level)

@@ -2,7 +2,7 @@
 
 Attention modules call `apply_rotary_pos_emb` of the file they stand in, and then the attention function of
 transformers' registry. There are no hooks, so both are replaced, once in a process; what ours are not for goes to the
-originals.
+originals. Where a packed row comes with the bounds of its sequences, attention goes by them (`packed_attention.py`).
 
 Turned q and k are new tensors, and torch's attention would keep them for its gradient. Where they are saved they are
 replaced by the way to make them again: one pass over them in the backward pass, instead of their memory from the
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.rotary import rotate, rotate_reference, turn
 from theodora.kernels.shared_outputs import marked, saves_through_hooks
+from theodora.layers.packed_attention import attend
 
 _ROTARY, _ATTENTION = "apply_rotary_pos_emb", "sdpa"
 _TURNED = "_theodora_turned"
@@ -43,9 +44,14 @@ def speed_up_rotary(module: nn.Module) -> bool:
     if not _computes_the_usual(original):
         return False
     setattr(file, _ROTARY, _dispatching(original))
+    replace_attention()
+    return True
+
+
+def replace_attention() -> None:
+    """Give transformers' registry our attention, if it has not got it yet."""
     if not hasattr(attention := ALL_ATTENTION_FUNCTIONS[_ATTENTION], "__theodora__"):
         ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _turning_again(attention)
-    return True
 
 
 def restore_rotary(module: nn.Module) -> None:
@@ -115,15 +121,19 @@ def _turning_again(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         # No tensor in here: what is saved keeps `pack`, and that keeps these.
-        ways = {_place(t): again for t in (query, key) if (again := _way(t)) is not None}
+        ways: dict[Any, _Again] = {}
+        for tensor in (query, key):
+            if (again := _way(tensor)) is not None:
+                ways[_place(tensor)] = again
+                ways[_place(tensor.transpose(1, 2)[0])] = lambda again=again: again().transpose(1, 2)[0]
         if not ways or not torch.is_grad_enabled() or torch.compiler.is_compiling() or saves_through_hooks():
-            return original(module, query, key, *args, **kwargs)
+            return attend(original, module, query, key, *args, **kwargs)
 
         def pack(tensor: Tensor) -> Tensor | _Again:
             return ways.get(_place(tensor)) or tensor.detach()
 
         with saved_tensors_hooks(pack, _unpack):
-            return original(module, query, key, *args, **kwargs)
+            return attend(original, module, query, key, *args, **kwargs)
 
     attention.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
     return attention

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
+from theodora.train.apart import bounds_of, sequences_apart, with_bounds
 
 LEARNED = "learned"
 """The key in a batch of what `SelectLearned` found."""
@@ -53,14 +54,26 @@ class Learned(TypedDict):
     """Whether padding stands on the right alone, where no causal model sees it."""
     packed: bool
     """Whether positions start anew within a row."""
+    bounds: Tensor | None
+    """Where the sequences of a packed row begin, if attention is to go by that instead of a mask (`bounds_of`)."""
+    longest: int
+    """Tokens of the longest of them, at least."""
 
 
 class SelectLearned:
     """A collator that also tells which positions are learned, under the key `LEARNED`."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None) -> None:
-        """Take the collator to ask, and the length to whose multiples packed rows are filled up (see `fill_up`)."""
-        self.collate, self.full = collate, full
+    def __init__(
+        self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None, apart: bool = False
+    ) -> None:
+        """Take the collator to ask, and what to do with packed rows.
+
+        Args:
+            collate: makes a batch of rows.
+            full: the length to whose multiples packed rows are filled up (see `fill_up`).
+            apart: whether attention is to go by the bounds of sequences.
+        """
+        self.collate, self.full, self.apart = collate, full, apart
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of these rows."""
@@ -70,6 +83,7 @@ class SelectLearned:
         packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
         if packed and mask is None and self.full is not None:
             fill_up(batch, self.full)
+        bounds = bounds_of(batch["position_ids"]) if self.apart and packed and mask is None else None
         targets, positions = select_learned(batch["labels"])
         batch[LEARNED] = Learned(
             targets=targets,
@@ -77,6 +91,8 @@ class SelectLearned:
             tokens=tokens,
             maskless=mask is not None and mask.dim() == 2 and bool((mask.diff(dim=1) <= 0).all()),
             packed=packed,
+            bounds=bounds,
+            longest=0 if bounds is None else int(bounds.diff().max()),
         )
         return batch
 
@@ -135,6 +151,9 @@ class Head:
         known = packed_rows() if learned["packed"] else whole_rows()
         if kwargs.get("attention_mask") is not None or torch.compiler.is_compiling():
             known = nullcontext()  # the mask says it all
+        elif learned["bounds"] is not None:
+            known = sequences_apart()
+            kwargs |= with_bounds(learned["bounds"], learned["longest"])
         with known:
             hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
         layer: Any = model.get_output_embeddings()

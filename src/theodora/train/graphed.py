@@ -19,6 +19,7 @@ from theodora.train.fused_loss import LEARNED, Head, Learned
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TARGETS, _POSITIONS, _ITEMS = "learned.targets", "learned.positions", "num_items_in_batch"
+_SEQUENCES = "learned.bounds"
 
 
 def graphs_pay(device: torch.device) -> bool:
@@ -95,12 +96,27 @@ def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bo
     tensors |= {_TARGETS: learned["targets"], _POSITIONS: learned["positions"], _ITEMS: num_items}
     if learned["positions"] is None:
         del tensors[_POSITIONS]
+    if learned["bounds"] is not None:
+        tensors[_SEQUENCES] = learned["bounds"]
     return tensors if all(isinstance(value, Tensor) for value in tensors.values()) else None
 
 
-def batch_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """The model's inputs, and the number of learned tokens in the whole step, from `graph_inputs`."""
-    targets, positions, packed = tensors[_TARGETS], tensors.get(_POSITIONS), "position_ids" in tensors
-    learned = Learned(targets=targets, positions=positions, tokens=0, maskless=False, packed=packed)
-    inputs = {name: t for name, t in tensors.items() if name not in (_TARGETS, _POSITIONS, _ITEMS)}
+def batch_of(tensors: Mapping[str, Tensor], longest: int | None) -> tuple[dict[str, Any], Tensor]:
+    """The model's inputs, and the number of learned tokens in the whole step, from `graph_inputs`.
+
+    Args:
+        tensors: what a graph reads.
+        longest: tokens that a sequence has at most; None if there is no bound.
+    """
+    length = tensors["input_ids"].shape[1]
+    learned = Learned(
+        targets=tensors[_TARGETS],
+        positions=tensors.get(_POSITIONS),
+        tokens=0,
+        maskless=False,
+        packed="position_ids" in tensors,
+        bounds=tensors.get(_SEQUENCES),
+        longest=min(longest or length, length),
+    )
+    inputs = {name: t for name, t in tensors.items() if name not in (_TARGETS, _POSITIONS, _ITEMS, _SEQUENCES)}
     return {**inputs, LEARNED: learned}, tensors[_ITEMS]

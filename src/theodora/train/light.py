@@ -264,7 +264,15 @@ class _Run:
         positions_N, targets_N = positions_N.to(ids_BT.device), targets_N.to(ids_BT.device)
         with self._products():
             if self._fused:
-                learned = Learned(targets=targets_N, positions=positions_N, tokens=0, maskless=True, packed=False)
+                learned = Learned(
+                    targets=targets_N,
+                    positions=positions_N,
+                    tokens=0,
+                    maskless=True,
+                    packed=False,
+                    bounds=None,
+                    longest=0,
+                )
                 return self.head.loss(self.model, learned, **inputs).nats
             body: Any = self.model.base_model
             with whole_rows() if mask is None else nullcontext():

@@ -85,8 +85,8 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     else:
         parts = _documents(inputs, pieces)
     if len(parts) > 1 and LEARNED in inputs:
-        parts = [SelectLearned(lambda _, part=part: part)([]) for part in parts]
-        device = inputs[LEARNED]["targets"].device
+        device, apart = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
+        parts = [SelectLearned(lambda _, part=part: part, apart=apart)([]) for part in parts]
         for part in parts:
             part[LEARNED] |= {
                 name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)

@@ -22,6 +22,7 @@ from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
 from theodora.layers import AdapterLayer
+from theodora.train.apart import keeps_apart
 from theodora.train.checkpoints import rotate
 from theodora.train.figures import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
@@ -83,11 +84,16 @@ class AdapterTrainer(SFTTrainer):
             add_fused_loss(self.model, self.head)
         self._graphed: GraphedStep | None = None
         self.graph_replays, self.why_no_graph = 0, self._why_no_graph()
-        self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
+        packs = isinstance(self.head, Head) and self.padding_free and not reads_bounds(self.model)
+        self._reads_bounds = self.why_no_graph is not None or not packs
+        self.keeps_apart = packs and self._keeps_apart()
         if isinstance(self.head, Head):
-            self.data_collator = SelectLearned(
-                self.data_collator, None if self._reads_bounds or not self.args.packing else self.args.max_length
-            )
+            full = None if self._reads_bounds or not self.args.packing else self.args.max_length
+            self.data_collator = SelectLearned(self.data_collator, full, self.keeps_apart)
+
+    def _keeps_apart(self) -> bool:
+        with self.compute_loss_context_manager():
+            return keeps_apart(self.model, self.args.max_length)
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
@@ -112,7 +118,8 @@ class AdapterTrainer(SFTTrainer):
         if not isinstance(self.head, Head):
             return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
         graphs = "steps of a recurring shape as CUDA graphs"
-        return ["loss", graphs if self.why_no_graph is None else f"no CUDA graphs ({self.why_no_graph})"]
+        apart = ["attention within each packed sequence"] if self.keeps_apart else []
+        return ["loss", *apart, graphs if self.why_no_graph is None else f"no CUDA graphs ({self.why_no_graph})"]
 
     def compute_loss(
         self,
@@ -255,7 +262,7 @@ class AdapterTrainer(SFTTrainer):
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A training step on tensors alone: the loss, and what is recorded of it."""
-        inputs, num_items_in_batch = batch_of(tensors)
+        inputs, num_items_in_batch = batch_of(tensors, self.args.max_length)
         with self.compute_loss_context_manager():
             found = self.model(**inputs)
             loss = self._mean(found, num_items_in_batch)

@@ -1,0 +1,117 @@
+"""Attention in packed rows without a mask: flash attention told where each sequence begins.
+
+For a packed row transformers' sdpa builds a mask of the square of its length, and computes under it what no sequence
+may see: for four rows of 2048 tokens made one, 8192² scores instead of at most 4 × 2048² / 2. Its flash attention takes
+the bounds of the sequences instead (`cu_seq_lens_q`), but is a package of its own; torch holds the same kernel.
+
+Legend: H heads, T tokens in the row, D features of a head, N sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BOUNDS, LONGEST = "cu_seq_lens_q", "max_length_q"
+"""What a model's forward hands on to attention, by the names that transformers has for it."""
+# What would change the result, and is not computed here.
+_FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def attention_apart(
+    query_1HTD: Tensor,
+    key_1HTD: Tensor,
+    value_1HTD: Tensor,
+    bounds_N: Tensor,
+    longest: int,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention of each token within its own sequence, (1, T, H, D).
+
+    Args:
+        query_1HTD, key_1HTD, value_1HTD: keys and values may have fewer heads, which divide the queries'.
+        bounds_N: where each sequence begins, and where the last one ends, int32; a sequence may have no tokens.
+        longest: tokens of the longest sequence, at least.
+        scale: of the scores; 1/√D where None.
+        window: how many tokens back a token sees, itself included.
+        dropout: probability of dropping a weight.
+    """
+    if not query_1HTD.is_cuda:
+        return attention_apart_reference(query_1HTD, key_1HTD, value_1HTD, bounds_N, longest, scale, window, dropout)
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        *(t.transpose(1, 2)[0] for t in (query_1HTD, key_1HTD, value_1HTD)),
+        bounds_N,
+        bounds_N,
+        longest,
+        longest,
+        dropout,
+        True,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )
+    return output[None]
+
+
+def attention_apart_reference(
+    query_1HTD: Tensor,
+    key_1HTD: Tensor,
+    value_1HTD: Tensor,
+    bounds_N: Tensor,
+    longest: int,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`attention_apart` in plain torch, under a mask."""
+    at = torch.arange(query_1HTD.shape[2], device=query_1HTD.device)
+    sequence = torch.searchsorted(bounds_N.to(at.dtype), at, right=True)
+    back = at[:, None] - at[None, :]
+    seen_TT = (sequence[:, None] == sequence[None, :]) & (back >= 0)
+    if window is not None:
+        seen_TT &= back < window
+    groups = query_1HTD.shape[1] // key_1HTD.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key_1HTD, value_1HTD))
+    y = F.scaled_dot_product_attention(query_1HTD, key, value, attn_mask=seen_TT, dropout_p=dropout, scale=scale)
+    return y.transpose(1, 2)
+
+
+def attend(
+    original: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """What an attention function of transformers returns: `original`'s, or ours where there are bounds and no mask.
+
+    Raises:
+        RuntimeError: the sequences cannot be kept apart, and nothing else would.
+    """
+    bounds = options.get(BOUNDS)
+    if bounds is None or attention_mask is not None:
+        return original(module, query, key, value, attention_mask, **options)
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    foreign = [name for name in _FOREIGN if options.get(name) is not None]
+    if not causal or foreign or query.shape[0] != 1:
+        raise RuntimeError(f"Attention in packed rows knows no {', '.join(foreign) or 'other than causal attention'}")
+    found = attention_apart(
+        query,
+        key,
+        value,
+        bounds,
+        options[LONGEST],
+        options.get("scaling"),
+        options.get("sliding_window"),
+        options.get("dropout", 0.0),
+    )
+    return found, None
