@@ -142,7 +142,7 @@ def test_bounds_say_what_masks_say(checkpointing, run, made, same_rows, tmp_path
     assert not calls
     for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy", "num_tokens"):
         found, expected = losses(tmp_path / "bounds", name), losses(tmp_path / "masks", name)
-        torch.testing.assert_close(found, expected, rtol=2e-2 if settings["bf16"] else 1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=5e-2 if settings["bf16"] else 1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma", "phi3", "gpt2"])

@@ -43,6 +43,7 @@ def attention_apart(
     """
     if not query_1HTD.is_cuda:
         return attention_apart_reference(query_1HTD, key_1HTD, value_1HTD, bounds_N, longest, scale, window, dropout)
+    longest = max(longest, 2)  # torch takes 1 for decoding, and then counts tokens by the number of sequences
     output, *_ = torch.ops.aten._flash_attention_forward(
         *(t.transpose(1, 2)[0] for t in (query_1HTD, key_1HTD, value_1HTD)),
         bounds_N,
