@@ -309,18 +309,23 @@ def save_random_model(workload: Workload, folder: Path) -> None:
 
 
 def write_model(workload: Workload, folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from theodora.bench.build import load_base
 
     load_base(workload).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer whose tokens are word4 to word255, and four special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"word{i}": i for i in range(4, 256)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    )
 
 
 def build_unsloth(workload: Workload, variant: Variant, folder: str) -> tuple[Any, Callable[[], Any]]:

@@ -69,14 +69,18 @@ def settled(engine):
     return False
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 class Server:
     """A running server: `.client` (openai), `.url`, `.engine`."""
 
     def __init__(self, engine, tokenizer):
         self.engine = engine
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        self.port = free_port()
         settings = uvicorn.Config(
             create_app(engine, tokenizer), port=self.port, log_level="error", timeout_graceful_shutdown=5
         )
