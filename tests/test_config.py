@@ -19,8 +19,8 @@ GIVEN = {"model": "m", "data": "d", "output": "o"}
         ({"rank_pattern": {5: 4}}, "rank_pattern has the key 5; expected names or regular expressions"),
         ({"rank": "many"}, "rank is 'many'"),
         ({"rank": 2.5}, "rank is 2.5"),
-        ({"rank": 10**400}, "expected a whole number of at least 1, at most 2,147,483,647"),
-        ({"rank_pattern": {"q": 2**31}}, "rank_pattern['q'] is 2147483648"),
+        ({"rank": 10**400}, "expected a whole number of at least 1, at most 9,007,199,254,740,992"),
+        ({"rank_pattern": {"q": 2**53 + 1}}, "rank_pattern['q'] is 9007199254740993"),
         ({"init": "zeros"}, "init is 'zeros'"),
     ],
 )

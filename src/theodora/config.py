@@ -70,7 +70,7 @@ class AdapterConfig:
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.alpha is None and is_int(self.rank) and self.rank <= _LARGEST_RANK:
+        if self.alpha is None and is_int(self.rank) and self.rank <= _LARGEST_NUMBER:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         # Ranges can only be judged once every value has the right type.
         if problems or (problems := list(self._problems())):
@@ -78,8 +78,8 @@ class AdapterConfig:
 
     def _problems(self) -> Iterator[str]:
         for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not is_int(rank) or not 1 <= rank <= _LARGEST_RANK:
-                yield f"{what} is {shown(rank)}; expected a whole number of at least 1, at most {_LARGEST_RANK:,}"
+            if not is_int(rank) or not 1 <= rank <= _LARGEST_NUMBER:
+                yield f"{what} is {shown(rank)}; expected a whole number of at least 1, at most {_LARGEST_NUMBER:,}"
         for what, alpha in [
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
@@ -395,7 +395,6 @@ _TRAIN_BOUNDS = {
     "max_loss": (0, False),
     "seed": (0, True),
 }
-_LARGEST_RANK = 2**31 - 1
 _LARGEST_ALPHA = 1e12  # its square is still a float32
 _LARGEST_NUMBER = 2**53
 """Up to here floats tell whole numbers apart, and no count of rows, steps or tokens is larger."""

@@ -49,14 +49,31 @@ def test_a_whole_file(tmp_path, order):
     load_gguf(write(tmp_path / "b.gguf"), "float32")
 
 
+@pytest.mark.parametrize(("length", "message"), [(10**6, "are left"), (2**60, "expected 2,000,000 at most")])
 @pytest.mark.parametrize("key", ["theodora.texts", "theodora.numbers"])
-def test_a_list_longer_than_the_file(tmp_path, key):
+def test_a_list_longer_than_the_file(tmp_path, key, length, message):
     path = write(tmp_path / "a.gguf")
     content = path.read_bytes()
     at = content.index(key.encode()) + len(key) + 8  # behind the types of the value and of its items
-    path.write_bytes(content[:at] + struct.pack("<Q", 2**60) + content[at + 8 :])
-    with pytest.raises(CheckpointError, match=r"damaged: .* are left"):
+    path.write_bytes(content[:at] + struct.pack("<Q", length) + content[at + 8 :])
+    with pytest.raises(CheckpointError, match=rf"damaged: .*{message}"):
         open_reader(path)
+
+
+def test_tensors_that_share_bytes(tmp_path):
+    path = write(tmp_path / "a.gguf")
+    content = path.read_bytes()
+    name = b"output.weight"  # dimensions, type and offset stand behind it
+    at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    count, *sizes = struct.unpack_from("<IQQ", content, at)
+    assert (count, sizes) == (2, [32, 40])
+    larger = struct.pack("<IQQIQ", 2, 32, 270, 0, 0)
+    path.write_bytes(content[:at] + larger + content[at + len(larger) :])
+    with pytest.raises(CheckpointError, match="are left"):
+        check_bounds(path)
+    path.write_bytes(content[:at] + struct.pack("<I", 5) + content[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"output\.weight has 5 dimensions; expected 4 at most"):
+        check_bounds(path)
 
 
 def test_a_file_cut_anywhere(tmp_path):

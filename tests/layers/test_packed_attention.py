@@ -5,8 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from formula import DEVICE
-from theodora.layers.packed_attention import attend, attention_apart, attention_apart_reference
-from theodora.train.apart import bounds_of
+from theodora.layers.packed_attention import (
+    SEQUENCES,
+    Sequences,
+    attend,
+    attention_apart,
+    attention_apart_reference,
+)
+from theodora.train.apart import bounds_of, sequences_apart
 
 GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float64
@@ -73,12 +79,23 @@ def test_what_would_be_left_out_is_an_error():
     def original(*_, **__):
         return "original"
 
-    given = {"cu_seq_lens_q": bounds, "max_length_q": 5}
-    assert attend(original, module, query, key, value) == "original"
-    assert attend(original, module, query, key, value, torch.ones(7, 7), **given) == "original"
+    given = {SEQUENCES: Sequences(bounds, 5)}
+    flash = {"cu_seq_lens_q": bounds, "max_length_q": 5}
+    for others in ({}, flash):
+        assert attend(original, module, query, key, value, **others) == "original"
+        assert attend(original, module, query, key, value, torch.ones(7, 7), **others) == "original"
     assert attend(original, module, query, key, value, None, **given)[0].shape == (1, 7, 4, 16)
-    for wrong in ({"softcap": 30.0}, {"is_causal": False}):
+    for wrong in ({"softcap": 30.0}, {"is_causal": False}, {"attention_mask": torch.ones(7, 7)}):
         with pytest.raises(RuntimeError, match="packed rows knows no"):
-            attend(original, module, query, key, value, None, **given, **wrong)
+            attend(original, module, query, key, value, **given, **wrong)
+    with sequences_apart(), pytest.raises(RuntimeError, match="not told where"):
+        attend(original, module, query, key, value, None, **flash)
     with pytest.raises(RuntimeError, match="packed rows"):
         attend(original, module, query.expand(2, -1, -1, -1), key, value, None, **given)
+
+
+@pytest.mark.parametrize("positions", [[5, 6, 7, 0, 1, 2], [0, 1, 2, 5, 6, 7], [3, 3, 3]])
+def test_a_sequence_begins_wherever_positions_do_not_go_on(positions):
+    found = bounds_of(torch.tensor([positions]))
+    starts = [0, 3] if len(positions) == 6 else [0, 1, 2]
+    assert found.tolist() == starts + [len(positions)] * (len(found) - len(starts))

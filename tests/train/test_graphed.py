@@ -13,7 +13,7 @@ from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.data.packing import packed_batch
 from theodora.layers import packed_attention
 from theodora.train import trainer
-from theodora.train.apart import keeps_apart
+from theodora.train.apart import keeps_apart, sequences_apart
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
 
@@ -159,13 +159,28 @@ def test_models_that_take_bounds(family, tiny_model):
     assert not keeps_apart(model, 16)
 
 
+def test_masks_are_built_again_afterwards(tiny_model):
+    found = [masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]]
+    with sequences_apart():
+        with pytest.raises(ZeroDivisionError), sequences_apart():
+            1 / 0  # noqa: B018
+        found.append(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        with pytest.raises(RuntimeError, match="not told where its sequences begin"):
+            tiny_model()(torch.arange(3, 9)[None])
+    found.append(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    assert found[0] is found[2] is not found[1]
+    tiny_model()(torch.arange(3, 9)[None])
+
+
 def test_a_model_that_bounds_do_not_reach_keeps_its_masks(tiny_model, monkeypatch):
     model = tiny_model().to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     layer = type(model.model.layers[0])
     forward = layer.forward
     monkeypatch.setattr(
-        layer, "forward", lambda self, *args, cu_seq_lens_q=None, **kwargs: forward(self, *args, **kwargs)
+        layer, "forward", lambda self, *args, theodora_sequences=None, **kwargs: forward(self, *args, **kwargs)
     )
+    assert not keeps_apart(model, 64)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)  # nor where the difference does not show
     assert not keeps_apart(model, 64)
 
 

@@ -49,6 +49,7 @@ _FOREIGN_OPTIONS = (
 )
 # Starts after which PEFT keeps the base weight as it is; the others leave a changed base behind.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
 # Safetensors files know more kinds of numbers; no adapter is kept in them.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PARTS = {
@@ -421,12 +422,20 @@ def _finite(tensor: Tensor) -> bool:
 
 def _all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
     """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
-    floating = [t.detach().flatten() for t in tensors if t.is_floating_point()]
-    if not floating or not all(t.is_cuda for t in floating):
+    if not tensors or not all(t.is_cuda and t.dtype in _DTYPES for t in tensors):
         return False
-    kinds = {(t.dtype, t.device) for t in floating}
-    together = [torch.cat([t for t in floating if (t.dtype, t.device) == kind]) for kind in kinds]
-    return all(bool(t.isfinite().all()) for t in together)
+    answers: list[Tensor] = []
+    for dtype in {t.dtype for t in tensors}:
+        flat = [t.detach().flatten() for t in tensors if t.dtype == dtype]
+        pieces, size = [[]], 0
+        for t in flat:
+            if size > _TOGETHER:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(t)
+            size += t.numel()
+        answers += [torch.cat(piece).isfinite().all() for piece in pieces]
+    return bool(torch.stack(answers).all())
 
 
 def _module_problem(

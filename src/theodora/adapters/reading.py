@@ -52,7 +52,7 @@ def read_tensors(path: Path, device: torch.device | None = None) -> tuple[dict[s
 
     Args:
         path: the file.
-        device: a GPU that is to hold the tensors; where None, they are the file itself, mapped.
+        device: a GPU that is to hold the tensors; where None, or without room there, they are the file itself, mapped.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, or says something twice.
@@ -67,8 +67,10 @@ def read_tensors(path: Path, device: torch.device | None = None) -> tuple[dict[s
             # The whole file in one piece: hundreds of small copies take twice as long.
             content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).to(device)
             found = {key: _tensor(content, header[key], begin) for key in keys}
-            return {key: file.get_tensor(key).to(device) if t is None else t for key, t in found.items()}, metadata
-    except (SafetensorError, ValueError, OSError) as error:
+            return {key: file.get_tensor(key) if t is None else t for key, t in found.items()}, metadata
+    except torch.OutOfMemoryError:
+        return read_tensors(path)
+    except (SafetensorError, ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
         ) from error

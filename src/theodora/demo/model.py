@@ -54,8 +54,6 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     try:
         model, tokenizer = _read_gguf(gguf)
-    except CheckpointError:
-        raise
     except Exception as error:  # transformers and gguf raise whatever a damaged file leads them to
         raise CheckpointError(f"{gguf} cannot be read as a GGUF model ({type(error).__name__}: {error})") from error
     split_digits(tokenizer)

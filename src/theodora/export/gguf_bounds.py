@@ -20,6 +20,8 @@ from theodora.errors import CheckpointError
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 _DEEPEST = 4  # lists within lists; files in use have none
+_MOST_ITEMS = 2_000_000  # gguf's reader takes 20 µs and 700 bytes for each; a vocabulary of 262,144 has 1.3 million
+_MOST_DIMENSIONS = 4  # ggml's
 _SPARE = 2.0
 """Parameters of a model for each number in its file: norms may be left out, and a head that shares the embedding's."""
 
@@ -31,6 +33,8 @@ class _Cursor:
     data: mmap.mmap
     order: str = "<"
     at: int = 0
+    items: int = 0
+    """Of all lists so far."""
 
     def skip(self, length: int) -> int:
         """Go on by `length` bytes; where they begin."""
@@ -58,6 +62,9 @@ class _Cursor:
         if kind != _LIST or depth > _DEEPEST:
             raise ValueError(f"a value of type {kind} at byte {self.at}")
         kind, count = self.number("I"), self.number("Q")
+        self.items += count
+        if self.items > _MOST_ITEMS:
+            raise ValueError(f"lists of {self.items:,} items or more; expected {_MOST_ITEMS:,} at most")
         if kind in _FORMATS:
             self.skip(count * struct.calcsize(self.order + _FORMATS[kind]))
             return count
@@ -105,22 +112,24 @@ def _contents(cursor: _Cursor) -> Contents:
     for _ in range(entries):
         key = cursor.text().decode("utf-8")
         values[key] = cursor.value(cursor.number("I"))
-    ends, numbers = [0], 0
+    bytes_in_all, last, numbers = 0, 0, 0
     for _ in range(tensors):
         name = cursor.text().decode("utf-8")
-        dimensions = [cursor.number("Q") for _ in range(min(cursor.number("I"), 64))]
+        if (count := cursor.number("I")) > _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {count} dimensions; expected {_MOST_DIMENSIONS} at most")
+        dimensions = [cursor.number("Q") for _ in range(count)]
         kind, offset = cursor.number("I"), cursor.number("Q")
         per_block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         count = math.prod(dimensions)
         if count % per_block:
             raise ValueError(f"{name} has {count} numbers, which come in blocks of {per_block}")
-        ends.append(offset + count // per_block * size)
-        numbers += count
+        own = count // per_block * size
+        last, bytes_in_all, numbers = max(last, offset + own), bytes_in_all + own, numbers + count
     alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"an alignment of {alignment}")
     cursor.skip(-cursor.at % alignment if tensors else 0)
-    cursor.skip(max(ends))
+    cursor.skip(max(last, bytes_in_all))  # tensors do not share bytes
     return Contents(numbers, tensors, values)
 
 

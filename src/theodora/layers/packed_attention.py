@@ -2,21 +2,22 @@
 
 For a packed row transformers' sdpa builds a mask of the square of its length, and computes under it what no sequence
 may see: for four rows of 2048 tokens made one, 8192² scores instead of at most 4 × 2048² / 2. Its flash attention takes
-the bounds of the sequences instead (`cu_seq_lens_q`), but is a package of its own; torch holds the same kernel.
+the bounds of the sequences instead, but is a package of its own; torch holds the same kernel.
 
 Legend: H heads, T tokens in the row, D features of a head, N sequences.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BOUNDS, LONGEST = "cu_seq_lens_q", "max_length_q"
-"""What a model's forward hands on to attention, by the names that transformers has for it."""
+SEQUENCES = "theodora_sequences"
+"""An argument of a model's forward, which hands it on to attention: `Sequences`. Not `cu_seq_lens_q`, which flash
+attention has of transformers: batches may carry that where there are masks."""
 # What would change the result, and is not computed here.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -83,6 +84,22 @@ def attention_apart_reference(
     return y.transpose(1, 2)
 
 
+class Sequences(NamedTuple):
+    """The sequences of a packed row."""
+
+    bounds_N: Tensor
+    """Where each begins, and where the last one ends, int32; a sequence may have no tokens."""
+    longest: int
+    """Tokens of the longest, at least."""
+
+
+class Maskless:
+    """Whether a forward pass is under way for which no masks are built, and how often attention has gone by bounds."""
+
+    under_way = False
+    calls = 0
+
+
 def attend(
     original: Any,
     module: Any,
@@ -92,25 +109,27 @@ def attend(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """What an attention function of transformers returns: `original`'s, or ours where there are bounds and no mask.
+    """What an attention function of transformers returns: `original`'s, or ours where there are bounds.
 
     Raises:
         RuntimeError: the sequences cannot be kept apart, and nothing else would.
     """
-    bounds = options.get(BOUNDS)
-    if bounds is None or attention_mask is not None:
+    sequences: Sequences | None = options.pop(SEQUENCES, None)
+    if sequences is None:
+        if Maskless.under_way:
+            raise RuntimeError("Attention in a packed row was not told where its sequences begin")
         return original(module, query, key, value, attention_mask, **options)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     foreign = [name for name in _FOREIGN if options.get(name) is not None]
-    if not causal or foreign or query.shape[0] != 1:
+    if not causal or foreign or query.shape[0] != 1 or attention_mask is not None:
         raise RuntimeError(f"Attention in packed rows knows no {', '.join(foreign) or 'other than causal attention'}")
+    Maskless.calls += 1
     found = attention_apart(
         query,
         key,
         value,
-        bounds,
-        options[LONGEST],
+        *sequences,
         options.get("scaling"),
         options.get("sliding_window"),
         options.get("dropout", 0.0),

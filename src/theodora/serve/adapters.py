@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from theodora.serve.tiers import Stamp
 
 _serials = itertools.count(1)
+_TOGETHER = 2**25  # numbers
 
 
 @dataclass(eq=False)
@@ -135,7 +137,7 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
         # On a CPU launches cost nothing, and copies do.
         alike.setdefault(kind if layer.weight.is_cuda else path, []).append(path)
     modules: dict[str, SlotTensors] = {}
-    for paths in alike.values():
+    for paths in itertools.chain.from_iterable(_few(paths, file) for paths in alike.values()):
         layers: list[Any] = [model.get_submodule(path) for path in paths]
         held = [file.modules[path] for path in paths]
         magnitudes = [t.magnitude for t in held if t.magnitude is not None] or None
@@ -147,6 +149,13 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
     if (first := next(iter(modules.values())).a_RI).is_cuda:
         torch.cuda.current_stream(first.device).synchronize()
     return modules
+
+
+def _few(paths: list[str], file: AdapterFile) -> Iterator[list[str]]:
+    """The modules, all alike, a few at a time: what is computed for them takes several times their tensors' memory."""
+    tensors = file.modules[paths[0]]
+    many = max(1, _TOGETHER // (tensors.a.numel() + 4 * tensors.b.numel()))
+    return (paths[at : at + many] for at in range(0, len(paths), many))
 
 
 def in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:

@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from theodora.adapters.whole_rows import whole_rows
 from theodora.data.packing import packed_batch
 from theodora.layers.attention import replace_attention
-from theodora.layers.packed_attention import BOUNDS, LONGEST
+from theodora.layers.packed_attention import SEQUENCES, Maskless, Sequences
 
 
 def bounds_of(positions_1T: Tensor) -> Tensor:
     """Where each sequence of a packed row begins, and where the last one ends, (N + 1,) int32.
 
-    The end is repeated, which makes sequences of no token: so that most batches have one shape.
+    A sequence begins where a position does not follow the one before it. The end is repeated, which makes sequences of
+    no token: so that most batches have one shape.
     """
-    starts = (positions_1T[0] == 0).nonzero().squeeze(1)
+    starts = functional.pad(positions_1T[0].diff() != 1, (1, 0), value=True).nonzero().squeeze(1)
     count = len(starts)
     multiple = max(16, 2 ** (count - 1).bit_length() // 8)
     ends = starts.new_full((-(-count // multiple) * multiple + 1 - count,), positions_1T.shape[1])
@@ -31,19 +33,15 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 
 @contextmanager
 def sequences_apart() -> Iterator[None]:
-    """Inside the block transformers builds no masks: the attention function is `attend`, and there are bounds."""
+    """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
     replace_attention()
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *_, **__: None
+    masks, under_way = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = lambda *_, **__: None, True
     try:
         with whole_rows():
             yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def with_bounds(bounds_N: Tensor, longest: int) -> dict[str, Any]:
-    """What a model's forward hands on to attention, by the names that transformers has for it."""
-    return {BOUNDS: bounds_N, LONGEST: longest, "cu_seq_lens_k": bounds_N, "max_length_k": longest}
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = masks, under_way
 
 
 def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
@@ -62,7 +60,8 @@ def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
     if config._attn_implementation != "sdpa" or narrow:  # pyright: ignore[reportPrivateUsage]
         return False
     device: Any = next(model.get_input_embeddings().parameters()).device
-    batch = packed_batch([torch.arange(3, 9, device=device), torch.arange(5, 12, device=device)])
+    ids = torch.arange(3, 16, device=device) % config.vocab_size
+    batch = packed_batch([ids[:6], ids[6:]])
     given = {name: batch[name] for name in ("input_ids", "position_ids")}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
     was_training = model.training
@@ -71,14 +70,16 @@ def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
         with torch.enable_grad():
             expected: Tensor = model(**given, use_cache=False).logits
             with sequences_apart():
-                bounds = with_bounds(bounds_of(batch["position_ids"]), 7)
-                found: Tensor = model(**given, **bounds, use_cache=False).logits
+                calls, sequences = Maskless.calls, Sequences(bounds_of(batch["position_ids"]), 7)
+                found: Tensor = model(**given, **{SEQUENCES: sequences}, use_cache=False).logits
             if trained:
                 torch.autograd.grad(found.float().sum(), trained, allow_unused=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return False
     finally:
         model.train(was_training)
     found, expected = found.detach().float(), expected.detach().float()
     rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
-    return found.shape == expected.shape and bool(((found - expected).norm() <= rounding * expected.norm()).item())
+    if Maskless.calls == calls or found.shape != expected.shape:
+        return False
+    return bool(((found - expected).norm() <= rounding * expected.norm()).item())

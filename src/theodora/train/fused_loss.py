@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
-from theodora.train.apart import bounds_of, sequences_apart, with_bounds
+from theodora.layers.packed_attention import SEQUENCES, Sequences
+from theodora.train.apart import bounds_of, sequences_apart
 
 LEARNED = "learned"
 """The key in a batch of what `SelectLearned` found."""
@@ -153,7 +154,7 @@ class Head:
             known = nullcontext()  # the mask says it all
         elif learned["bounds"] is not None:
             known = sequences_apart()
-            kwargs |= with_bounds(learned["bounds"], learned["longest"])
+            kwargs[SEQUENCES] = Sequences(learned["bounds"], learned["longest"])
         with known:
             hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
         layer: Any = model.get_output_embeddings()

@@ -66,7 +66,8 @@ def reads_bounds(model: PreTrainedModel) -> bool:
     if attention not in ("sdpa", "eager"):
         return True
     device = next(model.get_input_embeddings().parameters()).device
-    batch = packed_batch([torch.arange(3, 9, device=device), torch.arange(5, 12, device=device)])
+    ids = torch.arange(3, 16, device=device) % model.config.get_text_config().vocab_size
+    batch = packed_batch([ids[:6], ids[6:]])
     without = {name: value for name, value in batch.items() if name not in _BOUNDS}
     was_training = model.training
     model.eval()

@@ -84,9 +84,8 @@ class AdapterTrainer(SFTTrainer):
             add_fused_loss(self.model, self.head)
         self._graphed: GraphedStep | None = None
         self.graph_replays, self.why_no_graph = 0, self._why_no_graph()
-        packs = isinstance(self.head, Head) and self.padding_free and not reads_bounds(self.model)
-        self._reads_bounds = self.why_no_graph is not None or not packs
-        self.keeps_apart = packs and self._keeps_apart()
+        self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
+        self.keeps_apart = not self._reads_bounds and self._keeps_apart()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
             self.data_collator = SelectLearned(self.data_collator, full, self.keeps_apart)

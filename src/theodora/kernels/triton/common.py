@@ -30,8 +30,14 @@ def row_contiguous(t: Tensor) -> Tensor:
 def chunks_of_tokens(tokens: int, blocks: int, block_t: int, programs: int = 528) -> tuple[int, int]:
     """(chunks, tokens of each) such that `blocks` × chunks programs fill the GPU some four times over."""
     chunks = max(1, min(triton.cdiv(tokens, block_t), triton.cdiv(programs, blocks)))
-    size = triton.cdiv(triton.cdiv(tokens, chunks), block_t) * block_t
+    size = max(block_t, triton.cdiv(triton.cdiv(tokens, chunks), block_t) * block_t)
     return triton.cdiv(tokens, size), size
+
+
+def fitting(tile: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """A tile (tokens, features, warps, stages) chosen for half precision, in the shared memory that small GPUs have."""
+    bt, bo, warps, stages = tile
+    return tile if dtype.itemsize < 4 else (bt, min(bo, 64), min(warps, 4), min(stages, 2))
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 from theodora.kernels.compose import LEAST_SCALE
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
+    fitting,
     load_scaled_b,
     load_xa,
     precision,
@@ -162,7 +163,7 @@ def compose_backward(
     tokens, outputs = dy.shape
     rank = b.shape[1] if low else 1
     block = rank_block(rank)
-    bt, bo, warps, stages = (_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block]
+    bt, bo, warps, stages = fitting((_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block], dy.dtype)
     blocks = triton.cdiv(outputs, bo)
     chunks, size = chunks_of_tokens(tokens, blocks, bt)
     if z is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from theodora.kernels.parts import Update
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
+    fitting,
     load_scaled_b,
     load_xa,
     precision,
@@ -101,7 +102,7 @@ def gated(z1: Tensor, z2: Tensor, gate: Update, up: Update, activation: str) -> 
     tokens, outputs = z1.shape
     act = torch.empty(tokens, outputs, dtype=z1.dtype, device=z1.device)
     block = rank_block(max(gate.rank, up.rank))
-    bt, bo, warps, stages = _FORWARD[block]
+    bt, bo, warps, stages = fitting(_FORWARD[block], z1.dtype)
     blocks = triton.cdiv(outputs, bo)
     chunks, size = chunks_of_tokens(tokens, blocks, bt, _FORWARD_PROGRAMS)
     _gated[(blocks, chunks)](
@@ -237,7 +238,7 @@ def gated_backward(
     tokens, outputs = dact.shape
     rank3 = 0 if low is None else low.shape[1]
     block = rank_block(max(gate.rank, up.rank, rank3))
-    bt, bo, warps, stages = _BACKWARD[block]
+    bt, bo, warps, stages = fitting(_BACKWARD[block], dact.dtype)
     reduce = block <= REDUCES
     wants_act, keep_act = keep_act, keep_act or (low is not None and not reduce)
     blocks = triton.cdiv(outputs, bo)

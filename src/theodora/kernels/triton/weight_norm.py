@@ -161,10 +161,12 @@ def dora_norms(
     a_NRI, b_NOR = a_NRI.contiguous(), b_NOR.contiguous()
     parts = _in_three(a_NRI)
     scales: Sequence[Tensor | None] = [None] * count if w_scale_NO is None else list(w_scale_NO)
-    products = [_multiplied(w, a3, w_scale) for w, a3, w_scale in zip(ws, parts, scales, strict=True)]
-    multiplied = [product for product in products if product is not None]
-    if len(multiplied) < count:
-        return None
+    products = torch.empty(count, outputs, 3 * rank, dtype=torch.float32, device=a_NRI.device)
+    for into, w, a3, w_scale in zip(products, ws, parts, scales, strict=True):
+        product = _multiplied(w, a3, w_scale)
+        if product is None:
+            return None
+        into.copy_(product)
     wide = a_NRI.float()
     norm = torch.empty(count, outputs, dtype=torch.float32, device=a_NRI.device)
     block = rank_block(rank)
@@ -172,7 +174,7 @@ def dora_norms(
     rows = max(1, 1024 // block)
     w, inputs = ws[0], ws[0].shape[1]  # (not read: rows that cancel are formed below)
     _dora_norm[(triton.cdiv(count * outputs, rows),)](
-        w, a_NRI, parts, torch.stack(multiplied), b_NOR, b_NOR.float() @ (wide @ wide.mT), w_norm_sq_NO, w_scale_NO,
+        w, a_NRI, parts, products, b_NOR, b_NOR.float() @ (wide @ wide.mT), w_norm_sq_NO, w_scale_NO,
         norm, count * outputs, inputs, rank, *w.stride(), inputs, rank, 1, scale,
         MULTIPLIED=True, QUANTIZED=w_scale_NO is not None, SPLIT=True, PRECISION=precision(torch.bfloat16),
         TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False,
