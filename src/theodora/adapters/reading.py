@@ -62,10 +62,10 @@ def read_tensors(path: Path, device: torch.device | None = None) -> tuple[dict[s
         with safe_open(path, framework="pt") as file:
             metadata = _checked_metadata((file.metadata() or {}).get(METADATA_KEY, "{}"))
             keys = list(file.keys())
-            if device is None:
-                return {key: file.get_tensor(key) for key in keys}, metadata
-            # The whole file in one piece: hundreds of small copies take twice as long.
-            content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).to(device)
+            # Not by `get_tensor`, which loses 64 bytes of memory at each call (safetensors 0.8): a server that reads
+            # adapters all day would notice. And a GPU gets the file in one piece, in half the time of many copies.
+            content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+            content = content if device is None else content.to(device)
             found = {key: _tensor(content, header[key], begin) for key in keys}
             return {key: file.get_tensor(key) if t is None else t for key, t in found.items()}, metadata
     except torch.OutOfMemoryError:
