@@ -5,7 +5,7 @@
 `theodora serve` runs in a process of its own with adapters at start, others that are loaded and unloaded, fewer slots
 than adapters and fewer places in host memory. Clients ask for completions and chats, streamed and not, hang up in the
 middle, name unknown models, send prompts that are too long, empty, or no JSON at all. Each answer's status is checked.
-The server's memory and open files are read every few seconds; the second half of the run is held against the first
+The server's memory and open files are read every few seconds; the last quarter of the run is held against the first
 quarter's end. Exit code 1 if a status was wrong, the server died, something is still running at the end, or memory
 grew by more than `--most-growth`.
 """

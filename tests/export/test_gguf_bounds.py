@@ -3,9 +3,9 @@
 import struct
 
 import gguf
-import numpy as np
 import pytest
 
+from exports import write_llama
 from theodora.errors import CheckpointError
 from theodora.export.gguf_bounds import check_bounds
 from theodora.export.gguf_files import load_gguf, open_reader
@@ -27,16 +27,7 @@ def write(path, endianess=gguf.GGUFEndian.LITTLE, **values):
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_array("theodora.texts", ["one", "two", ""])
     writer.add_array("theodora.numbers", [1, 2, 3])
-    shapes = {"token_embd.weight": (40, 32), "output_norm.weight": (32,), "output.weight": (40, 32)}
-    shapes |= {f"blk.0.{p}.weight": (32, 32) for p in ("attn_q", "attn_k", "attn_v", "attn_output")}
-    shapes |= {f"blk.0.{p}.weight": (32, 32) for p in ("ffn_gate", "ffn_up", "ffn_down")}
-    shapes |= {"blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_llama(writer, 40)
     return path
 
 

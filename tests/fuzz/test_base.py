@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import tiny
+from exports import write_llama
 from fuzz.fuzzing import EXAMPLES, damaged, files_under, fuzz, json_values, only_our_errors, text
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.adapters import base_checkpoint
@@ -261,16 +261,7 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges([])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    shapes = {"token_embd.weight": (259, 32), "output_norm.weight": (32,), "output.weight": (259, 32)}
-    for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        shapes[f"blk.0.{part}.weight"] = (32, 32)
-    shapes |= {"blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_llama(writer, 259)
     return path
 
 

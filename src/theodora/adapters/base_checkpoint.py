@@ -31,8 +31,6 @@ from theodora.parse import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Names in safetensors headers of the dtypes that a weight can be merged in. Anything else is quantised.
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # An open safetensors file is mapped into memory and every page read stays resident: it is reopened after this much.
 _REOPEN_AFTER = 128 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theodora.adapters.reading import expanded, read_object, read_tensors
+from theodora.adapters.reading import FLOAT_DTYPES, expanded, read_object, read_tensors
 from theodora.adapters.targets import from_pattern
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
@@ -51,7 +51,7 @@ _FOREIGN_OPTIONS = (
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
 # Safetensors files know more kinds of numbers; no adapter is kept in them.
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = tuple(FLOAT_DTYPES.values())
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",

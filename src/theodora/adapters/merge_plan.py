@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from theodora.adapters.base_checkpoint import FLOAT_DTYPES, BaseCheckpoint, StoredTensor
+from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
 from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
 from theodora.adapters.merge_check import weight_excess
+from theodora.adapters.reading import FLOAT_DTYPES
 from theodora.adapters.targets import nearest
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import merged_weight, wide_dtype

@@ -13,7 +13,8 @@ from theodora.errors import CheckpointError, shown
 from theodora.parse import parse_json
 
 _LARGEST = 1e38  # float32's; NaN is not less either
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Names in safetensors headers of the dtypes that weights and adapters are computed in. Anything else is quantised.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 METADATA_KEY = "theodora"
 """In the header of a safetensors file: what we keep beside PEFT's tensors."""
 
@@ -91,7 +92,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 def _tensor(content: Tensor, described: dict[str, Any], begin: int) -> Tensor | None:
     """A tensor in the content of its file, (bytes,); None if its numbers are of a kind or in a place that torch wants
     copied."""
-    dtype = _DTYPES.get(described["dtype"])
+    dtype = FLOAT_DTYPES.get(described["dtype"])
     first, end = (begin + offset for offset in described["data_offsets"])
     if dtype is None or first % dtype.itemsize:
         return None

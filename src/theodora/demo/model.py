@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.demo.assets import MODEL, cache_folder, fetch
 from theodora.errors import CheckpointError, UsageError
-from theodora.export.gguf_bounds import check_bounds, check_size
+from theodora.export.gguf_bounds import checked_config
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -67,11 +67,11 @@ def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     # Newer than the oldest transformers that Theodora supports, hence only here.
     from transformers import GgufConfig
 
-    contents = check_bounds(gguf)
-    check_size(gguf, AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name), contents)
+    config, _ = checked_config(gguf)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
+        config=config,
         dtype=torch.float32,
         # Without it the model stays marked as quantised and cannot be saved.
         quantization_config=GgufConfig(dequantize=True),

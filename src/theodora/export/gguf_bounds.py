@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from theodora.errors import CheckpointError
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -133,25 +136,25 @@ def _contents(cursor: _Cursor) -> Contents:
     return Contents(numbers, tensors, values)
 
 
-def check_size(path: Path, config: Any, contents: Contents) -> None:
-    """Refuse a configuration that was read from a GGUF file and speaks of a larger model than the file holds.
-
-    Args:
-        path: the file.
-        config: a transformers configuration.
-        contents: what `check_bounds` found.
+def checked_config(path: Path) -> tuple[Any, dict[str, torch.Size]]:
+    """The configuration that transformers reads from a GGUF file, and the model's parameters by it (see `shapes_of`).
 
     Raises:
-        CheckpointError: with both sizes.
+        CheckpointError: the file announces more than it holds, or speaks of a larger model, with both sizes.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    contents = check_bounds(path)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     layers = getattr(config, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > contents.tensors:
         raise CheckpointError(f"{path} speaks of {layers} layers and holds {contents.tensors} tensors")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shapes = shapes_of(config)
+    parameters = sum(shape.numel() for shape in shapes.values())
     if parameters > _SPARE * contents.numbers:
         raise CheckpointError(f"{path} describes a model of {parameters:,} parameters and holds {contents.numbers:,}")
+    return config, shapes
+
+
+def shapes_of(config: Any) -> dict[str, torch.Size]:
+    """The parameters of the model that a transformers configuration describes, by name; it takes no memory."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from theodora.errors import CheckpointError, UsageError
-from theodora.export.gguf_bounds import check_bounds, check_size
+from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
 
 # From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
 PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")
@@ -132,16 +132,11 @@ def _load(path: Path, dtype: str, config: Any) -> PreTrainedModel:
     set_verbosity_error()
     try:
         with redirect_stderr(StringIO()):
-            contents = check_bounds(path)
-            if config is None:
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-                check_size(path, config, contents)
+            config, shapes = checked_config(path) if config is None else (config, shapes_of(config))
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
             )
             # Some versions of transformers take tensors of other shapes than the configuration's without a word.
-            with torch.device("meta"):
-                shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
             wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]
             if wrong:
                 raise ValueError(f"{wrong[0]} is of another shape than the header says")
