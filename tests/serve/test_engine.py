@@ -312,7 +312,10 @@ def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter
     go.set()
     busy.join(30)
 
+    entered = threading.Event()
+
     def fails(*_):
+        entered.set()
         deadline = time.monotonic() + 30
         while not manager._tasks and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -320,6 +323,7 @@ def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter
 
     handle = engine.model.model.layers[0].register_forward_pre_hook(fails)
     request = ask(engine, [5])
+    assert entered.wait(30)  # before the load, which must not find the worker between batches
     with pytest.raises(Unavailable, match="not loaded: the worker failed: out of memory, say; try again soon"):
         engine.load("dora4", adapter_dir("dora4"))
     assert engine.adapters.names() == []

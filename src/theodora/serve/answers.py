@@ -113,7 +113,7 @@ class Answers:
         first = choice.told
         text = choice.writer.write(choice.tokens, finished)
         stop = len(choice.tokens)
-        if choice.writer.stopped:
+        if not finished or choice.writer.stopped:  # tokens go out with their text, however many come at once
             while stop > first and choice.writer.offsets[stop - 1] >= len(choice.writer.text):
                 stop -= 1
         if finished or choice.writer.stopped:

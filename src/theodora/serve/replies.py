@@ -38,11 +38,7 @@ class Replies:
 
     def chunk(self, pieces: list[Piece]) -> dict[str, Any] | None:
         """What came new, if there is anything to tell."""
-        told = [
-            piece
-            for piece in pieces
-            if piece.text or piece.choice.finish or (self.logprobs and piece.stop > piece.first)
-        ]
+        told = [piece for piece in pieces if piece.text or piece.choice.finish]  # no token goes out without its text
         return self._chunk([self._part(piece) for piece in told]) if told else None
 
     def last(self, answers: Answers) -> dict[str, Any]:
