@@ -80,6 +80,49 @@ def test_the_command_serves_until_ctrl_c(tiny_model_dir, adapter, capsys):
     assert "DoRA" in told
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_outlast_the_grace_are_told_so(stream, tiny_model_dir, capsys):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    told, ended = [], threading.Event()
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 480, "ignore_eos": True, "n": 16, "stream": stream}
+
+    def ask_for_much():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(asked), {"content-type": "application/json"})
+        reply = connection.getresponse()
+        told.append((reply.status, reply.read().decode()))
+        connection.close()
+
+    def act(_):
+        asking = threading.Thread(target=ask_for_much)
+        asking.start()
+        asked_for.append(asking)
+        time.sleep(0.3)
+
+    asked_for = []
+    thread = when_it_serves(port, act, ended)
+    flags = ("--served-name", "tiny", "--port", str(port), "--device", "cpu", "--grace", "0.1", "--max-batch", "2")
+    try:
+        main(["serve", str(tiny_model_dir("llama")), *flags])
+    finally:
+        ended.set()
+        thread.join(30)
+    asked_for[0].join(30)
+    ((status, text),) = told
+    assert status == (200 if stream else 503)
+    assert "The server is stopping." in text
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_served_is_refused(tiny_model_dir, capsys):
+    assert main(["serve", str(tiny_model_dir("bloom")), "--device", "cpu"]) == 1
+    assert "cannot be served in batches: beside another request" in (told := capsys.readouterr().err)
+    assert "Traceback" not in told
+    assert "http://" not in told  # where nobody listens
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -67,6 +67,7 @@ def test_a_chat_streamed_and_not(server):
         ({"prompt": []}, 400, "empty"),
         ({"prompt": "a" * 600}, 400, "600 tokens"),
         ({"prompt": [3, 999]}, 400, "outside 0 to 271"),
+        ({"prompt": ["a"] * 100, "n": 3}, 400, "300 requests; expected at most 272"),
         ({"max_tokens": 600}, 400, "at most 512"),
         ({"presence_penalty": 1.0}, 400, "presence_penalty"),
         ({"temperature": -1}, 400, "temperature"),
@@ -134,6 +135,28 @@ def test_an_answer_ends_before_a_stop_text(server, adapter_dir, stream):
     tokens = [token for choice in choices for token in choice.logprobs.tokens]
     assert len(tokens) == len(text[: text.index(stop)].encode())  # a token is a byte, and none of them the stop's
     assert settled(server.engine)  # the rest of the 400 tokens is not generated
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_after_a_stop_text_are_not_counted(server, adapter_dir, stream):
+    text, _ = text_of("dora4", adapter_dir("dora4"), 30)
+    asked = {"model": "dora4", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stop": [text[2:4]]}
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    for _ in range(3):
+        found = server.client.completions.create(**asked, **options)
+        assert (list(found)[-1] if stream else found).usage.completion_tokens == len(text[:4].encode())
+
+
+def test_log_probabilities_tell_the_bytes_of_parts_of_characters(server, adapter_dir):
+    """The tiny model's answers are bytes, and many of them no characters."""
+    asked = {"model": "dora4", "max_tokens": 20, "temperature": 0}
+    legacy = server.client.completions.create(prompt=PROMPT, logprobs=5, **asked).choices[0].logprobs
+    assert any(token.startswith("bytes:\\x") for token in legacy.tokens)
+    assert all(len(top) in (5, 6) for top in legacy.top_logprobs)  # none fell on another's key
+    messages = [{"role": "user", "content": PROMPT}]
+    reply = server.client.chat.completions.create(messages=messages, logprobs=True, **asked).choices[0]
+    told = b"".join(bytes(entry.bytes) for entry in reply.logprobs.content)
+    assert told.decode(errors="replace") == reply.message.content
 
 
 def test_a_model_that_is_not_there(server):

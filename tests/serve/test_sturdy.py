@@ -129,10 +129,13 @@ def fetch(server, path, **headers):
 
 def test_bodies_that_are_no_requests(server):
     odd = (b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 5000, b'{"model":"base","prompt":1e999}')
-    for body in odd:
+    half = rb'{"model":"base","prompt":"half a character: \ud83d"}'  # what JavaScript sends of a text that it cut there
+    for body in (*odd, half):
         status, text, _ = post(server, "/v1/completions", body)
         assert status == 400, text
         assert json.loads(text)["error"]["message"]
+    chat = rb'{"model":"base","messages":[{"role":"user","content":"\ud83d"}],"stream":true}'
+    assert post(server, "/v1/chat/completions", chat)[0] == 400
     assert post(server, "/v1/nothing", {})[0] == 404
     assert post(server, "/v1/completions", {"model": "base", "prompt": "a"}, **{"content-type": "text/plain"})[0] == 415
     assert post(server, "/v1/completions", {"model": "base", "prompt": "a"}, host="evil.example")[0] == 403
@@ -153,9 +156,11 @@ def test_a_body_that_is_too_large(server_of):
 
 
 def test_keys(server_of, tmp_path):
-    (tmp_path / "keys").write_text("first\nsecond\n")
+    (tmp_path / "keys").write_text("first\nzweiter Schlüssel\n", encoding="utf-8")
     server = server_of(api_key_file=str(tmp_path / "keys"))
-    for key, status in ((None, 401), ("", 401), ("third", 401), ("first", 200), ("second", 200)):
+    second = "zweiter Schlüssel"
+    as_utf8 = second.encode().decode("latin-1")  # how Python's client is given bytes
+    for key, status in ((None, 401), ("", 401), ("third", 401), ("first", 200), (second, 200), (as_utf8, 200)):
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         asked = {"model": "base", "prompt": "a", "max_tokens": 1}
         assert post(server, "/v1/completions", asked, **headers)[0] == status

@@ -1,8 +1,10 @@
 """The text of an answer, token by token: what is given out is never taken back."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from theodora.serve.text import Writer
+from theodora.serve.text import Writer, token_bytes, token_text
 from tiny import tiny_tokenizer
 
 
@@ -50,3 +52,51 @@ def test_several_tokens_at_once():
     assert writer.stopped
     assert writer.text == "one "
     assert writer.write(tokens, True) == ""
+
+
+@pytest.mark.parametrize("first", range(1, 5))
+def test_which_stop_text_comes_first_does_not_depend_on_how_many_tokens_come_at_once(first):
+    """The stop text c is complete before bcd, which begins earlier."""
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer("abcde")["input_ids"]
+    writer = Writer(tokenizer, ["c", "bcd"])
+    writer.write(tokens[:first])
+    writer.write(tokens)
+    assert writer.text == "ab"
+    assert len(writer.offsets) == 3  # the tokens that it took
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """Llama 2's kind of tokenizer: a word carries its space, which decoding drops at the beginning of a text."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁cat", "s"]
+    tokenizer = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(list(steps))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_what_goes_on_from_a_prompt_keeps_its_space(sentencepiece):
+    the, cat, s = sentencepiece.convert_tokens_to_ids(["▁the", "▁cat", "s"])
+    assert Writer(sentencepiece).write([cat, s, cat], True) == "cats cat"  # a text of its own
+    writer = Writer(sentencepiece, prompt=[the])
+    assert [writer.write([cat]), writer.write([cat, s, cat], True)] == [" cat", "s cat"]
+    assert writer.offsets == [0, 4, 5]
+    assert [token_text(sentencepiece, token, before) for token, before in ((cat, []), (cat, [the]), (s, [the]))] == [
+        "cat",
+        " cat",
+        "s",
+    ]
+
+
+def test_a_prompt_that_ends_within_a_character_changes_nothing():
+    tokens = tiny_tokenizer()("é€")["input_ids"]
+    assert Writer(tiny_tokenizer(), prompt=tokens[:1]).write(tokens[2:], True) == "€"
+
+
+def test_the_bytes_of_parts_of_characters(sentencepiece):
+    tokens = tiny_tokenizer()("€")["input_ids"]
+    assert [token_text(tiny_tokenizer(), token, tokens[:at]) for at, token in enumerate(tokens)] == ["�"] * 3
+    assert b"".join(token_bytes(tiny_tokenizer(), token) for token in tokens) == "€".encode()
+    assert token_bytes(sentencepiece, sentencepiece.convert_tokens_to_ids("<0xE2>")) == b"\xe2"
+    assert token_bytes(sentencepiece, sentencepiece.convert_tokens_to_ids("▁cat")) is None

@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     with stderr().status("loading"):
         engine, tokenizer = load_engine(config, adapters)
-    stderr().print(_panel(engine))
-    serve(engine, tokenizer)
+    serve(engine, tokenizer, started=lambda: stderr().print(_panel(engine)))
     return 0
 
 
@@ -88,9 +87,12 @@ def _panel(engine: Engine) -> Any:
 
     config = engine.config
     table = Table(box=box.SIMPLE_HEAD, title=f"http://{config.host}:{config.port}/v1", title_justify="left")
-    for heading in ("model", "", "rank", "loaded in"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("model", "") else "right")
-    table.add_row(config.name, f"base, {engine.device.type}, {str(engine.model.dtype).removeprefix('torch.')}", "", "")
+    table.add_column("model", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("rank", no_wrap=True, justify="right")
+    table.add_column("loaded in", no_wrap=True, justify="right")
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    table.add_row(config.name, f"base, {engine.device.type}, {dtype}, up to {engine.window:,} tokens", "", "")
     for adapter in engine.adapters.adapters():
         table.add_row(adapter.name, adapter.method, str(adapter.rank), f"{adapter.seconds * 1e3:.0f} ms")
     return table

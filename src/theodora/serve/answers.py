@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,6 +18,7 @@ from theodora.serve.text import Writer
 from theodora.serve.tiers import Changed
 
 _LONG = 20_000  # characters of a text that is worth a thread
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -102,9 +104,7 @@ class Answers:
             problem = choice.request.problem
             if isinstance(problem, Changed):
                 raise problem
-            raise Unavailable(
-                str(problem or "The engine failed while it ran this request, and is starting again; try again soon.")
-            )
+            raise Unavailable(str(problem or self.engine.why_failed()))
         tokens, finished = update.generated_tokens, update.is_finished()
         choice.generated = len(tokens)
         ended = finished and bool(tokens) and tokens[-1] in self._ends
@@ -112,6 +112,9 @@ class Answers:
         choice.logprobs = update.logprobs
         first = choice.told
         text = choice.writer.write(choice.tokens, finished)
+        if choice.writer.stopped:  # what the engine went on with before it is told is nobody's
+            choice.tokens = choice.tokens[: len(choice.writer.offsets)]
+            choice.generated = len(choice.tokens)
         stop = len(choice.tokens)
         if not finished or choice.writer.stopped:  # tokens go out with their text, however many come at once
             while stop > first and choice.writer.offsets[stop - 1] >= len(choice.writer.text):
@@ -163,6 +166,9 @@ class Desk:
         return self._submit(asked, [prompt], most, asked.top_logprobs or 0, loop)
 
     async def _encode(self, text: str, special: bool = True) -> list[int]:
+        if half := _HALF.search(text):  # a character cut in two by JavaScript, say, which tokenizers do not take
+            raise ConfigError(f"The text holds half a character, \\u{ord(half[0]):04x}; expected whole ones.")
+
         def encode() -> list[int]:
             return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -170,6 +176,11 @@ class Desk:
         return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
 
     def _submit(self, asked: Common, prompts: Sequence[list[int]], most: int, tops: int, loop: Any) -> Answers:
+        most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
+        if (count := len(prompts) * asked.n) > most_at_once:
+            raise ConfigError(
+                f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
+            )
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         ends = frozenset() if asked.ignore_eos else self.ends
         mailbox = Mailbox()
@@ -196,7 +207,9 @@ class Desk:
                         loop=loop,
                         updates=mailbox,
                     )
-                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stops)))
+                    # A chat's answer is a text of its own; a completion goes on from its prompt.
+                    before = () if isinstance(asked, ChatRequest) else prompt
+                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stops, before)))
         except BaseException:
             for choice in choices:
                 self.engine.cancel(choice.request)

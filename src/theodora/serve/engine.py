@@ -12,7 +12,9 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from theodora.serve.config import ServeConfig
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier, Stamp
+from theodora.serve.trial import Trial
 
 log = logging.getLogger("theodora.serve")
 
@@ -141,6 +144,12 @@ class Engine:
     def ready(self) -> bool:
         """Whether a request would be taken."""
         return self._manager is not None and self.failure is None and not self._stopping
+
+    def why_failed(self) -> str:
+        """What to tell whose request was ended by the worker."""
+        if self._stopping:
+            return "The server is stopping."
+        return "The engine failed while it ran this request, and is starting again; try again soon."
 
     def under_way(self) -> int:
         """Requests that run or wait."""
@@ -271,19 +280,61 @@ class Engine:
     # The worker
 
     def start(self) -> None:
-        """Start the worker, and wait until it runs.
+        """Start the worker, and wait until it runs. Does nothing if it does.
 
         Raises:
-            Unavailable: it does not: no memory, say, or a model that cannot be run in batches.
+            Unavailable: it does not: no memory, say, or a model that cannot be run in batches, or that says something
+                else in them than alone.
         """
-        manager = self._new_manager()
-        manager.start()
+        if self._manager is not None:
+            return
+        trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
+        try:
+            manager = self._new_manager()
+            manager.start()
+        except Exception as error:  # transformers', for layers it has no cache for
+            raise self._unfit(error) from error
         while manager.batch_processor is None:
             if not manager.is_running():
                 error = manager.background_thread_status.fatal_error
                 raise Unavailable(f"The engine does not start: {error}") from error
             time.sleep(0.01)
-        self._manager, self._started = manager, True
+        self._manager = manager
+        if trial is not None:
+            try:
+                with _unlogged():
+                    self._try(manager, trial)
+            except Unavailable:
+                self.stop()
+                raise
+        self._started = True
+
+    def _try(self, manager: RoutedManager, trial: Trial) -> None:
+        sampling = Sampling(max_tokens=trial.count, temperature=0.0)
+        try:  # both in one batch
+            requests = manager.run_between_batches(
+                lambda: [self.submit(prompt, sampling, every_token=False) for prompt in trial.prompts]
+            )
+        except NotRun as error:
+            raise self._unfit(error) from error
+        outputs = [request.updates.get() for request in requests]
+        self.answered = 0
+        if error := next((output.error for output in outputs if output.error is not None), None):
+            raise self._unfit(error)
+        distance = trial.distance([(output.generated_tokens, output.logprobs) for output in outputs])
+        if not distance <= trial.bound:
+            raise self._unfit(
+                f"beside another request it says something else than alone (log-probabilities are off by "
+                f"{distance:.2g} on average, where rounding explains {trial.bound:.2g}); transformers' continuous "
+                f"batching does not fit this kind of model"
+            )
+
+    def _unfit(self, error: Any) -> Unavailable:
+        kind = self.model.config.model_type
+        return Unavailable(
+            f"{self.config.model} (model type {kind}) cannot be served in batches: {str(error).rstrip('.')}. "
+            f"`theodora chat` and `theodora evaluate` run it without them."
+        )
 
     def stop(self, timeout: float = 5.0) -> None:
         """End what runs, and the worker."""
@@ -327,7 +378,8 @@ class Engine:
 
     def _failing(self, error: Exception) -> None:
         """On the worker's thread, before every request is told: take no more."""
-        log.error("the worker failed: %s", error)
+        if self._started:
+            log.error("the worker failed: %s", error)
         with self._lock:
             self._manager = None
             self.restarts += 1
@@ -346,6 +398,17 @@ class Engine:
             self.failure = str(error)
 
 
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without transformers' own report of a worker that fails, which is raised instead."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _blocks(config: ServeConfig, device: torch.device) -> int | None:
     page = config.page_size or (32 if device.type == "cpu" else 256)
     tokens = config.kv_tokens or (32768 if device.type == "cpu" else None)
@@ -355,7 +418,22 @@ def _blocks(config: ServeConfig, device: torch.device) -> int | None:
 def _window(model: Any, config: ServeConfig) -> int:
     """Tokens that prompt and answer may have together."""
     text = model.config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None), config.max_length]
+    limits = [getattr(text, "max_position_embeddings", None), config.max_length, _one_rope(text)]
     if model.device.type == "cpu" or config.kv_tokens:
         limits.append(config.kv_tokens or 32768)
     return min(limit for limit in limits if limit)
+
+
+def _one_rope(config: Any) -> int | None:
+    """Tokens up to which LongRoPE has one set of frequencies.
+
+    transformers chooses between the two sets by the longest sequence of a batch, so that a long one would change the
+    short ones beside it, and the keys that are kept of them.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    found = [
+        rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for rope in (ropes, *ropes.values())  # one for all layers, or one for each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    ]
+    return min(filter(None, found), default=None)

@@ -63,7 +63,9 @@ class Guards:
             return failure(403, f"Host {headers.get('host', '')!r} is not this server.", "permission_error")
         if self.keys and scope["path"] != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            known = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in self.keys]
+            # Headers are bytes; clients write what is not ASCII as Latin-1 or as UTF-8.
+            given = key.strip().encode(), key.strip().encode("latin-1")
+            known = [hmac.compare_digest(bytes_, known.encode()) for bytes_ in given for known in self.keys]
             if scheme.lower() != "bearer" or not any(known):
                 return failure(401, "A valid API key is needed: Authorization: Bearer KEY.", "authentication_error")
         if scope["method"] == "POST":

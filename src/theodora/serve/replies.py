@@ -10,6 +10,7 @@ from typing import Any
 
 from theodora.serve.answers import Answers, Choice, Piece
 from theodora.serve.protocol import ChatRequest, Common
+from theodora.serve.text import BROKEN, CONTEXT, token_bytes, token_text
 
 
 class Replies:
@@ -71,31 +72,42 @@ class Replies:
     def _logprobs(self, choice: Choice, first: int, stop: int) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        tokens, values = choice.tokens[first:stop], choice.logprobs[first:stop]
+        values = choice.logprobs[first:stop]
         tops = [choice.request.tops.get(at, ([], [])) for at in range(first, stop)]
         if self.chat:
             content = [
-                self._entry(token, value)
-                | {"top_logprobs": [self._entry(other, its) for other, its in zip(*top, strict=True)]}
-                for token, value, top in zip(tokens, values, tops, strict=True)
+                self._entry(choice, at, choice.tokens[at], value)
+                | {"top_logprobs": [self._entry(choice, at, *other) for other in zip(*top, strict=True)]}
+                for at, value, top in zip(range(first, stop), values, tops, strict=True)
             ]
             return {"content": content, "refusal": None}
+        texts = [self._name(choice, at, choice.tokens[at]) for at in range(first, stop)]
         return {
-            "tokens": [self._text(token) for token in tokens],
+            "tokens": texts,
             "token_logprobs": values,
             "top_logprobs": [
-                {self._text(other): its for other, its in zip(*top, strict=True)} | {self._text(token): value}
-                for token, value, top in zip(tokens, values, tops, strict=True)
+                {self._name(choice, at, other): its for other, its in zip(*top, strict=True)} | {text: value}
+                for at, text, value, top in zip(range(first, stop), texts, values, tops, strict=True)
             ],
             "text_offset": choice.writer.offsets[first:stop],
         }
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": None if "�" in text else list(text.encode())}
+    def _entry(self, choice: Choice, at: int, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(choice, at, token)
+        found = token_bytes(self.tokenizer, token) if BROKEN in text else text.encode()
+        return {"token": text, "logprob": logprob, "bytes": None if found is None else list(found)}
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    def _name(self, choice: Choice, at: int, token: int) -> str:
+        """As completions write tokens: parts of characters by their bytes, because each is a key of its own."""
+        text = self._text(choice, at, token)
+        found = token_bytes(self.tokenizer, token) if BROKEN in text else None
+        return text if found is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def _text(self, choice: Choice, at: int, token: int) -> str:
+        before = choice.tokens[max(0, at - CONTEXT) : at]
+        if not self.chat and at < CONTEXT:
+            before = [*choice.request.prompt[-CONTEXT:], *before]
+        return token_text(self.tokenizer, token, before)
 
 
 def usage(answers: Answers) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from theodora.adapters.models import load_model_and_tokenizer
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
+
+_LAST_WORDS = 10  # seconds after the grace in which answers that are ended are told so
 
 
 def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None = None) -> tuple[Engine, Any]:
@@ -30,11 +33,29 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     return engine, tokenizer
 
 
-def serve(engine: Engine, tokenizer: Any) -> None:
-    """Serve until SIGINT or SIGTERM; answers under way are finished, within the configuration's grace."""
+def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda: None) -> None:
+    """Serve until SIGINT or SIGTERM; answers under way are finished, within the configuration's grace.
+
+    Args:
+        engine: is started, and stopped in the end.
+        tokenizer: its model's.
+        started: called when the engine has started.
+
+    Raises:
+        Unavailable: the model cannot be run in batches.
+    """
     import uvicorn
 
     from theodora.serve.app import create_app
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if not self.should_exit:
+                # Ends what still runs with an answer that says why; uvicorn would cut the connections.
+                late = threading.Timer(config.grace, engine.stop)
+                late.daemon = True
+                late.start()
+            super().handle_exit(sig, frame)
 
     config = engine.config
     settings = uvicorn.Config(
@@ -43,6 +64,11 @@ def serve(engine: Engine, tokenizer: Any) -> None:
         port=config.port,
         log_level="warning",
         server_header=False,
-        timeout_graceful_shutdown=int(config.grace),
+        timeout_graceful_shutdown=int(config.grace) + _LAST_WORDS,
     )
-    uvicorn.Server(settings).run()
+    engine.start()  # here rather than within the application, whose failures uvicorn shows as tracebacks
+    try:
+        started()
+        Server(settings).run()
+    finally:
+        engine.stop()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-_BROKEN = "�"  # what decoding gives for part of a character
+BROKEN = "�"
+"""What decoding gives for part of a character."""
+CONTEXT = 5
+"""Tokens before a token on which its text may depend: more than any decoder looks at."""
 
 
 class Writer:
@@ -15,7 +20,15 @@ class Writer:
         `writer.write(tokens)` gives the new text; `writer.stopped` says that a stop text has come.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: turns tokens into text.
+            stops: texts before which the answer ends.
+            prompt: what the answer goes on from. Without it, the answer's text begins as a text of its own, which for
+                some tokenizers has no space before the first word.
+        """
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self.text = ""
         """All text that has been given out."""
@@ -23,7 +36,10 @@ class Writer:
         self.offsets: list[int] = []
         """Where in the text each token begins."""
         self._decoded = ""  # given out, or held back
-        self._start = self._read = 0  # of the tokens that are decoded together; of those that are text already
+        before = list(prompt[-CONTEXT:])
+        self._before = [] if self._text(before).endswith(BROKEN) else before
+        self._start = 0  # of the tokens that are decoded together
+        self._read = len(self._before)  # of those that are text already
 
     def write(self, tokens: Sequence[int], finished: bool = False) -> str:
         """The text that has become certain since the last call.
@@ -34,12 +50,17 @@ class Writer:
         """
         if self.stopped:
             return ""
-        for count in range(len(self.offsets) + 1, len(tokens) + 1):
+        all_tokens = [*self._before, *tokens]
+        first = len(self._before) + len(self.offsets)
+        for count in range(first + 1, len(all_tokens) + 1):
             self.offsets.append(len(self._decoded))
-            self._decode(tokens[:count], finished and count == len(tokens))
-        if finished and self._read < len(tokens):
-            self._decode(tokens, True)
-        end = self._certain(finished)
+            self._decode(all_tokens[:count], finished and count == len(all_tokens))
+            if self._stop():  # asked after each token, so that it does not matter how many come at once
+                break
+        if finished and not self.stopped and self._read < len(all_tokens):
+            self._decode(all_tokens, True)
+            self._stop()
+        end = len(self._decoded) - (0 if finished or self.stopped else self._held())
         new = self._decoded[len(self.text) : end]
         self.text += new
         return new
@@ -48,28 +69,56 @@ class Writer:
         # Decoding begins a few tokens back, because spaces depend on what stands before.
         before = self._text(tokens[self._start : self._read])
         now = self._text(tokens[self._start :])
-        if len(now) > len(before) and (last or not now.endswith(_BROKEN)):
+        if len(now) > len(before) and (last or not now.endswith(BROKEN)):
             self._decoded += now[len(before) :]
             self._start, self._read = self._read, len(tokens)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _certain(self, finished: bool) -> int:
-        """How far the text may be given out: to a stop text, or to what could become one."""
-        found = [at for stop in self._stops if (at := self._decoded.find(stop, self._from(stop))) >= 0]
+    def _stop(self) -> bool:
+        """Cut the text before the first stop text; whether there is one. What has been given out holds none."""
+        found = [at for stop in self._stops if (at := self._decoded.find(stop, len(self.text))) >= 0]
         if found:
             self.stopped = True
-            return max(min(found), len(self.text))
-        if finished:
-            return len(self._decoded)
+            self._decoded = self._decoded[: min(found)]
+        return self.stopped
+
+    def _held(self) -> int:
+        """Characters at the end that could become a stop text."""
         held = 0
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(self._decoded)), held, -1):
                 if self._decoded.endswith(stop[:size]):
                     held = size
                     break
-        return len(self._decoded) - held
+        return held
 
-    def _from(self, stop: str) -> int:
-        return max(0, len(self.text) - len(stop))
+
+def token_text(tokenizer: Any, token: int, before: Sequence[int]) -> str:
+    """The text that one token adds to those before it; part of a character is `BROKEN`."""
+    context = list(before[-CONTEXT:])
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    known, whole = text(context), text([*context, token])
+    added = whole[len(known) :] if whole.startswith(known) else ""
+    return added if added and BROKEN not in added else text([token])
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes of a token that is part of a character; None for tokenizers of neither usual way to write them."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece's
+        return bytes.fromhex(byte[1])
+    letters = _byte_letters()
+    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else None
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies (GPT-2's, and most since) write bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
