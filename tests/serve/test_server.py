@@ -153,6 +153,10 @@ def test_log_probabilities_tell_the_bytes_of_parts_of_characters(server, adapter
     legacy = server.client.completions.create(prompt=PROMPT, logprobs=5, **asked).choices[0].logprobs
     assert any(token.startswith("bytes:\\x") for token in legacy.tokens)
     assert all(len(top) in (5, 6) for top in legacy.top_logprobs)  # none fell on another's key
+    by_number = {"extra_body": {"return_tokens_as_token_ids": True}}
+    found = server.client.completions.create(prompt=PROMPT, logprobs=5, **asked, **by_number).choices[0].logprobs
+    assert all(token.startswith("token_id:") for token in found.tokens)
+    assert found.token_logprobs == pytest.approx(legacy.token_logprobs, abs=1e-5)
     messages = [{"role": "user", "content": PROMPT}]
     reply = server.client.chat.completions.create(messages=messages, logprobs=True, **asked).choices[0]
     told = b"".join(bytes(entry.bytes) for entry in reply.logprobs.content)

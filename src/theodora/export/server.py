@@ -73,7 +73,7 @@ class Server:
 
     def _tops(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[dict[int, float]]:
         asked = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": _TOP}
-        # vLLM names tokens by their ids when asked to; others leave the field alone or refuse it.
+        # vLLM and `theodora serve` name tokens by their ids when asked to; others leave the field alone or refuse it.
         try:
             answer = self._ask("/completions", asked | {"return_tokens_as_token_ids": True})
         except CheckpointError:

@@ -74,6 +74,8 @@ class CompletionRequest(Common):
     echo: Literal[False] | None = False
     best_of: int | None = None
     suffix: None = None
+    return_tokens_as_token_ids: bool | None = False
+    """vLLM's: tokens of log-probabilities by number, as token_id:42, which no text leaves in doubt."""
 
     @model_validator(mode="after")
     def _best_of_all(self) -> CompletionRequest:

@@ -99,6 +99,8 @@ class Replies:
 
     def _name(self, choice: Choice, at: int, token: int) -> str:
         """As completions write tokens: parts of characters by their bytes, because each is a key of its own."""
+        if getattr(self.asked, "return_tokens_as_token_ids", False):
+            return f"token_id:{token}"
         text = self._text(choice, at, token)
         found = token_bytes(self.tokenizer, token) if BROKEN in text else None
         return text if found is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
