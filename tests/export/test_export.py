@@ -1,6 +1,7 @@
 """An adapter in other programs' forms."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from exports import adapter_folder
-from theodora import load_adapter
+from theodora import load_adapter, save_adapter
 from theodora.adapters.checkpoint import read_adapter
 from theodora.cli.main import main
 from theodora.errors import CheckpointError, ConfigError, UsageError
@@ -76,6 +77,98 @@ def test_what_stands_there_is_safe(adapter, tmp_path):
     with pytest.raises(UsageError, match="no earlier export"):
         export_adapter(adapter, precious, "hf", overwrite=True)
     assert (precious / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("form", ["hf", "peft", "served"])
+def test_an_earlier_export_may_be_replaced(form, adapter, tmp_path):
+    for other in (form, "peft"):
+        export_adapter(adapter, tmp_path / "out", other, overwrite=True, check=False)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "theodora_export.json",
+    ]
+
+
+def test_neither_the_base_nor_the_adapter_is_overwritten(adapter, base, tmp_path):
+    for form in ("hf", "peft", "mlx", "served"):
+        for whole in (base, adapter):
+            before = {path: path.read_bytes() for path in whole.iterdir()}
+            (tmp_path / "link").symlink_to(whole)
+            for output in (whole, whole.parent, tmp_path / "link"):
+                with pytest.raises(UsageError, match=r"is, or contains, the (base model|adapter)"):
+                    export_adapter(adapter, output, form, base_model=str(base), overwrite=True, check=False)
+            with pytest.raises(UsageError, match=r"lies within the (base model|adapter)"):
+                export_adapter(adapter, whole / "out", form, overwrite=True, check=False)
+            (tmp_path / "link").unlink()
+            assert {path: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_what_only_looks_like_an_export_is_no_export(adapter, tmp_path, tiny_model_dir):
+    """Another model, a training run, an adapter: they have an export's names."""
+    model = tiny_model_dir("llama", seed=7)
+    run = adapter_folder(tmp_path / "run", model)
+    other = adapter_folder(tmp_path / "other", model)
+    (run / "checkpoints").mkdir()
+    (run / "metrics.jsonl").write_text("{}")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "theodora_export.json").write_text("[]")
+    for folder in (model, run, other, tmp_path / "project"):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(
+            UsageError, match=r"no earlier export \(it has no theodora_export\.json that lists its files"
+        ):
+            export_adapter(adapter, folder, "peft", overwrite=True, check=False)
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_an_export_that_became_something_else_is_kept(adapter, base, tmp_path):
+    def again(name):
+        return export_adapter(adapter, tmp_path / name, "peft", overwrite=True, check=False)
+
+    for name in ("added", "linked", "changed"):
+        again(name)
+    (tmp_path / "added" / "notes").mkdir()
+    (tmp_path / "added" / "notes" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"no export wrote 'notes/thesis\.txt'"):
+        again("added")
+    (tmp_path / "linked" / "base").symlink_to(base)
+    with pytest.raises(UsageError, match="no export wrote 'base'"):
+        again("linked")
+    time.sleep(0.05)
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "changed")
+    save_adapter(model, tmp_path / "changed")
+    with pytest.raises(UsageError, match=r"'adapter_config\.json' was written to since"):
+        again("changed")
+    assert (tmp_path / "added" / "notes" / "thesis.txt").read_text() == "x"
+
+
+def test_a_place_that_is_none_is_refused(adapter, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    export_adapter(adapter, tmp_path / "peft", "peft", check=False)
+    export_adapter(adapter, tmp_path / "m.gguf", "gguf", check=False)
+    for name, form, says in (
+        ("file", "peft", "file is a file, and the form peft is a folder"),
+        ("m.gguf", "hf", r"m\.gguf is a file, and the form hf is a folder"),
+        ("file/in/out", "gguf", r"cannot be written: \S+file is a file; expected a folder"),
+        ("folder", "gguf", r"folder is a folder, and the form gguf is one file: name it, as in \S+folder/m\.gguf"),
+        ("peft", "gguf-lora", "peft is a folder, and the form gguf-lora is one file"),
+        ("link", "peft", r"link is a link to \S+nowhere, where there is nothing\. Remove the link"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            export_adapter(adapter, tmp_path / name, form, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_an_export_can_be_read_by_whom_the_umask_lets(adapter, tmp_path):
+    for form in ("hf", "served"):
+        export_adapter(adapter, tmp_path / form, form, check=False)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / form).iterdir()}
+        assert len(set(modes.values())) == 1, modes
 
 
 def test_the_command(adapter, tmp_path, capsys):

@@ -26,10 +26,8 @@ from theodora.export.forms import quiet
 from theodora.export.gguf_files import UnreadArchitecture
 from theodora.export.gguf_lora import write_gguf_lora
 from theodora.export.gguf_model import convert_with_llama_cpp, gguf_dtype, write_gguf
-from theodora.export.served import SERVED_CONFIG, write_served
-
-# Files that `--overwrite` may replace: what stands at the output must be an earlier export.
-_MARKS = ("config.json", CONFIG_NAME, SERVED_CONFIG)
+from theodora.export.places import check_output, is_one_file, mark_export
+from theodora.export.served import write_served
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,8 @@ def export_adapter(
         lora_rank: make a plain LoRA of at most this rank first, by SVD of what the adapter really changes.
         max_loss: how much of the adapter's effect that LoRA may lose, as a share of the mean KL from the base.
         llama_cpp: a checkout of llama.cpp, whose converter writes the GGUF file then.
-        overwrite: replace an earlier export at `output`.
+        overwrite: replace an earlier export at `output`: a folder whose `theodora_export.json` lists all that is in it,
+            or a GGUF file.
         check: whether to end with `verify`.
         text, tokens, bound, kl_bound: see `verify`.
         trust_remote_code: run Python code that comes with the model.
@@ -212,7 +211,7 @@ def export_adapter(
         approximated: called with what `lora_rank` costs, before anything is written.
 
     Raises:
-        UsageError: the output is taken, or holds the adapter; an unknown form or dtype.
+        UsageError: the output is taken, or is, holds or lies within the base or the adapter; an unknown form or dtype.
         CheckpointError: adapter and base do not fit, or a file is damaged. Nothing is written.
         VerificationFailed: what was written differs by more than the bounds, and was removed; or the LoRA of
             `lora_rank` loses too much, and nothing was written.
@@ -221,7 +220,7 @@ def export_adapter(
     _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
-    _check_output(output, overwrite, file.path)
+    check_output(output, form, overwrite, {"adapter": file.path, **_known_base(base_model or file.base_model)})
     asked: dict[str, Any] = {
         "base_model": base_model,
         "text": text,
@@ -247,9 +246,19 @@ def export_adapter(
             found = None
             if check:
                 found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
+            if not is_one_file(form):
+                mark_export(place, form)
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, found, tuple(notes))
+
+
+def _known_base(name: str | None) -> dict[str, Path]:
+    """The base's folder where it is on this machine; elsewhere no output can touch it."""
+    try:
+        return {"base model": find_base(name)}
+    except CheckpointError:
+        return {}
 
 
 def _check_loss(loss: Verification, rank: int, most: float) -> None:
@@ -290,7 +299,7 @@ def _verified(
 
 
 def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
-    return atomic_write(output) if form.startswith("gguf") else atomic_directory(output, overwrite=overwrite)
+    return atomic_write(output) if is_one_file(form) else atomic_directory(output, overwrite=overwrite)
 
 
 def _check_options(form: str, dtype: str | None, lora_rank: int | None, llama_cpp: str | Path | None) -> None:
@@ -302,18 +311,3 @@ def _check_options(form: str, dtype: str | None, lora_rank: int | None, llama_cp
         raise UsageError(f"The form {form} holds the whole change of the weights: it needs no --lora-rank")
     if llama_cpp is not None and form != "gguf":
         raise UsageError("--llama-cpp is for the form gguf")
-
-
-def _check_output(output: Path, overwrite: bool, adapter: Path) -> None:
-    if adapter.resolve().is_relative_to(output.resolve()):
-        raise UsageError(f"The output {output} is, or contains, the adapter ({adapter}). Choose another place.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
-    if output.is_file():
-        with output.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise UsageError(f"{output} is no GGUF file, so --overwrite does not replace it.")
-    if output.is_dir() and not any((output / mark).is_file() for mark in _MARKS):
-        raise UsageError(f"{output} is no earlier export, so --overwrite does not delete it.")
