@@ -10,7 +10,14 @@ import pytest
 from safetensors import SafetensorError
 
 from theodora.adapters import atomic
-from theodora.adapters.atomic import atomic_directory, atomic_files, atomic_write, clear_leftovers, remove_folder
+from theodora.adapters.atomic import (
+    atomic_directory,
+    atomic_files,
+    atomic_write,
+    clear_leftovers,
+    remove_folder,
+    scratch_directory,
+)
 from theodora.errors import CheckpointError, UsageError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux swaps two names at one moment")
@@ -119,6 +126,57 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
     assert (tmp_path / "elsewhere").read_text() == "theirs"
     assert not (tmp_path / "file").is_symlink()
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_points_to_stays(exchange, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("theirs")
+    for target in ("theirs", "nowhere"):
+        (tmp_path / "out").symlink_to(tmp_path / target)
+        with pytest.raises(UsageError, match="out already exists"), atomic_directory(tmp_path / "out"):
+            raise AssertionError
+        with atomic_directory(tmp_path / "out", overwrite=True) as folder:
+            (folder / "file").write_text("ours")
+        assert names(tmp_path) == ["out", "theirs"]
+        assert not (tmp_path / "out").is_symlink()
+        assert (tmp_path / "theirs" / "file").read_text() == "theirs"
+        remove_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", [atomic_directory, atomic_files, atomic_write, scratch_directory])
+def test_below_a_file_there_is_no_place(way, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"file is a file; expected a folder"), way(tmp_path / "file" / "in" / "out"):
+        raise AssertionError
+    with pytest.raises(UsageError, match=r"link is a link to .*nowhere, where"), way(tmp_path / "link" / "out"):
+        raise AssertionError
+    assert names(tmp_path) == ["file", "link"]
+
+
+@pytest.mark.parametrize("way", [atomic_directory, atomic_files])
+def test_files_for_their_owner_alone_follow_the_umask(way, tmp_path):
+    """safetensors 0.8 makes such files."""
+    (tmp_path / "elsewhere").touch(mode=0o600)
+    with way(tmp_path / "out") as folder:
+        (folder / "weights").touch(mode=0o600)
+        (folder / "script").touch(mode=0o700)
+        if way is atomic_directory:
+            (folder / "link").symlink_to(tmp_path / "elsewhere")
+    modes = [(tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("weights", "script")]
+    assert modes == [0o600 | 0o666 & ~atomic._umask(), 0o700 | 0o666 & ~atomic._umask()]
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_scratch_folder_goes_and_so_does_one_of_a_killed_process(tmp_path):
+    (tmp_path / ".out.partial-dead").mkdir()
+    with atomic_write(tmp_path / "out") as file, scratch_directory(tmp_path / "out") as folder:
+        (folder / "in").mkdir()
+        assert names(tmp_path) == sorted([file.name, folder.name])
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(KeyError), scratch_directory(tmp_path / "out") as folder:
+        _write_half_and_fail(folder / "file")
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_folder_goes_at_one_moment(tmp_path, monkeypatch):

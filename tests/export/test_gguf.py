@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from exports import adapter_folder
 from theodora.errors import CheckpointError, ConfigError, UsageError
-from theodora.export import export_adapter, verify
+from theodora.export import VerificationFailed, export_adapter, verify
 from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.gguf_names import names_of
 from tiny import tiny_model, tiny_tokenizer
@@ -113,23 +113,79 @@ def test_llama_3s_scaling_of_positions_is_written(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found["rope_freqs.weight"].data.copy()), plain / inverse)
 
 
-def test_other_scalings_of_positions(tmp_path):
-    def exported(kind, **scaling):
-        folder = tmp_path / f"base-{kind}"
-        tiny_model("llama", rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **scaling}).save_pretrained(
-            folder
-        )
-        tiny_tokenizer().save_pretrained(folder)
-        adapter = adapter_folder(tmp_path / f"a-{kind}", folder)
-        return export_adapter(adapter, tmp_path / f"{kind}.gguf", "gguf", dtype="fp32", check=False)
+def exported(tmp_path, family="llama", **config):
+    """The report of exporting a random adapter on a random model, and the file."""
+    tiny_model(family, **config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = adapter_folder(tmp_path / "a", tmp_path / "base")
+    return export_adapter(adapter, tmp_path / "m.gguf", "gguf", dtype="fp32"), tmp_path / "m.gguf"
 
-    exported("linear", factor=4.0)
-    fields = gguf.GGUFReader(tmp_path / "linear.gguf").fields
+
+def linear(factor=4.0):
+    return {"rope_type": "linear", "rope_theta": 50000.0, "factor": factor}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "read"),
+    [
+        ("llama", {"rope_parameters": linear()}, "rope_parameters"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"head_dim": 12}, None),
+        ("qwen3", {"head_dim": 8}, "head_dim"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "rope_parameters"),
+        ("gpt2", {}, "n_inner, max_position_embeddings"),
+    ],
+    ids=str,
+)
+def test_what_transformers_leaves_out_of_a_header_is_read(family, config, read, tmp_path):
+    report, file = exported(tmp_path, family, **config)
+    assert report.verification.difference.largest < 1e-4
+    assert report.verification.effect.kl_mean > 1e-2
+    assert [note.partition("read here: ")[2] for note in report.verification.notes] == ([f"{read}."] if read else [])
+    alone = verify(str(tmp_path / "base"), str(file), bound=100.0, kl_bound=100.0)
+    assert alone.notes == report.verification.notes  # for which no base is needed
+
+
+def test_a_header_without_the_size_of_a_head_is_read_as_llama_cpp_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_length", lambda *_: None)
+    assert exported(tmp_path, "qwen3", head_dim=8)[0].verification.difference.largest < 1e-4
+
+
+def test_other_scalings_of_positions(tmp_path):
+    fields = gguf.GGUFReader(exported(tmp_path, rope_parameters=linear())[1]).fields
     assert fields["llama.rope.scaling.type"].contents() == "linear"
     assert fields["llama.rope.scaling.factor"].contents() == 4.0
     with pytest.raises(CheckpointError, match=r"by 'dynamic', which is not written to GGUF here\. Export --to hf"):
-        exported("dynamic", factor=4.0)
-    assert not (tmp_path / "dynamic.gguf").exists()
+        exported(tmp_path / "dynamic", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+    assert not (tmp_path / "dynamic" / "m.gguf").exists()
+
+
+def test_a_header_that_says_something_else_than_the_base_is_no_export(tmp_path, monkeypatch):
+    """The base's configuration does not stand in for what can be read."""
+    add = gguf.GGUFWriter.add_rope_scaling_factor
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_scaling_factor", lambda self, value: add(self, value / 2))
+    with pytest.raises(VerificationFailed, match="differs from"):
+        exported(tmp_path, rope_parameters=linear())
+
+
+def test_the_base_stands_in_for_what_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_feed_forward_length", lambda *_: None)
+    report, file = exported(tmp_path / "size", "gpt2")
+    assert report.verification.difference.largest < 1e-4
+    assert "the base's configuration stood in" in report.verification.notes[0]
+    with pytest.raises(CheckpointError, match="transformers does not load"):
+        verify(str(tmp_path / "size" / "base"), str(file))
+    monkeypatch.undo()
+    add = gguf.GGUFWriter.add_rope_scaling_type
+    yarn = gguf.RopeScalingType.YARN
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_scaling_type", lambda self, _kind: add(self, yarn))
+    report, file = exported(tmp_path / "scaling", rope_parameters=linear())
+    says = "transformers leaves out this file's scaling of positions ('yarn')"
+    assert report.verification.notes == (
+        f"{says}, so the base's stood in: the weights were compared, the scaling was not.",
+    )
+    alone = verify(str(tmp_path / "scaling" / "base"), str(file), bound=100.0, kl_bound=100.0)
+    assert alone.notes == (f"{says}; llama.cpp does not.",)
 
 
 def test_without_the_package_it_is_named(base, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 
 from theodora.errors import CheckpointError
 from theodora.export import gguf_tokenizer as under_test
@@ -101,3 +101,17 @@ def test_a_tokenizer_of_bytes_that_fall_back(tmp_path):
     assert written["add_add_space_prefix"] == (True,)
     assert written["add_token_scores"][0][-1] == 0.0
     assert len(written["add_token_list"][0]) == 260
+
+
+@pytest.mark.parametrize("merges", [[], ["a b"]])
+def test_llama_cpp_finds_merges(merges, tmp_path):
+    """It loads no byte-level tokenizer without any; the one that stands in is of no effect: nothing makes its left."""
+    vocab = {symbol: index for index, symbol in enumerate(["!", "a", "b", "ab"])}
+    tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "pre_tokenizer": BYTES}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    writer = GGUFWriter(None, "llama")
+    under_test.write_tokenizer(writer, tmp_path, 4)
+    written = writer.kv_data[0]["tokenizer.ggml.merges"].value
+    assert written == (merges or ["!! !"])
+    left, _, right = written[0].partition(" ")
+    assert (left + right in vocab) == bool(merges)

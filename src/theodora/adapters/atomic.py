@@ -37,23 +37,27 @@ def partial_name(path: Path) -> str:
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder that takes the name `path` when the block ends well, and vanishes when it does not.
 
-    With `overwrite`, what stood at `path` before stays until the new folder is whole.
+    With `overwrite`, what stood at `path` before stays until the new folder is whole; a link is replaced, and what it
+    points to stays.
 
     Raises:
-        UsageError: `path` exists and is not an empty folder, and `overwrite` is off.
+        UsageError: `path` exists and is not an empty folder, and `overwrite` is off; or it lies below a file.
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    # A link that points nowhere is there, too.
+    if os.path.lexists(path) and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} already exists. Choose another place, or allow it to be overwritten.")
     with explained_io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         partial, lock = _new_partial(path, folder=True)
     try:
         with explained_io_errors(path):
             yield partial
             partial.chmod(0o777 & ~_umask())
             for found in (*partial.rglob("*"), partial):
+                if found.is_file():
+                    _open_to_others(found)
                 if found.is_file() or found.is_dir():
                     _sync(found)
             _take_place(partial, path)
@@ -66,11 +70,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield the path of a new file that takes the name `path` when the block ends well.
 
     Raises:
+        UsageError: `path` lies below a file.
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
     with explained_io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         partial, lock = _new_partial(path, folder=False)
     try:
         with explained_io_errors(path):
@@ -88,17 +93,19 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
     """Yield a new folder whose files, when the block ends well, move into `folder`, each whole; others there stay.
 
     Raises:
+        UsageError: `folder` is a file, or lies below one.
         CheckpointError: the disk is full or the place cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     with explained_io_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         partial, lock = _new_partial(folder / "files", folder=True)
     try:
         with explained_io_errors(folder):
             yield partial
             found = sorted(file for file in partial.rglob("*") if file.is_file())
             for file in found:
+                _open_to_others(file)
                 _sync(file)
             for file in found:
                 final = folder / file.relative_to(partial)
@@ -107,6 +114,40 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
             _sync(folder)
     finally:
         _end(partial, lock)
+
+
+@contextmanager
+def scratch_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`, for what is needed to make it, that vanishes when the block ends.
+
+    One that a killed process leaves goes when `path` is written next.
+
+    Raises:
+        UsageError: `path` lies below a file.
+        CheckpointError: the disk is full or the place cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    with explained_io_errors(path):
+        _make_folder(path.parent)
+        partial, lock = _new_partial(path, folder=True)
+    try:
+        with explained_io_errors(path):
+            yield partial
+    finally:
+        _end(partial, lock)
+
+
+def check_above(path: Path) -> None:
+    """Raise a UsageError if no folder can stand above `path`, because a file, or a link that points nowhere, does."""
+    above = next((parent for parent in path.parents if os.path.lexists(parent)), None)
+    if above is not None and not os.path.isdir(above):
+        what = f"a link to {os.readlink(above)}, where there is nothing" if not os.path.exists(above) else "a file"
+        raise UsageError(f"{path} cannot be written: {above} is {what}; expected a folder. Choose another place.")
+
+
+def _make_folder(path: Path) -> None:
+    check_above(path / "file")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -176,7 +217,7 @@ def _end(partial: Path, lock: int | None) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -184,7 +225,7 @@ def _remove(path: Path) -> None:
 
 def _take_place(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; what stood there takes the name `partial`, or is deleted."""
-    if not path.exists():
+    if not os.path.lexists(path):
         partial.rename(path)
     elif not _exchange(partial, path):
         old = Path(tempfile.mkdtemp(prefix=partial_name(path), dir=path.parent)) / "old"
@@ -205,6 +246,12 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _open_to_others(path: Path) -> None:
+    """Let those read a file whom the umask lets: safetensors 0.8 writes for its owner alone."""
+    if not path.is_symlink():
+        path.chmod(path.stat().st_mode | 0o666 & ~_umask())
 
 
 def _sync(path: Path) -> None:

@@ -67,7 +67,7 @@ def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     # Newer than the oldest transformers that Theodora supports, hence only here.
     from transformers import GgufConfig
 
-    config, _ = checked_config(gguf)
+    config = checked_config(gguf).config
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

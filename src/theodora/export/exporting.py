@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from theodora.adapters import load_adapter
-from theodora.adapters.atomic import atomic_directory, atomic_write
+from theodora.adapters.atomic import atomic_directory, atomic_write, scratch_directory
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, read_peft_config
 from theodora.adapters.fit import FitReport
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.mlx import save_mlx
-from theodora.adapters.models import load_model
+from theodora.adapters.models import DTYPES, load_model
+from theodora.adapters.reading import expanded
 from theodora.adapters.save import save_adapter
 from theodora.adapters.to_lora import folder_to_lora
-from theodora.errors import CheckpointError, ConfigError, UsageError
+from theodora.errors import CheckpointError, ConfigError, TheodoraError, UsageError
 from theodora.export.comparison import Verification, verify
 from theodora.export.forms import quiet
-from theodora.export.gguf_files import UnreadArchitecture
-from theodora.export.gguf_lora import write_gguf_lora
-from theodora.export.gguf_model import convert_with_llama_cpp, gguf_dtype, write_gguf
-from theodora.export.served import SERVED_CONFIG, write_served
-
-# Files that `--overwrite` may replace: what stands at the output must be an earlier export.
-_MARKS = ("config.json", CONFIG_NAME, SERVED_CONFIG)
+from theodora.export.gguf_files import UnreadArchitecture, require_gguf
+from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
+from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
+from theodora.export.places import check_output, is_one_file, mark_export
+from theodora.export.served import check_served, write_served
 
 
 @dataclass(frozen=True)
@@ -88,24 +88,28 @@ class Job:
 
     @property
     def base_name(self) -> str:
-        """Folder or hub name of the base."""
-        return self.base_model or self.file.base_model or ""
+        """Folder or hub name of the base. A folder as from the root: what is written is read from elsewhere."""
+        name = self.base_model or self.file.base_model or ""
+        return str(expanded(name).absolute()) if name and expanded(name).is_dir() else name
 
     def base(self) -> BaseCheckpoint:
-        """The base's files."""
-        return BaseCheckpoint(find_base(self.base_name, download=True), trust_remote_code=self.trust_remote_code)
+        """The base's files; from the hub those of the commit that the adapter notes, as a merge takes them."""
+        noted = None if self.base_model else read_peft_config(self.file.path).get("revision")
+        folder = find_base(self.base_name, revision=noted if isinstance(noted, str) else None, download=True)
+        return BaseCheckpoint(folder, trust_remote_code=self.trust_remote_code)
 
 
 def _write_hf(job: Job, place: Path) -> list[str]:
     # In a folder of the final name, which the model card takes as its heading; then one step up.
     inner = place / job.output.name
-    report = merge_checkpoint(
-        job.file.path,
-        inner,
-        base_model=job.base_model,
-        dtype=job.dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
+    with _told_as(inner, str(job.output)):
+        report = merge_checkpoint(
+            job.file.path,
+            inner,
+            base_model=job.base_model,
+            dtype=job.dtype,
+            trust_remote_code=job.trust_remote_code,
+        )
     for file in inner.iterdir():
         file.rename(place / file.name)
     inner.rmdir()
@@ -116,6 +120,10 @@ def _write_peft(job: Job, place: Path) -> list[str]:
     if not job.file.mlx:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(job.file.path / name, place / name)
+        if job.base_model:
+            # The commit that PEFT notes is one of the other base.
+            fields = read_peft_config(place) | {"base_model_name_or_path": job.base_name, "revision": None}
+            (place / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return []
     with quiet():
         save_adapter(load_adapter(load_model(job.base_name), job.file.path), place)
@@ -134,9 +142,8 @@ def _write_served(job: Job, place: Path) -> list[str]:
 
 
 def _write_gguf(job: Job, place: Path) -> list[str]:
-    gguf_dtype(job.dtype)
-    with tempfile.TemporaryDirectory(prefix=f".{job.output.name}.merged-", dir=place.parent) as folder:
-        merged = Path(folder) / "merged"
+    with scratch_directory(job.output) as folder, _told_as(folder / "merged", f"the model merged for {job.output}"):
+        merged = folder / "merged"
         merge_checkpoint(
             job.file.path,
             merged,
@@ -204,7 +211,8 @@ def export_adapter(
         lora_rank: make a plain LoRA of at most this rank first, by SVD of what the adapter really changes.
         max_loss: how much of the adapter's effect that LoRA may lose, as a share of the mean KL from the base.
         llama_cpp: a checkout of llama.cpp, whose converter writes the GGUF file then.
-        overwrite: replace an earlier export at `output`.
+        overwrite: replace an earlier export at `output`: a folder whose `theodora_export.json` lists all that is in it,
+            or a GGUF file.
         check: whether to end with `verify`.
         text, tokens, bound, kl_bound: see `verify`.
         trust_remote_code: run Python code that comes with the model.
@@ -212,7 +220,7 @@ def export_adapter(
         approximated: called with what `lora_rank` costs, before anything is written.
 
     Raises:
-        UsageError: the output is taken, or holds the adapter; an unknown form or dtype.
+        UsageError: the output is taken, or is, holds or lies within the base or the adapter; an unknown form or dtype.
         CheckpointError: adapter and base do not fit, or a file is damaged. Nothing is written.
         VerificationFailed: what was written differs by more than the bounds, and was removed; or the LoRA of
             `lora_rank` loses too much, and nothing was written.
@@ -221,35 +229,72 @@ def export_adapter(
     _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
-    _check_output(output, overwrite, file.path)
+    check_output(output, form, overwrite, {"adapter": file.path, **_known_base(base_model or file.base_model)})
+    job = Job(file, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code)
+    _check_form(form, job, as_lora=lora_rank is not None)
     asked: dict[str, Any] = {
         "base_model": base_model,
         "text": text,
         "tokens": tokens,
         "trust_remote_code": trust_remote_code,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        source, name = file, str(adapter)
+    name, lora = str(adapter), f"{adapter} as LoRA of rank {lora_rank}"
+    with tempfile.TemporaryDirectory() as folder, _told_as(Path(folder) / "lora", lora):
         if lora_rank is not None:
             say(f"making a LoRA of rank {lora_rank}")
             fit = folder_to_lora(file.path, Path(folder) / "lora", lora_rank, base_model=base_model)
-            source = read_adapter(Path(folder) / "lora")
-            name = f"{adapter} as LoRA of rank {lora_rank}"
-            loss = verify(str(file.path), str(source.path), bound=float("inf"), kl_bound=float("inf"), **asked)
+            job = replace(job, file=read_adapter(Path(folder) / "lora"))
+            name = lora
+            loss = verify(str(file.path), str(job.file.path), bound=float("inf"), kl_bound=float("inf"), **asked)
             loss = replace(loss, a=str(adapter), b=name)
             if approximated is not None:
                 approximated(Approximation(fit, loss))
             _check_loss(loss, lora_rank, max_loss)
-        job = Job(source, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code)
-        with _place(form, output, overwrite) as place:
+        with _place(form, output, overwrite) as place, _told_as(place, str(output)):
             say(f"writing {output}")
             notes = WRITERS[form](job, place)
             found = None
             if check:
                 found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
+            if not is_one_file(form):
+                mark_export(place, form)
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, found, tuple(notes))
+
+
+def _check_form(form: str, job: Job, *, as_lora: bool) -> None:
+    """Refuse what adapter and base tell by themselves, before the work of a merge or of an SVD."""
+    if is_one_file(form):
+        require_gguf()
+    if form == "served":
+        check_served(job.file)
+    elif form == "gguf-lora":
+        check_gguf_lora(job.file, job.base(), as_lora=as_lora)
+    elif form == "gguf":
+        gguf_dtype(job.dtype)
+        if job.llama_cpp is not None:
+            converter_of(job.llama_cpp)
+        else:
+            check_gguf(job.file, job.base())
+
+
+@contextmanager
+def _told_as(hidden: Path, name: str) -> Iterator[None]:
+    """Say `name` in errors that speak of a hidden place, which is gone when they are read."""
+    try:
+        yield
+    except TheodoraError as error:
+        error.args = (str(error).replace(str(hidden), name), *error.args[1:])
+        raise
+
+
+def _known_base(name: str | None) -> dict[str, Path]:
+    """The base's folder where it is on this machine; elsewhere no output can touch it."""
+    try:
+        return {"base model": find_base(name)}
+    except CheckpointError:
+        return {}
 
 
 def _check_loss(loss: Verification, rank: int, most: float) -> None:
@@ -290,30 +335,18 @@ def _verified(
 
 
 def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
-    return atomic_write(output) if form.startswith("gguf") else atomic_directory(output, overwrite=overwrite)
+    return atomic_write(output) if is_one_file(form) else atomic_directory(output, overwrite=overwrite)
 
 
 def _check_options(form: str, dtype: str | None, lora_rank: int | None, llama_cpp: str | Path | None) -> None:
     if form not in WRITERS:
         raise ConfigError(f"form is {form!r}; expected one of {', '.join(WRITERS)}")
+    if form == "hf" and dtype not in (None, *DTYPES, *DTYPES.values()):
+        also = " (q8_0 is of the form gguf)" if dtype == "q8_0" else ""
+        raise ConfigError(f"dtype is {dtype!r}; the form hf has one of {', '.join(DTYPES)}{also}")
     if dtype is not None and form not in _WITH_DTYPE:
         raise UsageError(f"The form {form} keeps the adapter's own dtype; --dtype is for {' and '.join(_WITH_DTYPE)}")
     if lora_rank is not None and form in _WITH_DTYPE:
         raise UsageError(f"The form {form} holds the whole change of the weights: it needs no --lora-rank")
     if llama_cpp is not None and form != "gguf":
         raise UsageError("--llama-cpp is for the form gguf")
-
-
-def _check_output(output: Path, overwrite: bool, adapter: Path) -> None:
-    if adapter.resolve().is_relative_to(output.resolve()):
-        raise UsageError(f"The output {output} is, or contains, the adapter ({adapter}). Choose another place.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
-    if output.is_file():
-        with output.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise UsageError(f"{output} is no GGUF file, so --overwrite does not replace it.")
-    if output.is_dir() and not any((output / mark).is_file() for mark in _MARKS):
-        raise UsageError(f"{output} is no earlier export, so --overwrite does not delete it.")

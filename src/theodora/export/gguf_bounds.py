@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from theodora.errors import CheckpointError
+from theodora.config import is_int, is_number
+from theodora.errors import CheckpointError, shown
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
@@ -82,8 +83,33 @@ class Contents:
 
     numbers: int
     """In all tensors."""
-    tensors: int
+    names: tuple[str, ...] = field(repr=False)
+    """Of the tensors."""
     values: dict[str, Any] = field(repr=False)
+
+    def value(self, key: str) -> Any:
+        """What the header says under a key of the file's architecture; None if nothing."""
+        architecture = self.values.get("general.architecture", b"")
+        return self.values.get(f"{architecture.decode()}.{key}") if isinstance(architecture, bytes) else None
+
+    def size(self, key: str) -> int | None:
+        """The same where it is a whole number above 0; else None."""
+        value = self.value(key)
+        return value if is_int(value) and value > 0 else None
+
+
+@dataclass(frozen=True)
+class Described:
+    """The model that a file describes."""
+
+    config: Any
+    """transformers' configuration."""
+    shapes: dict[str, torch.Size]
+    """See `shapes_of`."""
+    completed: tuple[str, ...]
+    """Fields of the configuration that transformers' reader left out and that were read here."""
+    scaling: str | None
+    """What says how positions are scaled, where neither transformers' reader nor this one takes that up."""
 
 
 def check_bounds(path: Path) -> Contents:
@@ -116,6 +142,7 @@ def _contents(cursor: _Cursor) -> Contents:
         key = cursor.text().decode("utf-8")
         values[key] = cursor.value(cursor.number("I"))
     bytes_in_all, last, numbers = 0, 0, 0
+    names: list[str] = []
     for _ in range(tensors):
         name = cursor.text().decode("utf-8")
         if (count := cursor.number("I")) > _MOST_DIMENSIONS:
@@ -127,17 +154,18 @@ def _contents(cursor: _Cursor) -> Contents:
         if count % per_block:
             raise ValueError(f"{name} has {count} numbers, which come in blocks of {per_block}")
         own = count // per_block * size
+        names.append(name)
         last, bytes_in_all, numbers = max(last, offset + own), bytes_in_all + own, numbers + count
     alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"an alignment of {alignment}")
     cursor.skip(-cursor.at % alignment if tensors else 0)
     cursor.skip(max(last, bytes_in_all))  # tensors do not share bytes
-    return Contents(numbers, tensors, values)
+    return Contents(numbers, tuple(names), values)
 
 
-def checked_config(path: Path) -> tuple[Any, dict[str, torch.Size]]:
-    """The configuration that transformers reads from a GGUF file, and the model's parameters by it (see `shapes_of`).
+def checked_config(path: Path) -> Described:
+    """The model that a GGUF file describes, by transformers' reader and by what that leaves out of the header.
 
     Raises:
         CheckpointError: the file announces more than it holds, or speaks of a larger model, with both sizes.
@@ -145,13 +173,53 @@ def checked_config(path: Path) -> tuple[Any, dict[str, torch.Size]]:
     contents = check_bounds(path)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     layers = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > contents.tensors:
-        raise CheckpointError(f"{path} speaks of {layers} layers and holds {contents.tensors} tensors")
+    if not isinstance(layers, int) or layers > len(contents.names):
+        raise CheckpointError(f"{path} speaks of {layers} layers and holds {len(contents.names)} tensors")
+    left_out = _left_out(contents, config)
+    for name, value in left_out.items():
+        setattr(config, name, value)
     shapes = shapes_of(config)
     parameters = sum(shape.numel() for shape in shapes.values())
     if parameters > _SPARE * contents.numbers:
         raise CheckpointError(f"{path} describes a model of {parameters:,} parameters and holds {contents.numbers:,}")
-    return config, shapes
+    return Described(config, shapes, tuple(left_out), _scaling(contents))
+
+
+def _left_out(contents: Contents, config: Any) -> dict[str, Any]:
+    """What llama.cpp reads in a file and transformers 5.23 does not, as fields of its configuration.
+
+    It takes the family's usual head_dim, or the number of rotated features for it, no bias, no linear scaling, a
+    rotation of all features, and GPT-2's usual sizes.
+    """
+    width, heads = contents.size("embedding_length"), contents.size("attention.head_count")
+    found: dict[str, Any] = {
+        "head_dim": contents.size("attention.key_length") or (width // heads if width and heads else None),
+        "attention_bias": "blk.0.attn_q.bias" in contents.names,
+        "mlp_bias": "blk.0.ffn_up.bias" in contents.names,
+        "n_inner": contents.size("feed_forward_length"),
+        "vocab_size": contents.size("vocab_size"),
+        "max_position_embeddings": contents.size("context_length"),
+    }
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    factor, rotated = contents.value("rope.scaling.factor"), contents.size("rope.dimension_count")
+    if contents.value("rope.scaling.type") == b"linear" and is_number(factor) and factor > 0:
+        rope |= {"rope_type": "linear", "factor": factor}
+    if "partial_rotary_factor" in rope and rotated and rotated <= (found["head_dim"] or 0):
+        rope["partial_rotary_factor"] = rotated / found["head_dim"]
+    found["rope_parameters"] = rope or None
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and hasattr(config, name) and value != getattr(config, name)
+    }
+
+
+def _scaling(contents: Contents) -> str | None:
+    """See `Described.scaling`."""
+    said = contents.value("rope.scaling.type")
+    if said not in (None, b"none", b"linear"):
+        return shown(said.decode("utf-8", "replace") if isinstance(said, bytes) else said)
+    return "rope_freqs.weight" if "rope_freqs.weight" in contents.names else None
 
 
 def shapes_of(config: Any) -> dict[str, torch.Size]:

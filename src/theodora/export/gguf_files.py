@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -89,29 +90,23 @@ def load_gguf(
     Args:
         path: the file.
         dtype: of the weights.
-        base_model: whose configuration to take where transformers reads too little of the file's own: it leaves out
-            sizes of GPT-2 and Qwen3.
+        base_model: whose configuration to take for what can be read neither by transformers nor here.
 
     Raises:
         UnreadArchitecture: transformers does not read files of this architecture.
         CheckpointError: it does not load this one.
     """
-    note = None
-    if any(tensor.name == "rope_freqs.weight" for tensor in open_reader(path).tensors):
-        if base_model is None:
-            note = "transformers leaves out this file's scaling of positions (rope_freqs.weight); llama.cpp does not."
-        else:
-            note = "transformers leaves out this file's scaling of positions, so the base's configuration stood in."
-    config = AutoConfig.from_pretrained(base_model) if note is not None and base_model is not None else None
+    open_reader(path)  # says what is damaged
     try:
-        model = _load(path, dtype, config)
+        model, note = _load(path, dtype, base_model)
     except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as error:
         if "not supported" in str(error):
             raise UnreadArchitecture(f"transformers does not read {path}: {error}") from error
         if base_model is None:
             raise CheckpointError(f"transformers does not load {path}: {error}") from error
         try:
-            model = _load(path, dtype, AutoConfig.from_pretrained(base_model))
+            config = AutoConfig.from_pretrained(base_model)
+            model = _model(path, dtype, config, shapes_of(config))
         except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as again:
             raise CheckpointError(f"transformers does not load {path}: {again}") from again
         note = (
@@ -126,20 +121,44 @@ def load_gguf(
     return model, tokenizer, note
 
 
-def _load(path: Path, dtype: str, config: Any) -> PreTrainedModel:
-    # transformers shows a bar here that no setting turns off, and a table of what did not fit before it raises.
+def _load(path: Path, dtype: str, base_model: str | None) -> tuple[PreTrainedModel, str | None]:
+    """The model as the file's own header describes it, and what of that transformers did not read."""
+    with _silent():
+        described = checked_config(path)
+    notes: list[str] = []
+    if described.completed:
+        fields = ", ".join(described.completed)
+        notes.append(f"transformers leaves out a part of this file's header, which was read here: {fields}.")
+    if described.scaling is not None:
+        left_out = f"transformers leaves out this file's scaling of positions ({described.scaling})"
+        base = AutoConfig.from_pretrained(base_model) if base_model is not None else None
+        if (rope := getattr(base, "rope_parameters", None)) is None:
+            notes.append(f"{left_out}; llama.cpp does not.")
+        else:
+            described.config.rope_parameters = rope
+            notes.append(f"{left_out}, so the base's stood in: the weights were compared, the scaling was not.")
+    return _model(path, dtype, described.config, described.shapes), " ".join(notes) or None
+
+
+def _model(path: Path, dtype: str, config: Any, shapes: dict[str, torch.Size]) -> PreTrainedModel:
+    with _silent():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
+        )
+    # Some versions of transformers take tensors of other shapes than the configuration's without a word.
+    wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is of another shape than the header says")
+    return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers shows a bar here that no setting turns off, and a table of what did not fit before it raises."""
     level = get_verbosity()
     set_verbosity_error()
     try:
         with redirect_stderr(StringIO()):
-            config, shapes = checked_config(path) if config is None else (config, shapes_of(config))
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
-            )
-            # Some versions of transformers take tensors of other shapes than the configuration's without a word.
-            wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]
-            if wrong:
-                raise ValueError(f"{wrong[0]} is of another shape than the header says")
-            return model
+            yield
     finally:
         set_verbosity(level)

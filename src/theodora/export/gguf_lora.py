@@ -25,17 +25,22 @@ from theodora.export.gguf_names import names_of
 from theodora.export.served import put_on
 
 
-def write_gguf_lora(file: AdapterFile, base: BaseCheckpoint, output: Path, name: str) -> None:
-    """Write a plain LoRA adapter as a GGUF file, in float32.
+def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = False) -> dict[str, str]:
+    """Check that an adapter has a place in such a file.
+
+    Args:
+        file: the adapter.
+        base: what it belongs to.
+        as_lora: whether a DoRA becomes a plain LoRA first.
+
+    Returns:
+        Path of each module -> its name in GGUF.
 
     Raises:
         UsageError: the adapter is a DoRA.
         CheckpointError: listing every module that has no place in such a file.
     """
-    require_gguf()
-    import gguf
-
-    if file.config.method == "dora":
+    if file.config.method == "dora" and not as_lora:
         raise UsageError(
             "GGUF files have no DoRA: export --to gguf, which merges it, or say --lora-rank R for a plain LoRA near it"
         )
@@ -56,6 +61,19 @@ def write_gguf_lora(file: AdapterFile, base: BaseCheckpoint, output: Path, name:
         raise CheckpointError(
             "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems[:20])
         )
+    return placed
+
+
+def write_gguf_lora(file: AdapterFile, base: BaseCheckpoint, output: Path, name: str) -> None:
+    """Write a plain LoRA adapter as a GGUF file, in float32.
+
+    Raises:
+        UsageError, CheckpointError: as `check_gguf_lora` does.
+    """
+    require_gguf()
+    import gguf
+
+    placed, names = check_gguf_lora(file, base), names_of(base.model.config)
     alpha = float(file.config.rank)
     writer = gguf.GGUFWriter(output, names.family.architecture, use_temp_file=False)
     try:

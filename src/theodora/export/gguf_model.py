@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint
+from theodora.adapters.checkpoint import AdapterFile
+from theodora.adapters.merge_plan import plan_merge
+from theodora.adapters.models import has_tokenizer
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf
 from theodora.export.gguf_names import Names, llama3_factors, names_of, write_figures
@@ -34,6 +37,25 @@ def gguf_dtype(name: str | None) -> str:
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def check_gguf(file: AdapterFile, base: BaseCheckpoint) -> None:
+    """Check that a base with an adapter merged in can be written as a GGUF file, before it is merged.
+
+    Raises:
+        CheckpointError: adapter and base do not fit; or as `write_gguf` does.
+    """
+    import gguf
+
+    config: Any = base.model.config
+    names = names_of(config)
+    _placed(base, names)
+    plan = plan_merge(base, file, torch.float32)
+    base.close()
+    writer = gguf.GGUFWriter(None, names.family.architecture)  # keeps in memory what it is given
+    write_figures(writer, config)
+    tokenizer = file.path if has_tokenizer(file.path) else base.folder  # as in the merged folder
+    write_tokenizer(writer, tokenizer, plan.vocabulary or config.vocab_size)
 
 
 def write_gguf(model: Path, output: Path, name: str, dtype: str | None) -> None:
@@ -86,14 +108,24 @@ def convert_with_llama_cpp(llama_cpp: Path, model: Path, output: Path, dtype: st
         UsageError: it is not there.
         CheckpointError: it failed.
     """
-    script = llama_cpp / "convert_hf_to_gguf.py"
-    if not script.is_file():
-        raise UsageError(f"{llama_cpp} holds no convert_hf_to_gguf.py; name a checkout of llama.cpp")
+    script = converter_of(llama_cpp)
     outtype = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}[gguf_dtype(dtype)]
     command = [sys.executable, str(script), str(model), "--outfile", str(output), "--outtype", outtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not output.is_file():
         raise CheckpointError(f"llama.cpp's converter failed:\n{done.stderr[-2000:]}")
+
+
+def converter_of(llama_cpp: Path) -> Path:
+    """The converter in a checkout of llama.cpp.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    script = llama_cpp / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise UsageError(f"{llama_cpp} holds no convert_hf_to_gguf.py; name a checkout of llama.cpp")
+    return script
 
 
 def _placed(base: BaseCheckpoint, names: Names) -> list[tuple[str, str]]:

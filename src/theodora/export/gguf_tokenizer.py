@@ -14,6 +14,8 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CUTS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+# llama.cpp loads no such tokenizer without merges. Nothing makes the left one of these two symbols, so they never meet.
+_NEVER = "!! !"
 
 
 def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
@@ -42,6 +44,8 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_cut(tokenizer, path))
+        if not model["merges"]:
+            writer.add_token_merges([_NEVER])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=not bytes_only and bool(model["merges"]), n_vocab=vocab_size)

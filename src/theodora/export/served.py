@@ -37,8 +37,8 @@ def is_served(folder: str | Path) -> bool:
     return (Path(folder) / SERVED_CONFIG).is_file()
 
 
-def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_name: str) -> None:
-    """Write an adapter in served form.
+def check_served(file: AdapterFile) -> None:
+    """Check that an adapter has a served form.
 
     Raises:
         UsageError: it has modules trained in full, or on embeddings.
@@ -47,6 +47,15 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:
         raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems[:20]))
+
+
+def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_name: str) -> None:
+    """Write an adapter in served form.
+
+    Raises:
+        UsageError: it has modules trained in full, or on embeddings.
+    """
+    check_served(file)
     tensors: dict[str, Tensor] = {}
     for path, t in file.modules.items():
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = t.a.contiguous(), t.b.contiguous()
