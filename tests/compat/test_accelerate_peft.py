@@ -322,6 +322,35 @@ def test_the_norm_follows_the_base_weight():
     torch.testing.assert_close(logits(fast), logits(slow))
 
 
+def test_the_norm_follows_writes_through_data():
+    """They leave no version behind (a base weight that a trainer sends to the model that generates, say)."""
+    slow, fast = pair(use_dora=True)
+    with torch.no_grad():
+        for model in (slow.eval(), fast.eval()):
+            logits(model)
+            for name, module in model.named_modules():
+                if name.endswith("base_layer"):
+                    module.weight.data.mul_(1.5)
+        layer = layer_of(fast)
+        a, b, s = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"]
+        norm = torch.linalg.vector_norm(layer.base_layer.weight + s * b @ a, dim=1)
+        torch.testing.assert_close(layer.parts().norm_O, norm)  # which gated MLPs and groups ask for on a GPU
+        torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_step_looks_at_no_values(monkeypatch):
+    """It would wait for the GPU in each layer."""
+    model = peft_model(use_dora=True)
+    accelerate_peft(model)
+    train(model, steps=1)
+    monkeypatch.setattr(peft_layer, "content", None)
+    train(model, steps=1)
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1])  # nor does a step of one token
+    with pytest.raises(TypeError), torch.no_grad():
+        logits(model)
+
+
 def test_switching_adapters(calls, caplog):
     slow, fast = pair(use_dora=True)
     for model in (slow, fast):
