@@ -243,6 +243,24 @@ def test_nothing_but_the_class_changes(tmp_path):
     restore_peft(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("of", ["the model", "the PeftModel"])
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_restored_after_the_adapters_have_gone(way, of):
+    _, model = pair(use_dora=True)
+    plain = getattr(model, way)()
+    restore_peft(plain if of == "the model" else model)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in tiny_model().modules()]
+
+
+def test_theodoras_own_adapters_stay_on_the_fast_path():
+    _, model = pair()
+    own = theodora.inject_adapter(model.unload(), theodora.AdapterConfig(rank=2))
+    classes = [type(module) for module in own.modules()]
+    restore_peft(own)
+    assert [type(module) for module in own.modules()] == classes
+    assert any(isinstance(module, gated_mlp.GatedMLP) for module in own.modules())
+
+
 def test_restored_in_the_middle_of_training():
     slow, fast = pair(use_dora=True)
     torch.testing.assert_close(train(fast)[0], train(slow)[0], atol=1e-5, rtol=1e-5)
