@@ -167,6 +167,10 @@ def adapter_of(
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
     finite = _all_finite_on_gpu(tensors.values())
+    in_full = config.modules_to_save
+    if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
+        wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
+        in_full += tuple(sorted({module for module, found, _ in wrapped if found}))
     for key, tensor in tensors.items():
         if not key.startswith(KEY_PREFIX):
             problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
@@ -184,14 +188,14 @@ def adapter_of(
             parts[module][_PARTS[part]] = tensor
             if "embedding" in part:
                 embeddings.add(module)
-        elif (plain := _unwrapped(name, "modules_to_save", config.modules_to_save)) is not None:
+        elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
             if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
                 problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
-        elif (plain := _unwrapped(name, "original_module", config.modules_to_save)) is not None:
+        elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
             base_copies[plain] = tensor
         elif ".base_layer." in name:
             base_copies[name.replace(".base_layer.", ".")] = tensor
-        elif (saved := _saved_module(name, config.modules_to_save)) is not None:
+        elif (saved := _saved_module(name, in_full)) is not None:
             full[name] = tensor
             saved_modules.add(saved)
         elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
