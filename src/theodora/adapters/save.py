@@ -398,7 +398,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
         elif parameters[key].shape != tensor.shape:
             problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
             if key in end_weights(model):
-                problems[-1] += " (load other numbers of tokens, of head and embedding, onto a model without adapters)"
+                problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
     if not problems:
         problems += [
             f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
