@@ -60,12 +60,15 @@ def make(tmp_path):
         tied: bool = False,
         dtype: torch.dtype = torch.float32,
         max_shard_size: str = "5GB",
+        tokens: int | None = None,
         **lora: Any,
     ) -> SimpleNamespace:
         model = tiny.tiny_model(family, tied=tied, dtype=dtype)
         model.save_pretrained(tmp_path / "base", max_shard_size=max_shard_size)
         tiny.tiny_tokenizer().save_pretrained(tmp_path / "base")
         model.name_or_path = str(tmp_path / "base")
+        if tokens is not None:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
         options = {"target_modules": "all-linear", "use_dora": True, **lora}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -166,6 +169,34 @@ def test_embedding_and_head_replaced_by_the_same_values_stay_tied(make):
     merged = load_whole(case.output)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert torch.equal(merged.lm_head.weight, weights[embedding])
+
+
+FULL = [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"], None]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("full", FULL)
+@pytest.mark.parametrize("tokens", [tiny.VOCAB_SIZE + 8, tiny.VOCAB_SIZE - 8])
+def test_peft_saves_resized_embeddings_and_what_it_wraps_around_them(make, tied, full, tokens):
+    case = make(tied=tied, tokens=tokens, target_modules=["q_proj"], modules_to_save=full)
+    keys = load_file(case.adapter / "adapter_model.safetensors")
+    assert any("original_module" in key for key in keys) == any("modules_to_save" in key for key in keys) == bool(full)
+    report = merge_checkpoint(case.adapter, case.output)
+    assert_same_logits(case.output, case.logits)
+    assert any(f"embeddings for {tokens} tokens" in note for note in report.notes)
+    folder_to_lora(case.adapter, case.output.with_name("lora"), None)
+    merge_checkpoint(case.output.with_name("lora"), case.output.with_name("again"))
+    assert_same_logits(case.output.with_name("again"), case.logits)
+
+
+def test_a_second_copy_of_what_was_trained_in_full_has_to_be_the_same(make):
+    case = make(tokens=tiny.VOCAB_SIZE + 8, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file, key = case.adapter / "adapter_model.safetensors", "base_model.model.lm_head.modules_to_save.weight"
+    tensors = load_file(file)
+    for other in (tensors[key] + 1, tensors[key].half(), tensors[key][1:].clone()):
+        save_file(tensors | {key: other}, file)
+        with pytest.raises(CheckpointError, match=f"{key}: expected the values of base_model.model.lm_head.weight"):
+            merge_checkpoint(case.adapter, case.output)
 
 
 def test_resized_embeddings_bring_their_vocabulary(make):

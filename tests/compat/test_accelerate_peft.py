@@ -243,6 +243,24 @@ def test_nothing_but_the_class_changes(tmp_path):
     restore_peft(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("of", ["the model", "the PeftModel"])
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_restored_after_the_adapters_have_gone(way, of):
+    _, model = pair(use_dora=True)
+    plain = getattr(model, way)()
+    restore_peft(plain if of == "the model" else model)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in tiny_model().modules()]
+
+
+def test_theodoras_own_adapters_stay_on_the_fast_path():
+    _, model = pair()
+    own = theodora.inject_adapter(model.unload(), theodora.AdapterConfig(rank=2))
+    classes = [type(module) for module in own.modules()]
+    restore_peft(own)
+    assert [type(module) for module in own.modules()] == classes
+    assert any(isinstance(module, gated_mlp.GatedMLP) for module in own.modules())
+
+
 def test_restored_in_the_middle_of_training():
     slow, fast = pair(use_dora=True)
     torch.testing.assert_close(train(fast)[0], train(slow)[0], atol=1e-5, rtol=1e-5)
@@ -320,6 +338,35 @@ def test_the_norm_follows_the_base_weight():
     for model in (slow, fast):
         model.double()
     torch.testing.assert_close(logits(fast), logits(slow))
+
+
+def test_the_norm_follows_writes_through_data():
+    """They leave no version behind (a base weight that a trainer sends to the model that generates, say)."""
+    slow, fast = pair(use_dora=True)
+    with torch.no_grad():
+        for model in (slow.eval(), fast.eval()):
+            logits(model)
+            for name, module in model.named_modules():
+                if name.endswith("base_layer"):
+                    module.weight.data.mul_(1.5)
+        layer = layer_of(fast)
+        a, b, s = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"]
+        norm = torch.linalg.vector_norm(layer.base_layer.weight + s * b @ a, dim=1)
+        torch.testing.assert_close(layer.parts().norm_O, norm)  # which gated MLPs and groups ask for on a GPU
+        torch.testing.assert_close(logits(fast), logits(slow), atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_step_looks_at_no_values(monkeypatch):
+    """It would wait for the GPU in each layer."""
+    model = peft_model(use_dora=True)
+    accelerate_peft(model)
+    train(model, steps=1)
+    monkeypatch.setattr(peft_layer, "content", None)
+    train(model, steps=1)
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1])  # nor does a step of one token
+    with pytest.raises(TypeError), torch.no_grad():
+        logits(model)
 
 
 def test_switching_adapters(calls, caplog):

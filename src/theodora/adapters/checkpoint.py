@@ -6,6 +6,9 @@
     base_model.model.<path>.lora_embedding_A, _B     (R, V), (O, R)
     base_model.model.<path>.<parameter>              modules trained in full
 
+Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
+<path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
+
 Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
 once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
 safetensors file, which PEFT leaves alone.
@@ -90,7 +93,8 @@ class AdapterFile:
     full: dict[str, Tensor] = field(default_factory=dict)
     """Parameter path → tensor, for modules trained in full."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter."""
+    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. One that is in `full`,
+    too, is replaced by that, and of use only where another module is tied to it or has to be resized."""
     starts: bool = False
     """Whether A and B hold start factors in their second half."""
     probe: dict[str, list[float]] | None = None
@@ -163,6 +167,10 @@ def adapter_of(
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
     finite = _all_finite_on_gpu(tensors.values())
+    in_full = config.modules_to_save
+    if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
+        wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
+        in_full += tuple(sorted({module for module, found, _ in wrapped if found}))
     for key, tensor in tensors.items():
         if not key.startswith(KEY_PREFIX):
             problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
@@ -180,9 +188,14 @@ def adapter_of(
             parts[module][_PARTS[part]] = tensor
             if "embedding" in part:
                 embeddings.add(module)
+        elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
+            if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
+                problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
+        elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
+            base_copies[plain] = tensor
         elif ".base_layer." in name:
             base_copies[name.replace(".base_layer.", ".")] = tensor
-        elif (saved := _saved_module(name, config.modules_to_save)) is not None:
+        elif (saved := _saved_module(name, in_full)) is not None:
             full[name] = tensor
             saved_modules.add(saved)
         elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
@@ -464,6 +477,16 @@ def _saved_module(parameter: str, names: tuple[str, ...]) -> str | None:
     parts = parameter.split(".")
     modules = (".".join(parts[:n]) for n in range(1, len(parts)))
     return next((module for module in modules if names and module.endswith(names)), None)
+
+
+def _unwrapped(parameter: str, part: str, names: tuple[str, ...]) -> str | None:
+    """The path of a parameter in that `part` of PEFT's wrapper around a module trained in full; None if in none."""
+    module, found, rest = parameter.partition(f".{part}.")
+    return f"{module}.{rest}" if found and names and module.endswith(names) else None
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def some(problems: list[str], most: int = 20) -> list[str]:

@@ -46,6 +46,8 @@ class AdapterState:
     """Parameters that asked for gradients before the first adapter came."""
     loaded: dict[str, Any] = field(default_factory=dict)
     """Adapter name → what `load_adapter` read from its folder."""
+    resized: bool = False
+    """Whether an adapter brought another number of tokens: files have to bring the embeddings from then on."""
 
 
 def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str = "default") -> Model:

@@ -65,6 +65,8 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
     with torch.no_grad(), originals_in_place(model):
         problems = [f"{key}: trained in full, for which MLX's files have no place" for key in state.full[name]]
         problems += [f"{at}: {problem}" for at, layer in layers.items() if (problem := _unfit(model, layer, name))]
+        if state.resized:
+            problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")
         if problems:
             raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
         probe = probe_of(layers)

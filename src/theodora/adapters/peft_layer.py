@@ -26,6 +26,7 @@ from theodora.kernels import Parts
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.base import FLOATS, cannot_adapt
 from theodora.layers.groups import GROUP
+from theodora.layers.kept import content, one_token_each, versions
 from theodora.layers.linear import is_conv1d
 
 __all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
@@ -46,7 +47,7 @@ class FastLinear(Linear):
     lora_dropout: Any
     lora_magnitude_vector: Any
 
-    # (what it depends on, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
+    # ((versions, content) of W, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
     _theodora_norm_sq: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,17 +94,18 @@ class FastLinear(Linear):
         dropout = self._dropout(name)
         return None if dropout and name in self.lora_variant else self._parts(name, dropout)  # see `_adapted`
 
-    def _parts(self, name: str, dropout: float) -> Parts:
+    def _parts(self, name: str, dropout: float, one_token: bool = False) -> Parts:
         w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
             return Parts(w, bias, a, b, scale, dropout=dropout)
-        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, self._norm(a, b, scale), dropout)
+        norm = self._norm(a, b, scale, one_token)
+        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, dropout)
 
     def _adapted(self, x: Tensor) -> Tensor:
         (name,) = self._active_here()
         dropped = self.lora_dropout[name](x) if self._dropout(name) else None
-        parts = self._parts(name, 0.0)
+        parts = self._parts(name, 0.0, one_token_each(x))
         w, bias = parts.weight_OI.to(x.dtype), None if parts.bias_O is None else parts.bias_O.to(x.dtype)
         parts = replace(parts, weight_OI=w, bias_O=None if self._trained_bias() else bias)
         if dropped is not None and name in self.lora_variant:
@@ -114,8 +116,8 @@ class FastLinear(Linear):
             y = kernels.adapted_linears(x, [parts], dropped)[0]
         return y if bias is None or not self._trained_bias() else y + bias
 
-    def _norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        w_norm_sq = self._weight_norm_squared()
+    def _norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, one_token: bool) -> Tensor:
+        w_norm_sq = self._weight_norm_squared(one_token)
         if not kernels.fast():
             return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
@@ -173,15 +175,19 @@ class FastLinear(Linear):
         bias = self.base_layer.bias
         return bias is not None and bias.requires_grad
 
-    def _weight_norm_squared(self) -> Tensor:
-        """‖W‖² of each output row, (O,): computed once for each frozen weight."""
+    def _weight_norm_squared(self, one_token: bool) -> Tensor:
+        """‖W‖² of each output row, (O,): computed once for each frozen weight.
+
+        Where no gradients flow, a pass over more than `one_token` of each sequence looks at values, as our own layers'
+        do (see `theodora.layers.kept`); a training step does not.
+        """
         kept, w = self._theodora_norm_sq, self.base_layer.weight
         if torch.compiler.is_compiling():
             return row_norm_squared(self._weight()) if kept is None else kept[1]
-        version = id(w), w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype
-        if kept is None or kept[0] != version:
+        version, look = versions(w), not (one_token or torch.is_grad_enabled())
+        if kept is None or kept[0][0] != version or (look and kept[0][1] != content(w)):
             with torch.inference_mode(False), torch.no_grad():
-                self._theodora_norm_sq = kept = version, row_norm_squared(self._weight())
+                self._theodora_norm_sq = kept = (version, content(w)), row_norm_squared(self._weight())
         return kept[1]
 
     # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.

@@ -89,7 +89,10 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo `accelerate_peft`: PEFT's layers are PEFT's again. Does nothing to a model that is not accelerated.
+    """Undo `accelerate_peft`: PEFT's layers are PEFT's again, and the modules around them the model's own.
+
+    Works as well on what PEFT's `unload` and `merge_and_unload` have left, where only the latter remain. Does nothing
+    to a model that is not accelerated, nor to one that Theodora's own adapters keep on the fast path.
 
     Raises:
         ConfigError: another library has changed the class of an accelerated layer since; nothing is undone.
@@ -105,7 +108,7 @@ def restore_peft(model: nn.Module) -> None:
             "fully_shard does. Call restore_peft before it does so, or go on with the accelerated model: its state "
             "dict and its files are PEFT's."
         )
-    if layers:
+    if layers or not any(hasattr(module, "parts") for module in model.modules()):
         uninstall(model)
     for layer in layers:
         peft_layer.restore_layer(layer)

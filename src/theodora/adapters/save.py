@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
+from theodora.adapters.base_copies import (
+    base_parameter,
+    changed_copies,
+    changed_copies_in_full,
+    end_weights,
+    grow_embeddings,
+    grown_embeddings,
+)
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
@@ -72,12 +81,15 @@ class LoadReport:
     """Numbers in all."""
     base_distance: float | None
     """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
+    tokens: int | None = None
+    """The number of tokens that the model's embeddings were resized to; None where they were not."""
 
     def __str__(self) -> str:
         ranks = " and ".join(map(str, self.ranks))
         parts = [f"{METHOD_NAMES[self.method]} of rank {ranks} on {self.modules} modules"] if self.modules else []
         parts += [f"magnitudes on {self.magnitudes}"] if self.magnitudes else []
         parts += [f"{len(self.full)} parameters trained in full"] if self.full else []
+        parts += [f"embeddings resized to {self.tokens} tokens"] if self.tokens is not None else []
         base = (
             "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
         )
@@ -126,6 +138,10 @@ def save_adapter(
 def load_adapter(model: Model, path: str | Path, name: str = "default", trainable: bool = False) -> Model:
     """Put a saved adapter (ours or PEFT's) on `model`, in place, and make it the active one.
 
+    Where PEFT saved embeddings of the base beside the adapter, they count as PEFT has them. Values other than the
+    base's are parameters trained in full. Another number of tokens resizes the model's embeddings, which is logged: new
+    tokens get the file's rows, the others keep theirs, and the size stays when the adapter is removed.
+
     Args:
         model: the base model that the adapter was trained on.
         path: the adapter's folder, or its name on the Hugging Face hub.
@@ -136,28 +152,34 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
         The same model.
 
     Raises:
-        CheckpointError: the files are damaged, or made for another model; nothing was changed.
+        CheckpointError: the files are damaged, or made for another model, or bring what only a merge can put into the
+            base: another number of tokens for a model that carries adapters or whose embeddings are quantised, or a
+            changed base weight under a low-rank update; nothing was changed.
         ConfigError: the name is taken.
     """
-    check_name(find_state(model) or AdapterState(), name)
-    file = read_adapter(path)
-    config = _original_config(file)
-    with originals_in_place(model):
-        distance = check_fit(model, file)
-        adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
     state = find_state(model) or AdapterState()
-    full = {
-        key: nn.Parameter(file.full[key].to(parameter.device, parameter.dtype, copy=True))
-        for key, parameter in full_parameters(model, config, state).items()
-    }
+    check_name(state, name)
+    read = read_adapter(path)
+    with originals_in_place(model):
+        # (the tensors of adapters that are there have the sizes of now)
+        grown = {} if state.configs else grown_embeddings(model, read)
+        file = changed_copies_in_full(model, read, grown)
+        config = _original_config(file)
+        distance = check_fit(model, file, grown)
+        tokens = grow_embeddings(model, grown)
+        adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
+        full = _full(model, file, full_parameters(model, config, state), read)
+    modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read.full.keys()}
+    config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
     add_adapter(model, name, config, adapters, full)
+    require_state(model).resized |= tokens is not None
     set_adapter(model, name)
     if not trainable:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-    report = report_of(name, file, config, distance)
+    report = replace(report_of(name, file, config, distance), tokens=tokens)
     require_state(model).loaded[name] = report
-    _log.info("Loaded %s", report)
+    _log.log(logging.INFO if tokens is None else logging.WARNING, "Loaded %s", report)
     return model
 
 
@@ -245,6 +267,13 @@ def _tensors(
     for path, parameter in state.full[name].items():
         in_place = state.active == name and state_dict is not None
         tensors[path] = state_dict[path] if in_place and state_dict is not None else parameter
+    if state.resized:
+        layers = adapter_layers(model, name)
+        with originals_in_place(model):
+            for path in end_weights(model).keys() - tensors.keys():
+                module = path.removesuffix(".weight")
+                copy = base_parameter(model, path) if state_dict is None else state_dict[path]
+                tensors[f"{module}.base_layer.weight" if module in layers else path] = copy
     return {KEY_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
@@ -269,7 +298,9 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 
 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
-    layers = adapter_layers(model, name)
+    layers, state = adapter_layers(model, name), require_state(model)
+    if state.resized:  # the base on disk has other rows of them
+        layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
     with originals_in_place(model):
         return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
 
@@ -308,14 +339,36 @@ def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterC
     return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
 
 
-def check_fit(model: nn.Module, file: AdapterFile) -> float:
+def _full(model: nn.Module, file: AdapterFile, named: Iterable[str], read: AdapterFile) -> dict[str, nn.Parameter]:
+    """The parameters trained in full: those `named`, and the copies among them that `read` has beside its adapter.
+
+    A copy that says the same of what is tied is the same parameter, which PEFT trains as one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    full: dict[str, nn.Parameter] = {}
+    for key in dict.fromkeys((*named, *file.full)):
+        here, tensor = parameters[key], file.full[key]
+        twins = [p for other, p in full.items() if parameters[other] is here and torch.equal(file.full[other], tensor)]
+        if twins and key not in read.full:
+            full[key] = twins[0]
+        else:
+            full[key] = nn.Parameter(tensor.to(here.device, here.dtype, copy=True))
+    return full
+
+
+def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] | None = None) -> float:
     """Check that a file is for this model; how far the base weights are from those it was trained on, relative.
+
+    Args:
+        model: the base model, with its own parameters in place.
+        file: the adapter.
+        grown: parameter path → weight that the model is going to have there instead; see `grown_embeddings`.
 
     Raises:
         CheckpointError: with every module that is missing in the model or in the file, of another shape, or that
             cannot be adapted.
     """
-    modules = dict(model.named_modules())
+    modules, grown = dict(model.named_modules()), grown or {}
     problems: list[str] = []
     for path, tensors in file.modules.items():
         module = modules.get(path)
@@ -327,7 +380,9 @@ def check_fit(model: nn.Module, file: AdapterFile) -> float:
         elif isinstance(module, nn.Embedding) != tensors.embedding:
             problems.append(f"{path}: the file and the model disagree whether this is an embedding")
         else:
-            expected = tuple(base_weight(module).shape)
+            weight = grown.get(f"{path}.weight")
+            w_OI = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
+            expected = tuple(w_OI.shape)
             found = (tensors.b.shape[0], tensors.a.shape[1])
             if found != expected:
                 problems.append(f"{path}: made for a weight of {found} (out, in); here it is {expected}")
@@ -336,17 +391,19 @@ def check_fit(model: nn.Module, file: AdapterFile) -> float:
     problems += [
         f"{path}: named by the targets, but the file holds nothing for it" for path in _left_out(modules, file)
     ]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key, tensor in {**file.full, **file.base_copies}.items():
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **grown}
+    for key, tensor in {**file.base_copies, **file.full}.items():
         if key not in parameters:
             problems.append(f"{key}: no such parameter")
         elif parameters[key].shape != tensor.shape:
             problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
+            if key in end_weights(model):
+                problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
     if not problems:
         problems += [
-            f"{key}: the file carries a changed base weight; train it as one of modules_to_save instead"
-            for key, tensor in file.base_copies.items()
-            if not _equal_but_for_rounding(_base_parameter(model, key), tensor)
+            f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
+            "(theodora merge), or train it as one of modules_to_save instead"
+            for key in changed_copies(model, file, grown)
         ]
     if problems:
         raise CheckpointError(
@@ -389,17 +446,3 @@ def is_tied(model: nn.Module, embedding: nn.Module) -> bool:
     """Whether the output head shares the embedding's weight."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return head is not None and head is not embedding and head.weight is embedding.weight
-
-
-def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
-    unit = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
-    return torch.allclose(one.detach().float().cpu(), other.float(), rtol=unit, atol=0)
-
-
-def _base_parameter(model: nn.Module, key: str) -> Tensor:
-    module_path, _, name = key.rpartition(".")
-    module = model.get_submodule(module_path)
-    if isinstance(module, AdapterLayer) and name == "weight":
-        w_OI = module.base_weight_OI
-        return w_OI.T if module.stored_transposed else w_OI
-    return getattr(module, name)

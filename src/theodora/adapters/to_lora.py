@@ -132,7 +132,7 @@ def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
 
 
 def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {**file.full, **file.base_copies}
+    tensors: dict[str, Tensor] = {**file.base_copies, **file.full}
     for path, h in held.items():
         pattern = "{}.lora_embedding_{}" if file.modules[path].embedding else "{}.lora_{}.weight"
         tensors |= {pattern.format(path, "A"): h.a_RI, pattern.format(path, "B"): h.b_OR}

@@ -58,6 +58,11 @@ def content(*tensors: Tensor | None) -> list[int]:
     return torch.stack(hashes).tolist()
 
 
+def one_token_each(x: Tensor) -> bool:
+    """Whether x, (…, T, I), is a step of one token of each sequence."""
+    return x.dim() > 1 and x.shape[-2] == 1
+
+
 _keepers: WeakSet[nn.Module] = WeakSet()
 
 

@@ -17,6 +17,7 @@ from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer, LowRank
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.groups import GROUP
+from theodora.layers.kept import one_token_each
 
 # Falcon's is written out, and the same; float8 layers are made of linear ones only.
 _FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
@@ -41,7 +42,7 @@ class LinearAdapterLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted product; the module's own where no adapter is active."""
-        one_token = x.dim() > 1 and x.shape[-2] == 1
+        one_token = one_token_each(x)
         if not torch.is_grad_enabled() and (y := self._decoded(x, one_token)) is not None:
             return y
         group = self.__dict__.get(GROUP)
