@@ -368,7 +368,7 @@ def test_what_lies_beside_the_weights(make):
     names = {path.name for path in case.output.iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "LICENSE"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "theodora_files.json"),
     }
     tokenizer = AutoTokenizer.from_pretrained(case.output)
     assert tokenizer.chat_template == tiny.CHATML
@@ -532,6 +532,10 @@ def test_the_output_never_costs_the_inputs(make, tmp_path):
         with pytest.raises(UsageError):
             merge_checkpoint(case.adapter, case.output, overwrite=overwrite)
     assert (case.output / "thesis.tex").exists()
+    (case.output / "config.json").write_text("{}")  # a model's, but no merge's
+    with pytest.raises(UsageError, match=r"no earlier merge \(it has no theodora_files\.json"):
+        merge_checkpoint(case.adapter, case.output, overwrite=True)
+    assert (case.output / "thesis.tex").exists()
 
 
 def test_overwriting_replaces_an_earlier_merge(make):
@@ -541,6 +545,9 @@ def test_overwriting_replaces_an_earlier_merge(make):
         merge_checkpoint(case.adapter, case.output)
     merge_checkpoint(case.adapter, case.output, overwrite=True)
     assert len(list(case.output.glob("*.safetensors"))) == 1
+    (case.output / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"no earlier merge \(it also holds 'thesis\.tex'\)"):
+        merge_checkpoint(case.adapter, case.output, overwrite=True)
 
 
 # Size: a model of 8 × 64 MB, merged in a process of its own.

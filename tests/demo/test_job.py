@@ -92,14 +92,30 @@ def test_the_printed_commands_work(demo, capsys):
 
 def test_an_earlier_demo_is_replaced_and_nothing_else(demo, tmp_path):
     output, _, _ = demo
-    job.check_output(output, overwrite=False)
-    job.check_output(tmp_path / "new", overwrite=False)
+    job.check_output(output, overwrite=True)
+    with pytest.raises(UsageError, match="pass --overwrite"):
+        job.check_output(output, overwrite=False)
+    for overwrite in (False, True):
+        job.check_output(tmp_path / "new", overwrite)
     (tmp_path / "mine").mkdir()
     job.check_output(tmp_path / "mine", overwrite=False)
-    (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(UsageError, match="--overwrite"):
-        job.check_output(tmp_path / "mine", overwrite=False)
-    job.check_output(tmp_path / "mine", overwrite=True)
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="no earlier demo"):
+            job.check_output(tmp_path / "mine", overwrite)
+
+
+def test_what_lies_beside_an_earlier_demo_stays(tmp_path):
+    output = tmp_path / "demo"
+    findings = [task.Finding(name=f"finding {n}", definition="", system="lungs") for n in range(4)]
+    settings = job.DemoSettings(held_out_rows=1)
+    job._prepare_output(output, findings, ["text"], settings)
+    for name in ("thesis.txt", "results.json", "data/old.jsonl", "merged/config.json"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("x")
+    job._prepare_output(output, findings, ["text"], settings)
+    left = sorted(path.name for path in output.rglob("*"))
+    assert left == ["README.md", "data", "general.jsonl", "held_out.jsonl", "thesis.txt", "train.jsonl"]
 
 
 def test_each_digit_is_a_token_and_blanks_before_it_stay_together(tiny_tokenizer):

@@ -29,6 +29,7 @@ from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
 from theodora.adapters.reading import expanded
+from theodora.adapters.written import mark_written, why_not_ours
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 
@@ -193,6 +194,7 @@ def merge_checkpoint(
         )
         (partial / "README.md").write_text(_model_card(report, file), encoding="utf-8")
         _verify(partial, shards, base)
+        mark_written(partial, "merged")
     return report
 
 
@@ -220,8 +222,11 @@ def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> Non
         return
     if not overwrite:
         raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
-    if not (output / "config.json").is_file():
-        raise UsageError(f"{output} is not a model folder (no config.json), so --overwrite does not delete it.")
+    if (other := why_not_ours(output)) is not None:
+        raise UsageError(
+            f"{output} is no earlier merge ({other}), so --overwrite does not delete it. Choose another --output, or "
+            "remove it yourself."
+        )
 
 
 def _shards(outputs: list[OutputTensor], max_shard_size: str | int) -> dict[str, list[OutputTensor]]:

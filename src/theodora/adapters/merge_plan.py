@@ -198,6 +198,15 @@ def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan)
     return problems
 
 
+def changed_copies_on_disk(base: BaseCheckpoint, adapter: AdapterFile) -> list[str]:
+    """Paths of the base weights beside the adapter that are more than the base's own: other values, or other tokens.
+
+    A form without a place for them would leave them out.
+    """
+    names = {path: base.model_name(path) for path in adapter.base_copies if path not in adapter.full}
+    return [path for path, name in names.items() if name is None or _differs(base, name, adapter.base_copies[path])]
+
+
 def _differs(base: BaseCheckpoint, parameter: str, copy: Tensor) -> bool:
     """Whether a copy of a base weight that lies beside the adapter is more than that weight, rounded."""
     key = base.key_of(parameter)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", default="theodora-demo", metavar="FOLDER", help="where everything is kept. Default: theodora-demo."
     )
     parser.add_argument("--quick", action="store_true", help="a few steps and rows only, to see that it works")
-    parser.add_argument("--overwrite", action="store_true", help="replace whatever stands at --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo at --output")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB. Default: 5GB"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the model folder that stands at --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge at --output")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the base model"
     )

@@ -34,6 +34,8 @@ _CONTENTS = """
 - `merged/`: base model and adapter as one plain model
 - `results.json`, `before_after.png`: what was measured
 """
+_FOLDERS = ("data", "adapter", "merged")
+_FILES = ("results.json", "before_after.png")
 _QUESTIONS = 3
 
 
@@ -61,13 +63,13 @@ def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: 
     """Fetch model and data, and run the job on them.
 
     Args:
-        output: the folder for everything that the demo writes. That of an earlier demo is replaced.
+        output: the folder for everything that the demo writes.
         console: where progress and results are shown.
         quick: a few steps and rows only, to see that it works.
-        overwrite: replace whatever stands at `output`.
+        overwrite: replace an earlier demo at `output`; other files in that folder stay.
 
     Raises:
-        UsageError: something else stands at `output`.
+        UsageError: something else stands at `output`, or an earlier demo that is not to be replaced.
         TheodoraError: model or data cannot be fetched.
     """
     start = time.monotonic()
@@ -82,17 +84,18 @@ def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: 
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but an earlier demo.
+    """Refuse a folder that holds anything but an earlier demo that may be replaced.
 
     Raises:
         UsageError: it does.
     """
-    if not output.exists() or overwrite:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     readme = output / _README
-    earlier = readme.is_file() and readme.read_text(encoding="utf-8").startswith(_MARK)
-    if not earlier and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is no earlier demo; choose another --output, or pass --overwrite")
+    if not (readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(_MARK)):
+        raise UsageError(f"{output} exists and is no earlier demo; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{output} holds an earlier demo; choose another --output, or pass --overwrite to replace it")
 
 
 def run_job(
@@ -105,7 +108,7 @@ def run_job(
     *,
     start: float | None = None,
 ) -> Results:
-    """Train on findings and measure; everything is written into `output`, which is emptied first.
+    """Train on findings and measure; everything is written into `output`, in place of an earlier demo's parts.
 
     Args:
         model_path: folder of the base model.
@@ -163,8 +166,11 @@ class _Data:
 
 
 def _prepare_output(output: Path, findings: list[task.Finding], texts: list[str], settings: DemoSettings) -> _Data:
-    if output.is_dir():
-        shutil.rmtree(output)
+    for name in _FOLDERS:
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+    for name in _FILES:
+        (output / name).unlink(missing_ok=True)
     (output / "data").mkdir(parents=True)
     (output / _README).write_text(_MARK + _CONTENTS, encoding="utf-8")
     training, held_out = task.split_rows(task.make_rows(findings), settings.held_out_rows)

@@ -22,13 +22,14 @@ from theodora.adapters.models import DTYPES, load_model
 from theodora.adapters.reading import expanded
 from theodora.adapters.save import save_adapter
 from theodora.adapters.to_lora import folder_to_lora
+from theodora.adapters.written import mark_written
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, UsageError
 from theodora.export.comparison import Verification, verify
 from theodora.export.forms import quiet
 from theodora.export.gguf_files import UnreadArchitecture, require_gguf
 from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
 from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
-from theodora.export.places import check_output, is_one_file, mark_export
+from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
 
 
@@ -211,7 +212,7 @@ def export_adapter(
         lora_rank: make a plain LoRA of at most this rank first, by SVD of what the adapter really changes.
         max_loss: how much of the adapter's effect that LoRA may lose, as a share of the mean KL from the base.
         llama_cpp: a checkout of llama.cpp, whose converter writes the GGUF file then.
-        overwrite: replace an earlier export at `output`: a folder whose `theodora_export.json` lists all that is in it,
+        overwrite: replace an earlier export at `output`: a folder whose `theodora_files.json` lists all that is in it,
             or a GGUF file.
         check: whether to end with `verify`.
         text, tokens, bound, kl_bound: see `verify`.
@@ -257,7 +258,7 @@ def export_adapter(
             if check:
                 found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
             if not is_one_file(form):
-                mark_export(place, form)
+                mark_written(place, form)
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, found, tuple(notes))
@@ -268,7 +269,7 @@ def _check_form(form: str, job: Job, *, as_lora: bool) -> None:
     if is_one_file(form):
         require_gguf()
     if form == "served":
-        check_served(job.file)
+        check_served(job.file, job.base())
     elif form == "gguf-lora":
         check_gguf_lora(job.file, job.base(), as_lora=as_lora)
     elif form == "gguf":

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile
+from theodora.adapters.merge_plan import changed_copies_on_disk
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf, text_field
@@ -46,6 +47,10 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
         )
     names = names_of(base.model.config)
     problems = [f"{key}: trained in full, for which such a file has no place" for key in file.full]
+    problems += [
+        f"{key}: a base weight that the adapter changes, for which such a file has no place"
+        for key in changed_copies_on_disk(base, file)
+    ]
     stored = set(base.keys)
     placed: dict[str, str] = {}
     for path, tensors in file.modules.items():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from theodora.adapters import load_adapter
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
-from theodora.adapters.merge_plan import base_weight
+from theodora.adapters.merge_plan import base_weight, changed_copies_on_disk
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.functional import dora_norm, dora_scale
@@ -37,13 +37,14 @@ def is_served(folder: str | Path) -> bool:
     return (Path(folder) / SERVED_CONFIG).is_file()
 
 
-def check_served(file: AdapterFile) -> None:
+def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
     """Check that an adapter has a served form.
 
     Raises:
-        UsageError: it has modules trained in full, or on embeddings.
+        UsageError: it has modules trained in full, or on embeddings, or brings other base weights.
     """
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:
         raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems[:20]))
@@ -53,9 +54,9 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
     """Write an adapter in served form.
 
     Raises:
-        UsageError: it has modules trained in full, or on embeddings.
+        UsageError: it has modules trained in full, or on embeddings, or brings other base weights.
     """
-    check_served(file)
+    check_served(file, base)
     tensors: dict[str, Tensor] = {}
     for path, t in file.modules.items():
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = t.a.contiguous(), t.b.contiguous()
