@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter, set_adapter
 from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.save import load_report, load_weights
 from theodora.errors import ConfigError
 from tiny import tiny_model
@@ -415,3 +416,19 @@ def test_which_adapter_must_be_said_where_there_are_several(folder, tmp_path):
         save_adapter(model, tmp_path / "out")
     with pytest.raises(ConfigError, match="There is no adapter 'three'; the model carries one, two"):
         set_adapter(model, "three")
+
+
+@pytest.mark.parametrize("lost", ["0.self_attn.k_proj.bias", "1.self_attn.k_proj.weight", "0.self_attn.k_proj"])
+def test_a_module_trained_in_full_has_to_be_whole(lost, tmp_path, tiny_model_dir):
+    model = tiny_model("qwen2")
+    save_adapter(inject_adapter(model, replace(CONFIG, modules_to_save=("k_proj",))), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = {key: tensor for key, tensor in tensors.items() if lost not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, file)
+    says = rf"layers\.{lost}\S*: its module was trained in full, but the file holds nothing for it"
+    with pytest.raises(CheckpointError, match=says):
+        load_adapter(tiny_model("qwen2"), tmp_path / "a")
+    with pytest.raises(CheckpointError, match=says):
+        merge_checkpoint(tmp_path / "a", tmp_path / "m", base_model=str(tiny_model_dir("qwen2")))

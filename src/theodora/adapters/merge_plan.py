@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, missing_in_full, sample_weight
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.reading import FLOAT_DTYPES
 from theodora.adapters.targets import nearest
@@ -165,6 +165,7 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) ->
             problems.append(f"{path}: {_unknown(path, parameters)}")
         else:
             changes[name] = Change(full=full)
+    problems += missing_in_full(adapter, parameters, changes)
     for path, copy in adapter.base_copies.items():
         name = base.model_name(path)
         if name is None:

@@ -30,6 +30,7 @@ from theodora.adapters.checkpoint import (
     AdapterFile,
     AdapterTensors,
     check_base,
+    missing_in_full,
     peft_config,
     probe_base,
     read_adapter,
@@ -399,6 +400,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
             if key in end_weights(model):
                 problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
+    problems += missing_in_full(file, parameters)
     if not problems:
         problems += [
             f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
