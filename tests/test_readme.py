@@ -82,7 +82,7 @@ def run(command: str, monkeypatch, capsys) -> None:
     words += next((shlex.split(more) for start, more in SHORTER.items() if command.startswith(start)), [])
     if words[0] == "theodora":
         if words[1] == "serve":  # until it serves; tests/serve has the rest
-            monkeypatch.setattr("theodora.serve.run.serve", lambda engine, tokenizer: (engine.start(), engine.stop()))
+            monkeypatch.setattr("theodora.serve.run.serve", lambda engine, *_, **__: (engine.start(), engine.stop()))
         if words[1] == "chat":
             monkeypatch.setattr("builtins.input", say_goodbye(["Hello"]))
         capsys.readouterr()
