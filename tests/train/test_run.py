@@ -1,6 +1,7 @@
 """A run from end to end: what it writes, that it can be repeated, and that others can read it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -197,3 +198,45 @@ def test_what_a_damaged_record_cannot_tell_is_said(record, says, tmp_path):
     notes = _changed_since(config, tmp_path)
     assert len(notes) == (says is not None)
     assert all(says in note for note in notes)
+
+
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": "auto"}])
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "held_out.jsonl", "checkpoints"])
+def test_what_only_has_the_name_of_a_runs_file_is_never_lost(name, how, run, tmp_path):
+    place = tmp_path / "run" / name
+    place.mkdir(parents=True) if name == "checkpoints" else place.parent.mkdir()
+    kept = place / "precious.bin" if name == "checkpoints" else place
+    kept.write_text("model: mine")
+    with pytest.raises(ConfigError, match=rf"holds {name}, but no run of theodora"):
+        run(**how)
+    assert kept.read_text() == "model: mine"
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_a_run_does_not_delete_what_it_reads(run, sums, tmp_path, options):
+    first = run(max_steps=1, held_out=4)
+    rows = (first.output / "held_out.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"eval_data is \S+held_out\.jsonl, which this run would write over"):
+        run(overwrite=True, eval_data=str(first.output / "held_out.jsonl"))
+    for how in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ConfigError, match=r"data is \S+held_out\.jsonl, which this run would write over"):
+            run(**how, data=str(first.output / "held_out.jsonl"))
+    assert (first.output / "held_out.jsonl").read_text() == rows
+    with pytest.raises(ConfigError, match="is the model's own; choose another one"):
+        run(output=options["model"])
+    run(overwrite=True)
+    assert (first.output / "adapter_model.safetensors").is_file()
+
+
+def test_rows_grouped_by_length_come_in_the_same_order_after_a_stop(run, losses, tmp_path):
+    how = {"max_steps": None, "num_train_epochs": 2, "save_steps": 3, "save_total_limit": 20, "logging_steps": 1}
+    how |= {"held_out": 0, "trainer": {"train_sampling_strategy": "group_by_length"}}
+    whole = run(**how, output=str(tmp_path / "whole"))
+    shutil.copytree(whole.output, tmp_path / "copy")
+    for checkpoint in (tmp_path / "copy" / "checkpoints").iterdir():
+        if int(checkpoint.name.partition("-")[2]) > 12:  # within the second epoch of ten steps
+            shutil.rmtree(checkpoint)
+    again = run(**how, output=str(tmp_path / "copy"), resume=True)
+    assert losses(again.output)[12:] == losses(whole.output)[12:]
+    tensors = [load_file(result.output / "adapter_model.safetensors") for result in (whole, again)]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])

@@ -11,6 +11,7 @@ The base model is looked for where the adapter says, in folders and the local hu
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from theodora.cli.numbers import degrees, percent
@@ -168,9 +169,10 @@ def _layers(report: AdapterReport) -> Table:
     for index, group in enumerate(report.by_layer):
         cells: list[Any] = []
         for name, values in columns.items():
-            largest = max(values) or 1.0
+            largest = max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
             text = shown.get(name, lambda value: f"{value:.3g}")(values[index])
-            cells += [Bar(largest, 0, values[index], width=_BAR, color="cyan"), text]
+            length = values[index] if math.isfinite(values[index]) else 0.0
+            cells += [Bar(largest, 0, length, width=_BAR, color="cyan"), text]
         table.add_row(group.name, *cells)
     return table
 

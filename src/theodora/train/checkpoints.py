@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ RUN_FILES = (
     BAD_BATCHES_FILE,
     CHECKPOINTS,
 )
+RECORD_HEAD = "# Every setting of this run."
+"""How a run's own `config.yaml` begins: by that a run is told from what has the names of its files."""
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
 # The state file is listed last because the trainer writes it last.
 _PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -40,9 +43,17 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
     """Check that a run may write into `output`, before anything is loaded. Nothing is deleted yet.
 
     Raises:
-        ConfigError: the folder already holds a run, and it is neither to be overwritten nor resumed.
+        ConfigError: the folder already holds a run, and it is neither to be overwritten nor resumed; or it holds files
+            that have the names of a run's and are none.
         CheckpointError: the place cannot be written.
     """
+    begins = resume is None or (resume == "auto" and not newest_checkpoint(output))
+    theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name)]
+    if theirs and not _is_run(output):
+        raise ConfigError(
+            f"{output} holds {', '.join(theirs)}, but no run of theodora ({CONFIG_FILE} would say so), and none of "
+            "that is written over. Choose another output folder, or move these files away."
+        )
     # What a run that died before its first checkpoint leaves is nothing to lose.
     names = RUN_FILES if resume is None else _RESULTS if resume == "auto" and not newest_checkpoint(output) else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
@@ -60,6 +71,39 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             probe.flush()
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error.strerror}.") from error
+
+
+def check_inputs(output: Path, inputs: Mapping[str, str | None], overwrite: bool) -> None:
+    """Check that a run does not write over, or delete, what it reads.
+
+    Args:
+        output: the folder.
+        inputs: what is read, by the name of its option; what is no file or folder here is left alone.
+        overwrite: whether a run that stands there is deleted first.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for name, given in inputs.items():
+        path = Path(given).expanduser().resolve() if given else None
+        if path is None or not path.exists():
+            continue
+        if name == "model" and path == output.resolve():
+            raise ConfigError(f"The output folder {output} is the model's own; choose another one.")
+        written = [file for file in RUN_FILES if path.is_relative_to((output / file).resolve())]
+        if written and (overwrite or name == "data"):
+            raise ConfigError(
+                f"{name} is {given}, which this run would write over ({written[0]} in its output folder {output}). "
+                "Choose another output folder, or move the file."
+            )
+
+
+def _is_run(output: Path) -> bool:
+    try:
+        with (output / CONFIG_FILE).open(encoding="utf-8") as file:
+            return file.read(len(RECORD_HEAD)) == RECORD_HEAD
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def clear_run(output: Path) -> None:

@@ -75,6 +75,8 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
     console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
     files.check_output(output, overwrite=config.overwrite, resume=config.resume)
+    read = {name: getattr(config, name) for name in ("model", "data", "eval_data", "replay")}
+    files.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
     PartialState().wait_for_everyone()  # no process writes before all have looked
     with quiet_libraries():
@@ -266,7 +268,7 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
-    head = f"# Every setting of this run. To run it again: {command}\n"
+    head = f"{files.RECORD_HEAD} To run it again: {command}\n"
     with atomic_write(output / files.CONFIG_FILE) as file:
         file.write_text(head + to_yaml(options), encoding="utf-8")
     if prepared.held_out is not None and config.eval_data is None:

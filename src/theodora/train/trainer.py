@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -36,6 +37,20 @@ from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
 _LOGS_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
 
+class _SeededByEpoch(LengthGroupedSampler):
+    """Groups drawn from a seed and the epoch. transformers' own draws from the random state at hand, which is another
+    one in a run that is resumed within an epoch."""
+
+    def __init__(self, drawn_at_hand: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(drawn_at_hand.batch_size, lengths=drawn_at_hand.lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
+
+
 class AdapterTrainer(SFTTrainer):
     """SFTTrainer for a model that carries one of our adapters. Differences:
 
@@ -45,6 +60,7 @@ class AdapterTrainer(SFTTrainer):
       steps run, so that a line of the log is written a step or two after its own.
     - The held-out loss is the mean over tokens, not over batches, so it does not depend on the batch size. (With
       several processes a few rows may count twice: accelerate gives each of them equally many.)
+    - Rows grouped by length come in the same order in a resumed run.
     - Checkpoints are written aside and renamed; magnitudes do not decay; nothing is reported home.
     """
 
@@ -174,6 +190,12 @@ class AdapterTrainer(SFTTrainer):
         if mode == "train":
             self._total_train_tokens = self._total_train_tokens + tokens
         metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; graphs do not outlive it."""
