@@ -8,7 +8,7 @@ full.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import AdapterFile
+from theodora.adapters.targets import matches
 from theodora.layers import AdapterLayer
 from theodora.layers.base import FLOATS
 
@@ -96,6 +97,27 @@ def end_weights(model: Any) -> dict[str, nn.Parameter]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     modules = model.named_modules(remove_duplicate=False)
     return {f"{path}.weight": module.weight for path, module in modules if any(module is end for end in ends)}
+
+
+def missing_in_full(file: AdapterFile, parameters: Iterable[str], held: Iterable[str] | None = None) -> list[str]:
+    """What a file leaves out of the modules that it says were trained in full: a complaint about each parameter.
+
+    Args:
+        file: the adapter.
+        parameters: paths of all parameters of the base model.
+        held: the keys of `file.full` by the base model's names. Default: as they are.
+    """
+    names, found = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
+    return [
+        f"{path}: its module was trained in full, but the file holds nothing for it"
+        for path in parameters
+        if names and path not in found and any(matches(names, module) for module in _modules_above(path))
+    ]
+
+
+def _modules_above(parameter: str) -> list[str]:
+    parts = parameter.split(".")[:-1]
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def _another(copy: Tensor, weight: Tensor) -> bool:

@@ -17,7 +17,7 @@ safetensors file, which PEFT leaves alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.reading import FLOAT_DTYPES, expanded, read_object, read_tensors
-from theodora.adapters.targets import from_pattern, matches
+from theodora.adapters.targets import from_pattern
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 
@@ -229,27 +229,6 @@ def adapter_of(
         full_names=config.modules_to_save,
         base_copies=base_copies,
     )
-
-
-def missing_in_full(file: AdapterFile, parameters: Iterable[str], held: Iterable[str] | None = None) -> list[str]:
-    """What a file leaves out of the modules that it says were trained in full: a complaint about each parameter.
-
-    Args:
-        file: the adapter.
-        parameters: paths of all parameters of the base model.
-        held: the keys of `file.full` by the base model's names. Default: as they are.
-    """
-    names, found = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
-    return [
-        f"{path}: its module was trained in full, but the file holds nothing for it"
-        for path in parameters
-        if names and path not in found and any(matches(names, module) for module in _modules_above(path))
-    ]
-
-
-def _modules_above(parameter: str) -> list[str]:
-    parts = parameter.split(".")[:-1]
-    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def peft_config(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, missing_in_full, sample_weight
+from theodora.adapters.base_copies import missing_in_full
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.reading import FLOAT_DTYPES
 from theodora.adapters.targets import nearest

@@ -22,6 +22,7 @@ from theodora.adapters.base_copies import (
     end_weights,
     grow_embeddings,
     grown_embeddings,
+    missing_in_full,
 )
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
@@ -30,7 +31,6 @@ from theodora.adapters.checkpoint import (
     AdapterFile,
     AdapterTensors,
     check_base,
-    missing_in_full,
     peft_config,
     probe_base,
     read_adapter,
