@@ -48,21 +48,15 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     # A link that points nowhere is there, too.
     if os.path.lexists(path) and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} already exists. Choose another place, or allow it to be overwritten.")
-    with explained_io_errors(path):
-        _make_folder(path.parent)
-        partial, lock = _new_partial(path, folder=True)
-    try:
-        with explained_io_errors(path):
-            yield partial
-            partial.chmod(0o777 & ~_umask())
-            for found in (*partial.rglob("*"), partial):
-                if found.is_file():
-                    _open_to_others(found)
-                if found.is_file() or found.is_dir():
-                    _sync(found)
-            _take_place(partial, path)
-    finally:
-        _end(partial, lock)
+    with _prepared(path, folder=True) as partial:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        for found in (*partial.rglob("*"), partial):
+            if found.is_file():
+                _open_to_others(found)
+            if found.is_file() or found.is_dir():
+                _sync(found)
+        _take_place(partial, path)
 
 
 @contextmanager
@@ -74,18 +68,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
-    with explained_io_errors(path):
-        _make_folder(path.parent)
-        partial, lock = _new_partial(path, folder=False)
-    try:
-        with explained_io_errors(path):
-            yield partial
-            partial.chmod(0o666 & ~_umask())
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
-    finally:
-        _end(partial, lock)
+    with _prepared(path, folder=False) as partial:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -126,10 +114,16 @@ def scratch_directory(path: str | Path) -> Iterator[Path]:
         UsageError: `path` lies below a file.
         CheckpointError: the disk is full or the place cannot be written.
     """
-    path = Path(os.path.abspath(path))
+    with _prepared(Path(os.path.abspath(path)), folder=True) as partial:
+        yield partial
+
+
+@contextmanager
+def _prepared(path: Path, folder: bool) -> Iterator[Path]:
+    """Yield the hidden sibling under which `path` is prepared, locked; what is left of it in the end is deleted."""
     with explained_io_errors(path):
         _make_folder(path.parent)
-        partial, lock = _new_partial(path, folder=True)
+        partial, lock = _new_partial(path, folder=folder)
     try:
         with explained_io_errors(path):
             yield partial

@@ -29,9 +29,9 @@ from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
 from theodora.adapters.reading import expanded
-from theodora.adapters.written import mark_written, why_not_ours
+from theodora.adapters.written import check_apart, check_replaceable, mark_written, why_not_ours
 from theodora.config import METHOD_NAMES
-from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the key of the tensor just done."""
@@ -215,18 +215,9 @@ def _base_revision(file: AdapterFile) -> str | None:
 
 
 def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
-    for what, folder in inputs.items():
-        if folder.resolve().is_relative_to(output.resolve()):
-            raise UsageError(f"The output {output} is, or contains, the {what} ({folder}). Choose another place.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
-    if (other := why_not_ours(output)) is not None:
-        raise UsageError(
-            f"{output} is no earlier merge ({other}), so --overwrite does not delete it. Choose another --output, or "
-            "remove it yourself."
-        )
+    check_apart(output, inputs)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        check_replaceable(output, overwrite, "merge", why_not_ours(output))
 
 
 def _shards(outputs: list[OutputTensor], max_shard_size: str | int) -> dict[str, list[OutputTensor]]:

@@ -8,9 +8,10 @@ them or one was written to.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from theodora.errors import shown
+from theodora.errors import UsageError, shown
 
 MARK = "theodora_files.json"
 _SHOWN = 5
@@ -20,6 +21,31 @@ def mark_written(folder: Path, form: str) -> None:
     """Write into a folder that is finished what it is and which files it consists of."""
     fields = {"form": form, "files": [name for name in _files(folder) if name != MARK]}
     (folder / MARK).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def check_apart(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise a UsageError if `output` is, or contains, one of the `inputs`, given by what they are called."""
+    for what, folder in inputs.items():
+        if folder.resolve().is_relative_to(output.resolve()):
+            raise UsageError(f"The output {output} is, or contains, the {what} ({folder}). Choose another place.")
+
+
+def check_replaceable(output: Path, overwrite: bool, kind: str, why_not: str | None) -> None:
+    """Raise a UsageError if what stands at `output` may not be replaced.
+
+    Args:
+        output: what stands there.
+        overwrite: whether anything may be.
+        kind: what may be: an earlier merge, say.
+        why_not: why it is none, if it is none.
+    """
+    if not overwrite:
+        raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
+    if why_not is not None:
+        raise UsageError(
+            f"{output} is no earlier {kind} ({why_not}), so --overwrite does not delete it. Choose another --output, "
+            "or remove it yourself."
+        )
 
 
 def why_not_ours(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from theodora.adapters.atomic import check_above
-from theodora.adapters.written import why_not_ours
+from theodora.adapters.written import check_apart, check_replaceable, why_not_ours
 from theodora.errors import UsageError
 
 _GGUF = b"GGUF"
@@ -29,10 +29,7 @@ def check_output(output: Path, form: str, overwrite: bool, inputs: dict[str, Pat
     Raises:
         UsageError: something else stands there, or nothing can.
     """
-    real = output.resolve()
-    for what, folder in inputs.items():
-        if folder.resolve().is_relative_to(real):
-            raise UsageError(f"The output {output} is, or contains, the {what} ({folder}). Choose another place.")
+    check_apart(output, inputs)
     check_above(output)
     if output.is_symlink() and not output.exists():
         raise UsageError(
@@ -47,13 +44,7 @@ def check_output(output: Path, form: str, overwrite: bool, inputs: dict[str, Pat
         return
     if not output.is_dir() and not is_one_file(form):
         raise UsageError(f"{output} is a file, and the form {form} is a folder. Choose another --output.")
-    if not overwrite:
-        raise UsageError(f"{output} already exists. Choose another --output, or allow --overwrite.")
-    if (other := _no_export(output)) is not None:
-        raise UsageError(
-            f"{output} is no earlier export ({other}), so --overwrite does not delete it. Choose another --output, or "
-            "remove it yourself."
-        )
+    check_replaceable(output, overwrite, "export", _no_export(output))
 
 
 def _no_export(output: Path) -> str | None:
