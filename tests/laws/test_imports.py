@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "config", "parse"},
+    {"errors", "coerce", "config", "parse"},
     {"functional"},
     {"kernels"},
     {"layers"},
@@ -27,7 +27,8 @@ FLOORS = [
     {"demo", "cli"},
 ]
 BESIDE = {
-    "config": {"errors"},
+    "coerce": {"errors"},
+    "config": {"errors", "coerce"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`
 }

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from theodora.config import alternatives, type_hints
+from theodora.coerce import alternatives, type_hints
 
 
 def add_field(group: Any, config_class: type, name: str) -> None:

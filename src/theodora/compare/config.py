@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from theodora.coerce import coerce, type_hints
 from theodora.compare.methods import Variant, variants
-from theodora.config import coerce, is_number, type_hints
+from theodora.config import is_number
 from theodora.errors import ConfigError, bullet_list
 
 SCORES = ("labels", "exact-match", "f1", "loss")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from theodora.config import coerce_all, is_number
+from theodora.coerce import coerce_all
+from theodora.config import is_number
 from theodora.errors import ConfigError, bullet_list
 
 

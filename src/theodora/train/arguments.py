@@ -11,7 +11,8 @@ import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.config import OPTION_NAMES, TrainConfig, coerce
+from theodora.coerce import coerce
+from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
