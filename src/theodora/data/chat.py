@@ -55,7 +55,9 @@ class RenderedChat:
     ends_open: bool
     """The last turn is learned, but the template wrote no end-of-turn token behind it."""
     as_prompted: bool
-    """Learned turns follow what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    """The last learned turn follows what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    earlier_as_prompted: bool
+    """So do the learned turns before (where Qwen3.5 has left out even an empty <think>)."""
     hidden: Mapping[Hidden, int]
     """What the template does not show, and in how many turns (of any role)."""
     answers: Mapping[int, str]
@@ -176,10 +178,10 @@ class _Reading:
         hidden = self._hidden({run.message for run in runs})
         if hidden is None:
             return None
-        spans, as_prompted = list[Span](), True
+        spans, as_prompted = list[Span](), list[bool]()
         for run in runs:
             start, follows = self._start(run)
-            as_prompted = as_prompted and follows
+            as_prompted.append(follows)
             if start is None:
                 return None
             end = self._end(run)
@@ -193,7 +195,8 @@ class _Reading:
             text=self.text,
             spans=tuple(piece for pieces in within for piece in pieces),
             ends_open=bool(runs) and runs[-1].message == last and not self._is_ended(runs[-1], spans[-1]),
-            as_prompted=as_prompted,
+            as_prompted=all(as_prompted[-1:]),
+            earlier_as_prompted=all(as_prompted[:-1]),
             hidden=hidden,
             answers=self._answers(runs, spans),
         )
