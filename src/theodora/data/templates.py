@@ -234,7 +234,8 @@ def _always_prompts(template: Template) -> bool:
     if not followed or followed.startswith(answered):
         return False
     header = answered[whole_tags(answered, agreement(answered, followed)) :]
-    return bool(header.strip()) and asked.endswith(header)
+    continues = _behind(template, turns[:2], "qxasked").startswith(asked)
+    return continues and bool(header.strip()) and asked.endswith(header)
 
 
 def whole_tags(text: str, end: int) -> int:
