@@ -289,17 +289,7 @@ class Engine:
         if self._manager is not None:
             return
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
-        try:
-            manager = self._new_manager()
-            manager.start()
-        except Exception as error:  # transformers', for layers it has no cache for
-            raise self._unfit(error) from error
-        while manager.batch_processor is None:
-            if not manager.is_running():
-                error = manager.background_thread_status.fatal_error
-                raise Unavailable(f"The engine does not start: {error}") from error
-            time.sleep(0.01)
-        self._manager = manager
+        self._manager = manager = self._running_manager()
         if trial is not None:
             try:
                 with _unlogged():
@@ -308,6 +298,23 @@ class Engine:
                 self.stop()
                 raise
         self._started = True
+
+    def _running_manager(self) -> RoutedManager:
+        attention = self.model.config._attn_implementation
+        try:
+            manager = self._new_manager()
+            manager.start()
+            while manager.batch_processor is None:
+                if not manager.is_running():
+                    raise manager.background_thread_status.fatal_error or RuntimeError("its worker ended")
+                time.sleep(0.01)
+        except Exception as error:
+            # Paged attention fails outside batches, and transformers takes it off again only where a manager has run.
+            self.model.set_attn_implementation(attention)
+            if isinstance(error, RuntimeError | OSError):  # no memory, say
+                raise Unavailable(f"The engine does not start: {error}") from error
+            raise self._unfit(error) from error  # transformers', for layers it has no cache for
+        return manager
 
     def _try(self, manager: RoutedManager, trial: Trial) -> None:
         sampling = Sampling(max_tokens=trial.count, temperature=0.0)
