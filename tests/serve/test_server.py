@@ -71,7 +71,7 @@ def test_a_chat_streamed_and_not(server):
         ({"max_tokens": 600}, 400, "at most 512"),
         ({"presence_penalty": 1.0}, 400, "presence_penalty"),
         ({"temperature": -1}, 400, "temperature"),
-        ({"best_of": 3}, 400, "best_of: not supported"),
+        ({"best_of": 2, "n": 3}, 400, "best_of is 2; expected at least n"),
         ({"stop": ["x"] * 17}, 400, "at most 16 stop texts"),
         ({"stop": "x" * 257}, 400, "at most 256 characters"),
         ({"prompt": [PROMPT, "a" * 600]}, 400, "600 tokens"),  # the first runs already

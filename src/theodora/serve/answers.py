@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from theodora.errors import ConfigError
+from theodora.serve.chats import chat_text
 from theodora.serve.engine import Engine, Unavailable
-from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
+from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, not_done
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import Writer
 from theodora.serve.tiers import Changed
@@ -153,16 +154,9 @@ class Desk:
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError("This model's tokenizer has no chat template; use /v1/completions.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message.plain() for message in asked.messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template raises what it likes
-            raise ConfigError(f"The chat template refuses these messages: {error}") from error
-        prompt = await self._encode(text, special=False)
-        most = asked.max_completion_tokens or asked.max_tokens or max(1, self.engine.window - len(prompt))
+        text, _ = chat_text(self.tokenizer, asked)
+        prompt = await self._encode(text, special=asked.add_special_tokens)
+        most = asked.most_tokens or max(1, self.engine.window - len(prompt))
         return self._submit(asked, [prompt], most, asked.top_logprobs or 0, loop)
 
     async def _encode(self, text: str, special: bool = True) -> list[int]:
@@ -176,6 +170,8 @@ class Desk:
         return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
 
     def _submit(self, asked: Common, prompts: Sequence[list[int]], most: int, tops: int, loop: Any) -> Answers:
+        if (problem := not_done(asked)) is not None:
+            raise ConfigError(problem)
         most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
         if (count := len(prompts) * asked.n) > most_at_once:
             raise ConfigError(
@@ -185,7 +181,7 @@ class Desk:
         ends = frozenset() if asked.ignore_eos else self.ends
         mailbox = Mailbox()
         choices: list[Choice] = []
-        every_token = asked.stream or bool(asked.stops)
+        every_token = asked.stream or bool(asked.stop)
         try:
             for prompt in prompts:
                 for _ in range(asked.n):
@@ -209,7 +205,7 @@ class Desk:
                     )
                     # A chat's answer is a text of its own; a completion goes on from its prompt.
                     before = () if isinstance(asked, ChatRequest) else prompt
-                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stops, before)))
+                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stop, before)))
         except BaseException:
             for choice in choices:
                 self.engine.cancel(choice.request)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -21,6 +22,7 @@ from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, Load
 from theodora.serve.replies import Replies, event
 from theodora.serve.tiers import Changed
 
+_FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
 
@@ -123,7 +125,7 @@ def _add_errors(app: FastAPI) -> None:
 def _reply(error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         misses = [
-            ": ".join(filter(None, (".".join(str(part) for part in miss["loc"][1:]), miss["msg"])))
+            ": ".join(filter(None, (_place(miss["loc"][1:]), miss["msg"].removeprefix("Value error, "))))
             for miss in error.errors()
         ]
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
@@ -133,6 +135,11 @@ def _reply(error: Exception) -> Response:
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
     return _answer(*failure(500, "The server failed on this request.", "server_error"))
+
+
+def _place(parts: Sequence[Any]) -> str:
+    """Where in the body, without pydantic's names for the kinds that a value may have."""
+    return ".".join(str(part) for part in parts if isinstance(part, int) or _FIELD.fullmatch(part))
 
 
 def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
