@@ -105,6 +105,8 @@ class AdapterFile:
     """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
     mlx: bool = False
     """Whether it was read from MLX's files."""
+    left_out: tuple[str, ...] = ()
+    """Paths of what the file holds of a vision or audio tower, where the model at hand is its language model alone."""
 
     @property
     def weights(self) -> Path:

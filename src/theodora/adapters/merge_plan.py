@@ -14,6 +14,7 @@ from theodora.adapters.base_copies import missing_in_full
 from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.reading import FLOAT_DTYPES
+from theodora.adapters.renamed import left_out_note, under_names
 from theodora.adapters.targets import nearest
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import merged_weight, wide_dtype
@@ -110,6 +111,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
         CheckpointError: listing every tensor of the adapter that has no place in the base, or another shape.
     """
     problems: list[str] = []
+    adapter = _in_names_of(base, adapter)
     changes = _changes(base, adapter, problems)
     untied = _untied(base, changes, problems)
     plan = MergePlan(_outputs(base, changes, untied, dtype), untied=bool(untied))
@@ -123,7 +125,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
             f"The adapter {adapter.path} does not fit the base model {base.folder}. Was it trained on another one? "
             "Name the right one with --base-model." + bullet_list(shown)
         )
-    notes = []
+    notes = [left_out_note(adapter)] if adapter.left_out else []
     distance = check_base(adapter, lambda path: sample_base(base, path))
     if distance > SAME_BASE:
         notes.append(
@@ -154,6 +156,14 @@ def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
     """`sample_weight` of the base weight of a module, or None if the base does not store it as one tensor."""
     w_OI = base_weight(base, path)
     return None if w_OI is None else sample_weight(w_OI)
+
+
+def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
+    """The adapter under the model's names, and under the file's for what the model's class does not load."""
+    unloaded = base.unloaded()
+    modules = [path for path, _ in base.model.named_modules() if path]
+    parameters = [path for path, _ in base.model.named_parameters(remove_duplicate=False)]
+    return under_names(adapter, modules + [key.rpartition(".")[0] for key in unloaded], parameters + unloaded)
 
 
 def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) -> dict[str, Change]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
+from theodora.adapters.classes import auto_class
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -40,7 +41,7 @@ def load_model_and_tokenizer(
         trust_remote_code: run Python code that comes with the model.
         revision: branch, tag or commit on the hub, of the base model.
         device: where the model goes. Default: the accelerator, if there is one.
-        model_kwargs: more arguments for `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: more arguments for transformers' `from_pretrained`.
 
     Raises:
         ConfigError: an unknown dtype.
@@ -81,18 +82,21 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
     _check_weights(expanded(model))
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        chosen = auto_class(AutoConfig.from_pretrained(model, **options), model, trust_remote_code=trust_remote_code)
+        result: Any = chosen.from_pretrained(
             model,
             **{
                 "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
                 "use_safetensors": True,  # the other format is a pickle
                 **(model_kwargs or {}),
             },
-            trust_remote_code=trust_remote_code,
-            revision=revision or "main",
+            **options,
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
     loaded, info = result

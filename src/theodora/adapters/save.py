@@ -53,6 +53,7 @@ from theodora.adapters.inject import (
 from theodora.adapters.kinds import layer_index
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
+from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
@@ -160,7 +161,9 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
     """
     state = find_state(model) or AdapterState()
     check_name(state, name)
-    read = read_adapter(path)
+    read = in_names_of(model, read_adapter(path))
+    if read.left_out:
+        warnings.warn(left_out_note(read), stacklevel=2)
     with originals_in_place(model):
         # (the tensors of adapters that are there have the sizes of now)
         grown = {} if state.configs else grown_embeddings(model, read)
@@ -219,7 +222,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
     """
     state = require_state(model, name)
     name = active_name(state, name)
-    file = read_adapter(path)
+    file = in_names_of(model, read_adapter(path))
     with originals_in_place(model):
         check_fit(model, file)
     layers = adapter_layers(model, name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
 from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
+from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import LoadReport, check_fit, report_of
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError, bullet_list
@@ -59,6 +60,7 @@ def swap_adapter_weights(
         raise ConfigError(f"Adapter {state.merged!r} is merged into the weights; call unmerge_adapter(model) first.")
     own_scale = isinstance(source, Mapping) and config is None
     file = _of_tensors(source, config, state.configs[name]) if isinstance(source, Mapping) else read_adapter(source)
+    file = in_names_of(model, file)
     layers = adapter_layers(model, name)
     problems: list[str] = []
     writes: _Writes = []

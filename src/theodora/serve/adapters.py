@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import AdapterFile, read_adapter
+from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
@@ -69,7 +70,7 @@ def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFi
         CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
     """
     device = next(model.parameters()).device
-    file = read_adapter(path, device if device.type == "cuda" else None)
+    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
     if problems:

@@ -10,7 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter, quantize_base
+from theodora.adapters.inject import adapter_layers
 from theodora.adapters.models import load_model, load_tokenizer
+from theodora.adapters.parts import other_parts_note
+from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
@@ -24,6 +27,7 @@ from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
+from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
@@ -71,6 +75,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
     )
     arguments.model_init_kwargs = None
+    check_continues_text(model)
+    adapter, targets_note = for_text(model, config.adapter)
+    notes += targets_note
     config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
@@ -84,7 +91,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
-    inject_adapter(model, config.adapter)
+    inject_adapter(model, adapter)
+    if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
+        notes.append(frozen)
     return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
 
 
