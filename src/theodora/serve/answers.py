@@ -12,6 +12,7 @@ from typing import Any
 
 from theodora.errors import ConfigError
 from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.manners import Manner, manner_of
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import Writer
@@ -133,7 +134,8 @@ class Desk:
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.ends = _ends(engine.model, tokenizer)
+        self._base = manner_of(None, tokenizer, engine.model.generation_config)
+        self._manners: dict[int, Manner] = {}
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's `model` names; None for the base model."""
@@ -143,21 +145,36 @@ class Desk:
         """Whether there is such a model or adapter."""
         return model == self.engine.config.name or self.engine.adapters.get(model) is not None
 
+    def manner(self, model: str) -> Manner:
+        """How `model` is asked, and where its answers end; read from an adapter's folder the first time."""
+        served = None if (name := self.adapter_of(model)) is None else self.engine.adapters.get(name)
+        if served is None:
+            return self._base
+        if served.serial not in self._manners:
+            found = manner_of(served.path, self.tokenizer, self.engine.model.generation_config)
+            self._manners[served.serial] = found
+        return self._manners[served.serial]
+
     async def completion(self, asked: CompletionRequest, loop: Any) -> Answers:
         """Put a completion in the queue."""
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
+        await asyncio.to_thread(self.manner, asked.model)
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return self._submit(asked, ids, asked.max_tokens or 16, asked.logprobs or 0, loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        template = (await asyncio.to_thread(self.manner, asked.model)).template
+        if not (template or getattr(self.tokenizer, "chat_template", None)):
             raise ConfigError("This model's tokenizer has no chat template; use /v1/completions.")
         try:
             text = self.tokenizer.apply_chat_template(
-                [message.plain() for message in asked.messages], tokenize=False, add_generation_prompt=True
+                [message.plain() for message in asked.messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # a template raises what it likes
             raise ConfigError(f"The chat template refuses these messages: {error}") from error
@@ -182,7 +199,7 @@ class Desk:
                 f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
             )
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        ends = frozenset() if asked.ignore_eos else self.ends
+        ends = frozenset() if asked.ignore_eos else self.manner(asked.model).ends
         mailbox = Mailbox()
         choices: list[Choice] = []
         every_token = asked.stream or bool(asked.stops)
@@ -217,8 +234,3 @@ class Desk:
         return Answers(self.engine, choices, mailbox, ends)
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    found = set([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(id for id in (*found, tokenizer.eos_token_id) if id is not None and id >= 0)
