@@ -1,7 +1,7 @@
 """Tokens that rows use, and the rows that a model has for them.
 
-A tokenizer may have more tokens than its model has rows, for a padding token, say, that nothing ever looks up. Only what
-is looked up needs a row.
+A tokenizer may have more tokens than its model has rows, for a padding token, say, that nothing ever looks up. Only
+what is looked up needs a row.
 """
 
 from __future__ import annotations
@@ -57,4 +57,6 @@ def describe_missing(found: dict[int, int], have: int, tokenizer: Any, where: st
     ]
     names += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     what = "a token" if len(found) == 1 else f"{len(found)} tokens"
-    return f"{where} uses {what} that the model, whose vocabulary has {have:,} rows, has no row for:" + bullet_list(names)
+    return f"{where} uses {what} that the model, whose vocabulary has {have:,} rows, has no row for:" + bullet_list(
+        names
+    )

@@ -232,5 +232,3 @@ class Desk:
                 self.engine.cancel(choice.request)
             raise
         return Answers(self.engine, choices, mailbox, ends)
-
-
