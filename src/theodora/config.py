@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, TypeGuard
 
@@ -55,6 +55,9 @@ class AdapterConfig:
     """Another alpha for modules whose path ends with a key (a name or a regular expression)."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full beside the adapter, and saved with it."""
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
+    """Tokens whose rows are trained beside the adapter, and saved with it: ids, of the input embedding (and of the head,
+    if it is tied to it), or a mapping of module names to ids."""
     init: Init = "default"
     """Start of A and B. Every choice leaves the model's output unchanged: default (Kaiming A, zero B), gaussian,
     orthogonal, pissa (principal singular vectors), olora (QR)."""
@@ -96,6 +99,7 @@ class AdapterConfig:
             odd = [key for key in keys if not isinstance(key, str)]
             if odd:
                 yield f"{name} has the key {shown(odd[0])}; expected names or regular expressions"
+        yield from _token_problems(self.trainable_token_indices)
         if not self.targets:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
         for what, pattern in [
@@ -119,6 +123,17 @@ class AdapterConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _token_problems(indices: Any) -> Iterator[str]:
+    names = list(indices) if isinstance(indices, Mapping) else []
+    if any(not isinstance(name, str) or not name for name in names):
+        yield "trainable_token_indices has a key that is no module's name"
+    for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
+        if not isinstance(ids, list | tuple) or (not ids and names):
+            yield f"trainable_token_indices is {shown(indices)}; expected lists of token ids"
+        elif odd := [id for id in ids if not is_int(id) or not 0 <= id <= _LARGEST_NUMBER]:
+            yield f"trainable_token_indices holds {shown(odd[0])}; expected token ids (whole numbers from 0 on)"
 
 
 def is_int(value: object) -> bool:
@@ -166,6 +181,9 @@ class TrainConfig:
     """Share of the rows trained on that are general text, if there is any (replay)."""
     train_on: Literal["completion", "all"] = "completion"
     """Tokens that count in the loss: those of completions and assistant turns, or all."""
+    resize_embeddings: bool = False
+    """Give tokens of the tokenizer that the model has no row for new rows in its embedding and output head, and train
+    these. They are saved with the adapter."""
     use_chat_template: bool | None = None
     """Whether prompts and completions are wrapped in the tokenizer's chat template. Default: if it has one."""
     max_length: int = 1024

@@ -9,6 +9,8 @@
 Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
 <path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
 
+Rows of single tokens (trainable tokens) are in `token_rows.py`.
+
 Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
 once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
 safetensors file, which PEFT leaves alone.
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from theodora.adapters.reading import FLOAT_DTYPES, expanded, read_object, read_tensors
 from theodora.adapters.targets import from_pattern
+from theodora.adapters.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 
@@ -45,7 +48,6 @@ _FOREIGN_OPTIONS = (
     "lora_bias",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -97,6 +99,8 @@ class AdapterFile:
     base_copies: dict[str, Tensor] = field(default_factory=dict)
     """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. One that is in `full`,
     too, is replaced by that, and of use only where another module is tied to it or has to be resized."""
+    token_rows: dict[str, RowTensors] = field(default_factory=dict)
+    """Module path → rows of single tokens that replace the base's, in what is tied to an embedding among them, too."""
     starts: bool = False
     """Whether A and B hold start factors in their second half."""
     probe: dict[str, list[float]] | None = None
@@ -168,6 +172,7 @@ def adapter_of(
     parts: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     base_copies: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
     finite = _all_finite_on_gpu(tensors.values())
@@ -197,6 +202,10 @@ def adapter_of(
                 problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
         elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
             base_copies[plain] = tensor
+        elif name.endswith("." + DELTA):
+            deltas[name.removesuffix("." + DELTA)] = tensor
+        elif BASE_COPY in name:
+            base_copies[name.replace(BASE_COPY, ".")] = tensor
         elif ".base_layer." in name:
             base_copies[name.replace(".base_layer.", ".")] = tensor
         elif (saved := _saved_module(name, in_full)) is not None:
@@ -218,7 +227,8 @@ def adapter_of(
             modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
     missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
     problems += [f"modules_to_save names {name!r}, but the file holds no such tensor" for name in missing]
-    if not modules and not full and not problems:
+    token_rows = file_rows(deltas, config.trainable_token_indices, problems)
+    if not modules and not full and not token_rows and not problems:
         problems.append("the file holds no adapter tensors")
     if problems:
         raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
@@ -230,6 +240,7 @@ def adapter_of(
         full=full,
         full_names=config.modules_to_save,
         base_copies=base_copies,
+        token_rows=token_rows,
     )
 
 
@@ -238,6 +249,7 @@ def peft_config(
     *,
     target_modules: list[str],
     modules_to_save: list[str],
+    token_indices: Mapping[str, list[int]] | None = None,
     base_model: str | None,
     task_type: str | None,
     fan_in_fan_out: bool,
@@ -268,6 +280,7 @@ def peft_config(
         "rank_pattern": ranks,
         "target_modules": target_modules,
         "task_type": task_type,
+        "trainable_token_indices": token_indices,
         "use_dora": config.method == "dora",
         "use_rslora": config.rslora,
     }
@@ -402,6 +415,7 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
                 exclude=_names(peft.get("exclude_modules")),
                 rank_pattern=peft.get("rank_pattern") or {},
                 alpha_pattern=peft.get("alpha_pattern") or {},
+                trainable_token_indices=peft.get("trainable_token_indices") or (),
                 modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
             )
         except (ConfigError, TypeError, AttributeError) as error:

@@ -71,7 +71,7 @@ class AdapterSaver:
             raise ConfigError("push_to_hub is not supported for adapters: save, then upload the folder.")
         if state.merged is not None:
             full = self.model.state_dict() if state_dict is None else state_dict
-            plain = {key: value for key, value in full.items() if ".adapters." not in key}
+            plain = {key: value for key, value in full.items() if ".adapters." not in key and ".token_rows." not in key}
             own: Any = type(self.model).save_pretrained
             own(self.model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
         elif is_main_process:

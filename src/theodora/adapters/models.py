@@ -65,6 +65,9 @@ def load_model_and_tokenizer(
         from theodora.adapters import load_adapter
 
         load_adapter(loaded, adapter)
+    from theodora.adapters.generation import set_ends
+
+    set_ends(loaded, tokenizer)
     return loaded.to(device or best_device()).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 

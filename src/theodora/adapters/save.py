@@ -55,6 +55,7 @@ from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
+from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
@@ -83,6 +84,8 @@ class LoadReport:
     """Numbers in all."""
     base_distance: float | None
     """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
+    token_rows: int = 0
+    """Rows of single tokens."""
     tokens: int | None = None
     """The number of tokens that the model's embeddings were resized to; None where they were not."""
 
@@ -91,6 +94,7 @@ class LoadReport:
         parts = [f"{METHOD_NAMES[self.method]} of rank {ranks} on {self.modules} modules"] if self.modules else []
         parts += [f"magnitudes on {self.magnitudes}"] if self.magnitudes else []
         parts += [f"{len(self.full)} parameters trained in full"] if self.full else []
+        parts += [f"rows of {self.token_rows} tokens"] if self.token_rows else []
         parts += [f"embeddings resized to {self.tokens} tokens"] if self.tokens is not None else []
         base = (
             "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
@@ -175,7 +179,8 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
         full = _full(model, file, full_parameters(model, config, state), read)
     modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read.full.keys()}
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
-    add_adapter(model, name, config, adapters, full)
+    rows = loaded_rows(model, file.token_rows, config)
+    add_adapter(model, name, config, adapters, full, rows)
     require_state(model).resized |= tokens is not None
     set_adapter(model, name)
     if not trainable:
@@ -209,7 +214,8 @@ def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: flo
         modules=len(file.modules),
         magnitudes=sum(m.magnitude is not None for m in modules),
         full=tuple(sorted(file.full)),
-        parameters=sum(t.numel() for t in (*tensors, *file.full.values())),
+        parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
+        token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
         base_distance=distance if file.probe else None,
     )
 
@@ -246,6 +252,13 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
             problems.append(f"{key}: trained in full here, not in the file")
         else:
             pairs.append((parameter, file.full[key]))
+    mine_rows = own_rows(model, name)
+    for path in sorted(mine_rows.keys() | file.token_rows.keys()):
+        own, brought = mine_rows.get(path), file.token_rows.get(path)
+        if own is None or brought is None or tuple(own.ids.tolist()) != brought.ids:
+            problems.append(f"{path}: other tokens have rows of their own here than in the file")
+        else:
+            pairs.append((own.rows, brought.rows))
     if problems:
         raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
     with torch.no_grad():
@@ -271,13 +284,17 @@ def _tensors(
     for path, parameter in state.full[name].items():
         in_place = state.active == name and state_dict is not None
         tensors[path] = state_dict[path] if in_place and state_dict is not None else parameter
+    for path, own in own_rows(model, name).items():
+        rows = own.rows if state_dict is None else state_dict[f"{path}.token_rows.{name}.rows"]
+        tensors[f"{path}.{DELTA}"] = rows
     if state.resized:
-        layers = adapter_layers(model, name)
+        layers, with_rows = adapter_layers(model, name), token_layers(model, name)
         with originals_in_place(model):
             for path in end_weights(model).keys() - tensors.keys():
                 module = path.removesuffix(".weight")
                 copy = base_parameter(model, path) if state_dict is None else state_dict[path]
-                tensors[f"{module}.base_layer.weight" if module in layers else path] = copy
+                base = "base_layer.weight" if module in layers else "token_adapter.base_layer.weight"
+                tensors[f"{module}.{base}" if module in layers or module in with_rows else path] = copy
     return {KEY_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
@@ -295,6 +312,7 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
         state.configs[name],
         target_modules=target_names(model, list(layers)),
         modules_to_save=saved_names(model, state.configs[name].modules_to_save),
+        token_indices=peft_indices(model, name),
         base_model=getattr(hf_config, "_name_or_path", "") or None,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
@@ -330,6 +348,7 @@ def _original_config(file: AdapterFile) -> AdapterConfig:
         rank_pattern={key: value // 2 for key, value in c.rank_pattern.items()},
         alpha_pattern={key: value / grow for key, value in c.alpha_pattern.items()},
         modules_to_save=c.modules_to_save,
+        trainable_token_indices=c.trainable_token_indices,
         init="pissa",
     )
 
@@ -403,6 +422,8 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
             if key in end_weights(model):
                 problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
+    sizes = {path: len(weight) for path, weight in grown.items()}
+    problems += rows_problems(model, file.token_rows, sizes)
     problems += missing_in_full(file, parameters)
     if not problems:
         problems += [

@@ -13,6 +13,7 @@ from typing import Any
 from theodora.errors import ConfigError
 from theodora.serve.chats import chat_text
 from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.manners import Manner, manner_of
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, not_done
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import Writer
@@ -134,7 +135,8 @@ class Desk:
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.ends = _ends(engine.model, tokenizer)
+        self._base = manner_of(None, tokenizer, engine.model.generation_config)
+        self._manners: dict[int, Manner] = {}
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's `model` names; None for the base model."""
@@ -144,17 +146,29 @@ class Desk:
         """Whether there is such a model or adapter."""
         return model == self.engine.config.name or self.engine.adapters.get(model) is not None
 
+    def manner(self, model: str) -> Manner:
+        """How `model` is asked, and where its answers end; read from an adapter's folder the first time."""
+        served = None if (name := self.adapter_of(model)) is None else self.engine.adapters.get(name)
+        if served is None:
+            return self._base
+        if served.serial not in self._manners:
+            found = manner_of(served.path, self.tokenizer, self.engine.model.generation_config)
+            self._manners[served.serial] = found
+        return self._manners[served.serial]
+
     async def completion(self, asked: CompletionRequest, loop: Any) -> Answers:
         """Put a completion in the queue."""
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
+        await asyncio.to_thread(self.manner, asked.model)
         ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return self._submit(asked, ids, asked.max_tokens or 16, asked.logprobs or 0, loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        text, _ = chat_text(self.tokenizer, asked)
+        template = (await asyncio.to_thread(self.manner, asked.model)).template
+        text, _ = chat_text(self.tokenizer, asked, template)
         prompt = await self._encode(text, special=asked.add_special_tokens)
         most = asked.most_tokens or max(1, self.engine.window - len(prompt))
         return self._submit(asked, [prompt], most, asked.top_logprobs or 0, loop)
@@ -178,7 +192,7 @@ class Desk:
                 f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
             )
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        ends = frozenset() if asked.ignore_eos else self.ends
+        ends = frozenset() if asked.ignore_eos else self.manner(asked.model).ends
         mailbox = Mailbox()
         choices: list[Choice] = []
         every_token = asked.stream or bool(asked.stop)
@@ -211,10 +225,3 @@ class Desk:
                 self.engine.cancel(choice.request)
             raise
         return Answers(self.engine, choices, mailbox, ends)
-
-
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    found = set([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(id for id in (*found, tokenizer.eos_token_id) if id is not None and id >= 0)

@@ -10,17 +10,22 @@ from theodora.errors import ConfigError
 from theodora.serve.protocol import ChatRequest, Templated
 
 
-def chat_text(tokenizer: Any, asked: Templated) -> tuple[str, list[str]]:
-    """The prompt that the tokenizer's chat template makes of a chat, and notes on what it leaves out.
+def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple[str, list[str]]:
+    """The prompt that a chat template makes of a chat, and notes on what it leaves out.
+
+    Args:
+        tokenizer: the base model's.
+        asked: the chat.
+        own: the template of the adapter that is asked; None for the tokenizer's.
 
     Raises:
         ConfigError: there is no template, or it refuses the chat.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not (own or getattr(tokenizer, "chat_template", None)):
         raise ConfigError("This model's tokenizer has no chat template; use /v1/completions.")
     shown = asked.shown_tools if isinstance(asked, ChatRequest) else asked.tools
     tools = [tool.plain() for tool in shown] or None
-    template = tokenizer.get_chat_template(None, tools)
+    template = tokenizer.get_chat_template(own, tools)
     more = dict(asked.chat_template_kwargs)
     if isinstance(asked, ChatRequest) and asked.reasoning_effort is not None:
         more.setdefault("reasoning_effort", asked.reasoning_effort)
@@ -33,6 +38,7 @@ def chat_text(tokenizer: Any, asked: Templated) -> tuple[str, list[str]]:
     try:
         text = tokenizer.apply_chat_template(
             messages,
+            chat_template=own,
             tools=tools,
             documents=asked.documents or None,
             add_generation_prompt=asked.add_generation_prompt,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter, quantize_base
+from theodora.adapters.generation import new_ends, set_ends
 from theodora.adapters.inject import adapter_layers
 from theodora.adapters.models import load_model, load_tokenizer
 from theodora.adapters.parts import other_parts_note
@@ -78,6 +79,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     check_continues_text(model)
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
+    notes += _ends(model, tokenizer)
     config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
@@ -95,6 +97,18 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Let the model stop where its template ends turns; what there is to say about it."""
+    ends = new_ends(model, tokenizer)
+    set_ends(model, tokenizer)
+    if not ends:
+        return []
+    return [
+        f"the chat template ends turns with {' and '.join(ends)}, not with the tokenizer's EOS ({tokenizer.eos_token}): "
+        "answers end with either, here and in what is made of this adapter (generation_config.json)"
+    ]
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:

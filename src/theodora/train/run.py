@@ -19,6 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.atomic import atomic_files, atomic_write
+from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, TheodoraError
@@ -282,6 +283,7 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     save_adapter(prepared.model, output)
     with atomic_files(output) as folder:
         prepared.tokenizer.save_pretrained(folder)
+        save_ends(prepared.model, folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)
 
