@@ -5,6 +5,8 @@
 - `transformers.Trainer` resumes from such checkpoints and finds its best one again. It knows two kinds of model, PEFT's
   and whole ones, and offers no hook for a third, so its two loading methods are wrapped; for all other models the
   wrappers pass the call on.
+- TRL's trainers get the reference that the adapter's training starts from (`trainers.py`), and PEFT no second adapter
+  on ours.
 - TRL's SFTTrainer computes its loss from `lm_head.weight` alone (its fused head, since TRL 1.x). An adapter on the
   output head would be passed by in silence, so that combination is refused.
 """
@@ -25,6 +27,8 @@ from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
 
 _GUARD = "_theodora_head_guard"
+_PEFT_METHODS = ("add_adapter", "load_adapter")
+"""transformers' own, which put PEFT's layers on a model."""
 
 
 def install(model: nn.Module) -> None:
@@ -32,6 +36,8 @@ def install(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
+    for name in _PEFT_METHODS:
+        model.__dict__.setdefault(name, _refuse_pefts)
     head = model.get_output_embeddings()
     if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
         setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
@@ -41,7 +47,8 @@ def install(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install` on a model that has lost its last adapter."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", *_PEFT_METHODS):
+        model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
     if guard is not None:
         guard.remove()
@@ -81,6 +88,14 @@ class AdapterSaver:
                 save_adapter(self.model, folder, name, state_dict=state_dict)
 
 
+def _refuse_pefts(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for transformers' ways to put PEFT's adapters on a model."""
+    raise ConfigError(
+        "This model carries Theodora's adapter, and PEFT's adapters on top of it are not supported. Use "
+        "theodora.inject_adapter, load_adapter and set_adapter, or call theodora.remove_adapter(model) first."
+    )
+
+
 def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if kwargs.get("fused_lm_head") and isinstance(head, AdapterLayer) and head.active is not None:
@@ -91,7 +106,9 @@ def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> N
 
 
 def _teach_trainer() -> None:
-    """Wrap the two methods of `transformers.Trainer` that load model weights, once."""
+    """Wrap the two methods of `transformers.Trainer` that load model weights, and its making, once."""
+    from theodora.adapters.trainers import teach_trl
+
     trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
     trainer: Any = trainer_module.Trainer
     for name, find_folder in (
@@ -101,6 +118,7 @@ def _teach_trainer() -> None:
         original = getattr(trainer, name)
         if not hasattr(original, "__theodora__"):
             setattr(trainer, name, _loading_adapters(original, find_folder))
+    teach_trl(trainer)
 
 
 def _loading_adapters(original: Any, find_folder: Any) -> Any:
