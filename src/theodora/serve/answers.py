@@ -6,12 +6,13 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from theodora.errors import ConfigError
+from theodora.errors import ConfigError, TheodoraError
 from theodora.serve.chats import chat_text
+from theodora.serve.echo import Echo, echo_of
 from theodora.serve.engine import Engine, Unavailable
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, not_done
 from theodora.serve.requests import Mailbox, Request, Sampling
@@ -29,14 +30,27 @@ class Choice:
     index: int
     request: Request
     writer: Writer
+    echo: Echo | None = None
+    """What is told in front of it."""
     tokens: list[int] = field(default_factory=list)
-    """So far, without the one that ended the answer."""
+    """So far, without the one that ended the answer, if that is not to be told."""
+    end: int | None = None
+    """The token that ended it and is not among `tokens`."""
     logprobs: list[float] = field(default_factory=list)
     told: int = 0
     """Tokens whose log-probabilities were given out."""
     generated: int = 0
+    opened: bool = False
+    """Whether anything of it has come."""
     finish: str | None = None
     """Why it ended: stop or length."""
+    stop_reason: int | str | None = None
+    """Which of the request's stop tokens or texts ended it."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens: what the best of several answers has most of."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
 
 @dataclass
@@ -49,17 +63,23 @@ class Piece:
     """Its first new token."""
     stop: int
     """Its last new token + 1."""
+    opens: bool = False
+    """Whether it is the answer's first."""
 
 
 class Answers:
     """The answers to one HTTP request, under way. `close` ends what still runs."""
 
-    def __init__(self, engine: Engine, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int]) -> None:
+    def __init__(
+        self, engine: Engine, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int], tell_ends: bool = False
+    ) -> None:
         self.engine, self.choices = engine, choices
+        self.notes: list[str] = []
+        """What of the request had no effect."""
         self.first_token: float | None = None
         """Seconds until it came."""
         self._began = time.perf_counter()
-        self._mailbox, self._ends = mailbox, ends
+        self._mailbox, self._ends, self._tell_ends = mailbox, ends, tell_ends
         self._open = {choice.request.id: choice for choice in choices}
 
     @property
@@ -106,16 +126,23 @@ class Answers:
             if isinstance(problem, Changed):
                 raise problem
             raise Unavailable(str(problem or self.engine.why_failed()))
-        tokens, finished = update.generated_tokens, update.is_finished()
+        sampling = choice.request.sampling
+        if choice.request.shaper is not None and choice.request.shaper.problem is not None:
+            raise TheodoraError(f"The grammar could not be followed: {choice.request.shaper.problem}")
+        tokens, finished = update.generated_tokens[: sampling.max_tokens], update.is_finished()
         choice.generated = len(tokens)
-        ended = finished and bool(tokens) and tokens[-1] in self._ends
-        choice.tokens = tokens[:-1] if ended else tokens
-        choice.logprobs = update.logprobs
+        ended = finished and bool(tokens) and tokens[-1] in sampling.stop_ids
+        if ended:
+            choice.stop_reason = None if tokens[-1] in self._ends else tokens[-1]
+        cut = ended and not self._tell_ends
+        choice.tokens, choice.end = (tokens[:-1], tokens[-1]) if cut else (tokens, None)
+        choice.logprobs = update.logprobs[: len(tokens)]
         first = choice.told
         text = choice.writer.write(choice.tokens, finished)
         if choice.writer.stopped:  # what the engine went on with before it is told is nobody's
             choice.tokens = choice.tokens[: len(choice.writer.offsets)]
             choice.generated = len(choice.tokens)
+            choice.end, choice.stop_reason = None, choice.writer.stop
         stop = len(choice.tokens)
         if not finished or choice.writer.stopped:  # tokens go out with their text, however many come at once
             while stop > first and choice.writer.offsets[stop - 1] >= len(choice.writer.text):
@@ -126,7 +153,8 @@ class Answers:
             if not finished:
                 self.engine.cancel(choice.request)
         choice.told = stop
-        return Piece(choice, text, first, stop)
+        opens, choice.opened = not choice.opened, True
+        return Piece(choice, text, first, stop, opens)
 
 
 class Desk:
@@ -149,55 +177,76 @@ class Desk:
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
-        ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._submit(asked, ids, asked.max_tokens or 16, asked.logprobs or 0, loop)
+        most = 16 if asked.max_tokens is None else asked.max_tokens
+        tokens: list[list[int]] = []
+        echoes: list[Echo | None] = []
+        for prompt in prompts:
+            special = asked.add_special_tokens
+            ids = await self.encode(prompt, special) if isinstance(prompt, str) else prompt
+            kept = self._truncated(asked, ids, most)
+            tokens.append(kept)
+            given = prompt if len(kept) == len(ids) else kept
+            echoes.append(echo_of(self.tokenizer, given, kept, special) if asked.echo and kept else None)
+        return self._submit(asked, tokens, echoes, most, loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        text, _ = chat_text(self.tokenizer, asked)
-        prompt = await self._encode(text, special=asked.add_special_tokens)
-        most = asked.most_tokens or max(1, self.engine.window - len(prompt))
-        return self._submit(asked, [prompt], most, asked.top_logprobs or 0, loop)
+        text, notes = chat_text(self.tokenizer, asked)
+        prompt = self._truncated(asked, await self.encode(text, asked.add_special_tokens), asked.most_tokens or 1)
+        most = asked.most_tokens
+        if most is None:
+            most = max(1, self.engine.window - len(prompt))
+        last = asked.messages[-1]
+        echo = Echo(last.text) if asked.echo and last.role == "assistant" else None
+        answers = self._submit(asked, [prompt], [echo], most, loop)
+        answers.notes = notes
+        return answers
 
-    async def _encode(self, text: str, special: bool = True) -> list[int]:
+    async def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            ConfigError: it holds half a character.
+        """
         if half := _HALF.search(text):  # a character cut in two by JavaScript, say, which tokenizers do not take
             raise ConfigError(f"The text holds half a character, \\u{ord(half[0]):04x}; expected whole ones.")
 
         def encode() -> list[int]:
-            return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
         # A long text would hold up everybody else's answers. (In a thread a short one takes longer.)
         return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
 
-    def _submit(self, asked: Common, prompts: Sequence[list[int]], most: int, tops: int, loop: Any) -> Answers:
+    def _truncated(self, asked: Common, ids: list[int], most: int) -> list[int]:
+        limit = asked.truncate_prompt_tokens
+        if limit is None:
+            return ids
+        limit = self.engine.window - most if limit < 0 else limit
+        return ids[:limit] if asked.truncation_side == "right" else ids[max(0, len(ids) - limit) :]
+
+    def _submit(
+        self, asked: Common, prompts: Sequence[list[int]], echoes: Sequence[Echo | None], most: int, loop: Any
+    ) -> Answers:
         if (problem := not_done(asked)) is not None:
             raise ConfigError(problem)
         most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
-        if (count := len(prompts) * asked.n) > most_at_once:
+        if (count := len(prompts) * asked.draws) > most_at_once:
             raise ConfigError(
-                f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
+                f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
             )
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         ends = frozenset() if asked.ignore_eos else self.ends
+        sampling = sampling_of(asked, ends, most, self.tokenizer)
         mailbox = Mailbox()
         choices: list[Choice] = []
         every_token = asked.stream or bool(asked.stop)
         try:
-            for prompt in prompts:
-                for _ in range(asked.n):
+            for prompt, echo in zip(prompts, echoes, strict=True):
+                for _ in range(asked.draws):
                     index = len(choices)
-                    sampling = Sampling(
-                        max_tokens=most,
-                        temperature=asked.temperature,
-                        top_p=asked.top_p,
-                        top_k=max(0, asked.top_k),
-                        seed=seed + index,
-                        top_logprobs=tops,
-                        stop_ids=tuple(ends),
-                    )
                     request = self.engine.submit(
                         prompt,
-                        sampling,
+                        replace(sampling, seed=seed + index),
                         self.adapter_of(asked.model),
                         every_token=every_token,
                         loop=loop,
@@ -205,12 +254,57 @@ class Desk:
                     )
                     # A chat's answer is a text of its own; a completion goes on from its prompt.
                     before = () if isinstance(asked, ChatRequest) else prompt
-                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stop, before)))
+                    choices.append(Choice(index, request, self._writer(asked, before), echo))
         except BaseException:
             for choice in choices:
                 self.engine.cancel(choice.request)
             raise
-        return Answers(self.engine, choices, mailbox, ends)
+        return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output)
+
+    def _writer(self, asked: Common, before: Sequence[int]) -> Writer:
+        return Writer(
+            self.tokenizer,
+            asked.stop,
+            before,
+            skip_special=asked.skip_special_tokens,
+            keep_stop=asked.include_stop_str_in_output,
+            least=asked.min_tokens,
+        )
+
+
+def sampling_of(asked: Common, ends: Collection[int], most: int, tokenizer: Any) -> Sampling:
+    """How the tokens of a request's answers are picked.
+
+    Args:
+        asked: the request.
+        ends: tokens that end an answer whatever is asked.
+        most: tokens that an answer may have.
+        tokenizer: for words that are not to come.
+    """
+    return Sampling(
+        max_tokens=most,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=max(0, asked.top_k),
+        min_p=asked.min_p,
+        top_logprobs=asked.tops or 0,
+        stop_ids=tuple({*ends, *asked.stop_token_ids}),
+        min_tokens=asked.min_tokens,
+        prompt_logprobs=asked.prompt_tops,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        bias=tuple((token, bias) for token, bias in asked.logit_bias.items() if bias),
+        allowed=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
+        banned=tuple(_spellings(asked.bad_words, tokenizer)),
+    )
+
+
+def _spellings(words: Sequence[str], tokenizer: Any) -> Iterator[tuple[int, ...]]:
+    """Each word as tokens at the beginning of a text, and after a space."""
+    for word in words:
+        found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")}
+        yield from sorted(ids for ids in found if ids)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -172,8 +172,15 @@ async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, 
 
     replies, timeout = Replies(asked, desk.tokenizer), desk.engine.config.timeout
     if asked.stream:
-        return StreamingResponse(_stream(asked, answers, replies, timeout, end), media_type="text/event-stream")
+        chunks = _stream(asked, answers, replies, timeout, end)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
     return await _whole(request, answers, replies, timeout, end)
+
+
+def _notes(answers: Answers) -> dict[str, str]:
+    """What of a request had no effect, for who looks."""
+    told = "; ".join(answers.notes).encode("ascii", "replace").decode()
+    return {"x-theodora-note": re.sub(r"[^ -~]", " ", told)} if told else {}
 
 
 async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
@@ -184,7 +191,7 @@ async def _whole(request: Request, answers: Answers, replies: Replies, timeout: 
         await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
             reading.result()
-            reply: Response = JSONResponse(replies.whole(answers))
+            reply: Response = JSONResponse(replies.whole(answers), headers=_notes(answers))
         elif gone.done():
             reply = Response(status_code=_GONE)
         else:
@@ -221,7 +228,7 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
                 async for pieces in answers.pieces():
-                    if (chunk := replies.chunk(pieces)) is not None:
+                    for chunk in replies.chunks(pieces, answers):
                         yield event(chunk)
         except TimeoutError as error:
             raise _Late(f"The answer took more than {timeout:g} s.") from error

@@ -125,7 +125,7 @@ class Engine:
         accepted = manager.add_request(
             prompt,
             request_id=request.id,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(1, sampling.max_tokens),  # a prompt is scored with one token more
             streaming=every_token,
             eos_token_id=list(sampling.stop_ids) or -1,
             request=request,
@@ -165,6 +165,12 @@ class Engine:
             raise ConfigError("The prompt is empty; expected at least one token.")
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             raise ConfigError(f"The prompt holds token ids outside 0 to {self.vocabulary - 1}.")
+        for name, ids in (
+            ("logit_bias", [token for token, _ in sampling.bias]),
+            ("allowed_token_ids", sampling.allowed),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+                raise ConfigError(f"{name} holds token ids outside 0 to {self.vocabulary - 1}.")
         if len(prompt) + sampling.max_tokens > self.window:
             raise ConfigError(
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they may be at "

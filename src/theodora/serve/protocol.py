@@ -58,7 +58,7 @@ class Common(Body):
     bad_words: list[Text] = Field(default_factory=list, max_length=256)
 
     stop: list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=_MOST_IDS)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=_MOST_IDS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
@@ -283,35 +283,10 @@ def _named(choice: ToolChoice | None) -> list[str]:
     return []
 
 
-_LATER = (
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "min_p",
-    "min_tokens",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "echo",
-    "prompt_logprobs",
-    "truncate_prompt_tokens",
-    "return_token_ids",
-)
-
-
 def not_done(asked: Common) -> str | None:
     """What is asked for that is understood but not done, by name."""
-    if names := [
-        name
-        for name in _LATER
-        if getattr(asked, name) != type(asked).model_fields[name].get_default(call_default_factory=True)
-    ]:
-        return f"{', '.join(names)}: not supported by this server"
     if asked.form is not None:
-        return "response_format: not supported by this server (other than text); nor are structured_outputs and guided_json"
+        return "response_format: not supported by this server (other than text), as structured_outputs and guided_*"
     if isinstance(asked, ChatRequest) and asked.tool_choice not in (None, "none", "auto"):
         return "tool_choice: not supported by this server (other than none and auto)"
     return None

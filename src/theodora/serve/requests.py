@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from theodora.errors import CheckpointError
     from theodora.serve.adapters import ServedAdapter
+    from theodora.serve.shaping import Shaper
 
 
 class GrammarState(Protocol):
@@ -142,6 +143,8 @@ class Request:
     """The event loop that `updates` belongs to; without one it is a queue between threads."""
     updates: Any = None
     slot: int = 0
+    shaper: Shaper | None = None
+    """What changes its logits; made by the worker."""
     problem: CheckpointError | None = None
     """Why it failed, if that is its own affair rather than the worker's."""
     asked: float = field(default_factory=time.monotonic)
