@@ -83,8 +83,8 @@ def test_reasoning_that_a_template_drops_is_said(write, make_tokenizer, caplog):
     tokenizer = make_tokenizer(template="qwen3")
     dataset = tokenised(write, [{"messages": THOUGHT}], tokenizer)
     assert learned(dataset, tokenizer) == ["Blue.<|im_end|>", "<think>\nRose.\n</think>\n\nRed.<|im_end|>"]
-    assert "left out part of 1 learned turns" in dataset.info.description
-    assert "left out part" in caplog.text
+    assert "reasoning of earlier turns: left out by the chat template in 1 turn" in dataset.info.description
+    assert "left out by the chat template" in caplog.text
 
 
 def test_a_call_that_is_written_otherwise_when_it_is_the_last(write, make_tokenizer):
@@ -107,9 +107,8 @@ def test_reasoning_where_the_generation_prompt_has_closed_it(write, make_tokeniz
 
 def test_a_template_that_drops_the_answers_is_refused(write, make_tokenizer):
     tokenizer = make_tokenizer()
-    # As vision models' templates do, which expect content in parts.
-    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>" + parts + "<|end|>{% endfor %}"
+    answers = "{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>" + answers + "<|end|>{% endfor %}"
     with pytest.raises(DataError, match="leaves an assistant turn out"):
         tokenised(write, [{"messages": TALK}], tokenizer)
 

@@ -1,62 +1,49 @@
 """Renders conversations with any chat template, and finds in the text which characters the model is to learn.
 
-TRL's `assistant_only_loss` needs templates with `{% generation %}` markers, which few models ship. Here the markers are
-used if there are any; otherwise each assistant turn is found by rendering the conversation up to it (with the
-generation prompt) and through it. Where a template writes a turn differently once others follow (Qwen3 drops earlier
-reasoning, DeepSeek-R1 every turn's), its words are found by rendering a marked copy.
+TRL's `assistant_only_loss` needs templates with `{% generation %}` markers, which few models ship, and some of those
+take in the header of a turn or leave out the token that ends it. Here the words of each turn are found by marks that
+the template carries along (`marks`). A stretch begins behind what the generation prompt gives and ends behind the token
+that ends the turn; both are read off renders of the turns before, which are compared only from the words next to them
+on. So it does not matter if the template writes earlier turns differently once others follow (Qwen3 drops their
+reasoning, DeepSeek-R1 every turn's). Markers, where there are any, can only leave out something of such a stretch.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from itertools import groupby
+from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from theodora.data.hidden import Hidden
+from theodora.data.marks import Kind, Marked, Part, mark
 from theodora.data.masks import Span, agreement
-from theodora.data.messages import Message, assistant, calls_of, user
+from theodora.data.messages import Message
+from theodora.data.templates import TEMPLATE_ERRORS, Template, Tools, adds_bos, fallback_chat_template, formed
 from theodora.errors import ConfigError
 
-Tools = Sequence[Any] | None
+__all__ = [
+    "TEMPLATE_ERRORS",
+    "ChatRenderer",
+    "RenderedChat",
+    "Tools",
+    "adds_bos",
+    "fallback_chat_template",
+    "tools_of",
+]
 
-# Templates raise the first on purpose, and the others over rows that they were not written for.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-# A character for private use, which neither templates nor data hold.
-_MARK = "\ue000"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-_FALLBACK_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}
-{%- elif message['role'] == 'system' -%}
-{{ message['content'] + '\n\n' }}
-{%- else -%}
-{{ '### Instruction:\n' + message['content'] + '\n\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}
-"""
+# Tags that a turn may end with, and then still has to be ended.
+_TAG = re.compile(r"</?[\w:-]+>")
+_HALF_A_TAG = re.compile(r"<[^<>\s]*$")
 
 
-def fallback_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template used for conversations if the tokenizer has none: Alpaca's headings, EOS after each answer.
-
-    Save it with the tokenizer (`tokenizer.chat_template = …`) for others to prompt the model the same way.
-    """
-    return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + _FALLBACK_TEMPLATE
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether plain tokenisation begins with BOS."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+_KEYS: Mapping[Kind, str] = {"reasoning": "reasoning_content", "call": "tool_calls"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +54,12 @@ class RenderedChat:
     spans: tuple[Span, ...]
     ends_open: bool
     """The last turn is learned, but the template wrote no end-of-turn token behind it."""
-    altered: int
-    """Learned turns of which the template left something out, such as reasoning."""
     as_prompted: bool
-    """The last learned turn follows what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    """Learned turns follow what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    hidden: Mapping[Hidden, int]
+    """What the template does not show, and in how many turns (of any role)."""
+    answers: Mapping[int, str]
+    """What a model writes, without the token that ends its turn, by the number of the learned assistant turn."""
 
 
 class ChatRenderer:
@@ -92,26 +81,15 @@ class ChatRenderer:
             )
         self._tokenizer = tokenizer
         self.is_fallback = use_chat_template is False or not tokenizer.chat_template
-        self._template = fallback_chat_template(tokenizer) if self.is_fallback else None
+        own = fallback_chat_template(tokenizer) if self.is_fallback else None
+        self._template = Template.of(tokenizer, own, None)
+        # Some models have another template for conversations with tools.
+        self._with_tools = Template.of(tokenizer, own, [{}]) if isinstance(tokenizer.chat_template, dict) else None
 
-    @cached_property
+    @property
     def folds_system(self) -> bool:
         """Whether the template refuses a system turn, or drops it (Mistral's do once there is an answer)."""
-        asked = [{"role": "system", "content": _MARK}, user("a")]
-        try:
-            return any(_MARK not in self._render(chat) for chat in (asked, [*asked, assistant("a")]))
-        except TEMPLATE_ERRORS:
-            return True
-
-    @cached_property
-    def _controls(self) -> tuple[str, ...]:
-        """Tokens that can end a turn, the longest first."""
-        added = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
-        return tuple(sorted((token for token in added if token.strip()), key=len, reverse=True))
-
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._controls or (_MARK,))))
+        return self._template.refuses_system
 
     def render(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. A system turn that the template refuses is put before the first user turn's words.
@@ -119,7 +97,11 @@ class ChatRenderer:
         Raises:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
-        return self._render(self._folded(messages), tools, generation_prompt)
+        return self._for(tools).render(self._folded(messages), tools, generation_prompt)
+
+    def wanted(self, messages: Sequence[Message], tools: Tools = None) -> list[Message]:
+        """The messages in the form in which the template shows all that it can, for `apply_chat_template`."""
+        return [formed(message, self._for(tools).forms) for message in self._folded(messages)]
 
     def render_for_training(self, messages: Sequence[Message], tools: Tools = None) -> RenderedChat | None:
         """The conversation and where its assistant turns (those without `weight: 0`) stand in it.
@@ -129,131 +111,31 @@ class ChatRenderer:
         Raises:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
-        messages = self._folded(messages)
-        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = [i for i in assistants if messages[i].get("weight") != 0]
-        text = self._render(messages, tools)
-        marked = self._marked_spans(messages, tools)
-        if len(marked) == len(assistants):
-            spans = [span for i, span in zip(assistants, marked, strict=True) if i in learned]
-        elif marked and learned == assistants:
-            spans = marked
-        else:
-            spans = [self._span(text, messages, i, tools) for i in learned]
-        found = [span for span in spans if span is not None]
-        turns = [messages[i].get("content") or "" for i in learned]
-        if len(found) < len(spans):
+        template, messages = self._for(tools), self._folded(messages)
+        text = template.render(messages, tools)
+        in_text = template.forms.arguments_in_text
+        marked = mark(messages, tools, text, arguments_in_text=in_text)
+        found = marked.read(template.render(marked.messages, marked.tools)) if marked else None
+        if not marked or not found or found[0] != text:
             return None
-        altered = 0
-        if len(found) == len(turns):  # markers may split a turn into several stretches
-            # What the generation prompt opens (<think>) stands in front of the stretch.
-            written = [
-                text[before:end] for before, (_, end) in zip([0, *(end for _, end in found)], found, strict=False)
-            ]
-            if not all(_holds(*pair) for pair in zip(written, map(_without_reasoning, turns), strict=True)):
-                return None
-            altered = sum(not _holds(*pair) for pair in zip(written, turns, strict=True))
-        last = learned[-1] if learned else 0
-        return RenderedChat(
-            text=text,
-            spans=tuple(found),
-            ends_open=last == len(messages) - 1 and not text.rstrip().endswith(self._controls),
-            altered=altered,
-            as_prompted=last == 0 or self._length_if_prefix(text, messages[:last], tools, prompt=True) is not None,
-        )
+        markers = template.generation_spans(messages, tools)
+        return _Reading(template, self._ends, marked, *found).chat(markers)
 
-    def _span(self, text: str, messages: Sequence[Message], index: int, tools: Tools) -> Span | None:
-        """From behind the generation prompt to behind the end-of-turn token of one assistant turn."""
-        start = self._length_if_prefix(text, messages[:index], tools, prompt=True)
-        end = self._length_if_prefix(text, messages[: index + 1], tools)
-        if start is None or end is None:
-            words = self._find_words(text, messages, index, tools)
-            if start is None:
-                start = words[0] if words else self._end_of_shared_header(text, messages[:index], tools)
-            if end is None and start is not None:
-                end = words[1] if words else self._end_of_overlap(text, start, messages[: index + 1], tools)
-        if start is None or end is None or start >= end:
-            return None
-        # A line break behind the end-of-turn token is the template's: a model stops before it.
-        closed = text[start:end].rstrip()
-        if closed.endswith(self._controls):
-            return start, start + len(closed)
-        return start, self._behind_end_of_turn(text, end)
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        """Tokens that can end a turn, the longest first."""
+        tokens = self._tokenizer.added_tokens_decoder.values()
+        ends = {token.content for token in tokens if token.special or not _TAG.fullmatch(token.content)}
+        ends |= {str(self._tokenizer.eos_token)}
+        names = sorted((token for token in ends if token.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
 
-    def _length_if_prefix(
-        self, text: str, messages: Sequence[Message], tools: Tools, prompt: bool = False
-    ) -> int | None:
-        """The length of what these first messages render to, if the whole conversation begins so."""
-        prefix = self._render_or_none(messages, tools, prompt)
-        return len(prefix) if prefix is not None and text.startswith(prefix) else None
-
-    def _find_words(self, text: str, messages: Sequence[Message], index: int, tools: Tools) -> Span | None:
-        """Where the words of one turn stand, from a copy of the conversation in which a mark stands for them."""
-        if not messages[index].get("content"):
-            return None
-        marked = [*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1 :]]
-        before, mark, after = (self._render_or_none(marked, tools) or "").partition(_MARK)
-        start, end = len(before), len(text) - len(after)
-        found = mark and start < end and text.startswith(before) and text.endswith(after)
-        return (start, end) if found else None
-
-    def _end_of_shared_header(self, text: str, messages: Sequence[Message], tools: Tools) -> int | None:
-        """Where a turn departs from the generation prompt, which opens it otherwise than it goes on."""
-        history = self._length_if_prefix(text, messages, tools)
-        prompted = self._render_or_none(messages, tools, prompt=True)
-        if history is None or prompted is None:
-            return None
-        shared = agreement(text, prompted)
-        inside = (token for token in self._control.finditer(text, history) if token.start() < shared < token.end())
-        shared = next((token.start() for token in inside), shared)
-        return shared if shared > history else None
-
-    def _end_of_overlap(self, text: str, start: int, messages: Sequence[Message], tools: Tools) -> int | None:
-        """The end of a turn without words (a tool call) that is written with something in front when it is the last."""
-        alone = self._render_or_none(messages, tools) or ""
-        for cut in range(start, len(alone)):
-            if text.startswith(alone[cut:], start):
-                return start + len(alone) - cut
-        return None
-
-    def _behind_end_of_turn(self, text: str, position: int) -> int:
-        token = self._control.search(text, position)
-        return token.end() if token and not text[position : token.start()].strip() else position
-
-    def _render_or_none(self, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str | None:
-        try:
-            return self._render(messages, tools, prompt) if messages else None
-        except TEMPLATE_ERRORS:
-            return None
-
-    def _marked_spans(self, messages: Sequence[Message], tools: Tools) -> list[Span]:
-        """The stretches between a template's own `{% generation %}` markers; empty if it has none."""
-        template = self._tokenizer.get_chat_template(self._template, list(tools) if tools else None)
-        if not _GENERATION.search(template):
-            return []
-        _, spans = render_jinja_template(
-            conversations=[_cleaned(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **cast(dict[str, Any], self._tokenizer.special_tokens_map),
-        )
-        return cast(list[Span], spans[0])
-
-    def _render(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            _cleaned(messages),
-            tools=list(tools) if tools else None,
-            chat_template=self._template,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
-        assert isinstance(text, str)
-        return text
+    def _for(self, tools: Tools) -> Template:
+        return self._with_tools if tools and self._with_tools else self._template
 
     def _folded(self, messages: Sequence[Message]) -> list[Message]:
         messages = list(messages)
-        if not self.folds_system or not messages or messages[0]["role"] != "system":
+        if not messages or messages[0]["role"] != "system" or not self.folds_system:
             return messages
         rules, *rest = messages
         for i, message in enumerate(rest):
@@ -263,20 +145,223 @@ class ChatRenderer:
         return messages
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Parts of one assistant turn that follow each other in the text, with nothing of another turn between them."""
+
+    message: int
+    first: int
+    last: int
+    """Indices of parts."""
+    parts: frozenset[int]
+    before: int | None
+    """The part in front, of whatever turn."""
+    limit: int
+    """Where the next turn's words begin."""
+
+
+class _Reading:
+    """One conversation as a template wrote it, and where its parts stand."""
+
+    def __init__(
+        self, template: Template, ends: re.Pattern[str], marked: Marked, text: str, extents: dict[int, Span]
+    ) -> None:
+        self.template, self.ends, self.marked, self.text = template, ends, marked, text
+        self.extents = extents
+        self.learned = [i for i, m in enumerate(marked.messages) if m["role"] == "assistant" and m.get("weight") != 0]
+
+    def chat(self, markers: Sequence[Span] = ()) -> RenderedChat | None:
+        """The learned stretches; of what lies outside of a template's own markers, if it has any, nothing."""
+        runs = [run for run in self._runs() if run.message in self.learned]
+        hidden = self._hidden({run.message for run in runs})
+        if hidden is None:
+            return None
+        spans, as_prompted = list[Span](), True
+        for run in runs:
+            start, follows = self._start(run)
+            as_prompted = as_prompted and follows
+            if start is None:
+                return None
+            end = self._end(run)
+            start = max(start, spans[-1][1]) if spans else start
+            spans.append((start, end))
+        last = len(self.marked.messages) - 1
+        within = [self._within(markers, span) for span in spans] if markers else [[span] for span in spans]
+        if unmarked := sum(self._loses(span, pieces) for span, pieces in zip(spans, within, strict=True)):
+            hidden[Hidden.UNMARKED] = unmarked
+        return RenderedChat(
+            text=self.text,
+            spans=tuple(piece for pieces in within for piece in pieces),
+            ends_open=bool(runs) and runs[-1].message == last and not self._is_ended(runs[-1], spans[-1]),
+            as_prompted=as_prompted,
+            hidden=hidden,
+            answers=self._answers(runs, spans),
+        )
+
+    def _answers(self, runs: Sequence[_Run], spans: Sequence[Span]) -> dict[int, str]:
+        turns = [i for i, message in enumerate(self.marked.messages) if message["role"] == "assistant"]
+        answers = dict[int, str]()
+        for run, (start, end) in zip(runs, spans, strict=True):
+            closing = [token for token in self.ends.finditer(self.text, start, end) if token.end() == end]
+            words = self.text[start : closing[0].start() if closing else end]
+            answers.setdefault(turns.index(run.message), words)
+        return answers
+
+    def _runs(self) -> list[_Run]:
+        parts = self.marked.parts
+        order = sorted(self.extents, key=lambda part: self.extents[part])
+        groups = [list(group) for _, group in groupby(order, key=lambda part: parts[part].message)]
+        places = [self.extents[group[0]][0] for group in groups[1:]] + [len(self.text)]
+        runs, before = list[_Run](), None
+        for group, limit in zip(groups, places, strict=True):
+            index = parts[group[0]].message
+            last = max(group, key=lambda part: self.extents[part][1])
+            if index >= 0 and self.marked.messages[index]["role"] == "assistant":
+                runs.append(_Run(index, group[0], last, frozenset(group), before, limit))
+            before = last
+        return runs
+
+    def _start(self, run: _Run) -> tuple[int | None, bool]:
+        """Behind what the generation prompt gives, and whether the turn goes on exactly from there."""
+        words, _ = self.extents[run.first]
+        prompted = self._rendered(*self._turns_before(run), prompt=True)
+        tail = self._behind(prompted, run.before)
+        place = 0 if run.before is None else self.extents[run.before][1]
+        if tail is None:
+            return (words, run.message == 0) if self.marked.parts[run.first].kind == "text" else (None, False)
+        shared = agreement(tail, self.text[place:words])
+        if shared == len(tail):
+            behind = self._behind_header(place + shared, words)
+            return (place + shared, True) if behind is None else (behind, False)
+        if (inside := self.text.rfind(tail.strip(), place, words)) >= 0 and tail.strip():
+            return inside + len(tail.strip()), False
+        shared = self._whole_tokens(place, place + shared)
+        if shared > place and tail[: shared - place].strip():
+            return shared, False
+        return (words, False) if self.marked.parts[run.first].kind == "text" else (None, False)
+
+    def _behind_header(self, start: int, words: int) -> int | None:
+        """Behind a turn's header that the generation prompt did not give, as some do not after a tool's result."""
+        header = self.template.header
+        begin = words - len(self.text[start:words].lstrip())
+        if not self.ends.search(header) or not self.text.startswith(header, begin, words):
+            return None
+        return begin + len(header) + self.text.startswith("\n", begin + len(header), words)
+
+    def _end(self, run: _Run) -> int:
+        """Behind the token that ends a turn. A line break behind that is the template's: a model stops before it."""
+        place = self.extents[run.last][1]
+        turns = max(run.message, self._turns_before(run)[0] - 1) + 1
+        tail = self._behind(self._rendered(turns, self._kinds_through(run), prompt=False), run.last) or ""
+        end = place + agreement(tail, self.text[place : run.limit])
+        if end < place + len(tail):
+            end = self._whole_tokens(place, end)
+        closed = place + len(self.text[place:end].rstrip())
+        if any(token.end() == closed for token in self.ends.finditer(self.text, place, closed)):
+            return closed
+        token = self.ends.search(self.text, end, run.limit)
+        follows = token is not None and not self.text[end : token.start()].strip()
+        # GLM's turns are ended by the token of the next role; one that begins any turn ends none.
+        return token.end() if token and follows and not self.template.header.startswith(token[0]) else end
+
+    def _is_ended(self, run: _Run, span: Span) -> bool:
+        return self.ends.search(self.text, self.extents[run.last][1], span[1]) is not None
+
+    def _whole_tokens(self, start: int, end: int) -> int:
+        """`end`, or the beginning of the control token or tag that it would cut."""
+        token = next((t for t in self.ends.finditer(self.text, start) if t.end() > end), None)
+        end = token.start() if token and token.start() < end else end
+        half = _HALF_A_TAG.search(self.text, start, end)
+        return half.start() if half else end
+
+    def _turns_before(self, run: _Run) -> tuple[int, frozenset[Kind] | None]:
+        """How many turns a model has seen when it writes this run, and what it has written of its own turn."""
+        before = self.marked.parts[run.before].message if run.before is not None else -1
+        if before <= run.message:
+            return run.message, None
+        earlier = frozenset[Kind](
+            part.kind
+            for i, part in enumerate(self.marked.parts)
+            if part.message == run.message and i in self.extents and self.extents[i] < self.extents[run.first]
+        )
+        return before + 1, earlier
+
+    def _kinds_through(self, run: _Run) -> frozenset[Kind] | None:
+        """What a model has written of its turn after this run; None: all."""
+        parts = [(i, part) for i, part in enumerate(self.marked.parts) if part.message == run.message]
+        later = {p.kind for i, p in parts if i in self.extents and self.extents[i] > self.extents[run.last]}
+        return frozenset(part.kind for _, part in parts if part.kind not in later) if later else None
+
+    def _rendered(self, turns: int, kinds: frozenset[Kind] | None, *, prompt: bool) -> str | None:
+        """The first turns as text with marks; the last assistant turn among them may be reduced to some kinds."""
+        messages = self.marked.messages[:turns]
+        if kinds is not None:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            messages[last] = _reduced(messages[last], kinds)
+        try:
+            return self.template.render(messages, self.marked.tools, prompt)
+        except TEMPLATE_ERRORS:
+            return None
+
+    def _behind(self, rendered: str | None, part: int | None) -> str | None:
+        """What follows a part (None: everything) in a text with marks."""
+        if rendered is None:
+            return None
+        text, extents = self.marked.read(rendered)
+        if part is None:
+            return text
+        return text[extents[part][1] :] if part in extents else None
+
+    def _within(self, markers: Sequence[Span], span: Span) -> list[Span]:
+        """What markers cover of a stretch, and the token that ends the turn, which some leave out."""
+        start, end = span
+        pieces = [(max(start, a), min(end, b)) for a, b in markers if a < end and b > start]
+        if pieces and not self.ends.sub("", self.text[pieces[-1][1] : end]).strip():
+            pieces[-1] = pieces[-1][0], end
+        return pieces
+
+    def _loses(self, span: Span, pieces: Sequence[Span]) -> bool:
+        places = [span[0], *(place for piece in pieces for place in piece), span[1]]
+        return any(self.text[a:b].strip() for a, b in zip(places[::2], places[1::2], strict=True))
+
+    def _hidden(self, written: set[int]) -> dict[Hidden, int] | None:
+        """What the template does not show, and in how many turns; None: the words of a learned turn."""
+        missing = [(i, part) for i, part in enumerate(self.marked.parts) if i not in self.extents]
+        if any(p.kind == "text" and p.message in self.learned and p.message not in written for _, p in missing):
+            return None
+        forms = self.template.forms
+        names: dict[Kind, Hidden] = {
+            "system": Hidden.SYSTEM,
+            "user": Hidden.USER,
+            "tool": Hidden.RESULTS,
+            "text": Hidden.TEXT,
+            "thought": Hidden.EARLIER if forms.shows_thoughts else Hidden.REASONING,
+            "reasoning": Hidden.EARLIER if forms.shows_reasoning else Hidden.REASONING,
+            "call": Hidden.CALLS,
+            "name": Hidden.NAMES,
+            "tools": Hidden.TOOLS,
+        }
+        turns = {(names[part.kind], part.message) for _, part in missing}
+        turns |= {(Hidden.PART, p.message) for i, p in enumerate(self.marked.parts) if self._is_shortened(i, p)}
+        turns |= {(Hidden.NOTHING, i) for i in self.learned if i not in written}
+        return dict(Counter(name for name, _ in turns))
+
+    def _is_shortened(self, index: int, part: Part) -> bool:
+        if part.kind not in ("text", "thought", "reasoning") or index not in self.extents:
+            return False
+        start, end = self.extents[index]
+        return part.words != self.text[start:end] and "".join(part.words.split()) not in "".join(
+            self.text[start:end].split()
+        )
+
+
 def tools_of(row: Mapping[str, Any]) -> Tools:
     """The tools on offer in a row's conversation."""
     return json.loads(row["tools"]) if row.get("tools") else None
 
 
-def _cleaned(messages: Sequence[Message]) -> list[Message]:
-    """Messages as templates expect them: without empty fields, which some print as "None", and without `weight`."""
-    whole = [{**message, "tool_calls": calls_of(message)} for message in messages]
-    return [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in whole]
-
-
-def _without_reasoning(content: str) -> str:
-    return content.rpartition("</think>")[2]
-
-
-def _holds(rendered: str, content: str) -> bool:
-    return "".join(content.split()) in "".join(rendered.split())
+def _reduced(message: Message, kinds: frozenset[Kind]) -> Message:
+    """A turn with only some of what it holds."""
+    dropped = {key for kind, key in _KEYS.items() if kind not in kinds}
+    reduced = {key: value for key, value in message.items() if key not in dropped}
+    return reduced if kinds & {"text", "thought"} else {**reduced, "content": ""}

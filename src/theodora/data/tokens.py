@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import datasets
@@ -19,11 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
 from theodora.data.examples import Examples
+from theodora.data.hidden import HiddenCounts, left_out_of
+from theodora.data.left_out import LeftOut, sentences
 from theodora.data.masks import Span, are_sound, extents, learned_by_extent, learned_by_prefix, straddles
 from theodora.data.messages import Message
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
 from theodora.errors import ConfigError, DataError
+
+__all__ = ["IGNORED", "TrainOn", "left_out_of", "tokenize"]
 
 IGNORED = -100
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
@@ -85,13 +89,19 @@ def tokenize(
             desc="Tokenising",
         )
     batches.problems.raise_if_any("Bring these conversations into the form that the chat template expects.")
+    left_out = batches.counts.hidden.left_out()
+    if not len(tokenised) and batches.counts.unseen:
+        raise DataError(
+            f"{examples.source}: the chat template shows nothing of what {batches.counts.unseen:,} rows have to learn: "
+            + ". ".join(sentences(left_out))
+        )
     if not len(tokenised) and len(examples):
         raise DataError(
             f"{examples.source}: all {len(examples):,} rows are cut off at max_length={max_length} before anything to "
             "learn; raise max_length"
         )
-    tokenised.info.description = batches.counts.describe(max_length)
-    if batches.counts.are_worth_saying:
+    tokenised.info.description = batches.counts.describe(max_length, left_out)
+    if batches.counts.are_worth_saying or left_out:
         logger.warning("%s: %s", examples.source, tokenised.info.description)
     return tokenised
 
@@ -110,14 +120,15 @@ class _Counts:
     dropped: int = 0
     cut: int = 0
     straddled: int = 0
-    altered: int = 0
+    unseen: int = 0
+    hidden: HiddenCounts = field(default_factory=HiddenCounts)
     unprompted: int = 0
 
     @property
     def are_worth_saying(self) -> bool:
-        return bool(self.dropped or self.cut or self.straddled or self.altered or self.unprompted)
+        return bool(self.dropped or self.cut or self.straddled or self.unseen or self.unprompted)
 
-    def describe(self, max_length: int) -> str:
+    def describe(self, max_length: int, left_out: Sequence[LeftOut]) -> str:
         parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned"]
         if self.dropped:
             parts.append(f"{self.dropped:,} rows dropped: nothing to learn within max_length={max_length}")
@@ -128,8 +139,9 @@ class _Counts:
                 f"in {self.straddled:,} rows one token spans the end of a prompt and the start of an answer (does the "
                 "prompt end with a space?), so that the prompt alone gives other tokens than in training"
             )
-        if self.altered:
-            parts.append(f"the chat template left out part of {self.altered:,} learned turns (reasoning?)")
+        if self.unseen:
+            parts.append(f"{self.unseen:,} rows dropped: the chat template shows nothing of what is to be learned")
+        parts += sentences(left_out)
         if self.unprompted:
             parts.append(
                 f"in {self.unprompted:,} rows the answer does not follow the chat template's generation prompt, which "
@@ -191,7 +203,7 @@ class _Batches:
         try:
             chat = renderer.render_for_training(messages, tools_of(row))
         except TEMPLATE_ERRORS as error:
-            self.problems.add(where, f"the chat template refuses it: {error}")
+            self.problems.add(where, f"the chat template refuses it: {error}{_hint_of_tools(messages)}")
             return None
         if chat is None:
             self.problems.add(
@@ -200,7 +212,10 @@ class _Batches:
                 "use a template that has {% generation %} and {% endgeneration %} around assistant turns",
             )
             return None
-        self.counts.altered += chat.altered
+        self.counts.hidden.add(chat.hidden)
+        if not chat.spans and not self.learns_all:
+            self.counts.unseen += 1
+            return None
         self.counts.unprompted += not chat.as_prompted
         return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
@@ -252,6 +267,12 @@ class _Batches:
         self.counts.tokens += len(ids)
         self.counts.learned += learned
         return True
+
+
+def _hint_of_tools(messages: Sequence[Message]) -> str:
+    with_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    mend = "if the template knows none, use one that does (chat_template_path), or write them as text into other turns"
+    return f" (the row holds tool calls or results; {mend})" if with_tools else ""
 
 
 def _beginning(messages: Sequence[Message]) -> str:
