@@ -19,8 +19,8 @@ from theodora.adapters.integration import install, uninstall
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.functional import dora_norm, wide_dtype
-from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_values
+from theodora.functional import wide_dtype
+from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_norm, start_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -340,7 +340,7 @@ def new_low_rank(
         start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
     adapter = LowRank(a, b, None, scale, config.dropout, start)
     if config.method == "dora":
-        magnitude = dora_norm(w_OI, *adapter.factors(), scale) if magnitude_O is None else magnitude_O
+        magnitude = start_norm(module, adapter) if magnitude_O is None else magnitude_O
         adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
     return adapter
 
