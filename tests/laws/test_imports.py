@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
     {"errors", "coerce", "config", "parse", "ends"},
-    {"functional"},
+    {"functional", "autocast"},
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
@@ -29,6 +29,7 @@ FLOORS = [
 BESIDE = {
     "coerce": {"errors"},
     "config": {"errors", "coerce"},
+    "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`
 }

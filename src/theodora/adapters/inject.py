@@ -27,8 +27,8 @@ from theodora.adapters.token_rows import (
 )
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.functional import dora_norm, wide_dtype
-from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_values
+from theodora.functional import wide_dtype
+from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_norm, start_values
 from theodora.layers.token_rows import TokenRows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -357,7 +357,7 @@ def new_low_rank(
         start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
     adapter = LowRank(a, b, None, scale, config.dropout, start)
     if config.method == "dora":
-        magnitude = dora_norm(w_OI, *adapter.factors(), scale) if magnitude_O is None else magnitude_O
+        magnitude = start_norm(module, adapter) if magnitude_O is None else magnitude_O
         adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
     return adapter
 

@@ -302,7 +302,7 @@ def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> L
     """The same adapter with the tensors of `state_dict`."""
     part = {key: state_dict[prefix + key] for key in adapter.state_dict()}
     start = (part["start_A"], part["start_B"]) if "start_A" in part else None
-    return LowRank(part["lora_A"], part["lora_B"], part.get("magnitude"), adapter.scale, adapter.dropout, start)
+    return LowRank(part["lora_A"], part["lora_B"], part.get("magnitude"), adapter.scale, start=start)
 
 
 def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, Any]:
