@@ -19,14 +19,13 @@ import xgrammar
 from torch import Tensor
 
 from theodora.errors import ConfigError, TheodoraError
+from theodora.serve.calls.forced import json_format
 from theodora.serve.messages import StructuredOutputs
 from theodora.serve.schemas import check_size, kept
 
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
-_MOST_SPACE = 40
-"""Characters of space in a row within JSON; without a limit a model can write space for ever."""
 _CACHE = 256 << 20
 _WHERE = re.compile(r"^\[[\d:]+\] \S+: ")
 
@@ -89,35 +88,18 @@ class Grammars:
         self._pool = ThreadPoolExecutor(2, "theodora-grammar")
         self._compiler: Any = None
 
-    async def structured(self, form: StructuredOutputs, before: dict[str, Any] | None = None) -> Grammar:
-        """The grammar of a form.
-
-        Args:
-            form: what the request asks for.
-            before: a format, as a structural tag has it, that comes before the form.
-
-        Raises:
-            ConfigError: it is none, is too large, or takes too long.
-        """
-        return await self.tagged(format_of(form), before)
-
-    async def tagged(
-        self, format: dict[str, Any], before: dict[str, Any] | None = None, words: Iterable[str] = ()
-    ) -> Grammar:
+    async def grammar(self, format: dict[str, Any], words: Iterable[str] = ()) -> Grammar:
         """The grammar of a structural tag's format.
 
         Args:
             format: the format.
-            before: a format that comes before it.
             words: special tokens that the format is made of.
 
         Raises:
-            ConfigError: it is none, is too large, or takes too long.
+            ConfigError: it is none, or takes too long.
         """
         if not self._ends:
-            raise ConfigError("This model has no token that ends an answer, which structured outputs need.")
-        if before is not None:
-            format = {"type": "sequence", "elements": [before, format]}
+            raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
         compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids)
         try:
@@ -157,7 +139,7 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
     name = form.form
     if name in ("json", "json_object"):
         schema = {"type": "object"} if name == "json_object" else _schema(form.json_)
-        return json_format(schema, form.disable_any_whitespace)
+        return _json(schema, form.disable_any_whitespace)
     if name == "regex":
         check_size(form.regex, "The expression")
         return {"type": "regex", "pattern": form.regex}
@@ -173,10 +155,9 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
     return tag_format(form.structural_tag or "")
 
 
-def json_format(schema: Any, compact: bool = False) -> dict[str, Any]:
-    """JSON that fits a schema."""
+def _json(schema: Any, compact: bool) -> dict[str, Any]:
     if not compact:
-        return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _MOST_SPACE}
+        return json_format(schema)
     try:
         grammar = xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)
     except Exception as error:
@@ -203,7 +184,7 @@ def tag_format(told: str | dict[str, Any]) -> dict[str, Any]:
     tags = [
         {
             "begin": one.get("begin", ""),
-            "content": {"type": "json_schema", "json_schema": one.get("schema", {})},
+            "content": json_format(one.get("schema", {})),
             "end": one.get("end", ""),
         }
         for one in found["structures"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,14 +18,27 @@ _UNKEPT = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains"),
     *("dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef", "unevaluatedItems"),
 )
-_SAID = {"title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "nullable"}
-_SAID |= {"$defs", "definitions", "$schema", "$id", "$comment", "$anchor", "discriminator", "strict"}
+_ANNOTATIONS = {
+    "title",
+    "description",
+    "default",
+    "examples",
+    "example",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+    "nullable",
+}
+_SAID = _ANNOTATIONS | {"$defs", "definitions", "$schema", "$id", "$comment", "$anchor", "discriminator", "strict"}
 _OF_TYPE = {
     "string": ("minLength", "maxLength", "pattern", "format"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     "array": ("items", "prefixItems", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties"),
 }
+# xgrammar writes a pattern's letters into the JSON as they are; from classes of letters it takes what must be escaped.
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_UNWRITTEN = re.compile(r'"|\\\\|\\[ntrfv0]|\\x([01]|22|5[cC])|\\u00([01]|22|5[cC])|[\x00-\x1f]')
 _INNER = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -90,6 +104,14 @@ def narrowed(schema: Any) -> Any:
         kind = next((kind for kind, words in _OF_TYPE.items() if any(word in new for word in words)), None)
         if kind is not None:
             new["type"] = kind
+    if (
+        new.get("type") == "string"
+        and {"minLength", "maxLength"} & new.keys()
+        and not {"pattern", "format"} & new.keys()
+    ):
+        # By itself xgrammar lets control characters through here, which are no JSON.
+        least, most = new.pop("minLength", 0), new.pop("maxLength", "")
+        new["pattern"] = rf'^[^"\\\x00-\x1f]{{{least},{most}}}$'
     if isinstance(required := new.get("required"), list) and new.get("type") == "object":
         more = new.get("additionalProperties", True)
         known = new.get("properties") or {}
@@ -133,9 +155,11 @@ def _of_numbers_and_strings(schema: Mapping[str, Any]) -> Iterator[str]:
         yield "'multipleOf' is supported of integers without bounds"
     if {"pattern", "format"} & schema.keys() and {"minLength", "maxLength"} & schema.keys():
         yield "a length beside 'pattern' or 'format' is not supported; say it in the pattern"
-    pattern = schema.get("pattern")
-    if isinstance(pattern, str) and any(look in pattern for look in ("(?=", "(?!", "(?<")):
-        yield "looking ahead or behind in a 'pattern' is not supported"
+    for pattern in [schema.get("pattern"), *(schema.get("patternProperties") or ())]:
+        if isinstance(pattern, str) and any(look in pattern for look in ("(?=", "(?!", "(?<")):
+            yield f"looking ahead or behind ({pattern!r}) is not supported"
+        if isinstance(pattern, str) and _UNWRITTEN.search(_CLASS.sub("", pattern)):
+            yield f"a quote, a backslash, or a control character in a pattern ({pattern!r}) is not supported"
 
 
 def _redundant(schema: Mapping[str, Any], word: str) -> set[str]:
