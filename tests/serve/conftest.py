@@ -56,8 +56,8 @@ def engine_of(adapter_dir):
 def servers(adapter_dir):
     with contextlib.ExitStack() as stack:
 
-        def make(*names, model=None, **config):
-            settings = {"model": "base", "kv_tokens": 2048, "max_batch_tokens": 512, "max_batch": 16, **config}
+        def make(*names, model=None, model_name="base", **config):
+            settings = {"model": model_name, "kv_tokens": 2048, "max_batch_tokens": 512, "max_batch": 16, **config}
             engine = Engine(model or tiny.tiny_model(), ServeConfig(**settings))
             for name in names:
                 engine.load(name, adapter_dir(name))

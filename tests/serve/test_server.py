@@ -69,7 +69,7 @@ def test_a_chat_streamed_and_not(server):
         ({"prompt": [3, 999]}, 400, "outside 0 to 271"),
         ({"prompt": ["a"] * 100, "n": 3}, 400, "300 requests; expected at most 272"),
         ({"max_tokens": 600}, 400, "at most 512"),
-        ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+        ({"presence_penalty": 3.0}, 400, "presence_penalty"),
         ({"temperature": -1}, 400, "temperature"),
         ({"best_of": 2, "n": 3}, 400, "best_of is 2; expected at least n"),
         ({"stop": ["x"] * 17}, 400, "at most 16 stop texts"),

@@ -203,10 +203,14 @@ class Registry:
         with self._lock:
             return self._adapters.get(name)
 
-    def add(self, adapter: ServedAdapter) -> None:
-        """Serve it under its name from now on."""
+    def add(self, adapter: ServedAdapter) -> ServedAdapter | None:
+        """Serve it under its name from now on; the one that it replaces."""
         with self._lock:
+            before = self._adapters.get(adapter.name)
+            if before is not None:
+                before.leaving = True
             self._adapters[adapter.name] = adapter
+            return before
 
     def remove(self, name: str) -> ServedAdapter | None:
         """Serve it no more to new requests."""

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from theodora import __version__
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.serve.answers import Answers, Desk
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
@@ -21,6 +23,7 @@ from theodora.serve.metrics import Metrics
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
 from theodora.serve.tiers import Changed
+from theodora.serve.tokens import token_routes
 
 _FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
@@ -45,10 +48,18 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     app.state.engine, app.state.metrics = engine, metrics
     _add_errors(app)
 
+    app.include_router(token_routes(desk))
+
+    @app.get("/ping")  # as SageMaker asks
+    @app.post("/ping")
     @app.get("/health")
     async def health() -> Response:
         ready = engine.ready()
         return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -76,7 +87,7 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     @app.post("/v1/load_lora_adapter")
     async def load(asked: LoadRequest) -> dict[str, Any]:
         path = await asyncio.to_thread(inside, _allowed(engine), asked.lora_path)
-        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path)
+        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path, asked.load_inplace)
         return {"status": "ok", "id": adapter.name, "method": adapter.method, "seconds": round(adapter.seconds, 4)}
 
     @app.post("/v1/unload_lora_adapter")
@@ -246,12 +257,14 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
 
 
 def _models(engine: Engine) -> list[dict[str, Any]]:
-    base = engine.config.name
-    entry = {"object": "model", "owned_by": "theodora"}
+    config = engine.config
+    # Where things lie on this machine is nobody's affair, unless it is the name that they are asked for by.
+    root = config.model if config.served_name is None or not Path(config.model).is_dir() else Path(config.model).name
+    entry = {"object": "model", "owned_by": "theodora", "max_model_len": engine.window}
     return [
-        {"id": base, "created": engine.created, **entry, "parent": None, "max_model_len": engine.window},
+        {"id": config.name, "created": engine.created, **entry, "parent": None, "root": root},
         *(
-            {"id": adapter.name, "created": adapter.created, **entry, "parent": base, "root": str(adapter.path.name)}
+            {"id": adapter.name, "created": adapter.created, **entry, "parent": config.name, "root": adapter.path.name}
             for adapter in engine.adapters.adapters()
         ),
     ]

@@ -198,8 +198,13 @@ class Engine:
 
     # Adapters
 
-    def load(self, name: str, path: str | Path) -> ServedAdapter:
+    def load(self, name: str, path: str | Path, replace: bool = False) -> ServedAdapter:
         """Load an adapter and serve it under `name`.
+
+        Args:
+            name: what requests call it.
+            path: its folder.
+            replace: take the place of the adapter of that name; requests under way are answered by that one.
 
         Raises:
             ConfigError: the name is taken.
@@ -207,8 +212,8 @@ class Engine:
             Unavailable: the worker has failed, or did not come to it.
         """
         with self._loading:
-            if name == self.config.name or self.adapters.get(name) is not None:
-                raise ConfigError(f"The name {name!r} is taken; unload it first, or choose another.")
+            if name == self.config.name or (self.adapters.get(name) is not None and not replace):
+                raise ConfigError(f"The name {name!r} is taken; unload it, choose another, or set load_inplace.")
             started = time.perf_counter()
             before = Stamp.of(expanded(path))
             file = read_served(path, self.model, self.config.max_rank)
@@ -232,7 +237,9 @@ class Engine:
             adapter = prepare(name, file, self.model, started)
             adapter.stamp = stamp
             self.host.add(adapter)  # first, because what can be asked for can be unloaded
-            self.adapters.add(adapter)
+            before = self.adapters.add(adapter)
+            if before is not None and before.users == 0:
+                self._free(before)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
             self._mover.submit(self._to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
