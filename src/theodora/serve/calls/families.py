@@ -28,6 +28,11 @@ class Family:
     """What reads the whole answer, where it is not text with calls in it."""
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """Texts of the format that may be special tokens, which the answer's text must keep."""
+        return (*self.markers, *self.words)
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """After which a call comes."""
         return tuple(marker for marker, _ in self.styles)
@@ -40,6 +45,11 @@ class Thinking:
     name: str
     open: str
     close: str
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Texts of the tags that may be special tokens."""
+        return (self.open, self.open.removesuffix("thought"), self.close)
 
     def opened_by(self, prompt: str) -> bool:
         """Whether a prompt ends within the reasoning, so that the answer begins there."""
@@ -85,6 +95,12 @@ FAMILIES = (
             "<|tool_call_argument_begin|>",
             "<|tool_call_end|>",
         ),
+    ),
+    Family(
+        "mistral_v11",
+        (("[TOOL_CALLS]", "[ARGS]"),),
+        (("[TOOL_CALLS]", styles.mistral),),
+        words=("[ARGS]", "[CALL_ID]"),
     ),
     Family(
         "mistral",
