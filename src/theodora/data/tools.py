@@ -118,6 +118,8 @@ def storable_calls(
     Its JSON column rounds numbers to ten digits; and nulls or an order that came in text are kept in text alone.
     """
     text = storable_json(calls, what, notes)
+    if not text:
+        return calls
     functions = [call["function"] for call in calls]
     arranged = [arranged_arguments(one["arguments"], schemas.get(one["name"])) for one in functions]
     kept = json.dumps([one["arguments"] for one in functions]) == json.dumps(arranged)
