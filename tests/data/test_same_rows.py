@@ -183,8 +183,8 @@ def _csv(rows, folder):
 
 def _csv_of_pandas(rows, folder):
     """Lists and objects in Python's spelling, a column of numbers in front."""
-    pd.DataFrame(rows).to_csv(folder / "a.csv")
-    return folder / "a.csv"
+    pd.DataFrame(rows).to_csv(folder / "p.csv")
+    return folder / "p.csv"
 
 
 def _parquet(rows, folder):
