@@ -146,10 +146,11 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
             if _is_bomb(file.metadata):
                 problems.add("", f"unfolds to more than {_MOST_COMPRESSED} times its size; no text does that")
                 return
+            values = _json_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield f"row {number}", row
+                    yield f"row {number}", row | values.decode_example({name: row[name] for name in values})
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # text that is no UTF-8, dates
         problems.add(f"after row {number}" if number else "", f"is not a whole Parquet file ({error})")
 
@@ -171,6 +172,19 @@ def reader_for(path: Path) -> Reader | None:
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
     return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _json_columns(schema: Any) -> Any:
+    """What datasets' own Parquet files say of columns in which it keeps values of many shapes as JSON text."""
+    from datasets import Features
+
+    if b"Json" not in (schema.metadata or {}).get(b"huggingface", b""):
+        return Features()
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"what it says of its columns is damaged: {error!r}") from error
+    return Features({name: feature for name, feature in features.items() if "Json(" in repr(feature)})
 
 
 def _is_bomb(metadata: Any) -> bool:

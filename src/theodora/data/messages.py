@@ -86,7 +86,7 @@ def read_turns(value: Any, column: str, notes: Notes, schemas: Schemas | None = 
         for read in _read_entry(turn, f"turn {number} of {column!r}", notes, schemas or {}):
             last = messages[-1] if messages else {}
             if read.is_call and last.get("role") == "assistant" and _weight(last) == _weight(read.message):
-                messages[-1] = _joined(last, read.message, column, notes)
+                messages[-1] = _joined(last, read.message, column, schemas or {}, notes)
             else:
                 messages.append(read.message)
     return messages
@@ -203,7 +203,9 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     if isinstance(content, str) and role == "assistant" and not text.strip() and not calls:
         notes.wrong(f"{what} is an empty assistant turn")
     message = {"role": role, "content": text, **_read_extras(turn, role, reasoning, what, notes)}
-    return Turn(message | ({"tool_calls": storable_calls(calls, f"tool_calls of {what}", notes)} if calls else {}))
+    return Turn(
+        message | ({"tool_calls": storable_calls(calls, f"tool_calls of {what}", schemas, notes)} if calls else {})
+    )
 
 
 def _read_call_turn(turn: Message, content: Any, what: str, notes: Notes, schemas: Schemas) -> Message:
@@ -211,7 +213,7 @@ def _read_call_turn(turn: Message, content: Any, what: str, notes: Notes, schema
     if not is_empty(turn.get("tool_calls")):
         notes.wrong(f"{what} has tool_calls beside the call that it says; keep one of the two")
     extras = _read_extras(turn, "assistant", reasoning, what, notes)
-    return {"role": "assistant", "content": "", **extras, "tool_calls": storable_calls(calls, what, notes)}
+    return {"role": "assistant", "content": "", **extras, "tool_calls": storable_calls(calls, what, schemas, notes)}
 
 
 def _read_tool_calls(turn: Message, what: str, notes: Notes, schemas: Schemas) -> list[dict[str, Any]]:
@@ -282,12 +284,12 @@ def _weight(message: Message) -> Any:
     return message.get("weight", 1)
 
 
-def _joined(last: Message, call: Message, column: str, notes: Notes) -> Message:
+def _joined(last: Message, call: Message, column: str, schemas: Schemas, notes: Notes) -> Message:
     """The model's words (or calls) and a call that follows them, as one turn."""
     calls = [*(calls_of(last) or []), *(calls_of(call) or [])]
     reasoning = "\n".join(part["reasoning_content"] for part in (last, call) if part.get("reasoning_content"))
     joined = last | call | {"content": last["content"]} | ({"reasoning_content": reasoning} if reasoning else {})
-    return joined | {"tool_calls": storable_calls(calls, f"a call of {column!r}", notes)}
+    return joined | {"tool_calls": storable_calls(calls, f"a call of {column!r}", schemas, notes)}
 
 
 def _are_parts(value: Any) -> bool:

@@ -110,10 +110,20 @@ def spoken_calls(content: Any, what: str, schemas: Schemas, notes: Notes) -> tup
     return read_calls(content, what, schemas, notes), reasoning
 
 
-def storable_calls(calls: list[dict[str, Any]], what: str, notes: Notes) -> list[dict[str, Any]] | str:
-    """Calls as datasets can keep them: its JSON column rounds numbers to ten digits, so that some have to be text."""
+def storable_calls(
+    calls: list[dict[str, Any]], what: str, schemas: Schemas, notes: Notes
+) -> list[dict[str, Any]] | str:
+    """Calls as datasets can keep them, and as they are read again the same: as objects if possible, else as text.
+
+    Its JSON column rounds numbers to ten digits; and nulls or an order that came in text are kept in text alone.
+    """
     text = storable_json(calls, what, notes)
-    return calls if _NUMBER.search(text) is None else text
+    if not text:
+        return calls
+    functions = [call["function"] for call in calls]
+    arranged = [arranged_arguments(one["arguments"], schemas.get(one["name"])) for one in functions]
+    kept = json.dumps([one["arguments"] for one in functions]) == json.dumps(arranged)
+    return calls if kept and _NUMBER.search(text) is None else text
 
 
 def arranged_tool(value: Any, names: Sequence[str] | None = None) -> Any:

@@ -11,6 +11,7 @@ import yaml
 import theodora
 from theodora.adapters.atomic import atomic_write
 from theodora.config import TrainConfig
+from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
@@ -80,7 +81,7 @@ def _data(plan: Plan) -> str:
         f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {plan.rows:,} rows, {plan.tokens:,} tokens.\n"
         f"- Loss on {learned}: {plan.learned:,} tokens.\n"
         f"- Held out: {held_out if plan.held_out_rows else 'none'}."
-    )
+    ) + "".join(f"\n- Left out: {part}." for part in sentences(plan.left_out))
 
 
 def _settings(plan: Plan) -> str:

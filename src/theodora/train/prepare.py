@@ -24,6 +24,8 @@ from theodora.data import (
     split_examples,
     tokenize,
 )
+from theodora.data.hidden import left_out_of
+from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
@@ -48,6 +50,8 @@ class Prepared:
     held_out_rows: Dataset | None
     dtype: str
     notes: list[str]
+    left_out: tuple[LeftOut, ...] = ()
+    """What rows hold and nothing is learned from."""
 
 
 def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
@@ -63,10 +67,17 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config, training, held_out = _split(config, examples, notes)
     tokenizer = _load_tokenizer(config, arguments, training)
     train_rows = _tokenize(config, training, tokenizer, notes)
+    left_out = [*examples.left_out, *left_out_of(train_rows)]
     if config.replay is not None:
-        train_rows = _with_replay(config, train_rows, _tokenize(config, load_examples(config.replay), tokenizer, notes))
+        replayed = load_examples(config.replay)
+        texts = _tokenize(config, replayed, tokenizer, notes)
+        left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
+        train_rows = _with_replay(config, train_rows, texts)
         notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
     held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
+    if held_out is not None and held_out_rows is not None:
+        read = held_out.left_out if config.eval_data is not None else ()
+        left_out += named([*read, *left_out_of(held_out_rows)], config.eval_data or "the held-out rows")
     dtype, bf16 = choose_precision(config, arguments)
     model = load_model(
         config.model,
@@ -96,7 +107,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     inject_adapter(model, adapter)
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
-    return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
+    return Prepared(
+        config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes, tuple(left_out)
+    )
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -157,8 +170,9 @@ def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedToke
         use_chat_template=config.use_chat_template,
         train_on=config.train_on,
     )
-    # The first part says how many rows and tokens there are, which the panel shows by itself.
-    notes += [note.rstrip(".") for note in rows.info.description.split("; ")[1:] if note.rstrip(".") not in notes]
+    # The first part says how many rows and tokens there are, which the panel shows by itself, as what is left out.
+    said = {*notes, *sentences(left_out_of(rows))}
+    notes += [note for part in rows.info.description.split("; ")[1:] if (note := part.rstrip(".")) not in said]
     return rows
 
 

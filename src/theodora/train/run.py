@@ -238,6 +238,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *missing_parts(arguments.device),
             *(_changed_since(prepared.config, output) if checkpoint else []),
         ],
+        left_out=prepared.left_out,
     )
 
 
@@ -364,6 +365,7 @@ def _result(
         tokens_per_second=view.mean_tokens_per_second,
         peak_memory=peak_memory(),
         moved=moved,
+        left_out=prepared.left_out,
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
