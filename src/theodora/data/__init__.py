@@ -4,14 +4,16 @@ from theodora.data.chat import fallback_chat_template
 from theodora.data.examples import Examples
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
-from theodora.data.prompts import encode_prompt, reference_answer, render_prompt, with_answer
+from theodora.data.prompts import encode_prompt, expected_answer, reference_answer, render_prompt, with_answer
 from theodora.data.split import split_examples
-from theodora.data.tokens import tokenize
+from theodora.data.tokens import left_out_of, tokenize
 
 __all__ = [
     "Examples",
     "encode_prompt",
+    "expected_answer",
     "fallback_chat_template",
+    "left_out_of",
     "load_examples",
     "packing_is_safe",
     "reference_answer",

@@ -43,6 +43,25 @@ _TAG = re.compile(r"</?[\w:-]+>")
 _HALF_A_TAG = re.compile(r"<[^<>\s]*$")
 
 
+# Kinds of words to leave without marks, where a template writes them with escapes or looks at them.
+_UNMARKED: tuple[tuple[Kind, ...], ...] = (
+    (),
+    ("tools",),
+    ("tools", "argument"),
+    ("tools", "argument", "name", "system", "user", "tool"),
+)
+_NAMES: Mapping[Kind, Hidden] = {
+    "system": Hidden.SYSTEM,
+    "user": Hidden.USER,
+    "tool": Hidden.RESULTS,
+    "text": Hidden.TEXT,
+    "thought": Hidden.REASONING,
+    "reasoning": Hidden.REASONING,
+    "call": Hidden.CALLS,
+    "argument": Hidden.CALLS,
+    "name": Hidden.NAMES,
+    "tools": Hidden.TOOLS,
+}
 _KEYS: Mapping[Kind, str] = {"reasoning": "reasoning_content", "call": "tool_calls"}
 
 
@@ -55,7 +74,9 @@ class RenderedChat:
     ends_open: bool
     """The last turn is learned, but the template wrote no end-of-turn token behind it."""
     as_prompted: bool
-    """Learned turns follow what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    """The last learned turn follows what a model is given to answer (DeepSeek-R1 is given an opened <think>)."""
+    earlier_as_prompted: bool
+    """So do the learned turns before (where Qwen3.5 has left out even an empty <think>)."""
     hidden: Mapping[Hidden, int]
     """What the template does not show, and in how many turns (of any role)."""
     answers: Mapping[int, str]
@@ -113,13 +134,13 @@ class ChatRenderer:
         """
         template, messages = self._for(tools), self._folded(messages)
         text = template.render(messages, tools)
-        in_text = template.forms.arguments_in_text
-        marked = mark(messages, tools, text, arguments_in_text=in_text)
-        found = marked.read(template.render(marked.messages, marked.tools)) if marked else None
-        if not marked or not found or found[0] != text:
-            return None
-        markers = template.generation_spans(messages, tools)
-        return _Reading(template, self._ends, marked, *found).chat(markers)
+        for without in _UNMARKED:
+            marked = mark(messages, tools, text, arguments_in_text=template.forms.arguments_in_text, without=without)
+            found = marked.read(_rendered(template, marked.messages, marked.tools) or "") if marked else None
+            if marked and found and found[0] == text:
+                markers = template.generation_spans(messages, tools)
+                return _Reading(template, self._ends, marked, *found).chat(markers)
+        return None
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
@@ -173,18 +194,18 @@ class _Reading:
     def chat(self, markers: Sequence[Span] = ()) -> RenderedChat | None:
         """The learned stretches; of what lies outside of a template's own markers, if it has any, nothing."""
         runs = [run for run in self._runs() if run.message in self.learned]
-        hidden = self._hidden({run.message for run in runs})
-        if hidden is None:
-            return None
-        spans, as_prompted = list[Span](), True
+        spans, as_prompted = list[Span](), list[bool]()
         for run in runs:
             start, follows = self._start(run)
-            as_prompted = as_prompted and follows
+            as_prompted.append(follows)
             if start is None:
                 return None
             end = self._end(run)
             start = max(start, spans[-1][1]) if spans else start
             spans.append((start, end))
+        hidden = self._hidden(runs, spans)
+        if hidden is None:
+            return None
         last = len(self.marked.messages) - 1
         within = [self._within(markers, span) for span in spans] if markers else [[span] for span in spans]
         if unmarked := sum(self._loses(span, pieces) for span, pieces in zip(spans, within, strict=True)):
@@ -193,7 +214,8 @@ class _Reading:
             text=self.text,
             spans=tuple(piece for pieces in within for piece in pieces),
             ends_open=bool(runs) and runs[-1].message == last and not self._is_ended(runs[-1], spans[-1]),
-            as_prompted=as_prompted,
+            as_prompted=all(as_prompted[-1:]),
+            earlier_as_prompted=all(as_prompted[:-1]),
             hidden=hidden,
             answers=self._answers(runs, spans),
         )
@@ -298,10 +320,7 @@ class _Reading:
         if kinds is not None:
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             messages[last] = _reduced(messages[last], kinds)
-        try:
-            return self.template.render(messages, self.marked.tools, prompt)
-        except TEMPLATE_ERRORS:
-            return None
+        return _rendered(self.template, messages, self.marked.tools, prompt)
 
     def _behind(self, rendered: str | None, part: int | None) -> str | None:
         """What follows a part (None: everything) in a text with marks."""
@@ -324,27 +343,27 @@ class _Reading:
         places = [span[0], *(place for piece in pieces for place in piece), span[1]]
         return any(self.text[a:b].strip() for a, b in zip(places[::2], places[1::2], strict=True))
 
-    def _hidden(self, written: set[int]) -> dict[Hidden, int] | None:
+    def _hidden(self, runs: Sequence[_Run], spans: Sequence[Span]) -> dict[Hidden, int] | None:
         """What the template does not show, and in how many turns; None: the words of a learned turn."""
-        missing = [(i, part) for i, part in enumerate(self.marked.parts) if i not in self.extents]
-        if any(p.kind == "text" and p.message in self.learned and p.message not in written for _, p in missing):
+        written = dict[int, str]()
+        for run, (start, end) in zip(runs, spans, strict=True):
+            written[run.message] = written.get(run.message, "") + self.text[start:end]
+        parts = [part for i, part in enumerate(self.marked.parts) if i not in self.extents]
+        # Kimi writes a call's name in its id.
+        missing = [p for p in parts if p.kind != "call" or p.words not in written.get(p.message, "")]
+        missing += [part for part in self.marked.bare if part.kind != "argument" and part.words not in self.text]
+        if any(p.kind == "text" and p.message in self.learned and p.message not in written for p in missing):
             return None
-        forms = self.template.forms
-        names: dict[Kind, Hidden] = {
-            "system": Hidden.SYSTEM,
-            "user": Hidden.USER,
-            "tool": Hidden.RESULTS,
-            "text": Hidden.TEXT,
-            "thought": Hidden.EARLIER if forms.shows_thoughts else Hidden.REASONING,
-            "reasoning": Hidden.EARLIER if forms.shows_reasoning else Hidden.REASONING,
-            "call": Hidden.CALLS,
-            "name": Hidden.NAMES,
-            "tools": Hidden.TOOLS,
-        }
-        turns = {(names[part.kind], part.message) for _, part in missing}
+        turns = {(self._name(part), part.message) for part in missing}
         turns |= {(Hidden.PART, p.message) for i, p in enumerate(self.marked.parts) if self._is_shortened(i, p)}
         turns |= {(Hidden.NOTHING, i) for i in self.learned if i not in written}
         return dict(Counter(name for name, _ in turns))
+
+    def _name(self, part: Part) -> Hidden:
+        forms = self.template.forms
+        shown = {"thought": forms.shows_thoughts, "reasoning": forms.shows_reasoning}.get(part.kind, False)
+        is_last = all(m["role"] != "assistant" for m in self.marked.messages[part.message + 1 :])
+        return Hidden.EARLIER if shown and not is_last else _NAMES[part.kind]
 
     def _is_shortened(self, index: int, part: Part) -> bool:
         if part.kind not in ("text", "thought", "reasoning") or index not in self.extents:
@@ -358,6 +377,13 @@ class _Reading:
 def tools_of(row: Mapping[str, Any]) -> Tools:
     """The tools on offer in a row's conversation."""
     return json.loads(row["tools"]) if row.get("tools") else None
+
+
+def _rendered(template: Template, messages: Sequence[Message], tools: Tools, prompt: bool = False) -> str | None:
+    try:
+        return template.render(messages, tools, prompt)
+    except TEMPLATE_ERRORS:
+        return None
 
 
 def _reduced(message: Message, kinds: frozenset[Kind]) -> Message:

@@ -1,13 +1,13 @@
 """Marks around the words of a conversation, to find them again in what a chat template makes of it.
 
-A mark is one character for private use, which templates carry along with the words that it touches. A copy of the
+A mark is one rare character, which templates carry along with the words that it touches. A copy of the
 conversation with marks is rendered; without them its text must be the plain one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -15,11 +15,12 @@ from theodora.data.masks import Span
 from theodora.data.messages import Message, calls_of, parsed_or_same
 
 # A thought is reasoning that stands in the content.
-Kind = Literal["system", "user", "tool", "text", "thought", "reasoning", "call", "name", "tools"]
+Kind = Literal["system", "user", "tool", "text", "thought", "reasoning", "call", "argument", "name", "tools"]
 
-_FIRST, _LAST = 0xF0000, 0x10FFFD
 _ROOM = 0x4000  # characters for the marks of one conversation
-_PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
+# Rare ideographs, which also Python's repr leaves as they are, and if data holds those, characters for private use.
+_BASES = (0x20000, 0x24000, *range(0xF0000, 0x10C000, _ROOM))
+_RARE = re.compile("[\U00020000-\U0010fffd]")
 # What stands between reasoning and answer where a turn's content holds both.
 _TAG = re.compile(r"(</?think>|\[/?THINK\]|<\|channel>(?:thought)?|<channel\|>)")
 _CLOSING = ("</think>", "[/THINK]", "<channel|>")
@@ -42,6 +43,8 @@ class Marked:
     messages: list[Message]
     tools: Sequence[Any] | None
     parts: list[Part]
+    bare: list[Part]
+    """Those without marks."""
     base: int
 
     def read(self, rendered: str) -> tuple[str, dict[int, Span]]:
@@ -49,7 +52,7 @@ class Marked:
         pieces: list[str] = []
         begun, extents = dict[int, int](), dict[int, Span]()
         position = behind = 0
-        for mark in _PRIVATE.finditer(rendered):
+        for mark in _RARE.finditer(rendered):
             number, is_end = divmod(ord(mark[0]) - self.base, 2)
             if not 0 <= number < len(self.parts):
                 continue
@@ -64,28 +67,35 @@ class Marked:
 
 
 def mark(
-    messages: Sequence[Message], tools: Sequence[Any] | None, text: str, *, arguments_in_text: bool = False
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    text: str,
+    *,
+    arguments_in_text: bool = False,
+    without: Collection[Kind] = (),
 ) -> Marked | None:
-    """Put marks around all words of a conversation whose plain text is `text`.
+    """Put marks around all words of a conversation whose plain text is `text`, except around some kinds of them.
 
     Returns None if the text leaves no characters for marks, or if the conversation needs too many.
     """
-    taken = {ord(character) for character in _PRIVATE.findall(text)} if not text.isascii() else set[int]()
-    free = (b for b in range(_FIRST, _LAST - _ROOM, _ROOM) if not any(b <= c < b + _ROOM for c in taken))
+    taken = {ord(character) for character in _RARE.findall(text)} if not text.isascii() else set[int]()
+    free = (b for b in _BASES if not any(b <= c < b + _ROOM for c in taken))
     base = next(free, None)
     if base is None:
         return None
-    pen = _Pen(base, arguments_in_text)
+    pen = _Pen(base, arguments_in_text, without)
     marked = [pen.message(index, message) for index, message in enumerate(messages)]
     offered = [pen.tool(tool) for tool in tools] if tools else tools
-    return Marked(marked, offered, pen.parts, base) if 2 * len(pen.parts) <= _ROOM else None
+    return Marked(marked, offered, pen.parts, pen.bare, base) if 2 * len(pen.parts) <= _ROOM else None
 
 
 @dataclass
 class _Pen:
     base: int
     arguments_in_text: bool
+    without: Collection[Kind]
     parts: list[Part] = field(default_factory=list[Part])
+    bare: list[Part] = field(default_factory=list[Part])
 
     def message(self, index: int, message: Message) -> Message:
         role, marked = message["role"], dict(message)
@@ -109,6 +119,9 @@ class _Pen:
     def words(self, index: int, kind: Kind, text: str) -> str:
         words = text.strip()
         if not words:
+            return text
+        if kind in self.without:
+            self.bare.append(Part(index, kind, words))
             return text
         begin = self.base + 2 * len(self.parts)
         self.parts.append(Part(index, kind, words))
@@ -149,7 +162,7 @@ class _Pen:
 
     def _values(self, index: int, value: Any) -> Any:
         if isinstance(value, str):
-            return self.words(index, "call", value)
+            return self.words(index, "argument", value)
         if isinstance(value, Mapping):
             return {key: self._values(index, one) for key, one in cast("Mapping[str, Any]", value).items()}
         return [self._values(index, one) for one in cast("list[Any]", value)] if isinstance(value, list) else value

@@ -48,14 +48,47 @@ def encode_prompt(
 
 
 def reference_answer(example: Mapping[str, Any]) -> str:
-    """The answer that a row gives to its prompt: its completion, or its last assistant turn.
+    """The words of the answer that a row gives to its prompt: of its completion, or of its last learned turn.
 
     Raises:
         DataError: a row of plain text, which answers nothing.
     """
     _refuse_text(example)
     _, answered = _question_and_answer(example)
-    return next(message["content"] for message in answered if message["role"] == "assistant")
+    return answered[0].get("content") or ""
+
+
+def expected_answer(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> str:
+    """What a model writes that answers a row's prompt exactly: what the chat template makes of the answer.
+
+    That is the answer with its reasoning and tool calls, from behind the generation prompt to before the token that
+    ends the turn, as it is in training, and without special tokens, which a decoded answer lacks too. Without a
+    template, and for an answer of which the template shows nothing, it is `reference_answer`.
+
+    Args:
+        example: a row of `Examples.dataset`.
+        tokenizer: whose chat template is used.
+        use_chat_template: as in `tokenize`.
+
+    Raises:
+        DataError: a row of plain text, which answers nothing, or one that the chat template refuses.
+    """
+    _refuse_text(example)
+    if is_verbatim(example, tokenizer, use_chat_template):
+        return example["completion"]
+    asked, _ = _question_and_answer(example)
+    turn = sum(message["role"] == "assistant" for message in asked)
+    try:
+        renderer = ChatRenderer(tokenizer, use_chat_template)
+        chat = renderer.render_for_training(whole_conversation(example), tools_of(example))
+    except TEMPLATE_ERRORS as error:
+        raise DataError(f"The chat template refuses an answer: {error}") from error
+    if chat is None or turn not in chat.answers:
+        return reference_answer(example)
+    ids = tokenizer(chat.answers[turn], add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def with_answer(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
@@ -65,20 +98,35 @@ def with_answer(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
         DataError: a row of plain text, which answers nothing.
     """
     _refuse_text(example)
-    asked, answered = _question_and_answer(example)
     if isinstance(example.get("prompt"), str):
         return {**example, "completion": answer}
-    last = next(i for i, message in enumerate(answered) if message["role"] == "assistant")
-    turns = [{**message, "content": answer} if i == last else message for i, message in enumerate(answered)]
-    return {**example, "messages": asked + turns} if "messages" in example else {**example, "completion": turns}
+    asked, (old, *rest) = _question_and_answer(example)
+    turns = [{**old, "content": answer}, *rest]
+    if "messages" in example:
+        return {**example, "messages": asked + turns}
+    return {**example, "completion": [*asked[len(example["prompt"]) :], *turns]}
+
+
+def answered_alone(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """The same row with another answer, and without the turns behind it.
+
+    Raises:
+        DataError: a row of plain text, which answers nothing.
+    """
+    changed = with_answer(example, answer)
+    if isinstance(example.get("prompt"), str) or "messages" in example:
+        return changed
+    asked, answered = _question_and_answer(changed)
+    return {**changed, "completion": [*asked[len(example["prompt"]) :], answered[0]]}
 
 
 def whole_conversation(row: Mapping[str, Any]) -> list[Message]:
     """All turns of a row. Those of the model that belong to the prompt are not learned, unless they say so."""
     if "messages" in row:
         return list(row["messages"])
-    asked, answered = _question_and_answer(row)
-    return [{"weight": 0, **message} for message in asked] + answered
+    if isinstance(row["prompt"], str):
+        return [user(row["prompt"]), assistant(row["completion"])]
+    return [*({"weight": 0, **message} for message in row["prompt"]), *row["completion"]]
 
 
 def is_verbatim(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None) -> bool:
@@ -101,13 +149,22 @@ def own_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> slice:
 
 
 def _question_and_answer(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    """The turns before the answer, and from the answer on: the first of a completion, the last learned of messages."""
+    if isinstance(row.get("prompt"), str):
+        return [user(row["prompt"])], [assistant(row["completion"])]
     if "messages" in row:
         messages = list(row["messages"])
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last], messages[last : last + 1]
-    if isinstance(row["prompt"], str):
-        return [user(row["prompt"])], [assistant(row["completion"])]
-    return list(row["prompt"]), list(row["completion"])
+        at = max(places) if (places := _answers_of(messages)) else len(messages) - 1
+        return messages[:at], messages[at : at + 1]
+    prompt, completion = list(row["prompt"]), list(row["completion"])
+    at = min(_answers_of(completion), default=0)
+    return prompt + completion[:at], completion[at:]
+
+
+def _answers_of(messages: list[Message]) -> list[int]:
+    """Where the model's turns stand: those that are learned, or else all."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [i for i in answers if messages[i].get("weight") != 0] or answers
 
 
 def _refuse_text(row: Mapping[str, Any]) -> None:

@@ -192,10 +192,10 @@ def _forms(template: Template) -> Forms:
     if not _shows(template, forms, called, "qxname", "qxkey", "qxvalue"):
         in_text = replace(forms, arguments_in_text=True)
         forms = in_text if _shows(template, in_text, called, "qxname", "qxkey", "qxvalue") else forms
-    return _forms_of_reasoning(template, forms, called)
+    return _forms_of_reasoning(template, forms)
 
 
-def _forms_of_reasoning(template: Template, forms: Forms, called: list[Message]) -> Forms:
+def _forms_of_reasoning(template: Template, forms: Forms) -> Forms:
     field = [user("qxasked"), {**assistant("qxtext"), "reasoning_content": "qxreason"}]
     inside = [user("qxasked"), assistant("<think>\nqxreason\n</think>\n\nqxtext")]
     fits = (
@@ -204,9 +204,6 @@ def _forms_of_reasoning(template: Template, forms: Forms, called: list[Message])
     if fitting := next(fits, None):
         same = _text(template, fitting, inside) == _text(template, fitting, field)
         forms = replace(fitting, shows_reasoning=True, thinking_in_field=not same)
-    else:  # Gemma 4 was published with templates that show it beside calls only
-        beside = [field[0], {**field[1], **called[1]}]
-        forms = replace(forms, shows_reasoning=_shows(template, forms, beside, "qxreason"))
     return replace(forms, shows_thoughts=_shows(template, forms, inside, "qxreason"))
 
 

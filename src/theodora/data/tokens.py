@@ -123,10 +123,13 @@ class _Counts:
     unseen: int = 0
     hidden: HiddenCounts = field(default_factory=HiddenCounts)
     unprompted: int = 0
+    unprompted_earlier: int = 0
 
     @property
     def are_worth_saying(self) -> bool:
-        return bool(self.dropped or self.cut or self.straddled or self.unseen or self.unprompted)
+        return bool(
+            self.dropped or self.cut or self.straddled or self.unseen or self.unprompted or self.unprompted_earlier
+        )
 
     def describe(self, max_length: int, left_out: Sequence[LeftOut]) -> str:
         parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned"]
@@ -146,6 +149,12 @@ class _Counts:
             parts.append(
                 f"in {self.unprompted:,} rows the answer does not follow the chat template's generation prompt, which "
                 "adds something (an opened <think>?): the model will be asked otherwise than it was trained"
+            )
+        if self.unprompted_earlier:
+            parts.append(
+                f"in {self.unprompted_earlier:,} rows turns before the last do not follow the chat template's "
+                "generation prompt, which adds something (an opened <think>?): they teach another beginning than the "
+                "model will be asked to go on from (to avoid it, end a row with each such turn)"
             )
         return "; ".join(parts) + "."
 
@@ -217,6 +226,7 @@ class _Batches:
             self.counts.unseen += 1
             return None
         self.counts.unprompted += not chat.as_prompted
+        self.counts.unprompted_earlier += chat.as_prompted and not chat.earlier_as_prompted
         return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
     def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:

@@ -93,7 +93,8 @@ class _Judge(StoppingCriteria):
         return tokens[-1] in self._ends or (self._first_line_only and "\n" in self._text(tokens).lstrip())
 
     def _answer(self, tokens: list[int]) -> str:
-        text = self._text(tokens).lstrip()
+        ended = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text = self._text(tokens[:ended]).lstrip()
         if self._first_line_only:
             text = text.partition("\n")[0]
         return text.rstrip()

@@ -17,12 +17,14 @@ import torch
 from datasets import Dataset
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.data import Examples, reference_answer, tokenize, with_answer
+from theodora.data import Examples, reference_answer, tokenize
 from theodora.data.masks import agreement
+from theodora.data.prompts import answered_alone
 from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, pad
 from theodora.evaluate.loss import IGNORED, logits_at
 
+_REASONED = "</think>"  # ends reasoning that stands in the answer itself
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 _ROUNDING_HALF = 0.15  # nats, between a label scored from the cache and in one pass
 
@@ -59,7 +61,7 @@ def answers_of(examples: Examples) -> set[str]:
     Raises:
         DataError: plain text.
     """
-    return {reference_answer(row).strip() for row in _rows(examples)}
+    return {_label(reference_answer(row)) for row in _rows(examples)}
 
 
 def choices(
@@ -79,15 +81,15 @@ def choices(
     if len(set(labels)) < 2:
         raise DataError(f"A choice needs at least two different labels; found {', '.join(labels) or 'none'}")
     rows = _rows(examples)
-    answers = [reference_answer(row).strip() for row in rows]
+    answers = [_label(reference_answer(row)) for row in rows]
     strange = sorted(set(answers) - set(labels))
     if strange:
         raise DataError(
             f"{examples.source}: {len(strange)} answers are none of the {len(labels)} labels: {', '.join(strange[:5])}"
             + (", …" if len(strange) > 5 else "")
         )
-    # Blanks that set an answer off from its prompt stay.
-    each = [with_answer(row, _dressed(reference_answer(row), label)) for row in rows for label in labels]
+    # Blanks that set an answer off from its prompt stay, and so does reasoning in front of it.
+    each = [answered_alone(row, _dressed(reference_answer(row), label)) for row in rows for label in labels]
     # The context window is the limit of one row, so none may be cut: rows and labels would no longer agree.
     tokens = tokenize(
         examples.with_dataset(Dataset.from_list(each, features=examples.dataset.features)),
@@ -129,9 +131,15 @@ def _rows(examples: Examples) -> list[Any]:
     return list(examples.dataset)
 
 
+def _label(answer: str) -> str:
+    """An answer without its reasoning and the blanks around it."""
+    return answer.rpartition(_REASONED)[2].strip()
+
+
 def _dressed(answer: str, label: str) -> str:
-    start = len(answer) - len(answer.lstrip())
-    return answer[:start] + label + answer[len(answer.rstrip()) :]
+    reasoning, tag, words = answer.rpartition(_REASONED)
+    start = len(words) - len(words.lstrip())
+    return reasoning + tag + words[:start] + label + words[len(words.rstrip()) :]
 
 
 def _choice(ids: list[list[int]], marks: list[list[int]], right: int) -> Choice:

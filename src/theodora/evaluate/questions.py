@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.data import Examples, encode_prompt, reference_answer, tokenize
+from theodora.data import Examples, encode_prompt, expected_answer, tokenize
 from theodora.data.prompts import is_verbatim
 from theodora.errors import DataError
 from theodora.evaluate.labels import Choice, choices
@@ -28,6 +28,7 @@ class Questions:
     prompts: list[list[int]] = field(default_factory=list[list[int]])
     """Empty where no answers are asked for."""
     references: list[str] = field(default_factory=list[str])
+    """What a model that answers exactly writes, reasoning and tool calls included."""
     single_line: bool = False
     """Whether an answer ends with its first line."""
     choices: list[Choice] = field(default_factory=list[Choice])
@@ -65,7 +66,7 @@ def questions(
     if answered and examples.format != "text":
         rows: list[Any] = list(examples.dataset)
         prompts = [encode_prompt(row, tokenizer, use_chat_template) for row in rows]
-        references = [reference_answer(row) for row in rows]
+        references = [expected_answer(row, tokenizer, use_chat_template) for row in rows]
         # Without a template nothing tells an untrained model where an answer ends.
         single_line = is_verbatim(rows[0], tokenizer, use_chat_template) and not any(
             "\n" in reference.strip() for reference in references
