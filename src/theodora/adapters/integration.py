@@ -31,7 +31,10 @@ def install(model: nn.Module) -> None:
     """Prepare a model that has just received an adapter."""
     if not isinstance(model, PreTrainedModel):
         return
+    from theodora.adapters.new_tokens import Resizer
+
     model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
+    model.__dict__.setdefault("resize_token_embeddings", Resizer(model))
     head = model.get_output_embeddings()
     if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
         setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
@@ -41,7 +44,8 @@ def install(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install` on a model that has lost its last adapter."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "resize_token_embeddings"):
+        model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
     if guard is not None:
         guard.remove()

@@ -38,6 +38,9 @@ class TrainResult:
     moved: Mapping[str, tuple[int, int]]
     """For each part of the adapter (lora_A, lora_B, magnitude) how many tensors training moved, of how many. All are
     finite, or there would be an error."""
+    stops: tuple[int, int] | None = None
+    """In how many of how many answers to its own prompts the model stopped by itself; None for plain text, and where it
+    was not asked."""
     model: PreTrainedModel = field(repr=False)
     """The model with its adapter, in eval mode."""
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
