@@ -19,15 +19,15 @@ safetensors file, which PEFT leaves alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from theodora.adapters.finite import all_finite_on_gpu, is_finite
 from theodora.adapters.reading import FLOAT_DTYPES, expanded, read_object, read_tensors
 from theodora.adapters.targets import from_pattern
 from theodora.adapters.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
@@ -54,7 +54,6 @@ _FOREIGN_OPTIONS = (
 )
 # Starts after which PEFT keeps the base weight as it is; the others leave a changed base behind.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
 # Safetensors files know more kinds of numbers; no adapter is kept in them.
 _DTYPES = tuple(FLOAT_DTYPES.values())
 _PARTS = {
@@ -175,7 +174,7 @@ def adapter_of(
     deltas: dict[str, Tensor] = {}
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
-    finite = _all_finite_on_gpu(tensors.values())
+    finite = all_finite_on_gpu(tensors.values())
     in_full = config.modules_to_save
     if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
         wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
@@ -188,7 +187,7 @@ def adapter_of(
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
         if tensor.dtype not in _DTYPES:
             problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        elif not (finite or _finite(tensor)):
+        elif not (finite or is_finite(tensor)):
             problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
@@ -439,35 +438,6 @@ def _rank(config: AdapterConfig, module: str) -> int:
 
 def _scale(config: AdapterConfig, module: str) -> float:
     return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
-    an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        return bool(tensor.isfinite().all())
-    if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
-        return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
-    return bool(np.isfinite(tensor.numpy()).all())
-
-
-def _all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
-    """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
-    if not tensors or not all(t.is_cuda and t.dtype in _DTYPES for t in tensors):
-        return False
-    answers: list[Tensor] = []
-    for dtype in {t.dtype for t in tensors}:
-        flat = [t.detach().flatten() for t in tensors if t.dtype == dtype]
-        pieces, size = [[]], 0
-        for t in flat:
-            if size > _TOGETHER:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(t)
-            size += t.numel()
-        answers += [torch.cat(piece).isfinite().all() for piece in pieces]
-    return bool(torch.stack(answers).all())
 
 
 def _module_problem(

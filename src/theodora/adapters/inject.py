@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.accelerate import off_the_fast_path
 from theodora.adapters.integration import install, uninstall
+from theodora.adapters.new_tokens import new_token_indices, tokens_before
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
 from theodora.adapters.token_rows import (
     add_token_rows,
@@ -62,7 +63,8 @@ class AdapterState:
 def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str = "default") -> Model:
     """Put a new adapter on `model`, in place, freeze everything else, and make the adapter the active one.
 
-    The model's outputs are unchanged until the adapter is trained. The trained tensors are the parameters that ask
+    The model's outputs are unchanged until the adapter is trained. Where the embeddings were resized since the model
+    was loaded, the rows of the new tokens are trained, too, and saved with the adapter. The trained tensors are the parameters that ask
     for gradients afterwards.
 
     Example:
@@ -85,10 +87,12 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     paths = find_targets(model, config)
     with originals_in_place(model):
         adapters = _build(model, config, paths)
-        rows = new_rows(model, config, paths)
+        added = new_token_indices(model, config, paths)
+        rows = new_rows(model, config, added, paths)
     full = {path: nn.Parameter(p.detach().clone()) for path, p in full_parameters(model, config, state).items()}
 
     add_adapter(model, name, config, adapters, full, rows)
+    require_state(model).resized |= tokens_before(model) is not None
     return set_adapter(model, name)
 
 

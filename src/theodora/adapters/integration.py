@@ -35,9 +35,12 @@ def install(model: nn.Module) -> None:
     """Prepare a model that has just received an adapter."""
     if not isinstance(model, PreTrainedModel):
         return
+    from theodora.adapters.new_tokens import Resizer
+
     model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
     for name in _PEFT_METHODS:
         model.__dict__.setdefault(name, _refuse_pefts)
+    model.__dict__.setdefault("resize_token_embeddings", Resizer(model))
     head = model.get_output_embeddings()
     if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
         setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
@@ -47,7 +50,7 @@ def install(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install` on a model that has lost its last adapter."""
-    for name in ("save_pretrained", *_PEFT_METHODS):
+    for name in ("save_pretrained", "resize_token_embeddings", *_PEFT_METHODS):
         model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
     if guard is not None:

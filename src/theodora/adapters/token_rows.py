@@ -61,12 +61,15 @@ def own_rows(model: nn.Module, name: str) -> dict[str, TokenRows]:
     return found
 
 
-def new_rows(model: nn.Module, config: AdapterConfig, adapted: Sequence[str]) -> dict[str, TokenRows]:
+def new_rows(
+    model: nn.Module, config: AdapterConfig, added: Mapping[str, Sequence[int]], adapted: Sequence[str]
+) -> dict[str, TokenRows]:
     """Rows for the tokens of `config.trainable_token_indices`, as the base has them; the model is not touched.
 
     Args:
         model: the base model, with its own parameters in place.
         config: names the tokens.
+        added: module path -> more of them, which the base was given since it was loaded.
         adapted: paths of the modules that get a low-rank adapter of the same name.
 
     Raises:
@@ -74,7 +77,10 @@ def new_rows(model: nn.Module, config: AdapterConfig, adapted: Sequence[str]) ->
     """
     problems: list[str] = []
     found: dict[str, TokenRows] = {}
-    for path, ids in named_indices(model, config.trainable_token_indices, problems).items():
+    wanted = named_indices(model, config.trainable_token_indices, problems)
+    for path, ids in added.items():
+        wanted[path] = tuple(dict.fromkeys((*wanted.get(path, ()), *ids)))
+    for path, ids in wanted.items():
         module: Any = model.get_submodule(path)
         reason = cannot_have_rows(module)
         if path in adapted:

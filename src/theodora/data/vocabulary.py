@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
+from datasets import Dataset
+
 from theodora.errors import ConfigError, bullet_list
 
 _SHOWN = 12
@@ -28,6 +31,30 @@ def missing_rows(rows: Iterable[Sequence[int]], have: int) -> dict[int, int]:
             for token in sorted({token for token in row if token >= have}):
                 found[token] = found.get(token, 0) + 1
     return dict(sorted(found.items()))
+
+
+def missing_in(datasets: Iterable[Dataset], have: int) -> dict[int, int]:
+    """`missing_rows` of tokenised data sets, which are read in full only where there is something to find."""
+    found: dict[int, int] = {}
+    for dataset in datasets:
+        largest = [pc.max(pc.list_flatten(chunk)).as_py() for chunk in dataset.data.column("input_ids").chunks]
+        if max((id for id in largest if id is not None), default=0) >= have:
+            for token, count in missing_rows(dataset["input_ids"], have).items():
+                found[token] = found.get(token, 0) + count
+    return dict(sorted(found.items()))
+
+
+def safe_padding(model: Any, tokenizer: Any) -> int:
+    """An id to pad with: the tokenizer's, or one that the model has a row for. Its settings never name another.
+
+    What is padded is masked, so that any row will do.
+    """
+    have, pad = model_rows(model), tokenizer.pad_token_id
+    safe = pad if pad is not None and pad < have else 0
+    for settings in (getattr(model, "config", None), model.config.get_text_config(), model.generation_config):
+        if (getattr(settings, "pad_token_id", None) or 0) >= have:
+            settings.pad_token_id = safe
+    return safe
 
 
 def check_rows(rows: Iterable[Sequence[int]], model: Any, tokenizer: Any, where: str, mend: str) -> None:

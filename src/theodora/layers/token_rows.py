@@ -114,6 +114,11 @@ class HeadWithRows(TokenRowsLayer):
         return logits.index_copy(-1, own.ids, F.linear(x, own.rows.to(self.weight.dtype), bias).to(logits.dtype))
 
 
+def is_adapted(module: Any) -> bool:
+    """Whether an adapter may change what `module` does: whoever reads its weight would pass the adapter by."""
+    return isinstance(module, AdapterLayer | TokenRowsLayer)
+
+
 def cannot_have_rows(module: nn.Module) -> str | None:
     """Why tokens cannot have rows of their own in `module`, or None if they can."""
     if isinstance(module, TokenRowsLayer):

@@ -19,6 +19,7 @@ from theodora.train.report import (
     describe_adapter,
     describe_modules,
     describe_moved,
+    describe_stops,
     device_name,
     next_commands,
     result_rows,
@@ -68,6 +69,8 @@ def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
     notes = f"Losses are means per predicted token, in nats. Tensors that training moved: {describe_moved(result)}."
+    if result.stops is not None:
+        notes += f" Asked a few of its own prompts, the model {describe_stops(result)}."
     return f"## Results\n\n{table}\n\n{notes}\n\n![Loss curve]({FIGURE_FILE})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from theodora.data import (
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
+from theodora.data.vocabulary import describe_missing, missing_in, model_rows, safe_padding
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
@@ -102,6 +104,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         dtype = f"float8, the rest {dtype},"
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
+    config = _fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
     inject_adapter(model, adapter)
@@ -112,6 +115,38 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     )
 
 
+def _fit_vocabulary(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Sequence[Dataset | None],
+    notes: list[str],
+) -> TrainConfig:
+    """Make room for the tokens of the data that the model has no row for, if that is asked for.
+
+    Raises:
+        ConfigError: it is not, naming the tokens.
+    """
+    have = model_rows(model)
+    found = missing_in(filter(None, datasets), have)
+    safe_padding(model, tokenizer)
+    if not found:
+        if config.resize_embeddings:
+            notes.append("resize_embeddings: the model has a row for every token of the data, so nothing was resized")
+        return config
+    told = describe_missing(found, have, tokenizer, config.data)
+    if not config.resize_embeddings:
+        raise ConfigError(
+            f"{told}\nGive them rows and train these with --resize-embeddings, or take a model (or a tokenizer) that "
+            "fits the data."
+        )
+    tokens = max(len(tokenizer), max(found) + 1)
+    set_seed(config.seed)  # new rows are drawn about the mean of the others
+    model.resize_token_embeddings(tokens)
+    notes.append(f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved")
+    return config
+
+
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Let the model stop where its template ends turns; what there is to say about it."""
     ends = new_ends(model, tokenizer)
@@ -119,7 +154,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[st
     if not ends:
         return []
     return [
-        f"the chat template ends turns with {' and '.join(ends)}, not with the tokenizer's EOS ({tokenizer.eos_token}): "
+        f"the chat template ends turns with {' and '.join(ends)}, the tokenizer's EOS is {tokenizer.eos_token}: "
         "answers end with either, here and in what is made of this adapter (generation_config.json)"
     ]
 

@@ -109,6 +109,8 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         f"peak memory {as_size(result.peak_memory)}",
     )
     console.print(f"Moved by training: {describe_moved(result)}; all finite")
+    if result.stops is not None:
+        console.print("It " + describe_stops(result))
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
     where = Text.assemble(
@@ -131,6 +133,12 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 def describe_moved(result: TrainResult) -> str:
     """`lora_A 14 of 14, lora_B 14 of 14, magnitude 14 of 14`."""
     return ", ".join(f"{part} {moved} of {total}" for part, (moved, total) in result.moved.items())
+
+
+def describe_stops(result: TrainResult) -> str:
+    """`stops by itself in 3 of 4 answers`."""
+    stopped, asked = result.stops or (0, 0)
+    return f"stops by itself in {stopped} of {asked} answers"
 
 
 def next_commands(config: TrainConfig) -> list[str]:

@@ -43,6 +43,9 @@ class TrainResult:
     finite, or there would be an error."""
     left_out: tuple[LeftOut, ...] = ()
     """What rows of the data hold and nothing is learned from, with how many rows it concerns."""
+    stops: tuple[int, int] | None = None
+    """In how many of how many answers to its own prompts the model stopped by itself; None for plain text, and where it
+    was not asked."""
     model: PreTrainedModel = field(repr=False)
     """The model with its adapter, in eval mode."""
     tokenizer: PreTrainedTokenizerBase = field(repr=False)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from theodora.adapters.atomic import atomic_files, atomic_write
 from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.config import TrainConfig
+from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
 from theodora.parse import parse_yaml, to_yaml
 from theodora.train import checkpoints as files
@@ -39,6 +41,7 @@ from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.result import TrainResult
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
+from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
 
 
@@ -138,11 +141,15 @@ def _train(
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds, moved)
+    stops = _count_stops(prepared, arguments)
+    result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
     if arguments.should_save:
         _end_record(prepared, plan, result)
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
+    if stops is not None and (warning := stops.warning(result.train_loss)):
+        notes.append(warning)
     if trainer.guard.skipped:
         skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
         notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
@@ -173,6 +180,11 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
         arguments.accelerator_config.non_blocking = True
     # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    own_padding = prepared.tokenizer.pad_token
+    # TRL pads with the tokenizer's token, whether the model has a row for it or not.
+    safe = safe_padding(prepared.model, prepared.tokenizer)
+    if prepared.tokenizer.pad_token_id != safe:
+        arguments.pad_token = str(prepared.tokenizer.convert_ids_to_tokens(safe))
     try:
         return AdapterTrainer(
             model=prepared.model,
@@ -185,6 +197,8 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses this run: {error}") from error
+    finally:
+        prepared.tokenizer.pad_token = own_padding
 
 
 def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
@@ -369,6 +383,14 @@ def _result(
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
+
+
+def _count_stops(prepared: Prepared, arguments: SFTConfig) -> Stops | None:
+    """Ask a few held-out rows, or rows trained on; one process of one."""
+    if arguments.world_size > 1:
+        return None
+    examples = prepared.held_out if prepared.held_out is not None else prepared.training
+    return count_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 
 
 def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:

@@ -22,7 +22,7 @@ from theodora.adapters.inject import trained_tensors
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
-from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import is_adapted
 from theodora.train.apart import keeps_apart
 from theodora.train.checkpoints import rotate
 from theodora.train.figures import Figures
@@ -83,7 +83,7 @@ class AdapterTrainer(SFTTrainer):
         self.say: Callable[[str], None] = print
         self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
         self.pieces.halves = self.args.world_size == 1
-        self.adapts_head = isinstance(self.model.get_output_embeddings(), AdapterLayer)
+        self.adapts_head = is_adapted(self.model.get_output_embeddings())
         self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.adapts_head and not self._plain_loss:
             raise ConfigError(
