@@ -16,8 +16,8 @@ from theodora.errors import CheckpointError
 def auto_class(config: PreTrainedConfig, model: object, *, trust_remote_code: bool = False) -> Any:
     """The `AutoModel…` class for a configuration.
 
-    Where transformers loads the language model of a vision-language checkpoint by itself (Qwen3.5, Llama 4), it is that:
-    the same text with less memory. Where it does not (Gemma 3, Mistral 3), it is the whole model.
+    Where transformers loads the language model of a vision-language checkpoint by itself (Qwen3.5, Llama 4), it is
+    that: the same text with less memory. Where it does not (Gemma 3, Mistral 3), it is the whole model.
 
     Args:
         config: the model's.

@@ -51,6 +51,7 @@ from theodora.adapters.inject import (
     set_adapter,
 )
 from theodora.adapters.kinds import layer_index
+from theodora.adapters.names import of_another_part
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
@@ -456,10 +457,12 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
     if config.targets == "all-linear":
         return []
     full = {path.rpartition(".")[0] for path in file.full}
+    language_model_alone = not any(map(of_another_part, file.modules))  # q_proj then means no tower's
     return [
         path
         for path, module in modules.items()
         if path not in file.modules
+        and not (language_model_alone and of_another_part(path))
         and matches(config.targets, path)
         and not (config.exclude and matches(config.exclude, path))
         and (file.only_layers is None or layer_index(path) in file.only_layers)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.adapters import inject_adapter, quantize_base
+from theodora.adapters import inject_adapter, quantize_base, remove_adapter
 from theodora.adapters.generation import new_ends, set_ends
 from theodora.adapters.inject import adapter_layers
+from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.models import load_model, load_tokenizer
 from theodora.adapters.parts import other_parts_note
 from theodora.adapters.targets import for_text
-from theodora.config import TrainConfig
+from theodora.config import AdapterConfig, TrainConfig
 from theodora.data import (
     Examples,
     fallback_chat_template,
@@ -32,9 +35,13 @@ from theodora.data.vocabulary import describe_missing, missing_in, model_rows, s
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
-from theodora.train.text_only import check_continues_text
+from theodora.train.text_only import check_continues_text, without_gradient
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
+_EXPERTS = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
+}
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
 
 
@@ -90,6 +97,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     )
     arguments.model_init_kwargs = None
     check_continues_text(model)
+    _name_experts(model.config.get_text_config())
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += _ends(model, tokenizer)
@@ -107,7 +115,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config = _fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
-    inject_adapter(model, adapter)
+    _inject(model, adapter, arguments, notes)
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(
@@ -157,6 +165,38 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[st
         f"the chat template ends turns with {' and '.join(ends)}, the tokenizer's EOS is {tokenizer.eos_token}: "
         "answers end with either, here and in what is made of this adapter (generation_config.json)"
     ]
+
+
+def _inject(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig, notes: list[str]) -> None:
+    """Put the adapter on the model, without what text gives no gradient."""
+    random = torch.get_rng_state()
+    inject_adapter(model, adapter)
+    whole = not (arguments.fsdp or arguments.deepspeed or getattr(model, "hf_device_map", None))
+    if arguments.device.type != "cpu" and whole:
+        model.to(arguments.device)  # pyright: ignore[reportArgumentType]  (where it is trained, and faster)
+    if not (resting := without_gradient(model)):
+        return
+    kinds = ", ".join(dict.fromkeys(layer_kinds(resting).values()))
+    if adapter.targets != "all-linear":
+        raise ConfigError(
+            f"The targets select modules that text gives no gradient, so that they would never be trained: {kinds}. "
+            "Leave them out with exclude."
+        )
+    notes.append(f"text gives no gradient to {kinds}: frozen, and left out of the targets")
+    kept = tuple(path for path in adapter_layers(model) if path not in set(resting))
+    remove_adapter(model)
+    if whole:
+        model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
+    torch.set_rng_state(random)
+    inject_adapter(model, replace(adapter, targets=kept, exclude=()))
+
+
+def _name_experts(config: Any) -> None:
+    """Give a mixture of experts the names under which TRL looks for its figures, for the loss that balances experts."""
+    for wanted, others in _EXPERTS.items():
+        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
+        if not hasattr(config, wanted) and found is not None:
+            setattr(config, wanted, found)
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:

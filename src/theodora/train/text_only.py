@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from theodora.adapters.inject import adapter_layers
 from theodora.errors import ConfigError
 
-_LENGTH = 6
+_LENGTH, _LONG = 6, 48
 _ROUNDING = 1e-2  # of the largest logit: half precision, whose sums may depend on the rest of the batch
 _LOOKS_AHEAD = 0.05
 """Share of what a token changes for itself that it may change for those before it."""
@@ -49,3 +50,35 @@ def check_continues_text(model: PreTrainedModel) -> None:
 
 def _logits(model: Any, ids_1L: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_1L, use_cache=False).logits[0].float()
+
+
+def without_gradient(model: PreTrainedModel) -> list[str]:
+    """Paths of the adapted modules whose kind gets no gradient from a text: what selects tokens or experts, say.
+
+    One that rests is no sign (an expert to which no token went); a kind of which all rest, `gate` or `wq_b`, is.
+    """
+    layers = adapter_layers(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids_1L = (torch.arange(_LONG) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None] % vocabulary
+    training = model.training
+    model.eval()
+    try:
+        logits: Any = model(input_ids=ids_1L.to(model.device), use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:].to(logits.device)).backward()
+        kinds: dict[str, list[str]] = {}
+        for path in layers:
+            kinds.setdefault(_kind(path), []).append(path)
+        return [path for paths in kinds.values() if not any(_moves(layers[path]) for path in paths) for path in paths]
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+
+
+def _kind(path: str) -> str:
+    """`model.layers.3.self_attn.indexer.wq_b` → `self_attn.indexer.wq_b`."""
+    return ".".join([step for step in path.split(".") if not step.isdigit()][-3:])
+
+
+def _moves(layer: Any) -> bool:
+    grads = [p.grad for adapter in layer.adapters.values() for p in adapter.parameters() if p.grad is not None]
+    return any(bool(grad.any()) for grad in grads)
