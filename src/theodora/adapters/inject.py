@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.accelerate import off_the_fast_path
+from theodora.adapters.heads import with_heads
 from theodora.adapters.integration import install, uninstall
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
 from theodora.config import AdapterConfig
@@ -54,7 +55,8 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     """Put a new adapter on `model`, in place, freeze everything else, and make the adapter the active one.
 
     The model's outputs are unchanged until the adapter is trained. The trained tensors are the parameters that ask
-    for gradients afterwards.
+    for gradients afterwards. Heads of models for a task (`score`, `classifier`, `qa_outputs`, …) are among them, in
+    full, unless `targets` names them.
 
     Example:
         `model = inject_adapter(AutoModelForCausalLM.from_pretrained(...), AdapterConfig(rank=16))`
@@ -70,9 +72,9 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     Raises:
         ConfigError: the name is taken, or the configuration does not fit the model; nothing was changed.
     """
-    config = config or AdapterConfig()
     state = find_state(model) or AdapterState()
     check_name(state, name)
+    config = with_heads(model, config or AdapterConfig())
     paths = find_targets(model, config)
     with originals_in_place(model):
         adapters = _build(model, config, paths)
