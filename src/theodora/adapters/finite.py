@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are finite numbers, asked quickly."""
+"""Whether many small tensors hold finite numbers, asked cheaply."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from theodora.adapters.reading import FLOAT_DTYPES
 
-_DTYPES = tuple(FLOAT_DTYPES.values())
+DTYPES = tuple(FLOAT_DTYPES.values())
+"""Safetensors files know more kinds of numbers; no adapter is kept in them."""
 _TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
 
 
-def is_finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
     """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
     an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
     tensor = tensor.detach()
@@ -27,7 +28,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
     """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
-    if not tensors or not all(t.is_cuda and t.dtype in _DTYPES for t in tensors):
+    if not tensors or not all(t.is_cuda and t.dtype in DTYPES for t in tensors):
         return False
     answers: list[Tensor] = []
     for dtype in {t.dtype for t in tensors}:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.accelerate import off_the_fast_path
+from theodora.adapters.heads import with_heads
 from theodora.adapters.integration import install, uninstall
 from theodora.adapters.new_tokens import new_token_indices, tokens_before
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
@@ -63,9 +64,10 @@ class AdapterState:
 def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str = "default") -> Model:
     """Put a new adapter on `model`, in place, freeze everything else, and make the adapter the active one.
 
-    The model's outputs are unchanged until the adapter is trained. Where the embeddings were resized since the model
-    was loaded, the rows of the new tokens are trained, too, and saved with the adapter. The trained tensors are the parameters that ask
-    for gradients afterwards.
+    The model's outputs are unchanged until the adapter is trained. The trained tensors are the parameters that ask
+    for gradients afterwards. Where the embeddings were resized since the model was loaded, the rows of the new tokens
+    are among them, and saved with the adapter. So are the heads of models for a task (`score`, `classifier`,
+    `qa_outputs`, …), in full, unless `targets` names them.
 
     Example:
         `model = inject_adapter(AutoModelForCausalLM.from_pretrained(...), AdapterConfig(rank=16))`
@@ -81,9 +83,9 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     Raises:
         ConfigError: the name is taken, or the configuration does not fit the model; nothing was changed.
     """
-    config = config or AdapterConfig()
     state = find_state(model) or AdapterState()
     check_name(state, name)
+    config = with_heads(model, config or AdapterConfig())
     paths = find_targets(model, config)
     with originals_in_place(model):
         adapters = _build(model, config, paths)

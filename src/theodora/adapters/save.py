@@ -24,6 +24,7 @@ from theodora.adapters.base_copies import (
     grown_embeddings,
     missing_in_full,
 )
+from theodora.adapters.biases import bias_problems, sums_of_biases, trained_biases
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
@@ -36,6 +37,7 @@ from theodora.adapters.checkpoint import (
     read_adapter,
     starts_from_weight,
 )
+from theodora.adapters.heads import task_type
 from theodora.adapters.inject import (
     AdapterState,
     Model,
@@ -59,7 +61,7 @@ from theodora.adapters.targets import matches, nearest, saved_names, target_name
 from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
-from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
+from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt, start_values
 from theodora.layers.linear import Conv1DAdapterLayer
 
 _log = logging.getLogger(__name__)
@@ -166,7 +168,7 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
     """
     state = find_state(model) or AdapterState()
     check_name(state, name)
-    read = in_names_of(model, read_adapter(path))
+    read = in_names_of(model, read_adapter(path, for_model=True))
     if read.left_out:
         warnings.warn(left_out_note(read), stacklevel=2)
     with originals_in_place(model):
@@ -175,10 +177,12 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
         file = changed_copies_in_full(model, read, grown)
         config = _original_config(file)
         distance = check_fit(model, file, grown)
+        file = replace(file, full={**file.full, **sums_of_biases(model, file)})
         tokens = grow_embeddings(model, grown)
         adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
         full = _full(model, file, full_parameters(model, config, state), read)
-    modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read.full.keys()}
+    read_or_bias = {key for key in file.full if key in read.full or key.endswith(".bias")}
+    modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read_or_bias}
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
     rows = loaded_rows(model, file.token_rows, config)
     add_adapter(model, name, config, adapters, full, rows)
@@ -272,7 +276,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapter_layers(model, name).items():
+    layers, biases = adapter_layers(model, name), trained_biases(model, state.full[name], state.configs[name])
+    for path, layer in layers.items():
         adapter: Any = layer.adapters[name]
         if state_dict is not None:
             adapter = _gathered(adapter, state_dict, f"{path}.adapters.{name}.")
@@ -284,12 +289,13 @@ def _tensors(
             tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
     for path, parameter in state.full[name].items():
         in_place = state.active == name and state_dict is not None
-        tensors[path] = state_dict[path] if in_place and state_dict is not None else parameter
+        key = f"{path[:-5]}.base_layer.bias" if path in biases and path[:-5] in layers else path
+        tensors[key] = state_dict[path] if in_place and state_dict is not None else parameter
     for path, own in own_rows(model, name).items():
         rows = own.rows if state_dict is None else state_dict[f"{path}.token_rows.{name}.rows"]
         tensors[f"{path}.{DELTA}"] = rows
     if state.resized:
-        layers, with_rows = adapter_layers(model, name), token_layers(model, name)
+        with_rows = token_layers(model, name)
         with originals_in_place(model):
             for path in end_weights(model).keys() - tensors.keys():
                 module = path.removesuffix(".weight")
@@ -315,8 +321,9 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
         modules_to_save=saved_names(model, state.configs[name].modules_to_save),
         token_indices=peft_indices(model, name),
         base_model=getattr(hf_config, "_name_or_path", "") or None,
-        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        task_type=task_type(model, list(layers)),
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
+        bias="all" if trained_biases(model, state.full[name], state.configs[name]) else "none",
     )
 
 
@@ -335,6 +342,8 @@ def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
 
 def _original_config(file: AdapterFile) -> AdapterConfig:
     """The configuration that training began with: a file with start factors says rank 2R."""
+    if file.starts_from is not None:
+        return replace(file.config, init=file.starts_from)
     if not file.starts:
         return file.config
     c = file.config
@@ -360,6 +369,9 @@ def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterC
     if file.starts:
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
+    if file.starts_from is not None:  # as PEFT does whenever it loads such a file
+        w_OI = base_weight(model.get_submodule(module))
+        start = start_values(file.starts_from, w_OI, a.shape[0], found.scale, found.embedding)[2]
     return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
 
 
@@ -425,7 +437,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
                 problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
     sizes = {path: len(weight) for path, weight in grown.items()}
     problems += rows_problems(model, file.token_rows, sizes)
-    problems += missing_in_full(file, parameters)
+    problems += missing_in_full(file, parameters) + bias_problems(model, file)
     if not problems:
         problems += [
             f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
@@ -436,6 +448,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
         raise CheckpointError(
             f"The adapter in {file.path} was made for another model"
             + (f" ({file.base_model})" if file.base_model else "")
+            + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
             + ":"
             + bullet_list(
                 problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]

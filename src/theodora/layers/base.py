@@ -339,7 +339,7 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if _mixin(module) is None:
         if isinstance(module, nn.Linear | nn.Embedding):
             return f"{kind} has a forward pass of its own, which an adapter would bypass"
-        return f"{kind} is no linear layer or embedding"
+        return f"{kind} is no linear layer or embedding{_instead(module)}"
     if "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = module.weight
@@ -352,6 +352,15 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return f"{kind} with max_norm rescales its weight while it is used"
     return None
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do with a module that PEFT adapts and that nothing here does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ": it computes with its weights itself, past any layer. Train it in full (modules_to_save)"
+    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        return ": convolutions are not supported. Train it in full (modules_to_save)"
+    return ""
 
 
 def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
