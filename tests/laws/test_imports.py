@@ -46,6 +46,7 @@ ONLY_IN = {
     "fastapi": {"serve", "cli"},
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
+    "xgrammar": {"serve", "cli"},
     "vllm": {"vllm_plugin"},
 }
 

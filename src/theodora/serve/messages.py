@@ -187,13 +187,20 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """The form of the answer."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    """vLLM's structural tags, in their newer form."""
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    """The older form."""
 
     @model_validator(mode="after")
     def _whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema: expected with type json_schema, and only there")
+        if (self.type == "structural_tag") != (self.format is not None or self.structures is not None):
+            raise ValueError("format: expected with type structural_tag, and only there")
         return self
 
 
