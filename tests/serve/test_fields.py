@@ -1,11 +1,15 @@
 """What clients send: every field has its effect, asks for nothing, or is refused by name."""
 
+import re
+from pathlib import Path
+
 import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from serving import alone, expected, settled
+from theodora.serve import fields
 from theodora.serve.messages import Message, StructuredOutputs
 from theodora.serve.protocol import ChatRequest, CompletionRequest
 from tiny import tiny_tokenizer
@@ -121,12 +125,10 @@ def test_every_field_of_openais_is_accepted_where_it_asks_for_nothing(server):
     alone_ = chat(server).choices, complete(server).choices
     assert chat(server, **neutral["chat"], extra_body=vllm | {"chat_template_kwargs": {}}).choices == alone_[0]
     assert complete(server, **neutral["completions"], extra_body=vllm).choices == alone_[1]
-    nulls = {"chat": ChatParams.__annotations__, "completions": CompletionParams.__annotations__}
-    for name in ("model", "messages", "prompt", "max_tokens", "temperature"):
-        for fields in nulls.values():
-            fields.pop(name, None)
-    assert chat(server, extra_body=dict.fromkeys(nulls["chat"])).choices == alone_[0]
-    assert complete(server, extra_body=dict.fromkeys(nulls["completions"])).choices == alone_[1]
+    given = {"model", "messages", "prompt", "max_tokens", "temperature"}
+    nulls = [dict.fromkeys(params.__annotations__.keys() - given) for params in (ChatParams, CompletionParams)]
+    assert chat(server, extra_body=nulls[0]).choices == alone_[0]
+    assert complete(server, extra_body=nulls[1]).choices == alone_[1]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +311,12 @@ def test_words_that_are_not_to_come(server):
         word = "a"
     found = complete(server, extra_body={"bad_words": [word], "return_token_ids": True}).choices[0].token_ids
     assert not set(tiny_tokenizer()(word)["input_ids"]) & set(found)
+
+
+def test_the_docs_say_what_happens_to_every_field():
+    docs = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", docs))
+    assert not {*ChatRequest.model_fields, *CompletionRequest.model_fields, *fields._NEUTRAL} - told
 
 
 def test_fields_are_one_list():
