@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from serving import Server, settled
+from theodora.serve import forms
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 
@@ -36,7 +37,7 @@ TOOLS = [
 ]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"a": "x", "b": true}}\n</tool_call>'
 ARGUMENTS = '{"a": "x", "b": true}'
-ASKED = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 160, "seed": 1}
+ASKED = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 240, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -243,14 +244,26 @@ def test_strict_tools_and_single_calls_leave_text_free(served):
     assert ask(served, tools=TOOLS, parallel_tool_calls=False, max_tokens=5).choices
 
 
-def test_reasoning_is_told_apart(served):
-    text = "<think>\nHm.\n</think>\n\nYes." + CALL
-    form = {"chat_template_kwargs": {}, "logit_bias": {}, "structured_outputs": {"choice": [text]}}
-    found = []
-    for seed in range(20):  # it may think by itself, before
-        message = ask(served, seed=seed, max_tokens=300, tools=TOOLS, extra_body=form).choices[0].message
-        found.append((message.content, getattr(message, "reasoning_content", None)))
-    assert found
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_is_told_apart(served, monkeypatch, stream):
+    monkeypatch.setattr(forms, "thinking_format", lambda *_: None)  # else it thinks by itself, before what is forced
+    form = {"chat_template_kwargs": {}, **written("<think>\nHm.\n</think>\n\nYes." + CALL)}
+    reply = (streamed if stream else ask)(served, tools=TOOLS, extra_body=form)
+    message = reply.message if stream else reply.choices[0].message
+    assert (message.content, message.reasoning_content, message.reasoning) == ("Yes.", "Hm.", "Hm.")
+    assert message.tool_calls[0].function.arguments == ARGUMENTS
+    opened = {"chat_template_kwargs": {"thinking": True}, **written("Hm.</think>Yes.")}
+    assert ask(served, extra_body=opened).choices[0].message.reasoning_content == "Hm."
+
+
+def test_a_form_is_of_what_comes_after_the_reasoning(served):
+    for thinking in (True, None):
+        kwargs = {} if thinking is None else {"thinking": True}
+        form = {"chat_template_kwargs": kwargs, "guided_regex": "yes"}
+        message = ask(served, max_tokens=40, extra_body=form).choices[0].message
+        # Random weights think until there are no tokens left, or not at all.
+        assert message.content == "yes" or (message.content is None and message.reasoning_content)
+    assert ask(served, max_tokens=40, extra_body={"guided_regex": "yes"}).choices[0].message.content == "yes"
 
 
 class Colour(pydantic.BaseModel):

@@ -104,7 +104,7 @@ class Forms:
             said = format_of(asked.form)
             if family is not None and family.name == "harmony":
                 said = sequence(constant("<|channel|>final<|message|>"), said)
-            # response_format is of what is said, beside which tools can be called; structured_outputs of the whole answer.
+            # response_format is about what is said, beside which tools can be called; structured_outputs about it all.
             may_call = tools and family is not None and asked.response_format is not None
             calls = self._calls(asked, family, "required") if may_call and family is not None else None
             form = said if calls is None else {"type": "or", "elements": [said, calls]}
