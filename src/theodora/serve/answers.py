@@ -20,7 +20,7 @@ from theodora.serve.forms import Form, Forms
 from theodora.serve.grammar import Grammars
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
-from theodora.serve.text import Writer
+from theodora.serve.text import BROKEN, Writer
 from theodora.serve.tiers import Changed
 
 _LONG = 20_000  # characters of a text that is worth a thread
@@ -202,7 +202,8 @@ class Desk:
             kept = self._truncated(asked, ids, most)
             tokens.append(kept)
             given = prompt if len(kept) == len(ids) else kept
-            echoes.append(echo_of(self.tokenizer, given, kept, special) if asked.echo and kept else None)
+            echo = asyncio.to_thread(echo_of, self.tokenizer, given, kept, special) if asked.echo and kept else None
+            echoes.append(None if echo is None else await echo)
         return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked), loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
@@ -213,7 +214,7 @@ class Desk:
         if most is None:
             most = max(1, self.engine.window - len(prompt))
         last = asked.messages[-1]
-        echo = Echo(last.text) if asked.echo and last.role == "assistant" else None
+        echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
         answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text), loop)
         answers.notes = notes
         return answers

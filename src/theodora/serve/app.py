@@ -196,13 +196,12 @@ def _notes(answers: Answers) -> dict[str, str]:
 
 async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
     status = _GONE
-    reading = asyncio.ensure_future(_read(answers))
+    reading = asyncio.ensure_future(_read(answers, replies))
     gone = asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
-            reading.result()
-            reply: Response = JSONResponse(replies.whole(answers), headers=_notes(answers))
+            reply: Response = JSONResponse(reading.result(), headers=_notes(answers))
         elif gone.done():
             reply = Response(status_code=_GONE)
         else:
@@ -221,9 +220,13 @@ async def _whole(request: Request, answers: Answers, replies: Replies, timeout: 
         end(status)
 
 
-async def _read(answers: Answers) -> None:
+async def _read(answers: Answers, replies: Replies) -> dict[str, Any]:
     async for _ in answers.pieces():
         pass
+    if replies.asked.prompt_tops is None:
+        return replies.whole(answers)
+    # Thousands of tokens by name would hold up everybody else's answers.
+    return await asyncio.to_thread(replies.whole, answers)
 
 
 async def _hung_up(request: Request) -> None:

@@ -80,7 +80,7 @@ class Common(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    request_id: Annotated[str, Field(max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool = False
