@@ -22,9 +22,12 @@ from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
+from theodora.serve.response_events import ResponseReplies
+from theodora.serve.responses import ResponsesRequest, chat_of
 from theodora.serve.tiers import Changed
 from theodora.serve.tokens import token_routes
 
+_Replies = Replies | ResponseReplies
 _FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
@@ -83,6 +86,10 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await _serve(asked, request, desk, metrics, "chat")
+
+    @app.post("/v1/responses")
+    async def responses(asked: ResponsesRequest, request: Request) -> Response:
+        return await _serve(chat_of(asked), request, desk, metrics, "responses", ResponseReplies(asked))
 
     @app.post("/v1/load_lora_adapter")
     async def load(asked: LoadRequest) -> dict[str, Any]:
@@ -157,7 +164,9 @@ def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
     return Response(body, status, headers)
 
 
-async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str) -> Response:
+async def _serve(
+    asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str, replies: ResponseReplies | None = None
+) -> Response:
     known = asked.model if desk.knows(asked.model) else "unknown"
     loop = asyncio.get_running_loop()
 
@@ -181,11 +190,12 @@ async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, 
         if answers.first_token is not None:
             metrics.first_token.observe(answers.first_token)
 
-    replies, timeout = Replies(asked, desk.tokenizer), desk.engine.config.timeout
+    timeout = desk.engine.config.timeout
+    told = replies or Replies(asked, desk.tokenizer)
     if asked.stream:
-        chunks = _stream(asked, answers, replies, timeout, end)
+        chunks = _stream(asked, answers, told, timeout, end)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
-    return await _whole(request, answers, replies, timeout, end)
+    return await _whole(request, answers, told, timeout, end)
 
 
 def _notes(answers: Answers) -> dict[str, str]:
@@ -194,7 +204,7 @@ def _notes(answers: Answers) -> dict[str, str]:
     return {"x-theodora-note": re.sub(r"[^ -~]", " ", told)} if told else {}
 
 
-async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
+async def _whole(request: Request, answers: Answers, replies: _Replies, timeout: float, end: Any) -> Response:
     status = _GONE
     reading = asyncio.ensure_future(_read(answers, replies))
     gone = asyncio.ensure_future(_hung_up(request))
@@ -220,10 +230,10 @@ async def _whole(request: Request, answers: Answers, replies: Replies, timeout: 
         end(status)
 
 
-async def _read(answers: Answers, replies: Replies) -> dict[str, Any]:
+async def _read(answers: Answers, replies: _Replies) -> dict[str, Any]:
     async for _ in answers.pieces():
         pass
-    if replies.asked.prompt_tops is None:
+    if isinstance(replies, ResponseReplies) or replies.asked.prompt_tops is None:
         return replies.whole(answers)
     # Thousands of tokens by name would hold up everybody else's answers.
     return await asyncio.to_thread(replies.whole, answers)
@@ -234,7 +244,7 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
+async def _stream(asked: Common, answers: Answers, replies: _Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
     status = _GONE
     try:
         for chunk in replies.opening(answers):
@@ -246,10 +256,11 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
                         yield event(chunk)
         except TimeoutError as error:
             raise _Late(f"The answer took more than {timeout:g} s.") from error
-        if asked.stream_options and asked.stream_options.include_usage:
-            yield event(replies.last(answers))
         status = 200
-        yield event("[DONE]")
+        if isinstance(replies, Replies):
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield event(replies.last(answers))
+            yield event("[DONE]")
     except TheodoraError as error:
         # The status has been sent; the error stands in the stream, where clients look for it.
         reply = _reply(error)

@@ -19,6 +19,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
+    # OpenAI's, of /v1/responses
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "summary": ("auto",),
+    "generate_summary": ("auto",),
     # vLLM's
     "cache_salt": (),
     "chat_template": (),
@@ -45,6 +54,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
 }
 _INSTEAD = {
+    "previous_response_id": "responses are not stored, send the items of before as input",
+    "conversation": "responses are not stored, send the items of before as input",
     "chat_template": "the base model's own is used, with chat_template_kwargs",
     "functions": "send tools",
     "function_call": "send tool_choice",

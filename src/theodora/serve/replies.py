@@ -277,5 +277,6 @@ def usage(answers: Answers) -> dict[str, int]:
 
 
 def event(data: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    """One server-sent event; those of /v1/responses have a name."""
+    name = f"event: {data['type']}\n" if isinstance(data, dict) and "sequence_number" in data else ""
+    return f"{name}data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()
