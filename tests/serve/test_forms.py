@@ -9,48 +9,15 @@ import openai
 import pydantic
 import pytest
 
-import tiny
-from serving import Server, settled
+from calling import ARGUMENTS, CALL, SCHEMA, SILENT, written
+from serving import settled
 from theodora.serve import forms
-from theodora.serve.config import ServeConfig
-from theodora.serve.engine import Engine
 
-# Qwen's way to show tools, and to think.
-TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
-{{- 'Call with <tool_call></tool_call><|im_end|>\n' }}{%- endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
-{%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>' + call.function.arguments.a|string + '</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{%- if thinking %}{{ '<think>\n' }}{% elif thinking is defined %}{{ '<think></think>' }}{% endif %}{% endif %}"""
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"type": "string", "enum": ["x", "y"]}, "b": {"type": "boolean"}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}},
 ]
-CALL = '<tool_call>\n{"name": "look", "arguments": {"a": "x", "b": true}}\n</tool_call>'
-ARGUMENTS = '{"a": "x", "b": true}'
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 240, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def served():
-    """A model that thinks, if the prompt lets it."""
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    config = ServeConfig(model="base", kv_tokens=4096, max_batch_tokens=512, max_batch=8)
-    with Server(Engine(tiny.tiny_model(max_position_embeddings=1024), config), tokenizer) as running:
-        yield running
-
-
-SILENT = {"chat_template_kwargs": {"thinking": False}}
 
 
 def ask(served, **asked):
@@ -60,11 +27,6 @@ def ask(served, **asked):
 def silent(asked):
     """A request whose answer has no reasoning, if it does not say otherwise."""
     return {**ASKED, **asked, "extra_body": {**SILENT, **asked.get("extra_body", {})}}
-
-
-def written(text):
-    """What makes the model write exactly this."""
-    return {"structured_outputs": {"choice": [text]}}
 
 
 def streamed(served, **asked):

@@ -6,11 +6,10 @@ import openai
 import pydantic
 import pytest
 
+from calling import ARGUMENTS, CALL, SCHEMA, SILENT, written
 from theodora.errors import ConfigError
 from theodora.serve import forms
 from theodora.serve.responses import ResponsesRequest, chat_of
-
-from .test_forms import ARGUMENTS, CALL, SCHEMA, SILENT, served, written  # noqa: F401 (a fixture)
 
 TOOLS = [{"type": "function", "name": "look", "parameters": SCHEMA, "strict": True}]
 ASKED = {"model": "base", "input": "Hi", "max_output_tokens": 240}

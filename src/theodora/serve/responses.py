@@ -98,7 +98,7 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Items of an input as messages: an assistant's reasoning, text and calls are items of their own, and one message."""
+    """Items of an input as messages: an assistant's reasoning, text and calls are several items, and one message."""
     turn: dict[str, Any] = {}
     for at, item in enumerate(items):
         kind = item.get("type", "message")
