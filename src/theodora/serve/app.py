@@ -123,7 +123,9 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error = HTTPException(error.status_code, f"There is no {request.method} {request.url.path} here.")
         return _reply(error)
 
     for kind in _STATUS:
