@@ -132,6 +132,7 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, told)
     app.add_exception_handler(HTTPException, told)
+    app.add_exception_handler(UnicodeEncodeError, told)  # pydantic's, over half a character
     app.add_exception_handler(Exception, told)
 
 
@@ -144,6 +145,8 @@ def _reply(error: Exception) -> Response:
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
     if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
+    if isinstance(error, UnicodeEncodeError):
+        return _answer(*failure(400, "The body holds half a character; expected whole ones.", "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
