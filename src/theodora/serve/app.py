@@ -130,13 +130,16 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error = HTTPException(error.status_code, f"There is no {request.method} {request.url.path} here.")
         return _reply(error)
 
     for kind in _STATUS:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, told)
     app.add_exception_handler(HTTPException, told)
+    app.add_exception_handler(UnicodeEncodeError, told)  # pydantic's, over half a character
     app.add_exception_handler(Exception, told)
 
 
@@ -149,6 +152,8 @@ def _reply(error: Exception) -> Response:
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
     if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
+    if isinstance(error, UnicodeEncodeError):
+        return _answer(*failure(400, "The body holds half a character; expected whole ones.", "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))

@@ -28,11 +28,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "summary": ("auto",),
     "generate_summary": ("auto",),
-    # vLLM's
+    # vLLM's, of this and of earlier versions
+    "best_of": (1,),
     "cache_salt": (),
     "chat_template": (),
+    "early_stopping": (False,),
     "ec_transfer_params": ({},),
+    "guided_decoding_backend": ("auto", "xgrammar"),
     "include_reasoning": (True,),
+    "is_3d_lora_weight": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
     "logits_processors": ([],),
