@@ -47,6 +47,7 @@ ONLY_IN = {
     "fastapi": {"serve", "cli"},
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
+    "xgrammar": {"serve", "cli"},
     "vllm": {"vllm_plugin"},
 }
 

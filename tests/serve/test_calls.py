@@ -52,6 +52,10 @@ WRITTEN = {
         f'[TOOL_CALLS][{{"name": "f", "arguments": {{{_F}}}}}, {{"name": "g", "arguments": {{}}}}]',
         "[TOOL_CALLS]g[ARGS]{}",
     ),
+    "mistral_v11": (
+        f"[TOOL_CALLS]f[ARGS]{{{_F}}}[TOOL_CALLS]g[ARGS]{{}}",
+        "[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}",
+    ),
     "gemma4": (
         '<|tool_call>call:f{a:<|"|>x} "y", é<|"|>,b:3}<tool_call|><|tool_call>call:g{}<tool_call|>',
         "<|tool_call>call:g{}<tool_call|>",

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+from pydantic import BaseModel
 
 from serving import alone, expected, settled
 from theodora.serve import fields
@@ -79,6 +81,17 @@ def test_the_servers_own_reply_is_a_message(server):
 )
 def test_messages_as_chat_templates_want_them(sent, plain):
     assert Message.model_validate(sent).plain() == plain
+
+
+def test_what_the_client_has_parsed_comes_back(server):
+    class Sky(BaseModel):
+        colour: str
+
+    parsed = ParsedChatCompletionMessage[Sky](role="assistant", content='{"colour": "blue"}', parsed=Sky(colour="blue"))
+    assert chat(server, [*HI, parsed, *HI]).choices
+    function = CALL["function"] | {"parsed_arguments": {"at": "sky"}}
+    message = Message.model_validate({"role": "assistant", "tool_calls": [CALL | {"function": function}]})
+    assert message.plain()["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "sky"}}
 
 
 def test_every_field_of_openais_is_accepted_where_it_asks_for_nothing(server):

@@ -65,6 +65,13 @@ def test_what_cannot_be_a_token_says_so(server, path, body, status, says):
     assert says in reply["error"]["message"]
 
 
+def test_a_route_that_is_not_there_is_named(server):
+    status, reply = post(server, "/v1/embeddings", input="a")
+    assert (status, reply["error"]["message"]) == (404, "There is no POST /v1/embeddings here.")
+    status, reply = ask(server, "GET", "/v1/completions")
+    assert (status, reply["error"]["message"]) == (405, "There is no GET /v1/completions here.")
+
+
 def test_what_watchdogs_ask(server_of, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("secret\n")

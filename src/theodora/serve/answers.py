@@ -10,14 +10,18 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from theodora.errors import ConfigError, TheodoraError
+from theodora.errors import ConfigError
+from theodora.serve.calls.families import Parser
+from theodora.serve.calls.source import Call, Event
 from theodora.serve.chats import chat_text
 from theodora.serve.echo import Echo, echo_of
 from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.forms import Form, Forms
+from theodora.serve.grammar import Grammars
 from theodora.serve.manners import Manner, manner_of
-from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, not_done
+from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
-from theodora.serve.text import Writer
+from theodora.serve.text import BROKEN, Writer
 from theodora.serve.tiers import Changed
 
 _LONG = 20_000  # characters of a text that is worth a thread
@@ -47,6 +51,10 @@ class Choice:
     """Why it ended: stop or length."""
     stop_reason: int | str | None = None
     """Which of the request's stop tokens or texts ended it."""
+    parser: Parser | None = None
+    """Tells its text apart; None where it is one text."""
+    events: list[Event] = field(default_factory=list[Event])
+    """What the parser has found."""
 
     @property
     def mean_logprob(self) -> float:
@@ -66,6 +74,8 @@ class Piece:
     """Its last new token + 1."""
     opens: bool = False
     """Whether it is the answer's first."""
+    events: list[Event] = field(default_factory=list[Event])
+    """What the text brings, where it is told apart."""
 
 
 class Answers:
@@ -129,7 +139,7 @@ class Answers:
             raise Unavailable(str(problem or self.engine.why_failed()))
         sampling = choice.request.sampling
         if choice.request.shaper is not None and choice.request.shaper.problem is not None:
-            raise TheodoraError(f"The grammar could not be followed: {choice.request.shaper.problem}")
+            raise ConfigError(f"The form of the answer could not be kept to: {choice.request.shaper.problem}")
         tokens, finished = update.generated_tokens[: sampling.max_tokens], update.is_finished()
         choice.generated = len(tokens)
         ended = finished and bool(tokens) and tokens[-1] in sampling.stop_ids
@@ -144,18 +154,23 @@ class Answers:
             choice.tokens = choice.tokens[: len(choice.writer.offsets)]
             choice.generated = len(choice.tokens)
             choice.end, choice.stop_reason = None, choice.writer.stop
-        stop = len(choice.tokens)
+        stop, over = len(choice.tokens), False
         if not finished or choice.writer.stopped:  # tokens go out with their text, however many come at once
             while stop > first and choice.writer.offsets[stop - 1] >= len(choice.writer.text):
                 stop -= 1
         if finished or choice.writer.stopped:
             choice.finish = "stop" if ended or choice.writer.stopped else "length"
+            over = True
             del self._open[choice.request.id]
             if not finished:
                 self.engine.cancel(choice.request)
         choice.told = stop
         opens, choice.opened = not choice.opened, True
-        return Piece(choice, text, first, stop, opens)
+        events = [] if choice.parser is None else choice.parser.feed(text, over)
+        choice.events += events
+        if choice.finish == "stop" and any(isinstance(event, Call) for event in choice.events):
+            choice.finish = "tool_calls"
+        return Piece(choice, text, first, stop, opens, events)
 
 
 class Desk:
@@ -165,6 +180,7 @@ class Desk:
         self.engine, self.tokenizer = engine, tokenizer
         self._base = manner_of(None, tokenizer, engine.model.generation_config)
         self._manners: dict[int, Manner] = {}
+        self.forms = Forms(tokenizer, engine.config, Grammars(tokenizer, engine.vocabulary, self._base.ends))
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's `model` names; None for the base model."""
@@ -199,8 +215,9 @@ class Desk:
             kept = self._truncated(asked, ids, most)
             tokens.append(kept)
             given = prompt if len(kept) == len(ids) else kept
-            echoes.append(echo_of(self.tokenizer, given, kept, special) if asked.echo and kept else None)
-        return self._submit(asked, tokens, echoes, most, loop)
+            echo = asyncio.to_thread(echo_of, self.tokenizer, given, kept, special) if asked.echo and kept else None
+            echoes.append(None if echo is None else await echo)
+        return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked), loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
@@ -211,8 +228,8 @@ class Desk:
         if most is None:
             most = max(1, self.engine.window - len(prompt))
         last = asked.messages[-1]
-        echo = Echo(last.text) if asked.echo and last.role == "assistant" else None
-        answers = self._submit(asked, [prompt], [echo], most, loop)
+        echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
+        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text), loop)
         answers.notes = notes
         return answers
 
@@ -239,18 +256,23 @@ class Desk:
         return ids[:limit] if asked.truncation_side == "right" else ids[max(0, len(ids) - limit) :]
 
     def _submit(
-        self, asked: Common, prompts: Sequence[list[int]], echoes: Sequence[Echo | None], most: int, loop: Any
+        self,
+        asked: Common,
+        prompts: Sequence[list[int]],
+        echoes: Sequence[Echo | None],
+        most: int,
+        form: Form,
+        loop: Any,
     ) -> Answers:
-        if (problem := not_done(asked)) is not None:
-            raise ConfigError(problem)
         most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
         if (count := len(prompts) * asked.draws) > most_at_once:
             raise ConfigError(
                 f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
             )
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        ends = frozenset() if asked.ignore_eos else self.manner(asked.model).ends
-        sampling = sampling_of(asked, ends, most, self.tokenizer)
+        # What ends a grammar ends its answer.
+        ends = frozenset() if asked.ignore_eos and form.grammar is None else self.manner(asked.model).ends
+        sampling = replace(sampling_of(asked, ends, most, self.tokenizer), grammar=form.grammar)
         mailbox = Mailbox()
         choices: list[Choice] = []
         every_token = asked.stream or bool(asked.stop)
@@ -268,16 +290,17 @@ class Desk:
                     )
                     # A chat's answer is a text of its own; a completion goes on from its prompt.
                     before = () if isinstance(asked, ChatRequest) else prompt
-                    choices.append(Choice(index, request, self._writer(asked, before), echo))
+                    writer = self._writer(asked, before, form.tokenizer)
+                    choices.append(Choice(index, request, writer, echo, parser=form.parser()))
         except BaseException:
             for choice in choices:
                 self.engine.cancel(choice.request)
             raise
         return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output)
 
-    def _writer(self, asked: Common, before: Sequence[int]) -> Writer:
+    def _writer(self, asked: Common, before: Sequence[int], tokenizer: Any) -> Writer:
         return Writer(
-            self.tokenizer,
+            tokenizer or self.tokenizer,
             asked.stop,
             before,
             skip_special=asked.skip_special_tokens,

@@ -22,9 +22,12 @@ from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
+from theodora.serve.response_events import ResponseReplies
+from theodora.serve.responses import ResponsesRequest, chat_of
 from theodora.serve.tiers import Changed
 from theodora.serve.tokens import token_routes
 
+_Replies = Replies | ResponseReplies
 _FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
@@ -84,6 +87,10 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await _serve(asked, request, desk, metrics, "chat")
 
+    @app.post("/v1/responses")
+    async def responses(asked: ResponsesRequest, request: Request) -> Response:
+        return await _serve(chat_of(asked), request, desk, metrics, "responses", ResponseReplies(asked))
+
     @app.post("/v1/load_lora_adapter")
     async def load(asked: LoadRequest) -> dict[str, Any]:
         path = await asyncio.to_thread(inside, _allowed(engine), asked.lora_path)
@@ -123,13 +130,16 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error = HTTPException(error.status_code, f"There is no {request.method} {request.url.path} here.")
         return _reply(error)
 
     for kind in _STATUS:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, told)
     app.add_exception_handler(HTTPException, told)
+    app.add_exception_handler(UnicodeEncodeError, told)  # pydantic's, over half a character
     app.add_exception_handler(Exception, told)
 
 
@@ -142,6 +152,8 @@ def _reply(error: Exception) -> Response:
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
     if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
+    if isinstance(error, UnicodeEncodeError):
+        return _answer(*failure(400, "The body holds half a character; expected whole ones.", "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
@@ -157,7 +169,9 @@ def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
     return Response(body, status, headers)
 
 
-async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str) -> Response:
+async def _serve(
+    asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str, replies: ResponseReplies | None = None
+) -> Response:
     known = asked.model if desk.knows(asked.model) else "unknown"
     loop = asyncio.get_running_loop()
 
@@ -181,11 +195,12 @@ async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, 
         if answers.first_token is not None:
             metrics.first_token.observe(answers.first_token)
 
-    replies, timeout = Replies(asked, desk.tokenizer), desk.engine.config.timeout
+    timeout = desk.engine.config.timeout
+    told = replies or Replies(asked, desk.tokenizer)
     if asked.stream:
-        chunks = _stream(asked, answers, replies, timeout, end)
+        chunks = _stream(asked, answers, told, timeout, end)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
-    return await _whole(request, answers, replies, timeout, end)
+    return await _whole(request, answers, told, timeout, end)
 
 
 def _notes(answers: Answers) -> dict[str, str]:
@@ -194,15 +209,14 @@ def _notes(answers: Answers) -> dict[str, str]:
     return {"x-theodora-note": re.sub(r"[^ -~]", " ", told)} if told else {}
 
 
-async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
+async def _whole(request: Request, answers: Answers, replies: _Replies, timeout: float, end: Any) -> Response:
     status = _GONE
-    reading = asyncio.ensure_future(_read(answers))
+    reading = asyncio.ensure_future(_read(answers, replies))
     gone = asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
-            reading.result()
-            reply: Response = JSONResponse(replies.whole(answers), headers=_notes(answers))
+            reply: Response = JSONResponse(reading.result(), headers=_notes(answers))
         elif gone.done():
             reply = Response(status_code=_GONE)
         else:
@@ -221,9 +235,13 @@ async def _whole(request: Request, answers: Answers, replies: Replies, timeout: 
         end(status)
 
 
-async def _read(answers: Answers) -> None:
+async def _read(answers: Answers, replies: _Replies) -> dict[str, Any]:
     async for _ in answers.pieces():
         pass
+    if isinstance(replies, ResponseReplies) or replies.asked.prompt_tops is None:
+        return replies.whole(answers)
+    # Thousands of tokens by name would hold up everybody else's answers.
+    return await asyncio.to_thread(replies.whole, answers)
 
 
 async def _hung_up(request: Request) -> None:
@@ -231,7 +249,7 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
+async def _stream(asked: Common, answers: Answers, replies: _Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
     status = _GONE
     try:
         for chunk in replies.opening(answers):
@@ -243,10 +261,11 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
                         yield event(chunk)
         except TimeoutError as error:
             raise _Late(f"The answer took more than {timeout:g} s.") from error
-        if asked.stream_options and asked.stream_options.include_usage:
-            yield event(replies.last(answers))
         status = 200
-        yield event("[DONE]")
+        if isinstance(replies, Replies):
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield event(replies.last(answers))
+            yield event("[DONE]")
     except TheodoraError as error:
         # The status has been sent; the error stands in the stream, where clients look for it.
         reply = _reply(error)

@@ -28,7 +28,7 @@ def echo_of(tokenizer: Any, prompt: str | list[int], ids: Sequence[int], special
         ids: the prompt's tokens.
         special: whether the tokenizer added its special tokens.
     """
-    if isinstance(prompt, str) and tokenizer.is_fast:
+    if isinstance(prompt, str) and getattr(tokenizer, "is_fast", False):
         found = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
         if list(found["input_ids"]) == list(ids):
             # Tokens that the tokenizer adds stand at (0, 0), also behind the text.

@@ -19,11 +19,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
-    # vLLM's
+    # OpenAI's, of /v1/responses
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "summary": ("auto",),
+    "generate_summary": ("auto",),
+    # vLLM's, of this and of earlier versions
+    "best_of": (1,),
     "cache_salt": (),
     "chat_template": (),
+    "early_stopping": (False,),
     "ec_transfer_params": ({},),
+    "guided_decoding_backend": ("auto", "xgrammar"),
     "include_reasoning": (True,),
+    "is_3d_lora_weight": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -45,6 +58,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
 }
 _INSTEAD = {
+    "previous_response_id": "responses are not stored, send the items of before as input",
+    "conversation": "responses are not stored, send the items of before as input",
     "chat_template": "the base model's own is used, with chat_template_kwargs",
     "functions": "send tools",
     "function_call": "send tool_choice",

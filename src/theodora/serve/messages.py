@@ -39,6 +39,8 @@ class FunctionCall(Body):
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
     """As an object, which chat templates want; clients send it as text."""
+    parsed_arguments: Any = None
+    """What OpenAI's client has made of `arguments`, and sends back."""
 
     @field_validator("arguments", mode="before")
     @classmethod
@@ -64,6 +66,9 @@ class ToolCall(Body):
     """Which piece of a stream it came in; some clients send it back."""
 
 
+_UNSHOWN: Any = {"index": True, "function": {"parsed_arguments"}}
+
+
 class Message(Body):
     """One message of a chat; also the server's own reply, as clients send it back."""
 
@@ -80,6 +85,8 @@ class Message(Body):
     refusal: str | None = None
     annotations: list[Any] | None = None
     """What a web search found to a reply; no chat template shows it."""
+    parsed: Any = None
+    """What OpenAI's client has made of a reply's content, and sends back."""
 
     @model_validator(mode="after")
     def _whole(self) -> Message:
@@ -106,7 +113,10 @@ class Message(Body):
             "name": self.name,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": self.reasoning_content or self.reasoning,
-            "tool_calls": [call.model_dump(exclude_none=True, exclude={"index"}) for call in calls],
+            "tool_calls": [
+                call.model_dump(exclude_none=True, exclude={"index": True, "function": {"parsed_arguments"}})
+                for call in calls
+            ],
         }
         role = "tool" if self.role == "function" else self.role
         return {"role": role, "content": self.text, **{key: value for key, value in more.items() if value}}
@@ -125,7 +135,7 @@ class Function(Body):
 class Tool(Body):
     """A tool on offer."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
     def plain(self) -> dict[str, Any]:
@@ -187,13 +197,20 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """The form of the answer."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    """vLLM's structural tags, in their newer form."""
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    """The older form."""
 
     @model_validator(mode="after")
     def _whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema: expected with type json_schema, and only there")
+        if (self.type == "structural_tag") != (self.format is not None or self.structures is not None):
+            raise ValueError("format: expected with type structural_tag, and only there")
         return self
 
 

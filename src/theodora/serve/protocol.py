@@ -80,7 +80,7 @@ class Common(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    request_id: Annotated[str, Field(max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool = False
@@ -141,6 +141,9 @@ class Common(Body):
         form = self.response_format
         if form is None or form.type == "text":
             return None
+        if form.type == "structural_tag":
+            tag = form.model_dump_json(exclude_none=True)
+            return StructuredOutputs.model_validate({"structural_tag": tag})
         if form.json_schema is None or form.json_schema.schema_ in (None, True):
             return StructuredOutputs.model_validate({"json_object": True})
         return StructuredOutputs.model_validate({"json": form.json_schema.schema_})
@@ -281,15 +284,6 @@ def _named(choice: ToolChoice | None) -> list[str]:
     if isinstance(choice, ToolsAllowed):
         return [tool.function.name for tool in choice.allowed_tools.tools]
     return []
-
-
-def not_done(asked: Common) -> str | None:
-    """What is asked for that is understood but not done, by name."""
-    if asked.form is not None:
-        return "response_format: not supported by this server (other than text), as structured_outputs and guided_*"
-    if isinstance(asked, ChatRequest) and asked.tool_choice not in (None, "none", "auto"):
-        return "tool_choice: not supported by this server (other than none and auto)"
-    return None
 
 
 class TokenizeRequest(Body):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from theodora.serve.answers import Answers, Choice, Piece
+from theodora.serve.calls.families import gather
+from theodora.serve.calls.source import Call
 from theodora.serve.protocol import ChatRequest, Common
 from theodora.serve.requests import Score
 from theodora.serve.text import BROKEN, CONTEXT, token_bytes, token_text
@@ -50,7 +53,9 @@ class Replies:
                 if choice.echo or self.asked.return_token_ids:
                     prompt = self._prompt_logprobs(choice) if choice.echo and self.logprobs else None
                     yield self._chunk([self._choice(choice.index, what, prompt)], answers)
-            if piece.text or piece.choice.finish:  # no token goes out without its text
+            told = bool(piece.text) if piece.choice.parser is None else bool(piece.events)
+            # No token goes out without its text; the markup of calls is nobody's text, but its tokens are told.
+            if told or piece.choice.finish or (self.logprobs and piece.text):
                 yield self._chunk([self._part(piece)], answers)
 
     def last(self, answers: Answers) -> dict[str, Any]:
@@ -89,7 +94,7 @@ class Replies:
         text = (choice.echo.text if choice.echo else "") + choice.writer.text
         what: dict[str, Any] = {"text": text} | ({} if self.chat else self._of_prompt(choice, True))
         if self.chat:
-            what = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            what = {"message": self._message(choice, text)}
         logprobs = self._logprobs(choice, 0, choice.told)
         if choice.echo and logprobs and not self.chat:
             before = self._prompt_logprobs(choice)
@@ -99,10 +104,55 @@ class Replies:
 
     def _part(self, piece: Piece) -> dict[str, Any]:
         choice = piece.choice
-        what = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
+        what = {"delta": self._delta(piece)} if self.chat else {"text": piece.text}
         part = self._choice(choice.index, what, self._logprobs(choice, piece.first, piece.stop), choice.finish)
         ids = self._ids(choice, piece.first, piece.stop, choice.finish is not None)
         return part | ({"stop_reason": choice.stop_reason} if choice.finish else {}) | ids
+
+    def _message(self, choice: Choice, text: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.parser is None:
+            return message
+        found = gather(choice.events)
+        content = (choice.echo.text if choice.echo else "") + found.content
+        message["content"] = content or (None if found.calls or found.reasoning else "")
+        if found.reasoning:
+            message |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
+        if found.calls:
+            message["tool_calls"] = [
+                {
+                    "id": id or self._call_id(choice, index),
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for index, (name, arguments, id) in enumerate(found.calls)
+            ]
+        return message
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        choice = piece.choice
+        if choice.parser is None:
+            return {"content": piece.text} if piece.text else {}
+        new = gather(piece.events)
+        before = sum(isinstance(event, Call) for event in choice.events) - sum(
+            call[0] is not None for call in new.calls
+        )
+        delta: dict[str, Any] = {"content": new.content} if new.content else {}
+        if new.reasoning:
+            delta |= {"reasoning_content": new.reasoning, "reasoning": new.reasoning}
+        calls: list[dict[str, Any]] = []
+        for name, arguments, id in new.calls:
+            if name is None:  # the last of before goes on
+                calls.append({"index": before - 1, "function": {"arguments": arguments}})
+                continue
+            told = {"id": id or self._call_id(choice, before), "type": "function"}
+            calls.append({"index": before, **told, "function": {"name": name, "arguments": arguments}})
+            before += 1
+        return delta | ({"tool_calls": calls} if calls else {})
+
+    def _call_id(self, choice: Choice, index: int) -> str:
+        """Nine letters, as Mistral's templates want them; the same in a stream and in a whole reply."""
+        return hashlib.sha256(f"{self.id}:{choice.index}:{index}".encode()).hexdigest()[:9]
 
     def _ids(self, choice: Choice, first: int, stop: int, ended: bool) -> dict[str, Any]:
         if not self.asked.return_token_ids:
@@ -227,5 +277,6 @@ def usage(answers: Answers) -> dict[str, int]:
 
 
 def event(data: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    """One server-sent event; those of /v1/responses have a name."""
+    name = f"event: {data['type']}\n" if isinstance(data, dict) and "sequence_number" in data else ""
+    return f"{name}data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n".encode()

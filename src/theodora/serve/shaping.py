@@ -32,6 +32,7 @@ class Shaper:
         self._counts_V: Tensor | None = None
         self._seen_V: Tensor | None = None
         self._last: list[Tensor] = []
+        self._places: dict[tuple[int, ...], Tensor] = {}
         self._most = max((len(tokens) - 1 for tokens in sampling.banned), default=0)
         self._grammar: GrammarState | None = None
         self.problem: str | None = None
@@ -113,22 +114,22 @@ class Shaper:
     def _masks(self, logits_V: Tensor) -> Iterator[Tensor]:
         """Where tokens cannot come, the strictest rule first."""
         sampling = self._sampling
-
-        def at(tokens: Sequence[int], value: bool = True) -> Tensor:
-            mask = torch.full(logits_V.shape, not value, device=logits_V.device)
-            mask[[token for token in tokens if token < logits_V.shape[0]]] = value
-            return mask
-
         if sampling.allowed is not None:
-            yield at(sampling.allowed, False)
+            yield ~self._at(sampling.allowed, logits_V)
         if self._count < sampling.min_tokens and sampling.stop_ids:
-            yield at(sampling.stop_ids)
+            yield self._at(sampling.stop_ids, logits_V)
         for *before, last in sampling.banned:
             if len(before) <= len(self._last):
-                mask = at([last])
+                mask = self._at((last,), logits_V)
                 for known, token in zip(reversed(self._last), reversed(before), strict=False):
-                    mask &= known == token
+                    mask = mask & (known == token)
                 yield mask
+
+    def _at(self, tokens: tuple[int, ...], logits_V: Tensor) -> Tensor:
+        """Where these tokens are; made once, because the way to the device is long."""
+        if tokens not in self._places:
+            self._places[tokens] = _spread(dict.fromkeys(tokens, 1), logits_V) > 0
+        return self._places[tokens]
 
 
 def _spread(values: Mapping[int, float], logits_V: Tensor) -> Tensor:

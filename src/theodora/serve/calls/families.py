@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from theodora.serve.calls import harmony, styles
@@ -54,6 +54,10 @@ class Thinking:
     def opened_by(self, prompt: str) -> bool:
         """Whether a prompt ends within the reasoning, so that the answer begins there."""
         return prompt.rstrip().endswith(self.open)
+
+    def closed_by(self, prompt: str) -> bool:
+        """Whether a prompt ends with reasoning that is over, so that the answer has none."""
+        return prompt.rstrip().endswith(self.close)
 
 
 _TAG = (("<tool_call>", styles.tagged),)
@@ -145,7 +149,22 @@ FAMILIES = (
     ),
     Family("json", bare=styles.bare_json),  # for templates that show tools, and no format of calls that is known
 )
-BY_NAME = {family.name: family for family in FAMILIES}
+_BY_NAME = {family.name: family for family in FAMILIES}
+# By vLLM's names, too.
+BY_NAME = _BY_NAME | {
+    other: _BY_NAME[name]
+    for other, name in {
+        "openai": "harmony",
+        "deepseek_v31": "deepseek_v3_1",
+        "deepseek_v32": "deepseek_v3_2",
+        "glm45": "glm4",
+        "glm47": "glm4",
+        "qwen3_coder": "qwen3_xml",
+        "llama4_json": "llama3_json",
+        "pythonic": "llama4_pythonic",
+        "phi4_mini_json": "phi4",
+    }.items()
+}
 
 THINKING = (
     Thinking("think", "<think>", "</think>"),
@@ -154,7 +173,8 @@ THINKING = (
     Thinking("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
     Thinking("seed", "<seed:think>", "</seed:think>"),
 )
-THINKING_BY_NAME = {thinking.name: thinking for thinking in THINKING}
+_OTHERS = ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "nemotron_v3")  # vLLM's names of one
+THINKING_BY_NAME = {thinking.name: thinking for thinking in THINKING} | dict.fromkeys(_OTHERS, THINKING[0])
 
 
 def family_of(template: str) -> Family:
@@ -253,17 +273,17 @@ def _reasoning(source: Source, thinking: Thinking, opened: bool) -> Reader:
 
 @dataclass
 class Parsed:
-    """A whole answer."""
+    """An answer, or what came new of one."""
 
-    content: str
-    reasoning: str
-    calls: list[tuple[str, str, str | None]]
-    """Name, arguments, and id if the format has one."""
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str | None, str, str | None]] = field(default_factory=list[Any])
+    """Name, arguments, and id if the format has one; no name where a call of before goes on."""
 
 
 def gather(events: Sequence[Event]) -> Parsed:
-    """All events of an answer together."""
-    found = Parsed("", "", [])
+    """Events together."""
+    found = Parsed()
     for event in events:
         match event:
             case Text(text):
@@ -273,6 +293,6 @@ def gather(events: Sequence[Event]) -> Parsed:
             case Call(name, id):
                 found.calls.append((name, "", id))
             case Arguments(text):
-                name, arguments, id = found.calls[-1]
-                found.calls[-1] = (name, arguments + text, id)
+                name, arguments, id = found.calls.pop() if found.calls else (None, "", None)
+                found.calls.append((name, arguments + text, id))
     return found

@@ -17,7 +17,10 @@ _DEEPEST = 64
 
 def text_value(text: str, tool: str, key: str, schemas: Schemas) -> Any:
     """The value that stands between two tags as text: JSON, unless the tool's schema says that it is a string."""
-    kinds = _kinds(_property(schemas.get(tool), key))
+    schema = _property(schemas.get(tool), key)
+    if isinstance(schema, Mapping) and text.strip() in (schema.get("enum") or ()):
+        return text.strip()
+    kinds = _kinds(schema)
     if kinds == {"string"}:
         return text
     try:
