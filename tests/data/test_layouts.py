@@ -162,8 +162,26 @@ class TestColumnsBesideTheText:
             "further columns and keys: not used (2 rows)",
         ]
 
+    def test_nothing_is_held_by_null_nan_and_blanks(self, read):
+        row, left_out = read({"messages": [Q, A], "system": float("nan"), "a": None, "b": " ", "c": [[], {"d": None}]})
+        assert row == {"messages": [Q, A]}
+        assert left_out == ()
+
+    def test_a_cell_that_says_a_key_twice(self, write):
+        cell = '[{"role": "user", "role": "user", "content": "Q"}]'.replace('"', '""')
+        with pytest.raises(DataError, match="expected a list of turns"):
+            load_examples(write(f'messages\n"{cell}"\n', "a.csv"))
+
 
 class TestKeysOfTurns:
+    def test_turns_behind_the_last_answer_are_said(self, read):
+        _, left_out = read({"messages": [Q, A, Q]}, {"messages": [Q, A]})
+        assert left_out == (LeftOut("turns behind the model's last", 1, "nothing is learned from them"),)
+
+    @pytest.mark.parametrize("role", ["Tool Response", "tool-result", "FUNCTION_RESPONSE "])
+    def test_roles_however_they_are_spelt(self, turns, role):
+        assert turns(Q, {**A, "tool_calls": [CALL]}, {"role": role, "content": "4"}, A)[2]["role"] == "tool"
+
     @pytest.mark.parametrize(
         ("key", "no", "yes"),
         [
@@ -249,10 +267,11 @@ class TestToolCalls:
 
     def test_ids_and_names(self, turns):
         result = {"role": "tool", "content": "4", "tool_call_id": "7", "name": "f"}
-        assert turns(Q, {**A, "tool_calls": [CALL | {"id": "7"}]}, result) == [
+        assert turns(Q, {**A, "tool_calls": [CALL | {"id": "7"}]}, result, A) == [
             Q,
             {**A, "tool_calls": [CALL | {"id": "7"}]},
             result,
+            A,
         ]
 
     @pytest.mark.parametrize(

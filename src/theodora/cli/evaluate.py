@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from theodora.cli.arguments import positive
@@ -126,8 +125,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size, args.limit) if args.lm_eval else {}
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
-        left_out = {"left_out": [asdict(part) for part in examples.left_out]}
-        print(json.dumps(named | scores.to_dict() | left_out | ({"lm_eval": tasks} if tasks else {}), indent=2))
+        print(json.dumps(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}), indent=2))
     else:
         stdout().print(_table(scores, tasks))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -31,7 +32,9 @@ ROLES = {
     "ipython": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_result": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
 }
 # Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
 _CALLS = ("function_call", "tool_call")
@@ -130,7 +133,9 @@ def read_history(value: Any, column: str, notes: Notes, schemas: Schemas | None 
 
 
 def check_answered(messages: list[Message], column: str, notes: Notes) -> None:
-    """Note a conversation that has nothing to learn from."""
+    """Note a conversation that has nothing to learn from, or goes on behind what there is to learn."""
+    if messages and messages[-1]["role"] != "assistant":
+        notes.leave_out("turns behind the model's last", "nothing is learned from them")
     if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
         notes.wrong(f"{column!r} has no assistant turn, so there is nothing to learn from it")
 
@@ -181,7 +186,7 @@ def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Tu
 
 def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn:
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    spelt = name.strip().lower() if isinstance(name, str) else ""
+    spelt = re.sub(r"[\s-]", "_", name.strip().lower()) if isinstance(name, str) else ""
     role = ROLES.get(spelt)
     if role is None:
         known = "system, user, assistant, tool (or human, gpt, …)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,4 +40,4 @@ def is_empty(value: Any) -> bool:
         return all(map(is_empty, value.values()))
     if isinstance(value, list):
         return all(map(is_empty, value))
-    return value is None
+    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas' word for nothing

@@ -140,7 +140,7 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
         except (ValueError, KeyError, TypeError, OSError, ImportError) as error:  # pictures, sounds, damaged JSON
             problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
-    return Source(name, rows, note, is_table=True)
+    return Source(name, rows, note, is_table="Json(" not in repr(loaded.features))
 
 
 class _Within(Problems):

@@ -177,8 +177,9 @@ def parsed_or_same(text: str) -> Any:
     """What a JSON text (or pandas' spelling of a list or object in a CSV cell) holds, or the text itself."""
     try:
         return parse_json(text)
-    except ValueError:
-        pass
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):  # the same key twice, or nested too deeply
+            return text
     if text.lstrip()[:1] not in ("[", "{") or len(text) > _MOST_LITERAL:
         return text
     with warnings.catch_warnings():

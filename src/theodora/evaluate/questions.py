@@ -11,6 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples, encode_prompt, expected_answer, tokenize
+from theodora.data.hidden import left_out_of
+from theodora.data.left_out import LeftOut
 from theodora.data.prompts import is_verbatim
 from theodora.errors import DataError
 from theodora.evaluate.labels import Choice, choices
@@ -33,6 +35,8 @@ class Questions:
     """Whether an answer ends with its first line."""
     choices: list[Choice] = field(default_factory=list[Choice])
     """Empty where there are no labels to choose from."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the rows hold that no model is shown or asked for."""
 
 
 def questions(
@@ -85,6 +89,7 @@ def questions(
         references=references,
         single_line=single_line,
         choices=chosen,
+        left_out=(*examples.left_out, *left_out_of(tokenized)),
     )
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples
+from theodora.data.left_out import LeftOut
 from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, evaluating
 from theodora.evaluate.exact_match import answer
@@ -43,6 +44,8 @@ class Scores:
     """Mean F1 of the words that answer and reference share, 0 to 1; None if not asked for."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """Means of the user's own metrics, by name."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the rows hold that the model was not shown or asked for, with how many rows it concerns."""
 
     @property
     def perplexity(self) -> float:
@@ -156,6 +159,7 @@ def score(
         label_accuracy=accuracy,
         token_f1=found.pop("token_f1", None) if f1 else None,
         metrics=found,
+        left_out=asked.left_out,
     )
 
 

@@ -85,8 +85,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
     held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
     if held_out is not None and held_out_rows is not None:
-        read = held_out.left_out if config.eval_data is not None else ()
-        left_out += named([*read, *left_out_of(held_out_rows)], config.eval_data or "the held-out rows")
+        left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
     dtype, bf16 = choose_precision(config, arguments)
     model = load_model(
         config.model,
@@ -249,6 +248,13 @@ def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedToke
     said = {*notes, *sentences(left_out_of(rows))}
     notes += [note for part in rows.info.description.split("; ")[1:] if (note := part.rstrip(".")) not in said]
     return rows
+
+
+def _of_held_out(config: TrainConfig, examples: Examples, rows: Dataset, known: set[str]) -> tuple[LeftOut, ...]:
+    """What is left out of the rows to evaluate on; of those of the same file only what no other row has."""
+    if config.eval_data is not None:
+        return named([*examples.left_out, *left_out_of(rows)], config.eval_data)
+    return named([part for part in left_out_of(rows) if part.what not in known], "the held-out rows")
 
 
 def _with_replay(config: TrainConfig, rows: Dataset, texts: Dataset) -> Dataset:
