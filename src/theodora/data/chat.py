@@ -24,8 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from theodora.data.hidden import Hidden
 from theodora.data.marks import Kind, Marked, Part, mark
 from theodora.data.masks import Span, agreement
-from theodora.data.messages import Message
-from theodora.data.templates import TEMPLATE_ERRORS, Template, Tools, adds_bos, fallback_chat_template, formed
+from theodora.data.messages import Message, user
+from theodora.data.templates import (
+    TEMPLATE_ERRORS,
+    Template,
+    Tools,
+    adds_bos,
+    fallback_chat_template,
+    formed,
+    whole_tags,
+)
 from theodora.errors import ConfigError
 
 __all__ = [
@@ -40,7 +48,6 @@ __all__ = [
 
 # Tags that a turn may end with, and then still has to be ended.
 _TAG = re.compile(r"</?[\w:-]+>")
-_HALF_A_TAG = re.compile(r"<[^<>\s]*$")
 
 
 # Kinds of words to leave without marks, where a template writes them with escapes or looks at them.
@@ -255,12 +262,26 @@ class _Reading:
         if shared == len(tail):
             behind = self._behind_header(place + shared, words)
             return (place + shared, True) if behind is None else (behind, False)
-        if (inside := self.text.rfind(tail.strip(), place, words)) >= 0 and tail.strip():
-            return inside + len(tail.strip()), False
+        for header in self._headers(tail):
+            if (inside := self.text.rfind(header, place, words)) >= 0:
+                rest = tail[tail.rfind(header) + len(header) :] if header in tail else ""
+                inside += len(header)
+                return inside + agreement(rest, self.text[inside:words]), False
         shared = self._whole_tokens(place, place + shared)
         if shared > place and tail[: shared - place].strip():
             return shared, False
         return (words, False) if self.marked.parts[run.first].kind == "text" else (None, False)
+
+    def _headers(self, tail: str) -> list[str]:
+        """What a turn may begin with: the header, and ends of a generation prompt from a control token on."""
+        begins = [token.start() for token in self.ends.finditer(tail)]
+        headers = (
+            self.template.header,
+            self.template.header.strip(),
+            tail.strip(),
+            *(tail[begin:].strip() for begin in begins),
+        )
+        return [header for header in headers if header]
 
     def _behind_header(self, start: int, words: int) -> int | None:
         """Behind a turn's header that the generation prompt did not give, as some do not after a tool's result."""
@@ -268,13 +289,15 @@ class _Reading:
         begin = words - len(self.text[start:words].lstrip())
         if not self.ends.search(header) or not self.text.startswith(header, begin, words):
             return None
-        return begin + len(header) + self.text.startswith("\n", begin + len(header), words)
+        return begin + len(header)
 
     def _end(self, run: _Run) -> int:
         """Behind the token that ends a turn. A line break behind that is the template's: a model stops before it."""
         place = self.extents[run.last][1]
         turns = max(run.message, self._turns_before(run)[0] - 1) + 1
         tail = self._behind(self._rendered(turns, self._kinds_through(run), prompt=False), run.last) or ""
+        if self.template.always_prompts:
+            tail = self._without_prompt(tail, turns, run)
         end = place + agreement(tail, self.text[place : run.limit])
         if end < place + len(tail):
             end = self._whole_tokens(place, end)
@@ -286,6 +309,18 @@ class _Reading:
         # GLM's turns are ended by the token of the next role; one that begins any turn ends none.
         return token.end() if token and follows and not self.template.header.startswith(token[0]) else end
 
+    def _without_prompt(self, tail: str, turns: int, run: _Run) -> str:
+        """The end of a turn without the header of the next, which begins where a user's would differ from it."""
+        messages = [*self.marked.messages[:turns], user("qxasked")]
+        asked = self._behind(_rendered(self.template, messages, self.marked.tools), run.last)
+        if asked is None or asked.startswith(tail):
+            return tail
+        shared = tail[: whole_tags(tail, agreement(tail, asked))]
+        tokens = list(self.ends.finditer(shared))
+        if len(tokens) > 1 and tokens[-1].end() == len(shared):
+            return shared[: tokens[-1].start()]  # the token that begins any turn
+        return shared[: tokens[-1].end()] if tokens else shared[: shared.rfind("\n") + 1]
+
     def _is_ended(self, run: _Run, span: Span) -> bool:
         return self.ends.search(self.text, self.extents[run.last][1], span[1]) is not None
 
@@ -293,8 +328,7 @@ class _Reading:
         """`end`, or the beginning of the control token or tag that it would cut."""
         token = next((t for t in self.ends.finditer(self.text, start) if t.end() > end), None)
         end = token.start() if token and token.start() < end else end
-        half = _HALF_A_TAG.search(self.text, start, end)
-        return half.start() if half else end
+        return start + whole_tags(self.text[start:end], end - start)
 
     def _turns_before(self, run: _Run) -> tuple[int, frozenset[Kind] | None]:
         """How many turns a model has seen when it writes this run, and what it has written of its own turn."""

@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from theodora.data.masks import Span
+from theodora.data.masks import Span, agreement
 from theodora.data.messages import Message, assistant, calls_of, parsed_or_same, user
 
 Tools = Sequence[Any] | None
@@ -25,6 +25,7 @@ Tools = Sequence[Any] | None
 # Templates raise the first on purpose, and the others over rows that they were not written for.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
+_HALF_A_TAG = re.compile(r"<[^<>\s]*$")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Reasoning before the answer, as those write it who have no field for it.
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -107,8 +108,13 @@ class Template:
         return _refuses_system(self)
 
     @property
+    def always_prompts(self) -> bool:
+        """Whether it writes a generation prompt behind any conversation, asked for or not (Command A)."""
+        return _always_prompts(self)
+
+    @property
     def header(self) -> str:
-        """What the generation prompt adds to a question, without blanks around it."""
+        """What the generation prompt adds to a question, without blanks in front."""
         return _header(self)
 
     def render(self, messages: Sequence[Message], tools: Tools = None, prompt: bool = False) -> str:
@@ -216,12 +222,33 @@ def _refuses_system(template: Template) -> bool:
 
 @lru_cache(maxsize=64)
 def _header(template: Template) -> str:
-    asked = [formed(user("qxasked"), template.forms)]
+    plain, prompted = (_behind(template, [user("qxasked")], "qxasked", prompt=prompt) for prompt in (False, True))
+    return prompted[whole_tags(prompted, agreement(plain, prompted)) :].lstrip()
+
+
+@lru_cache(maxsize=64)
+def _always_prompts(template: Template) -> bool:
+    turns = [user("qxasked"), assistant("qxtext"), user("qxagain")]
+    asked, answered = _behind(template, turns[:1], "qxasked"), _behind(template, turns[:2], "qxtext")
+    followed = _behind(template, turns, "qxtext").partition("qxagain")[0]
+    if not followed or followed.startswith(answered):
+        return False
+    header = answered[whole_tags(answered, agreement(answered, followed)) :]
+    return bool(header.strip()) and asked.endswith(header)
+
+
+def whole_tags(text: str, end: int) -> int:
+    """`end`, or the beginning of the tag that it would cut."""
+    half = _HALF_A_TAG.search(text[:end])
+    return half.start() if half else end
+
+
+def _behind(template: Template, messages: Sequence[Message], word: str, *, prompt: bool = False) -> str:
     try:
-        plain, prompted = (_render(template, asked, None, prompt=prompt)[0] for prompt in (False, True))
+        text, _ = _render(template, [formed(message, template.forms) for message in messages], None, prompt=prompt)
     except TEMPLATE_ERRORS:
         return ""
-    return prompted.removeprefix(plain).strip() if prompted.startswith(plain) else ""
+    return text.rpartition(word)[2]
 
 
 def _shows(template: Template, forms: Forms, messages: Sequence[Message], *words: str) -> bool:
