@@ -64,8 +64,8 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     """Put a new adapter on `model`, in place, freeze everything else, and make the adapter the active one.
 
     The model's outputs are unchanged until the adapter is trained. Where the embeddings were resized since the model
-    was loaded, the rows of the new tokens are trained, too, and saved with the adapter. The trained tensors are the parameters that ask
-    for gradients afterwards.
+    was loaded, the rows of the new tokens are trained, too, and saved with the adapter. The trained tensors are the
+    parameters that ask for gradients afterwards.
 
     Example:
         `model = inject_adapter(AutoModelForCausalLM.from_pretrained(...), AdapterConfig(rank=16))`
@@ -115,7 +115,7 @@ def add_adapter(
     with off_the_fast_path(model):
         for path, adapter in adapters.items():
             adapt(model.get_submodule(path)).add_adapter(name, adapter)
-    add_token_rows(model, name, rows or {})
+    add_token_rows(model, name, rows or {}, full)
     for path in full:
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full

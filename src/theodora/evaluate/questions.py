@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,12 @@ class Questions:
     """Whether an answer ends with its first line."""
     choices: list[Choice] = field(default_factory=list[Choice])
     """Empty where there are no labels to choose from."""
+
+    def token_ids(self) -> Iterator[list[int]]:
+        """The ids of everything that a model will be shown, row by row."""
+        yield from self.input_ids
+        yield from self.prompts
+        yield from (choice.prefix + ending for choice in self.choices for ending in choice.endings)
 
 
 def questions(

@@ -192,12 +192,23 @@ class Desk:
         # A long text would hold up everybody else's answers. (In a thread a short one takes longer.)
         return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
 
+    def _check_rows(self, prompts: Sequence[list[int]]) -> None:
+        """Name the tokens that the model has no row for: the tokenizer may have more than the model."""
+        rows = self.engine.vocabulary
+        beyond = sorted({token for prompt in prompts for token in prompt if rows <= token < len(self.tokenizer)})
+        if beyond:
+            names = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:8])
+            raise ConfigError(
+                f"The prompt holds tokens that the model has no row for (it has {rows}): {names}. Leave them out."
+            )
+
     def _submit(self, asked: Common, prompts: Sequence[list[int]], most: int, tops: int, loop: Any) -> Answers:
         most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
         if (count := len(prompts) * asked.n) > most_at_once:
             raise ConfigError(
                 f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
             )
+        self._check_rows(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         ends = frozenset() if asked.ignore_eos else self.manner(asked.model).ends
         mailbox = Mailbox()
