@@ -72,6 +72,7 @@ class AdapterConfig:
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         if self.alpha is None and is_int(self.rank) and self.rank <= _LARGEST_NUMBER:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         # Ranges can only be judged once every value has the right type.
@@ -123,6 +124,17 @@ class AdapterConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _token_indices(given: Any) -> Any:
+    """Token ids as numbers, which a command line gives as text; in lists, which YAML can hold."""
+    if isinstance(given, Mapping):
+        return {
+            name: list(_token_indices(ids)) if isinstance(ids, list | tuple) else ids for name, ids in given.items()
+        }
+    if isinstance(given, list | tuple):
+        return tuple(int(id) if isinstance(id, str) and re.fullmatch("[0-9]{1,15}", id) else id for id in given)
+    return given
 
 
 def _token_problems(indices: Any) -> Iterator[str]:

@@ -117,7 +117,7 @@ def add_adapter(
     with off_the_fast_path(model):
         for path, adapter in adapters.items():
             adapt(model.get_submodule(path)).add_adapter(name, adapter)
-    add_token_rows(model, name, rows or {})
+    add_token_rows(model, name, rows or {}, full)
     for path in full:
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import TokenRowsLayer, is_adapted
 
 _GUARD = "_theodora_head_guard"
 _PEFT_METHODS = ("add_adapter", "load_adapter")
@@ -42,8 +43,9 @@ def install(model: nn.Module) -> None:
         model.__dict__.setdefault(name, _refuse_pefts)
     model.__dict__.setdefault("resize_token_embeddings", Resizer(model))
     head = model.get_output_embeddings()
-    if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
-        setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
+    if is_adapted(head) and _GUARD not in model.__dict__:
+        before = model.register_forward_pre_hook(_fused_head, with_kwargs=True)
+        setattr(model, _GUARD, (before, model.register_forward_hook(_own_head, always_call=True)))
     if importlib.util.find_spec("accelerate") is not None:
         _teach_trainer()
 
@@ -53,8 +55,8 @@ def uninstall(model: nn.Module) -> None:
     for name in ("save_pretrained", "resize_token_embeddings", *_PEFT_METHODS):
         model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
-    if guard is not None:
-        guard.remove()
+    for hook in guard or ():
+        hook.remove()
 
 
 class AdapterSaver:
@@ -99,13 +101,21 @@ def _refuse_pefts(*_args: Any, **_kwargs: Any) -> None:
     )
 
 
-def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what would pass an adapter on the head by; rows of single tokens are put into the weight that is read."""
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if kwargs.get("fused_lm_head") and isinstance(head, TokenRowsLayer) and head.active_token_rows is not None:
+        head.__dict__["weight"] = head.active_token_rows.put_into(head.weight)
     if kwargs.get("fused_lm_head") and isinstance(head, AdapterLayer) and head.active is not None:
         raise ConfigError(
             "This trainer computes its loss from the output head's weight alone, so the adapter on the head would "
             "never train. Leave the head out of `targets` (or exclude it), or train with theodora.train."
         )
+
+
+def _own_head(model: nn.Module, args: Any, output: Any) -> None:
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head.__dict__.pop("weight", None)
 
 
 def _teach_trainer() -> None:

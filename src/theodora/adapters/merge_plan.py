@@ -208,7 +208,8 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) ->
             continue
         embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
         for member in (name, *(base.tied_to(name) if embedding else ())):
-            if member.removesuffix(".weight") not in adapter.token_rows or member == name:
+            apart = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
+            if member == name or not apart:
                 changes[member] = replace(changes.get(member, Change()), rows=rows)
     return changes
 

@@ -26,6 +26,7 @@ from theodora.adapters.inject import active_name, adapter_layers, originals_in_p
 from theodora.adapters.names import bare_name
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.save import is_tied, probe_of
+from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int, is_number
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.functional import dora_norm, wide_dtype
@@ -71,6 +72,9 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
         )
     with torch.no_grad(), originals_in_place(model):
         problems = [f"{key}: trained in full, for which MLX's files have no place" for key in state.full[name]]
+        problems += [
+            f"{at}: rows of single tokens, for which MLX's files have no place" for at in own_rows(model, name)
+        ]
         problems += [f"{at}: {problem}" for at, layer in layers.items() if (problem := _unfit(model, layer, name))]
         if state.resized:
             problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")

@@ -74,6 +74,7 @@ class Resizer:
             ConfigError: an adapter is merged, or is on the embedding or the head itself, whose size it then has.
         """
         from theodora.adapters.inject import find_state, set_adapter
+        from theodora.adapters.integration import install
 
         model, state = self.model, find_state(self.model)
         own: Any = type(model).resize_token_embeddings
@@ -90,8 +91,10 @@ class Resizer:
         for weight in end_weights(model).values():
             weight.requires_grad_(False)
         for name, rows in held.items():
-            add_token_rows(model, name, _grown(model, rows, before, state.configs[name]))
+            grown = _grown(model, rows, before, state.configs[name])
+            add_token_rows(model, name, grown, state.full[name])
         state.resized |= len(model.get_input_embeddings().weight) != before
+        install(model)
         set_adapter(model, active)
         for name, asks in trained.items():
             for rows in own_rows(model, name).values():

@@ -8,7 +8,7 @@ Where embedding and output head share a weight, the embedding's rows are the hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +106,19 @@ def loaded_rows(model: nn.Module, file_rows: Mapping[str, RowTensors], config: A
     return {path: _rows(model.get_submodule(path), t.ids, t.rows, config) for path, t in file_rows.items()}
 
 
-def add_token_rows(model: nn.Module, name: str, rows: Mapping[str, TokenRows]) -> None:
-    """Hang rows on their modules, and on what is tied to an embedding among them."""
+def add_token_rows(model: nn.Module, name: str, rows: Mapping[str, TokenRows], full: Collection[str]) -> None:
+    """Hang rows on their modules, and on what is tied to an embedding among them.
+
+    Args:
+        model: the model.
+        name: of the adapter.
+        rows: by module path.
+        full: paths of the parameters that the adapter trains in full, which no longer follow what they were tied to.
+    """
     for path, own in rows.items():
-        module: Any = model.get_submodule(path)
-        for target in (module, *(model.get_submodule(other) for other in tied_to(model, path) if other not in rows)):
-            add_rows(target, name, own)
+        tied = [other for other in tied_to(model, path) if other not in rows and f"{other}.weight" not in full]
+        for target in (path, *tied):
+            add_rows(model.get_submodule(target), name, own)
 
 
 def drop_token_rows(model: nn.Module, name: str) -> None:

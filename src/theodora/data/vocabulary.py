@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from theodora.errors import ConfigError, bullet_list
@@ -37,8 +36,8 @@ def missing_in(datasets: Iterable[Dataset], have: int) -> dict[int, int]:
     """`missing_rows` of tokenised data sets, which are read in full only where there is something to find."""
     found: dict[int, int] = {}
     for dataset in datasets:
-        largest = [pc.max(pc.list_flatten(chunk)).as_py() for chunk in dataset.data.column("input_ids").chunks]
-        if max((id for id in largest if id is not None), default=0) >= have:
+        chunks: list[Any] = dataset.data.column("input_ids").chunks
+        if max((ids.to_numpy().max() for chunk in chunks if len(ids := chunk.flatten())), default=0) >= have:
             for token, count in missing_rows(dataset["input_ids"], have).items():
                 found[token] = found.get(token, 0) + count
     return dict(sorted(found.items()))
@@ -51,7 +50,8 @@ def safe_padding(model: Any, tokenizer: Any) -> int:
     """
     have, pad = model_rows(model), tokenizer.pad_token_id
     safe = pad if pad is not None and pad < have else 0
-    for settings in (getattr(model, "config", None), model.config.get_text_config(), model.generation_config):
+    every: list[Any] = [model.config, model.config.get_text_config(), model.generation_config]
+    for settings in filter(None, every):
         if (getattr(settings, "pad_token_id", None) or 0) >= have:
             settings.pad_token_id = safe
     return safe

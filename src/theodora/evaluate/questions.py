@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,12 @@ class Questions:
     """Empty where there are no labels to choose from."""
     left_out: tuple[LeftOut, ...] = ()
     """What the rows hold that no model is shown or asked for."""
+
+    def token_ids(self) -> Iterator[list[int]]:
+        """The ids of everything that a model will be shown, row by row."""
+        yield from self.input_ids
+        yield from self.prompts
+        yield from (choice.prefix + ending for choice in self.choices for ending in choice.endings)
 
 
 def questions(

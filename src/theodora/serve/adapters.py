@@ -73,6 +73,7 @@ def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFi
     file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
     if problems:
         raise CheckpointError(
             f"{file.path} cannot be served beside others, because it replaces weights of the model; merge it and "

@@ -255,6 +255,16 @@ class Desk:
         limit = self.engine.window - most if limit < 0 else limit
         return ids[:limit] if asked.truncation_side == "right" else ids[max(0, len(ids) - limit) :]
 
+    def _check_rows(self, prompts: Sequence[list[int]]) -> None:
+        """Name the tokens that the model has no row for: the tokenizer may have more than the model."""
+        rows = self.engine.vocabulary
+        beyond = sorted({token for prompt in prompts for token in prompt if rows <= token < len(self.tokenizer)})
+        if beyond:
+            names = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:8])
+            raise ConfigError(
+                f"The prompt holds tokens that the model has no row for (it has {rows}): {names}. Leave them out."
+            )
+
     def _submit(
         self,
         asked: Common,
@@ -269,6 +279,7 @@ class Desk:
             raise ConfigError(
                 f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
             )
+        self._check_rows(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         # What ends a grammar ends its answer.
         ends = frozenset() if asked.ignore_eos and form.grammar is None else self.manner(asked.model).ends

@@ -1,6 +1,6 @@
 """Whether a trained model stops by itself: a few prompts of the data, answered greedily, a little beyond their answers.
 
-A loss may be 0 and the model still write for ever, where what ends its answers in the data is not what it is stopped by.
+A loss may be 0 and the model still write for ever, where what ends its answers in the data is not what stops it.
 """
 
 from __future__ import annotations
