@@ -97,6 +97,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     arguments.model_init_kwargs = None
     check_continues_text(model)
     _name_experts(model.config.get_text_config())
+    _name_backbone(model)
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += _ends(model, tokenizer)
@@ -196,6 +197,15 @@ def _name_experts(config: Any) -> None:
         found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
         if not hasattr(config, wanted) and found is not None:
             setattr(config, wanted, found)
+
+
+def _name_backbone(model: Any) -> None:
+    """Say where the states before the head come from, for TRL: Llama 4's class names a place that is not there."""
+    if model.base_model is not model:
+        return
+    found = [name for name, child in model.named_children() if child is model.get_decoder() or name == "model"]
+    if found:
+        model.base_model_prefix = found[0]
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:
