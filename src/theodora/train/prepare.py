@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter, quantize_base
-from theodora.adapters.models import load_model, load_tokenizer
+from theodora.adapters.models import has_tokenizer, load_model, load_tokenizer
 from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
@@ -24,6 +24,7 @@ from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
+from theodora.train.continued import load_continued
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
@@ -84,7 +85,10 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
-    inject_adapter(model, config.adapter)
+    if config.from_adapter is None:
+        inject_adapter(model, config.adapter)
+    else:
+        config = load_continued(model, config)
     return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
 
 
@@ -106,7 +110,10 @@ def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[T
 
 
 def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    place, revision = config.model, config.revision
+    if config.from_adapter is not None and has_tokenizer(config.from_adapter):  # with the template it was trained with
+        place, revision = config.from_adapter, None
+    tokenizer = load_tokenizer(place, trust_remote_code=config.trust_remote_code, revision=revision)
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
             raise ConfigError(
