@@ -168,7 +168,19 @@ def base_model_of(adapter: str | Path) -> str:
     config = read_peft_config(adapter)
     if not config.get("base_model_name_or_path"):
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
-    return config["base_model_name_or_path"]
+    base = config["base_model_name_or_path"]
+    if looks_local(base) and not expanded(base).exists():
+        raise CheckpointError(
+            f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
+            f"that is here: --model BASE --adapter {adapter} (or --base-model BASE, --from-adapter {adapter}), or "
+            "correct base_model_name_or_path in its adapter_config.json."
+        )
+    return base
+
+
+def looks_local(model: str | Path) -> bool:
+    """Whether a name can only be a path: hub names are `name` or `owner/name`."""
+    return Path(model).is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
 
 
 def best_device() -> torch.device:
@@ -189,7 +201,5 @@ def check_model_folder(model: str | Path) -> None:
         raise CheckpointError(
             f"{model} holds no config.json. Expected a folder saved by transformers' save_pretrained."
         )
-    # A hub name is `name` or `owner/name`; anything else can only be a path.
-    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
-    if looks_local and not path.exists():
+    if looks_local(path if path.is_absolute() else model) and not path.exists():
         raise CheckpointError(f"{model}: there is no such folder.")

@@ -59,7 +59,7 @@ from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
 from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
-from theodora.config import METHOD_NAMES, AdapterConfig
+from theodora.config import METHOD_NAMES, AdapterConfig, AdapterDtype
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt, start_values
 from theodora.layers.linear import Conv1DAdapterLayer
@@ -166,6 +166,11 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
             changed base weight under a low-rank update; nothing was changed.
         ConfigError: the name is taken.
     """
+    return _load(model, path, name, trainable)
+
+
+def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes: Any) -> Model:
+    """`load_adapter`, with other values of the adapter's configuration."""
     state = find_state(model) or AdapterState()
     check_name(state, name)
     read = in_names_of(model, read_adapter(path, for_model=True))
@@ -175,7 +180,7 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
         # (the tensors of adapters that are there have the sizes of now)
         grown = {} if state.configs else grown_embeddings(model, read)
         file = changed_copies_in_full(model, read, grown)
-        config = _original_config(file)
+        config = replace(original_config(file), **changes)
         distance = check_fit(model, file, grown)
         file = replace(file, full={**file.full, **sums_of_biases(model, file)})
         tokens = grow_embeddings(model, grown)
@@ -335,12 +340,19 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
         return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
 
 
+def load_to_train(model: nn.Module, path: str | Path, *, dropout: float, dtype: AdapterDtype) -> AdapterConfig:
+    """`load_adapter` for training on, with another dropout and storage of A and B; what the model carries then."""
+    _load(model, path, "default", True, dropout=dropout, adapter_dtype=dtype)
+    paths = list(adapter_layers(model, "default"))
+    return replace(require_state(model).configs["default"], targets=tuple(target_names(model, paths)) or "all-linear")
+
+
 def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
     """A few values of the base weights of an adapter's layers, by which another base model is recognised."""
     return probe_base(list(layers), lambda path: sample_base(layers[path]))
 
 
-def _original_config(file: AdapterFile) -> AdapterConfig:
+def original_config(file: AdapterFile) -> AdapterConfig:
     """The configuration that training began with: a file with start factors says rank 2R."""
     if file.starts_from is not None:
         return replace(file.config, init=file.starts_from)

@@ -24,7 +24,7 @@ from theodora.parse import parse_yaml
 PASSES_OPTIONS_ON = True
 
 GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "What": (TrainConfig, ("model", "data", "output")),
+    "What": (TrainConfig, ("model", "from_adapter", "data", "output")),
     "Adapter": (
         AdapterConfig,
         (

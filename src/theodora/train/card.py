@@ -13,6 +13,7 @@ from theodora.adapters.atomic import atomic_write
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
+from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
     Plan,
@@ -42,7 +43,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     sections = [
         _metadata(config),
         f"# {name}\n\n{describe_adapter(config)}: an adapter for `{config.model}`, trained with "
-        f"Theodora {theodora.__version__}.",
+        f"Theodora {theodora.__version__}.{f' It {origin}.' if (origin := described(config)) is not None else ''}",
         _results(result),
         _data(plan),
         _settings(plan),

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.adapters import inject_adapter, quantize_base, remove_adapter
-from theodora.adapters.generation import new_ends, set_ends
+from theodora.adapters import quantize_base
 from theodora.adapters.inject import adapter_layers
-from theodora.adapters.kinds import layer_kinds
-from theodora.adapters.models import load_model, load_tokenizer
+from theodora.adapters.models import has_tokenizer, load_model, load_tokenizer
 from theodora.adapters.parts import other_parts_note
 from theodora.adapters.targets import for_text
-from theodora.config import AdapterConfig, TrainConfig
+from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
     fallback_chat_template,
@@ -31,17 +26,14 @@ from theodora.data import (
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
-from theodora.data.vocabulary import describe_missing, missing_in, model_rows, safe_padding
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
-from theodora.train.text_only import check_continues_text, without_gradient
+from theodora.train.continued import load_continued
+from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, name_experts, put_on
+from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
-_EXPERTS = {
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
-}
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
 
 
@@ -96,11 +88,11 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     )
     arguments.model_init_kwargs = None
     check_continues_text(model)
-    _name_experts(model.config.get_text_config())
-    _name_backbone(model)
+    name_experts(model.config.get_text_config())
+    name_backbone(model)
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
-    notes += _ends(model, tokenizer)
+    notes += end_as_taught(model, tokenizer)
     config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
@@ -112,100 +104,18 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         dtype = f"float8, the rest {dtype},"
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
-    config = _fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
+    config = fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
-    _inject(model, adapter, arguments, notes)
+    if config.from_adapter is None:
+        put_on(model, adapter, arguments, notes)
+    else:
+        config = load_continued(model, config)
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(
         config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes, tuple(left_out)
     )
-
-
-def _fit_vocabulary(
-    config: TrainConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    datasets: Sequence[Dataset | None],
-    notes: list[str],
-) -> TrainConfig:
-    """Make room for the tokens of the data that the model has no row for, if that is asked for.
-
-    Raises:
-        ConfigError: it is not, naming the tokens.
-    """
-    have = model_rows(model)
-    found = missing_in(filter(None, datasets), have)
-    safe_padding(model, tokenizer)
-    if not found:
-        if config.resize_embeddings:
-            notes.append("resize_embeddings: the model has a row for every token of the data, so nothing was resized")
-        return config
-    told = describe_missing(found, have, tokenizer, config.data)
-    if not config.resize_embeddings:
-        raise ConfigError(
-            f"{told}\nGive them rows and train these with --resize-embeddings, or take a model (or a tokenizer) that "
-            "fits the data."
-        )
-    tokens = max(len(tokenizer), max(found) + 1)
-    set_seed(config.seed)  # new rows are drawn about the mean of the others
-    model.resize_token_embeddings(tokens)
-    notes.append(f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved")
-    return config
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Let the model stop where its template ends turns; what there is to say about it."""
-    ends = new_ends(model, tokenizer)
-    set_ends(model, tokenizer)
-    if not ends:
-        return []
-    return [
-        f"the chat template ends turns with {' and '.join(ends)}, the tokenizer's EOS is {tokenizer.eos_token}: "
-        "answers end with either, here and in what is made of this adapter (generation_config.json)"
-    ]
-
-
-def _inject(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig, notes: list[str]) -> None:
-    """Put the adapter on the model, without what text gives no gradient."""
-    random = torch.get_rng_state()
-    inject_adapter(model, adapter)
-    whole = not (arguments.fsdp or arguments.deepspeed or getattr(model, "hf_device_map", None))
-    if arguments.device.type != "cpu" and whole:
-        model.to(arguments.device)  # pyright: ignore[reportArgumentType]  (where it is trained, and faster)
-    if not (resting := without_gradient(model)):
-        return
-    kinds = ", ".join(dict.fromkeys(layer_kinds(resting).values()))
-    if adapter.targets != "all-linear":
-        raise ConfigError(
-            f"The targets select modules that text gives no gradient, so that they would never be trained: {kinds}. "
-            "Leave them out with exclude."
-        )
-    notes.append(f"text gives no gradient to {kinds}: frozen, and left out of the targets")
-    kept = tuple(path for path in adapter_layers(model) if path not in set(resting))
-    remove_adapter(model)
-    if whole:
-        model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
-    torch.set_rng_state(random)
-    inject_adapter(model, replace(adapter, targets=kept, exclude=()))
-
-
-def _name_experts(config: Any) -> None:
-    """Give a mixture of experts the names under which TRL looks for its figures, for the loss that balances experts."""
-    for wanted, others in _EXPERTS.items():
-        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
-        if not hasattr(config, wanted) and found is not None:
-            setattr(config, wanted, found)
-
-
-def _name_backbone(model: Any) -> None:
-    """Say where the states before the head come from, for TRL: Llama 4's class names a place that is not there."""
-    if model.base_model is not model:
-        return
-    found = [name for name, child in model.named_children() if child is model.get_decoder() or name == "model"]
-    if found:
-        model.base_model_prefix = found[0]
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:
@@ -226,7 +136,10 @@ def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[T
 
 
 def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    place, revision = config.model, config.revision
+    if config.from_adapter is not None and has_tokenizer(config.from_adapter):  # with the template it was trained with
+        place, revision = config.from_adapter, None
+    tokenizer = load_tokenizer(place, trust_remote_code=config.trust_remote_code, revision=revision)
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
             raise ConfigError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
+from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
 
@@ -66,6 +67,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.path is not None:
         grid.add_row("Fast path", plan.path)
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
+    if (origin := described(config)) is not None:
+        grid.add_row("", origin)
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
     grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")

@@ -30,6 +30,7 @@ from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
+from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
@@ -75,11 +76,12 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
 
 
 def _train_in_order(config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal) -> TrainResult:
+    config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
     console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
     files.check_output(output, overwrite=config.overwrite, resume=config.resume)
-    read = {name: getattr(config, name) for name in ("model", "data", "eval_data", "replay")}
+    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
     files.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
     PartialState().wait_for_everyone()  # no process writes before all have looked
