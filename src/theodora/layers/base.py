@@ -196,7 +196,7 @@ class AdapterLayer(Swapped):
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(self.training)
         self.active_adapter = self.merged_adapter = None
         self._kept = self._weight_norm_sq = self._base_weight = None
 
