@@ -275,7 +275,8 @@ class TestBadInput:
             "line 4: turn 1 of 'messages' has the role 'asistant'; expected system, user, assistant, tool "
             "(or human, gpt, …); did you mean 'assistant'?",
             "line 5: turn 2 of 'messages' is an empty assistant turn",
-            "line 6: turn 2 of 'messages' has the role None",
+            "line 6: turn 2 of 'messages' has the role None; expected system, user, assistant, tool "
+            "(or human, gpt, …); its keys are 'content'",
             "line 6: turn 3 of 'messages' is the str 'b'; expected an object with role and content",
             "line 6: turn 4 of 'messages' (user) is the int 3; expected text",
             "line 7: turn 1 of 'messages' (user) has parts of type image_url; only text",

@@ -190,7 +190,7 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     role = ROLES.get(spelt)
     if role is None:
         known = "system, user, assistant, tool (or human, gpt, …)"
-        hint = nearest(name, list(ROLES)) if isinstance(name, str) else ""
+        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
         notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
         return Turn({})
     for key, value in turn.items():
