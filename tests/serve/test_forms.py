@@ -9,6 +9,7 @@ import openai
 import pydantic
 import pytest
 
+import tiny
 from calling import ARGUMENTS, CALL, SCHEMA, SILENT, written
 from serving import settled
 from theodora.errors import ConfigError
