@@ -9,9 +9,12 @@ import openai
 import pydantic
 import pytest
 
+import tiny
 from calling import ARGUMENTS, CALL, SCHEMA, SILENT, written
 from serving import settled
+from theodora.errors import ConfigError
 from theodora.serve import forms
+from theodora.serve.config import ServeConfig
 
 TOOLS = [
     {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": SCHEMA}},
@@ -249,3 +252,21 @@ def test_parsed_tools(served):
         **silent({}), tools=[openai.pydantic_function_tool(Paint)], tool_choice="required", parallel_tool_calls=False
     )
     assert isinstance(reply.choices[0].message.tool_calls[0].function.parsed_arguments, Paint)
+
+
+def test_special_tokens_that_a_format_is_made_of_stay_in_the_text():
+    tokenizer = tiny.tiny_tokenizer()
+    ids = [tiny.BOS_ID, *tokenizer("a")["input_ids"], tiny.PAD_ID]
+    kept = forms._keeping(tokenizer, ["<|im_start|>", "<tool_call>"])
+    assert kept.decode(ids, skip_special_tokens=True) == "<|im_start|>a"
+    assert kept.decode(ids, skip_special_tokens=False) == "<|im_start|>a<|endoftext|>"
+    assert kept.eos_token_id == tiny.EOS_ID
+    assert forms._keeping(tokenizer, ["<tool_call>"]) is tokenizer
+
+
+def test_parsers_can_be_named():
+    assert ServeConfig(model="m", tool_call_parser="qwen3_coder", reasoning_parser="none").tool_call_parser
+    with pytest.raises(ConfigError, match="tool_call_parser is 'x'; expected auto, none, harmony"):
+        ServeConfig(model="m", tool_call_parser="x")
+    with pytest.raises(ConfigError, match="reasoning_parser"):
+        ServeConfig(model="m", reasoning_parser="x")

@@ -92,7 +92,7 @@ def test_what_cannot_be_answered_says_so(server, asked, status, says):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "Hi"}]}, "role"),
         ({"top_logprobs": 2}, "needs logprobs: true"),
-        ({"response_format": {"type": "json_object"}}, "response_format: not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_says_so(server, asked, says):

@@ -113,6 +113,8 @@ class Forms:
                 raise ConfigError(
                     "tool_choice, strict and parallel_tool_calls need a tool_call_parser; this server has none."
                 )
+            if family.name == "harmony" and not must:
+                return None  # its messages end with end tokens, which no grammar of several messages can hold
             form = self._calls(asked, family, "required" if must else "auto")
         else:
             return None

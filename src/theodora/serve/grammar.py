@@ -26,6 +26,8 @@ from theodora.serve.schemas import check_size, kept
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
+_MOST_CHARACTERS = 2_000_000
+"""Of a whole grammar: the schemas of all tools, say."""
 _CACHE = 256 << 20
 _WHERE = re.compile(r"^\[[\d:]+\] \S+: ")
 
@@ -100,6 +102,8 @@ class Grammars:
         """
         if not self._ends:
             raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
+        if len(json.dumps(format)) > _MOST_CHARACTERS:
+            raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
         compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids)
         try:

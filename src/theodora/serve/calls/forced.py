@@ -52,10 +52,14 @@ def calls_format(family: Family, tools: Sequence[tuple[str, Any]], choice: Choic
             offered,
             choice,
             reasoning="disabled",
-            parallel_tool_calls=parallel,
+            parallel_tool_calls=parallel or family.name == "harmony",
             max_whitespace_cnt=MOST_SPACE,
         )
-        return tag.model_dump(mode="json", exclude_none=True)["format"]
+        format = tag.model_dump(mode="json", exclude_none=True)["format"]
+        if family.name == "harmony" and choice == "required":
+            # <|call|> ends the answer: it is the model's end token, and no part of the text.
+            format |= {"tags": [{**one, "end": ""} for one in format["tags"]], "stop_after_first": True}
+        return format
     opening, separator, closing = _FRAMES.get(family.name, ("", "\n", ""))
     tags = [_tag(family.name, name, narrowed(schema) or _NO_ARGUMENTS) for name, schema in tools]
     if choice == "required":
