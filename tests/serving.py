@@ -79,7 +79,7 @@ class Server:
     """A running server: `.client` (openai), `.url`, `.engine`."""
 
     def __init__(self, engine, tokenizer):
-        self.engine = engine
+        self.engine, self.tokenizer = engine, tokenizer
         self.port = free_port()
         settings = uvicorn.Config(
             create_app(engine, tokenizer), port=self.port, log_level="error", timeout_graceful_shutdown=5

@@ -26,6 +26,7 @@ _HOMES = {
     "quantize_base": "theodora.adapters",
     "combine_adapters": "theodora.adapters.combine",
     "to_lora": "theodora.adapters.to_lora",
+    "reference_model": "theodora.adapters.reference",
     "swap_adapter_weights": "theodora.adapters.swap_weights",
     "save_mlx": "theodora.adapters.mlx",
     "accelerate": "theodora.adapters.accelerate",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from theodora.adapters.combine import combine_adapters
     from theodora.adapters.mlx import save_mlx
     from theodora.adapters.peft_models import accelerate_peft, restore_peft
+    from theodora.adapters.reference import reference_model
     from theodora.adapters.swap_weights import swap_adapter_weights
     from theodora.adapters.to_lora import to_lora
     from theodora.analysis import inspect_adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -78,7 +79,7 @@ def coerce(value: Any, hint: Any) -> Any:
     elif isinstance(value, float) and int in kinds and value.is_integer():
         return int(value)
     elif isinstance(value, str) and tuple in kinds:
-        return (value,)
+        return split_names(value) or (value,)
     elif isinstance(value, list | tuple | set) and tuple in kinds:
         return tuple(value)
     elif any(isinstance(kind, type) and kind not in (bool, int, float) and isinstance(value, kind) for kind in kinds):
@@ -87,6 +88,13 @@ def coerce(value: Any, hint: Any) -> Any:
         return value
     words = [_EXPECTED[kind] for kind in kinds if kind in _EXPECTED and kind is not type(None)]
     raise ValueError(" or ".join([*(["one of " + ", ".join(map(str, literals))] if literals else []), *words]))
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in `q_proj,v_proj` or `q_proj, v_proj`, as other tools write lists; none where it is something else."""
+    names = [name.strip() for name in text.split(",")]
+    plain = len(names) > 1 and all(re.fullmatch(r"[\w.-]*", name) for name in names)
+    return tuple(name for name in names if name) if plain else ()
 
 
 _TOO_LARGE = 10**308

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
-from theodora.coerce import coerce_all
+from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.other_words import advice, called
 
 Method = Literal["dora", "lora"]
 METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
@@ -55,6 +56,9 @@ class AdapterConfig:
     """Another alpha for modules whose path ends with a key (a name or a regular expression)."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full beside the adapter, and saved with it."""
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
+    """Tokens whose rows are trained beside the adapter, and saved with it: ids, of the input embedding (and of the
+    head, if it is tied to it), or a mapping of module names to ids."""
     init: Init = "default"
     """Start of A and B. Every choice leaves the model's output unchanged: default (Kaiming A, zero B), gaussian,
     orthogonal, pissa (principal singular vectors), olora (QR)."""
@@ -68,7 +72,8 @@ class AdapterConfig:
                 object.__setattr__(self, f.name, default)
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
         for name, value in values.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _with_commas(value) if name in _NAME_LISTS else value)
+        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         if self.alpha is None and is_int(self.rank) and self.rank <= _LARGEST_NUMBER:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         # Ranges can only be judged once every value has the right type.
@@ -96,6 +101,7 @@ class AdapterConfig:
             odd = [key for key in keys if not isinstance(key, str)]
             if odd:
                 yield f"{name} has the key {shown(odd[0])}; expected names or regular expressions"
+        yield from _token_problems(self.trainable_token_indices)
         if not self.targets:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
         for what, pattern in [
@@ -119,6 +125,38 @@ class AdapterConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _token_indices(given: Any) -> Any:
+    """Token ids as numbers, which a command line gives as text; in lists, which YAML can hold."""
+    if isinstance(given, Mapping):
+        return {
+            name: list(_token_indices(ids)) if isinstance(ids, list | tuple) else ids for name, ids in given.items()
+        }
+    if isinstance(given, list | tuple):
+        return tuple(int(id) if isinstance(id, str) and re.fullmatch("[0-9]{1,15}", id) else id for id in given)
+    return given
+
+
+def _token_problems(indices: Any) -> Iterator[str]:
+    names = list(indices) if isinstance(indices, Mapping) else []
+    if any(not isinstance(name, str) or not name for name in names):
+        yield "trainable_token_indices has a key that is no module's name"
+    for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
+        if not isinstance(ids, list | tuple) or (not ids and names):
+            yield f"trainable_token_indices is {shown(indices)}; expected lists of token ids"
+        elif odd := [id for id in ids if not is_int(id) or not 0 <= id <= _LARGEST_NUMBER]:
+            yield f"trainable_token_indices holds {shown(odd[0])}; expected token ids (whole numbers from 0 on)"
+
+
+_NAME_LISTS = ("targets", "exclude", "modules_to_save")
+
+
+def _with_commas(value: Any) -> Any:
+    """Names among which commas stand, as other tools want them: no expression or name of a module has one so."""
+    if isinstance(value, str):
+        return split_names(value) or value
+    return tuple(name for item in value for name in ((isinstance(item, str) and split_names(item)) or (item,)))
 
 
 def is_int(value: object) -> bool:
@@ -145,8 +183,11 @@ class TrainConfig:
         ConfigError: naming every field that makes no sense.
     """
 
-    model: str
-    """Folder or hub name of the causal language model to fine-tune."""
+    model: str = ""
+    """Folder or hub name of the causal language model to fine-tune. Default: from_adapter's base."""
+    from_adapter: str | None = None
+    """Folder of an adapter (a run's, one of its checkpoints, PEFT's or MLX's) to go on from with these data. Its base,
+    method, rank and targets are taken over, its optimizer is not."""
     data: str
     """Rows to train on: a .jsonl, .json, .csv or .parquet file, or a datasets folder. The format (prompt/completion,
     messages, ShareGPT, Alpaca, text) is recognised."""
@@ -166,6 +207,9 @@ class TrainConfig:
     """Share of the rows trained on that are general text, if there is any (replay)."""
     train_on: Literal["completion", "all"] = "completion"
     """Tokens that count in the loss: those of completions and assistant turns, or all."""
+    resize_embeddings: bool = False
+    """Give tokens of the tokenizer that the model has no row for new rows in its embedding and output head, and train
+    these. They are saved with the adapter."""
     use_chat_template: bool | None = None
     """Whether prompts and completions are wrapped in the tokenizer's chat template. Default: if it has one."""
     max_length: int = 1024
@@ -238,6 +282,9 @@ class TrainConfig:
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Any other fields of trl.SFTConfig, by name."""
 
+    chosen: ClassVar[frozenset[str] | None] = None
+    """Names of the adapter's options that `from_options` was given; what is by default may be another adapter's."""
+
     def __post_init__(self) -> None:
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)
         for name, value in values.items():
@@ -255,7 +302,7 @@ class TrainConfig:
             raise ConfigError("The training configuration makes no sense:" + bullet_list(problems))
 
     def _problems(self) -> Iterator[str]:
-        for name in ("model", "data", "output"):
+        for name in _needed(vars(self)):
             if not getattr(self, name):
                 yield f"{name} is empty"
         for name, (least, inclusive) in _TRAIN_BOUNDS.items():
@@ -303,11 +350,13 @@ class TrainConfig:
             f"{name} is {shown(extra[name])}, and trainer says {shown(trainer[name])}; expected one of them"
             for name in sorted(extra.keys() & trainer.keys())
         ]
-        problems += [
-            f"{f.name} is missing"
-            for f in fields(cls)
-            if f.default is MISSING and f.default_factory is MISSING and options.get(f.name) is None
-        ]
+        missing = [name for name in _needed(options) if options.get(name) is None]
+        told = {name: text for name, value in options.items() if (text := _foreign(name, value)) is not None}
+        if missing or told.keys() & OPTION_NAMES:  # else TRL's fields are asked too, and all are told at once
+            problems = [*(f"{name}: {text}" for name, text in told.items()), *problems]
+            renamed = {called(name) for name in told}
+            problems += [f"{name} is missing" for name in missing if name not in renamed]
+            options = {name: value for name, value in options.items() if name not in told}
         adapter, wrong = coerce_all({k: v for k, v in options.items() if k in _ADAPTER_NAMES}, AdapterConfig)
         own, also_wrong = coerce_all({k: v for k, v in options.items() if k in _OWN_NAMES}, cls)
         problems += wrong + also_wrong
@@ -318,13 +367,16 @@ class TrainConfig:
         if problems:
             raise ConfigError("The options make no sense:" + bullet_list(problems))
         own |= {"adapter": AdapterConfig(**adapter), "trainer": {**trainer, **extra}}
-        return cls(**own)
+        config = cls(**own)
+        object.__setattr__(config, "chosen", frozenset(name for name, value in adapter.items() if value is not None))
+        return config
 
     def to_options(self) -> dict[str, Any]:
         """All options side by side, such that `from_options` gives this configuration again; fit for YAML and JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapter", "trainer")}
         adapter = {f.name: getattr(self.adapter, f.name) for f in fields(AdapterConfig)}
-        options = {"model": own.pop("model"), "data": own.pop("data"), "output": own.pop("output"), **adapter, **own}
+        first = {"model": own.pop("model"), "from_adapter": own.pop("from_adapter")}
+        options = {**first, "data": own.pop("data"), "output": own.pop("output"), **adapter, **own}
         options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in {**options, "trainer": self.trainer}.items()}
 
@@ -345,12 +397,26 @@ _SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
 }
 
 
+def _needed(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that a run cannot be without."""
+    return ("data", "output") if options.get("from_adapter") else ("model", "data", "output")
+
+
+def _foreign(name: str, value: Any) -> str | None:
+    """What to write instead of an option of another tool, or of one of ours with another tool's value."""
+    return (
+        None if name in OPTION_NAMES and not (name == "model" and isinstance(value, Mapping)) else advice(name, value)
+    )
+
+
 def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Translate other spellings of our options; also complaints about options that are given twice."""
     renamed: dict[str, Any] = {}
     problems: list[str] = []
     for given, value in options.items():
         name, values = _SAME_AS.get(given, (given, {}))
+        if given == "bf16" and value == "auto":  # Axolotl's word for what holds by default
+            value = None
         if name != given and value is None:  # "not set" in transformers and TRL
             continue
         if name != given and name in options:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from theodora.autocast import without_autocast
+
 # Rows of the weight are widened to float32 in pieces of this many elements, so that a large layer needs no
 # float32 copy of itself.
 _PIECE = 1 << 22
@@ -52,7 +54,7 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
 
     The result carries no gradient: the norm is a constant in the backward pass (DoRA paper, section 4.3).
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(w_OI.device):
         wide = wide_dtype(w_OI.dtype)
         a, b = a_RI.to(wide), b_OR.to(wide)
         w_norm_sq = row_norm_squared(w_OI) if w_norm_sq_O is None else w_norm_sq_O.to(wide)
@@ -94,7 +96,8 @@ def merged_weight(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnit
     Without a magnitude this is LoRA, with one it is DoRA.
     """
     wide = wide_dtype(w_OI.dtype)
-    adapted = w_OI.to(wide) + lora_delta(a_RI.to(wide), b_OR.to(wide), scale)
+    with without_autocast(w_OI.device):
+        adapted = w_OI.to(wide) + lora_delta(a_RI.to(wide), b_OR.to(wide), scale)
     if magnitude_O is None:
         return adapted
     return dora_scale(magnitude_O, torch.linalg.vector_norm(adapted, dim=1))[:, None] * adapted

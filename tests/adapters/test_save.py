@@ -100,7 +100,7 @@ def test_rank_in_the_configuration_differs(folder):
     ("fields", "word"),
     [
         ({"peft_type": "IA3"}, "peft_type"),
-        ({"bias": "all"}, "bias"),
+        ({"bias": "some"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
         ({"r": 10**9}, "rank"),

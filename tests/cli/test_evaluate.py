@@ -154,3 +154,10 @@ def test_a_task_that_lm_eval_does_not_know(lm_eval, tiny_model_dir, data, capsys
     lm_eval.answer = KeyError("arc_hard")
     assert main(["evaluate", "--model", str(tiny_model_dir()), "--data", str(data), "--lm-eval", "arc_hard"]) == 1
     assert "lm-eval cannot run arc_hard" in capsys.readouterr().err
+
+
+def test_what_rows_hold_and_nothing_is_learned_from_is_in_the_result(tmp_path, tiny_model_dir, evaluate):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "id": 7}\n', encoding="utf-8")
+    scores = evaluate("--model", tiny_model_dir("llama"), "--data", path, "--no-exact-match")
+    assert scores["left_out"] == [{"what": "the column 'id'", "rows": 1, "why": "not used"}]

@@ -254,3 +254,17 @@ def test_bad_input_exits_with_its_code_and_one_message(rows, tiny_model_dir, tmp
     assert cli.main([*common, model]) == 1
     assert "line 2" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_result_as_json_stands_alone_on_standard_output(rows, tiny_model_dir, tmp_path, capsys):
+    rows.write_text("".join(json.dumps({"text": f"text {n}", "id": n or None}) + "\n" for n in range(4)))
+    model, output = str(tiny_model_dir()), str(tmp_path / "run")
+    assert (
+        cli.main(["train", "--model", model, "--data", str(rows), "--output", output, "--max-steps", "1", "--json"])
+        == 0
+    )
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["output"], result["steps"]) == (output, 1)
+    assert result["left_out"] == [{"what": "the column 'id'", "rows": 3, "why": "not used"}]
+    assert "Left out       the column 'id': not used (3 rows)" in printed.err

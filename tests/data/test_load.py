@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from theodora.data import load_examples
+from theodora.data.left_out import LeftOut
 from theodora.errors import DataError
 
 PAIRS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
@@ -127,7 +128,7 @@ class TestFormats:
         assert examples.format == "prompt-completion"
         assert examples.description == (
             f"1 row read as prompt/completion rows: {prompt!r} → {completion!r}, of which the latter is learned; "
-            "not used: 'id'."
+            "the column 'id': not used (1 row)."
         )
 
     @pytest.mark.parametrize(
@@ -162,9 +163,9 @@ class TestFormats:
         assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
 
     def test_messages_keep_what_templates_read(self, write):
-        call = {"function": {"name": "f", "arguments": {"x": None, "y": [1, "2"]}}}
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": {}, "y": [1, "2", None]}}}
         turns = [
-            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "id": 3},
+            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "user", "content": "c", "name": "Ann"},
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "content": "d", "tool_call_id": "1"},
@@ -180,21 +181,16 @@ class TestFormats:
                 {"role": "tool", "content": "d", "tool_call_id": "1"},
                 {"role": "assistant", "content": "e", "reasoning_content": "f", "weight": 1},
             ],
-            "tools": '[{"name": "f"}]',
+            "tools": '[{"type": "function", "function": {"name": "f"}}]',
         }
         assert examples.dataset[1] == {"messages": TALK, "tools": None}
 
     def test_sharegpt(self, write):
-        turns = [("system", "a"), ("human", "b"), ("gpt", "c"), ("function_call", "d"), ("observation", "e")]
+        turns = [("system", "a"), ("human", "b"), ("gpt", "c"), ("observation", "e"), ("ai", "f")]
         examples = load_examples(write([{"conversations": [{"from": f, "value": v} for f, v in turns]}]))
         assert examples.format == "sharegpt"
-        assert [turn["role"] for turn in examples.dataset[0]["messages"]] == [
-            "system",
-            "user",
-            "assistant",
-            "assistant",
-            "tool",
-        ]
+        roles = [turn["role"] for turn in examples.dataset[0]["messages"]]
+        assert roles == ["system", "user", "assistant", "tool", "assistant"]
 
     def test_messages_as_json_in_a_csv_cell(self, write):
         cell = json.dumps(TALK).replace('"', '""')
@@ -213,7 +209,11 @@ class TestFormats:
         examples = load_examples(write([{"text": "a", "label": "x"}, {"text": " \n"}, {"text": "b"}]))
         assert examples.format == "text"
         assert list(examples.dataset) == [{"text": "a"}, {"text": "b"}]
-        assert "not used: 'label'; 1 empty rows skipped" in examples.description
+        assert examples.left_out == (
+            LeftOut("the column 'label'", 1, "not used"),
+            LeftOut("rows without text", 1, "skipped"),
+        )
+        assert "the column 'label': not used (1 row); rows without text: skipped (1 row)." in examples.description
 
     def test_a_question_beats_a_text(self, write):
         assert load_examples(write([{"text": "a b", "question": "a", "answer": "b"}])).format == "prompt-completion"
@@ -275,7 +275,8 @@ class TestBadInput:
             "line 4: turn 1 of 'messages' has the role 'asistant'; expected system, user, assistant, tool "
             "(or human, gpt, …); did you mean 'assistant'?",
             "line 5: turn 2 of 'messages' is an empty assistant turn",
-            "line 6: turn 2 of 'messages' has the role None",
+            "line 6: turn 2 of 'messages' has the role None; expected system, user, assistant, tool "
+            "(or human, gpt, …); its keys are 'content'",
             "line 6: turn 3 of 'messages' is the str 'b'; expected an object with role and content",
             "line 6: turn 4 of 'messages' (user) is the int 3; expected text",
             "line 7: turn 1 of 'messages' (user) has parts of type image_url; only text",

@@ -88,11 +88,11 @@ def test_reasoning_that_a_template_drops_is_said(write, make_tokenizer, caplog):
 
 
 def test_a_call_that_is_written_otherwise_when_it_is_the_last(write, make_tokenizer):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     tokenizer = make_tokenizer(template="qwen3")
     dataset = tokenised(write, [{"messages": [TALK[0], call, {"role": "tool", "content": "4"}, TALK[3]]}], tokenizer)
     assert learned(dataset, tokenizer) == [
-        '<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>',
+        '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call><|im_end|>',
         "<think>\n\n</think>\n\nRed.<|im_end|>",
     ]
 
@@ -254,9 +254,9 @@ def test_tools_and_calls_reach_the_template(write, make_tokenizer):
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     turns = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "4"}]
     dataset = tokenised(write, [{"messages": [*turns, TALK[3]], "tools": [tool]}], tokenizer)
-    call_text = '{"function": {"name": "add", "arguments": {"a": 1}}}'
+    call_text = '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
     assert learned(dataset, tokenizer) == [call_text + "<|end|>", "Red.<|end|>"]
-    assert '"parameters": {"a": null, "b": [1, "2"]}' in tokenizer.decode(dataset[0]["input_ids"])
+    assert '"parameters": {"b": [1, "2"]}' in tokenizer.decode(dataset[0]["input_ids"])
 
 
 def test_wrong_arguments(write, make_tokenizer):

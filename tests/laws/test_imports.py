@@ -17,8 +17,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "config", "parse"},
-    {"functional"},
+    {"errors", "coerce", "other_words", "config", "parse", "ends"},
+    {"functional", "autocast"},
     {"kernels"},
     {"layers"},
     {"adapters", "data"},
@@ -28,7 +28,9 @@ FLOORS = [
 ]
 BESIDE = {
     "coerce": {"errors"},
-    "config": {"errors", "coerce"},
+    "other_words": {"errors"},
+    "config": {"errors", "coerce", "other_words"},
+    "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`
 }
@@ -46,6 +48,7 @@ ONLY_IN = {
     "fastapi": {"serve", "cli"},
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
+    "xgrammar": {"serve", "cli"},
     "vllm": {"vllm_plugin"},
 }
 

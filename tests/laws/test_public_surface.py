@@ -31,6 +31,7 @@ PUBLIC = {
     "quantize_base",
     "combine_adapters",
     "to_lora",
+    "reference_model",
     "swap_adapter_weights",
     "save_mlx",
     "accelerate",

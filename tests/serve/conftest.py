@@ -8,6 +8,7 @@ import pytest
 from transformers.generation.continuous_batching import continuous_api
 
 import tiny
+from calling import TEMPLATE
 from serving import Server, trained
 from theodora import save_adapter
 from theodora.serve.config import ServeConfig
@@ -56,8 +57,8 @@ def engine_of(adapter_dir):
 def servers(adapter_dir):
     with contextlib.ExitStack() as stack:
 
-        def make(*names, model=None, **config):
-            settings = {"model": "base", "kv_tokens": 2048, "max_batch_tokens": 512, "max_batch": 16, **config}
+        def make(*names, model=None, model_name="base", **config):
+            settings = {"model": model_name, "kv_tokens": 2048, "max_batch_tokens": 512, "max_batch": 16, **config}
             engine = Engine(model or tiny.tiny_model(), ServeConfig(**settings))
             for name in names:
                 engine.load(name, adapter_dir(name))
@@ -78,3 +79,13 @@ def server(adapter_dir):
     """One server for all tests that leave it as it was."""
     with servers(adapter_dir) as make:
         yield make("dora4", "lora8")
+
+
+@pytest.fixture(scope="session")
+def served():
+    """A model whose template shows tools, and which thinks if the prompt lets it."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    config = ServeConfig(model="base", kv_tokens=4096, max_batch_tokens=512, max_batch=8)
+    with Server(Engine(tiny.tiny_model(max_position_embeddings=1024), config), tokenizer) as running:
+        yield running

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from theodora.serve.answers import Answers, Choice
+from theodora.serve.requests import Request, Sampling
 from theodora.serve.text import Writer
 from tiny import tiny_tokenizer
 
@@ -16,7 +17,7 @@ TOKENS = tiny_tokenizer()("aé xEND and on€")["input_ids"][:-1]  # the last le
 def test_tokens_go_out_with_their_text_however_many_come_at_once(sizes, stop, text):
     """A token is a byte: as many are told as the text so far has, none of a stop text's or of half a letter's."""
     assert sum(sizes) == len(TOKENS)
-    choice = Choice(0, SimpleNamespace(id="one"), Writer(tiny_tokenizer(), [stop]))
+    choice = Choice(0, Request("one", [1], None, Sampling(max_tokens=99)), Writer(tiny_tokenizer(), [stop]))
     answers = Answers(SimpleNamespace(cancel=lambda request: None), [choice], None, frozenset())
     for end in [sum(sizes[: n + 1]) for n in range(len(sizes))]:
         update = SimpleNamespace(

@@ -287,6 +287,12 @@ def test_an_engine_that_does_not_start_says_why(monkeypatch):
         ask(engine, [5])
     assert not engine.ready()
     engine.stop()
+    assert engine.model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    again = Engine(engine.model, ServeConfig(model="base", kv_tokens=512))
+    again.start()  # whose trial asks the model with its own attention
+    assert again.ready()
+    again.stop()
 
 
 def test_a_request_that_the_worker_does_not_take_is_over(engine_of, monkeypatch):

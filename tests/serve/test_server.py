@@ -69,9 +69,9 @@ def test_a_chat_streamed_and_not(server):
         ({"prompt": [3, 999]}, 400, "outside 0 to 271"),
         ({"prompt": ["a"] * 100, "n": 3}, 400, "300 requests; expected at most 272"),
         ({"max_tokens": 600}, 400, "at most 512"),
-        ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+        ({"presence_penalty": 3.0}, 400, "presence_penalty"),
         ({"temperature": -1}, 400, "temperature"),
-        ({"best_of": 3}, 400, "best_of: not supported"),
+        ({"best_of": 2, "n": 3}, 400, "best_of is 2; expected at least n"),
         ({"stop": ["x"] * 17}, 400, "at most 16 stop texts"),
         ({"stop": "x" * 257}, 400, "at most 256 characters"),
         ({"prompt": [PROMPT, "a" * 600]}, 400, "600 tokens"),  # the first runs already
@@ -92,7 +92,7 @@ def test_what_cannot_be_answered_says_so(server, asked, status, says):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "Hi"}]}, "role"),
         ({"top_logprobs": 2}, "needs logprobs: true"),
-        ({"response_format": {"type": "json_object"}}, "response_format: not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_says_so(server, asked, says):

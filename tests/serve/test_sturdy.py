@@ -130,7 +130,8 @@ def fetch(server, path, **headers):
 def test_bodies_that_are_no_requests(server):
     odd = (b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 5000, b'{"model":"base","prompt":1e999}')
     half = rb'{"model":"base","prompt":"half a character: \ud83d"}'  # what JavaScript sends of a text that it cut there
-    for body in (*odd, half):
+    name = rb'{"model":"base","prompt":"a","\ud83d":1}'
+    for body in (*odd, half, name):
         status, text, _ = post(server, "/v1/completions", body)
         assert status == 400, text
         assert json.loads(text)["error"]["message"]

@@ -187,6 +187,7 @@ def test_a_step_that_takes_too_long_is_given_up_at_the_bound(options, tmp_path):
     process.start()
     while process.is_alive() and not (tmp_path / "stuck").exists():
         time.sleep(0.01)
+    assert process.is_alive(), (tmp_path / "log.txt").read_text()
     began = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)

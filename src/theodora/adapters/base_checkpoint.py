@@ -19,12 +19,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from theodora.adapters.classes import auto_class
+from theodora.adapters.names import Names
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, bullet_list, shown
 from theodora.parse import parse_json
@@ -115,6 +116,8 @@ class BaseCheckpoint:
         self.tensors = _read_headers(folder)
         self.model = _meta_model(folder, trust_remote_code, len(self.tensors))
         self._to_model_name, self.keys, self.converted = _map_names(self.model, list(self.tensors))
+        self._names = Names([*self.keys, *self.converted, *self._tied()])
+        self._unloaded = Names(self.unloaded())
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
 
@@ -122,14 +125,22 @@ class BaseCheckpoint:
         """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
 
         Where the model holds it in another form (experts are stored one by one and loaded fused), but the checkpoint
-        has it under just this name, that name: adapters of older transformers were trained on such modules.
+        has it under just this name, that name: adapters of older transformers were trained on such modules. Names that
+        other classes of the same weights give to it are known, too (see `names.py`).
         """
         renamed = self._to_model_name(name)
         if renamed in self.keys or renamed in self._tied():
             return renamed
         if name in self.tensors:
             return name
-        return renamed if renamed in self.converted else None
+        if renamed in self.converted:
+            return renamed
+        return self._names.find(name) or self._unloaded.find(name)
+
+    def unloaded(self) -> list[str]:
+        """Keys of what the model does not load: a vision tower, where the class is the language model alone."""
+        loaded = {*self.keys.values(), *(key for keys in self.converted.values() for key in keys)}
+        return [key for key in self.tensors if key not in loaded]
 
     def key_of(self, parameter: str) -> str | None:
         """The key that holds `parameter`, perhaps under the name of the parameter that it is tied to."""
@@ -288,10 +299,15 @@ def _meta_model(folder: Path, trust_remote_code: bool, stored: int) -> PreTraine
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_layers(folder, config.to_dict(), stored)
         with torch.device("meta"):
-            # The class is the one AutoModelForCausalLM chooses, because adapters are trained on that.
-            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return getattr(transformers, (config.architectures or [""])[0])._from_config(config)
+            # The class is the one that load_model chooses, because adapters are trained on that.
+            named = getattr(transformers, (config.architectures or [""])[0], None)
+            try:
+                chosen = auto_class(config, folder, trust_remote_code=trust_remote_code)
+            except CheckpointError:
+                if named is None:
+                    raise
+                return named._from_config(config)  # no language model of ours: merging asks for names alone
+            return chosen.from_config(config, trust_remote_code=trust_remote_code)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged configuration leads it to

@@ -9,6 +9,8 @@
 Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
 <path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
 
+Rows of single tokens (trainable tokens) are in `token_rows.py`.
+
 Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
 once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
 safetensors file, which PEFT leaves alone.
@@ -17,17 +19,27 @@ safetensors file, which PEFT leaves alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from theodora.adapters.reading import FLOAT_DTYPES, expanded, read_object, read_tensors
+from theodora.adapters.finite import DTYPES, all_finite_on_gpu, finite
+from theodora.adapters.peft_options import (
+    StartFromWeight,
+    added_by_peft,
+    biases_trained,
+    option_problems,
+    start_of,
+    task_of,
+)
+from theodora.adapters.reading import expanded, read_object, read_tensors
 from theodora.adapters.targets import from_pattern
+from theodora.adapters.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
+from theodora.adapters.wrapper_names import plain_keys
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 
@@ -36,25 +48,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 KEY_PREFIX = "base_model.model."
 
-# PEFT's options that change what the tensors mean, and that nothing here computes.
-_FOREIGN_OPTIONS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-# Starts after which PEFT keeps the base weight as it is; the others leave a changed base behind.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
-# Safetensors files know more kinds of numbers; no adapter is kept in them.
-_DTYPES = tuple(FLOAT_DTYPES.values())
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -92,11 +85,19 @@ class AdapterFile:
     trained and the (negated) start factors one after the other: rank 2R."""
     full: dict[str, Tensor] = field(default_factory=dict)
     """Parameter path → tensor, for modules trained in full."""
+    task: str | None = None
+    """What the model is for, as PEFT calls it: CAUSAL_LM, SEQ_CLS, …"""
     full_names: tuple[str, ...] = ()
     """How the configuration names these modules; `config` has their paths instead."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
     """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. One that is in `full`,
     too, is replaced by that, and of use only where another module is tied to it or has to be resized."""
+    token_rows: dict[str, RowTensors] = field(default_factory=dict)
+    """Module path → rows of single tokens that replace the base's, in what is tied to an embedding among them, too."""
+    added_biases: dict[str, Tensor] = field(default_factory=dict)
+    """Module path → the bias of its B (PEFT's `lora_bias`), which adds to the module's own, times the scale."""
+    starts_from: StartFromWeight | None = None
+    """The start (pissa, olora) that A and B are relative to, if the base's weights tell it."""
     starts: bool = False
     """Whether A and B hold start factors in their second half."""
     probe: dict[str, list[float]] | None = None
@@ -105,6 +106,8 @@ class AdapterFile:
     """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
     mlx: bool = False
     """Whether it was read from MLX's files."""
+    left_out: tuple[str, ...] = ()
+    """Paths of what the file holds of a vision or audio tower, where the model at hand is its language model alone."""
 
     @property
     def weights(self) -> Path:
@@ -112,12 +115,13 @@ class AdapterFile:
         return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
 
 
-def read_adapter(path: str | Path, device: torch.device | None = None) -> AdapterFile:
+def read_adapter(path: str | Path, device: torch.device | None = None, for_model: bool = False) -> AdapterFile:
     """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
 
     Args:
         path: the folder, or the name.
         device: a GPU that is to hold the tensors; where None, they are the file itself, mapped.
+        for_model: whether the base model is at hand to complete it by (`starts_from`, `added_biases`).
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
@@ -131,14 +135,16 @@ def read_adapter(path: str | Path, device: torch.device | None = None) -> Adapte
 
         peft, tensors = peft_from_mlx(read_object(folder / CONFIG_NAME), tensors, folder)
     else:
-        peft = read_peft_config(folder)
-    config = _config_from_peft(peft, folder / CONFIG_NAME)
+        peft, tensors = read_peft_config(folder), plain_keys(tensors, folder / WEIGHTS_NAME)
+    config = _config_from_peft(peft, folder / CONFIG_NAME, for_model)
     if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
         raise CheckpointError(
             f"{folder / CONFIG_NAME} says an odd rank, but half of it is to be the start that is taken away again"
         )
     return replace(
-        adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME)),
+        adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME), peft=peft),
+        task=task_of(peft),
+        starts_from=start_of(peft),
         base_model=peft.get("base_model_name_or_path") or None,
         starts=bool(metadata.get("starts")),
         probe=metadata.get("probe"),
@@ -148,7 +154,11 @@ def read_adapter(path: str | Path, device: torch.device | None = None) -> Adapte
 
 
 def adapter_of(
-    tensors: Mapping[str, Tensor], config: AdapterConfig, where: Path, any_rank: bool = False
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    where: Path,
+    any_rank: bool = False,
+    peft: Mapping[str, Any] | None = None,
 ) -> AdapterFile:
     """Sort and check tensors under PEFT's keys.
 
@@ -157,18 +167,22 @@ def adapter_of(
         config: what they have to agree with.
         where: they come from; for messages.
         any_rank: whether the ranks may differ from those of `config`.
+        peft: PEFT's own fields, where they say more.
 
     Raises:
         CheckpointError: with every key that is unknown, missing, of another shape, or that holds no finite numbers.
     """
     problems: list[str] = []
+    biases, adds_biases = biases_trained(peft), bool(peft and peft.get("lora_bias"))
+    added_biases: dict[str, Tensor] = {}
 
     parts: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     base_copies: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
     embeddings: set[str] = set()
     saved_modules: set[str] = set()
-    finite = _all_finite_on_gpu(tensors.values())
+    all_finite = all_finite_on_gpu(tensors.values())
     in_full = config.modules_to_save
     if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
         wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
@@ -179,9 +193,9 @@ def adapter_of(
             continue
         name = key.removeprefix(KEY_PREFIX)
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
-        if tensor.dtype not in _DTYPES:
-            problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        elif not (finite or _finite(tensor)):
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        elif not (all_finite or finite(tensor)):
             problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
@@ -195,6 +209,14 @@ def adapter_of(
                 problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
         elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
             base_copies[plain] = tensor
+        elif name.endswith("." + DELTA):
+            deltas[name.removesuffix("." + DELTA)] = tensor
+        elif BASE_COPY in name:
+            base_copies[name.replace(BASE_COPY, ".")] = tensor
+        elif adds_biases and name.endswith(".lora_B.bias"):
+            added_biases[name.removesuffix(".lora_B.bias")] = tensor
+        elif biases and name.endswith(".bias") and _saved_module(name, in_full) is None:
+            full[name.replace(".base_layer.", ".")] = tensor
         elif ".base_layer." in name:
             base_copies[name.replace(".base_layer.", ".")] = tensor
         elif (saved := _saved_module(name, in_full)) is not None:
@@ -215,8 +237,13 @@ def adapter_of(
             scale = _scale(config, module)
             modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
     missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
-    problems += [f"modules_to_save names {name!r}, but the file holds no such tensor" for name in missing]
-    if not modules and not full and not problems:
+    problems += [
+        f"modules_to_save names {name!r}, but the file holds no such tensor"
+        for name in missing
+        if not (full and name in added_by_peft(peft))  # only the model tells whether it has them
+    ]
+    token_rows = file_rows(deltas, config.trainable_token_indices, problems)
+    if not modules and not full and not token_rows and not problems:
         problems.append("the file holds no adapter tensors")
     if problems:
         raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
@@ -228,6 +255,8 @@ def adapter_of(
         full=full,
         full_names=config.modules_to_save,
         base_copies=base_copies,
+        token_rows=token_rows,
+        added_biases=added_biases,
     )
 
 
@@ -236,10 +265,12 @@ def peft_config(
     *,
     target_modules: list[str],
     modules_to_save: list[str],
+    token_indices: Mapping[str, list[int]] | None = None,
     base_model: str | None,
     task_type: str | None,
     fan_in_fan_out: bool,
     inference_mode: bool = True,
+    bias: str = "none",
 ) -> dict[str, Any]:
     """`adapter_config.json` as PEFT reads it.
 
@@ -254,7 +285,7 @@ def peft_config(
     return {
         "alpha_pattern": alphas,
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": inference_mode,
         "init_lora_weights": True,
@@ -266,6 +297,7 @@ def peft_config(
         "rank_pattern": ranks,
         "target_modules": target_modules,
         "task_type": task_type,
+        "trainable_token_indices": token_indices,
         "use_dora": config.method == "dora",
         "use_rslora": config.rslora,
     }
@@ -371,21 +403,14 @@ def read_peft_config(folder: str | Path) -> dict[str, Any]:
     return fields
 
 
-def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
+def _config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> AdapterConfig:
     problems: list[str] = []
     if peft.get("peft_type") != "LORA":
         problems.append(f"peft_type is {shown(peft.get('peft_type'))}; expected 'LORA' (which DoRA belongs to)")
-    if peft.get("bias", "none") != "none":
-        problems.append(f"bias is {shown(peft['bias'])}; only 'none' is supported")
     for name in ("use_dora", "use_rslora"):
         if not isinstance(peft.get(name), bool | None):
             problems.append(f"{name} is {shown(peft[name])}; expected true or false")
-    if peft.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        problems.append(
-            f"init_lora_weights is {shown(peft['init_lora_weights'])}: such a file needs the changed base it was "
-            "trained on. Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain adapter"
-        )
-    problems += [f"{name} is set, which is not supported" for name in _FOREIGN_OPTIONS if peft.get(name)]
+    problems += option_problems(peft, for_model)
     if not all(is_int(layer) for layer in _layers(peft) or ()):
         problems.append(f"layers_to_transform is {shown(peft['layers_to_transform'])}; expected numbers of layers")
     if not problems:
@@ -400,6 +425,7 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path) -> AdapterConfig:
                 exclude=_names(peft.get("exclude_modules")),
                 rank_pattern=peft.get("rank_pattern") or {},
                 alpha_pattern=peft.get("alpha_pattern") or {},
+                trainable_token_indices=peft.get("trainable_token_indices") or (),
                 modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
             )
         except (ConfigError, TypeError, AttributeError) as error:
@@ -425,35 +451,6 @@ def _scale(config: AdapterConfig, module: str) -> float:
     return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
-    an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        return bool(tensor.isfinite().all())
-    if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
-        return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
-    return bool(np.isfinite(tensor.numpy()).all())
-
-
-def _all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
-    """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
-    if not tensors or not all(t.is_cuda and t.dtype in _DTYPES for t in tensors):
-        return False
-    answers: list[Tensor] = []
-    for dtype in {t.dtype for t in tensors}:
-        flat = [t.detach().flatten() for t in tensors if t.dtype == dtype]
-        pieces, size = [[]], 0
-        for t in flat:
-            if size > _TOGETHER:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(t)
-            size += t.numel()
-        answers += [torch.cat(piece).isfinite().all() for piece in pieces]
-    return bool(torch.stack(answers).all())
-
-
 def _module_problem(
     module: str, found: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool = False
 ) -> str | None:
@@ -462,6 +459,11 @@ def _module_problem(
     if lacking:
         return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
     a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+    if ".base_layer." in module or a.ndim > 2:
+        kind = "a convolution" if a.ndim > 2 else "nn.MultiheadAttention"
+        return f"is of {kind}, which is not supported: load it with PEFT, call merge_and_unload(), save the model"
+    if not a.numel() or not b.numel():
+        return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
     if a.shape[0] != _rank(config, module) and not any_rank:

@@ -32,6 +32,7 @@ from theodora.adapters.inject import (
     set_adapter,
 )
 from theodora.adapters.rules import combined
+from theodora.adapters.token_rows import own_rows
 from theodora.config import AdapterConfig, is_int, is_number
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, LowRank
@@ -101,6 +102,12 @@ def combine_adapters(
     odd = [path for name in plan.names for path in state.full[name] if state.originals[path].dtype not in FLOATS]
     if odd:
         raise ConfigError("These base parameters are quantised and cannot be combined:" + bullet_list(odd))
+    rows = [f"{name}: {path}" for name in plan.names for path in own_rows(model, name)]
+    if rows:
+        raise ConfigError(
+            "These adapters have rows of single tokens, which replace the base's and cannot be added up; merge them "
+            "one after the other:" + bullet_list(rows)
+        )
     with torch.no_grad(), originals_in_place(model):
         full, errors = _full(model, plan)
         held = {

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.accelerate import off_the_fast_path
+from theodora.adapters.heads import with_heads
 from theodora.adapters.integration import install, uninstall
+from theodora.adapters.new_tokens import new_token_indices, tokens_before
 from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
+from theodora.adapters.token_rows import (
+    add_token_rows,
+    drop_token_rows,
+    new_rows,
+    own_rows,
+    switch_token_rows,
+    token_layers,
+)
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.functional import dora_norm, wide_dtype
-from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_values
+from theodora.functional import wide_dtype
+from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_norm, start_values
+from theodora.layers.token_rows import TokenRows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,7 +65,9 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     """Put a new adapter on `model`, in place, freeze everything else, and make the adapter the active one.
 
     The model's outputs are unchanged until the adapter is trained. The trained tensors are the parameters that ask
-    for gradients afterwards.
+    for gradients afterwards. Where the embeddings were resized since the model was loaded, the rows of the new tokens
+    are among them, and saved with the adapter. So are the heads of models for a task (`score`, `classifier`,
+    `qa_outputs`, …), in full, unless `targets` names them.
 
     Example:
         `model = inject_adapter(AutoModelForCausalLM.from_pretrained(...), AdapterConfig(rank=16))`
@@ -70,15 +83,18 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     Raises:
         ConfigError: the name is taken, or the configuration does not fit the model; nothing was changed.
     """
-    config = config or AdapterConfig()
     state = find_state(model) or AdapterState()
     check_name(state, name)
+    config = with_heads(model, config or AdapterConfig())
     paths = find_targets(model, config)
     with originals_in_place(model):
         adapters = _build(model, config, paths)
+        added = new_token_indices(model, config, paths)
+        rows = new_rows(model, config, added, paths)
     full = {path: nn.Parameter(p.detach().clone()) for path, p in full_parameters(model, config, state).items()}
 
-    add_adapter(model, name, config, adapters, full)
+    add_adapter(model, name, config, adapters, full, rows)
+    require_state(model).resized |= tokens_before(model) is not None
     return set_adapter(model, name)
 
 
@@ -88,6 +104,7 @@ def add_adapter(
     config: AdapterConfig,
     adapters: dict[str, LowRank],
     full: dict[str, nn.Parameter],
+    rows: dict[str, TokenRows] | None = None,
 ) -> None:
     """Hang finished tensors on the model under `name`, inactive and frozen; nothing in here can fail half-way."""
     state = find_state(model)
@@ -100,6 +117,7 @@ def add_adapter(
     with off_the_fast_path(model):
         for path, adapter in adapters.items():
             adapt(model.get_submodule(path)).add_adapter(name, adapter)
+    add_token_rows(model, name, rows or {}, full)
     for path in full:
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full
@@ -131,6 +149,7 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
                     del layer.adapters[adapter]
             del state.configs[adapter], state.full[adapter]
             state.loaded.pop(adapter, None)
+            drop_token_rows(model, adapter)
         for layer in adapter_layers(model).values():
             if not layer.adapters:
                 restore(layer)
@@ -161,6 +180,8 @@ def set_adapter(model: Model, name: str | None) -> Model:
     for other, parameters in state.full.items():
         for parameter in parameters.values():
             parameter.requires_grad_(other == name)
+        for rows in own_rows(model, other).values():
+            rows.requires_grad_(other == name)
     return model
 
 
@@ -224,7 +245,8 @@ def trained_tensors(model: nn.Module, name: str | None = None) -> dict[str, nn.P
         for path, layer in adapter_layers(model, name).items()
         for part, parameter in layer.adapters[name].named_parameters()
     }
-    return {**tensors, **state.full[name]}
+    rows = {f"{path}.token_rows": own.rows for path, own in own_rows(model, name).items()}
+    return {**tensors, **rows, **state.full[name]}
 
 
 def active_name(state: AdapterState, name: str | None) -> str:
@@ -256,6 +278,7 @@ def _activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
     """Switch what runs, and leave alone what trains."""
     for layer in adapter_layers(model).values():
         layer.active_adapter = name
+    switch_token_rows(model, name)
     chosen = state.full.get(name, {}) if name is not None else {}
     for path, original in state.originals.items():
         _put_parameter(model, path, chosen.get(path, original))
@@ -340,7 +363,7 @@ def new_low_rank(
         start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
     adapter = LowRank(a, b, None, scale, config.dropout, start)
     if config.method == "dora":
-        magnitude = dora_norm(w_OI, *adapter.factors(), scale) if magnitude_O is None else magnitude_O
+        magnitude = start_norm(module, adapter) if magnitude_O is None else magnitude_O
         adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
     return adapter
 
@@ -348,6 +371,7 @@ def new_low_rank(
 def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:
     """Parameter path → the base model's parameter, for the modules that are trained in full."""
     adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    adapters |= {id(p) for layer in token_layers(model).values() for p in layer.token_rows.parameters()}
     return {
         (path := f"{module_path}.{key}"): state.originals.get(path, parameter)
         for module_path in find_modules_to_save(model, config.modules_to_save)

@@ -5,6 +5,8 @@
 - `transformers.Trainer` resumes from such checkpoints and finds its best one again. It knows two kinds of model, PEFT's
   and whole ones, and offers no hook for a third, so its two loading methods are wrapped; for all other models the
   wrappers pass the call on.
+- TRL's trainers get the reference that the adapter's training starts from (`trainers.py`), and PEFT no second adapter
+  on ours.
 - TRL's SFTTrainer computes its loss from `lm_head.weight` alone (its fused head, since TRL 1.x). An adapter on the
   output head would be passed by in silence, so that combination is refused.
 """
@@ -23,28 +25,38 @@ from transformers import PreTrainedModel
 
 from theodora.errors import ConfigError
 from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import TokenRowsLayer, is_adapted
 
 _GUARD = "_theodora_head_guard"
+_PEFT_METHODS = ("add_adapter", "load_adapter")
+"""transformers' own, which put PEFT's layers on a model."""
 
 
 def install(model: nn.Module) -> None:
     """Prepare a model that has just received an adapter."""
     if not isinstance(model, PreTrainedModel):
         return
+    from theodora.adapters.new_tokens import Resizer
+
     model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
+    for name in _PEFT_METHODS:
+        model.__dict__.setdefault(name, _refuse_pefts)
+    model.__dict__.setdefault("resize_token_embeddings", Resizer(model))
     head = model.get_output_embeddings()
-    if isinstance(head, AdapterLayer) and _GUARD not in model.__dict__:
-        setattr(model, _GUARD, model.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True))
+    if is_adapted(head) and _GUARD not in model.__dict__:
+        before = model.register_forward_pre_hook(_fused_head, with_kwargs=True)
+        setattr(model, _GUARD, (before, model.register_forward_hook(_own_head, always_call=True)))
     if importlib.util.find_spec("accelerate") is not None:
         _teach_trainer()
 
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install` on a model that has lost its last adapter."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "resize_token_embeddings", *_PEFT_METHODS):
+        model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
-    if guard is not None:
-        guard.remove()
+    for hook in guard or ():
+        hook.remove()
 
 
 class AdapterSaver:
@@ -71,7 +83,7 @@ class AdapterSaver:
             raise ConfigError("push_to_hub is not supported for adapters: save, then upload the folder.")
         if state.merged is not None:
             full = self.model.state_dict() if state_dict is None else state_dict
-            plain = {key: value for key, value in full.items() if ".adapters." not in key}
+            plain = {key: value for key, value in full.items() if ".adapters." not in key and ".token_rows." not in key}
             own: Any = type(self.model).save_pretrained
             own(self.model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
         elif is_main_process:
@@ -81,8 +93,19 @@ class AdapterSaver:
                 save_adapter(self.model, folder, name, state_dict=state_dict)
 
 
-def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_pefts(*_args: Any, **_kwargs: Any) -> None:
+    """Stands in for transformers' ways to put PEFT's adapters on a model."""
+    raise ConfigError(
+        "This model carries Theodora's adapter, and PEFT's adapters on top of it are not supported. Use "
+        "theodora.inject_adapter, load_adapter and set_adapter, or call theodora.remove_adapter(model) first."
+    )
+
+
+def _fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what would pass an adapter on the head by; rows of single tokens are put into the weight that is read."""
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if kwargs.get("fused_lm_head") and isinstance(head, TokenRowsLayer) and head.active_token_rows is not None:
+        head.__dict__["weight"] = head.active_token_rows.put_into(head.weight)
     if kwargs.get("fused_lm_head") and isinstance(head, AdapterLayer) and head.active is not None:
         raise ConfigError(
             "This trainer computes its loss from the output head's weight alone, so the adapter on the head would "
@@ -90,8 +113,15 @@ def _refuse_fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> N
         )
 
 
+def _own_head(model: nn.Module, args: Any, output: Any) -> None:
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head.__dict__.pop("weight", None)
+
+
 def _teach_trainer() -> None:
-    """Wrap the two methods of `transformers.Trainer` that load model weights, once."""
+    """Wrap the two methods of `transformers.Trainer` that load model weights, and its making, once."""
+    from theodora.adapters.trainers import teach_trl
+
     trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
     trainer: Any = trainer_module.Trainer
     for name, find_folder in (
@@ -101,6 +131,7 @@ def _teach_trainer() -> None:
         original = getattr(trainer, name)
         if not hasattr(original, "__theodora__"):
             setattr(trainer, name, _loading_adapters(original, find_folder))
+    teach_trl(trainer)
 
 
 def _loading_adapters(original: Any, find_folder: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.merge_check import Probe, check_probes
+from theodora.adapters.token_rows import merge_token_rows, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.layers.float8 import Float8Layer
 
@@ -54,9 +55,11 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         if bad:
             raise CheckpointError("Merged weights would hold NaN or infinite values:" + bullet_list(bad))
         check_probes(excess)
+        merge_token_rows(model, name)
     except BaseException:
         for layer in layers.values():
             layer.unmerge()
+        unmerge_token_rows(model)
         raise
     if any(isinstance(layer, Float8Layer) for layer in layers.values()):
         warnings.warn(
@@ -83,6 +86,7 @@ def unmerge_adapter(model: Model) -> Model:
         raise ConfigError("No adapter is merged.")
     for layer in adapter_layers(model).values():
         layer.unmerge()
+    unmerge_token_rows(model)
     for config in state.tied_before:
         config.tie_word_embeddings = True
     state.merged, state.tied_before = None, []

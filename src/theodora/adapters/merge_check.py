@@ -127,11 +127,14 @@ def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
 
 @contextmanager
 def _alone(layer: AdapterLayer) -> Iterator[None]:
-    training, group = layer.training, layer.__dict__.pop(GROUP, None)
-    layer.training = False
+    group = layer.__dict__.pop(GROUP, None)
+    modes = {module: module.training for module in layer.modules()}
+    for module in modes:
+        module.training = False
     try:
         yield
     finally:
-        layer.training = training
+        for module, training in modes.items():
+            module.training = training
         if group is not None:
             layer.__dict__[GROUP] = group

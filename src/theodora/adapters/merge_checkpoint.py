@@ -25,6 +25,7 @@ from torch import Tensor
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import AdapterFile, read_adapter, read_peft_config
+from theodora.adapters.generation import write_ends
 from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
@@ -178,6 +179,7 @@ def merge_checkpoint(
             _write_index(partial, shards, total)
         _write_config(partial, base, plan, wanted)
         _copy_files(partial, file, base)
+        notes = [*plan.notes, *write_ends(partial, file.path, trust_remote_code=trust_remote_code)]
         report = MergeReport(
             output=output,
             adapter=file.path,
@@ -189,7 +191,7 @@ def merge_checkpoint(
             bytes=total,
             files=len(shards),
             kinds=tuple(rounding.report(kind) for kind, rounding in roundings.items()),
-            notes=tuple(plan.notes),
+            notes=tuple(notes),
             seconds=time.monotonic() - start,
         )
         (partial / "README.md").write_text(_model_card(report, file), encoding="utf-8")

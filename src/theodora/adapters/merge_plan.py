@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from theodora.adapters.base_copies import missing_in_full
 from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.reading import FLOAT_DTYPES
+from theodora.adapters.renamed import left_out_note, under_names
 from theodora.adapters.targets import nearest
+from theodora.adapters.token_rows import RowTensors
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import merged_weight, wide_dtype
 
@@ -25,16 +28,22 @@ SAME_BASE = 0.02
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one parameter: replace it, update it, or both in this order."""
+    """What an adapter does to one parameter: replace it, update it, or both in this order; or replace rows of it."""
 
     full: Tensor | None = None
     low_rank: AdapterTensors | None = None
+    rows: RowTensors | None = None
+    """Rows of single tokens that are replaced last."""
 
     def same_as(self, other: Change | None) -> bool:
         """Whether both replace a parameter by equal values."""
         if other is None or self.low_rank is not None or other.low_rank is not None:
             return False
-        return self.full is not None and other.full is not None and torch.equal(self.full, other.full)
+        if self.rows is not None and not self.rows.same_as(other.rows):
+            return False
+        if (self.rows is None) is not (other.rows is None) or (self.full is None) is not (other.full is None):
+            return False
+        return self.full is None or torch.equal(self.full, cast(Tensor, other.full))
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class OutputTensor:
             w_OI = work.T if self.transposed else work
             w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
             work = w_OI.T if self.transposed else w_OI
+        if self.change.rows is not None:
+            work = self.change.rows.put_into(work)
         return stored, work.contiguous()
 
     def excess(self, stored: Tensor, written: Tensor) -> float:
@@ -110,6 +121,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
         CheckpointError: listing every tensor of the adapter that has no place in the base, or another shape.
     """
     problems: list[str] = []
+    adapter = _in_names_of(base, adapter)
     changes = _changes(base, adapter, problems)
     untied = _untied(base, changes, problems)
     plan = MergePlan(_outputs(base, changes, untied, dtype), untied=bool(untied))
@@ -123,7 +135,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
             f"The adapter {adapter.path} does not fit the base model {base.folder}. Was it trained on another one? "
             "Name the right one with --base-model." + bullet_list(shown)
         )
-    notes = []
+    notes = [left_out_note(adapter)] if adapter.left_out else []
     distance = check_base(adapter, lambda path: sample_base(base, path))
     if distance > SAME_BASE:
         notes.append(
@@ -156,6 +168,14 @@ def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
     return None if w_OI is None else sample_weight(w_OI)
 
 
+def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
+    """The adapter under the model's names, and under the file's for what the model's class does not load."""
+    unloaded = base.unloaded()
+    modules = [path for path, _ in base.model.named_modules() if path]
+    parameters = [path for path, _ in base.model.named_parameters(remove_duplicate=False)]
+    return under_names(adapter, modules + [key.rpartition(".")[0] for key in unloaded], parameters + unloaded)
+
+
 def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) -> dict[str, Change]:
     """Parameter of the model -> what the adapter does to it."""
     changes: dict[str, Change] = {}
@@ -181,6 +201,16 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) ->
             problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
         else:
             changes[name] = replace(changes.get(name, Change()), low_rank=tensors)
+    for path, rows in adapter.token_rows.items():
+        name = base.model_name(f"{path}.weight")
+        if name is None:
+            problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
+            continue
+        embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
+        for member in (name, *(base.tied_to(name) if embedding else ())):
+            apart = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
+            if member == name or not apart:
+                changes[member] = replace(changes.get(member, Change()), rows=rows)
     return changes
 
 
@@ -284,6 +314,13 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan, adapter: AdapterFile)
         resizable = output.parameter in embeddings and output.shape[1:] == stored.shape[1:]
         if output.shape != stored.shape and not resizable:
             problems.append(f"{output.parameter}: {output.shape} in the adapter, {stored.shape} in the base")
+        if change.rows is not None and (
+            max(change.rows.ids) >= output.shape[0] or change.rows.rows.shape[1:] != output.shape[1:]
+        ):
+            problems.append(
+                f"{output.parameter}: {output.shape} in the base; the adapter brings rows of "
+                f"{tuple(change.rows.rows.shape[1:])} for tokens up to {max(change.rows.ids)}"
+            )
         if change.low_rank is not None:
             adapted = (change.low_rank.b.shape[0], change.low_rank.a.shape[1])
             expected = output.shape[::-1] if output.transposed else output.shape

@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME, some
 from theodora.adapters.inject import active_name, adapter_layers, originals_in_place, require_state
+from theodora.adapters.names import bare_name
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.save import is_tied, probe_of
+from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int, is_number
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.functional import dora_norm, wide_dtype
@@ -35,6 +38,11 @@ _NAMES = (
     (r"gpt_neox\.layers\.(\d+\.(?:attention|mlp)\.\w+)", r"model\.h\.(\d+\.(?:attention|mlp)\.\w+)"),
     (r"gpt_neox\.(embed_in)", r"model\.(embed_in)"),
 )
+# Types of models (config.json's) whose language model mlx-lm keeps within another, and what then stands before
+# the names of its modules. (On reading it is of no account: see names.py.)
+_WRAPPED = """gemma3 gemma4 gemma4_unified kimi_k25 kimi_vl lfm2-vl lfm2_vl llama4 llava minimax_m3_vl mistral3
+    muse_spark pixtral qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe"""
+_WITHIN = {**dict.fromkeys(_WRAPPED.split(), "language_model.model"), "gemma3n": "model.language_model"}
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 _PARTS = ("lora_a", "lora_b", "m")
 
@@ -64,6 +72,9 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
         )
     with torch.no_grad(), originals_in_place(model):
         problems = [f"{key}: trained in full, for which MLX's files have no place" for key in state.full[name]]
+        problems += [
+            f"{at}: rows of single tokens, for which MLX's files have no place" for at in own_rows(model, name)
+        ]
         problems += [f"{at}: {problem}" for at, layer in layers.items() if (problem := _unfit(model, layer, name))]
         if state.resized:
             problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")
@@ -74,8 +85,9 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
     rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale
     tensors: dict[str, Tensor] = {}
+    kind = _model_type(model)
     for at, adapter in adapters.items():
-        tensors |= _tensors(to_mlx_name(at), adapter, rank, scale)
+        tensors |= _tensors(to_mlx_name(at, kind), adapter, rank, scale)
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"Adapter {name!r} holds NaN or infinite values and was not saved:" + bullet_list(bad))
@@ -88,7 +100,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
             "rank": rank,
             "scale": scale,
             "dropout": state.configs[name].dropout,
-            "keys": sorted({_key(to_mlx_name(at)) for at in layers}),
+            "keys": sorted({_key(to_mlx_name(at, kind)) for at in layers}),
         },
     }
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -154,8 +166,17 @@ def peft_from_mlx(
     return fields, translated
 
 
-def to_mlx_name(path: str) -> str:
-    """A module's path in mlx-lm's model."""
+def to_mlx_name(path: str, model_type: str = "") -> str:
+    """A module's path in mlx-lm's model.
+
+    Args:
+        path: in transformers' model, of the text-only or the full class.
+        model_type: of the model's folder (config.json); mlx-lm wraps the language model of some.
+    """
+    if within := _WITHIN.get(model_type):
+        bare = bare_name(path)
+        # The head is a child of what wraps, not of the layers' model.
+        return f"{within.removesuffix('.model')}.{bare}" if bare == "lm_head" else f"{within}.{bare}"
     for ours, theirs in _NAMES:
         if found := re.fullmatch(ours, path):
             return theirs[: theirs.index("(")].replace("\\", "") + found[1]
@@ -168,6 +189,20 @@ def from_mlx_name(path: str) -> str:
         if found := re.fullmatch(theirs, path):
             return ours[: ours.index("(")].replace("\\", "") + found[1]
     return path
+
+
+def _model_type(model: nn.Module) -> str:
+    """What config.json of the model's folder says: that of the whole model, where only its language model is loaded."""
+    config: Any = getattr(model, "config", None)
+    own = getattr(config, "model_type", "")
+    name = getattr(config, "_name_or_path", "")
+    if not name:
+        return own
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
+    except (OSError, ValueError):
+        return own
+    return stored.get("model_type", own)
 
 
 def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:

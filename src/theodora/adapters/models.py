@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
+from theodora.adapters.classes import auto_class
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -40,7 +41,7 @@ def load_model_and_tokenizer(
         trust_remote_code: run Python code that comes with the model.
         revision: branch, tag or commit on the hub, of the base model.
         device: where the model goes. Default: the accelerator, if there is one.
-        model_kwargs: more arguments for `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: more arguments for transformers' `from_pretrained`.
 
     Raises:
         ConfigError: an unknown dtype.
@@ -64,6 +65,9 @@ def load_model_and_tokenizer(
         from theodora.adapters import load_adapter
 
         load_adapter(loaded, adapter)
+    from theodora.adapters.generation import set_ends
+
+    set_ends(loaded, tokenizer)
     return loaded.to(device or best_device()).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
@@ -81,18 +85,21 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
     _check_weights(expanded(model))
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        chosen = auto_class(AutoConfig.from_pretrained(model, **options), model, trust_remote_code=trust_remote_code)
+        result: Any = chosen.from_pretrained(
             model,
             **{
                 "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
                 "use_safetensors": True,  # the other format is a pickle
                 **(model_kwargs or {}),
             },
-            trust_remote_code=trust_remote_code,
-            revision=revision or "main",
+            **options,
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
     loaded, info = result
@@ -161,7 +168,19 @@ def base_model_of(adapter: str | Path) -> str:
     config = read_peft_config(adapter)
     if not config.get("base_model_name_or_path"):
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
-    return config["base_model_name_or_path"]
+    base = config["base_model_name_or_path"]
+    if looks_local(base) and not expanded(base).exists():
+        raise CheckpointError(
+            f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
+            f"that is here: --model BASE --adapter {adapter} (or --base-model BASE, --from-adapter {adapter}), or "
+            "correct base_model_name_or_path in its adapter_config.json."
+        )
+    return base
+
+
+def looks_local(model: str | Path) -> bool:
+    """Whether a name can only be a path: hub names are `name` or `owner/name`."""
+    return Path(model).is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
 
 
 def best_device() -> torch.device:
@@ -182,7 +201,5 @@ def check_model_folder(model: str | Path) -> None:
         raise CheckpointError(
             f"{model} holds no config.json. Expected a folder saved by transformers' save_pretrained."
         )
-    # A hub name is `name` or `owner/name`; anything else can only be a path.
-    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
-    if looks_local and not path.exists():
+    if looks_local(path if path.is_absolute() else model) and not path.exists():
         raise CheckpointError(f"{model}: there is no such folder.")

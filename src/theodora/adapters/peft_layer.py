@@ -1,19 +1,22 @@
 """PEFT's linear LoRA and DoRA layer on our kernels: its parameters, its formulas, another forward pass.
 
 `FastLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter, buffer
-or submodule. Where its conditions do not hold, in this very pass, PEFT's forward runs instead.
+or submodule, and goes by the name of PEFT's class, which people and libraries read. Where its conditions do not hold,
+in this very pass, PEFT's forward runs instead.
 
 Shapes: T tokens (any leading dimensions), I in features, O out features, R rank.
 """
 
 from __future__ import annotations
 
+import copyreg
 import logging
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,13 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodora import kernels
-from theodora.functional import dora_norm, row_norm_squared
+from theodora.autocast import autocast_dtype, without_autocast
+from theodora.functional import dora_norm, wide_dtype
 from theodora.kernels import Parts
 from theodora.kernels.recompute import once_in_a_block
-from theodora.layers.base import FLOATS, cannot_adapt
+from theodora.layers.base import FLOATS, cannot_adapt, drops
 from theodora.layers.groups import GROUP
+from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kept import content, one_token_each, versions
-from theodora.layers.linear import is_conv1d
+from theodora.layers.linear import in_dtype, is_conv1d
 
 __all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
 
@@ -35,6 +40,8 @@ _log = logging.getLogger(__name__)
 _FORWARD_HOME = "peft.tuners.lora.layer"
 # States in which PEFT's forward is nothing but the base layer: as fast as it gets, and no reason to say anything.
 _DISABLED, _MERGED, _INACTIVE = "its adapters are disabled", "an adapter is merged", "no adapter is active on it"
+# Rows of the weight are widened in pieces of this many elements.
+_PIECE = 1 << 22
 _IDLE = (_DISABLED, _MERGED, _INACTIVE)
 
 
@@ -53,9 +60,8 @@ class FastLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
         why = "arguments beside its input (`adapter_names`, say)" if args or kwargs else self.slow_because()
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        if why is None and not autocast and x.dtype != self.base_layer.weight.dtype:
+        dtype = autocast_dtype(x)
+        if why is None and dtype is None and x.dtype != self.base_layer.weight.dtype:
             why = "an input of another dtype than its weight"
         if why is not None:
             if why not in _IDLE and not torch.compiler.is_compiling():
@@ -64,10 +70,10 @@ class FastLinear(Linear):
         group = self.__dict__.get(GROUP)
         if group is not None and (y := group.output(self, x)) is not None:
             return y
-        if not autocast:
+        if dtype is None:
             return self._adapted(x)
-        with torch.autocast(device, enabled=False):
-            return self._adapted(x.to(torch.get_autocast_dtype(device)))
+        with without_autocast(x.device):
+            return self._adapted(x.to(dtype))
 
     def slow_because(self) -> str | None:
         """Why this forward pass is PEFT's own, or None if it is ours."""
@@ -91,24 +97,31 @@ class FastLinear(Linear):
         if why is not None:
             return None
         (name,) = self._active_here()
-        dropout = self._dropout(name)
-        return None if dropout and name in self.lora_variant else self._parts(name, dropout)  # see `_adapted`
+        drops = self._drops(name)
+        return None if drops and name in self.lora_variant else self._parts(name, drops)  # see `_product`
 
-    def _parts(self, name: str, dropout: float, one_token: bool = False) -> Parts:
+    def _parts(self, name: str, drops: bool, one_token: bool = False) -> Parts:
         w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
-            return Parts(w, bias, a, b, scale, dropout=dropout)
-        norm = self._norm(a, b, scale, one_token)
-        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, dropout)
+            return Parts(w, bias, a, b, scale, drops=drops)
+        norm = self._norm(name, one_token)
+        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
 
     def _adapted(self, x: Tensor) -> Tensor:
         (name,) = self._active_here()
-        dropped = self.lora_dropout[name](x) if self._dropout(name) else None
-        parts = self._parts(name, 0.0, one_token_each(x))
-        w, bias = parts.weight_OI.to(x.dtype), None if parts.bias_O is None else parts.bias_O.to(x.dtype)
-        parts = replace(parts, weight_OI=w, bias_O=None if self._trained_bias() else bias)
-        if dropped is not None and name in self.lora_variant:
+        dropped = self.lora_dropout[name](x) if self._drops(name) else None
+        parts = in_dtype(self._parts(name, False, one_token_each(x)), x.dtype)
+        drops_base = dropped is not None and name in self.lora_variant
+        fresh = not self._trained_bias() and changes_nothing(parts, rounds=drops_base)
+        y = self._product(x, dropped, parts, drops_base)
+        return with_value_of(base_output(x, parts), y) if fresh else y
+
+    def _product(self, x: Tensor, dropped: Tensor | None, parts: Parts, drops_base: bool) -> Tensor:
+        w, bias = parts.weight_OI, parts.bias_O
+        if self._trained_bias():
+            parts = replace(parts, bias_O=None)
+        if dropped is not None and drops_base:
             # PEFT's DoRA drops the base weight's input, too, where it changes the product:
             #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
             y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, w)
@@ -116,13 +129,28 @@ class FastLinear(Linear):
             y = kernels.adapted_linears(x, [parts], dropped)[0]
         return y if bias is None or not self._trained_bias() else y + bias
 
-    def _norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, one_token: bool) -> Tensor:
-        w_norm_sq = self._weight_norm_squared(one_token)
+    def _norm(self, name: str, one_token: bool) -> Tensor:
+        """‖W + s·B·A‖ of each output row, (O,), float32 or float64: ours, or PEFT's own while it caches norms."""
+        a_RI, b_OR, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        dora = self.lora_magnitude_vector[name]
+        if peft_dora.ENABLE_DORA_CACHING and not dora.training:
+            return self._cached_norm(name).to(wide_dtype(self.base_layer.weight.dtype))
+        if dora._dora_cache:
+            dora._cache_clear()  # as PEFT does in a pass that does not cache
+        w_norm_sq = self._weight_norm_squared(a_RI.dtype, one_token)
         if not kernels.fast():
             return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
             w, a, b = self._weight(), a_RI.detach(), b_OR.detach()
             return once_in_a_block(("norm", id(self)), lambda: kernels.dora_norm(w, a, b, scale, w_norm_sq, None))
+
+    def _cached_norm(self, name: str) -> Tensor:
+        """By PEFT's methods, which fill its cache and read it (`peft.helpers.DoraCaching`)."""
+        a, b, dora = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
+        with torch.no_grad():
+            update = dora.get_lora_weight(lora_A=a, lora_B=b, adapter_name=name)
+            weight = self.base_layer.weight.to(a.weight.dtype)
+            return dora.get_weight_norm(weight, update, scaling=self.scaling[name], adapter_name=name).detach()
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -162,10 +190,9 @@ class FastLinear(Linear):
             return "its base weight is trained, too"
         return None
 
-    def _dropout(self, name: str) -> float:
-        """The probability of dropout that is active in this pass."""
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training and self.training else 0.0
+    def _drops(self, name: str) -> bool:
+        """Whether dropout changes the adapter's input in this pass."""
+        return drops(self.lora_dropout[name])
 
     def _weight(self) -> Tensor:
         weight = self.base_layer.weight
@@ -175,19 +202,21 @@ class FastLinear(Linear):
         bias = self.base_layer.bias
         return bias is not None and bias.requires_grad
 
-    def _weight_norm_squared(self, one_token: bool) -> Tensor:
-        """‖W‖² of each output row, (O,): computed once for each frozen weight.
+    def _weight_norm_squared(self, dtype: torch.dtype, one_token: bool) -> Tensor:
+        """‖W‖² of each output row, (O,), as PEFT rounds ‖W‖ beside adapters of `dtype`: once for each frozen weight.
+
+        A fresh magnitude is that ‖W‖, and its g is 1.
 
         Where no gradients flow, a pass over more than `one_token` of each sequence looks at values, as our own layers'
         do (see `theodora.layers.kept`); a training step does not.
         """
         kept, w = self._theodora_norm_sq, self.base_layer.weight
         if torch.compiler.is_compiling():
-            return row_norm_squared(self._weight()) if kept is None else kept[1]
-        version, look = versions(w), not (one_token or torch.is_grad_enabled())
+            return _row_norm_squared(self._weight(), dtype) if kept is None else kept[1]
+        version, look = (*versions(w), dtype), not (one_token or torch.is_grad_enabled())
         if kept is None or kept[0][0] != version or (look and kept[0][1] != content(w)):
             with torch.inference_mode(False), torch.no_grad():
-                self._theodora_norm_sq = kept = (version, content(w)), row_norm_squared(self._weight())
+                self._theodora_norm_sq = kept = (version, content(w)), _row_norm_squared(self._weight(), dtype)
         return kept[1]
 
     # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.
@@ -217,9 +246,22 @@ class FastLinear(Linear):
         self.forget()
         return super()._apply(*args, **kwargs)
 
+    def __reduce__(self) -> Any:
+        # What goes by another class's name is not found under it: pickle and deepcopy make it here.
+        made = (_new, ()) if type(self) is FastLinear else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
+        return *made, self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         # The cache is bound to its tensor by address, so it does not travel in copies.
         return {key: value for key, value in self.__dict__.items() if key != "_theodora_norm_sq"}
+
+
+def _new() -> FastLinear:
+    return FastLinear.__new__(FastLinear)
+
+
+# `repr`, `get_layer_status` and whoever else tells layers by their class find what they would without us.
+FastLinear.__name__, FastLinear.__qualname__, FastLinear.__module__ = "Linear", Linear.__qualname__, Linear.__module__
 
 
 def accelerate_layer(layer: nn.Module) -> str | None:
@@ -267,6 +309,13 @@ def _touched(module: Any) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _row_norm_squared(w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖W‖² of each row, (O,), where ‖W‖ is what PEFT computes: in `dtype`."""
+    rows = max(1, _PIECE // max(1, w_OI.shape[1]))
+    norm = torch.cat([torch.linalg.norm(piece.to(dtype), dim=1) for piece in w_OI.split(rows)])
+    return norm.to(wide_dtype(w_OI.dtype)).square()
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -101,7 +101,7 @@ def restore_peft(model: nn.Module) -> None:
         return
     peft_layer = _peft_layer()
     layers = [module for module in model.modules() if isinstance(module, peft_layer.FastLinear)]
-    odd = sorted({type(layer).__name__ for layer in layers} - {peft_layer.FastLinear.__name__})
+    odd = sorted({type(layer).__name__ for layer in layers if type(layer) is not peft_layer.FastLinear})
     if odd:
         raise ConfigError(
             f"Since accelerate_peft, another library has made {', '.join(odd)} of this model's layers, as FSDP2's "

@@ -68,7 +68,8 @@ def read_tensors(path: Path, device: torch.device | None = None) -> tuple[dict[s
             content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
             content = content if device is None else content.to(device)
             found = {key: _tensor(content, header[key], begin) for key in keys}
-            return {key: file.get_tensor(key) if t is None else t for key, t in found.items()}, metadata
+            on = content.device
+            return {key: file.get_tensor(key).to(on) if t is None else t for key, t in found.items()}, metadata
     except torch.OutOfMemoryError:
         return read_tensors(path)
     except (SafetensorError, ValueError, OSError, RuntimeError, KeyError) as error:

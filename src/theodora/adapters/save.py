@@ -24,6 +24,7 @@ from theodora.adapters.base_copies import (
     grown_embeddings,
     missing_in_full,
 )
+from theodora.adapters.biases import bias_problems, sums_of_biases, trained_biases
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
@@ -36,6 +37,7 @@ from theodora.adapters.checkpoint import (
     read_adapter,
     starts_from_weight,
 )
+from theodora.adapters.heads import task_type
 from theodora.adapters.inject import (
     AdapterState,
     Model,
@@ -51,12 +53,15 @@ from theodora.adapters.inject import (
     set_adapter,
 )
 from theodora.adapters.kinds import layer_index
+from theodora.adapters.names import of_another_part
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
+from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
-from theodora.config import METHOD_NAMES, AdapterConfig
+from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
+from theodora.config import METHOD_NAMES, AdapterConfig, AdapterDtype
 from theodora.errors import CheckpointError, bullet_list
-from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
+from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt, start_values
 from theodora.layers.linear import Conv1DAdapterLayer
 
 _log = logging.getLogger(__name__)
@@ -82,6 +87,8 @@ class LoadReport:
     """Numbers in all."""
     base_distance: float | None
     """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
+    token_rows: int = 0
+    """Rows of single tokens."""
     tokens: int | None = None
     """The number of tokens that the model's embeddings were resized to; None where they were not."""
 
@@ -90,6 +97,7 @@ class LoadReport:
         parts = [f"{METHOD_NAMES[self.method]} of rank {ranks} on {self.modules} modules"] if self.modules else []
         parts += [f"magnitudes on {self.magnitudes}"] if self.magnitudes else []
         parts += [f"{len(self.full)} parameters trained in full"] if self.full else []
+        parts += [f"rows of {self.token_rows} tokens"] if self.token_rows else []
         parts += [f"embeddings resized to {self.tokens} tokens"] if self.tokens is not None else []
         base = (
             "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
@@ -158,21 +166,31 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
             changed base weight under a low-rank update; nothing was changed.
         ConfigError: the name is taken.
     """
+    return _load(model, path, name, trainable)
+
+
+def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes: Any) -> Model:
+    """`load_adapter`, with other values of the adapter's configuration."""
     state = find_state(model) or AdapterState()
     check_name(state, name)
-    read = read_adapter(path)
+    read = in_names_of(model, read_adapter(path, for_model=True))
+    if read.left_out:
+        warnings.warn(left_out_note(read), stacklevel=2)
     with originals_in_place(model):
         # (the tensors of adapters that are there have the sizes of now)
         grown = {} if state.configs else grown_embeddings(model, read)
         file = changed_copies_in_full(model, read, grown)
-        config = _original_config(file)
+        config = replace(original_config(file), **changes)
         distance = check_fit(model, file, grown)
+        file = replace(file, full={**file.full, **sums_of_biases(model, file)})
         tokens = grow_embeddings(model, grown)
         adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
         full = _full(model, file, full_parameters(model, config, state), read)
-    modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read.full.keys()}
+    read_or_bias = {key for key in file.full if key in read.full or key.endswith(".bias")}
+    modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read_or_bias}
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
-    add_adapter(model, name, config, adapters, full)
+    rows = loaded_rows(model, file.token_rows, config)
+    add_adapter(model, name, config, adapters, full, rows)
     require_state(model).resized |= tokens is not None
     set_adapter(model, name)
     if not trainable:
@@ -206,7 +224,8 @@ def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: flo
         modules=len(file.modules),
         magnitudes=sum(m.magnitude is not None for m in modules),
         full=tuple(sorted(file.full)),
-        parameters=sum(t.numel() for t in (*tensors, *file.full.values())),
+        parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
+        token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
         base_distance=distance if file.probe else None,
     )
 
@@ -219,7 +238,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
     """
     state = require_state(model, name)
     name = active_name(state, name)
-    file = read_adapter(path)
+    file = in_names_of(model, read_adapter(path))
     with originals_in_place(model):
         check_fit(model, file)
     layers = adapter_layers(model, name)
@@ -243,6 +262,13 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
             problems.append(f"{key}: trained in full here, not in the file")
         else:
             pairs.append((parameter, file.full[key]))
+    mine_rows = own_rows(model, name)
+    for path in sorted(mine_rows.keys() | file.token_rows.keys()):
+        own, brought = mine_rows.get(path), file.token_rows.get(path)
+        if own is None or brought is None or tuple(own.ids.tolist()) != brought.ids:
+            problems.append(f"{path}: other tokens have rows of their own here than in the file")
+        else:
+            pairs.append((own.rows, brought.rows))
     if problems:
         raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
     with torch.no_grad():
@@ -255,7 +281,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapter_layers(model, name).items():
+    layers, biases = adapter_layers(model, name), trained_biases(model, state.full[name], state.configs[name])
+    for path, layer in layers.items():
         adapter: Any = layer.adapters[name]
         if state_dict is not None:
             adapter = _gathered(adapter, state_dict, f"{path}.adapters.{name}.")
@@ -267,14 +294,19 @@ def _tensors(
             tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
     for path, parameter in state.full[name].items():
         in_place = state.active == name and state_dict is not None
-        tensors[path] = state_dict[path] if in_place and state_dict is not None else parameter
+        key = f"{path[:-5]}.base_layer.bias" if path in biases and path[:-5] in layers else path
+        tensors[key] = state_dict[path] if in_place and state_dict is not None else parameter
+    for path, own in own_rows(model, name).items():
+        rows = own.rows if state_dict is None else state_dict[f"{path}.token_rows.{name}.rows"]
+        tensors[f"{path}.{DELTA}"] = rows
     if state.resized:
-        layers = adapter_layers(model, name)
+        with_rows = token_layers(model, name)
         with originals_in_place(model):
             for path in end_weights(model).keys() - tensors.keys():
                 module = path.removesuffix(".weight")
                 copy = base_parameter(model, path) if state_dict is None else state_dict[path]
-                tensors[f"{module}.base_layer.weight" if module in layers else path] = copy
+                base = "base_layer.weight" if module in layers else "token_adapter.base_layer.weight"
+                tensors[f"{module}.{base}" if module in layers or module in with_rows else path] = copy
     return {KEY_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
@@ -282,7 +314,7 @@ def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> L
     """The same adapter with the tensors of `state_dict`."""
     part = {key: state_dict[prefix + key] for key in adapter.state_dict()}
     start = (part["start_A"], part["start_B"]) if "start_A" in part else None
-    return LowRank(part["lora_A"], part["lora_B"], part.get("magnitude"), adapter.scale, adapter.dropout, start)
+    return LowRank(part["lora_A"], part["lora_B"], part.get("magnitude"), adapter.scale, start=start)
 
 
 def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, Any]:
@@ -292,9 +324,11 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
         state.configs[name],
         target_modules=target_names(model, list(layers)),
         modules_to_save=saved_names(model, state.configs[name].modules_to_save),
+        token_indices=peft_indices(model, name),
         base_model=getattr(hf_config, "_name_or_path", "") or None,
-        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        task_type=task_type(model, list(layers)),
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
+        bias="all" if trained_biases(model, state.full[name], state.configs[name]) else "none",
     )
 
 
@@ -306,13 +340,22 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
         return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
 
 
+def load_to_train(model: nn.Module, path: str | Path, *, dropout: float, dtype: AdapterDtype) -> AdapterConfig:
+    """`load_adapter` for training on, with another dropout and storage of A and B; what the model carries then."""
+    _load(model, path, "default", True, dropout=dropout, adapter_dtype=dtype)
+    paths = list(adapter_layers(model, "default"))
+    return replace(require_state(model).configs["default"], targets=tuple(target_names(model, paths)) or "all-linear")
+
+
 def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
     """A few values of the base weights of an adapter's layers, by which another base model is recognised."""
     return probe_base(list(layers), lambda path: sample_base(layers[path]))
 
 
-def _original_config(file: AdapterFile) -> AdapterConfig:
+def original_config(file: AdapterFile) -> AdapterConfig:
     """The configuration that training began with: a file with start factors says rank 2R."""
+    if file.starts_from is not None:
+        return replace(file.config, init=file.starts_from)
     if not file.starts:
         return file.config
     c = file.config
@@ -327,6 +370,7 @@ def _original_config(file: AdapterFile) -> AdapterConfig:
         rank_pattern={key: value // 2 for key, value in c.rank_pattern.items()},
         alpha_pattern={key: value / grow for key, value in c.alpha_pattern.items()},
         modules_to_save=c.modules_to_save,
+        trainable_token_indices=c.trainable_token_indices,
         init="pissa",
     )
 
@@ -337,6 +381,9 @@ def _low_rank(model: nn.Module, module: str, file: AdapterFile, config: AdapterC
     if file.starts:
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
+    if file.starts_from is not None:  # as PEFT does whenever it loads such a file
+        w_OI = base_weight(model.get_submodule(module))
+        start = start_values(file.starts_from, w_OI, a.shape[0], found.scale, found.embedding)[2]
     return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
 
 
@@ -400,7 +447,9 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
             if key in end_weights(model):
                 problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
-    problems += missing_in_full(file, parameters)
+    sizes = {path: len(weight) for path, weight in grown.items()}
+    problems += rows_problems(model, file.token_rows, sizes)
+    problems += missing_in_full(file, parameters) + bias_problems(model, file)
     if not problems:
         problems += [
             f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
@@ -411,6 +460,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
         raise CheckpointError(
             f"The adapter in {file.path} was made for another model"
             + (f" ({file.base_model})" if file.base_model else "")
+            + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
             + ":"
             + bullet_list(
                 problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
@@ -432,10 +482,12 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
     if config.targets == "all-linear":
         return []
     full = {path.rpartition(".")[0] for path in file.full}
+    language_model_alone = not any(map(of_another_part, file.modules))  # q_proj then means no tower's
     return [
         path
         for path, module in modules.items()
         if path not in file.modules
+        and not (language_model_alone and of_another_part(path))
         and matches(config.targets, path)
         and not (config.exclude and matches(config.exclude, path))
         and (file.only_layers is None or layer_index(path) in file.only_layers)

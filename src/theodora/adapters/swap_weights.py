@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
 from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
+from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import LoadReport, check_fit, report_of
+from theodora.adapters.token_rows import own_rows
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.functional import dora_norm, wide_dtype
@@ -59,6 +61,7 @@ def swap_adapter_weights(
         raise ConfigError(f"Adapter {state.merged!r} is merged into the weights; call unmerge_adapter(model) first.")
     own_scale = isinstance(source, Mapping) and config is None
     file = _of_tensors(source, config, state.configs[name]) if isinstance(source, Mapping) else read_adapter(source)
+    file = in_names_of(model, file)
     layers = adapter_layers(model, name)
     problems: list[str] = []
     writes: _Writes = []
@@ -83,6 +86,13 @@ def swap_adapter_weights(
             problems.append(f"{key}: trained in full in this adapter, not in the other one")
         else:
             writes.append((parameter, file.full.get(key, state.originals[key])))
+    mine = own_rows(model, name)
+    for path in sorted(mine.keys() | file.token_rows.keys()):
+        own, other = mine.get(path), file.token_rows.get(path)
+        if own is None or other is None or tuple(own.ids.tolist()) != other.ids:
+            problems.append(f"{path}: other tokens have rows of their own in the other adapter than in this one")
+        else:
+            writes.append((own.rows, other.rows))
     if problems:
         raise CheckpointError(
             f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))

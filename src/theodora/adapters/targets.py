@@ -7,13 +7,16 @@ import difflib
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
 import regex
 from torch import nn
 
+from theodora.adapters.parts import parts_of
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.layers import AdapterLayer, cannot_adapt
@@ -51,7 +54,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         if not _any_match((name,), modules)
     ]
     if config.targets == "all-linear":
-        paths = _all_linear(model, modules)
+        parts = parts_of(model)
+        paths = [path for path in _all_linear(model, modules) if parts.reached(path)]
     else:
         paths = [path for path in modules if matches(config.targets, path)]
         if isinstance(config.targets, str) and not paths:
@@ -60,7 +64,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     paths = [
         path
         for path in paths
-        if not (config.exclude and matches(config.exclude, path)) and not _inside(path, config.modules_to_save, modules)
+        if not _excluded(config, path, modules) and not _inside(path, config.modules_to_save, modules)
     ]
     unfit = {path: reason for path in paths if (reason := _unfit(path, modules[path], model)) is not None}
     if config.targets == "all-linear" and len(unfit) < len(paths):
@@ -79,6 +83,39 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     if problems:
         raise ConfigError("The adapter does not fit this model:" + bullet_list(problems))
     return paths
+
+
+def for_text(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
+    """The configuration with targets that text reaches, and what to say of those that it does not.
+
+    Args:
+        model: without this adapter.
+        config: what was asked for; names such as q_proj, or an expression, may select modules of a vision tower, too.
+
+    Raises:
+        ConfigError: nothing that text reaches is selected.
+    """
+    parts = parts_of(model)
+    if not parts.others or config.targets == "all-linear":
+        return config, []
+    modules = {path: module for path, module in model.named_modules() if path}
+    selected = [path for path in modules if matches(config.targets, path)]
+    beyond = [path for path in selected if not parts.reached(path) and not _excluded(config, path, modules)]
+    if not beyond:
+        return config, []
+    counts = Counter(parts.of(path) for path in beyond)
+    told = [f"{part}: {count} modules" for part, count in counts.items()]
+    within = tuple(path for path in selected if parts.reached(path))
+    if not within:
+        raise ConfigError(
+            f"The targets {config.targets!r} select only modules that text does not reach, so that they would never be "
+            "trained:" + bullet_list(told) + f"\nThe language model is {parts.language_model or 'the rest'}."
+        )
+    note = (
+        f"the targets select {len(beyond)} modules that text does not reach ({'; '.join(told)}): they stay frozen, and "
+        f"{len(within)} in {parts.language_model or 'the language model'} are adapted"
+    )
+    return replace(config, targets=within), [note]
 
 
 def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
@@ -188,6 +225,13 @@ def _inside(path: str, names: tuple[str, ...], modules: Mapping[str, nn.Module])
     """Whether `path` is, or lies within, a module that `names` selects."""
     parts = path.split(".")
     return any(matches(names, ".".join(parts[: n + 1])) for n in range(len(parts))) if names else False
+
+
+def _excluded(config: AdapterConfig, path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a path is left out: a name leaves out the module and all within it, an expression what it matches."""
+    if isinstance(config.exclude, str):
+        return bool(config.exclude) and matches(config.exclude, path)
+    return _inside(path, config.exclude, modules)
 
 
 def _any_match(names: tuple[str, ...], paths: Iterable[str]) -> bool:

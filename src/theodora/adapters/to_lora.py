@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from theodora.adapters.fit import FitReport, Held, hold, wanted_of
 from theodora.adapters.inject import active_name, adapter_layers, check_name, originals_in_place, require_state
 from theodora.adapters.merge_plan import base_weight, plan_merge
 from theodora.adapters.reading import METADATA_KEY
+from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int
 from theodora.errors import CheckpointError, ConfigError
 
@@ -54,6 +57,7 @@ def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> 
     name = active_name(state, name)
     check_name(state, into)
     check_rank(rank)
+    _refuse_rows(name, own_rows(model, name))
     held = {}
     with torch.no_grad(), originals_in_place(model):
         for path, layer in adapter_layers(model, name).items():
@@ -62,6 +66,13 @@ def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> 
             held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
     full = {path: nn.Parameter(parameter.detach().clone()) for path, parameter in state.full[name].items()}
     return put_on(model, into, held, full, "lora")
+
+
+def _refuse_rows(name: str, rows: Mapping[str, Any]) -> None:
+    if rows:
+        raise ConfigError(
+            f"{name} has rows of single tokens ({', '.join(rows)}), which no low rank can stand for; merge it instead"
+        )
 
 
 def check_rank(rank: int | None) -> None:
@@ -94,6 +105,7 @@ def folder_to_lora(
     """
     check_rank(rank)
     file = read_adapter(adapter)
+    _refuse_rows(str(adapter), file.token_rows)
     base = BaseCheckpoint(find_base(str(base_model or file.base_model or ""), download=True))
     plan_merge(base, file, None)
     held: dict[str, Held] = {}

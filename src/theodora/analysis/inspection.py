@@ -141,6 +141,8 @@ def inspect_adapter(
     if base is not None:
         base.close()
     warnings += _suspicions(file, modules)
+    notes += [f"{path} has rows of its own for {len(t.ids):,} tokens." for path, t in file.token_rows.items()]
+    rows = sum(t.rows.numel() for t in file.token_rows.values())
     tensors = [t for m in file.modules.values() for t in (m.a, m.b, m.magnitude) if t is not None]
     rank_of = {path: tensors.a.shape[0] // (2 if file.starts else 1) for path, tensors in file.modules.items()}
     return AdapterReport(
@@ -152,7 +154,7 @@ def inspect_adapter(
         scales=tuple(sorted({tensors.scale for tensors in file.modules.values()})),
         targets=file.config.targets,
         modules_to_save=file.config.modules_to_save,
-        parameters=sum(m.parameters for m in (*modules, *full)),
+        parameters=rows + sum(m.parameters for m in (*modules, *full)),
         bytes=file.weights.stat().st_size,
         dtype=", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (*tensors, *file.full.values()))),
         base_model=file.base_model if base_model is None else str(base_model),

@@ -26,7 +26,7 @@ def add_field(group: Any, config_class: type, name: str) -> None:
         group.add_argument(flag, nargs="?", const=True, metavar="BOOL", **keywords)
         keywords["help"] = argparse.SUPPRESS
         group.add_argument("--no-" + name.replace("_", "-"), action="store_const", const=False, **keywords)
-    elif Mapping in kinds:
+    elif Mapping in kinds and tuple not in kinds:
         group.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", action=_ToDict, **keywords)
     elif tuple in kinds:
         group.add_argument(flag, nargs="+", metavar="NAME", action=_WordOrList, **keywords)

@@ -15,7 +15,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from theodora.errors import UsageError
+from theodora.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,6 +146,8 @@ def _talk(console: Console, conversation: Conversation) -> None:
         elif line:
             try:
                 show_answers(console, conversation, line)
+            except ConfigError as error:
+                console.print(str(error), style="yellow", markup=False, soft_wrap=True)
             except KeyboardInterrupt:  # between two answers: there is nothing left to stop
                 continue
 

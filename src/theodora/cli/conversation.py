@@ -16,6 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from theodora.adapters import adapter_disabled
 from theodora.adapters.inject import find_state
 from theodora.data import encode_prompt
+from theodora.data.vocabulary import check_rows
+from theodora.errors import ConfigError
 from theodora.evaluate.decoding import decoding, end_tokens
 
 Message = dict[str, str]
@@ -76,11 +78,20 @@ class Conversation:
         self._histories: dict[str, list[Message]] = {"base": [], "adapted": []}
 
     def ask(self, speaker: str, question: str, show: Callable[[Answer], None]) -> Answer:
-        """Let one side answer; `show` is called with the answer as it grows. Ctrl-C ends the answer, which is kept."""
+        """Let one side answer; `show` is called with the answer as it grows. Ctrl-C ends the answer, which is kept.
+
+        Raises:
+            ConfigError: the text has tokens that the model has no row for; it was not asked.
+        """
         history = self._histories[speaker]
         history.append({"role": "user", "content": question})
         answer = Answer()
         ids, answer.forgot = self._prompt(history)
+        try:
+            check_rows([ids], self._model, self._tokenizer, "The text", "Write it without them.")
+        except ConfigError:
+            history.pop()
+            raise
         stream = _Stream(self._tokenizer, answer, show)
         side = adapter_disabled(self._model) if self.has_adapter and speaker == "base" else nullcontext()
         try:

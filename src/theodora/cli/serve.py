@@ -26,6 +26,7 @@ _GROUPS = {
         *("max_batch", "max_queue", "max_batch_tokens", "max_length", "kv_tokens", "kv_memory", "page_size"),
         *("cuda_graphs", "prefix_reuse"),
     ),
+    "Answers": ("tool_call_parser", "reasoning_parser"),
     "The server": ("host", "port", "api_key_file", "max_body", "timeout", "grace"),
 }
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
+        import xgrammar  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'theodora[serve]'") from error
     from theodora.cli.console import stderr

@@ -11,6 +11,8 @@ in the file and as a flag: --optim adafactor --neftune-noise-alpha 5.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from theodora.parse import parse_yaml
 PASSES_OPTIONS_ON = True
 
 GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "What": (TrainConfig, ("model", "data", "output")),
+    "What": (TrainConfig, ("model", "from_adapter", "data", "output")),
     "Adapter": (
         AdapterConfig,
         (
@@ -95,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _add_resume(group)
             else:
                 add_field(group, config_class, name)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
 
 
 def _add_resume(group: Any) -> None:
@@ -108,10 +111,12 @@ def _add_resume(group: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train."""
     config = read_config(args)
-    from theodora.cli.console import stdout
+    from theodora.cli.console import stderr, stdout
     from theodora.train import train
 
-    train(config, console=stdout())
+    result = train(config, console=stderr() if args.json else stdout())
+    if args.json and os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        print(json.dumps(result.to_dict(), indent=2))
     return 0
 
 
@@ -121,7 +126,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     Raises:
         ConfigError: naming every option that makes no sense.
     """
-    given = {k: v for k, v in vars(args).items() if k not in ("config", "debug", "run", "other_options")}
+    given = {k: v for k, v in vars(args).items() if k not in ("config", "json", "debug", "run", "other_options")}
     try:
         given |= other_options(args.other_options)
     except ValueError as error:

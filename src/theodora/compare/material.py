@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.compare.config import CompareConfig, DataConfig
 from theodora.data import Examples, load_examples, reference_answer, split_examples, tokenize
+from theodora.data.left_out import named, sentences
 from theodora.data.replay import mix
 from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list
 from theodora.evaluate.labels import answers_of
@@ -84,6 +85,12 @@ def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Example
     if problems:
         raise DataError("The data cannot be used:" + bullet_list(problems))
     return splits, general
+
+
+def left_out(splits: dict[str, Splits], general: tuple[Examples, Examples] | None) -> list[str]:
+    """What the rows hold and nothing is learned from, one line each."""
+    parts = [part for split in splits.values() for part in (split.train, split.validation, split.test)]
+    return sentences(line for part in (*parts, *(general or ())) for line in named(part.left_out, part.source))
 
 
 def prepare(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from theodora.compare.cells import Cell, Record, all_cells
 from theodora.compare.config import CompareConfig
-from theodora.compare.material import read_splits
+from theodora.compare.material import left_out, read_splits
 from theodora.compare.pool import Workers, start_workers
 from theodora.compare.quiet import quiet
 from theodora.compare.report import write_report
@@ -53,7 +53,10 @@ def compare(
     with quiet():
         if any(all_cells(config, store.records)):
             with console.status("Reading the data ..."):
-                read_splits(config)  # what is wrong with it is said before a model is loaded, or anything written
+                # What is wrong with it is said before a model is loaded, or anything written.
+                splits, general = read_splits(config)
+            for line in left_out(splits, general):
+                console.print(f"Left out: {line}", style="yellow", markup=False)
             store.create()
             until = None if seconds is None else start + seconds
             with _workers(config, console) as workers:

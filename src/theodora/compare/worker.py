@@ -20,6 +20,7 @@ from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig
 from theodora.compare.material import Material, prepare, read_splits
 from theodora.compare.methods import Variant
+from theodora.data.vocabulary import safe_padding
 from theodora.errors import TheodoraError
 from theodora.evaluate import Scores
 from theodora.evaluate.metrics import load_metric
@@ -155,7 +156,7 @@ class Bench:
             rows,
             settings,
             head=self.head,
-            pad_id=pad if isinstance(pad := self.tokenizer.pad_token_id, int) else 0,
+            pad_id=safe_padding(self.model, self.tokenizer),
             autocast=autocast,
             on_step=on_step if points else None,
         )

@@ -74,7 +74,7 @@ class Ours:
         for kind in self.kinds:
             layer: Any = self.layer(kind)
             for adapter in layer.adapters.values():
-                adapter.dropout = p
+                adapter.dropout.p = p
 
     def adapter(self, kind: str, name: str) -> Any:
         layer: Any = self.model.get_submodule(kind)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from datasets import Dataset
 
+from theodora.data.left_out import LeftOut
+
 Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text"]
 
 
@@ -24,6 +26,8 @@ class Examples:
     source: str
     description: str = ""
     """One sentence for people: how many rows, how they were read, which columns were left out."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the rows of the source hold and nothing is learned from."""
 
     def __len__(self) -> int:
         return len(self.dataset)

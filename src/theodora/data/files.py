@@ -10,6 +10,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ LONGEST_LINE = 256 << 20
 LARGEST_UNPACKED = 1 << 30
 """Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
 _PARQUET_ROWS = 100
+# What a spreadsheet writes for a row of empty cells.
+_NOTHING = ',;|"\t\r\n \ufeff'
+# Excel's first line for itself.
+_TOLD_DELIMITER = re.compile(r"sep=([,;|\t])", re.IGNORECASE)
 _MOST_COMPRESSED = 1000
 """How many times over Parquet's codecs shrink what people write, and more. Beyond it a file is made to fill memory."""
 
@@ -82,35 +87,49 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
 
 
 def read_csv(path: Path, problems: Problems) -> LocatedRows:
-    """Comma-, semicolon- or tab-separated values under a line of column names."""
+    """Comma-, semicolon-, tab- or bar-separated values under a line of column names, as spreadsheets write them.
+
+    Lines that hold nothing are passed by, also in front of the names; so are columns at the right that have no name
+    and no values. A column of values without a name is called after its place.
+    """
     # csv refuses fields over 131,072 characters by default; one document may well be longer.
     csv.field_size_limit(LONGEST_LINE)
     lines = _lines(path, problems)
-    first = next(lines, None)
+    first = next(((number, line) for number, line in lines if line.strip(_NOTHING)), None)
     if first is None:
         return
-    delimiter = max(",;\t", key=first[1].count)
+    if told := _TOLD_DELIMITER.fullmatch(first[1].rstrip("\r\n")):
+        delimiter, first = told[1], (first[0], "\n")
+    else:
+        delimiter = _delimiter(first[1], is_tsv=".tsv" in path.name.lower())
     # strict: an unclosed quote is an error, rather than one cell with the rest of the file.
     reader = csv.reader(_chained(first[1], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    names: list[str] = []
     while True:
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            problems.add(f"line {reader.line_num}", f"is not valid CSV ({error})")
+            problems.add(f"line {first[0] - 1 + reader.line_num}", f"is not valid CSV ({error})")
             continue
-        if not cells:
+        where = f"line {first[0] - 1 + reader.line_num}"
+        if not any(cell.strip() for cell in cells):
             continue
         if header is None:
-            header = [cell.strip() for cell in cells]
-            for name in sorted(name for name, times in Counter(header).items() if times > 1):
-                problems.add("line 1", f"names the column {name!r} twice")
-        elif len(cells) != len(header):
-            problems.add(f"line {reader.line_num}", f"has {len(cells)} cells; the header has {len(header)} columns")
+            header = _header([cell.strip() for cell in cells], where, problems)
+            names = [name or f"(column {place})" for place, name in enumerate(header, 1)]
+            continue
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
+        if len(cells) < len(header) and not any(name for name in header[len(cells) :]):
+            cells += [""] * (len(header) - len(cells))
+        if len(cells) != len(header):
+            problems.add(where, f"has {len(cells)} cells; the header has {_width(header)} columns")
         else:
-            yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
+            # One without a name is there for rows that have something in it.
+            yield where, {n: cell for name, n, cell in zip(header, names, cells, strict=True) if name or cell.strip()}
 
 
 def read_parquet(path: Path, problems: Problems) -> LocatedRows:
@@ -127,10 +146,11 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
             if _is_bomb(file.metadata):
                 problems.add("", f"unfolds to more than {_MOST_COMPRESSED} times its size; no text does that")
                 return
+            values = _json_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield f"row {number}", row
+                    yield f"row {number}", row | values.decode_example({name: row[name] for name in values})
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # text that is no UTF-8, dates
         problems.add(f"after row {number}" if number else "", f"is not a whole Parquet file ({error})")
 
@@ -154,6 +174,19 @@ def reader_for(path: Path) -> Reader | None:
     return READERS.get(suffixes[-1]) if suffixes else None
 
 
+def _json_columns(schema: Any) -> Any:
+    """What datasets' own Parquet files say of columns in which it keeps values of many shapes as JSON text."""
+    from datasets import Features
+
+    if b"Json" not in (schema.metadata or {}).get(b"huggingface", b""):
+        return Features()
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"what it says of its columns is damaged: {error!r}") from error
+    return Features({name: feature for name, feature in features.items() if "Json(" in repr(feature)})
+
+
 def _is_bomb(metadata: Any) -> bool:
     """Whether a Parquet file says of itself that some column unfolds to far more than there is of it."""
     for group in range(metadata.num_row_groups):
@@ -162,6 +195,31 @@ def _is_bomb(metadata: Any) -> bool:
             if column.total_uncompressed_size > LONGEST_LINE + _MOST_COMPRESSED * max(column.total_compressed_size, 0):
                 return True
     return False
+
+
+def _delimiter(line: str, *, is_tsv: bool) -> str:
+    """What parts the names of columns: whatever gives the most of them, quotes respected."""
+    if is_tsv and "\t" in line:
+        return "\t"
+
+    def columns(mark: str) -> int:
+        try:
+            return len(next(csv.reader([line], delimiter=mark), []))
+        except csv.Error:
+            return line.count(mark)
+
+    return max("\t,;|" if is_tsv else ",;\t|", key=columns)
+
+
+def _header(cells: list[str], where: str, problems: Problems) -> list[str]:
+    for name in sorted(name for name, times in Counter(cells).items() if times > 1 and name):
+        problems.add(where, f"names the column {name!r} twice")
+    return cells
+
+
+def _width(header: list[str]) -> int:
+    """How many columns there are, those at the right without a name left out."""
+    return max((place for place, name in enumerate(header, 1) if name), default=0)
 
 
 def _whole(path: Path, problems: Problems) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,15 @@ from theodora.data.messages import (
     Message,
     assistant,
     check_answered,
-    describe,
-    parsed_or_same,
+    read_history,
     read_text,
     read_turns,
-    storable_json,
     user,
+    with_system,
 )
+from theodora.data.notes import Notes, is_empty
 from theodora.data.problems import nearest
+from theodora.data.tools import parsed_or_same, read_tools, schemas_of, storable_json
 from theodora.errors import shown
 
 # Columns in order of preference. Names are compared without regard to case.
@@ -29,9 +30,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
 CONTEXTS = ("input", "context")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
+HISTORIES = ("history",)
+TOOLS = ("tools", "functions")
 TEXT = "text"
-TOOLS = "tools"
+# What is preferred, and what it is preferred to.
+PREFERENCES = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
 _SHOWN_COLUMNS = 20
 
 LOOKED_FOR = (
@@ -43,50 +47,69 @@ LOOKED_FOR = (
 )
 
 
+class NeedsTurns(Exception):
+    """Prompts and completions were read as they stand, and a row has something beside them that only turns can say."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of one source are read."""
 
     format: Format
-    sentence: str
-    """What was recognised, for people."""
-    columns: tuple[str, ...]
-    """The columns that are read."""
+    sentence: Callable[[Sequence[str]], str]
+    """What was recognised, for people, given the columns that were used."""
     needed: tuple[str, ...]
-    """Those that every row must have."""
+    """The columns that every row must have."""
     features: Features
-    read: Callable[[Row, list[str]], Row | None]
-    """Row → row in our shape (None: skip it silently); what is wrong with it is appended to the list."""
+    read: Callable[[Row, Notes], Row | None]
+    """Row → row in our shape (None: nothing is in it). What it uses, leaves out and finds wrong goes to the notes."""
 
 
-def recognise(row: Row) -> Layout | None:
-    """The layout of a source, from its first row; None if there is no column to learn from."""
-    by_name = {name.strip().lower(): name for name in reversed(row)}
+def recognise(row: Row, *, as_turns: bool = False) -> Layout | None:
+    """The layout of a source, from its first row; None if there is no column to learn from.
+
+    Args:
+        row: the first row. What a table fills in as null, or a CSV file as nothing, does not count beside what holds
+            something, so that all kinds of file are read alike.
+        as_turns: read a prompt and a completion as turns, even where they could be taken as they stand.
+    """
+    held = {name: value for name, value in row.items() if not is_empty(value)}
+    return _recognise(held, row, as_turns) or _recognise(row, row, as_turns)
+
+
+def _recognise(named: Row, row: Row, as_turns: bool) -> Layout | None:
+    by_name = _by_name(named)
 
     def column(names: tuple[str, ...], *taken: str | None) -> str | None:
         return next((by_name[name] for name in names if name in by_name and by_name[name] not in taken), None)
 
     conversation = column(CONVERSATIONS)
     if conversation is not None:
-        return _conversation_layout(conversation, by_name.get(TOOLS), row)
+        return _conversation_layout(conversation, row)
     prompt = column(PROMPTS)
     completion = column(COMPLETIONS, prompt)
     if prompt is not None and completion is not None:
-        # `input` beside `instruction` is material for it; as the only prompt it was taken above.
-        return _pair_layout(prompt, completion, column(CONTEXTS, prompt), column(SYSTEMS), by_name.get(TOOLS), row)
+        return _pair_layout(prompt, completion, row, as_turns)
     if TEXT in by_name:
         return _text_layout(by_name[TEXT])
     return None
 
 
-def explain_unknown(columns: list[str]) -> str:
+def explain_unknown(row: Row) -> str:
     """Why no column is usable: those there are, what was looked for, and likely slips."""
+    columns = list(row)
     lines = [f"no usable column; there are {shown(columns, 40)[1:-1] or 'none at all'}. Looked for:"]
     lines += [f"    {choice}" for choice in LOOKED_FOR]
     known: list[str] = list(dict.fromkeys((*CONVERSATIONS, *PROMPTS, *COMPLETIONS, TEXT)))
     for name in columns[:_SHOWN_COLUMNS]:
         lower = name.strip().lower()
-        if lower in known:
+        if lower in PREFERENCES:
+            whole = "messages" if _holds_turns(row[name]) and not set(_by_name(row)) & set(PROMPTS) else "completion"
+            lines.append(
+                f"    {name!r} belongs to preferences, which are not learned here. To train on what is preferred, "
+                f"rename it to {whole!r}"
+            )
+        elif lower in known:
             partner = COMPLETIONS if lower in PROMPTS else PROMPTS
             lines.append(f"    {name!r} lacks its partner: one of {', '.join(partner)}")
         elif nearest(lower, known):
@@ -94,143 +117,177 @@ def explain_unknown(columns: list[str]) -> str:
     return "\n".join(lines) + "\n    Rename the columns of your file accordingly."
 
 
-def _conversation_layout(column: str, tools: str | None, row: Row) -> Layout:
+def _conversation_layout(column: str, row: Row) -> Layout:
     value = parsed_or_same(row[column]) if isinstance(row[column], str) else row[column]
     first = value[0] if isinstance(value, list) and value else None
     sharegpt = isinstance(first, dict) and first.get("from") is not None and first.get("role") is None
 
-    def read(row: Row, problems: list[str]) -> Row:
-        messages = read_turns(row[column], column, problems)
-        if not problems:
-            check_answered(messages, column, problems)
-        return {"messages": messages, **_read_tools(row, tools, problems)}
+    def read(row: Row, notes: Notes) -> Row:
+        notes.use(column)
+        tools = _read_tools(row, notes)
+        messages = read_turns(row[column], column, notes, schemas_of(tools))
+        system, rules = _optional(row, SYSTEMS, notes)
+        messages = with_system(messages, _text(rules, system, notes), system, notes)
+        if not notes.problems:
+            _check_preferences(row, messages, column, notes)
+            check_answered(messages, column, notes)
+        return {"messages": messages, **_stored_tools(tools, notes)}
 
     kind = "ShareGPT conversations" if sharegpt else "chat messages"
     return Layout(
         format="sharegpt" if sharegpt else "messages",
-        sentence=f"{kind} in the column {column!r}; every assistant turn is learned",
-        columns=_present(column, tools),
+        sentence=lambda used: (
+            f"{kind} in the column {column!r}{_beside(used, column)}; every assistant turn is learned"
+        ),
         needed=(column,),
-        features=Features({"messages": List(Json()), **_tools_feature(tools)}),
+        features=Features({"messages": List(Json()), "tools": Value("string")}),
         read=read,
     )
 
 
-def _pair_layout(
-    prompt: str, completion: str, context: str | None, system: str | None, tools: str | None, row: Row
-) -> Layout:
+def _pair_layout(prompt: str, completion: str, row: Row, as_turns: bool) -> Layout:
     names = prompt.strip().lower(), completion.strip().lower()
-    alpaca = names[0] == "instruction" and (names[1] == "output" or context is not None)
-    verbatim = names[0] == "prompt" and names[1] in ("completion", "response") and context is None and system is None
-    if verbatim and not _holds_turns(row[prompt]):
-        read, kind = _verbatim_reader(prompt, completion), Value("string")
-        tools = None
-    elif _holds_turns(row[prompt]):
-        read, kind = _turns_reader(prompt, completion, tools), List(Json())
-        context = system = None
+    # `input` beside `instruction` is material for it; as the only prompt it was taken for that.
+    contexts = tuple(name for name in CONTEXTS if name != names[0])
+    alpaca = names[0] == "instruction" and (names[1] == "output" or bool(set(contexts) & set(_by_name(row))))
+    kind = List(Json())
+    if _holds_turns(row[prompt]):
+        read = _turns_reader(prompt, completion)
+    elif names[0] == "prompt" and names[1] in ("completion", "response") and not as_turns:
+        read, kind = _verbatim_reader(prompt, completion, contexts), Value("string")
     else:
-        read, kind = _instruction_reader(prompt, completion, context, system, tools), List(Json())
-    used = "".join(f" + {name!r}" for name in (system, context) if name is not None)
+        read = _instruction_reader(prompt, completion, contexts)
     return Layout(
         format="alpaca" if alpaca else "prompt-completion",
-        sentence=f"{'Alpaca' if alpaca else 'prompt/completion'} rows: {prompt!r}{used} → {completion!r}, "
-        "of which the latter is learned",
-        columns=_present(prompt, completion, context, system, tools),
+        sentence=lambda used: (
+            f"{'Alpaca' if alpaca else 'prompt/completion'} rows: {prompt!r}{_beside(used, prompt, completion)} → "
+            f"{completion!r}, of which the latter {_learned(used)}"
+        ),
         needed=(prompt, completion),
-        features=Features({"prompt": kind, "completion": kind, **_tools_feature(tools)}),
+        features=Features({"prompt": kind, "completion": kind, "tools": Value("string")}),
         read=read,
     )
 
 
 def _text_layout(column: str) -> Layout:
-    def read(row: Row, problems: list[str]) -> Row | None:
-        text = read_text(row[column], repr(column), problems)
+    def read(row: Row, notes: Notes) -> Row | None:
+        notes.use(column)
+        text = read_text(row[column], repr(column), notes)
         # Corpora such as WikiText have empty rows between their documents.
-        return {"text": text} if text.strip() or problems else None
+        return {"text": text} if text.strip() or notes.problems else None
 
     return Layout(
         format="text",
-        sentence=f"plain text in the column {column!r}, all of which is learned",
-        columns=(column,),
+        sentence=lambda _: f"plain text in the column {column!r}, all of which is learned",
         needed=(column,),
         features=Features({"text": Value("string")}),
         read=read,
     )
 
 
-def _verbatim_reader(prompt: str, completion: str) -> Callable[[Row, list[str]], Row]:
+def _verbatim_reader(prompt: str, completion: str, contexts: tuple[str, ...]) -> Callable[[Row, Notes], Row]:
     """Strings that the writer of the file may have fitted together (" ->", a leading space): kept as they stand."""
 
-    def read(row: Row, problems: list[str]) -> Row:
+    def read(row: Row, notes: Notes) -> Row:
+        if any(_optional(row, names)[0] for names in (SYSTEMS, HISTORIES, TOOLS, contexts)):
+            raise NeedsTurns
+        notes.use(prompt, completion)
         return {
-            "prompt": read_text(row[prompt], repr(prompt), problems),
-            "completion": _read_answer(row, completion, problems),
+            "prompt": read_text(row[prompt], repr(prompt), notes),
+            "completion": _read_answer(row, completion, notes),
+            "tools": None,
         }
 
     return read
 
 
-def _turns_reader(prompt: str, completion: str, tools: str | None) -> Callable[[Row, list[str]], Row]:
+def _turns_reader(prompt: str, completion: str) -> Callable[[Row, Notes], Row]:
     """A list of messages to answer, and a list of messages (or a string) that answers."""
 
-    def read(row: Row, problems: list[str]) -> Row:
-        asked = read_turns(row[prompt], prompt, problems)
+    def read(row: Row, notes: Notes) -> Row:
+        notes.use(prompt, completion)
+        tools = _read_tools(row, notes)
+        asked = read_turns(row[prompt], prompt, notes, schemas_of(tools))
+        system, rules = _optional(row, SYSTEMS, notes)
+        asked = with_system(asked, _text(rules, system, notes), system, notes)
         if isinstance(row[completion], str) and not _holds_turns(row[completion]):
-            answered = [assistant(_read_answer(row, completion, problems))]
+            answered = [assistant(_read_answer(row, completion, notes))]
         else:
-            answered = read_turns(row[completion], completion, problems)
-        if not problems:
-            check_answered(answered, completion, problems)
-        return {"prompt": asked, "completion": answered, **_read_tools(row, tools, problems)}
+            answered = read_turns(row[completion], completion, notes, schemas_of(tools))
+        if not notes.problems:
+            check_answered(answered, completion, notes)
+        return {"prompt": asked, "completion": answered, **_stored_tools(tools, notes)}
 
     return read
 
 
-def _instruction_reader(
-    prompt: str, completion: str, context: str | None, system: str | None, tools: str | None
-) -> Callable[[Row, list[str]], Row]:
+def _instruction_reader(prompt: str, completion: str, contexts: tuple[str, ...]) -> Callable[[Row, Notes], Row]:
     """Questions and instructions become a user's turn, so that nothing has to be glued together."""
 
-    def optional(row: Row, column: str | None, problems: list[str]) -> str:
-        value = row.get(column) if column is not None else None
-        return "" if value is None else read_text(value, repr(column), problems)
-
-    def read(row: Row, problems: list[str]) -> Row:
-        asked = read_text(row[prompt], repr(prompt), problems)
-        if not asked.strip() and not problems:
-            problems.append(f"{prompt!r} is empty")
-        material = optional(row, context, problems)
-        rules = optional(row, system, problems)
-        turns: list[Message] = [{"role": "system", "content": rules}] if rules.strip() else []
+    def read(row: Row, notes: Notes) -> Row:
+        notes.use(prompt, completion)
+        asked = read_text(row[prompt], repr(prompt), notes)
+        if not asked.strip() and not notes.problems:
+            notes.wrong(f"{prompt!r} is empty")
+        tools = _read_tools(row, notes)
+        system, rules = _optional(row, SYSTEMS, notes)
+        history, earlier = _optional(row, HISTORIES, notes)
+        context, material = _optional(row, contexts, notes)
+        turns: list[Message] = read_history(earlier, history, notes, schemas_of(tools))
+        turns = with_system(turns, _text(rules, system, notes), system, notes)
+        material = _text(material, context, notes)
         turns.append(user(f"{asked}\n\n{material}" if material.strip() else asked))
-        answer = assistant(_read_answer(row, completion, problems))
-        return {"prompt": turns, "completion": [answer], **_read_tools(row, tools, problems)}
+        answer = assistant(_read_answer(row, completion, notes))
+        return {"prompt": turns, "completion": [answer], **_stored_tools(tools, notes)}
 
     return read
 
 
-def _read_answer(row: Row, column: str, problems: list[str]) -> str:
-    before = len(problems)
-    text = read_text(row[column], repr(column), problems)
-    if not text.strip() and len(problems) == before:
-        problems.append(f"{column!r} is empty, so there is nothing to learn from it")
+def _read_answer(row: Row, column: str, notes: Notes) -> str:
+    before = len(notes.problems)
+    text = read_text(row[column], repr(column), notes)
+    if not text.strip() and len(notes.problems) == before:
+        notes.wrong(f"{column!r} is empty, so there is nothing to learn from it")
     return text
 
 
-def _read_tools(row: Row, column: str | None, problems: list[str]) -> Row:
+def _optional(row: Row, names: tuple[str, ...], notes: Notes | None = None) -> tuple[str, Any]:
+    """The first column of these names that holds something in this row, which is then used; "" and None without one."""
+    by_name = _by_name(row)
+    for name in names:
+        column = by_name.get(name)
+        if column is not None and not is_empty(row[column]):
+            if notes is not None:
+                notes.use(column)
+            return column, row[column]
+    return "", None
+
+
+def _text(value: Any, column: str, notes: Notes) -> str:
+    return "" if value is None else read_text(value, repr(column), notes)
+
+
+def _read_tools(row: Row, notes: Notes) -> list[Any]:
+    column, value = _optional(row, TOOLS, notes)
+    return read_tools(value, column, notes) if column else []
+
+
+def _stored_tools(tools: list[Any], notes: Notes) -> Row:
     """The tools on offer in a conversation, as JSON text (each has a schema of its own)."""
-    if column is None:
-        return {}
-    value = row.get(column)
-    if isinstance(value, str):
-        value = parsed_or_same(value) if value.strip() else None
-    if value is not None and not isinstance(value, list):
-        problems.append(f"{column!r} is {describe(value)}; expected a list of tools")
-    return {"tools": storable_json(value, repr(column), problems) if value else None}
+    return {"tools": storable_json(tools, "what tools", notes) if tools else None}
 
 
-def _tools_feature(tools: str | None) -> dict[str, Any]:
-    return {} if tools is None else {"tools": Value("string")}
+def _check_preferences(row: Row, messages: list[Message], column: str, notes: Notes) -> None:
+    """Refuse a conversation whose answer stands in a column of preferences."""
+    if messages and messages[-1]["role"] == "assistant":
+        return
+    for preferred, other in PREFERENCES.items():
+        name, _ = _optional(row, (preferred,))
+        if name and _optional(row, (other,))[0]:
+            notes.wrong(
+                f"{column!r} ends without an answer, and {name!r} and {other!r} hold preferences, which are not "
+                f"learned here. To train on what is preferred, append it to {column!r}"
+            )
 
 
 def _holds_turns(value: Any) -> bool:
@@ -240,5 +297,14 @@ def _holds_turns(value: Any) -> bool:
     return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
-def _present(*columns: str | None) -> tuple[str, ...]:
-    return tuple(column for column in columns if column is not None)
+def _beside(used: Sequence[str], *columns: str) -> str:
+    return "".join(f" + {name!r}" for name in used if name not in columns)
+
+
+def _learned(used: Sequence[str]) -> str:
+    histories = [name for name in used if name.strip().lower() in HISTORIES]
+    return f"and the answers in {histories[0]!r} are learned" if histories else "is learned"
+
+
+def _by_name(row: Row) -> dict[str, str]:
+    return {name.strip().lower(): name for name in reversed(row)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.why} ({self.rows:,} {'row' if self.rows == 1 else 'rows'})"
+
+
+def named(parts: Iterable[LeftOut], source: str) -> tuple[LeftOut, ...]:
+    """The same of rows that are not the main ones: "the column 'id' of more.jsonl"."""
+    return tuple(replace(part, what=f"{part.what} of {source}") for part in parts)
 
 
 def sentences(parts: Iterable[LeftOut]) -> list[str]:

@@ -7,22 +7,30 @@ import errno
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
 from theodora.data.examples import Examples
 from theodora.data.files import LocatedRows, Row
-from theodora.data.formats import Layout, explain_unknown, recognise
+from theodora.data.formats import PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
+from theodora.data.left_out import LeftOut, sentences
+from theodora.data.notes import NOT_USED, Notes, is_empty
 from theodora.data.problems import Problems
-from theodora.data.sources import open_source
+from theodora.data.sources import Source, open_source
+from theodora.data.tools import NULLS, ORDER
 from theodora.errors import DataError, shown
 
-_MOST_UNUSED = 1000
-"""Names of columns to remember; rows of a hostile file may each have their own."""
+_MOST_LEFT_OUT = 1000
+"""Names of columns and keys to remember; rows of a hostile file may each have their own."""
+_FURTHER = ("further columns and keys", NOT_USED)
+# Columns that say whether a completion is a good one (TRL's and LLaMA-Factory's, for KTO).
+_VERDICTS = ("label", "kto_tag")
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
 """What is held in memory before it is written: rows may be whole books, and a batch's text must stay under 2 GB."""
 
@@ -47,35 +55,56 @@ def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
         DataError: naming every row that cannot be used (up to ten, and how many more), by file and line.
     """
     opened = open_source(source, split)
+    try:
+        return _read(opened, as_turns=False)
+    except NeedsTurns:
+        return _read(opened, as_turns=True)
+
+
+def _read(opened: Source, *, as_turns: bool) -> Examples:
     problems = Problems(opened.name)
-    reading = _Reading(problems)
+    reading = _Reading(problems, as_turns=as_turns, is_table=opened.is_table)
     dataset = _store(reading.rows(opened.rows(problems)), reading)
     problems.raise_if_any()
     if dataset is None or reading.layout is None:
         raise DataError(f"{opened.name} is empty; expected at least one row")
-    return Examples(dataset, reading.layout.format, opened.name, reading.describe(len(dataset), opened.note))
+    if "tools" in dataset.column_names and not reading.has_tools:
+        dataset = dataset.remove_columns("tools")
+    left_out = reading.left_out()
+    return Examples(
+        dataset,
+        reading.layout.format,
+        opened.name,
+        reading.describe(len(dataset), opened.note, left_out),
+        left_out,
+    )
 
 
 class _Reading:
     """One pass over a source: the layout that its first row shows, and what was met on the way."""
 
-    def __init__(self, problems: Problems) -> None:
+    def __init__(self, problems: Problems, *, as_turns: bool, is_table: bool) -> None:
         self.problems = problems
         self.layout: Layout | None = None
+        self.has_tools = False
+        self._as_turns = as_turns
+        # Nobody wrote the nulls and the order of keys of a table.
+        self._unsaid = (NULLS, ORDER) if is_table else ()
         self._first = ""
-        self._unused: dict[str, None] = {}
-        self._skipped = 0
+        self._used: dict[str, None] = {}
+        self._left_out: Counter[tuple[str, str]] = Counter()
 
     def rows(self, located: LocatedRows) -> Iterator[Row]:
         """Rows in our shape. Once there is a problem the rest is still checked, but no longer yielded."""
         for where, row in located:
             if self.layout is None:
-                self.layout, self._first = recognise(row), where
+                self.layout, self._first = recognise(row, as_turns=self._as_turns), where
             if self.layout is None:
-                self.problems.add(where, explain_unknown(list(row)))
+                self.problems.add(where, explain_unknown(row))
                 return
             found = self._read(where, row, self.layout)
             if found is not None and not self.problems.count:
+                self.has_tools |= found.get("tools") is not None
                 yield found
 
     def _read(self, where: str, row: Row, layout: Layout) -> Row | None:
@@ -87,26 +116,49 @@ class _Reading:
                 f"it has {shown(list(row), 40)[1:-1] or 'nothing'}",
             )
             return None
-        complaints: list[str] = []
-        found = layout.read(row, complaints)
-        for complaint in complaints:
-            self.problems.add(where, complaint)
-        self._skipped += found is None
-        if len(self._unused) < _MOST_UNUSED:
-            self._unused.update(dict.fromkeys(name for name in row if name not in layout.columns))
+        notes, found = Notes(), None
+        try:
+            found = layout.read(row, notes)
+            unused = [name for name, value in row.items() if name not in notes.used and not is_empty(value)]
+        except RecursionError:
+            notes.wrong("is nested too deeply")
+            unused = []
+        for problem in notes.problems:
+            self.problems.add(where, problem)
+        if found is None and not notes.problems:
+            notes.leave_out("rows without text", "skipped")
+        for name in unused:
+            notes.leave_out(f"the column {name!r}", _why_unused(name, row[name]))
+        self._used.update(notes.used)
+        self._count(list(notes.left_out))
         return found
 
-    def describe(self, count: int, note: str) -> str:
+    def _count(self, parts: Sequence[tuple[str, str]]) -> None:
+        known = [part for part in parts if part in self._left_out or len(self._left_out) < _MOST_LEFT_OUT]
+        self._left_out.update(part for part in known if part not in self._unsaid)
+        if len(known) < len(parts):
+            self._left_out[_FURTHER] += 1
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What rows hold and nothing is learned from."""
+        return tuple(LeftOut(what, rows, why) for (what, why), rows in self._left_out.items())
+
+    def describe(self, count: int, note: str, left_out: Sequence[LeftOut]) -> str:
         """One sentence about what was read and what was left."""
         assert self.layout is not None
-        parts = [f"{count:,} {'row' if count == 1 else 'rows'} read as {self.layout.sentence}"]
-        if self._unused:
-            parts.append(f"not used: {shown(list(self._unused), 40)[1:-1]}")
-        if self._skipped:
-            parts.append(f"{self._skipped:,} empty rows skipped")
+        parts = [f"{count:,} {'row' if count == 1 else 'rows'} read as {self.layout.sentence(list(self._used))}"]
+        parts += sentences(left_out)
         if note:
             parts.append(note)
         return "; ".join(parts) + "."
+
+
+def _why_unused(name: str, value: Any) -> str:
+    if name.strip().lower() in _VERDICTS and isinstance(value, bool):
+        return "not used; what it calls bad is learned like the rest"
+    if name.strip().lower() in PREFERENCES | dict.fromkeys(PREFERENCES.values()):
+        return "not used; preferences are not learned here"
+    return NOT_USED
 
 
 def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:

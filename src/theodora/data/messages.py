@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
+from theodora.data.notes import Notes, is_empty
 from theodora.data.problems import nearest
+from theodora.data.tools import Schemas, describe, parsed_or_same, read_calls, spoken_calls, storable_calls
 from theodora.errors import shown
-from theodora.parse import parse_json
 
 Message = dict[str, Any]
-
-_NUMBER = re.compile(r"\d\.\d|\d[eE]|\d{10}")
 
 ROLES = {
     "system": "system",
@@ -25,15 +24,38 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "ipython": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_result": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
 }
-# What chat templates read beside role and content and `tool_calls`.
-_TEXTS = ("reasoning_content", "tool_call_id", "name")
+# Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
+_CALLS = ("function_call", "tool_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift, and loops that multiply the loss by it.
+_LEARNED = ("weight", "train", "training", "loss", "loss_mask")
+# Whether it is hidden from the loss: torchtune's.
+_MASKED = ("masked", "mask")
+_WORDS = ("content", "value")
+_READ = frozenset(
+    (*_WORDS, "role", "from", "name", "tool_call_id", "tool_calls", "function_call", *_REASONING, *_LEARNED, *_MASKED)
+)
+# ms-swift's pairs: {"human": …, "assistant": …}.
+_ASKED, _ANSWERED = ("human", "user"), ("assistant", "gpt")
+
+
+class Turn(NamedTuple):
+    """A message, and whether its turn is nothing but a call, which belongs to the model's words in front of it."""
+
+    message: Message
+    is_call: bool = False
 
 
 def user(content: str) -> Message:
@@ -46,72 +68,85 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def read_turns(value: Any, column: str, problems: list[str]) -> list[Message]:
-    """A cell that holds a conversation, as messages; what is wrong is appended to `problems`.
+def read_turns(value: Any, column: str, notes: Notes, schemas: Schemas | None = None) -> list[Message]:
+    """A cell that holds a conversation, as messages; what is wrong, and what is not used, goes to `notes`.
 
     Turns may be spelt `{"role", "content"}` or, as in ShareGPT, `{"from", "value"}`. Text in JSON (from a CSV cell) is
     read too.
+
+    Args:
+        value: the cell.
+        column: its name.
+        notes: of the row.
+        schemas: what the arguments of the row's tools are.
     """
-    if isinstance(value, str):
-        value = parsed_or_same(value)
-    if not isinstance(value, list) or not value:
-        problems.append(f"{column!r} is {describe(value)}; expected a list of turns")
+    turns = _as_turns(value)
+    if not isinstance(turns, list) or not turns:
+        notes.wrong(f"{column!r} is {describe(value)}; expected a list of turns")
         return []
-    messages = [_read_turn(turn, f"turn {number} of {column!r}", problems) for number, turn in enumerate(value, 1)]
-    return [message for message in messages if message]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        for read in _read_entry(turn, f"turn {number} of {column!r}", notes, schemas or {}):
+            last = messages[-1] if messages else {}
+            if read.is_call and last.get("role") == "assistant" and _weight(last) == _weight(read.message):
+                messages[-1] = _joined(last, read.message, column, schemas or {}, notes)
+            else:
+                messages.append(read.message)
+    return messages
 
 
-def check_answered(messages: list[Message], column: str, problems: list[str]) -> None:
-    """Note a conversation that has nothing to learn from."""
+def with_system(messages: list[Message], rules: str, column: str, notes: Notes) -> list[Message]:
+    """A conversation that begins with the system's words of a column beside it."""
+    if not rules.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() != rules.strip():
+            notes.wrong(f"begins with a system turn and has another text in {column!r}; keep one of the two")
+        return messages
+    return [{"role": "system", "content": rules}, *messages]
+
+
+def read_history(value: Any, column: str, notes: Notes, schemas: Schemas | None = None) -> list[Message]:
+    """Earlier turns in a column beside a question: a list of [question, answer] pairs, or of turns.
+
+    Their answers are learned (`weight: 1`), as by the tools that write such files.
+    """
+    given = parsed_or_same(value) if isinstance(value, str) else value
+    if is_empty(given):
+        return []
+    if not isinstance(given, list):
+        notes.wrong(f"{column!r} is {describe(value)}; expected a list of [question, answer] pairs")
+        return []
+    turns: list[Any] = []
+    for number, pair in enumerate(given, 1):
+        if isinstance(pair, list | tuple) and len(cast(list[Any], pair)) == 2:
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        elif isinstance(pair, dict):
+            turns.append(pair)
+        else:
+            notes.wrong(f"item {number} of {column!r} is {describe(pair)}; expected a [question, answer] pair")
+            return []
+    return [
+        {"weight": 1, **message} if message["role"] == "assistant" else message
+        for message in read_turns(turns, column, notes, schemas)
+    ]
+
+
+def check_answered(messages: list[Message], column: str, notes: Notes) -> None:
+    """Note a conversation that has nothing to learn from, or goes on behind what there is to learn."""
+    if messages and messages[-1]["role"] != "assistant":
+        notes.leave_out("turns behind the model's last", "nothing is learned from them")
     if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
-        problems.append(f"{column!r} has no assistant turn, so there is nothing to learn from it")
+        notes.wrong(f"{column!r} has no assistant turn, so there is nothing to learn from it")
 
 
-def read_text(value: Any, what: str, problems: list[str]) -> str:
-    """A cell that holds text (or text parts, as the OpenAI API writes them); what is wrong goes to `problems`."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
-        kinds = sorted({str(part["type"]) for part in value} - {"text"})
-        if kinds:
-            problems.append(f"{what} has parts of type {', '.join(kinds)}; only text can be trained on here")
-            return ""
-        value = "".join(str(part.get("text") or "") for part in value)
-    if not isinstance(value, str):
-        problems.append(f"{what} is {describe(value)}; expected text")
-        return ""
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            problems.append(f"{what} holds half a character (a lone surrogate) at position {error.start + 1}")
-            return ""
-    return value
-
-
-def describe(value: Any) -> str:
-    """A value in an error message: its kind, and as much of it as fits."""
-    if value is None:
-        return "null"
-    text = shown(value)
-    return f"the {type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
-
-
-def parsed_or_same(text: str) -> Any:
-    """What a JSON text holds, or the text itself."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
-
-
-def storable_json(value: Any, what: str, problems: list[str]) -> str:
-    """A value as JSON text; one that JSON cannot say goes to `problems`."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        problems.append(f"{what} is nothing that JSON can say ({error}): {describe(value)}")
-        return ""
-    return text
+def read_text(value: Any, what: str, notes: Notes) -> str:
+    """A cell that holds text (or text parts, as the OpenAI API writes them); what is wrong goes to `notes`."""
+    if _are_parts(value):
+        value, thought = _read_parts(value, what, notes)
+        if thought:
+            notes.wrong(f"{what} has parts of type thinking, which only a turn of the model can have")
+    return _storable_text(value, what, notes)
 
 
 def calls_of(message: Message) -> Any:
@@ -120,45 +155,193 @@ def calls_of(message: Message) -> Any:
     return parsed_or_same(calls) if isinstance(calls, str) else calls
 
 
-def _read_extras(turn: Message, what: str, problems: list[str]) -> Message:
-    extras: Message = {}
-    for key in _TEXTS:
-        if (value := turn.get(key)) is not None:
-            extras[key] = value if is_int(value) else read_text(value, f"{key} of {what}", problems)
-    # OpenAI's, which keeps an answer out of the loss.
-    if (weight := turn.get("weight")) is not None:
-        if weight not in (0, 1):
-            problems.append(f"weight of {what} is {describe(weight)}; expected 0 (not learned) or 1")
-        extras["weight"] = weight
-    if (calls := calls_of(turn)) is not None:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            problems.append(f"tool_calls of {what} is {describe(calls)}; expected a list of calls")
-        text = storable_json(calls, f"tool_calls of {what}", problems)
-        extras["tool_calls"] = calls if _survives_ujson(text) else text
-    return extras
+def _as_turns(value: Any) -> Any:
+    if isinstance(value, str):
+        value = parsed_or_same(value)
+    if isinstance(value, dict):
+        # datasets' Sequence of a dict: a dict of columns.
+        columns = cast(dict[str, Any], value)
+        lists = list(columns.values())
+        if lists and all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
+            return [dict(zip(columns, turn, strict=True)) for turn in zip(*lists, strict=True)]
+    return value
 
 
-def _survives_ujson(text: str) -> bool:
-    """Whether datasets' JSON column gives back what it was given: it rounds numbers to ten digits."""
-    return _NUMBER.search(text) is None
-
-
-def _read_turn(turn: Any, what: str, problems: list[str]) -> Message:
+def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Turn]:
+    """One item of a conversation: a turn, or a question with its answer."""
+    if isinstance(turn, str):  # a table that holds turns of many shapes may keep each as JSON text
+        parsed = parsed_or_same(turn)
+        turn = parsed if isinstance(parsed, dict) else turn
     if not isinstance(turn, dict):
-        problems.append(f"{what} is {describe(turn)}; expected an object with role and content")
-        return {}
+        notes.wrong(f"{what} is {describe(turn)}; expected an object with role and content")
+        return []
+    asked, answered = _first_key(turn, _ASKED), _first_key(turn, _ANSWERED)
+    if asked and answered and is_empty(turn.get("role")) and is_empty(turn.get("from")):
+        rest = {key: item for key, item in turn.items() if key not in (asked, answered)}
+        pair = {"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}
+        return [read for part in pair if (read := _read_turn(part, what, notes, schemas)).message]
+    read = _read_turn(turn, what, notes, schemas)
+    return [read] if read.message else []
+
+
+def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn:
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    spelt = re.sub(r"[\s-]", "_", name.strip().lower()) if isinstance(name, str) else ""
+    role = ROLES.get(spelt)
     if role is None:
         known = "system, user, assistant, tool (or human, gpt, …)"
-        hint = nearest(name, list(ROLES)) if isinstance(name, str) else ""
-        problems.append(f"{what} has the role {shown(name)}; expected {known}{hint}")
-        return {}
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    extras = _read_extras(turn, what, problems)
-    if content is None and extras.get("tool_calls"):
+        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
+        notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
+        return Turn({})
+    for key, value in turn.items():
+        if key not in _READ and not is_empty(value) and not (key == "refusal" and turn.get("content") is None):
+            notes.leave_out(f"the key {key!r} of turns")
+    content = next((turn[key] for key in (*_WORDS, "refusal") if turn.get(key) is not None), None)
+    if spelt in _CALLS:
+        return Turn(_read_call_turn(turn, content, f"{what} ({spelt})", notes, schemas), is_call=True)
+    reasoning, calls = "", _read_tool_calls(turn, what, notes, schemas) if role == "assistant" else []
+    if role == "assistant" and _are_parts(content):
+        content, reasoning = _read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
+    if content is None and calls:
         content = ""
-    text = read_text(content, f"{what} ({role})", problems)
-    if isinstance(content, str) and role == "assistant" and not text.strip() and not extras.get("tool_calls"):
-        problems.append(f"{what} is an empty assistant turn")
-    return {"role": role, "content": text, **extras}
+    text = read_text(content, f"{what} ({role})", notes)
+    if isinstance(content, str) and role == "assistant" and not text.strip() and not calls:
+        notes.wrong(f"{what} is an empty assistant turn")
+    message = {"role": role, "content": text, **_read_extras(turn, role, reasoning, what, notes)}
+    return Turn(
+        message | ({"tool_calls": storable_calls(calls, f"tool_calls of {what}", schemas, notes)} if calls else {})
+    )
+
+
+def _read_call_turn(turn: Message, content: Any, what: str, notes: Notes, schemas: Schemas) -> Message:
+    calls, reasoning = spoken_calls(content, what, schemas, notes)
+    if not is_empty(turn.get("tool_calls")):
+        notes.wrong(f"{what} has tool_calls beside the call that it says; keep one of the two")
+    extras = _read_extras(turn, "assistant", reasoning, what, notes)
+    return {"role": "assistant", "content": "", **extras, "tool_calls": storable_calls(calls, what, schemas, notes)}
+
+
+def _read_tool_calls(turn: Message, what: str, notes: Notes, schemas: Schemas) -> list[dict[str, Any]]:
+    """OpenAI's `tool_calls`, or the one `function_call` that came before them."""
+    given = {key: turn[key] for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))}
+    if len(given) > 1:
+        notes.wrong(f"{what} has both tool_calls and function_call; keep one of the two")
+    return next((read_calls(value, f"{key} of {what}", schemas, notes) for key, value in given.items()), [])
+
+
+def _read_extras(turn: Message, role: str, reasoning: str, what: str, notes: Notes) -> Message:
+    extras: Message = {}
+    for key in ("name", "tool_call_id"):
+        if not is_empty(value := turn.get(key)):
+            extras[key] = str(value) if is_int(value) else read_text(value, f"{key} of {what}", notes)
+    thoughts = {key: turn[key] for key in _REASONING if not is_empty(turn.get(key))}
+    read = [reasoning] if reasoning else []
+    read += [read_text(value, f"{key} of {what}", notes) for key, value in thoughts.items()]
+    if len(set(read)) > 1:
+        notes.wrong(f"{what} has reasoning in several places ({', '.join(thoughts)}), not the same; keep one of them")
+    if read and role != "assistant":
+        for key in thoughts:
+            notes.leave_out(f"the key {key!r} of turns that are not the model's")
+    elif read:
+        extras["reasoning_content"] = read[0]
+    return extras | _read_weight(turn, role, what, notes)
+
+
+def _read_weight(turn: Message, role: str, what: str, notes: Notes) -> Message:
+    """Whether a turn of the model is learned, from whichever key says so."""
+    said: dict[str, bool] = {}
+    for key, reader in _WEIGHTS.items():
+        if turn.get(key) is not None and (learned := reader(turn[key], f"{key} of {what}", notes)) is not None:
+            said[key] = learned
+    if len(set(said.values())) > 1:
+        notes.wrong(f"{what} is to be learned by one and not by another of {', '.join(said)}; keep one of them")
+    if role != "assistant":
+        for key in (key for key, learned in said.items() if learned):
+            notes.leave_out(f"{key!r} of turns that are not the model's", "only the model's turns are learned")
+        return {}
+    return {"weight": int(learned)} if (learned := next(iter(said.values()), None)) is not None else {}
+
+
+def _learned(value: Any, what: str, notes: Notes) -> bool | None:
+    if value not in (0, 1):
+        notes.wrong(f"{what} is {describe(value)}; expected 0 (not learned) or 1")
+        return None
+    return bool(value)
+
+
+def _unmasked(value: Any, what: str, notes: Notes) -> bool | None:
+    if not isinstance(value, bool):
+        notes.wrong(
+            f"{what} is {describe(value)}; expected true (hidden from the loss) or false: tools disagree about what "
+            "numbers mean here. Write weight: 0 (not learned) or 1 instead"
+        )
+        return None
+    return not value
+
+
+_WEIGHTS: Mapping[str, Callable[[Any, str, Notes], bool | None]] = {
+    **dict.fromkeys(_LEARNED, _learned),
+    **dict.fromkeys(_MASKED, _unmasked),
+}
+
+
+def _weight(message: Message) -> Any:
+    return message.get("weight", 1)
+
+
+def _joined(last: Message, call: Message, column: str, schemas: Schemas, notes: Notes) -> Message:
+    """The model's words (or calls) and a call that follows them, as one turn."""
+    calls = [*(calls_of(last) or []), *(calls_of(call) or [])]
+    reasoning = "\n".join(part["reasoning_content"] for part in (last, call) if part.get("reasoning_content"))
+    joined = last | call | {"content": last["content"]} | ({"reasoning_content": reasoning} if reasoning else {})
+    return joined | {"tool_calls": storable_calls(calls, f"a call of {column!r}", schemas, notes)}
+
+
+def _are_parts(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value)
+    )
+
+
+def _read_parts(value: list[dict[str, Any]], what: str, notes: Notes) -> tuple[str, str]:
+    """The text of a list of parts, and the reasoning in it (Mistral's and Anthropic's thinking)."""
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for part in value:
+        kind = str(part.get("type") or "text")
+        key = _PARTS.get(kind)
+        if key is None:
+            notes.wrong(f"{what} has parts of type {kind}; only text can be trained on here")
+            continue
+        words = part.get(key)
+        if _are_parts(words):
+            words = "".join(_read_parts(cast(list[dict[str, Any]], words), what, notes))
+        texts[kind in _REASONING].append("" if words is None else _storable_text(words, what, notes))
+        for other in part:
+            if other not in ("type", key) and not is_empty(part[other]):
+                notes.leave_out(f"the key {other!r} of parts of turns")
+    return "".join(texts[False]), "".join(texts[True])
+
+
+_PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
+    "thinking": "thinking", "reasoning": "reasoning",
+}  # fmt: skip
+
+
+def _storable_text(value: Any, what: str, notes: Notes) -> str:
+    if not isinstance(value, str):
+        notes.wrong(f"{what} is {describe(value)}; expected text")
+        return ""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            notes.wrong(f"{what} holds half a character (a lone surrogate) at position {error.start + 1}")
+            return ""
+    return value
+
+
+def _first_key(turn: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if turn.get(key) is not None), None)

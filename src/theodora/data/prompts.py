@@ -121,12 +121,12 @@ def answered_alone(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
 
 
 def whole_conversation(row: Mapping[str, Any]) -> list[Message]:
-    """All turns of a row; those of the model that belong to the prompt have `weight: 0`, as they are not learned."""
+    """All turns of a row. Those of the model that belong to the prompt are not learned, unless they say so."""
     if "messages" in row:
         return list(row["messages"])
     if isinstance(row["prompt"], str):
         return [user(row["prompt"]), assistant(row["completion"])]
-    return [*({**message, "weight": 0} for message in row["prompt"]), *row["completion"]]
+    return [*({"weight": 0, **message} for message in row["prompt"]), *row["completion"]]
 
 
 def is_verbatim(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from theodora.data.files import SUFFIXES, LocatedRows, reader_for
+from theodora.data.files import SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.problems import Problems, nearest
 from theodora.errors import DataError
 
@@ -39,6 +39,8 @@ class Source:
     rows: Callable[[Problems], LocatedRows]
     note: str = ""
     """What was chosen among several splits, for people."""
+    is_table: bool = False
+    """The rows share one set of keys, so that nulls and the order of keys are nobody's words."""
 
 
 def open_source(source: str | Path, split: str | None) -> Source:
@@ -72,7 +74,7 @@ def _open_file(path: Path, name: str, split: str | None) -> Source:
         raise DataError(f"{name} ends in {path.suffix or 'no suffix'}, which cannot be read; expected {SUFFIXES}")
     if split is not None:
         raise DataError(f"{name} is one file, which has no split {split!r}; leave the split out")
-    return Source(name, lambda problems: reader(path, problems))
+    return Source(name, lambda problems: reader(path, problems), is_table=reader is read_parquet)
 
 
 def _open_folder(path: Path, name: str, split: str | None) -> Source:
@@ -93,7 +95,8 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
             for where, row in reader(file, within):
                 yield within.locate(where), row
 
-    return Source(name, rows, _note(chosen, list(by_split)))
+    tables = all(reader_for(file) is read_parquet for file in by_split[chosen])
+    return Source(name, rows, _note(chosen, list(by_split)), is_table=tables)
 
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
@@ -125,6 +128,9 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
     elif split not in (None, str(loaded.split)):
         raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
 
+    # It may have been saved in another form (arrays, tensors) or with some of its columns hidden.
+    loaded = loaded.with_format(None)
+
     def rows(problems: Problems) -> LocatedRows:
         number = 0
         try:
@@ -134,7 +140,7 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
         except (ValueError, KeyError, TypeError, OSError, ImportError) as error:  # pictures, sounds, damaged JSON
             problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
-    return Source(name, rows, note)
+    return Source(name, rows, note, is_table="Json(" not in repr(loaded.features))
 
 
 class _Within(Problems):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.data.ends import end_token_ids
+from theodora.data.vocabulary import model_rows
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, as the model's generation settings and its tokenizer name them."""
-    configured: Any = getattr(model.generation_config, "eos_token_id", None)
-    ends: list[Any] = configured if isinstance(configured, list) else [configured]
-    ends = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
-    return list(dict.fromkeys(ends)) or [0]
+    """The tokens that end an answer: `end_token_ids`, but for those that the model has no row for and never writes.
+
+    The first of them also pads, so there is always one.
+    """
+    rows = model_rows(model)
+    return [end for end in end_token_ids(model.generation_config, tokenizer) if end < rows] or [0]
 
 
 def decoding(ends: list[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0) -> GenerationConfig:

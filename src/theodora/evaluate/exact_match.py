@@ -100,5 +100,7 @@ class _Judge(StoppingCriteria):
         return text.rstrip()
 
     def _text(self, tokens: list[int]) -> str:
+        # What follows the end is padding; and an end token need not be one that decoding skips.
+        tokens = tokens[: next((at for at, token in enumerate(tokens) if token in self._ends), None)]
         text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).rstrip("\ufffd")  # half of a character: its other bytes are in the next token

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples, encode_prompt, expected_answer, tokenize
+from theodora.data.hidden import left_out_of
+from theodora.data.left_out import LeftOut
 from theodora.data.prompts import is_verbatim
 from theodora.errors import DataError
 from theodora.evaluate.labels import Choice, choices
@@ -33,6 +35,14 @@ class Questions:
     """Whether an answer ends with its first line."""
     choices: list[Choice] = field(default_factory=list[Choice])
     """Empty where there are no labels to choose from."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the rows hold that no model is shown or asked for."""
+
+    def token_ids(self) -> Iterator[list[int]]:
+        """The ids of everything that a model will be shown, row by row."""
+        yield from self.input_ids
+        yield from self.prompts
+        yield from (choice.prefix + ending for choice in self.choices for ending in choice.endings)
 
 
 def questions(
@@ -85,6 +95,7 @@ def questions(
         references=references,
         single_line=single_line,
         choices=chosen,
+        left_out=(*examples.left_out, *left_out_of(tokenized)),
     )
 
 

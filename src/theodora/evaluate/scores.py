@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples
+from theodora.data.left_out import LeftOut
+from theodora.data.vocabulary import check_rows
 from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, evaluating
 from theodora.evaluate.exact_match import answer
@@ -21,6 +23,11 @@ from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
+
+_NO_ROWS = (
+    "Score the model, or an adapter of it, that was trained with these tokens (theodora train --resize-embeddings), or "
+    "take the tokenizer that fits this one."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,8 @@ class Scores:
     """Mean F1 of the words that answer and reference share, 0 to 1; None if not asked for."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """Means of the user's own metrics, by name."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the rows hold that the model was not shown or asked for, with how many rows it concerns."""
 
     @property
     def perplexity(self) -> float:
@@ -135,6 +144,7 @@ def score(
     """`evaluate` on rows that `questions` has made ready. Arguments and errors are the same."""
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
+    check_rows(asked.token_ids(), model, tokenizer, asked.source, _NO_ROWS)
     with evaluating(model), _progress_bar(shown=progress) as bar:
         total, tokens = _loss(model, asked, batch_size, bar)
         if tokens == 0:
@@ -156,6 +166,7 @@ def score(
         label_accuracy=accuracy,
         token_f1=found.pop("token_f1", None) if f1 else None,
         metrics=found,
+        left_out=asked.left_out,
     )
 
 

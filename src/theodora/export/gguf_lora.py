@@ -47,6 +47,7 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
         )
     names = names_of(base.model.config)
     problems = [f"{key}: trained in full, for which such a file has no place" for key in file.full]
+    problems += [f"{path}: rows of single tokens, for which such a file has no place" for path in file.token_rows]
     problems += [
         f"{key}: a base weight that the adapter changes, for which such a file has no place"
         for key in changed_copies_on_disk(base, file)

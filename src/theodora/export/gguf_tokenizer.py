@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from theodora.ends import as_ids
 from theodora.errors import CheckpointError
 
 # How text is cut before merging, as llama.cpp calls it: by the regular expression or the steps of tokenizer.json.
@@ -50,6 +51,20 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=not bytes_only and bool(model["merges"]), n_vocab=vocab_size)
     special.add_to_gguf(writer, quiet=True)
+    _write_ends(writer, folder, special.special_token_ids, len(tokens))
+
+
+def _write_ends(writer: Any, folder: Path, special: dict[str, int], vocab_size: int) -> None:
+    """Name the tokens that end an answer beside EOS: the header has a place for two of them, EOT and EOM."""
+    try:
+        settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    ends = [end for end in as_ids(settings.get("eos_token_id")) if end < vocab_size and end != special.get("eos")]
+    # The template's own end stands last, and is the one that matters most.
+    for end, kind in zip(reversed(ends), ("eot", "eom"), strict=False):
+        if kind not in special:
+            getattr(writer, f"add_{kind}_token_id")(end)
 
 
 def _tokens(tokenizer: dict[str, Any], vocab_size: int, bytes_only: bool) -> tuple[list[str], list[int]]:

@@ -44,6 +44,7 @@ def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
         UsageError: it has modules trained in full, or on embeddings, or brings other base weights.
     """
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: rows of single tokens" for path in file.token_rows]
     problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:

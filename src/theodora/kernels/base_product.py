@@ -15,19 +15,22 @@ from torch.nn import functional as F
 from theodora.kernels.float8 import float8_linear, float8_linear_backward, float8_product, quantize_rows
 
 
-def base_product(x_TI: Tensor, w_OI: Tensor, w_scale_O: Tensor | None = None) -> Tensor:
-    """x Wᵀ, (T, O), in the dtype of x."""
-    return F.linear(x_TI, w_OI) if w_scale_O is None else float8_linear(x_TI, w_OI, w_scale_O)
+def base_product(x_TI: Tensor, w_OI: Tensor, w_scale_O: Tensor | None = None, bias_O: Tensor | None = None) -> Tensor:
+    """x Wᵀ, (T, O), in the dtype of x; with the bias of a plain weight in it, rounded once as in `nn.Linear`."""
+    return F.linear(x_TI, w_OI, bias_O) if w_scale_O is None else float8_linear(x_TI, w_OI, w_scale_O)
 
 
-def shared_base_products(x_TI: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+def shared_base_products(
+    x_TI: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], biases: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
     """`base_product` of one x, (T, I), with several weights and their scales; x is quantised once for all."""
+    each = list(zip(weights, [None] * len(weights) if biases is None else biases, strict=True))
     if x_TI.dim() != 2 or sum(w_scale is not None for _, w_scale in weights) < 2:
-        return [base_product(x_TI, w, w_scale) for w, w_scale in weights]
+        return [base_product(x_TI, w, w_scale, bias) for (w, w_scale), bias in each]
     x8, x_scale = quantize_rows(x_TI)
     return [
-        F.linear(x_TI, w) if w_scale is None else float8_product(x8, x_scale, w, w_scale, x_TI.dtype)
-        for w, w_scale in weights
+        F.linear(x_TI, w, bias) if w_scale is None else float8_product(x8, x_scale, w, w_scale, x_TI.dtype)
+        for (w, w_scale), bias in each
     ]
 
 

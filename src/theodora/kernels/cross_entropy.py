@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from theodora.autocast import autocast_dtype
 from theodora.functional import wide_dtype
 from theodora.kernels.operators import operator, runs_triton
 
@@ -70,9 +71,7 @@ def linear_cross_entropy(
         ignore_index: label of tokens that are not learned.
         with_stats: whether entropy and accuracy are computed, too.
     """
-    device = hidden_TH.device.type
-    if torch.is_autocast_enabled(device):
-        hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device))
+    hidden_TH = hidden_TH.to(autocast_dtype(hidden_TH) or hidden_TH.dtype)
     dtype = hidden_TH.dtype
     with_gradient = torch.is_grad_enabled() and hidden_TH.requires_grad
     nats, stats = _LinearCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]

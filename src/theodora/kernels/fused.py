@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
 from theodora.kernels.base_product import base_product, base_product_backward, shared_base_products
 from theodora.kernels.compose import (
@@ -87,7 +88,7 @@ class _AdaptedLinears(torch.autograd.Function):
         xa = None if a is None else (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
         ys: list[Tensor] = []
         kept: list[Tensor | None] = []
-        zs = base_products(x_TI, layers, stack)
+        zs = base_products(x_TI, layers, stack, [inner_bias(layer) for layer in layers])
         for layer, z, xa_TR in zip(layers, zs, split_ranks(xa, layers), strict=True):
             y, z = composed(z, xa_TR, layer)
             ys.append(y)
@@ -103,6 +104,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs_x, needs_x_lora = ctx.needs_input_grad[:2]
         source, (xa, *saved) = saved_input(ctx)
@@ -229,8 +231,11 @@ def split_ranks(stacked_TR: Tensor | None, layers: Sequence[Parts]) -> list[Tens
 
 
 def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, Tensor | None]:
-    """The layer's output from its base product, and what `composed_backward` needs of it. May write to z."""
-    magnitude, norm, bias = layer.magnitude_O, layer.norm_O, layer.bias_O
+    """The layer's output from its base product, which holds its `inner_bias`, and what `composed_backward` needs of it.
+
+    May write to z.
+    """
+    magnitude, norm, bias = layer.magnitude_O, layer.norm_O, None if inner_bias(layer) is not None else layer.bias_O
     if xa_TR is not None and layer.b_OR is not None:
         if in_one_pass(z_TO, layer):
             if norm is not None or torch.compiler.is_compiling():
@@ -272,10 +277,18 @@ def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
     return layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK and runs_triton(z_TO)
 
 
-def base_products(x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None) -> Sequence[Tensor]:
-    """x Wᵀ of each layer; with a stack, views of one product."""
+def inner_bias(layer: Parts) -> Tensor | None:
+    """The bias, where it goes into the base product, as in `nn.Linear`: where nothing scales it afterwards."""
+    bias, plain = layer.bias_O, layer.norm_O is None and layer.weight_scale_O is None
+    return bias if bias is not None and plain and bias.dtype == layer.weight_OI.dtype else None
+
+
+def base_products(
+    x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None, biases: Sequence[Tensor | None] | None = None
+) -> Sequence[Tensor]:
+    """x Wᵀ of each layer; with a stack, whose layers have no inner bias, views of one product."""
     if stack is None:
-        return shared_base_products(x_TI, [(layer.weight_OI, layer.weight_scale_O) for layer in layers])
+        return shared_base_products(x_TI, [(layer.weight_OI, layer.weight_scale_O) for layer in layers], biases)
     return base_product(x_TI, stack.weight).split([layer.weight_OI.shape[0] for layer in layers], dim=1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from theodora.autocast import backward_without_autocast
 from theodora.functional import wide_dtype
 from theodora.kernels.base_product import base_product
 from theodora.kernels.compose import MOST_FUSED_RANK
@@ -25,6 +26,7 @@ from theodora.kernels.fused import (
     composed,
     flat,
     in_one_pass,
+    inner_bias,
     input_gradient,
     layers_backward,
     layers_of,
@@ -99,6 +101,7 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, dy_TI: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, (xa, xa3, z, z1, z2, z3, room3, *tensors) = saved_input(ctx)
         gate, up, down = layers_of(tensors, ctx.scales)
@@ -223,7 +226,7 @@ def _columns(z: Tensor, gate: Parts, up: Parts) -> tuple[Tensor, Tensor]:
 def _product_of_down(h_TF: Tensor, down: Parts, stack: Stack | None) -> tuple[Tensor, Tensor | None]:
     """(z, room): with a stack and a magnitude, z is columns of a tensor that has room for dzb behind them."""
     if down.norm_O is None or not in_one_pass(h_TF, down):  # z may be written to, or is not needed again
-        return base_product(h_TF, down.weight_OI, down.weight_scale_O), None
+        return base_product(h_TF, down.weight_OI, down.weight_scale_O, inner_bias(down)), None
     return once_in_a_block(("z", down.weight_OI.data_ptr()), lambda: _product_with_room(h_TF, down, stack))
 
 

@@ -24,8 +24,8 @@ class Parts:
     magnitude_O: Tensor | None = None
     norm_O: Tensor | None = None
     """‖W + s·B·A‖ of each output row, float32 (with a magnitude)."""
-    dropout: float = 0.0
-    """Dropout of the adapter's input that is active in this pass: 0 outside training."""
+    drops: bool = False
+    """Whether dropout changes the adapter's input in this pass."""
     weight_scale_O: Tensor | None = None
     """Scale of each row of a float8 weight, float32."""
 

@@ -60,6 +60,11 @@ class SlottedWeights(NamedTuple):
     """None where no slot holds a DoRA adapter."""
     bias_O: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> SlottedWeights:
+        """The same for products of another dtype; g stays wide."""
+        bias = None if self.bias_O is None else self.bias_O.to(dtype)
+        return SlottedWeights(self.a_SRI.to(dtype), self.b_SRO.to(dtype), self.g_SO, bias)
+
 
 def routes(slots_T: Tensor, slots: int) -> Routes:
     """Sort the tokens by slot. On a GPU nothing waits for the host and all shapes depend on T alone.

@@ -5,7 +5,26 @@ So the module stays the user's own object under its own name: its weight, its ti
 where they were.
 """
 
-from theodora.layers.base import AdapterLayer, LowRank, adapt, base_dtype, base_weight, cannot_adapt, restore
+from theodora.layers.base import (
+    AdapterLayer,
+    LowRank,
+    adapt,
+    base_dtype,
+    base_weight,
+    cannot_adapt,
+    restore,
+    start_norm,
+)
 from theodora.layers.start import start_values
 
-__all__ = ["AdapterLayer", "LowRank", "adapt", "base_dtype", "base_weight", "cannot_adapt", "restore", "start_values"]
+__all__ = [
+    "AdapterLayer",
+    "LowRank",
+    "adapt",
+    "base_dtype",
+    "base_weight",
+    "cannot_adapt",
+    "restore",
+    "start_norm",
+    "start_values",
+]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.kernels.operators import runs_triton
-from theodora.layers.swap import Swapped, swap_back, swap_class
+from theodora.layers.swap import CHANGED, Swapped, autocast_changes, swap_back, swap_class
 
 _IN_STEPS = ("NewGELUActivation", "FastGELUActivation")
 
@@ -25,6 +25,8 @@ class FastGELU(Swapped):
         (x,) = (*args, *kwargs.values())
         # torch.compile makes one pass of either.
         if torch.compiler.is_compiling() or not kernels.fast() or not runs_triton(x):
+            return super().forward(x)
+        if autocast_changes(self, super().forward, x):
             return super().forward(x)
         return F.gelu(x, approximate="tanh")
 
@@ -41,6 +43,7 @@ def speed_up_gelu(module: nn.Module) -> bool:
 
 def restore_gelu(module: FastGELU) -> None:
     """Undo `speed_up_gelu`."""
+    module.__dict__.pop(CHANGED, None)
     swap_back(module)
 
 

@@ -28,11 +28,14 @@ class LowRank(nn.Module):
 
     `start_A` and `start_B` are set where training starts from factors of the weight itself (PiSSA, OLoRA). The update
     is then s·(B·A − B₀·A₀), zero at the start, and the base weight stays as it is.
+
+    Dropout is a module, which people and libraries find, switch and replace as they are used to.
     """
 
     magnitude: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
+    dropout: nn.Module
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class LowRank(nn.Module):
         self.lora_B = nn.Parameter(b_OR)
         self.register_parameter("magnitude", None if magnitude_O is None else nn.Parameter(magnitude_O))
         self.scale = scale
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.register_buffer("start_A", None if start is None else start[0])
         self.register_buffer("start_B", None if start is None else start[1])
 
@@ -56,6 +59,16 @@ class LowRank(nn.Module):
     def rank(self) -> int:
         """R."""
         return self.lora_A.shape[0]
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """The start factors."""
+        return None if self.start_A is None or self.start_B is None else (self.start_A, self.start_B)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout changes the adapter's input now."""
+        return drops(self.dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The whole update as two factors: A (R, I) and B (O, R), or (2R, I) and (O, 2R) with start factors."""
@@ -66,9 +79,12 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         """Method, rank and scale, as `print(model)` shows them."""
         method = "LoRA" if self.magnitude is None else "DoRA"
-        return f"{method}, rank={self.rank}, scale={self.scale:g}" + (
-            f", dropout={self.dropout:g}" * bool(self.dropout)
-        )
+        return f"{method}, rank={self.rank}, scale={self.scale:g}"
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether a dropout module, of whatever kind, changes what goes through it now."""
+    return dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
 
 
 class AdapterLayer(Swapped):
@@ -176,24 +192,18 @@ class AdapterLayer(Swapped):
     def new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         """‖W + s·B·A‖ of each output row, (O,), float32 or float64, computed now."""
         w_norm_sq = self.weight_norm_squared()
-        if not kernels.fast():
-            return dora_norm(_plain(self, self.weight_OI), a_RI, b_OR, scale, w_norm_sq)
-        with torch.no_grad():
-            a, b, w_scale = a_RI.detach(), b_OR.detach(), self.weight_scale_O
-            return once_in_a_block(
-                ("norm", id(self)), lambda: kernels.dora_norm(self.weight_OI, a, b, scale, w_norm_sq, w_scale)
-            )
+        return once_in_a_block(("norm", id(self)), lambda: _norm(self, self.weight_OI, a_RI, b_OR, scale, w_norm_sq))
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(self.training)
         self.active_adapter = self.merged_adapter = None
         self._kept = self._weight_norm_sq = self._base_weight = None
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
         """Hold `adapter` under `name`, inactive until asked for."""
         self._kept = None
-        self.adapters[name] = adapter
+        self.adapters[name] = adapter.train(self.training)
 
     def merged_weight(self, name: str) -> Tensor:
         """The dense weight of base and adapter together, (O, I), float32 or float64, without gradient."""
@@ -247,8 +257,7 @@ class AdapterLayer(Swapped):
         return self._weight_norm_sq[1]
 
     def _new_weight_norm_squared(self) -> Tensor:
-        norm_sq, row_scale = row_norm_squared(self.weight_OI), self.weight_scale_O
-        return norm_sq if row_scale is None else norm_sq * row_scale.square()
+        return _weight_norm_squared(self, self.weight_OI)
 
     def _forget_a_changed_weight(self) -> None:
         if self._weight_norm_sq is not None and self._weight_norm_sq[0][1] != content(self.weight):
@@ -300,6 +309,21 @@ def base_weight(module: nn.Module) -> Tensor:
     return _plain(module, weight.T if mixin.stored_transposed else weight)
 
 
+def start_norm(module: nn.Module, adapter: LowRank) -> Tensor:
+    """‖W + s·B·A‖ of each output row, (O,), to the bit as the module will compute it once it is adapted.
+
+    A magnitude that starts here makes g exactly 1, for as long as the update is zero or what it was.
+    """
+    mixin, weight = _mixin(module), module.weight
+    if isinstance(module, AdapterLayer):
+        mixin, weight = type(module), module.weight if module._base_weight is None else module._base_weight[0]  # pyright: ignore[reportPrivateUsage]
+    assert mixin is not None
+    assert isinstance(weight, Tensor)
+    w_OI = weight.T if mixin.stored_transposed else weight
+    with torch.no_grad():
+        return _norm(module, w_OI, *adapter.factors(), adapter.scale, _weight_norm_squared(module, w_OI))
+
+
 def base_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that the module's base weight is stored in, or was before it went into float8."""
     weight = module.weight
@@ -315,7 +339,7 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if _mixin(module) is None:
         if isinstance(module, nn.Linear | nn.Embedding):
             return f"{kind} has a forward pass of its own, which an adapter would bypass"
-        return f"{kind} is no linear layer or embedding"
+        return f"{kind} is no linear layer or embedding{_instead(module)}"
     if "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = module.weight
@@ -328,6 +352,15 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return f"{kind} with max_norm rescales its weight while it is used"
     return None
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do with a module that PEFT adapts and that nothing here does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ": it computes with its weights itself, past any layer. Train it in full (modules_to_save)"
+    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        return ": convolutions are not supported. Train it in full (modules_to_save)"
+    return ""
 
 
 def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
@@ -349,6 +382,21 @@ def _plain(module: nn.Module, w_OI: Tensor) -> Tensor:
     if not isinstance(module, Float8Layer) or w_OI.dtype != FLOAT8:
         return w_OI
     return dequantized(w_OI, module.weight_scale, torch.float32)
+
+
+def _norm(module: nn.Module, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
+    """‖W + s·B·A‖ of each output row of the module's weight as it is stored, (O,)."""
+    if not kernels.fast():
+        return dora_norm(_plain(module, w_OI), a_RI, b_OR, scale, w_norm_sq_O)
+    with torch.no_grad():
+        row_scale = weight_scale(module) if w_OI.dtype == FLOAT8 else None
+        return kernels.dora_norm(w_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, row_scale)
+
+
+def _weight_norm_squared(module: nn.Module, w_OI: Tensor) -> Tensor:
+    """‖W‖² of each row of the module's weight as it is stored, (O,)."""
+    norm_sq, row_scale = row_norm_squared(w_OI), weight_scale(module) if w_OI.dtype == FLOAT8 else None
+    return norm_sq if row_scale is None else norm_sq * row_scale.square()
 
 
 def _rewritten(old: Any, new: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from theodora.autocast import without_autocast
 from theodora.functional import dora_embedding, lora_embedding
 from theodora.layers.base import AdapterLayer
 
@@ -33,12 +34,12 @@ class EmbeddingAdapterLayer(AdapterLayer):
         own: Any = self
         a, b = adapter.factors()
         a_rows = F.embedding(input, a.T, own.padding_idx, scale_grad_by_freq=own.scale_grad_by_freq)
-        if adapter.dropout and self.training:
-            a_rows = F.dropout(a_rows, adapter.dropout)
+        if adapter.drops:
+            a_rows = adapter.dropout(a_rows)
         if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
             wide = torch.promote_types(a_rows.dtype, rows.dtype)
             a_rows = a_rows.to(wide) * torch.as_tensor(own.embed_scale).to(rows)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             if adapter.magnitude is None:
                 return lora_embedding(rows, a_rows, b, adapter.scale)
             norm = self.norm(adapter, one_token=input.dim() > 0 and input.shape[-1] == 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from theodora.autocast import autocast_dtype
 from theodora.kernels.base_product import base_product, base_product_backward, dequantized
 from theodora.kernels.float8 import FLOAT8, quantize_rows
 from theodora.layers.swap import Swapped, swap_class
@@ -40,9 +41,7 @@ class Float8Layer(Swapped):
         """x Wᵀ + bias, (…, O), in the dtype of x, or in autocast's."""
         if self.weight.dtype != FLOAT8:
             return super().forward(x)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(autocast_dtype(x) or x.dtype)
         weight = self.weight.T if self.stored_transposed else self.weight
         z: Any = _Product.apply(x, weight, self.weight_scale)
         return z if self.bias is None else z + self.bias.to(z.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
+from theodora.autocast import autocast_dtype
 from theodora.kernels import Parts, SharedOutputs
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.stack import Stack
@@ -115,13 +116,12 @@ def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | Non
         return None
     if not torch.is_grad_enabled() and x.numel() <= kernels.decode.MOST_TOKENS * x.shape[-1]:
         return None  # each layer decodes by itself
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != x.dtype:
-        return None
+    if autocast_dtype(x) not in (None, x.dtype):
+        return None  # each layer casts x by itself
     found: list[Parts] = []
     for layer in layers:
         parts = layer.parts()
-        if parts is None or parts.dropout or not kernels.fits(x, parts):
+        if parts is None or parts.drops or not kernels.fits(x, parts):
             return None
         found.append(parts)
     return found

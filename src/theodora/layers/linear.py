@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from theodora import kernels
+from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer, LowRank
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.groups import GROUP
+from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kept import one_token_each
 
 # Falcon's is written out, and the same; float8 layers are made of linear ones only.
@@ -38,7 +39,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 class LinearAdapterLayer(AdapterLayer):
-    """y = x Wᵀ + bias, with LoRA or DoRA. Input and output (…, I) and (…, O), of one dtype, also under autocast."""
+    """y = x Wᵀ + bias, with LoRA or DoRA, (…, I) to (…, O): of one dtype, or under autocast of autocast's, as ever."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted product; the module's own where no adapter is active."""
@@ -50,13 +51,11 @@ class LinearAdapterLayer(AdapterLayer):
             return y
         if self.active is None:
             return super().forward(x)
-        parts = self.parts(one_token)
-        device = x.device.type
-        if not torch.is_autocast_enabled(device):
-            return _adapted(x, parts)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return _adapted(x.to(dtype), _in_dtype(parts, dtype)).to(x.dtype)
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return _adapted(x, self.parts(one_token), self.active)
+        with without_autocast(x.device):
+            return _adapted(x.to(dtype), in_dtype(self.parts(one_token), dtype), self.active)
 
     def parts(self, one_token: bool = False) -> Parts:
         """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""
@@ -69,17 +68,16 @@ class LinearAdapterLayer(AdapterLayer):
             norm = self.norm(adapter, one_token)
         elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(self.weight_OI):
             self.kept(adapter, one_token)  # for the steps to come
-        dropout = adapter.dropout if self.training else 0.0
         return Parts(
-            self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, dropout, self.weight_scale_O
+            self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops, self.weight_scale_O
         )
 
     def _decoded(self, x: Tensor, one_token: bool) -> Tensor | None:
         """The output for a few tokens, without gradients, if the kernel for that can take them."""
         adapter = self.active
-        if adapter is None or not kernels.decode.fits(x, self.weight_OI) or (adapter.dropout and self.training):
+        if adapter is None or not kernels.decode.fits(x, self.weight_OI) or adapter.drops:
             return None
-        if torch.is_autocast_enabled(x.device.type) or not kernels.fast():
+        if autocast_dtype(x) is not None or not kernels.fast():
             return None
         kept = self.kept(adapter, one_token)
         if kept is None or kept.decode is None:
@@ -105,12 +103,16 @@ class Conv1DAdapterLayer(LinearAdapterLayer):
     stored_transposed = True
 
 
-def _adapted(x: Tensor, parts: Parts) -> Tensor:
-    x_lora = F.dropout(x, parts.dropout) if parts.dropout else None
-    return kernels.adapted_linears(x, [parts], x_lora)[0]
+def _adapted(x: Tensor, parts: Parts, adapter: LowRank) -> Tensor:
+    fresh = changes_nothing(parts, adapter.start)
+    if fresh and not torch.is_grad_enabled():
+        return base_output(x, parts)
+    y = kernels.adapted_linears(x, [parts], adapter.dropout(x) if parts.drops else None)[0]
+    return with_value_of(base_output(x, parts), y) if fresh else y
 
 
-def _in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
+def in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
+    """The layer as it runs under autocast; adapter, magnitude and norm keep their own dtypes."""
     bias = None if parts.bias_O is None else parts.bias_O.to(dtype)
     weight = parts.weight_OI if parts.weight_scale_O is not None else parts.weight_OI.to(dtype)
     return replace(parts, weight_OI=weight, bias_O=bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.rms_norm import NormStyle, fast_forward, is_rms_norm
-from theodora.layers.swap import Swapped, swap_back, swap_class
+from theodora.layers.swap import CHANGED, Swapped, autocast_changes, swap_back, swap_class
 
 
 class FastRMSNorm(Swapped):
@@ -23,6 +23,8 @@ class FastRMSNorm(Swapped):
         """What the module's own forward computes, for the same argument."""
         (x,) = (*args, *kwargs.values())  # `is_rms_norm` has seen that there is one
         if torch.compiler.is_compiling() or not kernels.fast() or not runs_triton(x):
+            return super().forward(x)
+        if autocast_changes(self, super().forward, x):
             return super().forward(x)
         return fast_forward(self, self._theodora_style, x, super().forward)
 
@@ -41,5 +43,6 @@ def speed_up_norm(module: nn.Module) -> bool:
 
 def restore_norm(module: FastRMSNorm) -> None:
     """Undo `speed_up_norm`."""
+    module.__dict__.pop(CHANGED, None)
     del module._theodora_style  # pyright: ignore[reportPrivateUsage]
     swap_back(module)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
+from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels.base_product import base_product
 from theodora.kernels.routed import Routes, SlottedWeights, routed_together, routes
@@ -220,11 +221,19 @@ class SlottedLinear(SlottedLayer):
         to = self._routes()
         if to is None:
             return super().forward(x)
-        y = None if self.group is None else self.group.output(self, x, to)
-        if y is None:
-            flat = x.reshape(-1, x.shape[-1])
-            z = base_product(flat, self.weight_OI, self.weight_scale_O)
-            (y,) = routed_together([z], flat, [self.slotted_weights()], to)
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            y = None if self.group is None else self.group.output(self, x, to)
+            if y is not None:
+                return y.view(*x.shape[:-1], y.shape[-1])
+            return self._routed(x, to, self.weight_OI, self.slotted_weights())
+        with without_autocast(x.device):
+            weight = self.weight_OI if self.weight_scale_O is not None else self.weight_OI.to(dtype)
+            return self._routed(x.to(dtype), to, weight, self.slotted_weights().to(dtype))
+
+    def _routed(self, x: Tensor, to: Routes, w_OI: Tensor, weights: SlottedWeights) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        (y,) = routed_together([base_product(flat, w_OI, self.weight_scale_O)], flat, [weights], to)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def slotted_weights(self) -> SlottedWeights:
@@ -259,7 +268,8 @@ class SlottedEmbedding(SlottedLayer):
         if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
             own: Any = self
             a_rows = a_rows * torch.as_tensor(own.embed_scale).to(rows)
-        y = rows.reshape(-1, rows.shape[-1]) + torch.bmm(a_rows[:, None], b[slots])[:, 0]
+        with without_autocast(input.device):
+            y = rows.reshape(-1, rows.shape[-1]) + torch.bmm(a_rows[:, None], b[slots])[:, 0]
         if g is not None:
             y = (y * g[slots]).to(rows.dtype)
         return y.view_as(rows)

@@ -6,10 +6,17 @@ where they were.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from theodora.autocast import autocast_dtype
+
+CHANGED = "_theodora_autocast"
+"""Where a module notes what `autocast_changes` has found."""
 
 
 class Swapped(nn.Module):
@@ -36,6 +43,22 @@ def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
 def swap_back(module: Swapped) -> None:
     """Undo `swap_class`."""
     module.__class__ = type(module).__bases__[1]
+
+
+def autocast_changes(module: Swapped, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether autocast makes `forward`, the module's own, give another dtype than x's.
+
+    On some devices it has norms and powers computed in float32, which a kernel in their place must not undo.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float32:
+        return False
+    found = module.__dict__.setdefault(CHANGED, {})
+    key = x.dtype, dtype
+    if key not in found:
+        with torch.no_grad():
+            found[key] = forward(x[:0]).dtype != x.dtype
+    return found[key]
 
 
 @cache

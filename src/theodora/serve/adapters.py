@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import AdapterFile, read_adapter
+from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
@@ -69,9 +70,10 @@ def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFi
         CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
     """
     device = next(model.parameters()).device
-    file = read_adapter(path, device if device.type == "cuda" else None)
+    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
     if problems:
         raise CheckpointError(
             f"{file.path} cannot be served beside others, because it replaces weights of the model; merge it and "
@@ -203,10 +205,14 @@ class Registry:
         with self._lock:
             return self._adapters.get(name)
 
-    def add(self, adapter: ServedAdapter) -> None:
-        """Serve it under its name from now on."""
+    def add(self, adapter: ServedAdapter) -> ServedAdapter | None:
+        """Serve it under its name from now on; the one that it replaces."""
         with self._lock:
+            before = self._adapters.get(adapter.name)
+            if before is not None:
+                before.leaving = True
             self._adapters[adapter.name] = adapter
+            return before
 
     def remove(self, name: str) -> ServedAdapter | None:
         """Serve it no more to new requests."""

@@ -6,15 +6,22 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from theodora.errors import ConfigError
+from theodora.serve.calls.families import Parser
+from theodora.serve.calls.source import Call, Event
+from theodora.serve.chats import chat_text
+from theodora.serve.echo import Echo, echo_of
 from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.forms import Form, Forms
+from theodora.serve.grammar import Grammars
+from theodora.serve.manners import Manner, manner_of
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
-from theodora.serve.text import Writer
+from theodora.serve.text import BROKEN, Writer
 from theodora.serve.tiers import Changed
 
 _LONG = 20_000  # characters of a text that is worth a thread
@@ -28,14 +35,31 @@ class Choice:
     index: int
     request: Request
     writer: Writer
+    echo: Echo | None = None
+    """What is told in front of it."""
     tokens: list[int] = field(default_factory=list)
-    """So far, without the one that ended the answer."""
+    """So far, without the one that ended the answer, if that is not to be told."""
+    end: int | None = None
+    """The token that ended it and is not among `tokens`."""
     logprobs: list[float] = field(default_factory=list)
     told: int = 0
     """Tokens whose log-probabilities were given out."""
     generated: int = 0
+    opened: bool = False
+    """Whether anything of it has come."""
     finish: str | None = None
     """Why it ended: stop or length."""
+    stop_reason: int | str | None = None
+    """Which of the request's stop tokens or texts ended it."""
+    parser: Parser | None = None
+    """Tells its text apart; None where it is one text."""
+    events: list[Event] = field(default_factory=list[Event])
+    """What the parser has found."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens: what the best of several answers has most of."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
 
 @dataclass
@@ -48,17 +72,25 @@ class Piece:
     """Its first new token."""
     stop: int
     """Its last new token + 1."""
+    opens: bool = False
+    """Whether it is the answer's first."""
+    events: list[Event] = field(default_factory=list[Event])
+    """What the text brings, where it is told apart."""
 
 
 class Answers:
     """The answers to one HTTP request, under way. `close` ends what still runs."""
 
-    def __init__(self, engine: Engine, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int]) -> None:
+    def __init__(
+        self, engine: Engine, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int], tell_ends: bool = False
+    ) -> None:
         self.engine, self.choices = engine, choices
+        self.notes: list[str] = []
+        """What of the request had no effect."""
         self.first_token: float | None = None
         """Seconds until it came."""
         self._began = time.perf_counter()
-        self._mailbox, self._ends = mailbox, ends
+        self._mailbox, self._ends, self._tell_ends = mailbox, ends, tell_ends
         self._open = {choice.request.id: choice for choice in choices}
 
     @property
@@ -105,27 +137,40 @@ class Answers:
             if isinstance(problem, Changed):
                 raise problem
             raise Unavailable(str(problem or self.engine.why_failed()))
-        tokens, finished = update.generated_tokens, update.is_finished()
+        sampling = choice.request.sampling
+        if choice.request.shaper is not None and choice.request.shaper.problem is not None:
+            raise ConfigError(f"The form of the answer could not be kept to: {choice.request.shaper.problem}")
+        tokens, finished = update.generated_tokens[: sampling.max_tokens], update.is_finished()
         choice.generated = len(tokens)
-        ended = finished and bool(tokens) and tokens[-1] in self._ends
-        choice.tokens = tokens[:-1] if ended else tokens
-        choice.logprobs = update.logprobs
+        ended = finished and bool(tokens) and tokens[-1] in sampling.stop_ids
+        if ended:
+            choice.stop_reason = None if tokens[-1] in self._ends else tokens[-1]
+        cut = ended and not self._tell_ends
+        choice.tokens, choice.end = (tokens[:-1], tokens[-1]) if cut else (tokens, None)
+        choice.logprobs = update.logprobs[: len(tokens)]
         first = choice.told
         text = choice.writer.write(choice.tokens, finished)
         if choice.writer.stopped:  # what the engine went on with before it is told is nobody's
             choice.tokens = choice.tokens[: len(choice.writer.offsets)]
             choice.generated = len(choice.tokens)
-        stop = len(choice.tokens)
+            choice.end, choice.stop_reason = None, choice.writer.stop
+        stop, over = len(choice.tokens), False
         if not finished or choice.writer.stopped:  # tokens go out with their text, however many come at once
             while stop > first and choice.writer.offsets[stop - 1] >= len(choice.writer.text):
                 stop -= 1
         if finished or choice.writer.stopped:
             choice.finish = "stop" if ended or choice.writer.stopped else "length"
+            over = True
             del self._open[choice.request.id]
             if not finished:
                 self.engine.cancel(choice.request)
         choice.told = stop
-        return Piece(choice, text, first, stop)
+        opens, choice.opened = not choice.opened, True
+        events = [] if choice.parser is None else choice.parser.feed(text, over)
+        choice.events += events
+        if choice.finish == "stop" and any(isinstance(event, Call) for event in choice.events):
+            choice.finish = "tool_calls"
+        return Piece(choice, text, first, stop, opens, events)
 
 
 class Desk:
@@ -133,7 +178,9 @@ class Desk:
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.ends = _ends(engine.model, tokenizer)
+        self._base = manner_of(None, tokenizer, engine.model.generation_config)
+        self._manners: dict[int, Manner] = {}
+        self.forms = Forms(tokenizer, engine.config, Grammars(tokenizer, engine.vocabulary, self._base.ends))
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's `model` names; None for the base model."""
@@ -143,65 +190,110 @@ class Desk:
         """Whether there is such a model or adapter."""
         return model == self.engine.config.name or self.engine.adapters.get(model) is not None
 
+    def manner(self, model: str) -> Manner:
+        """How `model` is asked, and where its answers end; read from an adapter's folder the first time."""
+        served = None if (name := self.adapter_of(model)) is None else self.engine.adapters.get(name)
+        if served is None:
+            return self._base
+        if served.serial not in self._manners:
+            found = manner_of(served.path, self.tokenizer, self.engine.model.generation_config)
+            self._manners[served.serial] = found
+        return self._manners[served.serial]
+
     async def completion(self, asked: CompletionRequest, loop: Any) -> Answers:
         """Put a completion in the queue."""
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
-        ids = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._submit(asked, ids, asked.max_tokens or 16, asked.logprobs or 0, loop)
+        await asyncio.to_thread(self.manner, asked.model)
+        most = 16 if asked.max_tokens is None else asked.max_tokens
+        tokens: list[list[int]] = []
+        echoes: list[Echo | None] = []
+        for prompt in prompts:
+            special = asked.add_special_tokens
+            ids = await self.encode(prompt, special) if isinstance(prompt, str) else prompt
+            kept = self._truncated(asked, ids, most)
+            tokens.append(kept)
+            given = prompt if len(kept) == len(ids) else kept
+            echo = asyncio.to_thread(echo_of, self.tokenizer, given, kept, special) if asked.echo and kept else None
+            echoes.append(None if echo is None else await echo)
+        return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked), loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError("This model's tokenizer has no chat template; use /v1/completions.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message.plain() for message in asked.messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template raises what it likes
-            raise ConfigError(f"The chat template refuses these messages: {error}") from error
-        prompt = await self._encode(text, special=False)
-        most = asked.max_completion_tokens or asked.max_tokens or max(1, self.engine.window - len(prompt))
-        return self._submit(asked, [prompt], most, asked.top_logprobs or 0, loop)
+        template = (await asyncio.to_thread(self.manner, asked.model)).template
+        text, notes = chat_text(self.tokenizer, asked, template)
+        prompt = self._truncated(asked, await self.encode(text, asked.add_special_tokens), asked.most_tokens or 1)
+        most = asked.most_tokens
+        if most is None:
+            most = max(1, self.engine.window - len(prompt))
+        last = asked.messages[-1]
+        echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
+        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text), loop)
+        answers.notes = notes
+        return answers
 
-    async def _encode(self, text: str, special: bool = True) -> list[int]:
+    async def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            ConfigError: it holds half a character.
+        """
         if half := _HALF.search(text):  # a character cut in two by JavaScript, say, which tokenizers do not take
             raise ConfigError(f"The text holds half a character, \\u{ord(half[0]):04x}; expected whole ones.")
 
         def encode() -> list[int]:
-            return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
         # A long text would hold up everybody else's answers. (In a thread a short one takes longer.)
         return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
 
-    def _submit(self, asked: Common, prompts: Sequence[list[int]], most: int, tops: int, loop: Any) -> Answers:
-        most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
-        if (count := len(prompts) * asked.n) > most_at_once:
+    def _truncated(self, asked: Common, ids: list[int], most: int) -> list[int]:
+        limit = asked.truncate_prompt_tokens
+        if limit is None:
+            return ids
+        limit = self.engine.window - most if limit < 0 else limit
+        return ids[:limit] if asked.truncation_side == "right" else ids[max(0, len(ids) - limit) :]
+
+    def _check_rows(self, prompts: Sequence[list[int]]) -> None:
+        """Name the tokens that the model has no row for: the tokenizer may have more than the model."""
+        rows = self.engine.vocabulary
+        beyond = sorted({token for prompt in prompts for token in prompt if rows <= token < len(self.tokenizer)})
+        if beyond:
+            names = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:8])
             raise ConfigError(
-                f"{len(prompts)} prompts with n = {asked.n} are {count} requests; expected at most {most_at_once}."
+                f"The prompt holds tokens that the model has no row for (it has {rows}): {names}. Leave them out."
             )
+
+    def _submit(
+        self,
+        asked: Common,
+        prompts: Sequence[list[int]],
+        echoes: Sequence[Echo | None],
+        most: int,
+        form: Form,
+        loop: Any,
+    ) -> Answers:
+        most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
+        if (count := len(prompts) * asked.draws) > most_at_once:
+            raise ConfigError(
+                f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
+            )
+        self._check_rows(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        ends = frozenset() if asked.ignore_eos else self.ends
+        # What ends a grammar ends its answer.
+        ends = frozenset() if asked.ignore_eos and form.grammar is None else self.manner(asked.model).ends
+        sampling = replace(sampling_of(asked, ends, most, self.tokenizer), grammar=form.grammar)
         mailbox = Mailbox()
         choices: list[Choice] = []
-        every_token = asked.stream or bool(asked.stops)
+        every_token = asked.stream or bool(asked.stop)
         try:
-            for prompt in prompts:
-                for _ in range(asked.n):
+            for prompt, echo in zip(prompts, echoes, strict=True):
+                for _ in range(asked.draws):
                     index = len(choices)
-                    sampling = Sampling(
-                        max_tokens=most,
-                        temperature=asked.temperature,
-                        top_p=asked.top_p,
-                        top_k=max(0, asked.top_k),
-                        seed=seed + index,
-                        top_logprobs=tops,
-                        stop_ids=tuple(ends),
-                    )
                     request = self.engine.submit(
                         prompt,
-                        sampling,
+                        replace(sampling, seed=seed + index),
                         self.adapter_of(asked.model),
                         every_token=every_token,
                         loop=loop,
@@ -209,16 +301,55 @@ class Desk:
                     )
                     # A chat's answer is a text of its own; a completion goes on from its prompt.
                     before = () if isinstance(asked, ChatRequest) else prompt
-                    choices.append(Choice(index, request, Writer(self.tokenizer, asked.stops, before)))
+                    writer = self._writer(asked, before, form.tokenizer)
+                    choices.append(Choice(index, request, writer, echo, parser=form.parser()))
         except BaseException:
             for choice in choices:
                 self.engine.cancel(choice.request)
             raise
-        return Answers(self.engine, choices, mailbox, ends)
+        return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output)
+
+    def _writer(self, asked: Common, before: Sequence[int], tokenizer: Any) -> Writer:
+        return Writer(
+            tokenizer or self.tokenizer,
+            asked.stop,
+            before,
+            skip_special=asked.skip_special_tokens,
+            keep_stop=asked.include_stop_str_in_output,
+            least=asked.min_tokens,
+        )
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    found = set([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(id for id in (*found, tokenizer.eos_token_id) if id is not None and id >= 0)
+def sampling_of(asked: Common, ends: Collection[int], most: int, tokenizer: Any) -> Sampling:
+    """How the tokens of a request's answers are picked.
+
+    Args:
+        asked: the request.
+        ends: tokens that end an answer whatever is asked.
+        most: tokens that an answer may have.
+        tokenizer: for words that are not to come.
+    """
+    return Sampling(
+        max_tokens=most,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=max(0, asked.top_k),
+        min_p=asked.min_p,
+        top_logprobs=asked.tops or 0,
+        stop_ids=tuple({*ends, *asked.stop_token_ids}),
+        min_tokens=asked.min_tokens,
+        prompt_logprobs=asked.prompt_tops,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        bias=tuple((token, bias) for token, bias in asked.logit_bias.items() if bias),
+        allowed=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
+        banned=tuple(_spellings(asked.bad_words, tokenizer)),
+    )
+
+
+def _spellings(words: Sequence[str], tokenizer: Any) -> Iterator[tuple[int, ...]]:
+    """Each word as tokens at the beginning of a text, and after a space."""
+    for word in words:
+        found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")}
+        yield from sorted(ids for ids in found if ids)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from theodora import __version__
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.serve.answers import Answers, Desk
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
@@ -19,8 +22,13 @@ from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
+from theodora.serve.response_events import ResponseReplies
+from theodora.serve.responses import ResponsesRequest, chat_of
 from theodora.serve.tiers import Changed
+from theodora.serve.tokens import token_routes
 
+_Replies = Replies | ResponseReplies
+_FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
 
@@ -43,10 +51,18 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     app.state.engine, app.state.metrics = engine, metrics
     _add_errors(app)
 
+    app.include_router(token_routes(desk))
+
+    @app.get("/ping")  # as SageMaker asks
+    @app.post("/ping")
     @app.get("/health")
     async def health() -> Response:
         ready = engine.ready()
         return JSONResponse({"status": "ok" if ready else "unavailable"}, 200 if ready else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -71,10 +87,14 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await _serve(asked, request, desk, metrics, "chat")
 
+    @app.post("/v1/responses")
+    async def responses(asked: ResponsesRequest, request: Request) -> Response:
+        return await _serve(chat_of(asked), request, desk, metrics, "responses", ResponseReplies(asked))
+
     @app.post("/v1/load_lora_adapter")
     async def load(asked: LoadRequest) -> dict[str, Any]:
         path = await asyncio.to_thread(inside, _allowed(engine), asked.lora_path)
-        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path)
+        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path, asked.load_inplace)
         return {"status": "ok", "id": adapter.name, "method": adapter.method, "seconds": round(adapter.seconds, 4)}
 
     @app.post("/v1/unload_lora_adapter")
@@ -110,36 +130,48 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error = HTTPException(error.status_code, f"There is no {request.method} {request.url.path} here.")
         return _reply(error)
 
     for kind in _STATUS:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, told)
     app.add_exception_handler(HTTPException, told)
+    app.add_exception_handler(UnicodeEncodeError, told)  # pydantic's, over half a character
     app.add_exception_handler(Exception, told)
 
 
 def _reply(error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         misses = [
-            ": ".join(filter(None, (".".join(str(part) for part in miss["loc"][1:]), miss["msg"])))
+            ": ".join(filter(None, (_place(miss["loc"][1:]), miss["msg"].removeprefix("Value error, "))))
             for miss in error.errors()
         ]
         return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
     if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
+    if isinstance(error, UnicodeEncodeError):
+        return _answer(*failure(400, "The body holds half a character; expected whole ones.", "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
     return _answer(*failure(500, "The server failed on this request.", "server_error"))
 
 
+def _place(parts: Sequence[Any]) -> str:
+    """Where in the body, without pydantic's names for the kinds that a value may have."""
+    return ".".join(str(part) for part in parts if isinstance(part, int) or _FIELD.fullmatch(part))
+
+
 def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
     return Response(body, status, headers)
 
 
-async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str) -> Response:
+async def _serve(
+    asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str, replies: ResponseReplies | None = None
+) -> Response:
     known = asked.model if desk.knows(asked.model) else "unknown"
     loop = asyncio.get_running_loop()
 
@@ -163,21 +195,28 @@ async def _serve(asked: Common, request: Request, desk: Desk, metrics: Metrics, 
         if answers.first_token is not None:
             metrics.first_token.observe(answers.first_token)
 
-    replies, timeout = Replies(asked, desk.tokenizer), desk.engine.config.timeout
+    timeout = desk.engine.config.timeout
+    told = replies or Replies(asked, desk.tokenizer)
     if asked.stream:
-        return StreamingResponse(_stream(asked, answers, replies, timeout, end), media_type="text/event-stream")
-    return await _whole(request, answers, replies, timeout, end)
+        chunks = _stream(asked, answers, told, timeout, end)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
+    return await _whole(request, answers, told, timeout, end)
 
 
-async def _whole(request: Request, answers: Answers, replies: Replies, timeout: float, end: Any) -> Response:
+def _notes(answers: Answers) -> dict[str, str]:
+    """What of a request had no effect, for who looks."""
+    told = "; ".join(answers.notes).encode("ascii", "replace").decode()
+    return {"x-theodora-note": re.sub(r"[^ -~]", " ", told)} if told else {}
+
+
+async def _whole(request: Request, answers: Answers, replies: _Replies, timeout: float, end: Any) -> Response:
     status = _GONE
-    reading = asyncio.ensure_future(_read(answers))
+    reading = asyncio.ensure_future(_read(answers, replies))
     gone = asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
-            reading.result()
-            reply: Response = JSONResponse(replies.whole(answers))
+            reply: Response = JSONResponse(reading.result(), headers=_notes(answers))
         elif gone.done():
             reply = Response(status_code=_GONE)
         else:
@@ -196,9 +235,13 @@ async def _whole(request: Request, answers: Answers, replies: Replies, timeout: 
         end(status)
 
 
-async def _read(answers: Answers) -> None:
+async def _read(answers: Answers, replies: _Replies) -> dict[str, Any]:
     async for _ in answers.pieces():
         pass
+    if isinstance(replies, ResponseReplies) or replies.asked.prompt_tops is None:
+        return replies.whole(answers)
+    # Thousands of tokens by name would hold up everybody else's answers.
+    return await asyncio.to_thread(replies.whole, answers)
 
 
 async def _hung_up(request: Request) -> None:
@@ -206,7 +249,7 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
+async def _stream(asked: Common, answers: Answers, replies: _Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
     status = _GONE
     try:
         for chunk in replies.opening(answers):
@@ -214,14 +257,15 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
                 async for pieces in answers.pieces():
-                    if (chunk := replies.chunk(pieces)) is not None:
+                    for chunk in replies.chunks(pieces, answers):
                         yield event(chunk)
         except TimeoutError as error:
             raise _Late(f"The answer took more than {timeout:g} s.") from error
-        if asked.stream_options and asked.stream_options.include_usage:
-            yield event(replies.last(answers))
         status = 200
-        yield event("[DONE]")
+        if isinstance(replies, Replies):
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield event(replies.last(answers))
+            yield event("[DONE]")
     except TheodoraError as error:
         # The status has been sent; the error stands in the stream, where clients look for it.
         reply = _reply(error)
@@ -232,12 +276,14 @@ async def _stream(asked: Common, answers: Answers, replies: Replies, timeout: fl
 
 
 def _models(engine: Engine) -> list[dict[str, Any]]:
-    base = engine.config.name
-    entry = {"object": "model", "owned_by": "theodora"}
+    config = engine.config
+    # Where things lie on this machine is nobody's affair, unless it is the name that they are asked for by.
+    root = config.model if config.served_name is None or not Path(config.model).is_dir() else Path(config.model).name
+    entry = {"object": "model", "owned_by": "theodora", "max_model_len": engine.window}
     return [
-        {"id": base, "created": engine.created, **entry, "parent": None, "max_model_len": engine.window},
+        {"id": config.name, "created": engine.created, **entry, "parent": None, "root": root},
         *(
-            {"id": adapter.name, "created": adapter.created, **entry, "parent": base, "root": str(adapter.path.name)}
+            {"id": adapter.name, "created": adapter.created, **entry, "parent": config.name, "root": adapter.path.name}
             for adapter in engine.adapters.adapters()
         ),
     ]

@@ -1,4 +1,5 @@
-"""The seams to transformers' continuous batching: the only file that knows its insides (5.17 to 5.23).
+"""The seams to transformers' continuous batching: with `processors.py` the only file that knows its insides (5.17 to
+5.23).
 
 Five things are not in it, and are put in here:
 
@@ -6,7 +7,8 @@ Five things are not in it, and are put in here:
   transformers keeps for logits processors, so that it works with graphs and with batches under way;
 - adapters that wait for a slot: requests of theirs wait, too (`RoutedScheduler`);
 - prefix reuse by adapter: the same tokens under another adapter are other keys and values (`_salted`);
-- picking tokens by each request's own temperature, seed and so on, and log-probabilities before temperature;
+- picking tokens by each request's own temperature, penalties and so on, log-probabilities before all of that, and those
+  of prompts;
 - a worker that fails tells so.
 """
 
@@ -15,141 +17,35 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     OutputRouter,
 )
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
-from transformers.generation.logits_process import LogitsProcessorList
 
 from theodora.errors import CheckpointError, TheodoraError
 from theodora.layers.slotted import Routing
-from theodora.serve.requests import Request, Sampling
-from theodora.serve.sampling import likeliest, pick
+from theodora.serve.processors import RoutedProcessors, request_of
+from theodora.serve.requests import Request
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier
 
 SCHEDULER = "theodora"
-KEY = "request"
-"""Under which a `Request` travels in transformers' request."""
-MOST_TOP_LOGPROBS = 20
-
-_GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
 _PATIENCE = 2.0
 """Seconds that a request waits for a slot before requests that came later have to wait for it."""
-_ROWS = 5  # slot, temperature, random bits, top_p, top_k
 _GRAPH_TOKENS = 256
 """Batches of more tokens than that (and than there are requests in a batch) are not worth a CUDA graph, of which there
 is one for each size: the GPU has enough to do while the host launches."""
 # Prefixes are told apart by bits above all token ids, spread over the first tokens of a block, of which there are at
 # least four.
 _TOKEN_BITS, _SALT_BITS, _SALTED = 20, 11, 4
-
-
-def request_of(state: Any) -> Request | None:
-    """Our request behind transformers' (None for those that it warms up with)."""
-    return state.logit_processor_kwargs.get(KEY)
-
-
-class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
-    """Takes each sequence's slot and sampling along with the batch, and picks tokens by them."""
-
-    current_io: Callable[[], Any]
-    """Gives the outputs of the batch at hand; set with the worker's other parts."""
-
-    def __init__(self) -> None:
-        # The class's own __init__ sorts logits processors, of which there are none here.
-        self.logits_processor = LogitsProcessorList()
-        self.tensors_required = _ROWS
-        self.supported_keys, self.ignored_keys = {}, set()
-        self.do_processing = True
-        self.samples = self.filters = self.tops = False
-        """Whether the batch at hand asks for random tokens; for some of the tokens only; for the likeliest ones."""
-        self._args: Tensor | None = None
-
-    @property
-    def eager(self) -> bool:
-        """Whether the batch asks for what is not in a CUDA graph: sorting, or the likeliest tokens."""
-        return self.filters or self.tops
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """A request's arguments are checked before it gets here."""
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Slot 0, and greedy."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
-        """Write the rows: slots for all sequences, the rest for those that get a new token."""
-        slots, temperatures, chances, top_ps, top_ks = [], [], [], [], []
-        self.samples, self.filters, self.tops = False, False, False
-        for future in requests_in_batch:
-            request = request_of(future.state)
-            sampling = _GREEDY if request is None else request.sampling
-            slots.append(0 if request is None else request.slot)
-            if future.has_new_token:
-                temperatures.append(sampling.temperature)
-                chances.append(sampling.chance(future.state.position_offset) if sampling.temperature > 0 else 0)
-                top_ps.append(sampling.top_p)
-                top_ks.append(sampling.top_k)
-                self.samples |= sampling.temperature > 0
-                self.filters |= sampling.filters
-                self.tops |= sampling.top_logprobs > 0
-        rows = torch.zeros(_ROWS, len(slots), dtype=torch.int32)
-        new = len(temperatures)
-        rows[0] = torch.tensor(slots, dtype=torch.int32)
-        rows[1, :new] = torch.tensor(temperatures, dtype=torch.float32).view(torch.int32)
-        rows[2, :new] = torch.tensor(chances, dtype=torch.int32)
-        rows[3, :new] = torch.tensor(top_ps, dtype=torch.float32).view(torch.int32)
-        rows[4, :new] = torch.tensor(top_ks, dtype=torch.int32)
-        arg_storage[:_ROWS, : len(slots)] = rows.to(arg_storage.device)
-        return arg_storage
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Leave the logits alone; `sample` needs them and the arguments."""
-        self._args = logits_processor_args
-        return scores
-
-    def sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """Pick each sequence's next token; write tokens and log-probabilities, and note the likeliest others.
-
-        Args:
-            scores: logits, (1, N, V).
-            output_ids: (2, …) int32: tokens, and log-probabilities as float32's bits.
-        """
-        logits, args = scores[0], self._args
-        assert args is not None
-        count = logits.shape[0]
-        if self.samples or logits.is_cuda:  # a graph is captured for all batches that are not `eager`
-            floats = args.view(torch.float32)
-            tokens = pick(logits, floats[1], args[2], floats[3], args[4], self.filters)
-        else:
-            tokens = logits.argmax(-1)
-        whole = logits.logsumexp(-1)
-        output_ids[0, :count].copy_(tokens)
-        output_ids[1, :count].copy_((logits.gather(1, tokens[:, None])[:, 0] - whole).view(torch.int32))
-        if self.tops:
-            # Beside the batch's other outputs: two batches can be under way.
-            self.current_io().tops = likeliest(logits, whole, MOST_TOP_LOGPROBS)
-
-    def keep_tops(self, requests: Sequence[Any], tops: tuple[Tensor, Tensor] | None) -> None:
-        """Hand the likeliest tokens of a finished batch to the requests that asked."""
-        if tops is None:
-            return
-        tokens, values = (both.cpu() for both in tops)
-        for row, future in enumerate(future for future in requests if future.has_new_token):
-            request = request_of(future.state)
-            if request is not None and (count := request.sampling.top_logprobs):
-                found = tokens[row, :count].tolist(), values[row, :count].tolist()
-                request.tops[len(future.state.logprobs)] = found
 
 
 class RoutedScheduler(FIFOScheduler):
@@ -360,6 +256,8 @@ class RoutedManager(ContinuousBatchingManager):
             if stream is not None and pairs is None:
                 # transformers writes the inputs on another stream than the one that reads them.
                 stream.wait_stream(torch.cuda.current_stream(stream.device))
+            if processors.scored:
+                return processors.scoring(function), False
             return function, graph and not processors.eager and processors.current_io().num_q_tokens <= most
 
         runner._get_forward_fn = forward
@@ -410,12 +308,11 @@ def _leaves(processor: Any) -> list[Any]:
 
 def _wrap_update(io: Any, processors: RoutedProcessors) -> None:
     update = io.prepare_batch_update
-    io.tops = None
+    io.tops = io.scores = None
 
     def wrapped() -> Any:
         found = update()
-        processors.keep_tops(found[0], io.tops)
-        io.tops = None
+        processors.keep(found[0], io)
         return found
 
     io.prepare_batch_update = wrapped
@@ -426,8 +323,15 @@ def _salt(cache: Any) -> None:
     search = cache.search_prefix_match
     name = next(name for name in ("mark_complete_blocks", "mark_shareable_blocks_as_complete") if hasattr(cache, name))
     mark = getattr(cache, name)
-    cache.search_prefix_match = lambda request_id, prompt_ids: search(request_id, _salted(prompt_ids, cache.asks))
     cache.asks = None
+
+    def searched(request_id: str, prompt: list[int]) -> int:
+        asks: Request | None = cache.asks
+        if asks is not None and asks.sampling.prompt_logprobs is not None:
+            return 0  # every token of a prompt that is scored goes through the model
+        return search(request_id, _salted(prompt, asks))
+
+    cache.search_prefix_match = searched
     setattr(cache, name, lambda state, complete: mark(_Salted(state), complete))
 
 

@@ -53,6 +53,12 @@ class ServeConfig:
     prefix_reuse: bool = True
     """Reuse keys and values of prompts that begin alike and go through the same adapter."""
 
+    tool_call_parser: str = "auto"
+    """How the model writes calls of tools: auto (as its chat template shows), none (they stay text), or a name (hermes,
+    llama3_json, mistral, …)."""
+    reasoning_parser: str = "auto"
+    """Tags of reasoning, which is told apart in chats: auto (as the template shows), none, or a name (think, …)."""
+
     host: str = "127.0.0.1"
     """Address to listen on. Anything but the loopback is open to others: use api_key_file with it."""
     port: int = 8000
@@ -81,6 +87,11 @@ class ServeConfig:
             raise ConfigError("The server's configuration makes no sense:" + bullet_list(problems))
 
     def _problems(self) -> Iterator[str]:
+        from theodora.serve.calls.families import BY_NAME, THINKING_BY_NAME
+
+        for name, known in (("tool_call_parser", BY_NAME), ("reasoning_parser", THINKING_BY_NAME)):
+            if (value := getattr(self, name)) not in ("auto", "none", *known):
+                yield f"{name} is {value!r}; expected auto, none, {', '.join(known)}"
         for field in fields(self):
             value, allowed = getattr(self, field.name), field.name in _ZERO
             if is_number(value) and (value < 0 or (value == 0 and not allowed)):

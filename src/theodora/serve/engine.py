@@ -125,7 +125,7 @@ class Engine:
         accepted = manager.add_request(
             prompt,
             request_id=request.id,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(1, sampling.max_tokens),  # a prompt is scored with one token more
             streaming=every_token,
             eos_token_id=list(sampling.stop_ids) or -1,
             request=request,
@@ -165,6 +165,12 @@ class Engine:
             raise ConfigError("The prompt is empty; expected at least one token.")
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             raise ConfigError(f"The prompt holds token ids outside 0 to {self.vocabulary - 1}.")
+        for name, ids in (
+            ("logit_bias", [token for token, _ in sampling.bias]),
+            ("allowed_token_ids", sampling.allowed),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+                raise ConfigError(f"{name} holds token ids outside 0 to {self.vocabulary - 1}.")
         if len(prompt) + sampling.max_tokens > self.window:
             raise ConfigError(
                 f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they may be at "
@@ -192,8 +198,13 @@ class Engine:
 
     # Adapters
 
-    def load(self, name: str, path: str | Path) -> ServedAdapter:
+    def load(self, name: str, path: str | Path, replace: bool = False) -> ServedAdapter:
         """Load an adapter and serve it under `name`.
+
+        Args:
+            name: what requests call it.
+            path: its folder.
+            replace: take the place of the adapter of that name; requests under way are answered by that one.
 
         Raises:
             ConfigError: the name is taken.
@@ -201,8 +212,8 @@ class Engine:
             Unavailable: the worker has failed, or did not come to it.
         """
         with self._loading:
-            if name == self.config.name or self.adapters.get(name) is not None:
-                raise ConfigError(f"The name {name!r} is taken; unload it first, or choose another.")
+            if name == self.config.name or (self.adapters.get(name) is not None and not replace):
+                raise ConfigError(f"The name {name!r} is taken; unload it, choose another, or set load_inplace.")
             started = time.perf_counter()
             before = Stamp.of(expanded(path))
             file = read_served(path, self.model, self.config.max_rank)
@@ -226,7 +237,9 @@ class Engine:
             adapter = prepare(name, file, self.model, started)
             adapter.stamp = stamp
             self.host.add(adapter)  # first, because what can be asked for can be unloaded
-            self.adapters.add(adapter)
+            before = self.adapters.add(adapter)
+            if before is not None and before.users == 0:
+                self._free(before)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
             self._mover.submit(self._to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
@@ -289,17 +302,7 @@ class Engine:
         if self._manager is not None:
             return
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
-        try:
-            manager = self._new_manager()
-            manager.start()
-        except Exception as error:  # transformers', for layers it has no cache for
-            raise self._unfit(error) from error
-        while manager.batch_processor is None:
-            if not manager.is_running():
-                error = manager.background_thread_status.fatal_error
-                raise Unavailable(f"The engine does not start: {error}") from error
-            time.sleep(0.01)
-        self._manager = manager
+        self._manager = manager = self._running_manager()
         if trial is not None:
             try:
                 with _unlogged():
@@ -308,6 +311,23 @@ class Engine:
                 self.stop()
                 raise
         self._started = True
+
+    def _running_manager(self) -> RoutedManager:
+        attention = self.model.config._attn_implementation
+        try:
+            manager = self._new_manager()
+            manager.start()
+            while manager.batch_processor is None:
+                if not manager.is_running():
+                    raise manager.background_thread_status.fatal_error or RuntimeError("its worker ended")
+                time.sleep(0.01)
+        except Exception as error:
+            # Paged attention fails outside batches, and transformers takes it off again only where a manager has run.
+            self.model.set_attn_implementation(attention)
+            if isinstance(error, RuntimeError | OSError):  # no memory, say
+                raise Unavailable(f"The engine does not start: {error}") from error
+            raise self._unfit(error) from error  # transformers', for layers it has no cache for
+        return manager
 
     def _try(self, manager: RoutedManager, trial: Trial) -> None:
         sampling = Sampling(max_tokens=trial.count, temperature=0.0)

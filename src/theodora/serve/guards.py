@@ -12,6 +12,9 @@ from theodora.errors import CheckpointError, ConfigError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+_OPEN = ("/health", "/ping")
+"""Paths that anybody may ask, who brings nothing."""
+
 
 def failure(status: int, message: str, kind: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers of an error, as OpenAI's clients read it."""
@@ -61,14 +64,14 @@ class Guards:
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
             # A page in a browser can let its own name point to the loopback.
             return failure(403, f"Host {headers.get('host', '')!r} is not this server.", "permission_error")
-        if self.keys and scope["path"] != "/health":
+        if self.keys and scope["path"] not in _OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # Headers are bytes; clients write what is not ASCII as Latin-1 or as UTF-8.
             given = key.strip().encode(), key.strip().encode("latin-1")
             known = [hmac.compare_digest(bytes_, known.encode()) for bytes_ in given for known in self.keys]
             if scheme.lower() != "bearer" or not any(known):
                 return failure(401, "A valid API key is needed: Authorization: Bearer KEY.", "authentication_error")
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] not in _OPEN:
             length = headers.get("content-length", "")
             if length.isdigit() and int(length) > self.max_body:
                 return self._large()

@@ -1,87 +1,210 @@
-"""The requests of OpenAI's protocol that are understood. A field that would be ignored is refused instead."""
+"""The requests of OpenAI's and vLLM's protocol that are understood.
+
+A field that would be ignored is refused instead, by name (`fields.py`); null and other values that ask for nothing are
+let through.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Text = Annotated[str, Field(max_length=256)]
+from theodora.serve.fields import Body
+from theodora.serve.messages import (
+    Message,
+    NamedTool,
+    ResponseFormat,
+    StructuredOutputs,
+    Text,
+    Tool,
+    ToolChoice,
+    ToolsAllowed,
+)
+
+MOST_LOGPROBS = 20
+"""Likeliest tokens that can be asked for at each place."""
+_MOST_IDS = 4096  # in a list of tokens
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream brings beside the answer."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: the usage so far, in every chunk."""
+    include_obfuscation: bool = False
+    """OpenAI's: letters in every chunk that hide how long its text is."""
 
 
-class Common(BaseModel):
-    """What completions and chats share. Fields that OpenAI has and that nothing here does must have no effect."""
-
-    model_config = ConfigDict(extra="forbid", strict=False)
+class Common(Body):
+    """What completions and chats share."""
 
     model: Text
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=16)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=1 << 20)
+    min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | list[str] | None = None
+
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=_MOST_IDS)
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    bad_words: list[Text] = Field(default_factory=list, max_length=256)
+
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=_MOST_IDS)
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    skip_special_tokens: bool = True
+
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool = False
+    return_tokens_as_token_ids: bool = False
+    """vLLM's: tokens of log-probabilities by number, as token_id:42, which no text leaves in doubt."""
+    return_token_ids: bool = False
+    """vLLM's: the numbers of the tokens beside the text."""
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    """vLLM's: how many tokens of a longer prompt are kept; -1 keeps what fits."""
+    truncation_side: Literal["left", "right"] = "left"
+
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool = False
+    service_tier: Literal["auto", "default"] | None = None
+    session_id: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
-    presence_penalty: Literal[0] | float = 0
-    frequency_penalty: Literal[0] | float = 0
-    logit_bias: dict[str, Any] | None = None
-
-    @field_validator(
-        "n", "temperature", "top_p", "top_k", "stream", "presence_penalty", "frequency_penalty", mode="before"
-    )
+    @model_validator(mode="before")
     @classmethod
-    def _null_is_the_default(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
+    def _guided(cls, data: Any) -> Any:
+        """vLLM's older fields for structured outputs, as the newer one."""
+        if not isinstance(data, Mapping):
+            return data
+        old = {name: data[name] for name in _GUIDED if data.get(name) is not None}
+        if not old:
+            return data
+        if data.get("structured_outputs") is not None:
+            raise ValueError(f"{', '.join(old)}: expected structured_outputs alone, which says the same")
+        rest = {name: value for name, value in data.items() if name not in _GUIDED}
+        return {**rest, "structured_outputs": {_GUIDED[name]: value for name, value in old.items()}}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> list[str]:
-        stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > 16 or any(len(stop) > 256 for stop in stops):
+    def _few_stops(cls, value: list[str]) -> list[str]:
+        if len(value) > 16 or any(len(stop) > 256 for stop in value):
             raise ValueError("expected at most 16 stop texts of at most 256 characters")
-        return stops
+        return value
 
     @model_validator(mode="after")
-    def _nothing_ignored(self) -> Common:
-        asked = [name for name in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, name)]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: not supported by this server")
+    def _fits_together(self) -> Common:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected with stream: true only")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: not supported in a stream by this server; leave stream out")
+        most = self.most_tokens
+        if most is not None and self.min_tokens > most:
+            raise ValueError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, which is {most}")
         return self
 
     @property
-    def stops(self) -> list[str]:
-        """Texts that end the answer."""
-        return list(self.stop or [])
+    def most_tokens(self) -> int | None:
+        """Tokens that the answer may have, if the request says so."""
+        return self.max_tokens
+
+    @property
+    def form(self) -> StructuredOutputs | None:
+        """The form that the answer must have, whichever field says so."""
+        if self.structured_outputs is not None and self.structured_outputs.form:
+            return self.structured_outputs
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "structural_tag":
+            tag = form.model_dump_json(exclude_none=True)
+            return StructuredOutputs.model_validate({"structural_tag": tag})
+        if form.json_schema is None or form.json_schema.schema_ in (None, True):
+            return StructuredOutputs.model_validate({"json_object": True})
+        return StructuredOutputs.model_validate({"json": form.json_schema.schema_})
+
+    @property
+    def draws(self) -> int:
+        """Answers to generate for each prompt."""
+        return self.n
+
+    @property
+    def tops(self) -> int | None:
+        """Likeliest tokens to tell at each place, beside the log-probabilities; None where none are asked for."""
+        return None
+
+    @property
+    def prompt_tops(self) -> int | None:
+        """The same for the places of the prompt."""
+        return self.prompt_logprobs
+
+
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = False
-    best_of: int | None = None
-    suffix: None = None
-    return_tokens_as_token_ids: bool | None = False
-    """vLLM's: tokens of log-probabilities by number, as token_id:42, which no text leaves in doubt."""
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=16)
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _best_of_all(self) -> CompletionRequest:
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of: not supported by this server (other than equal to n)")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}; expected at least n, which is {self.n}")
+        if self.stream and self.best_of not in (None, self.n):
+            raise ValueError("best_of: not supported in a stream, whose answers are told before all are known")
         return self
+
+    @property
+    def draws(self) -> int:
+        """Answers to generate for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def tops(self) -> int | None:
+        """Likeliest tokens to tell at each place, beside the log-probabilities; None where none are asked for."""
+        return self.logprobs
+
+    @property
+    def prompt_tops(self) -> int | None:
+        """The same for the places of the prompt."""
+        asked = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return max(asked, default=None)
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry for each prompt."""
@@ -92,58 +215,110 @@ class CompletionRequest(Common):
         return self.prompt  # pyright: ignore[reportReturnType]
 
 
-class Part(BaseModel):
-    """A piece of a message."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
-
-
-class ChatRequest(Common):
-    """POST /v1/chat/completions."""
+class Templated(Body):
+    """What a chat template writes."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: dict[str, Any] | None = None
-    tools: None = None
-    tool_choice: Literal["none"] | None = None
+    tools: list[Tool] = Field(default_factory=list)
+    documents: list[dict[str, Any]] = Field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goes_on(cls, data: Any) -> Any:
+        """Who asks to go on from the last message need not say that none is begun."""
+        if isinstance(data, Mapping) and data.get("continue_final_message") is True:
+            if data.get("add_generation_prompt") is True:
+                raise ValueError("continue_final_message: expected without add_generation_prompt")
+            return {**data, "add_generation_prompt": False}
+        return data
+
+
+class ChatRequest(Common, Templated):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
 
     @model_validator(mode="after")
     def _plain_text(self) -> ChatRequest:
-        if self.response_format not in (None, {"type": "text"}):
-            raise ValueError("response_format: not supported by this server (other than text)")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        names = {tool.function.name for tool in self.tools}
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: expected with tools")
+        for name in _named(self.tool_choice):
+            if name not in names:
+                raise ValueError(f"tool_choice: there is no tool {name!r}; expected one of {', '.join(sorted(names))}")
         return self
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that the answer may have, if the request says so."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-class LoadRequest(BaseModel):
+    @property
+    def tops(self) -> int | None:
+        """Likeliest tokens to tell at each place, beside the log-probabilities; None where none are asked for."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        if self.tool_choice == "none":
+            return []
+        named = _named(self.tool_choice)
+        return [tool for tool in self.tools if not named or tool.function.name in named]
+
+
+def _named(choice: ToolChoice | None) -> list[str]:
+    if isinstance(choice, NamedTool):
+        return [choice.function.name]
+    if isinstance(choice, ToolsAllowed):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return []
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize, of a text."""
+
+    model: Text | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(Templated):
+    """POST /tokenize, of a chat."""
+
+    model: Text | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: Text | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class LoadRequest(Body):
     """POST /v1/load_lora_adapter."""
 
-    model_config = ConfigDict(extra="forbid")
     lora_name: Annotated[str, Field(pattern=r"^[\w][\w.:-]{0,127}$")]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+    """Replace the adapter of that name."""
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """POST /v1/unload_lora_adapter."""
 
-    model_config = ConfigDict(extra="forbid")
     lora_name: Text

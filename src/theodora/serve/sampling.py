@@ -1,4 +1,4 @@
-"""Picking tokens: each row of a batch by its own temperature, top-p, top-k and random number, without a look at values.
+"""Picking tokens: each row of a batch by its own temperature, filters and random number, without a look at values.
 
 One random number picks from the summed-up probabilities, so the same seed picks the same token in any batch.
 Shapes: N rows, V vocabulary.
@@ -13,7 +13,13 @@ _BITS = 23  # of a random number; below 1 also after a product with the largest 
 
 
 def pick(
-    logits_NV: Tensor, temperature_N: Tensor, chance_N: Tensor, top_p_N: Tensor, top_k_N: Tensor, filters: bool
+    logits_NV: Tensor,
+    temperature_N: Tensor,
+    chance_N: Tensor,
+    top_p_N: Tensor,
+    top_k_N: Tensor,
+    min_p_N: Tensor,
+    filters: bool,
 ) -> Tensor:
     """The picked tokens, (N,) int64.
 
@@ -23,7 +29,9 @@ def pick(
         chance_N: 23 random bits for each row.
         top_p_N: float32 in (0, 1]; see `filters`.
         top_k_N: integers; 0 stands for all; see `filters`.
-        filters: whether to mind top_p and top_k, which takes sorting.
+        min_p_N: float32 in [0, 1], a share of the likeliest token's chance; see `filters`.
+        filters: whether to mind top_p, top_k and min_p, which takes sorting. top_p is a share of what the other two
+            leave.
     """
     rows = logits_NV.shape[0]
     temperature, chance = temperature_N[:rows, None], chance_N[:rows, None].float() / 2**_BITS
@@ -34,14 +42,16 @@ def pick(
     sampled = _draw(chances, chance)[:, 0]
     if filters:
         chances, tokens = chances.sort(-1, descending=True)
-        before = chances.cumsum(-1) - chances
         rank = torch.arange(chances.shape[1], device=chances.device)
-        top_p, top_k = top_p_N[:rows, None], top_k_N[:rows, None]
+        top_p, top_k, min_p = top_p_N[:rows, None], top_k_N[:rows, None], min_p_N[:rows, None]
+        few = ((top_k > 0) & (rank >= top_k)) | (chances < min_p * chances[:, :1])
+        chances = chances.masked_fill(few, 0)
+        sums = chances.cumsum(-1)
         # The likeliest always stays.
-        out = ((before >= top_p) | ((top_k > 0) & (rank >= top_k))) & (rank > 0)
+        out = (sums - chances >= top_p * sums[:, -1:]) & (rank > 0) & (top_p < 1)
         filtered = tokens.gather(1, _draw(chances.masked_fill(out, 0), chance))[:, 0]
         # Rows without filters draw as they would in a batch without any.
-        sampled = torch.where(((top_p < 1) | (top_k > 0))[:, 0], filtered, sampled)
+        sampled = torch.where(((top_p < 1) | (top_k > 0) | (min_p > 0))[:, 0], filtered, sampled)
     return torch.where(temperature[:, 0] > 0, sampled, greedy)
 
 

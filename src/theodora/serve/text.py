@@ -20,7 +20,16 @@ class Writer:
         `writer.write(tokens)` gives the new text; `writer.stopped` says that a stop text has come.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        *,
+        skip_special: bool = True,
+        keep_stop: bool = False,
+        least: int = 0,
+    ) -> None:
         """Begin an answer.
 
         Args:
@@ -28,18 +37,29 @@ class Writer:
             stops: texts before which the answer ends.
             prompt: what the answer goes on from. Without it, the answer's text begins as a text of its own, which for
                 some tokenizers has no space before the first word.
+            skip_special: leave special tokens out.
+            keep_stop: end the text behind the stop text instead of before it.
+            least: tokens at the beginning in which no stop text ends the answer.
         """
+        self._skip, self._keep_stop, self._least = skip_special, keep_stop, least
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self.text = ""
         """All text that has been given out."""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop text that has come."""
         self.offsets: list[int] = []
         """Where in the text each token begins."""
         self._decoded = ""  # given out, or held back
+        self._unstopped = 0  # characters at the beginning in which no stop text may end
         before = list(prompt[-CONTEXT:])
         self._before = [] if self._text(before).endswith(BROKEN) else before
         self._start = 0  # of the tokens that are decoded together
         self._read = len(self._before)  # of those that are text already
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self.stop is not None
 
     def write(self, tokens: Sequence[int], finished: bool = False) -> str:
         """The text that has become certain since the last call.
@@ -55,11 +75,14 @@ class Writer:
         for count in range(first + 1, len(all_tokens) + 1):
             self.offsets.append(len(self._decoded))
             self._decode(all_tokens[:count], finished and count == len(all_tokens))
-            if self._stop():  # asked after each token, so that it does not matter how many come at once
+            if count - len(self._before) <= self._least:
+                self._unstopped = len(self._decoded)
+            elif self._stop():  # asked after each token, so that it does not matter how many come at once
                 break
         if finished and not self.stopped and self._read < len(all_tokens):
             self._decode(all_tokens, True)
-            self._stop()
+            if len(tokens) > self._least:
+                self._stop()
         end = len(self._decoded) - (0 if finished or self.stopped else self._held())
         new = self._decoded[len(self.text) : end]
         self.text += new
@@ -74,19 +97,27 @@ class Writer:
             self._start, self._read = self._read, len(tokens)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
 
     def _stop(self) -> bool:
-        """Cut the text before the first stop text; whether there is one. What has been given out holds none."""
-        found = [at for stop in self._stops if (at := self._decoded.find(stop, len(self.text))) >= 0]
+        """Cut the text at the first stop text; whether there is one. What was given out holds none."""
+        found = [(at, stop) for stop in self._stops if (at := self._decoded.find(stop, self._from(stop))) >= 0]
         if found:
-            self.stopped = True
-            self._decoded = self._decoded[: min(found)]
+            at, self.stop = min(found, key=lambda one: one[0])
+            self._decoded = self._decoded[: at + len(self.stop) * self._keep_stop]
         return self.stopped
+
+    def _from(self, stop: str) -> int:
+        """Where a stop text can begin."""
+        # Behind what was given out, unless it is part of the text: then nothing is held back for it.
+        first = len(self.text) - (len(stop) - 1) * self._keep_stop
+        return max(0, first, self._unstopped - len(stop) + 1)
 
     def _held(self) -> int:
         """Characters at the end that could become a stop text."""
         held = 0
+        if self._keep_stop:
+            return held
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(self._decoded)), held, -1):
                 if self._decoded.endswith(stop[:size]):

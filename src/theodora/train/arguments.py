@@ -14,6 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.other_words import advice
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
 _ELSEWHERE = {
@@ -22,32 +23,6 @@ _ELSEWHERE = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "push_to_hub": "upload the finished folder with `hf upload`",
-}
-# What people who know other tools write.
-_OTHER_WORDS = {
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "targets",
-    "target_modules": "targets",
-    "use_dora": "method",
-    "use_rslora": "rslora",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "dataset_name": "data",
-    "datasets": "data",
-    "eval_dataset": "eval_data",
-    "val_set_size": "held_out",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "evaluation_strategy": "eval_strategy",
-    "group_by_length": "train_sampling_strategy",
 }
 
 
@@ -121,7 +96,7 @@ def _checked(trainer: Any) -> dict[str, Any]:
     problems: list[str] = []
     for name, value in trainer.items():
         if name not in known:
-            problems.append(f"there is no option {name}{_nearest(name, sorted({*known, *OPTION_NAMES}))}")
+            problems.append(f"there is no option {name}{_nearest(name, value, sorted({*known, *OPTION_NAMES}))}")
         elif name in _ELSEWHERE and value:
             problems.append(f"{name} has no effect here: {_ELSEWHERE[name]}")
         else:
@@ -134,9 +109,10 @@ def _checked(trainer: Any) -> dict[str, Any]:
     return values
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    if name in _OTHER_WORDS:
-        return f"; it is called {_OTHER_WORDS[name]} here"
+def _nearest(name: str, value: Any, names: list[str]) -> str:
+    told = advice(name, value)
+    if told is not None:
+        return f"; {told}"
     close = difflib.get_close_matches(name, names, n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 

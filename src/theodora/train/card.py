@@ -11,13 +11,16 @@ import yaml
 import theodora
 from theodora.adapters.atomic import atomic_write
 from theodora.config import TrainConfig
+from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
+from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
     Plan,
     describe_adapter,
     describe_modules,
     describe_moved,
+    describe_stops,
     device_name,
     next_commands,
     result_rows,
@@ -40,7 +43,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     sections = [
         _metadata(config),
         f"# {name}\n\n{describe_adapter(config)}: an adapter for `{config.model}`, trained with "
-        f"Theodora {theodora.__version__}.",
+        f"Theodora {theodora.__version__}.{f' It {origin}.' if (origin := described(config)) is not None else ''}",
         _results(result),
         _data(plan),
         _settings(plan),
@@ -67,6 +70,8 @@ def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
     notes = f"Losses are means per predicted token, in nats. Tensors that training moved: {describe_moved(result)}."
+    if result.stops is not None:
+        notes += f" Asked a few of its own prompts, the model {describe_stops(result)}."
     return f"## Results\n\n{table}\n\n{notes}\n\n![Loss curve]({FIGURE_FILE})"
 
 
@@ -80,7 +85,7 @@ def _data(plan: Plan) -> str:
         f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {plan.rows:,} rows, {plan.tokens:,} tokens.\n"
         f"- Loss on {learned}: {plan.learned:,} tokens.\n"
         f"- Held out: {held_out if plan.held_out_rows else 'none'}."
-    )
+    ) + "".join(f"\n- Left out: {part}." for part in sentences(plan.left_out))
 
 
 def _settings(plan: Plan) -> str:

@@ -25,6 +25,32 @@ def can_choose_positions(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+@torch.no_grad()
+def trl_reads_logits(trainer: Any) -> bool:
+    """Whether TRL's loss, which it computes from the states before the head, is that of the model's own logits.
+
+    Tried out, because TRL knows only some of what models do to their logits (scales, soft caps), and not where each
+    keeps its backbone. Not where the model is spread over processes.
+    """
+    model = trainer.model
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
+        return True
+    vocabulary = model.config.get_text_config().vocab_size
+    ids_1T = (torch.arange(8) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None].to(model.device) % vocabulary
+    training = model.training
+    model.eval()
+    try:
+        theirs_1T = model(input_ids=ids_1T, labels=ids_1T, fused_lm_head=True).log_probs
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    else:
+        own_1TV = model(input_ids=ids_1T, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        own_1T = own_1TV.gather(-1, ids_1T[:, 1:, None]).squeeze(-1)
+        return bool((theirs_1T - own_1T).abs().mean() <= (1e-3 if model.dtype == torch.float32 else 0.1))
+    finally:
+        model.train(training)
+
+
 def logits_fit(labels_BT: Tensor, vocabulary: int) -> bool:
     """Whether the logits at the learned positions are few enough to be held at once."""
     return _learned_positions(labels_BT).numel() * labels_BT.shape[0] * vocabulary <= _MOST_LOGITS

@@ -9,8 +9,11 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.adapters import inject_adapter, quantize_base
-from theodora.adapters.models import load_model, load_tokenizer
+from theodora.adapters import quantize_base
+from theodora.adapters.inject import adapter_layers
+from theodora.adapters.models import has_tokenizer, load_model, load_tokenizer
+from theodora.adapters.parts import other_parts_note
+from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
@@ -20,10 +23,15 @@ from theodora.data import (
     split_examples,
     tokenize,
 )
+from theodora.data.hidden import left_out_of
+from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
+from theodora.train.continued import load_continued
+from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, name_experts, put_on
+from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
@@ -43,6 +51,8 @@ class Prepared:
     held_out_rows: Dataset | None
     dtype: str
     notes: list[str]
+    left_out: tuple[LeftOut, ...] = ()
+    """What rows hold and nothing is learned from."""
 
 
 def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
@@ -58,10 +68,16 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config, training, held_out = _split(config, examples, notes)
     tokenizer = _load_tokenizer(config, arguments, training)
     train_rows = _tokenize(config, training, tokenizer, notes)
+    left_out = [*examples.left_out, *left_out_of(train_rows)]
     if config.replay is not None:
-        train_rows = _with_replay(config, train_rows, _tokenize(config, load_examples(config.replay), tokenizer, notes))
+        replayed = load_examples(config.replay)
+        texts = _tokenize(config, replayed, tokenizer, notes)
+        left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
+        train_rows = _with_replay(config, train_rows, texts)
         notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
     held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
+    if held_out is not None and held_out_rows is not None:
+        left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
     dtype, bf16 = choose_precision(config, arguments)
     model = load_model(
         config.model,
@@ -71,6 +87,12 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
     )
     arguments.model_init_kwargs = None
+    check_continues_text(model)
+    name_experts(model.config.get_text_config())
+    name_backbone(model)
+    adapter, targets_note = for_text(model, config.adapter)
+    notes += targets_note
+    notes += end_as_taught(model, tokenizer)
     config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
@@ -82,10 +104,18 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         dtype = f"float8, the rest {dtype},"
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
+    config = fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
-    inject_adapter(model, config.adapter)
-    return Prepared(config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes)
+    if config.from_adapter is None:
+        put_on(model, adapter, arguments, notes)
+    else:
+        config = load_continued(model, config)
+    if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
+        notes.append(frozen)
+    return Prepared(
+        config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes, tuple(left_out)
+    )
 
 
 def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:
@@ -106,7 +136,10 @@ def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[T
 
 
 def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
+    place, revision = config.model, config.revision
+    if config.from_adapter is not None and has_tokenizer(config.from_adapter):  # with the template it was trained with
+        place, revision = config.from_adapter, None
+    tokenizer = load_tokenizer(place, trust_remote_code=config.trust_remote_code, revision=revision)
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -134,9 +167,17 @@ def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedToke
         use_chat_template=config.use_chat_template,
         train_on=config.train_on,
     )
-    # The first part says how many rows and tokens there are, which the panel shows by itself.
-    notes += [note.rstrip(".") for note in rows.info.description.split("; ")[1:] if note.rstrip(".") not in notes]
+    # The first part says how many rows and tokens there are, which the panel shows by itself, as what is left out.
+    said = {*notes, *sentences(left_out_of(rows))}
+    notes += [note for part in rows.info.description.split("; ")[1:] if (note := part.rstrip(".")) not in said]
     return rows
+
+
+def _of_held_out(config: TrainConfig, examples: Examples, rows: Dataset, known: set[str]) -> tuple[LeftOut, ...]:
+    """What is left out of the rows to evaluate on; of those of the same file only what no other row has."""
+    if config.eval_data is not None:
+        return named([*examples.left_out, *left_out_of(rows)], config.eval_data)
+    return named([part for part in left_out_of(rows) if part.what not in known], "the held-out rows")
 
 
 def _with_replay(config: TrainConfig, rows: Dataset, texts: Dataset) -> Dataset:

@@ -17,9 +17,13 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
+from theodora.data.left_out import LeftOut, sentences
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
+from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
+
+_MOST_LEFT_OUT = 12  # lines of the panel
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Plan:
     path: str | None
     """What the fast path speeds up; None where there is nothing to say."""
     notes: Sequence[str]
+    left_out: Sequence[LeftOut] = ()
+    """What rows hold and nothing is learned from."""
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -61,11 +67,15 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.path is not None:
         grid.add_row("Fast path", plan.path)
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
+    if (origin := described(config)) is not None:
+        grid.add_row("", origin)
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
     grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")
     grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
     grid.add_row("", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
+    for part in left_out_lines(plan.left_out):
+        grid.add_row(Text("Left out", style="yellow"), Text(part))
     held_out = f"{plan.held_out_rows:,} rows" + (f" of {config.eval_data}" if config.eval_data else "")
     grid.add_row("Held out", held_out if plan.held_out_rows else "none")
     grid.add_row("Steps", f"{plan.steps:,} of {plan.rows_per_step:,} rows, {plan.epochs:.2g} epochs")
@@ -78,6 +88,13 @@ def print_plan(console: Console, plan: Plan) -> None:
     for note in plan.notes:
         grid.add_row(Text("Note", style="yellow"), note)
     console.print(Panel(grid, title="[bold]theodora train", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def left_out_lines(parts: Sequence[LeftOut]) -> list[str]:
+    """What is left out, one line each; of many the first, and where the others stand."""
+    lines = sentences(parts)
+    more = len(lines) - _MOST_LEFT_OUT
+    return lines if more <= 1 else [*lines[:_MOST_LEFT_OUT], f"and {more:,} more, which the model card names"]
 
 
 def print_result(console: Console, result: TrainResult, config: TrainConfig, notes: Sequence[str]) -> None:
@@ -95,6 +112,8 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         f"peak memory {as_size(result.peak_memory)}",
     )
     console.print(f"Moved by training: {describe_moved(result)}; all finite")
+    if result.stops is not None:
+        console.print("It " + describe_stops(result))
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
     where = Text.assemble(
@@ -117,6 +136,12 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 def describe_moved(result: TrainResult) -> str:
     """`lora_A 14 of 14, lora_B 14 of 14, magnitude 14 of 14`."""
     return ", ".join(f"{part} {moved} of {total}" for part, (moved, total) in result.moved.items())
+
+
+def describe_stops(result: TrainResult) -> str:
+    """`stops by itself in 3 of 4 answers`."""
+    stopped, asked = result.stops or (0, 0)
+    return f"stops by itself in {stopped} of {asked} answers"
 
 
 def next_commands(config: TrainConfig) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.data.left_out import LeftOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,24 @@ class TrainResult:
     moved: Mapping[str, tuple[int, int]]
     """For each part of the adapter (lora_A, lora_B, magnitude) how many tensors training moved, of how many. All are
     finite, or there would be an error."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What rows of the data hold and nothing is learned from, with how many rows it concerns."""
+    stops: tuple[int, int] | None = None
+    """In how many of how many answers to its own prompts the model stopped by itself; None for plain text, and where it
+    was not asked."""
     model: PreTrainedModel = field(repr=False)
     """The model with its adapter, in eval mode."""
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     """Its tokenizer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures and what was left out, ready for JSON."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "tokenizer")}
+        figures = {name: None if value != value else value for name, value in figures.items()}  # JSON has no NaN
+        moved = {part: {"moved": moved, "of": total} for part, (moved, total) in self.moved.items()}
+        return {
+            **figures,
+            "output": str(self.output),
+            "moved": moved,
+            "left_out": [asdict(part) for part in self.left_out],
+        }

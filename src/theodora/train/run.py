@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.atomic import atomic_files, atomic_write
+from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.config import TrainConfig
+from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
 from theodora.parse import parse_yaml, to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
+from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
@@ -38,6 +42,7 @@ from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.result import TrainResult
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
+from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
 
 
@@ -71,11 +76,12 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
 
 
 def _train_in_order(config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal) -> TrainResult:
+    config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
     console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
     files.check_output(output, overwrite=config.overwrite, resume=config.resume)
-    read = {name: getattr(config, name) for name in ("model", "data", "eval_data", "replay")}
+    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
     files.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
     PartialState().wait_for_everyone()  # no process writes before all have looked
@@ -137,11 +143,15 @@ def _train(
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds, moved)
+    stops = _count_stops(prepared, arguments)
+    result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
     if arguments.should_save:
         _end_record(prepared, plan, result)
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
+    if stops is not None and (warning := stops.warning(result.train_loss)):
+        notes.append(warning)
     if trainer.guard.skipped:
         skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
         notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
@@ -172,6 +182,11 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
         arguments.accelerator_config.non_blocking = True
     # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    own_padding = prepared.tokenizer.pad_token
+    # TRL pads with the tokenizer's token, whether the model has a row for it or not.
+    safe = safe_padding(prepared.model, prepared.tokenizer)
+    if prepared.tokenizer.pad_token_id != safe:
+        arguments.pad_token = str(prepared.tokenizer.convert_ids_to_tokens(safe))
     try:
         return AdapterTrainer(
             model=prepared.model,
@@ -184,6 +199,8 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses this run: {error}") from error
+    finally:
+        prepared.tokenizer.pad_token = own_padding
 
 
 def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
@@ -237,6 +254,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *missing_parts(arguments.device),
             *(_changed_since(prepared.config, output) if checkpoint else []),
         ],
+        left_out=prepared.left_out,
     )
 
 
@@ -282,6 +300,7 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     save_adapter(prepared.model, output)
     with atomic_files(output) as folder:
         prepared.tokenizer.save_pretrained(folder)
+        save_ends(prepared.model, folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)
 
@@ -362,9 +381,18 @@ def _result(
         tokens_per_second=view.mean_tokens_per_second,
         peak_memory=peak_memory(),
         moved=moved,
+        left_out=prepared.left_out,
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
+
+
+def _count_stops(prepared: Prepared, arguments: SFTConfig) -> Stops | None:
+    """Ask a few held-out rows, or rows trained on; one process of one."""
+    if arguments.world_size > 1:
+        return None
+    examples = prepared.held_out if prepared.held_out is not None else prepared.training
+    return count_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 
 
 def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:

@@ -22,14 +22,14 @@ from theodora.adapters.inject import trained_tensors
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
-from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import is_adapted
 from theodora.train.apart import keeps_apart
 from theodora.train.checkpoints import rotate
 from theodora.train.figures import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.guard import StepGuard
-from theodora.train.loss import can_choose_positions, logits_fit, token_losses
+from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
 from theodora.train.movement import fingerprints
 from theodora.train.pieces import Pieces
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
@@ -83,12 +83,12 @@ class AdapterTrainer(SFTTrainer):
         self.say: Callable[[str], None] = print
         self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
         self.pieces.halves = self.args.world_size == 1
-        self.adapts_head = isinstance(self.model.get_output_embeddings(), AdapterLayer)
+        self.adapts_head = is_adapted(self.model.get_output_embeddings()) or not trl_reads_logits(self)
         self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.adapts_head and not self._plain_loss:
             raise ConfigError(
-                "An adapter on the output head trains with the plain loss alone. Leave the head out of targets, or set "
-                "loss_type: nll, label_smoothing_factor: 0 and router_aux_loss_coef: 0."
+                "An adapter on the output head, or a head that TRL cannot read, trains with the plain loss alone. "
+                "Leave it out of targets, or set loss_type: nll, label_smoothing_factor: 0 and router_aux_loss_coef: 0."
             )
         self._takes_positions = can_choose_positions(self.model)
         # All ways to compute the loss scale it by the tokens of all micro-batches, whatever the model itself accepts.

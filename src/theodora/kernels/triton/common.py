@@ -51,10 +51,13 @@ def product(left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_scale(magnitude, norm, o, inside):
-    """g = m / norm, and 1 where the norm is 0 (see `functional.dora_scale`)."""
+    """g = m / norm, and 1 where the norm is 0 (see `functional.dora_scale`).
+
+    Divided exactly: a fresh magnitude is the norm, and its g is 1 to the bit.
+    """
     m = tl.load(magnitude + o, mask=inside, other=1.0).to(tl.float32)
     n = tl.load(norm + o, mask=inside, other=1.0).to(tl.float32)
-    return tl.where(n == 0, 1.0, m / tl.where(n == 0, 1.0, n))
+    return tl.where(n == 0, 1.0, tl.div_rn(m, tl.where(n == 0, 1.0, n)))
 
 
 @triton.jit

@@ -95,7 +95,7 @@ def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
         if some:
             formed = _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale, TRANSPOSED, BO, BI)
             norm_sq = tl.where(cancelled, formed, norm_sq)
-    found = tl.sqrt(tl.maximum(norm_sq, 0.0))
+    found = tl.sqrt_rn(tl.maximum(norm_sq, 0.0))  # as torch rounds it, so that a saved norm is the norm anywhere
     if not FORM:
         found = tl.where(cancelled, -1.0, found)
     tl.store(norm + o, found, mask=o < O)
@@ -115,7 +115,7 @@ def _form_cancelled(w, a, b, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row,
             row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
         b_tile = _load_b(b, o, r, O, R, b_row, b_col)
         formed = _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale, TRANSPOSED, BO, BI)
-        tl.store(norm + o, tl.sqrt(formed), mask=cancelled)
+        tl.store(norm + o, tl.sqrt_rn(formed), mask=cancelled)
 
 
 def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w_scale: Tensor | None) -> Tensor:

@@ -1,0 +1,92 @@
+"""`generation_config.json` beside a model or an adapter: that its answers end where it was taught to end them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from theodora.adapters.models import has_tokenizer, load_tokenizer
+from theodora.ends import as_ids, end_token_ids
+from theodora.errors import CheckpointError
+from theodora.parse import parse_json
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def set_ends(model: Any, tokenizer: Any) -> None:
+    """Let `model.generate` stop at all tokens that end an answer, in place."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    ends = list(end_token_ids(settings, tokenizer))
+    if set(ends) - set(as_ids(settings.eos_token_id)):
+        settings.eos_token_id = ends
+
+
+def write_ends(folder: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> list[str]:
+    """Name in a model folder's generation_config.json all tokens that end an answer.
+
+    Args:
+        folder: holds config.json and, perhaps, a tokenizer, without which nothing is done.
+        adapter: the folder of an adapter that was merged into it, whose own settings count, too.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        What there is to say about it.
+
+    Raises:
+        CheckpointError: the file that is there cannot be read.
+    """
+    if not has_tokenizer(folder):
+        return []
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        return [f"generation_config.json stays as it is, because the tokenizer does not load: {error}"]
+    path = folder / GENERATION_CONFIG
+    settings = _read(path)
+    if settings is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        settings = GenerationConfig.from_model_config(config).to_diff_dict()
+        settings.pop("_from_model_config", None)  # the file does not follow config.json from now on
+    known = as_ids(settings.get("eos_token_id"))
+    trained = _read(adapter / GENERATION_CONFIG) if adapter is not None else None
+    ends = [*end_token_ids(settings, tokenizer), *as_ids((trained or {}).get("eos_token_id"))]
+    ends = list(dict.fromkeys(ends))
+    if not set(ends) - set(known):
+        return []
+    path.write_text(json.dumps({**settings, "eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
+    names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
+    return [f"Answers end with {names}; generation_config.json says so."]
+
+
+def save_ends(model: Any, folder: Path) -> None:
+    """Write a model's generation settings into an adapter's folder: what ends its answers need not be what ends its
+    base's."""
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        found = {key: value for key, value in settings.to_diff_dict().items() if key != "_from_model_config"}
+        (folder / GENERATION_CONFIG).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def new_ends(model: Any, tokenizer: Any) -> list[str]:
+    """The tokens that end an answer although neither the model's settings nor the tokenizer's EOS name them."""
+    settings = getattr(model, "generation_config", None)
+    known = {*as_ids(getattr(settings, "eos_token_id", None)), *as_ids(tokenizer.eos_token_id)}
+    ends = [end for end in end_token_ids(settings, tokenizer) if end not in known]
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return found

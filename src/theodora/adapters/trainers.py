@@ -1,0 +1,148 @@
+"""TRL's trainers with an injected model: the reference they compare with is the policy as it was when they began.
+
+DPO, KTO, GRPO, RLOO and self-distillation load the policy's folder once more for a reference. For a model with a loaded
+adapter that is the base, not what training starts from; for any other adapter it is all weights twice. So the policy's
+own frozen twin (`reference_model`) is given to them, and what cannot be right is refused before a step is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from theodora.adapters.inject import find_state, require_state
+from theodora.adapters.reference import reference_model, shares_training
+from theodora.errors import ConfigError
+
+_MAKE = "create_model_from_path"
+# Trainers that make their reference (or teacher) in any case; the others take a `ref_model`.
+_MAKE_THEIR_OWN = ("GRPOTrainer", "RLOOTrainer", "SDFTTrainer", "SDPOTrainer")
+_USE = "Pass ref_model=theodora.reference_model(model, ADAPTER), a frozen twin on the same weights."
+
+
+def teach_trl(trainer: Any) -> None:
+    """Let TRL's trainers be met when the first of them is made: they all are `trainer`s of transformers."""
+
+    def new(cls: Any, *_args: Any, **_kwargs: Any) -> Any:
+        for parent in cls.__mro__:
+            made = vars(parent).get("__init__")
+            if parent.__module__.startswith("trl.") and made is not None and not hasattr(made, "__theodora__"):
+                parent.__init__ = _with_reference(made)
+        return object.__new__(cls)
+
+    new_method: Any = new
+    new_method.__theodora__ = True
+    if not hasattr(trainer.__new__, "__theodora__"):
+        trainer.__new__ = new_method
+
+
+def _with_reference(made: Any) -> Any:
+    """The `__init__` of a trainer, which gets an injected model's own reference."""
+    signature = inspect.signature(made)
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs)
+        except TypeError:  # which the trainer says better
+            return made(self, *args, **kwargs)
+        policy = given.arguments.get("model")
+        if not isinstance(policy, nn.Module) or find_state(policy) is None:
+            return made(self, *args, **kwargs)
+        _check(type(self).__name__, policy, given.arguments)
+        takes_one = "ref_model" in signature.parameters
+        if takes_one and given.arguments.get("ref_model") is None and _own_reference_pays(type(self)):
+            given.arguments["ref_model"] = _reference(policy, given.arguments.get("args"))
+        with _made_of(type(self), policy, given.arguments.get("args")):
+            made(*given.args, **given.kwargs)
+        _check_reference(self, given.arguments)
+
+    wrapper: Any = functools.wraps(made)(init)
+    wrapper.__theodora__ = True
+    return wrapper
+
+
+def _check(name: str, policy: nn.Module, given: dict[str, Any]) -> None:
+    """Raise a ConfigError for what a trainer cannot do with an injected model."""
+    args, reference = given.get("args"), given.get("ref_model")
+    if given.get("peft_config") is not None:
+        raise ConfigError(
+            f"{name} got a peft_config and a model that carries Theodora's adapter, which would be left out of what "
+            "PEFT saves. Leave peft_config out to train that adapter, or call remove_adapter(model) first."
+        )
+    if getattr(args, "sync_ref_model", False):
+        raise ConfigError(
+            "sync_ref_model mixes all weights of the policy into a second model; a policy with an adapter has no "
+            "second model. Set sync_ref_model=False."
+        )
+    if getattr(args, "teacher_model_kind", None) == "ema":
+        raise ConfigError(
+            "teacher_model_kind='ema' averages all weights of a second model; a model with an adapter has none. Choose "
+            "'base' (as the model was at the start) or 'live'."
+        )
+    if reference is not None and isinstance(reference, nn.Module) and shares_training(policy, reference):
+        raise ConfigError(
+            f"The ref_model given to {name} holds the very tensors that it trains, so that it would follow the policy. "
+            + _USE
+        )
+
+
+def _own_reference_pays(trainer: type) -> bool:
+    """Whether a trainer that takes a `ref_model` would load one otherwise; the online ones copy the policy rightly."""
+    return _MAKE in vars(sys.modules[_maker(trainer).__module__])
+
+
+def _maker(trainer: type) -> type:
+    """The class of TRL among a trainer's parents that makes the reference."""
+    parents = [
+        parent for parent in trainer.__mro__ if parent.__module__.startswith("trl.") and "__init__" in vars(parent)
+    ]
+    makers = [parent for parent in parents if _MAKE in vars(sys.modules[parent.__module__])]
+    return (makers or parents)[0]
+
+
+@contextmanager
+def _made_of(trainer: type, policy: nn.Module, args: Any) -> Iterator[None]:
+    """Hand the policy's reference to a trainer that loads the policy's folder for one."""
+    module: Any = sys.modules[_maker(trainer).__module__]
+    if not any(parent.__name__ in _MAKE_THEIR_OWN for parent in trainer.__mro__) or not hasattr(module, _MAKE):
+        yield
+        return
+    loads = getattr(module, _MAKE)
+    folder = getattr(policy.config, "_name_or_path", "")
+
+    def load(model_id: str, *more: Any, **kwargs: Any) -> Any:
+        return loads(model_id, *more, **kwargs) if model_id != folder or more else _reference(policy, args)
+
+    setattr(module, _MAKE, load)
+    try:
+        yield
+    finally:
+        setattr(module, _MAKE, loads)
+
+
+def _reference(policy: nn.Module, args: Any) -> nn.Module:
+    """The policy as it is now, frozen."""
+    twin = reference_model(policy, require_state(policy).active)
+    # These cut up weights where they lie, each model's by itself.
+    cuts_weights = bool(getattr(args, "deepspeed", None) or getattr(args, "fsdp", None))
+    return copy.deepcopy(twin) if cuts_weights else twin
+
+
+def _check_reference(trainer: Any, given: dict[str, Any]) -> None:
+    """Raise a ConfigError if a trainer that is not known here has loaded the base as its reference after all."""
+    found = getattr(trainer, "ref_model", None)
+    found = getattr(found, "module", found)
+    if found is None or given.get("ref_model") is not None or find_state(found) is not None:
+        return
+    if find_state(given["model"]).active is not None:  # pyright: ignore[reportOptionalMemberAccess]
+        raise ConfigError(
+            f"{type(trainer).__name__} has loaded the base model as its reference, which is not where the training of "
+            "this adapter begins. " + _USE
+        )

@@ -1,0 +1,165 @@
+"""How the answer to a request is to be read, and what form it must have: reasoning, calls, structured outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from theodora.errors import ConfigError
+from theodora.serve.calls.families import (
+    BY_NAME,
+    THINKING_BY_NAME,
+    Family,
+    Parser,
+    Thinking,
+    family_of,
+    thinking_of,
+)
+from theodora.serve.calls.forced import calls_format, constant, sequence, thinking_format
+from theodora.serve.config import ServeConfig
+from theodora.serve.grammar import Grammar, Grammars, format_of
+from theodora.serve.messages import NamedTool, ToolsAllowed
+from theodora.serve.protocol import ChatRequest, Common
+from theodora.serve.schemas import check_size, kept
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the answers to a request are read, and picked."""
+
+    grammar: Grammar | None = None
+    tokenizer: Any = None
+    """Turns tokens into the text that is read; None for the model's own."""
+    parsing: tuple[Any, ...] | None = None
+    """Arguments of each answer's parser; None where answers are plain text."""
+
+    def parser(self) -> Parser | None:
+        """A parser of one answer."""
+        return None if self.parsing is None else Parser(*self.parsing)
+
+
+@dataclass
+class Forms:
+    """The forms that one model's answers can have."""
+
+    tokenizer: Any
+    config: ServeConfig
+    grammars: Grammars
+    _known: dict[str, tuple[Family | None, Thinking | None]] = field(default_factory=dict[str, Any])
+
+    async def of_completion(self, asked: Common) -> Form:
+        """The form of a completion.
+
+        Raises:
+            ConfigError: it makes no sense, or cannot be kept to.
+        """
+        return Form() if asked.form is None else Form(await self.grammars.grammar(format_of(asked.form)))
+
+    async def of_chat(self, asked: ChatRequest, prompt: str) -> Form:
+        """The form of a chat's answer.
+
+        Args:
+            asked: the request.
+            prompt: as the chat template wrote it.
+
+        Raises:
+            ConfigError: it makes no sense, or cannot be kept to.
+        """
+        family, thinking = self._of_template(asked)
+        if thinking is not None and thinking.closed_by(prompt):
+            thinking = None
+        opened = thinking is not None and thinking.opened_by(prompt)
+        tools = {tool.function.name: tool.function.parameters or {} for tool in asked.shown_tools}
+        format = self._format(asked, family, thinking, opened)
+        read = thinking is not None or (family is not None and (bool(tools) or family.read is not None))
+        words = (*(family.tokens if family else ()), *(thinking.tokens if thinking else ()))
+        grammar = None if format is None else await self.grammars.grammar(format, words if read else ())
+        if not read:
+            return Form(grammar)
+        return Form(grammar, _keeping(self.tokenizer, words), (family, tools or None, thinking, opened))
+
+    def _of_template(self, asked: ChatRequest) -> tuple[Family | None, Thinking | None]:
+        template = self.tokenizer.get_chat_template(None, [{}] if asked.shown_tools else None)
+        if template not in self._known:
+            self._known[template] = (
+                _named(self.config.tool_call_parser, BY_NAME, family_of(template)),
+                _named(self.config.reasoning_parser, THINKING_BY_NAME, thinking_of(template)),
+            )
+        return self._known[template]
+
+    def _format(
+        self, asked: ChatRequest, family: Family | None, thinking: Thinking | None, opened: bool
+    ) -> dict[str, Any] | None:
+        tools = asked.shown_tools
+        must = _must_call(asked)
+        strict = [tool.function.name for tool in tools if tool.function.strict]
+        before = thinking_format(family, thinking, opened)
+        if asked.form is not None:
+            if must:
+                raise ConfigError(
+                    "tool_choice asks for a call, and response_format or structured_outputs for something else; "
+                    "expected one of them."
+                )
+            said = format_of(asked.form)
+            if family is not None and family.name == "harmony":
+                said = sequence(constant("<|channel|>final<|message|>"), said)
+            # response_format is about what is said, beside which tools can be called; structured_outputs about it all.
+            may_call = tools and family is not None and asked.response_format is not None
+            calls = self._calls(asked, family, "required") if may_call and family is not None else None
+            form = said if calls is None else {"type": "or", "elements": [said, calls]}
+        elif tools and (must or strict or not asked.parallel_tool_calls):
+            if family is None:
+                raise ConfigError(
+                    "tool_choice, strict and parallel_tool_calls need a tool_call_parser; this server has none."
+                )
+            if family.name == "harmony" and not must:
+                return None  # its messages end with end tokens, which no grammar of several messages can hold
+            form = self._calls(asked, family, "required" if must else "auto")
+        else:
+            return None
+        return form if before is None else sequence(before, form)
+
+    def _calls(self, asked: ChatRequest, family: Family, choice: Any) -> dict[str, Any]:
+        tools: list[tuple[str, Any]] = []
+        for tool in asked.shown_tools:
+            schema = tool.function.parameters
+            check_size(schema, f"The schema of {tool.function.name}")
+            if schema is not None and tool.function.strict:
+                schema = kept(schema, f"The schema of {tool.function.name}")
+            tools.append((tool.function.name, schema))
+        return calls_format(
+            family, tools, choice, asked.parallel_tool_calls and not isinstance(asked.tool_choice, NamedTool)
+        )
+
+
+def _must_call(asked: ChatRequest) -> bool:
+    choice = asked.tool_choice
+    if isinstance(choice, ToolsAllowed):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required" or isinstance(choice, NamedTool)
+
+
+def _named(name: str, known: dict[str, Any], recognised: Any) -> Any:
+    return recognised if name == "auto" else known.get(name)
+
+
+def _keeping(tokenizer: Any, words: Sequence[str]) -> Any:
+    """The tokenizer, or one that keeps those of its special tokens that the format of an answer is made of."""
+    special = set(tokenizer.all_special_ids)
+    keep = {id for word in words if (id := tokenizer.convert_tokens_to_ids(word)) in special}
+    return _Keeping(tokenizer, special - keep) if keep else tokenizer
+
+
+class _Keeping:
+    def __init__(self, tokenizer: Any, hidden: set[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
+        """As the tokenizer, with the special tokens that are kept."""
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in self._hidden]
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, **options)

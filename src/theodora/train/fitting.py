@@ -1,0 +1,111 @@
+"""Making a model fit its data, its trainer and its adapter: vocabulary, ends of answers, names, and what is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.sft_config import SFTConfig
+
+from theodora.adapters import inject_adapter, remove_adapter
+from theodora.adapters.generation import new_ends, set_ends
+from theodora.adapters.inject import adapter_layers
+from theodora.adapters.kinds import layer_kinds
+from theodora.config import AdapterConfig, TrainConfig
+from theodora.data.vocabulary import describe_missing, missing_in, model_rows, safe_padding
+from theodora.errors import ConfigError
+from theodora.train.text_only import without_gradient
+
+_EXPERTS = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
+}
+
+
+def fit_vocabulary(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Sequence[Dataset | None],
+    notes: list[str],
+) -> TrainConfig:
+    """Make room for the tokens of the data that the model has no row for, if that is asked for.
+
+    Raises:
+        ConfigError: it is not, naming the tokens.
+    """
+    have = model_rows(model)
+    found = missing_in(filter(None, datasets), have)
+    safe_padding(model, tokenizer)
+    if not found:
+        if config.resize_embeddings:
+            notes.append("resize_embeddings: the model has a row for every token of the data, so nothing was resized")
+        return config
+    told = describe_missing(found, have, tokenizer, config.data)
+    if not config.resize_embeddings:
+        raise ConfigError(
+            f"{told}\nGive them rows and train these with --resize-embeddings, or take a model (or a tokenizer) that "
+            "fits the data."
+        )
+    tokens = max(len(tokenizer), max(found) + 1)
+    set_seed(config.seed)  # new rows are drawn about the mean of the others
+    model.resize_token_embeddings(tokens)
+    notes.append(f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved")
+    return config
+
+
+def end_as_taught(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Let the model stop where its template ends turns; what there is to say about it."""
+    ends = new_ends(model, tokenizer)
+    set_ends(model, tokenizer)
+    if not ends:
+        return []
+    return [
+        f"the chat template ends turns with {' and '.join(ends)}, the tokenizer's EOS is {tokenizer.eos_token}: "
+        "answers end with either, here and in what is made of this adapter (generation_config.json)"
+    ]
+
+
+def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig, notes: list[str]) -> None:
+    """Put the adapter on the model, without what text gives no gradient."""
+    random = torch.get_rng_state()
+    inject_adapter(model, adapter)
+    whole = not (arguments.fsdp or arguments.deepspeed or getattr(model, "hf_device_map", None))
+    if arguments.device.type != "cpu" and whole:
+        model.to(arguments.device)  # pyright: ignore[reportArgumentType]  (where it is trained, and faster)
+    if not (resting := without_gradient(model)):
+        return
+    kinds = ", ".join(dict.fromkeys(layer_kinds(resting).values()))
+    if adapter.targets != "all-linear":
+        raise ConfigError(
+            f"The targets select modules that text gives no gradient, so that they would never be trained: {kinds}. "
+            "Leave them out with exclude."
+        )
+    notes.append(f"text gives no gradient to {kinds}: frozen, and left out of the targets")
+    kept = tuple(path for path in adapter_layers(model) if path not in set(resting))
+    remove_adapter(model)
+    if whole:
+        model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
+    torch.set_rng_state(random)
+    inject_adapter(model, replace(adapter, targets=kept, exclude=()))
+
+
+def name_experts(config: Any) -> None:
+    """Give a mixture of experts the names under which TRL looks for its figures, for the loss that balances experts."""
+    for wanted, others in _EXPERTS.items():
+        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
+        if not hasattr(config, wanted) and found is not None:
+            setattr(config, wanted, found)
+
+
+def name_backbone(model: Any) -> None:
+    """Say where the states before the head come from, for TRL: Llama 4's class names a place that is not there."""
+    if model.base_model is not model:
+        return
+    found = [name for name, child in model.named_children() if child is model.get_decoder() or name == "model"]
+    if found:
+        model.base_model_prefix = found[0]
