@@ -4,7 +4,7 @@ import pytest
 
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
 from theodora.data import left_out_of, load_examples, tokenize
-from theodora.data.chat import ChatRenderer
+from theodora.data.templates import as_wanted
 from theodora.errors import DataError
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo", "n": 4}'
@@ -285,7 +285,7 @@ def test_words_that_hold_rare_characters_are_found_all_the_same(write):
 
 
 def test_messages_are_offered_in_the_form_that_a_template_wants():
-    wanted = ChatRenderer(tokenizer_for(template_of("deepseekv3"))).wanted(SHAPES["call"])
+    wanted = as_wanted(SHAPES["call"], tokenizer_for(template_of("deepseekv3")))
     assert wanted[1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo", "n": 4}'
-    parts = ChatRenderer(tokenizer_for(template_of("idefics3"))).wanted(SHAPES["text"])
+    parts = as_wanted(SHAPES["text"], tokenizer_for(template_of("idefics3")))
     assert parts[0]["content"] == [{"type": "text", "text": "U1?"}]
