@@ -140,7 +140,8 @@ class _Counts:
         if self.straddled:
             parts.append(
                 f"in {self.straddled:,} rows one token spans the end of a prompt and the start of an answer (does the "
-                "prompt end with a space?), so that the prompt alone gives other tokens than in training"
+                "prompt end with a space, or the chat template's with a line break?), so that the prompt alone gives "
+                "other tokens than in training"
             )
         if self.unseen:
             parts.append(f"{self.unseen:,} rows dropped: the chat template shows nothing of what is to be learned")
