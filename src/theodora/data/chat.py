@@ -138,10 +138,10 @@ class ChatRenderer:
         text = template.render(messages, tools)
         for without in _UNMARKED:
             marked = mark(messages, tools, text, arguments_in_text=template.forms.arguments_in_text, without=without)
-            found = marked.read(_rendered(template, marked.messages, marked.tools) or "") if marked else None
-            if marked and found and found[0] == text:
+            whole = _rendered(template, marked.messages, marked.tools) if marked else None
+            if marked and whole and marked.read(whole)[0] == text:
                 markers = template.generation_spans(messages, tools)
-                return _Reading(template, self._ends, marked, *found).chat(markers)
+                return _Reading(template, self._ends, marked, whole).chat(markers)
         return None
 
     @cached_property
@@ -186,11 +186,9 @@ class _Run:
 class _Reading:
     """One conversation as a template wrote it, and where its parts stand."""
 
-    def __init__(
-        self, template: Template, ends: re.Pattern[str], marked: Marked, text: str, extents: dict[int, Span]
-    ) -> None:
-        self.template, self.ends, self.marked, self.text = template, ends, marked, text
-        self.extents = extents
+    def __init__(self, template: Template, ends: re.Pattern[str], marked: Marked, whole: str) -> None:
+        self.template, self.ends, self.marked, self.whole = template, ends, marked, whole
+        self.text, self.extents = marked.read(whole)
         self.learned = [i for i, m in enumerate(marked.messages) if m["role"] == "assistant" and m.get("weight") != 0]
 
     def chat(self, markers: Sequence[Span] = ()) -> RenderedChat | None:
@@ -263,9 +261,14 @@ class _Reading:
                 inside += len(header)
                 return inside + agreement(rest, self.text[inside:words]), False
         shared = self._whole_tokens(place, place + shared)
-        if shared > place and tail[: shared - place].strip():
+        if tail[: shared - place].strip() and tail.rfind(self.template.header or tail) < shared - place:
             return shared, False
-        return (words, False) if self.marked.parts[run.first].kind == "text" else (None, False)
+        if self.marked.parts[run.first].kind == "text":
+            return words, False
+        # No header at all: behind content that Gemma 4 writes after a result, at DeepSeek V3's second call.
+        begin = self.ends.match(self.text[place:words].lstrip())
+        bare = begin is not None and begin[0] not in tail + self.template.header
+        return (place if bare else None), False
 
     def _headers(self, tail: str) -> list[str]:
         """What a turn may begin with: the header, and ends of a generation prompt from a control token on."""
@@ -346,6 +349,8 @@ class _Reading:
     def _rendered(self, turns: int, kinds: frozenset[Kind] | None, *, prompt: bool) -> str | None:
         """The first turns as text with marks; the last assistant turn among them may be reduced to some kinds."""
         messages = self.marked.messages[:turns]
+        if kinds is None and not prompt and len(messages) == len(self.marked.messages):
+            return self.whole
         if kinds is not None:
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             messages[last] = _reduced(messages[last], kinds)

@@ -218,7 +218,7 @@ class _Batches:
         if chat is None:
             self.problems.add(
                 where,
-                "the chat template leaves an assistant turn out, or writes it so that it cannot be found; "
+                "the chat template leaves an assistant turn out, or begins it so that it cannot be found; "
                 "use a template that has {% generation %} and {% endgeneration %} around assistant turns",
             )
             return None
