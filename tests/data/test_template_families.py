@@ -5,7 +5,7 @@ import pytest
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
 from theodora.data import left_out_of, load_examples, tokenize
 from theodora.data.templates import as_wanted
-from theodora.errors import DataError
+from theodora.errors import ConfigError, DataError
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo", "n": 4}'
 CALL_LOOP = "{% for c in m.tool_calls or [] %}"
@@ -282,6 +282,17 @@ def test_words_that_hold_rare_characters_are_found_all_the_same(write):
     tokenizer = tokenizer_for(GRANITE)
     dataset = tokenize(load_examples(write([{"messages": messages}])), tokenizer, max_length=9999)
     assert learned_of(dataset, tokenizer) == ["\U00020002!<|end_of_text|>"]
+
+
+def test_a_tokenizer_with_a_template_of_its_own_for_tools(write):
+    tokenizer = tokenizer_for(PHI4 + GRANITE)
+    tokenizer.chat_template = {"default": PHI4, "tool_use": GRANITE}
+    dataset = tokenize(load_examples(write([row_of("text"), row_of("last call")])), tokenizer, max_length=9999)
+    assert learned_of(dataset, tokenizer) == ["Blue.<|im_end|>", "Red.<|im_end|>"]
+    assert learned_of(dataset, tokenizer, 1) == [f"<|tool_call|>[{CALL}}}]<|end_of_text|>"]
+    tokenizer.chat_template = {"rag": PHI4}
+    with pytest.raises(ConfigError, match="no default"):
+        tokenize(load_examples(write([row_of("text")])), tokenizer, max_length=9999)
 
 
 def test_messages_are_offered_in_the_form_that_a_template_wants():

@@ -97,7 +97,7 @@ class ChatRenderer:
         use_chat_template: False: the fallback template all the same. True: insist on the tokenizer's own.
 
     Raises:
-        ConfigError: a template of its own is insisted on, but there is none.
+        ConfigError: a template of its own is insisted on, but there is none; or there are several without a default.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None) -> None:
@@ -109,7 +109,10 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self.is_fallback = use_chat_template is False or not tokenizer.chat_template
         own = fallback_chat_template(tokenizer) if self.is_fallback else None
-        self._template = Template.of(tokenizer, own, None)
+        try:
+            self._template = Template.of(tokenizer, own, None)
+        except ValueError as error:  # several templates, and none of them the default
+            raise ConfigError(f"The tokenizer's chat template: {error}") from error
         # Some models have another template for conversations with tools.
         self._with_tools = Template.of(tokenizer, own, [{}]) if isinstance(tokenizer.chat_template, dict) else None
 
