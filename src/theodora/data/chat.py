@@ -31,7 +31,6 @@ from theodora.data.templates import (
     Tools,
     adds_bos,
     fallback_chat_template,
-    formed,
     whole_tags,
 )
 from theodora.errors import ConfigError
@@ -126,10 +125,6 @@ class ChatRenderer:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
         return self._for(tools).render(self._folded(messages), tools, generation_prompt)
-
-    def wanted(self, messages: Sequence[Message], tools: Tools = None) -> list[Message]:
-        """The messages in the form in which the template shows all that it can, for `apply_chat_template`."""
-        return [formed(message, self._for(tools).forms) for message in self._folded(messages)]
 
     def render_for_training(self, messages: Sequence[Message], tools: Tools = None) -> RenderedChat | None:
         """The conversation and where its assistant turns (those without `weight: 0`) stand in it.

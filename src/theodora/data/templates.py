@@ -132,6 +132,21 @@ class Template:
         return _render(self, [formed(message, self.forms) for message in messages], tools, marked=True)[1]
 
 
+def as_wanted(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None = None, tools: Tools = None
+) -> list[Message]:
+    """Messages in the form in which a template shows all that it can, for `apply_chat_template`.
+
+    Args:
+        messages: as `tokenize` takes them.
+        tokenizer: whose chat template is used.
+        template: another one.
+        tools: the tools on offer, for which some tokenizers have a template of its own.
+    """
+    forms = Template.of(tokenizer, template, tools).forms
+    return [formed(message, forms) for message in messages]
+
+
 def formed(message: Message, forms: Forms) -> Message:
     """A message as a template wants it: without empty fields, which some print as "None", and without `weight`."""
     whole = {k: v for k, v in message.items() if v is not None and k != "weight"}
@@ -234,7 +249,8 @@ def _always_prompts(template: Template) -> bool:
     if not followed or followed.startswith(answered):
         return False
     header = answered[whole_tags(answered, agreement(answered, followed)) :]
-    return bool(header.strip()) and asked.endswith(header)
+    continues = _behind(template, turns[:2], "qxasked").startswith(asked)
+    return continues and bool(header.strip()) and asked.endswith(header)
 
 
 def whole_tags(text: str, end: int) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from theodora.data.templates import as_wanted
 from theodora.errors import ConfigError
 from theodora.serve.protocol import ChatRequest, Templated
 
@@ -37,7 +38,7 @@ def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple
             message["role"] = "system"  # as it was called before; templates leave out roles that they do not know
     try:
         text = tokenizer.apply_chat_template(
-            messages,
+            as_wanted(messages, tokenizer, own, tools),  # as in training
             chat_template=own,
             tools=tools,
             documents=asked.documents or None,
