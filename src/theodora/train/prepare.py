@@ -30,13 +30,10 @@ from theodora.data.replay import mix
 from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
+from theodora.train.experts import check_balance, name_experts
 from theodora.train.text_only import check_continues_text, without_gradient
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
-_EXPERTS = {
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
-}
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
 
 
@@ -83,8 +80,10 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     )
     arguments.model_init_kwargs = None
     check_continues_text(model)
-    _name_experts(model.config.get_text_config())
     _name_backbone(model)
+    name_experts(model.config.get_text_config())
+    if (unbalanced := check_balance(model, arguments)) is not None:
+        notes.append(unbalanced)
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
@@ -128,14 +127,6 @@ def _inject(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig
         model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
     torch.set_rng_state(random)
     inject_adapter(model, replace(adapter, targets=kept, exclude=()))
-
-
-def _name_experts(config: Any) -> None:
-    """Give a mixture of experts the names under which TRL looks for its figures, for the loss that balances experts."""
-    for wanted, others in _EXPERTS.items():
-        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
-        if not hasattr(config, wanted) and found is not None:
-            setattr(config, wanted, found)
 
 
 def _name_backbone(model: Any) -> None:
