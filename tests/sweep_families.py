@@ -125,6 +125,7 @@ def in_own_process(name: str, limit: int) -> dict[str, Any]:
         pid = os.fork()
         if pid == 0:
             signal.alarm(limit)
+            warnings.simplefilter("ignore")
             with contextlib.suppress(BaseException):
                 told.write_text(json.dumps(try_family(name, Path(scratch))))
             os._exit(0)
