@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
-from theodora.adapters.classes import auto_class
+from theodora.adapters.classes import auto_classes
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -85,19 +85,18 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
     _check_weights(expanded(model))
-    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        chosen = auto_class(AutoConfig.from_pretrained(model, **options), model, trust_remote_code=trust_remote_code)
-        result: Any = chosen.from_pretrained(
-            model,
-            **{
-                "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-                "use_safetensors": True,  # the other format is a pickle
-                **(model_kwargs or {}),
-            },
-            **options,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(model, **options)
+        classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
+        options |= {
+            "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+            "use_safetensors": True,  # the other format is a pickle
+            **(model_kwargs or {}),
+        }
+        result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)
+        if result[1]["missing_keys"] and len(classes) > 1:
+            result = classes[1].from_pretrained(model, **options, output_loading_info=True)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
