@@ -54,6 +54,7 @@ from theodora.adapters.kinds import layer_index
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
+from theodora.adapters.written import HASHES_KEY, hashes_of_adapter
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt
@@ -124,7 +125,11 @@ def save_adapter(
             f"Adapter {name!r} holds NaN or infinite values and was not saved; the run has diverged:" + bullet_list(bad)
         )
     config = json.dumps(_peft_config(model, state, name), indent=2, sort_keys=True) + "\n"
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name))}
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name)),
+        HASHES_KEY: hashes_of_adapter(tensors, config),
+    }
     path = Path(path)
     if not path.exists():
         with atomic_directory(path) as folder:
