@@ -27,6 +27,7 @@ CHECKPOINT = "checkpoint"
 HASHES_KEY = "theodora_sha256"
 """Where an adapter's weights tell, in their header, what they and their configuration were when they were written."""
 _SHOWN = 5
+_WHERE = ("base_model_name_or_path", "revision")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -58,7 +59,7 @@ def changes(folder: Path) -> list[str] | None:
 
 def hashes_of_adapter(tensors: Mapping[str, Tensor], config: str) -> str:
     """What `HASHES_KEY` stands for in the header of an adapter's weights."""
-    return json.dumps({_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: hashlib.sha256(config.encode()).hexdigest()})
+    return json.dumps({_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: _hash_of_config(config)})
 
 
 def described(folder: Path) -> str | None:
@@ -109,16 +110,22 @@ def _changes_by_header(folder: Path) -> list[str] | None:
                 return None
             expected: dict[str, Any] = json.loads(written)
             weights = _hash_of_tensors({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        found = {_WEIGHTS: weights, _CONFIG: sha256(folder / _CONFIG)}
+        found = {_WEIGHTS: weights, _CONFIG: _hash_of_config((folder / _CONFIG).read_text(encoding="utf-8"))}
     except FileNotFoundError as error:
         return [f"{Path(str(error.filename)).name} is missing"] if (folder / _WEIGHTS).is_file() else None
-    except (SafetensorError, OSError, ValueError) as error:
-        return [f"{_WEIGHTS} cannot be read ({error})"]
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        return [f"{_WEIGHTS} or {_CONFIG} cannot be read ({error})"]
     return [
         _difference(name, value, str(expected.get(name)))
         for name, value in found.items()
         if value != expected.get(name)
     ]
+
+
+def _hash_of_config(text: str) -> str:
+    """Of what a configuration says, however it is laid out; where the base lies is for everybody to change."""
+    fields = {name: value for name, value in json.loads(text).items() if name not in _WHERE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
