@@ -59,6 +59,7 @@ from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
 from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
+from theodora.adapters.written import HASHES_KEY, hashes_of_adapter
 from theodora.config import METHOD_NAMES, AdapterConfig, AdapterDtype
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt, start_values
@@ -132,7 +133,11 @@ def save_adapter(
             f"Adapter {name!r} holds NaN or infinite values and was not saved; the run has diverged:" + bullet_list(bad)
         )
     config = json.dumps(_peft_config(model, state, name), indent=2, sort_keys=True) + "\n"
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name))}
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name)),
+        HASHES_KEY: hashes_of_adapter(tensors, config),
+    }
     path = Path(path)
     if not path.exists():
         with atomic_directory(path) as folder:
