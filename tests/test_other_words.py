@@ -105,7 +105,8 @@ enable_activation_checkpointing: true
         ],
     ),
     "ms-swift": (
-        "model: m\ntrain_type: lora\ndataset: [a.jsonl, b.jsonl]\ntorch_dtype: bfloat16\ntarget_modules: [all-linear]\n",
+        "model: m\ntrain_type: lora\ndataset: [a.jsonl, b.jsonl]\ntorch_dtype: bfloat16\n"
+        "target_modules: [all-linear]\n",
         [
             "dataset: it is called data here: write data: a.jsonl, one file of all",
             "torch_dtype: write bf16: true or false",
