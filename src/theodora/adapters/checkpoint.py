@@ -236,6 +236,10 @@ def adapter_of(
             a, b = found["a"], found["b"]
             scale = _scale(config, module)
             modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
+    if adds_biases:
+        problems += [
+            f"{module}: lora_bias is set, but its bias is missing" for module in parts if module not in added_biases
+        ]
     missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
     problems += [
         f"modules_to_save names {name!r}, but the file holds no such tensor"
@@ -459,8 +463,9 @@ def _module_problem(
     if lacking:
         return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
     a, b, magnitude = found["a"], found["b"], found.get("magnitude")
-    if ".base_layer." in module or a.ndim > 2:
-        kind = "a convolution" if a.ndim > 2 else "nn.MultiheadAttention"
+    convolution = a.ndim > 2 and a.ndim == b.ndim
+    if ".base_layer." in module or convolution:
+        kind = "a convolution" if convolution else "nn.MultiheadAttention"
         return f"is of {kind}, which is not supported: load it with PEFT, call merge_and_unload(), save the model"
     if not a.numel() or not b.numel():
         return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"

@@ -47,20 +47,27 @@ def load_model_and_tokenizer(
         ConfigError: an unknown dtype.
         CheckpointError: a folder is missing, holds no model, or lacks weights that the model has.
     """
+    named = None  # the adapter that says which model
     if is_adapter_folder(model):
         if adapter is not None:
             raise ConfigError(
                 f"{model} is an adapter, and adapter={adapter} is another; expected a model, or one of them"
             )
         model, adapter = base_model_of(model), model
+        named = adapter
     tokenizer = load_tokenizer(
         adapter if adapter is not None and has_tokenizer(adapter) else model,
         trust_remote_code=trust_remote_code,
         revision=None if adapter is not None and has_tokenizer(adapter) else revision,
     )
-    loaded = load_model(
-        model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
-    )
+    try:
+        loaded = load_model(
+            model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
+        )
+    except CheckpointError as error:
+        if named is None or expanded(model).exists():
+            raise
+        raise CheckpointError(f"{_not_here(named, str(model))}\n{error}") from error
     if adapter is not None:
         from theodora.adapters import load_adapter
 
@@ -169,12 +176,16 @@ def base_model_of(adapter: str | Path) -> str:
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
     base = config["base_model_name_or_path"]
     if looks_local(base) and not expanded(base).exists():
-        raise CheckpointError(
-            f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
-            f"that is here: --model BASE --adapter {adapter} (or --base-model BASE, --from-adapter {adapter}), or "
-            "correct base_model_name_or_path in its adapter_config.json."
-        )
+        raise CheckpointError(_not_here(adapter, base))
     return base
+
+
+def _not_here(adapter: str | Path, base: str) -> str:
+    return (
+        f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
+        f"that is here: --model BASE --adapter {adapter} (or --from-adapter; --base-model BASE where a command takes "
+        "the adapter first), or correct base_model_name_or_path in its adapter_config.json."
+    )
 
 
 def looks_local(model: str | Path) -> bool:
