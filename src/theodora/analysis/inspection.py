@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, read_adapter
+from theodora.adapters.base_probe import check_base
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, read_adapter
 from theodora.adapters.kinds import layer_index, layer_kinds
 from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.adapters.written import changes, described
