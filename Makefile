@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test fuzz fuzz-atheris coverage test-oldest test-vllm test-kills mutants package audit sbom lock
-.PHONY: check bench study study-small clean
+.PHONY: families check bench study study-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM 
 
 test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
 	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash -s $(ARGS)
+
+families: $(VENV)/.test ## train, merge, verify and serve a tiny model of every family of transformers (an hour; docs/models.md)
+	$(BIN)/python tests/sweep_families.py $(ARGS)
+	$(BIN)/python tests/sweep_families.py --table docs/models.md
 
 fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each reader (SECONDS=N: as long)
 	for reader in jsonl json csv gzip parquet yaml config safetensors; do \

@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import tempfile
 import time
@@ -44,6 +45,22 @@ MODULES = (
     *(f"theodora.{name}" for name in ("cli.evaluate", "cli.merge", "cli.train", "cli.verify", "export", "serve.app")),
     "theodora.train.run",
 )
+SAYS = {
+    "works": "do all of it",
+    "unserved": "(`unserved`) do all but `serve`, which says so when it starts",
+    "refused": "(`refused`) are refused before training, with the reason",
+    "fails": "(`fails`) do not do all of it",
+    "unbuilt": "(`unbuilt`) were not tried: their default configuration does not become a tiny model here",
+}
+MARKS = "<!-- families: written by tests/sweep_families.py -->", "<!-- families: end -->"
+SHORT = {
+    "sees those that come after it": "an encoder: a token sees those that come after it",
+    "is an encoder-decoder model": "an encoder-decoder",
+    "pixel_values": "does not run without an image",
+    "beside another request it says something else": "its attention is not for batches of transformers' own",
+    "Invalid layer type": "a layer type that transformers' batches do not have",
+    "TimmWrapperModel": "needs timm, which is not among the requirements",
+}
 ROWS = [{"prompt": f"Question {n}?", "completion": f" Answer {n}."} for n in range(4)]
 
 
@@ -108,6 +125,7 @@ def in_own_process(name: str, limit: int) -> dict[str, Any]:
         pid = os.fork()
         if pid == 0:
             signal.alarm(limit)
+            warnings.simplefilter("ignore")
             with contextlib.suppress(BaseException):
                 told.write_text(json.dumps(try_family(name, Path(scratch))))
             os._exit(0)
@@ -140,6 +158,8 @@ def try_family(name: str, folder: Path) -> dict[str, Any]:
                 globals()[f"_{step}"](name, model_class, folder)
             steps.append(f"{step} {time.monotonic() - began:.1f}")
     except Refused as refusal:
+        if "It says: RuntimeError" in str(refusal) or "'NoneType'" in str(refusal):
+            return {**found, "outcome": "unbuilt", "at": step, "why": str(refusal)}  # sizes that do not fit together
         return {**found, "outcome": "unserved" if step == "serve" else "refused", "at": step, "why": str(refusal)}
     except BaseException as error:
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -239,7 +259,28 @@ def _serve(name: str, model_class: Any, folder: Path) -> None:
 
 
 def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    raise NotImplementedError
+    """Put the table between the marks in a Markdown file."""
+    import transformers
+
+    counts = {outcome: [r for r in results.values() if r["outcome"] == outcome] for outcome in SAYS}
+    lines = [f"transformers {transformers.__version__}, {len(results)} families:", ""]
+    lines += [f"- {len(rows)} {SAYS[outcome]}" for outcome, rows in counts.items() if rows]
+    lines += ["", "| family | class | result | why |", "|---|---|---|---|"]
+    for name in sorted(results):
+        found = results[name]
+        result = found["outcome"] + (f" at {found['at']}" if found["outcome"] == "fails" else "")
+        lines.append(f"| {name} | {found['class'] or '-'} | {result} | {reason(found['why'])} |")
+    text = path.read_text(encoding="utf-8")
+    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+    path.write_text("\n".join([before + MARKS[0], "", *lines, "", MARKS[1] + after]), encoding="utf-8")
+
+
+def reason(why: str) -> str:
+    """The first sentence of a message, without places of the machine it ran on."""
+    short = next((words for start, words in SHORT.items() if start in why), "")
+    if not short:
+        short = re.sub(r"/\S*/theodora-family-\w+/", "", why).replace("|", "/").strip().splitlines()[0] if why else ""
+    return short if len(short) <= 160 else short[:157] + "…"
 
 
 if __name__ == "__main__":

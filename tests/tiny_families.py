@@ -42,18 +42,39 @@ _GEMMA3N = {
     "laurel_rank": 4,
 }
 
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 8,
+    "ple_embed_dim": HIDDEN,
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 1,
+    "make_ngram_vocab_size_divisible_by": 1,
+}
+
 # What has to be said for a family beside its sizes.
 SPECIAL: dict[str, dict[str, Any]] = {
     **{
         name: {"text_config": _SECTIONS}
         for name in (
-            *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"),
+            *("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"),
             *("glm4v", "glm46v", "glmga", "glm_ocr"),
         )
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [1, 1, 0]}}},
     "cosmos3_edge": {"text_config": _SECTIONS},
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 32},
+    "minicpm3": {"initializer_range": 0.02},
+    "mistral4": {"qk_head_dim": 2 * HEAD, "head_dim": 2 * HEAD},
+    "qwen2_5_omni_thinker": {"text_config": _SECTIONS, "vision_start_token_id": 268},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 268},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
     "granitemoehybrid": _MAMBA,
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2},
     "codegen": {"rotary_dim": 4},
@@ -90,7 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 271, "IMGIMGA": 270},
     },
     "xmod": {"default_language": "en_XX", "is_decoder": True},
-    "longcat_flash": {"qk_nope_head_dim": HEAD, "qk_rope_head_dim": HEAD, "v_head_dim": HEAD},
+    "longcat_flash": {"qk_nope_head_dim": HEAD, "qk_rope_head_dim": HEAD, "v_head_dim": HEAD, "qk_head_dim": 2 * HEAD},
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "gemma4": {"text_config": _GEMMA4},

@@ -9,10 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-# Templates raise the first on purpose, and the others over conversations that they were not written for.
-_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _MARK = "\ue000"  # a character for private use, which templates do not hold
 _CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"a": _MARK}}}
 
@@ -58,7 +54,8 @@ def template_end_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    tokens = {token.content for token in added if token.content.strip()}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
@@ -95,7 +92,7 @@ def _rendered(tokenizer: Any, answer: dict[str, Any]) -> str:
         turns = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except _ERRORS:
+        except Exception:  # a template raises what it likes, over conversations that it was not written for
             continue
     return ""
 

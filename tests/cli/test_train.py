@@ -58,6 +58,8 @@ TYPED = {
     "replay_share": ("0.2", 0.2),
     "train_on": ("all", "all"),
     "use_chat_template": ("false", False),
+    "resize_embeddings": (None, True),
+    "trainable_token_indices": ("3 5", (3, 5)),
     "max_length": ("99", 99),
     "packing": (None, True),
     "num_train_epochs": ("1.5", 1.5),

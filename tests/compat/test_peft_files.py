@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter
+from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, save_adapter
 from theodora.adapters.checkpoint import KEY_PREFIX, read_adapter
 from tiny import FAMILIES, tiny_model
 
@@ -165,10 +165,3 @@ def test_endings_within_a_name(tmp_path):
 def test_adapters_on_pefts_adapters_are_refused():
     with pytest.raises(ConfigError, match="PEFT's adapters already"):
         inject_adapter(get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"])))
-
-
-def test_peft_pissa_without_conversion_is_refused(tmp_path):
-    theirs = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
-    theirs.save_pretrained(tmp_path / "p")
-    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
-        load_adapter(tiny_model("llama"), tmp_path / "p")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from crash import jobs
-from theodora.train.checkpoints import missing_parts
+from theodora.train.wholeness import faults
 
 _SECONDS = 60  # in which any job ends
 
@@ -141,7 +141,7 @@ def place(folder: Path) -> str:
 def check_whole(folder: Path) -> None:
     """Check that nothing under a final name is torn."""
     for checkpoint in folder.glob("run/checkpoints/checkpoint-*"):
-        assert not missing_parts(checkpoint), checkpoint
+        assert not faults(checkpoint), checkpoint
     hidden = [p for p in folder.rglob("*") if any(part.startswith(".") for part in p.relative_to(folder).parts)]
     for file in {*folder.rglob("*")} - {*hidden}:
         if file.suffix == ".safetensors":

@@ -100,7 +100,7 @@ def test_unknown_and_impossible_options_are_refused_together(run):
         run(max_stepz=3, lora_alpha=4, push_to_hub=True, adam_beta1="much")
     message = str(caught.value)
     assert "did you mean max_steps" in message
-    assert "lora_alpha; it is called alpha here" in message
+    assert "lora_alpha; it is called alpha here: write alpha: 4" in message
     assert "push_to_hub" in message
     assert "adam_beta1 is 'much'; expected a number" in message
 

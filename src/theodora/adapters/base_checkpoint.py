@@ -8,8 +8,9 @@ model class itself knows: it is built here without memory (on the meta device), 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from theodora.adapters.classes import auto_class
+from theodora.adapters.classes import auto_classes
 from theodora.adapters.names import Names
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, bullet_list, shown
@@ -114,8 +115,11 @@ class BaseCheckpoint:
         self.folder = folder
         self.config = _read_config(folder)
         self.tensors = _read_headers(folder)
-        self.model = _meta_model(folder, trust_remote_code, len(self.tensors))
-        self._to_model_name, self.keys, self.converted = _map_names(self.model, list(self.tensors))
+        for model in _meta_models(folder, trust_remote_code, len(self.tensors)):
+            self.model = model
+            self._to_model_name, self.keys, self.converted = _map_names(model, list(self.tensors))
+            if not _missing(model, {*self.keys, *self.converted}):
+                break
         self._names = Names([*self.keys, *self.converted, *self._tied()])
         self._unloaded = Names(self.unloaded())
         self._open: tuple[Path, Any] | None = None
@@ -294,20 +298,23 @@ def check_layers(folder: str | Path, config: dict[str, Any], stored: int) -> Non
                 )
 
 
-def _meta_model(folder: Path, trust_remote_code: bool, stored: int) -> PreTrainedModel:
+def _meta_models(folder: Path, trust_remote_code: bool, stored: int) -> Iterator[PreTrainedModel]:
+    """The classes that load_model tries, in its order, because adapters are trained on what it finds."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_layers(folder, config.to_dict(), stored)
-        with torch.device("meta"):
-            # The class is the one that load_model chooses, because adapters are trained on that.
-            named = getattr(transformers, (config.architectures or [""])[0], None)
-            try:
-                chosen = auto_class(config, folder, trust_remote_code=trust_remote_code)
-            except CheckpointError:
-                if named is None:
-                    raise
-                return named._from_config(config)  # no language model of ours: merging asks for names alone
-            return chosen.from_config(config, trust_remote_code=trust_remote_code)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        try:
+            classes = auto_classes(config, folder, trust_remote_code=trust_remote_code)
+        except CheckpointError:
+            if named is None:
+                raise
+            classes = []  # no language model: merging asks for names alone
+        builders = [partial(chosen.from_config, config, trust_remote_code=trust_remote_code) for chosen in classes]
+        for build in builders or [partial(named._from_config, config)]:  # pyright: ignore[reportOptionalMemberAccess]
+            with torch.device("meta"):
+                model = build()
+            yield model
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged configuration leads it to
@@ -315,6 +322,13 @@ def _meta_model(folder: Path, trust_remote_code: bool, stored: int) -> PreTraine
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the model in {folder}: {error}{hint}"
         ) from error
+
+
+def _missing(model: PreTrainedModel, found: set[str]) -> list[str]:
+    """Parameters of the model that no stored tensor holds, themselves or through what they are tied to."""
+    tied = model.all_tied_weights_keys
+    held = found | {source for target, source in tied.items() if target in found}
+    return [name for name, _ in model.named_parameters() if name not in held and tied.get(name) not in held]
 
 
 def _map_names(

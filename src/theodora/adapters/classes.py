@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 from theodora.errors import CheckpointError
 
 
-def auto_class(config: PreTrainedConfig, model: object, *, trust_remote_code: bool = False) -> Any:
-    """The `AutoModel…` class for a configuration.
+def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: bool = False) -> list[Any]:
+    """The `AutoModel…` classes for a configuration, the first that finds all its tensors in the folder.
 
     Where transformers loads the language model of a vision-language checkpoint by itself (Qwen3.5, Llama 4), it is
     that: the same text with less memory. Where it does not (Gemma 3, Mistral 3), it is the whole model.
@@ -29,17 +29,20 @@ def auto_class(config: PreTrainedConfig, model: object, *, trust_remote_code: bo
     """
     remote: Any = getattr(config, "auto_map", None) or {}
     if trust_remote_code and remote:
-        return AutoModelForImageTextToText if _only_image_text(remote) else AutoModelForCausalLM
+        return [AutoModelForImageTextToText if _only_image_text(remote) else AutoModelForCausalLM]
     kind = config.model_type or type(config).__name__
     if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise CheckpointError(
             f"{model} is an encoder-decoder model ({kind}): it reads a text and writes another. Fine-tuning, chat and "
             "serving here are for models that continue one text (decoders)."
         )
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
+    mappings = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    )
+    found = [auto for mapping, auto in mappings if type(config) in mapping]
+    if found:
+        return found
     hint = " If it brings its own code and you trust it, pass --trust-remote-code." if remote else ""
     raise CheckpointError(
         f"{model} is a {kind} model, which transformers has no class for that predicts the next token of a text.{hint}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from theodora.errors import CheckpointError
 from theodora.parse import parse_json
 
 GENERATION_CONFIG = "generation_config.json"
+
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""What a tokenizer may consist of."""
 
 
 def set_ends(model: Any, tokenizer: Any) -> None:
@@ -78,6 +93,33 @@ def new_ends(model: Any, tokenizer: Any) -> list[str]:
     known = {*as_ids(getattr(settings, "eos_token_id", None)), *as_ids(tokenizer.eos_token_id)}
     ends = [end for end in end_token_ids(settings, tokenizer) if end not in known]
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
+
+
+def copy_manners(adapter: Path, folder: Path) -> None:
+    """Copy what an adapter's folder says of how it is asked and ends: its tokenizer and its generation settings."""
+    for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG):
+        for found in adapter.glob(pattern):
+            if found.is_file() and not found.is_symlink():
+                (folder / found.relative_to(adapter)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(found, folder / found.relative_to(adapter))
+
+
+def ends_elsewhere(adapter: Path, base: Path, program: str) -> list[str]:
+    """What to say of a form that has no place for the tokens that end answers, where they are not the base's own.
+
+    Args:
+        adapter: the adapter's folder.
+        base: the base model's.
+        program: what has to be told.
+    """
+    trained = as_ids((_read(adapter / GENERATION_CONFIG) or {}).get("eos_token_id"))
+    known = as_ids((_read(base / GENERATION_CONFIG) or {}).get("eos_token_id"))
+    known += as_ids((_read(base / "config.json") or {}).get("eos_token_id"))
+    more = [end for end in trained if end not in known]
+    if not more or not has_tokenizer(adapter):
+        return []
+    names = ", ".join(map(str, load_tokenizer(adapter).convert_ids_to_tokens(more)))
+    return [f"Answers of this adapter end with {names}, which its base's files do not say: tell {program}."]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import AdapterFile, read_adapter, read_peft_config
-from theodora.adapters.generation import write_ends
+from theodora.adapters.generation import TOKENIZER_FILES, write_ends
 from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
@@ -37,17 +37,6 @@ from theodora.errors import CheckpointError, ConfigError, bullet_list
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the key of the tensor just done."""
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
 _MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 # Beside the weights: tokenizer, configuration, index, rounding up to disk blocks.
 _DISK_MARGIN = 64 << 20
@@ -302,7 +291,7 @@ def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
     """Copy what belongs to a model beside its weights. The tokenizer is the adapter's own, if it has one."""
     tokenizer = file.path if has_tokenizer(file.path) else base.folder
     own_code = ("*.py",) if "auto_map" in base.config else ()
-    for source, patterns in ((tokenizer, _TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
+    for source, patterns in ((tokenizer, TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
         for found in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
             _refuse_link_out(found, source)
             target = folder / found.relative_to(source)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, StoredTensor
 from theodora.adapters.base_copies import missing_in_full
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, sample_weight
+from theodora.adapters.base_probe import check_base, sample_weight
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.reading import FLOAT_DTYPES
 from theodora.adapters.renamed import left_out_note, under_names

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
-from theodora.adapters.classes import auto_class
+from theodora.adapters.classes import auto_classes
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -47,20 +47,27 @@ def load_model_and_tokenizer(
         ConfigError: an unknown dtype.
         CheckpointError: a folder is missing, holds no model, or lacks weights that the model has.
     """
+    named = None  # the adapter that says which model
     if is_adapter_folder(model):
         if adapter is not None:
             raise ConfigError(
                 f"{model} is an adapter, and adapter={adapter} is another; expected a model, or one of them"
             )
         model, adapter = base_model_of(model), model
+        named = adapter
     tokenizer = load_tokenizer(
         adapter if adapter is not None and has_tokenizer(adapter) else model,
         trust_remote_code=trust_remote_code,
         revision=None if adapter is not None and has_tokenizer(adapter) else revision,
     )
-    loaded = load_model(
-        model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
-    )
+    try:
+        loaded = load_model(
+            model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
+        )
+    except CheckpointError as error:
+        if named is None or expanded(model).exists():
+            raise
+        raise CheckpointError(f"{_not_here(named, str(model))}\n{error}") from error
     if adapter is not None:
         from theodora.adapters import load_adapter
 
@@ -85,19 +92,18 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
     _check_weights(expanded(model))
-    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        chosen = auto_class(AutoConfig.from_pretrained(model, **options), model, trust_remote_code=trust_remote_code)
-        result: Any = chosen.from_pretrained(
-            model,
-            **{
-                "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-                "use_safetensors": True,  # the other format is a pickle
-                **(model_kwargs or {}),
-            },
-            **options,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(model, **options)
+        classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
+        options |= {
+            "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+            "use_safetensors": True,  # the other format is a pickle
+            **(model_kwargs or {}),
+        }
+        result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)
+        if result[1]["missing_keys"] and len(classes) > 1:
+            result = classes[1].from_pretrained(model, **options, output_loading_info=True)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
@@ -170,12 +176,16 @@ def base_model_of(adapter: str | Path) -> str:
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path): name one")
     base = config["base_model_name_or_path"]
     if looks_local(base) and not expanded(base).exists():
-        raise CheckpointError(
-            f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
-            f"that is here: --model BASE --adapter {adapter} (or --base-model BASE, --from-adapter {adapter}), or "
-            "correct base_model_name_or_path in its adapter_config.json."
-        )
+        raise CheckpointError(_not_here(adapter, base))
     return base
+
+
+def _not_here(adapter: str | Path, base: str) -> str:
+    return (
+        f"The adapter in {adapter} names {base} as its base model, and there is no such folder here. Give the base "
+        f"that is here: --model BASE --adapter {adapter} (or --from-adapter; --base-model BASE where a command takes "
+        "the adapter first), or correct base_model_name_or_path in its adapter_config.json."
+    )
 
 
 def looks_local(model: str | Path) -> bool:

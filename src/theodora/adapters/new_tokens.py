@@ -34,8 +34,8 @@ def tokens_before(model: Any) -> int | None:
     """
     weights = end_weights(model)
     sizes = {len(weight) for weight in weights.values()}
-    if len(sizes) != 1:
-        return None
+    if sizes != {getattr(model.config.get_text_config(), "vocab_size", None)}:
+        return None  # `resize_token_embeddings` keeps the two alike; some models have more rows from the start
     found = _stored_tokens(model)
     if found is None:
         found = getattr(getattr(model, "base_model", None), "vocab_size", None)

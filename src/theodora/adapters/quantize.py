@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from theodora.adapters.checkpoint import sample_weight
+from theodora.adapters.base_probe import sample_weight
 from theodora.adapters.inject import Model, find_state
 from theodora.adapters.targets import frozen_linear
 from theodora.errors import ConfigError

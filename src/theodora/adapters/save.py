@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from theodora.adapters.base_copies import (
     grown_embeddings,
     missing_in_full,
 )
+from theodora.adapters.base_probe import check_base, probe_base
 from theodora.adapters.biases import bias_problems, sums_of_biases, trained_biases
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
@@ -31,9 +32,7 @@ from theodora.adapters.checkpoint import (
     WEIGHTS_NAME,
     AdapterFile,
     AdapterTensors,
-    check_base,
     peft_config,
-    probe_base,
     read_adapter,
     starts_from_weight,
 )
@@ -53,56 +52,20 @@ from theodora.adapters.inject import (
     set_adapter,
 )
 from theodora.adapters.kinds import layer_index
+from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.names import of_another_part
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
 from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
-from theodora.config import METHOD_NAMES, AdapterConfig, AdapterDtype
+from theodora.adapters.written import HASHES_KEY, hashes_of_adapter
+from theodora.config import AdapterConfig, AdapterDtype
 from theodora.errors import CheckpointError, bullet_list
 from theodora.layers import AdapterLayer, LowRank, base_weight, cannot_adapt, start_values
 from theodora.layers.linear import Conv1DAdapterLayer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_adapter` found in a folder and put on the model: all of it, or it would have raised."""
-
-    name: str
-    path: str
-    method: str
-    """dora or lora."""
-    ranks: tuple[int, ...]
-    """The distinct ones."""
-    modules: int
-    """Adapted modules."""
-    magnitudes: int
-    """How many of them have magnitudes."""
-    full: tuple[str, ...]
-    """Paths of the parameters trained in full."""
-    parameters: int
-    """Numbers in all."""
-    base_distance: float | None
-    """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
-    token_rows: int = 0
-    """Rows of single tokens."""
-    tokens: int | None = None
-    """The number of tokens that the model's embeddings were resized to; None where they were not."""
-
-    def __str__(self) -> str:
-        ranks = " and ".join(map(str, self.ranks))
-        parts = [f"{METHOD_NAMES[self.method]} of rank {ranks} on {self.modules} modules"] if self.modules else []
-        parts += [f"magnitudes on {self.magnitudes}"] if self.magnitudes else []
-        parts += [f"{len(self.full)} parameters trained in full"] if self.full else []
-        parts += [f"rows of {self.token_rows} tokens"] if self.token_rows else []
-        parts += [f"embeddings resized to {self.tokens} tokens"] if self.tokens is not None else []
-        base = (
-            "base weights not recorded" if self.base_distance is None else f"base weights {self.base_distance:.1%} away"
-        )
-        return f"{self.path} as {self.name!r}: {', '.join(parts)}; {self.parameters:,} numbers; {base}"
 
 
 _SHOWN = 12
@@ -132,7 +95,11 @@ def save_adapter(
             f"Adapter {name!r} holds NaN or infinite values and was not saved; the run has diverged:" + bullet_list(bad)
         )
     config = json.dumps(_peft_config(model, state, name), indent=2, sort_keys=True) + "\n"
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name))}
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name)),
+        HASHES_KEY: hashes_of_adapter(tensors, config),
+    }
     path = Path(path)
     if not path.exists():
         with atomic_directory(path) as folder:
@@ -210,24 +177,6 @@ def load_report(model: nn.Module, name: str | None = None) -> LoadReport | None:
     """
     state = require_state(model, name)
     return state.loaded.get(active_name(state, name))
-
-
-def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: float) -> LoadReport:
-    """What a checked file holds, to be told to whoever loads it."""
-    modules = file.modules.values()
-    tensors = [t for m in modules for t in (m.a, m.b, m.magnitude) if t is not None]
-    return LoadReport(
-        name=name,
-        path=str(file.path),
-        method=config.method,
-        ranks=tuple(sorted({m.a.shape[0] // (2 if file.starts else 1) for m in modules})),
-        modules=len(file.modules),
-        magnitudes=sum(m.magnitude is not None for m in modules),
-        full=tuple(sorted(file.full)),
-        parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
-        token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
-        base_distance=distance if file.probe else None,
-    )
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:

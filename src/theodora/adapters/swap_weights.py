@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
 from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
+from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.renamed import in_names_of
-from theodora.adapters.save import LoadReport, check_fit, report_of
+from theodora.adapters.save import check_fit
 from theodora.adapters.token_rows import own_rows
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError, bullet_list

@@ -2,25 +2,140 @@
 
 Names of files do not tell: a model that was downloaded, an adapter and a training run have the same. So what is written
 as a whole lists its files in `theodora_files.json`, the last of them, and is not ours any more once others lie beside
-them or one was written to.
+them or one was written to. The list holds a hash of each file, by which what was damaged or exchanged is told
+(`changes`); an adapter, whose two files travel alone, carries its own in the header of its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from theodora.adapters.atomic import atomic_write
 from theodora.errors import UsageError, shown
 
 MARK = "theodora_files.json"
+CHECKPOINT = "checkpoint"
+"""The form of a checkpoint of a run, which no export and no merge may replace."""
+HASHES_KEY = "theodora_sha256"
+"""Where an adapter's weights tell, in their header, what they and their configuration were when they were written."""
 _SHOWN = 5
+_WHERE = ("base_model_name_or_path", "revision")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def mark_written(folder: Path, form: str) -> None:
     """Write into a folder that is finished what it is and which files it consists of."""
-    fields = {"form": form, "files": [name for name in _files(folder) if name != MARK]}
-    (folder / MARK).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    names = [name for name in _files(folder) if name != MARK]
+    hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+    fields = {"form": form, "files": names, "sha256": hashes}
+    with atomic_write(folder / MARK) as file:
+        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changes(folder: Path) -> list[str] | None:
+    """What is not as it was written in a folder that says so: each file, with what was found and expected.
+
+    Returns:
+        an empty list if all is; None if nothing says how it was.
+    """
+    if (folder / MARK).is_file():
+        return _changes_by_list(folder)
+    return _changes_by_header(folder)
+
+
+def hashes_of_adapter(tensors: Mapping[str, Tensor], config: str) -> str:
+    """What `HASHES_KEY` stands for in the header of an adapter's weights."""
+    return json.dumps({_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: _hash_of_config(config)})
+
+
+def described(folder: Path) -> str | None:
+    """Whether a folder is as it was written, in words; None where it is none."""
+    if not folder.is_dir():
+        return None
+    found = changes(folder)
+    if found is None:
+        return "nothing says how it was written"
+    return f"NOT as it was written: {'; '.join(found)}" if found else "as it was written"
+
+
+def _changes_by_list(folder: Path) -> list[str] | None:
+    try:
+        fields = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        hashes = fields.get("sha256")
+        if hashes is None:  # of an earlier version
+            return None
+        expected = {str(name): str(value) for name, value in hashes.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{MARK} cannot be read ({error})"]
+    return [change for name, value in expected.items() if (change := _change(folder / name, name, value))]
+
+
+def _change(path: Path, name: str, expected: str) -> str | None:
+    if not path.is_file():
+        return f"{_told(name)} is missing"
+    try:
+        found = sha256(path)
+    except OSError as error:
+        return f"{_told(name)} cannot be read ({error.strerror})"
+    return None if found == expected else _difference(name, found, expected)
+
+
+def _difference(name: str, found: str, expected: str) -> str:
+    return f"{_told(name)} has changed (sha256 {found[:12]}…, written as {expected[:12]}…)"
+
+
+def _told(name: str) -> str:
+    return name if name.isprintable() else shown(name)
+
+
+def _changes_by_header(folder: Path) -> list[str] | None:
+    try:
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            written = (file.metadata() or {}).get(HASHES_KEY)
+            if written is None:
+                return None
+            expected: dict[str, Any] = json.loads(written)
+            weights = _hash_of_tensors({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        found = {_WEIGHTS: weights, _CONFIG: _hash_of_config((folder / _CONFIG).read_text(encoding="utf-8"))}
+    except FileNotFoundError as error:
+        return [f"{Path(str(error.filename)).name} is missing"] if (folder / _WEIGHTS).is_file() else None
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        return [f"{_WEIGHTS} or {_CONFIG} cannot be read ({error})"]
+    return [
+        _difference(name, value, str(expected.get(name)))
+        for name, value in found.items()
+        if value != expected.get(name)
+    ]
+
+
+def _hash_of_config(text: str) -> str:
+    """Of what a configuration says, however it is laid out; where the base lies is for everybody to change."""
+    fields = {name: value for name, value in json.loads(text).items() if name not in _WHERE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def check_apart(output: Path, inputs: Mapping[str, Path]) -> None:
@@ -51,11 +166,14 @@ def check_replaceable(output: Path, overwrite: bool, kind: str, why_not: str | N
 def why_not_ours(folder: Path) -> str | None:
     """Why a folder is not one that `mark_written` finished, as it was then; None for one."""
     try:
-        written = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        fields = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        written = fields["files"]
         last = (folder / MARK).stat().st_mtime_ns
         known = {MARK, *written}
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {MARK} that lists its files"
+    if fields.get("form") == CHECKPOINT:
+        return "it is a checkpoint of a training run"
     found = _files(folder)
     if others := [name for name in found if name not in known]:
         more = ", …" if len(others) > _SHOWN else ""

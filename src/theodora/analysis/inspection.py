@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, check_base, read_adapter
+from theodora.adapters.base_probe import check_base
+from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, read_adapter
 from theodora.adapters.kinds import layer_index, layer_kinds
 from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.adapters.written import changes, described
 from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
 from theodora.parse import parse_yaml
@@ -105,6 +107,8 @@ class AdapterReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     """What is wrong with it."""
+    written: str | None = None
+    """Whether the adapter's folder is as it was written."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON: numbers that are none (no rows to take a mean of) become None."""
@@ -166,8 +170,14 @@ def inspect_adapter(
         by_layer=_by_layer(modules),
         training=_training(file.path),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *_changes(file.path)),
+        written=described(file.path),
     )
+
+
+def _changes(folder: Path) -> list[str]:
+    found = changes(folder)
+    return [f"The adapter is not as it was written: {'; '.join(found)}."] if found else []
 
 
 def _open_base(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import AdapterFile, check_base, read_adapter
+from theodora.adapters.base_probe import check_base
+from theodora.adapters.checkpoint import AdapterFile, read_adapter
 from theodora.adapters.kinds import layer_index, layer_kinds
 from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.analysis.change import WeightChange, adapter_change, tuned_change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class Conversation:
         except ConfigError:
             history.pop()
             raise
-        stream = _Stream(self._tokenizer, answer, show)
+        stream = _Stream(self._tokenizer, answer, show, end_tokens(self._model, self._tokenizer))
         side = adapter_disabled(self._model) if self.has_adapter and speaker == "base" else nullcontext()
         try:
             with side, torch.inference_mode():
@@ -141,7 +141,14 @@ class Conversation:
 class _Stream(BaseStreamer):
     """Collects tokens from `generate` into an `Answer`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, answer: Answer, show: Callable[[Answer], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        answer: Answer,
+        show: Callable[[Answer], None],
+        ends: Collection[int] = (),
+    ) -> None:
+        self._ends = ends  # not all of them are tokens that decoding leaves out
         self._tokenizer = tokenizer
         self._answer = answer
         self._show = show
@@ -153,7 +160,7 @@ class _Stream(BaseStreamer):
         if self._tokens is None:
             self._tokens = []
             return
-        self._tokens.extend(value.flatten().tolist())
+        self._tokens.extend(token for token in value.flatten().tolist() if token not in self._ends)
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._answer.text = str(text).rstrip("\ufffd")  # half of a character waits for its other bytes
         self._answer.tokens = len(self._tokens)

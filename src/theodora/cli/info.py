@@ -110,6 +110,7 @@ def _facts(report: AdapterReport) -> dict[str, str]:
         "adapts": f"{len(report.modules)} modules: {', '.join(group.name for group in report.by_kind)}",
         "in full": ", ".join(report.modules_to_save),
         "size": f"{report.parameters:,} parameters{share}, {report.bytes / 1e6:.1f} MB, {report.dtype}",
+        "files": report.written or "",
         "training": ", ".join(f"{name} {settings[name]}" for name in _SETTINGS if settings.get(name) is not None),
     }
 

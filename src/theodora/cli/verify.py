@@ -102,8 +102,10 @@ def read_text(path: str | None) -> str | None:
 
 def show(result: Verification, console: Console, *, verdict: bool = True) -> None:
     """Print the table, the first token that differs, and the verdict."""
-    for side, name, kind, precision in zip("AB", (result.a, result.b), result.kinds, result.precisions, strict=True):
-        console.print(f"{side}  {name}  [dim]({kind}, {precision})[/]", highlight=False, soft_wrap=True)
+    names = result.a, result.b
+    for side, name, *facts in zip("AB", names, result.kinds, result.precisions, result.written, strict=True):
+        told = ", ".join(fact for fact in facts if fact)
+        console.print(f"{side}  {name}  [dim]({told})[/]", highlight=False, soft_wrap=True)
     console.print(_table(result))
     found = result.difference
     if found.first is None:

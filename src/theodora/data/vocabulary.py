@@ -6,7 +6,9 @@ what is looked up needs a row.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from datasets import Dataset
@@ -18,8 +20,12 @@ _SHOWN = 12
 
 def model_rows(model: Any) -> int:
     """How many tokens a transformers model has rows for, in its embedding and its output head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(len(end.weight) for end in ends if end is not None)
+    rows = [sys.maxsize]  # some models do not say where their tokens' rows are
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError, AttributeError):
+            weight = getattr(get(), "weight", None)
+            rows += [] if weight is None else [len(weight)]
+    return min(rows)
 
 
 def missing_rows(rows: Iterable[Sequence[int]], have: int) -> dict[int, int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from theodora.adapters.reading import expanded
+from theodora.adapters.written import described
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
@@ -47,6 +49,8 @@ class Verification:
     first_text: tuple[str, str, str] | None = None
     """The text before the first position where the choice differs, A's next token, and B's."""
     notes: tuple[str, ...] = field(default=())
+    written: tuple[str | None, str | None] = (None, None)
+    """Whether each form, if it is a folder, is as it was written."""
 
     @property
     def passed(self) -> bool:
@@ -158,6 +162,7 @@ def verify(
         kl_bound=kl_default if kl_bound is None else kl_bound,
         first_text=_first_text(found, ids, tokenizer),
         notes=tuple(notes),
+        written=(described(expanded(a)), described(expanded(b))),
     )
 
 

@@ -16,6 +16,7 @@ from theodora.adapters.atomic import atomic_directory, atomic_write, scratch_dir
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, read_peft_config
 from theodora.adapters.fit import FitReport
+from theodora.adapters.generation import copy_manners, ends_elsewhere
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.mlx import save_mlx
 from theodora.adapters.models import DTYPES, load_model
@@ -121,6 +122,7 @@ def _write_peft(job: Job, place: Path) -> list[str]:
     if not job.file.mlx:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(job.file.path / name, place / name)
+        copy_manners(job.file.path, place)
         if job.base_model:
             # The commit that PEFT notes is one of the other base.
             fields = read_peft_config(place) | {"base_model_name_or_path": job.base_name, "revision": None}
@@ -134,12 +136,13 @@ def _write_peft(job: Job, place: Path) -> list[str]:
 def _write_mlx(job: Job, place: Path) -> list[str]:
     with quiet():
         save_mlx(load_adapter(load_model(job.base_name), job.file.path), place)
-    return []
+    return ends_elsewhere(job.file.path, job.base().folder, "mlx_lm.generate --extra-eos-token")
 
 
 def _write_served(job: Job, place: Path) -> list[str]:
     write_served(job.file, job.base(), place, job.base_name)
-    return ["g stands here in place of m: this is no PEFT folder, and only loaders that know the form may read it."]
+    notes = ["g stands here in place of m: this is no PEFT folder, and only loaders that know the form may read it."]
+    return notes + ends_elsewhere(job.file.path, job.base().folder, "the loader")
 
 
 def _write_gguf(job: Job, place: Path) -> list[str]:
@@ -162,7 +165,7 @@ def _write_gguf(job: Job, place: Path) -> list[str]:
 def _write_gguf_lora(job: Job, place: Path) -> list[str]:
     base = job.base()
     write_gguf_lora(job.file, base, place, job.output.stem)
-    return []
+    return ends_elsewhere(job.file.path, base.folder, "llama.cpp (as a stop sequence)")
 
 
 WRITERS: dict[str, Callable[[Job, Path], list[str]]] = {

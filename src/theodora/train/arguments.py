@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.sft_config import SFTConfig
 
@@ -23,6 +24,12 @@ _ELSEWHERE = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "push_to_hub": "upload the finished folder with `hf upload`",
+}
+
+# Options of SFTConfig that a CPU cannot serve, and why.
+_NO_CPU = {
+    "use_liger_kernel": "Liger's kernels run on GPUs alone",
+    "activation_offloading": "there is no accelerator's memory to spare by moving activations to the host",
 }
 
 
@@ -83,9 +90,29 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         config.gradient_checkpointing
     )
     try:
-        return SFTConfig(**values | other)
+        arguments = SFTConfig(**values | other)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
+    _check_machine(arguments)
+    return arguments
+
+
+def _check_machine(arguments: SFTConfig) -> None:
+    """Raise a ConfigError for options that need what is not installed, or an accelerator that is not there."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        optim = getattr(arguments.optim, "value", arguments.optim)
+        raise ConfigError(
+            f"optim is {optim}, and what it needs is not installed: {error}. Or leave optim out: an adapter is small, "
+            "and so are AdamW's two copies of it."
+        ) from error
+    except Exception:  # the others speak of the model, which it is given later
+        pass
+    if arguments.device.type == "cpu":
+        for name, why in _NO_CPU.items():
+            if getattr(arguments, name, False):
+                raise ConfigError(f"{name} is on, and this run is on a CPU: {why}. Leave it out.")
 
 
 def _checked(trainer: Any) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from theodora.adapters.atomic import clear_leftovers, remove_folder
-from theodora.errors import CheckpointError, ConfigError
+from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.train.wholeness import faults, is_listed, read_state
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -35,8 +34,6 @@ RUN_FILES = (
 RECORD_HEAD = "# Every setting of this run."
 """How a run's own `config.yaml` begins: by that a run is told from what has the names of its files."""
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
-# The state file is listed last because the trainer writes it last.
-_PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) -> None:
@@ -48,7 +45,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
         CheckpointError: the place cannot be written.
     """
     begins = resume is None or (resume == "auto" and not newest_checkpoint(output))
-    theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name)]
+    theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name) and not _is_empty(output / name)]
     if theirs and not _is_run(output):
         raise ConfigError(
             f"{output} holds {', '.join(theirs)}, but no run of theodora ({CONFIG_FILE} would say so), and none of "
@@ -63,6 +60,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             f"{output} already holds a run ({', '.join(found)}). Choose another output folder, or say "
             + ("" if resume else "--resume to go on from its newest checkpoint, or ")
             + "--overwrite to delete it."
+            + "".join(f"\n{note}" for note in (passed_over(output, None) if resume == "auto" else []))
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -108,6 +106,12 @@ def _is_run(output: Path) -> bool:
         return False
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder with nothing in it but what a killed process left half-written: nobody's."""
+    folder = path.is_dir() and not path.is_symlink()
+    return folder and all(re.match(r"\..+\.(partial|begun)-", entry.name) for entry in path.iterdir())
+
+
 def clear_run(output: Path) -> None:
     """Delete the run that `output` holds; other files stay."""
     # Checkpoints first, all at once: nobody may go on from those of a run that is to be forgotten.
@@ -134,13 +138,13 @@ def find_checkpoint(resume: bool | str, output: Path) -> Path | None:
 
     Raises:
         ConfigError: there is none.
-        CheckpointError: the folder is no whole checkpoint.
+        CheckpointError: the folder is no whole checkpoint, or is not as it was written.
     """
     if isinstance(resume, str) and resume != "auto":
         folder = Path(resume)
-        missing = missing_parts(folder)
-        if missing:
-            raise CheckpointError(f"{folder} is no whole checkpoint: {', '.join(missing)} missing or damaged.")
+        found = faults(folder)
+        if found:
+            raise CheckpointError(_refusal(folder, found))
         return folder
     newest = newest_checkpoint(output)
     if newest is None and resume != "auto":
@@ -148,8 +152,40 @@ def find_checkpoint(resume: bool | str, output: Path) -> Path | None:
             f"There is no whole checkpoint in {output / CHECKPOINTS} to resume from. Start anew"
             + (" with --overwrite" if any((output / name).exists() for name in RUN_FILES) else " without --resume")
             + ", or say --resume auto, which goes on if it can and starts if it must."
+            + "".join(f"\n{note}" for note in passed_over(output, None))
         )
     return newest
+
+
+def passed_over(output: Path, checkpoint: Path | None) -> list[str]:
+    """What to say of the checkpoint that a run goes on from: which newer ones are damaged, and what nobody knows.
+
+    Args:
+        output: the run's folder.
+        checkpoint: the one taken; None if there is none.
+    """
+    found = numbered_checkpoints(output / CHECKPOINTS)
+    taken = next((step for step, folder in found if folder == checkpoint), -1)
+    newer = sorted((one for one in found if one[0] > taken), reverse=True) if checkpoint is None or taken >= 0 else []
+    notes = [f"passed over {folder}: {'; '.join(why)}" for _, folder in newer if (why := faults(folder))]
+    if checkpoint is not None and not is_listed(checkpoint):
+        notes.append(
+            f"{checkpoint} has no list of its files, as earlier versions wrote them: that it can be read was checked, "
+            "that it is as it was written could not be"
+        )
+    return notes
+
+
+def _refusal(folder: Path, found: list[str]) -> str:
+    if not folder.is_dir():
+        return f"There is no folder {folder}, of which --resume was to go on."
+    earlier = newest_checkpoint(folder.parent.parent) if folder.parent.name == CHECKPOINTS else None
+    mend = (
+        f"Go on from the newest whole one, {earlier}, which --resume auto takes by itself"
+        if earlier is not None
+        else "Bring the folder back as it was written, or start anew"
+    )
+    return f"{folder} is no whole checkpoint as it was written:{bullet_list(found)}\n{mend}."
 
 
 def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
@@ -184,19 +220,8 @@ def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of the highest step in a run's folder, if there is one."""
-    whole = [found for found in numbered_checkpoints(output / CHECKPOINTS) if not missing_parts(found[1])]
-    return max(whole)[1] if whole else None
-
-
-def missing_parts(checkpoint: Path) -> list[str]:
-    """Files that a checkpoint lacks, or whose trainer state cannot be read."""
-    missing = [name for name in _PARTS if not (checkpoint / name).is_file()]
-    if not missing:
-        try:
-            steps_done(checkpoint)
-        except (ValueError, KeyError):
-            missing.append("trainer_state.json")
-    return missing
+    found = sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
+    return next((folder for _, folder in found if not faults(folder)), None)
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -210,11 +235,6 @@ def owes_evaluation(checkpoint: Path) -> bool:
     step, every = int(state["global_step"]), state.get("eval_steps") or 0
     due = step >= int(state.get("max_steps") or step + 1) or (every >= 1 and step % every == 0)
     return due and not any(line.get("step") == step and "eval_loss" in line for line in state.get("log_history", []))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state in a checkpoint."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def check_space(output: Path, trainable_bytes: int, checkpoints: int) -> None:

@@ -20,11 +20,6 @@ from theodora.data.vocabulary import describe_missing, missing_in, model_rows, s
 from theodora.errors import ConfigError
 from theodora.train.text_only import without_gradient
 
-_EXPERTS = {
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
-}
-
 
 def fit_vocabulary(
     config: TrainConfig,
@@ -92,14 +87,6 @@ def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig,
         model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
     torch.set_rng_state(random)
     inject_adapter(model, replace(adapter, targets=kept, exclude=()))
-
-
-def name_experts(config: Any) -> None:
-    """Give a mixture of experts the names under which TRL looks for its figures, for the loss that balances experts."""
-    for wanted, others in _EXPERTS.items():
-        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
-        if not hasattr(config, wanted) and found is not None:
-            setattr(config, wanted, found)
 
 
 def name_backbone(model: Any) -> None:

@@ -41,7 +41,7 @@ def trl_reads_logits(trainer: Any) -> bool:
     model.eval()
     try:
         theirs_1T = model(input_ids=ids_1T, labels=ids_1T, fused_lm_head=True).log_probs
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
     else:
         own_1TV = model(input_ids=ids_1T, use_cache=False).logits[:, :-1].float().log_softmax(-1)

@@ -30,7 +30,8 @@ from theodora.errors import ConfigError
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
 from theodora.train.continued import load_continued
-from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, name_experts, put_on
+from theodora.train.experts import check_balance, name_experts
+from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
@@ -88,8 +89,10 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     )
     arguments.model_init_kwargs = None
     check_continues_text(model)
-    name_experts(model.config.get_text_config())
     name_backbone(model)
+    name_experts(model.config.get_text_config())
+    if (unbalanced := check_balance(model, arguments)) is not None:
+        notes.append(unbalanced)
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += end_as_taught(model, tokenizer)

@@ -44,6 +44,7 @@ from theodora.train.result import TrainResult
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
+from theodora.train.wholeness import read_state
 
 
 def train(config: TrainConfig, *, console: Console | None = None, show_result: bool = True) -> TrainResult:
@@ -252,6 +253,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *prepared.notes,
             *_device_notes(),
             *missing_parts(arguments.device),
+            *(files.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(_changed_since(prepared.config, output) if checkpoint else []),
         ],
         left_out=prepared.left_out,
@@ -274,7 +276,7 @@ def _check_resume(plan: Plan, checkpoint: Path) -> None:
 
 
 def _tokens_at(checkpoint: Path) -> int:
-    history = files.read_state(checkpoint).get("log_history", [])
+    history = read_state(checkpoint).get("log_history", [])
     return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
 
 

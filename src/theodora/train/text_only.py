@@ -23,12 +23,14 @@ def check_continues_text(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, kind = getattr(model.config.get_text_config(), "vocab_size", None), type(model).__name__
+    if not isinstance(vocabulary, int):
+        raise ConfigError(f"A {kind} has no vocabulary of its own, and text is what is trained on here.")
     # From the middle of the vocabulary: special tokens (an image's, say) stand at its ends.
     ids = (torch.arange(_LENGTH) * 7919 % max(1, vocabulary // 2) + vocabulary // 4) % vocabulary
     other = ids.clone()
     other[-1] = (other[-1] + 1) % vocabulary
-    kind, training = type(model).__name__, model.training
+    training = model.training
     model.eval()
     try:
         one, two = (_logits(model, row[None].to(model.device)) for row in (ids, other))

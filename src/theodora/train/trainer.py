@@ -33,6 +33,7 @@ from theodora.train.loss import can_choose_positions, logits_fit, token_losses, 
 from theodora.train.movement import fingerprints
 from theodora.train.pieces import Pieces
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
+from theodora.train.wholeness import list_in_place, list_when_all_have_written
 
 _LOGS_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
@@ -447,20 +448,19 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into a hidden sibling folder that takes its final name when it is whole."""
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         if not self.args.should_save or self.args.world_size > 1:
             # Several processes write into one folder; there is no moment at which one of them could rename it.
             super()._save_checkpoint(model, trial)
+            list_when_all_have_written(self, folder)
             return
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
         with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
             super()._save_checkpoint(model, trial)
             inner = partial / folder.name
             self._name_best_checkpoint(folder)
             write_unlogged(self, inner)
             self.state.save_to_json(str(inner / "trainer_state.json"))
-            for file in inner.iterdir():
-                file.rename(partial / file.name)
-            inner.rmdir()
+            list_in_place(inner)
         self.saved_at = self.state.global_step
         rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
 

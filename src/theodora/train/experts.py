@@ -1,0 +1,47 @@
+"""What TRL has to know of a mixture of experts for the loss that keeps its experts balanced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl.trainer.sft_config import SFTConfig
+
+# TRL's name of a figure → what else configurations call it.
+_FIGURES = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
+}
+
+
+def name_experts(config: Any) -> None:
+    """Give the configuration of a language model TRL's names for its figures, where it has others."""
+    for wanted, others in _FIGURES.items():
+        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
+        if not hasattr(config, wanted) and found is not None:
+            setattr(config, wanted, found)
+
+
+def check_balance(model: Any, arguments: SFTConfig) -> str | None:
+    """Turn the balancing loss off where the model does not return what it is computed from, unless it was asked for.
+
+    Returns:
+        What to say of it, if it was turned off.
+    """
+    config = model.config.get_text_config()
+    wanted = hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0)
+    if not wanted or arguments.router_aux_loss_coef is not None or _returns_router_logits(model, config):
+        return None
+    arguments.router_aux_loss_coef = 0.0
+    return "the loss that keeps experts balanced is off: the model does not return what it is computed from"
+
+
+@torch.no_grad()
+def _returns_router_logits(model: Any, config: Any) -> bool:
+    ids_1L = torch.arange(4)[None].to(model.device) + config.vocab_size // 4
+    try:
+        routed = model.base_model(input_ids=ids_1L, use_cache=False, output_router_logits=True).router_logits
+    except (AttributeError, TypeError):
+        return False
+    experts = getattr(config, "num_experts", None)
+    return bool(routed) and all(logits is not None and logits.shape[-1] == experts for logits in routed)

@@ -1,0 +1,141 @@
+"""Is a checkpoint whole, and as it was written?
+
+A checkpoint lists its files with a hash of each, last of all (`theodora_files.json`): what is missing, damaged, or of
+another checkpoint does not fit it. Those of versions that wrote no list are checked as far as they tell themselves:
+torch's archives hold checksums, safetensors its sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
+
+_STATE = "trainer_state.json"
+# The state file is listed last because the trainer writes it last.
+_PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What keeps a checkpoint from being resumed: each file with what is wrong with it. Empty for a whole one."""
+    return list(_faults(checkpoint, _stamp(checkpoint)))
+
+
+def list_when_all_have_written(trainer: Any, checkpoint: Path) -> None:
+    """List the files of a checkpoint into which several processes write; each of them calls this."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        mark_written(checkpoint, CHECKPOINT)
+
+
+def list_in_place(inner: Path) -> None:
+    """Move a checkpoint's files into the folder above, in which it is prepared, and list them there."""
+    for file in inner.iterdir():
+        file.rename(inner.parent / file.name)
+    inner.rmdir()
+    mark_written(inner.parent, CHECKPOINT)
+
+
+def is_listed(checkpoint: Path) -> bool:
+    """Whether the checkpoint says how it was written."""
+    return (checkpoint / MARK).is_file()
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        state: Any = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds {_kind(state)}; expected a trainer's state")
+    step = state.get("global_step")
+    if type(step) is not int or step < 1:
+        raise ValueError(f"its global_step is {json.dumps(step)}; expected a step, 1 or more")
+    numbers = ("max_steps", "eval_steps", "save_steps", "epoch", "num_input_tokens_seen")
+    odd = [name for name in numbers if not isinstance(state.get(name), int | float | None)]
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+        odd.append("log_history")
+    if odd:
+        raise ValueError(f"its {odd[0]} is {_kind(state[odd[0]])}, which a trainer's never is")
+    return state
+
+
+def _stamp(checkpoint: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file does, so that no hash is computed twice."""
+    found: list[tuple[str, int, int]] = []
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
+    del stamp
+    missing = [f"{name} is missing" for name in _PARTS if not (checkpoint / name).is_file()]
+    if missing:
+        return tuple(missing)
+    found = (changes(checkpoint) or []) if is_listed(checkpoint) else _unreadable(checkpoint)
+    if not any(fault.startswith(_STATE) for fault in found):
+        found += _state_faults(checkpoint)
+    return tuple(found)
+
+
+def _state_faults(checkpoint: Path) -> list[str]:
+    try:
+        step = read_state(checkpoint)["global_step"]
+    except (OSError, ValueError) as error:
+        return [f"{_STATE} cannot be used: {error}"]
+    numbered = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    if numbered and int(numbered[1]) != step:
+        return [f"{_STATE} is of another checkpoint: its global_step is {step}, and the folder's {numbered[1]}"]
+    return []
+
+
+def _unreadable(checkpoint: Path) -> list[str]:
+    """Files that show their damage by themselves."""
+    archives = sorted({path for pattern in _ARCHIVES for path in checkpoint.glob(pattern)})
+    found = [f"{path.name} is damaged: {why}" for path in archives if (why := _archive_fault(path))]
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            found.append(f"{path.name} is damaged: {error}")
+    for path in sorted(checkpoint.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            found.append(f"{path.name} is damaged: {error}")
+    return found
+
+
+def _archive_fault(path: Path) -> str | None:
+    """Why a file of torch's is no whole archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error) or type(error).__name__
+    return None if bad is None else f"{bad} does not fit its checksum"
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a mapping", list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(
+        type(value), "a number"
+    )

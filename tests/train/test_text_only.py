@@ -1,0 +1,70 @@
+"""What is tried out on a few tokens before a run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BlipForConditionalGeneration
+
+import tiny
+import tiny_families
+from theodora import AdapterConfig, inject_adapter
+from theodora.adapters.models import load_model
+from theodora.errors import CheckpointError, ConfigError
+from theodora.train.experts import check_balance, name_experts
+from theodora.train.text_only import check_continues_text, without_gradient
+
+
+def family(name):
+    return tiny_families.tiny_family(name, tiny_families.families()[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_decoders_continue_text(name):
+    check_continues_text(tiny.tiny_model(name))
+    check_continues_text(tiny.tiny_model(name, dtype=torch.bfloat16))
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(ConfigError, match="each token sees those that come after it"):
+        check_continues_text(family("bert"))
+
+
+def test_a_model_that_wants_an_image_is_refused():
+    model = tiny_families.tiny_family("blip", BlipForConditionalGeneration)
+    with pytest.raises(ConfigError, match=r"BlipForConditionalGeneration does not run on text alone.*pixel_values"):
+        check_continues_text(model)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    family("florence2").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"encoder-decoder model \(florence2\)"):
+        load_model(tmp_path)
+
+
+def test_what_selects_tokens_gets_no_gradient():
+    with pytest.warns(UserWarning, match="fused experts"):
+        model = inject_adapter(family("deepseek_v32"), AdapterConfig())
+    resting = without_gradient(model)
+    assert resting
+    assert all(".indexer." in path for path in resting)
+    assert not any(p.grad is not None for p in model.parameters())
+    assert without_gradient(inject_adapter(tiny.tiny_model(), AdapterConfig())) == []
+
+
+def test_names_of_experts_that_trl_reads():
+    config = family("granitemoe").config
+    assert not hasattr(config, "num_experts")
+    name_experts(config)
+    assert config.num_experts == config.num_local_experts
+
+
+def test_a_balance_that_cannot_be_computed_is_off():
+    arguments = SimpleNamespace(router_aux_loss_coef=None)
+    assert "is off" in (check_balance(family("doge"), arguments) or "")
+    assert arguments.router_aux_loss_coef == 0.0
+    arguments = SimpleNamespace(router_aux_loss_coef=None)
+    mixtral = AutoModelForCausalLM.from_config(tiny_families.small_config(family("mixtral").config_class))
+    name_experts(mixtral.config)
+    assert check_balance(mixtral, arguments) is None
+    assert check_balance(tiny.tiny_model(), arguments) is None
