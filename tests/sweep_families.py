@@ -160,7 +160,9 @@ def try_family(name: str, folder: Path) -> dict[str, Any]:
     except Refused as refusal:
         if "It says: RuntimeError" in str(refusal) or "'NoneType'" in str(refusal):
             return {**found, "outcome": "unbuilt", "at": step, "why": str(refusal)}  # sizes that do not fit together
-        return {**found, "outcome": "unserved" if step == "serve" else "refused", "at": step, "why": str(refusal)}
+        late = step != "train" or str(refusal).startswith(("Training left", "Training diverged"))
+        outcome = "unserved" if step == "serve" else "fails" if late else "refused"
+        return {**found, "outcome": outcome, "at": step, "why": str(refusal)}
     except BaseException as error:
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return {**found, "outcome": "fails" if step != "build" else "unbuilt", "at": step, "why": said[-1500:]}

@@ -49,5 +49,12 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
     )
 
 
+def auto_name(config: PreTrainedConfig) -> str:
+    """The name of the class that loads a model like one at hand, by its own configuration."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM.__name__  # also for a model's own code
+    return AutoModelForImageTextToText.__name__
+
+
 def _only_image_text(auto_map: dict[str, Any]) -> bool:
     return "AutoModelForImageTextToText" in auto_map and "AutoModelForCausalLM" not in auto_map

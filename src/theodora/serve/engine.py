@@ -301,6 +301,8 @@ class Engine:
         """
         if self._manager is not None:
             return
+        if _heads_differ(self.model.config.get_text_config()):
+            raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
         self._manager = manager = self._running_manager()
         if trial is not None:
@@ -457,3 +459,12 @@ def _one_rope(config: Any) -> int | None:
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
     ]
     return min(filter(None, found), default=None)
+
+
+def _heads_differ(config: Any) -> bool:
+    """Whether layers have heads of different sizes (Gemma 4), which transformers says by refusing to name one."""
+    try:
+        getattr(config, "head_dim", None)
+    except Exception:  # its AmbiguousGlobalPerLayerAttributeError, which older versions have not
+        return True
+    return False

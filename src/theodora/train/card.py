@@ -10,6 +10,7 @@ import yaml
 
 import theodora
 from theodora.adapters.atomic import atomic_write
+from theodora.adapters.classes import auto_name
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
@@ -47,7 +48,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
         _results(result),
         _data(plan),
         _settings(plan),
-        _usage(config),
+        _usage(config, auto_name(plan.model.config)),
         _versions(),
     ]
     return "\n\n".join(sections) + "\n"
@@ -110,7 +111,7 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
-def _usage(config: TrainConfig) -> str:
+def _usage(config: TrainConfig, auto: str) -> str:
     name = Path(config.output).resolve().name
     commands = "\n".join(next_commands(config))
     return f"""## Use
@@ -122,19 +123,19 @@ def _usage(config: TrainConfig) -> str:
 With Theodora:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 from theodora import load_adapter
 
-model = load_adapter(AutoModelForCausalLM.from_pretrained("{config.model}"), "{name}")
+model = load_adapter({auto}.from_pretrained("{config.model}"), "{name}")
 ```
 
 With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.model}"), "{name}")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{config.model}"), "{name}")
 ```"""
 
 
