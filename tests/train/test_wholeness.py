@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from theodora.adapters.written import MARK, changes
 from theodora.config import TrainConfig
-from theodora.errors import CheckpointError, ConfigError
+from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.train import train, wholeness
 from theodora.train.checkpoints import check_output, find_checkpoint, newest_checkpoint, passed_over
 from theodora.train.wholeness import faults, read_state
@@ -234,3 +234,14 @@ def test_an_adapter_in_a_checkpoint_written_by_another_program_is_told(output):
     path = newest / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
     assert faults(newest)[0].startswith("adapter_model.safetensors has changed")
+
+
+def test_a_checkpoint_whose_next_step_diverged_is_passed_over(tmp_path, run):
+    """Else a run that is started again goes on from ruined weights for ever, whatever its learning rate is by then."""
+    steps = {"save_steps": 1, "save_total_limit": 9, "held_out": 0, "method": "lora", "max_grad_norm": 0}
+    with pytest.raises(TheodoraError, match="diverged: loss is nan at step 2"):
+        run(learning_rate=1e30, **steps)
+    ruined = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    assert "diverged.json" in faults(ruined)[0]
+    assert run(learning_rate=1e-3, resume="auto", **steps).steps == 4
+    assert faults(ruined) == []  # written anew

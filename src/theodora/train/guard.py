@@ -26,6 +26,14 @@ _UNDER_WAY = 2  # steps that the host may be ahead of what it looks at
 _SKIPS_IN_A_ROW = 10  # after which nothing will get better
 
 
+class Diverged(TheodoraError):
+    """A run stopped over a step that was not taken; the weights that it ran on are in doubt."""
+
+    def __init__(self, message: str, step: int, reason: str) -> None:
+        super().__init__(message)
+        self.step, self.reason = step, reason
+
+
 class StepGuard:
     """Looks at the loss and gradient norm of each step.
 
@@ -108,9 +116,11 @@ class StepGuard:
     def _refuse(self, step: int, reason: str, found: dict[str, float], batches: Sequence[dict[str, Tensor]]) -> None:
         self._write(step, reason, found, batches)
         if self.policy == "stop":
-            raise TheodoraError(
+            raise Diverged(
                 f"Training diverged: {reason} at step {step}. {self.hint} on_nan: skip leaves such steps out. The rows "
-                f"of this one are in {self.file}."
+                f"of this one are in {self.file}.",
+                step,
+                reason,
             )
         self.skipped.append(step)
         if self._in_a_row >= _SKIPS_IN_A_ROW:

@@ -34,7 +34,7 @@ from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
-from theodora.train.guard import StepGuard
+from theodora.train.guard import Diverged, StepGuard
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
@@ -44,7 +44,7 @@ from theodora.train.result import TrainResult
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
-from theodora.train.wholeness import read_state
+from theodora.train.wholeness import note_divergence, read_state
 
 
 def train(config: TrainConfig, *, console: Console | None = None, show_result: bool = True) -> TrainResult:
@@ -334,6 +334,10 @@ def _run(
         raise TrainingInterrupted(_interrupted(output), stop.exit_code) from None
     except KeyboardInterrupt:
         raise TrainingInterrupted(_interrupted(output)) from None
+    except Diverged as error:
+        if trainer.args.should_save:
+            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.step - 1}", error.reason)
+        raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise TrainingInterrupted(_interrupted(output), stop.exit_code)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from theodora.adapters.atomic import atomic_write
 from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
 
-_STATE = "trainer_state.json"
+_STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
 _PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
@@ -42,6 +43,13 @@ def list_in_place(inner: Path) -> None:
         file.rename(inner.parent / file.name)
     inner.rmdir()
     mark_written(inner.parent, CHECKPOINT)
+
+
+def note_divergence(checkpoint: Path, reason: str) -> None:
+    """Write into a checkpoint, if it is there, how the step after it failed: `--resume auto` passes it over then."""
+    if checkpoint.is_dir():
+        with atomic_write(checkpoint / _DIVERGED) as file:
+            file.write_text(json.dumps({"next_step": reason}) + "\n", encoding="utf-8")
 
 
 def is_listed(checkpoint: Path) -> bool:
@@ -91,6 +99,8 @@ def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
     if missing:
         return tuple(missing)
     found = (changes(checkpoint) or []) if is_listed(checkpoint) else _unreadable(checkpoint)
+    if (checkpoint / _DIVERGED).is_file():
+        found.append(f"the run diverged on its weights, as {_DIVERGED} says (delete that file to go on from it anyway)")
     if not any(fault.startswith(_STATE) for fault in found):
         found += _state_faults(checkpoint)
     return tuple(found)
