@@ -282,8 +282,8 @@ class TrainConfig:
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Any other fields of trl.SFTConfig, by name."""
 
+    # Names of the adapter's options that `from_options` was given: what is by default gives way to from_adapter's.
     chosen: ClassVar[frozenset[str] | None] = None
-    """Names of the adapter's options that `from_options` was given; what is by default may be another adapter's."""
 
     def __post_init__(self) -> None:
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)

@@ -155,3 +155,12 @@ def test_kinds_and_blocks():
     assert [layer_index(path) for path in paths] == [0, 11, 0, 0, None, 0]
     assert layer_index("blocks.3") == 3
     assert layer_index("conv2d.w1") is None
+
+
+@pytest.mark.parametrize("base", ["/another/machine/base", "../elsewhere/base", "runs/base"])
+def test_a_base_on_another_machine_is_told_with_its_adapter(base, tmp_path):
+    model = inject_adapter(tiny.tiny_model("llama"), AdapterConfig(rank=2))
+    model.config._name_or_path = base
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"adapter in {tmp_path}/a names {base} as its base(.|\n)*--model BASE"):
+        load_model_and_tokenizer(tmp_path / "a")

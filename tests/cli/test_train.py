@@ -38,6 +38,7 @@ def test_the_defaults_are_those_of_the_configuration():
 # Option -> what is typed, what the field then holds.
 TYPED = {
     "model": ("m", "m"),
+    "from_adapter": ("runs/first", "runs/first"),
     "data": ("d", "d"),
     "output": ("o", "o"),
     "method": ("lora", "lora"),

@@ -13,6 +13,7 @@ from theodora import (
     CheckpointError,
     ConfigError,
     accelerate,
+    combine_adapters,
     inject_adapter,
     load_adapter,
     merge_adapter,
@@ -23,6 +24,7 @@ from theodora import (
 from theodora.adapters.checkpoint import read_adapter
 from theodora.adapters.inject import trained_tensors
 from theodora.adapters.models import load_model
+from theodora.adapters.to_lora import folder_to_lora
 from tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -77,6 +79,22 @@ def test_trained_biases_are_merged_on_disk(tiny_model_dir, tmp_path):
     expected = peft_file(tmp_path / "p", "qwen2", target_modules=TARGETS["qwen2"], bias="all")
     merge_checkpoint(tmp_path / "p", tmp_path / "m", base_model=tiny_model_dir("qwen2"))
     torch.testing.assert_close(logits(load_model(tmp_path / "m")), expected, **CLOSE)
+
+
+def test_trained_biases_stay_in_combinations_and_plain_loras(tiny_model_dir, tmp_path):
+    expected = peft_file(tmp_path / "p", "qwen2", target_modules=TARGETS["qwen2"], bias="all", use_dora=True)
+    folder_to_lora(tmp_path / "p", tmp_path / "lora", None, base_model=tiny_model_dir("qwen2"))
+    base = tiny_model("qwen2")
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path / "lora")), expected, rtol=0, atol=2e-4)
+    theirs = PeftModel.from_pretrained(tiny_model("qwen2"), tmp_path / "lora")
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=2e-4)
+
+    combine_adapters(base, ["default"], [1.0], into="one")
+    torch.testing.assert_close(logits(base), expected, rtol=0, atol=2e-4)
+    save_adapter(base, tmp_path / "one", "one")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(tiny_model("qwen2"), tmp_path / "one")), expected, rtol=0, atol=2e-4
+    )
 
 
 def test_biases_that_an_adapter_adds(tmp_path):

@@ -1,9 +1,11 @@
 """Preference and reward trainers compare an injected policy with what it was when they began, and with nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import (
     DPOConfig,
@@ -243,7 +245,7 @@ def test_sft_with_a_second_adapter_of_pefts_is_refused(sft):
 
 def test_pefts_adapters_of_transformers_are_refused_while_ours_are_there(sft):
     model = policy(sft)
-    for method in (model.add_adapter, model.load_adapter):
+    for method in (model.add_adapter, model.load_adapter, partial(get_peft_model, model)):
         with pytest.raises(ConfigError, match=r"theodora\.remove_adapter"):
             method(LoraConfig(target_modules=["q_proj"]))
     remove_adapter(model)

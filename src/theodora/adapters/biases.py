@@ -3,22 +3,24 @@ in full."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from torch import Tensor, nn
 
 from theodora.adapters.base_copies import base_parameter
 from theodora.adapters.checkpoint import AdapterFile
-from theodora.adapters.targets import find_modules_to_save
-from theodora.config import AdapterConfig
 
 
-def trained_biases(model: nn.Module, full: Iterable[str], config: AdapterConfig) -> set[str]:
+def trained_biases(full: Iterable[str]) -> set[str]:
     """Those of the parameters trained in full that are biases by themselves, and part of no module trained in full."""
-    modules = set(find_modules_to_save(model, config.modules_to_save))
-    return {
-        path for path in full if path.endswith(".bias") and not any(path.startswith(f"{module}.") for module in modules)
-    }
+    paths = set(full)
+    return {path for path in paths if path.endswith(".bias") and f"{path.removesuffix('.bias')}.weight" not in paths}
+
+
+def bias_key(path: str, adapted: Container[str]) -> str:
+    """A bias's key in PEFT's files, within the wrapper of a module that has a low-rank update."""
+    module = path.removesuffix(".bias")
+    return f"{module}.base_layer.bias" if module in adapted else path
 
 
 def sums_of_biases(model: nn.Module, file: AdapterFile) -> Mapping[str, Tensor]:

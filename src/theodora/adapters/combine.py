@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from theodora.adapters.biases import trained_biases
 from theodora.adapters.fit import FitReport, Held, Wanted, dense, exact_dtype, hold, wanted_of
 from theodora.adapters.inject import (
     adapter_layers,
@@ -153,7 +154,7 @@ def scale_one_config(method: str, held: Mapping[str, Held], full: Mapping[str, T
         targets=tuple(held) or "all-linear",
         rank_pattern=others,
         alpha_pattern=others,
-        modules_to_save=tuple(sorted({path.rpartition(".")[0] for path in full})),
+        modules_to_save=tuple(sorted({path.rpartition(".")[0] for path in full.keys() - trained_biases(full)})),
         adapter_dtype="base" if any(h.a_RI.dtype == torch.float64 for h in held.values()) else "float32",
     )
 

@@ -132,6 +132,24 @@ def _teach_trainer() -> None:
         if not hasattr(original, "__theodora__"):
             setattr(trainer, name, _loading_adapters(original, find_folder))
     teach_trl(trainer)
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # transformers' trainer has imported it, if it is there
+    if tuners is not None and not hasattr(tuners.BaseTuner.inject_adapter, "__theodora__"):
+        tuners.BaseTuner.inject_adapter = _refusing_ours(tuners.BaseTuner.inject_adapter)
+
+
+def _refusing_ours(original: Any) -> Any:
+    """PEFT's way to put layers on a model, which takes no model with adapters of ours."""
+
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from theodora.adapters.inject import find_state
+
+        if find_state(model) is not None:
+            _refuse_pefts()
+        return original(self, model, *args, **kwargs)
+
+    wrapper: Any = functools.wraps(original)(inject_adapter)
+    wrapper.__theodora__ = True
+    return wrapper
 
 
 def _loading_adapters(original: Any, find_folder: Any) -> Any:

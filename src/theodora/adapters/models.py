@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,15 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
-    tokenizer = load_tokenizer(
-        adapter if adapter is not None and has_tokenizer(adapter) else model,
-        trust_remote_code=trust_remote_code,
-        revision=None if adapter is not None and has_tokenizer(adapter) else revision,
-    )
-    try:
+    with _named_by(named, model):
+        tokenizer = load_tokenizer(
+            adapter if adapter is not None and has_tokenizer(adapter) else model,
+            trust_remote_code=trust_remote_code,
+            revision=None if adapter is not None and has_tokenizer(adapter) else revision,
+        )
         loaded = load_model(
             model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
         )
-    except CheckpointError as error:
-        if named is None or expanded(model).exists():
-            raise
-        raise CheckpointError(f"{_not_here(named, str(model))}\n{error}") from error
     if adapter is not None:
         from theodora.adapters import load_adapter
 
@@ -76,6 +73,17 @@ def load_model_and_tokenizer(
 
     set_ends(loaded, tokenizer)
     return loaded.to(device or best_device()).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _named_by(adapter: str | Path | None, model: str | Path) -> Iterator[None]:
+    """Say of a model that does not load which adapter wants it, if it is not there."""
+    try:
+        yield
+    except CheckpointError as error:
+        if adapter is None or expanded(model).exists():
+            raise
+        raise CheckpointError(f"{_not_here(adapter, str(model))}\n{error}") from error
 
 
 def load_model(

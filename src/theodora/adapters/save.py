@@ -25,7 +25,7 @@ from theodora.adapters.base_copies import (
     missing_in_full,
 )
 from theodora.adapters.base_probe import check_base, probe_base
-from theodora.adapters.biases import bias_problems, sums_of_biases, trained_biases
+from theodora.adapters.biases import bias_key, bias_problems, sums_of_biases, trained_biases
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
@@ -230,7 +230,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    layers, biases = adapter_layers(model, name), trained_biases(model, state.full[name], state.configs[name])
+    layers, biases = adapter_layers(model, name), trained_biases(state.full[name])
     for path, layer in layers.items():
         adapter: Any = layer.adapters[name]
         if state_dict is not None:
@@ -243,7 +243,7 @@ def _tensors(
             tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
     for path, parameter in state.full[name].items():
         in_place = state.active == name and state_dict is not None
-        key = f"{path[:-5]}.base_layer.bias" if path in biases and path[:-5] in layers else path
+        key = bias_key(path, layers) if path in biases else path
         tensors[key] = state_dict[path] if in_place and state_dict is not None else parameter
     for path, own in own_rows(model, name).items():
         rows = own.rows if state_dict is None else state_dict[f"{path}.token_rows.{name}.rows"]
@@ -277,7 +277,7 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
         base_model=getattr(hf_config, "_name_or_path", "") or None,
         task_type=task_type(model, list(layers)),
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
-        bias="all" if trained_biases(model, state.full[name], state.configs[name]) else "none",
+        bias="all" if trained_biases(state.full[name]) else "none",
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
+from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.checkpoint import (
     CONFIG_NAME,
     KEY_PREFIX,
@@ -125,6 +126,7 @@ def folder_to_lora(
             base_model=file.base_model,
             task_type="CAUSAL_LM",
             fan_in_fan_out=transposed,
+            bias="all" if trained_biases(file.full) else "none",
         )
         metadata = {"format": "pt", METADATA_KEY: json.dumps({"probe": file.probe})}
         save_file(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
@@ -144,7 +146,9 @@ def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
 
 
 def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {**file.base_copies, **file.full}
+    biases = trained_biases(file.full)
+    full = {bias_key(path, held) if path in biases else path: tensor for path, tensor in file.full.items()}
+    tensors: dict[str, Tensor] = {**file.base_copies, **full}
     for path, h in held.items():
         pattern = "{}.lora_embedding_{}" if file.modules[path].embedding else "{}.lora_{}.weight"
         tensors |= {pattern.format(path, "A"): h.a_RI, pattern.format(path, "B"): h.b_OR}

@@ -30,12 +30,14 @@ _USE = "Pass ref_model=theodora.reference_model(model, ADAPTER), a frozen twin o
 def teach_trl(trainer: Any) -> None:
     """Let TRL's trainers be met when the first of them is made: they all are `trainer`s of transformers."""
 
-    def new(cls: Any, *_args: Any, **_kwargs: Any) -> Any:
+    own = trainer.__new__
+
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         for parent in cls.__mro__:
             made = vars(parent).get("__init__")
             if parent.__module__.startswith("trl.") and made is not None and not hasattr(made, "__theodora__"):
                 parent.__init__ = _with_reference(made)
-        return object.__new__(cls)
+        return object.__new__(cls) if own is object.__new__ else own(cls, *args, **kwargs)
 
     new_method: Any = new
     new_method.__theodora__ = True
