@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
-from theodora.data.notes import Notes, is_empty
+from theodora.data.blocks import unfolded
+from theodora.data.notes import Notes, is_empty, spelling
 from theodora.data.problems import nearest
-from theodora.data.tools import Schemas, describe, parsed_or_same, read_calls, spoken_calls, storable_calls
+from theodora.data.tools import (
+    Schemas,
+    describe,
+    parsed_or_same,
+    read_calls,
+    spoken_calls,
+    storable_calls,
+    whole_number,
+)
 from theodora.errors import shown
 
 Message = dict[str, Any]
@@ -19,18 +29,21 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "input": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "ai": "assistant",
+    "output": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "ipython": "tool",
     "observation": "tool",
+    "observations": "tool",
     "function_response": "tool",
     "function_result": "tool",
     "tool_response": "tool",
@@ -39,8 +52,8 @@ ROLES = {
 # Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
 _CALLS = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-# Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift, and loops that multiply the loss by it.
-_LEARNED = ("weight", "train", "training", "loss", "loss_mask")
+# Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift (both), and loops that multiply the loss by it.
+_LEARNED = ("weight", "train", "training", "loss", "loss_scale", "loss_mask")
 # Whether it is hidden from the loss: torchtune's.
 _MASKED = ("masked", "mask")
 _WORDS = ("content", "value")
@@ -49,6 +62,11 @@ _READ = frozenset(
 )
 # ms-swift's pairs: {"human": …, "assistant": …}.
 _ASKED, _ANSWERED = ("human", "user"), ("assistant", "gpt")
+_KNOWN = _READ | {"refusal", *_ASKED, *_ANSWERED}
+_NUMBERS = ("numbers in place of text", "read as their text (4, 0.5, true), whole ones without a fraction")
+# Axolotl's, of a part of a turn.
+_PARTLY = ("train", "weight", "train_detail")
+_LEARNED_WHOLE = "not used; a turn is learned whole or not at all"
 
 
 class Turn(NamedTuple):
@@ -136,8 +154,20 @@ def check_answered(messages: list[Message], column: str, notes: Notes) -> None:
     """Note a conversation that has nothing to learn from, or goes on behind what there is to learn."""
     if messages and messages[-1]["role"] != "assistant":
         notes.leave_out("turns behind the model's last", "nothing is learned from them")
-    if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
-        notes.wrong(f"{column!r} has no assistant turn, so there is nothing to learn from it")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(map(_weight, answers)):
+        which = " that is to be learned (their weight is 0)" if answers else ""
+        notes.wrong(f"{column!r} has no assistant turn{which}, so there is nothing to learn from it")
+
+
+def read_words(value: Any, what: str, notes: Notes) -> str:
+    """What is asked or answered: text, or a number, which a CSV file could not tell from its text."""
+    if isinstance(value, bool | int | float | Decimal):
+        text = format(value, "f") if isinstance(value, Decimal) else json.dumps(whole_number(value))
+        if text.strip("-") not in ("NaN", "Infinity", "sNaN"):
+            notes.leave_out(*_NUMBERS)
+            return text
+    return read_text(value, what, notes)
 
 
 def read_text(value: Any, what: str, notes: Notes) -> str:
@@ -175,18 +205,27 @@ def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Tu
     if not isinstance(turn, dict):
         notes.wrong(f"{what} is {describe(turn)}; expected an object with role and content")
         return []
+    turn = _with_known_keys(cast(Message, turn))
     asked, answered = _first_key(turn, _ASKED), _first_key(turn, _ANSWERED)
     if asked and answered and is_empty(turn.get("role")) and is_empty(turn.get("from")):
         rest = {key: item for key, item in turn.items() if key not in (asked, answered)}
         pair = {"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}
         return [read for part in pair if (read := _read_turn(part, what, notes, schemas)).message]
-    read = _read_turn(turn, what, notes, schemas)
-    return [read] if read.message else []
+    return [read for part in unfolded(turn) if (read := _read_turn(part, what, notes, schemas)).message]
+
+
+def _with_known_keys(turn: Message) -> Message:
+    """A turn with `Role` and `Content` as `role` and `content`, where these are not there as well."""
+    known: Message = {}
+    for key, value in turn.items():
+        plain = spelling(key)
+        known[plain if plain in _KNOWN and plain not in turn and plain not in known else key] = value
+    return known
 
 
 def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn:
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    spelt = re.sub(r"[\s-]", "_", name.strip().lower()) if isinstance(name, str) else ""
+    spelt = spelling(name) if isinstance(name, str) else ""
     role = ROLES.get(spelt)
     if role is None:
         known = "system, user, assistant, tool (or human, gpt, …)"
@@ -195,7 +234,7 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
         return Turn({})
     for key, value in turn.items():
         if key not in _READ and not is_empty(value) and not (key == "refusal" and turn.get("content") is None):
-            notes.leave_out(f"the key {key!r} of turns")
+            notes.leave_out(f"the key {key!r} of turns", *([_LEARNED_WHOLE] if key in _PARTLY else []))
     content = next((turn[key] for key in (*_WORDS, "refusal") if turn.get(key) is not None), None)
     if spelt in _CALLS:
         return Turn(_read_call_turn(turn, content, f"{what} ({spelt})", notes, schemas), is_call=True)
@@ -204,7 +243,10 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
         content, reasoning = _read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
     if content is None and calls:
         content = ""
-    text = read_text(content, f"{what} ({role})", notes)
+    if content is None and not any(key in turn for key in _WORDS):
+        notes.wrong(f"{what} ({role}) has no content; its keys are {shown(list(turn), 10)[1:-1]}")
+        return Turn({})
+    text = read_words(content, f"{what} ({role})", notes)
     if isinstance(content, str) and role == "assistant" and not text.strip() and not calls:
         notes.wrong(f"{what} is an empty assistant turn")
     message = {"role": role, "content": text, **_read_extras(turn, role, reasoning, what, notes)}
@@ -314,13 +356,15 @@ def _read_parts(value: list[dict[str, Any]], what: str, notes: Notes) -> tuple[s
         if key is None:
             notes.wrong(f"{what} has parts of type {kind}; only text can be trained on here")
             continue
+        # Axolotl's spellings beside everybody's.
+        key = next((name for name in (key, "content", "value") if part.get(name) is not None), key)
         words = part.get(key)
         if _are_parts(words):
             words = "".join(_read_parts(cast(list[dict[str, Any]], words), what, notes))
         texts[kind in _REASONING].append("" if words is None else _storable_text(words, what, notes))
         for other in part:
             if other not in ("type", key) and not is_empty(part[other]):
-                notes.leave_out(f"the key {other!r} of parts of turns")
+                notes.leave_out(f"the key {other!r} of parts of turns", *([_LEARNED_WHOLE] if other in _PARTLY else []))
     return "".join(texts[False]), "".join(texts[True])
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 NOT_USED = "not used"
+
+_GAPS = re.compile(r"[\s-]+")
 
 
 @dataclass
@@ -30,6 +33,11 @@ class Notes:
     def leave_out(self, what: str, why: str = NOT_USED) -> None:
         """Note something that the row holds and that nothing is learned from."""
         self.left_out[what, why] = None
+
+
+def spelling(name: object) -> str:
+    """A name as names are compared here: "System Prompt", "system-prompt" and "system_prompt" are one."""
+    return _GAPS.sub("_", str(name).strip().lower())
 
 
 def is_empty(value: Any) -> bool:

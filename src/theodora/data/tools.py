@@ -65,10 +65,23 @@ def read_tools(value: Any, column: str, notes: Notes) -> list[Any]:
             and tool.get("type") in (None, "function")
         ):
             tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+        tool = _with_parameters(tool, f"tool {number} of {column!r}", notes)
         arranged = arranged_tool(tool)
         _say_what_changed(tool, arranged, notes)
         tools.append(arranged)
     return tools
+
+
+def _with_parameters(tool: dict[str, Any], what: str, notes: Notes) -> dict[str, Any]:
+    """A tool whose parameters are an object, also where they are written as JSON text, as Axolotl advises."""
+    function = tool.get("function")
+    text = function.get("parameters") if isinstance(function, dict) else None
+    if not isinstance(text, str):
+        return tool
+    parameters = parsed_or_same(text) if text.strip() else {}
+    if not isinstance(parameters, dict):
+        notes.wrong(f"the parameters of {what} are {describe(text)}; expected an object, or JSON text of one")
+    return tool | {"function": {**cast(dict[str, Any], function), "parameters": parameters}}
 
 
 def schemas_of(tools: Sequence[Any]) -> Schemas:
@@ -136,7 +149,7 @@ def arranged_tool(value: Any, names: Sequence[str] | None = None) -> Any:
     if isinstance(value, list):
         return [arranged_tool(item) for item in value]
     if not isinstance(value, dict):
-        return _whole(value)
+        return whole_number(value)
     parts = cast(dict[str, Any], value)
     rank = _RANKS if names is None else {name: place for place, name in enumerate(names)}
     required = parts.get("required")
@@ -154,7 +167,7 @@ def arranged_arguments(value: Any, schema: Any) -> Any:
     if isinstance(value, list):
         return [arranged_arguments(item, schema.get("items")) for item in value]
     if not isinstance(value, dict):
-        return _whole(value)
+        return whole_number(value)
     known = schema.get("properties")
     known = known if isinstance(known, dict) else {}
     rank = {name: place for place, name in enumerate(known)}
@@ -267,7 +280,7 @@ def _same_order(before: Any, after: Any) -> bool:
     return not isinstance(before, list) or all(_same_order(*pair) for pair in zip(before, after, strict=True))
 
 
-def _whole(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """A whole number as one: tables make floats of those that stand beside fractions."""
     if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT:
         return int(value)
