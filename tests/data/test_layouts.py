@@ -12,6 +12,7 @@ from theodora.data import load_examples, tokenize
 from theodora.data.left_out import LeftOut
 from theodora.data.messages import read_words
 from theodora.data.notes import Notes
+from theodora.data.tools import NULLS, ORDER
 from theodora.errors import DataError
 
 Q = {"role": "user", "content": "Q"}
@@ -298,6 +299,37 @@ class TestKeysOfTurns:
         assert row["messages"] == [Q, A]
         assert [part.what for part in left_out] == ["the key 'Content' of turns"]
 
+    @pytest.mark.parametrize(
+        ("turn", "says"),
+        [
+            ({**Q, "from": "gpt"}, "turn 1 of 'messages' has the role 'user' and is from 'gpt'; keep one of the two"),
+            ({**Q, "value": "R"}, "turn 1 of 'messages' (user) has both content and value, not the same"),
+            ({"role": "tool_call", "content": "{}", "function_call": {"name": "f"}}, "has function_call beside"),
+        ],
+    )
+    def test_turns_that_say_a_thing_twice(self, complaint, turn, says):
+        assert says in complaint({"messages": [turn, A]})
+
+    def test_turns_that_say_the_same_twice(self, turns):
+        assert turns({**Q, "from": "human", "value": "Q"}, {**A, "content": "", "value": "A"}) == [Q, A]
+        assert turns(Q, {**A, "content": "", "refusal": "No."})[1]["content"] == "No."
+
+    @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+    @pytest.mark.parametrize("role", ["user", "tool"])
+    def test_calls_of_others_are_said(self, read, role, key):
+        call = {"name": "f", "arguments": "{}"}
+        _, left_out = read({"messages": [Q, A, {"role": role, "content": "4", key: call}, A]})
+        assert [part.what for part in left_out] == [f"the key {key!r} of turns that are not the model's"]
+
+    def test_slips_of_the_pen_are_guessed(self, read):
+        _, left_out = read({"messages": [Q, {**A, "wieght": 1, "emotion": "joy"}], "sytem": "S", "topic": "t"})
+        assert {part.what: part.why for part in left_out} == {
+            "the key 'wieght' of turns": "not used; did you mean 'weight'?",
+            "the key 'emotion' of turns": "not used",
+            "the column 'sytem'": "not used; did you mean 'system'?",
+            "the column 'topic'": "not used",
+        }
+
     def test_a_turn_without_content_names_its_keys(self, complaint):
         message = complaint({"messages": [{"role": "user", "text": "Q"}, A]})
         assert "turn 1 of 'messages' (user) has no content; its keys are 'role', 'text'" in message
@@ -319,6 +351,11 @@ class TestKeysOfTurns:
             ("the key 'train' of parts of turns", "not used; a turn is learned whole or not at all"),
             ("the key 'train_detail' of turns", "not used; a turn is learned whole or not at all"),
         ]
+
+    @pytest.mark.parametrize(("key", "no"), [("train", False), ("weight", 0)])
+    def test_parts_that_all_say_whether_they_are_learned(self, turns, key, no):
+        parts = [{"type": "text", "text": word, key: no} for word in "BC"]
+        assert turns(Q, {**A, "content": parts}, Q, A)[1] == {**A, "content": "BC", "weight": 0}
 
     @pytest.mark.parametrize("key", ["text", "content", "value"])
     def test_the_words_of_a_part(self, turns, key):
@@ -440,6 +477,15 @@ class TestToolCalls:
         _, left_out = read({"messages": [Q, {**A, "content": [used]}, {"role": "user", "content": [result]}, A]})
         assert [part.what for part in left_out] == ["the key 'is_error' of turns"]
 
+    def test_results_that_are_no_text(self, read):
+        rows = [
+            {"messages": [Q, {**A, "tool_calls": [CALL]}, {"role": "tool", "content": content}, A]}
+            for content in ({"b": 1.0, "a": None}, [1, {"c": "é"}], 22)
+        ]
+        found = [read(row) for row in rows]
+        assert [row["messages"][2]["content"] for row, _ in found] == ['{"b": 1}', '[1, {"c": "é"}]', "22"]
+        assert [part.what for part in found[0][1]] == [NULLS[0]]
+
     def test_parameters_in_text(self, read, complaint):
         tool = {"type": "function", "function": {"name": "f", "parameters": '{"properties": {"x": {}}}'}}
         row, _ = read({"messages": [Q, A], "tools": [tool]})
@@ -495,8 +541,8 @@ class TestToolCalls:
         row, left_out = read({"messages": [Q, {**A, "tool_calls": [call]}]})
         assert json.dumps(row["messages"][1]["tool_calls"][0]["function"]["arguments"]) == '{"w": 2, "x": 1}'
         assert [part.what for part in left_out] == [
-            "null values in tools and in the arguments of calls",
-            "the order of keys in tools and in the arguments of calls",
+            "null values in tools, in the arguments of calls and in results",
+            "the order of keys in tools, in the arguments of calls and in results",
             "the key 'index' of tool calls",
         ]
 
@@ -521,7 +567,7 @@ class TestToolCalls:
         row, left_out = read({"messages": [Q, {**A, "tool_calls": calls}], "tools": [tool]})
         assert list(row["messages"][1]["tool_calls"][0]["function"]["arguments"]) == ["b", "a", "z", "y"]
         assert list(json.loads(row["tools"])[0]["function"]["parameters"]["properties"]) == ["b", "a", "z"]
-        assert [part.what for part in left_out] == ["the order of keys in tools and in the arguments of calls"]
+        assert [part.what for part in left_out] == [ORDER[0]]
 
 
 class TestSpreadsheets:

@@ -79,6 +79,16 @@ class TestKindsOfSource:
         write("{", "d/b/d.jsonl")
         assert "b/d.jsonl, line 1: is not valid JSON" in complaint(folder)
 
+    def test_files_of_a_folder_that_are_not_read_are_said(self, write):
+        folder = write(PAIRS, "d/a.jsonl").parent
+        assert "files" not in load_examples(folder).description
+        for name in ("README.md", "b/notes.xlsx", "dataset_info.json", ".hidden"):
+            write("{}", f"d/{name}")
+        assert rows(folder) == PAIRS
+        assert load_examples(folder).description.endswith(
+            "; files of other kinds are not read: 'README.md', 'b/notes.xlsx', 'dataset_info.json'."
+        )
+
     def test_folder_whose_files_name_splits(self, write):
         folder = write(PAIRS[:2], "eval/data/train-00000-of-00001.jsonl").parent
         write(PAIRS[2:], "eval/data/test.jsonl")

@@ -34,7 +34,11 @@ _INSTRUCTIONS = tuple(name for name in PROMPTS if name not in CONTEXTS)
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
 TOOLS = ("tools", "functions")
+BESIDE = (*SYSTEMS, *HISTORIES, *TOOLS, *CONTEXTS)
+"""What is used beside a question or a conversation."""
 TEXT = "text"
+COLUMNS = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *BESIDE, TEXT)
+"""Every name that means something, if only in other files."""
 # What is preferred, and what it is preferred to.
 PREFERENCES = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
 _SHOWN_COLUMNS = 20

@@ -18,9 +18,9 @@ from datasets.arrow_writer import ArrowWriter
 
 from theodora.data.examples import Examples
 from theodora.data.files import LocatedRows, Row
-from theodora.data.formats import PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
+from theodora.data.formats import BESIDE, COLUMNS, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
-from theodora.data.notes import NOT_USED, Notes, is_empty, spelling
+from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
 from theodora.data.problems import Problems
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
@@ -130,8 +130,9 @@ class _Reading:
             self.problems.add(where, problem)
         if found is None and not notes.problems:
             notes.leave_out("rows without text", "skipped")
+        beside = () if layout.format == "text" else BESIDE
         for name in unused:
-            notes.leave_out(f"the column {name!r}", _why_unused(name, row[name]))
+            notes.leave_out(f"the column {name!r}", _why_unused(name, row[name], beside))
         self._used.update(notes.used)
         self._count(list(notes.left_out))
         return found
@@ -156,7 +157,7 @@ class _Reading:
         return "; ".join(parts) + "."
 
 
-def _why_unused(name: str, value: Any) -> str:
+def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
     plain = spelling(name)
     if plain in _VERDICTS and (isinstance(value, bool) or spelling(value) in ("true", "false")):
         return "not used; what it calls bad is learned like the rest"
@@ -164,7 +165,7 @@ def _why_unused(name: str, value: Any) -> str:
         return "not used; preferences are not learned here"
     if plain in _MEDIA:
         return "not used; the text beside it is learned as it stands, placeholders such as <image> included"
-    return NOT_USED
+    return NOT_USED if plain in COLUMNS else not_used(name, beside)
 
 
 def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:

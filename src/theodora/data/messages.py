@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
 from theodora.data.blocks import unfolded
-from theodora.data.notes import Notes, is_empty, spelling
+from theodora.data.notes import Notes, is_empty, not_used, spelling
 from theodora.data.problems import nearest
 from theodora.data.tools import (
     Schemas,
@@ -18,6 +18,7 @@ from theodora.data.tools import (
     read_calls,
     spoken_calls,
     storable_calls,
+    text_of_result,
     whole_number,
 )
 from theodora.errors import shown
@@ -51,18 +52,18 @@ ROLES = {
 }
 # Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
 _CALLS = ("function_call", "tool_call")
+_CALL_KEYS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift (both), and loops that multiply the loss by it.
 _LEARNED = ("weight", "train", "training", "loss", "loss_scale", "loss_mask")
 # Whether it is hidden from the loss: torchtune's.
 _MASKED = ("masked", "mask")
 _WORDS = ("content", "value")
-_READ = frozenset(
-    (*_WORDS, "role", "from", "name", "tool_call_id", "tool_calls", "function_call", *_REASONING, *_LEARNED, *_MASKED)
-)
+_READ = frozenset((*_WORDS, "role", "from", "name", "tool_call_id", *_CALL_KEYS, *_REASONING, *_LEARNED, *_MASKED))
 # ms-swift's pairs: {"human": …, "assistant": …}.
 _ASKED, _ANSWERED = ("human", "user"), ("assistant", "gpt")
 _KNOWN = _READ | {"refusal", *_ASKED, *_ANSWERED}
+_HINTED = tuple(sorted(_READ))
 _NUMBERS = ("numbers in place of text", "read as their text (4, 0.5, true), whole ones without a fraction")
 # Axolotl's, of a part of a turn.
 _PARTLY = ("train", "weight", "train_detail")
@@ -233,9 +234,11 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
         notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
         return Turn({})
     for key, value in turn.items():
-        if key not in _READ and not is_empty(value) and not (key == "refusal" and turn.get("content") is None):
-            notes.leave_out(f"the key {key!r} of turns", *([_LEARNED_WHOLE] if key in _PARTLY else []))
-    content = next((turn[key] for key in (*_WORDS, "refusal") if turn.get(key) is not None), None)
+        said = key == "refusal" and all(is_empty(turn.get(word)) for word in _WORDS)
+        if key not in _READ and not is_empty(value) and not said:
+            notes.leave_out(f"the key {key!r} of turns", _LEARNED_WHOLE if key in _PARTLY else not_used(key, _HINTED))
+    _check_spellings(turn, role, what, notes)
+    content = _first_held(turn, (*_WORDS, "refusal"))
     if spelt in _CALLS:
         return Turn(_read_call_turn(turn, content, f"{what} ({spelt})", notes, schemas), is_call=True)
     reasoning, calls = "", _read_tool_calls(turn, what, notes, schemas) if role == "assistant" else []
@@ -243,6 +246,8 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
         content, reasoning = _read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
     if content is None and calls:
         content = ""
+    if role == "tool" and isinstance(content, dict | list) and not _are_parts(content):
+        content = text_of_result(content, f"{what} ({role})", notes)
     if content is None and not any(key in turn for key in _WORDS):
         notes.wrong(f"{what} ({role}) has no content; its keys are {shown(list(turn), 10)[1:-1]}")
         return Turn({})
@@ -255,17 +260,34 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     )
 
 
+def _check_spellings(turn: Message, role: str, what: str, notes: Notes) -> None:
+    """Note a turn that says a thing twice, and not the same."""
+    speaker = turn.get("from")
+    if isinstance(speaker, str) and turn.get("role") is not None and ROLES.get(spelling(speaker)) != role:
+        notes.wrong(f"{what} has the role {shown(turn['role'])} and is from {shown(speaker)}; keep one of the two")
+    words = [turn[key] for key in _WORDS if not is_empty(turn.get(key))]
+    if len(words) > 1 and words[0] != words[1]:
+        notes.wrong(f"{what} ({role}) has both content and value, not the same; keep one of the two")
+
+
+def _first_held(turn: Message, keys: tuple[str, ...]) -> Any:
+    """The first of some keys that holds something, or else is at least not null."""
+    given = [turn[key] for key in keys if turn.get(key) is not None]
+    return next((value for value in given if not is_empty(value)), given[0] if given else None)
+
+
 def _read_call_turn(turn: Message, content: Any, what: str, notes: Notes, schemas: Schemas) -> Message:
     calls, reasoning = spoken_calls(content, what, schemas, notes)
-    if not is_empty(turn.get("tool_calls")):
-        notes.wrong(f"{what} has tool_calls beside the call that it says; keep one of the two")
+    for key in _CALL_KEYS:
+        if not is_empty(turn.get(key)):
+            notes.wrong(f"{what} has {key} beside the call that it says; keep one of the two")
     extras = _read_extras(turn, "assistant", reasoning, what, notes)
     return {"role": "assistant", "content": "", **extras, "tool_calls": storable_calls(calls, what, schemas, notes)}
 
 
 def _read_tool_calls(turn: Message, what: str, notes: Notes, schemas: Schemas) -> list[dict[str, Any]]:
     """OpenAI's `tool_calls`, or the one `function_call` that came before them."""
-    given = {key: turn[key] for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))}
+    given = {key: turn[key] for key in _CALL_KEYS if not is_empty(turn.get(key))}
     if len(given) > 1:
         notes.wrong(f"{what} has both tool_calls and function_call; keep one of the two")
     return next((read_calls(value, f"{key} of {what}", schemas, notes) for key, value in given.items()), [])
@@ -281,8 +303,8 @@ def _read_extras(turn: Message, role: str, reasoning: str, what: str, notes: Not
     read += [read_text(value, f"{key} of {what}", notes) for key, value in thoughts.items()]
     if len(set(read)) > 1:
         notes.wrong(f"{what} has reasoning in several places ({', '.join(thoughts)}), not the same; keep one of them")
-    if read and role != "assistant":
-        for key in thoughts:
+    if role != "assistant":
+        for key in (*thoughts, *(key for key in _CALL_KEYS if not is_empty(turn.get(key)))):
             notes.leave_out(f"the key {key!r} of turns that are not the model's")
     elif read:
         extras["reasoning_content"] = read[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from theodora.data.problems import nearest
 
 NOT_USED = "not used"
 
@@ -33,6 +36,12 @@ class Notes:
     def leave_out(self, what: str, why: str = NOT_USED) -> None:
         """Note something that the row holds and that nothing is learned from."""
         self.left_out[what, why] = None
+
+
+@functools.lru_cache(maxsize=1024)
+def not_used(name: str, known: tuple[str, ...]) -> str:
+    """Why a column or a key is left out that means nothing here, and what it may be a slip of the pen for."""
+    return NOT_USED + nearest(spelling(name), list(known))
 
 
 def spelling(name: object) -> str:

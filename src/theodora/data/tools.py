@@ -21,13 +21,13 @@ from theodora.errors import shown
 from theodora.parse import parse_json
 
 NULLS = (
-    "null values in tools and in the arguments of calls",
-    "left out, as tables fill them in by themselves; arguments written as JSON text keep theirs",
+    "null values in tools, in the arguments of calls and in results",
+    "left out, as tables fill them in by themselves; what is written as JSON text keeps its own",
 )
 ORDER = (
-    "the order of keys in tools and in the arguments of calls",
+    "the order of keys in tools, in the arguments of calls and in results",
     "changed to that of `required`, then of the alphabet, as tables have an order of their own; "
-    "arguments written as JSON text keep theirs",
+    "what is written as JSON text keeps its own",
 )
 """What happens to every kind of file, and is only worth saying of one that could have kept it."""
 
@@ -121,6 +121,13 @@ def spoken_calls(content: Any, what: str, schemas: Schemas, notes: Notes) -> tup
             notes.wrong(f'{what} is {describe(content)}; expected JSON such as {{"name": …, "arguments": {{…}}}}')
             return [], reasoning
     return read_calls(content, what, schemas, notes), reasoning
+
+
+def text_of_result(value: Any, what: str, notes: Notes) -> str:
+    """A tool's result that is written as an object or a list, as the JSON text that a model reads."""
+    arranged = arranged_arguments(value, None)
+    _say_what_changed(value, arranged, notes)
+    return storable_json(arranged, what, notes)
 
 
 def storable_calls(
