@@ -10,9 +10,9 @@ import pytest
 
 from theodora.data import load_examples, tokenize
 from theodora.data.left_out import LeftOut
-from theodora.data.messages import read_words
 from theodora.data.notes import Notes
 from theodora.data.tools import NULLS, ORDER
+from theodora.data.words import read_words
 from theodora.errors import DataError
 
 Q = {"role": "user", "content": "Q"}
@@ -359,6 +359,8 @@ class TestKeysOfTurns:
 
     @pytest.mark.parametrize("key", ["text", "content", "value"])
     def test_the_words_of_a_part(self, turns, key):
+        thought = [{"type": "reasoning", key: "Hm."}, {"type": "text", key: "A"}]
+        assert turns(Q, {**A, "content": thought}) == [Q, {**A, "reasoning_content": "Hm."}]
         part = [{"type": "text", key: "A"}]
         assert turns({**Q, "content": part}, {**A, "content": part}) == [{**Q, "content": "A"}, A]
 

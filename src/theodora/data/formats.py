@@ -16,13 +16,13 @@ from theodora.data.messages import (
     check_answered,
     read_history,
     read_turns,
-    read_words,
     user,
     with_system,
 )
 from theodora.data.notes import Notes, is_empty, spelling
 from theodora.data.problems import nearest
 from theodora.data.tools import parsed_or_same, read_tools, schemas_of, storable_json
+from theodora.data.words import read_words
 from theodora.errors import shown
 
 # Columns in order of preference. Names are compared without regard to capitals, spaces and hyphens.
@@ -131,9 +131,8 @@ def explain_unknown(row: Row) -> str:
 
 
 def _conversation_layout(column: str, row: Row) -> Layout:
-    value = parsed_or_same(row[column]) if isinstance(row[column], str) else row[column]
-    first = value[0] if isinstance(value, list) and value else None
-    sharegpt = isinstance(first, dict) and first.get("from") is not None and first.get("role") is None
+    keys = _keys_of_turns(row[column])
+    sharegpt = "from" in keys and "role" not in keys
 
     def read(row: Row, notes: Notes) -> Row:
         notes.use(column)
@@ -313,10 +312,15 @@ def _check_preferences(row: Row, messages: list[Message], column: str, notes: No
 
 
 def _holds_turns(value: Any) -> bool:
+    return bool(_keys_of_turns(value) & {"role", "from"})
+
+
+def _keys_of_turns(value: Any) -> set[str]:
+    """The keys that hold something in the first turn of a conversation, if it is one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parsed_or_same(value)
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and ("role" in first or "from" in first)
+    return {spelling(key) for key, item in first.items() if item is not None} if isinstance(first, dict) else set()
 
 
 def _beside(used: Sequence[str], *columns: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from decimal import Decimal
 from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
@@ -19,8 +17,8 @@ from theodora.data.tools import (
     spoken_calls,
     storable_calls,
     text_of_result,
-    whole_number,
 )
+from theodora.data.words import LEARNED_WHOLE, PARTLY, REASONING, are_parts, read_parts, read_text, read_words
 from theodora.errors import shown
 
 Message = dict[str, Any]
@@ -53,21 +51,16 @@ ROLES = {
 # Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
 _CALLS = ("function_call", "tool_call")
 _CALL_KEYS = ("tool_calls", "function_call")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 # Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift (both), and loops that multiply the loss by it.
 _LEARNED = ("weight", "train", "training", "loss", "loss_scale", "loss_mask")
 # Whether it is hidden from the loss: torchtune's.
 _MASKED = ("masked", "mask")
 _WORDS = ("content", "value")
-_READ = frozenset((*_WORDS, "role", "from", "name", "tool_call_id", *_CALL_KEYS, *_REASONING, *_LEARNED, *_MASKED))
+_READ = frozenset((*_WORDS, "role", "from", "name", "tool_call_id", *_CALL_KEYS, *REASONING, *_LEARNED, *_MASKED))
 # ms-swift's pairs: {"human": …, "assistant": …}.
 _ASKED, _ANSWERED = ("human", "user"), ("assistant", "gpt")
 _KNOWN = _READ | {"refusal", *_ASKED, *_ANSWERED}
 _HINTED = tuple(sorted(_READ))
-_NUMBERS = ("numbers in place of text", "read as their text (4, 0.5, true), whole ones without a fraction")
-# Axolotl's, of a part of a turn.
-_PARTLY = ("train", "weight", "train_detail")
-_LEARNED_WHOLE = "not used; a turn is learned whole or not at all"
 
 
 class Turn(NamedTuple):
@@ -161,25 +154,6 @@ def check_answered(messages: list[Message], column: str, notes: Notes) -> None:
         notes.wrong(f"{column!r} has no assistant turn{which}, so there is nothing to learn from it")
 
 
-def read_words(value: Any, what: str, notes: Notes) -> str:
-    """What is asked or answered: text, or a number, which a CSV file could not tell from its text."""
-    if isinstance(value, bool | int | float | Decimal):
-        text = format(value, "f") if isinstance(value, Decimal) else json.dumps(whole_number(value))
-        if text.strip("-") not in ("NaN", "Infinity", "sNaN"):
-            notes.leave_out(*_NUMBERS)
-            return text
-    return read_text(value, what, notes)
-
-
-def read_text(value: Any, what: str, notes: Notes) -> str:
-    """A cell that holds text (or text parts, as the OpenAI API writes them); what is wrong goes to `notes`."""
-    if _are_parts(value):
-        value, thought = _read_parts(value, what, notes)
-        if thought:
-            notes.wrong(f"{what} has parts of type thinking, which only a turn of the model can have")
-    return _storable_text(value, what, notes)
-
-
 def calls_of(message: Message) -> Any:
     """The tool calls of a message, which may be stored as JSON text."""
     calls = message.get("tool_calls")
@@ -236,17 +210,17 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     for key, value in turn.items():
         said = key == "refusal" and all(is_empty(turn.get(word)) for word in _WORDS)
         if key not in _READ and not is_empty(value) and not said:
-            notes.leave_out(f"the key {key!r} of turns", _LEARNED_WHOLE if key in _PARTLY else not_used(key, _HINTED))
+            notes.leave_out(f"the key {key!r} of turns", LEARNED_WHOLE if key in PARTLY else not_used(key, _HINTED))
     _check_spellings(turn, role, what, notes)
     content = _first_held(turn, (*_WORDS, "refusal"))
     if spelt in _CALLS:
         return Turn(_read_call_turn(turn, content, f"{what} ({spelt})", notes, schemas), is_call=True)
     reasoning, calls = "", _read_tool_calls(turn, what, notes, schemas) if role == "assistant" else []
-    if role == "assistant" and _are_parts(content):
-        content, reasoning = _read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
+    if role == "assistant" and are_parts(content):
+        content, reasoning = read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
     if content is None and calls:
         content = ""
-    if role == "tool" and isinstance(content, dict | list) and not _are_parts(content):
+    if role == "tool" and isinstance(content, dict | list) and not are_parts(content):
         content = text_of_result(content, f"{what} ({role})", notes)
     if content is None and not any(key in turn for key in _WORDS):
         notes.wrong(f"{what} ({role}) has no content; its keys are {shown(list(turn), 10)[1:-1]}")
@@ -298,7 +272,7 @@ def _read_extras(turn: Message, role: str, reasoning: str, what: str, notes: Not
     for key in ("name", "tool_call_id"):
         if not is_empty(value := turn.get(key)):
             extras[key] = str(value) if is_int(value) else read_text(value, f"{key} of {what}", notes)
-    thoughts = {key: turn[key] for key in _REASONING if not is_empty(turn.get(key))}
+    thoughts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     read = [reasoning] if reasoning else []
     read += [read_text(value, f"{key} of {what}", notes) for key, value in thoughts.items()]
     if len(set(read)) > 1:
@@ -359,54 +333,6 @@ def _joined(last: Message, call: Message, column: str, schemas: Schemas, notes: 
     reasoning = "\n".join(part["reasoning_content"] for part in (last, call) if part.get("reasoning_content"))
     joined = last | call | {"content": last["content"]} | ({"reasoning_content": reasoning} if reasoning else {})
     return joined | {"tool_calls": storable_calls(calls, f"a call of {column!r}", schemas, notes)}
-
-
-def _are_parts(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value)
-    )
-
-
-def _read_parts(value: list[dict[str, Any]], what: str, notes: Notes) -> tuple[str, str]:
-    """The text of a list of parts, and the reasoning in it (Mistral's and Anthropic's thinking)."""
-    texts: dict[bool, list[str]] = {False: [], True: []}
-    for part in value:
-        kind = str(part.get("type") or "text")
-        key = _PARTS.get(kind)
-        if key is None:
-            notes.wrong(f"{what} has parts of type {kind}; only text can be trained on here")
-            continue
-        # Axolotl's spellings beside everybody's.
-        key = next((name for name in (key, "content", "value") if part.get(name) is not None), key)
-        words = part.get(key)
-        if _are_parts(words):
-            words = "".join(_read_parts(cast(list[dict[str, Any]], words), what, notes))
-        texts[kind in _REASONING].append("" if words is None else _storable_text(words, what, notes))
-        for other in part:
-            if other not in ("type", key) and not is_empty(part[other]):
-                notes.leave_out(f"the key {other!r} of parts of turns", *([_LEARNED_WHOLE] if other in _PARTLY else []))
-    return "".join(texts[False]), "".join(texts[True])
-
-
-_PARTS = {
-    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
-    "thinking": "thinking", "reasoning": "reasoning",
-}  # fmt: skip
-
-
-def _storable_text(value: Any, what: str, notes: Notes) -> str:
-    if not isinstance(value, str):
-        notes.wrong(f"{what} is {describe(value)}; expected text")
-        return ""
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            notes.wrong(f"{what} holds half a character (a lone surrogate) at position {error.start + 1}")
-            return ""
-    return value
 
 
 def _first_key(turn: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
