@@ -199,18 +199,10 @@ def _with_known_keys(turn: Message) -> Message:
 
 
 def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn:
-    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    spelt = spelling(name) if isinstance(name, str) else ""
-    role = ROLES.get(spelt)
-    if role is None:
-        known = "system, user, assistant, tool (or human, gpt, …)"
-        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
-        notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
+    spelt, role = _read_role(turn, what, notes)
+    if not role:
         return Turn({})
-    for key, value in turn.items():
-        said = key == "refusal" and all(is_empty(turn.get(word)) for word in _WORDS)
-        if key not in _READ and not is_empty(value) and not said:
-            notes.leave_out(f"the key {key!r} of turns", LEARNED_WHOLE if key in PARTLY else not_used(key, _HINTED))
+    _note_unused_keys(turn, notes)
     _check_spellings(turn, role, what, notes)
     content = _first_held(turn, (*_WORDS, "refusal"))
     if spelt in _CALLS:
@@ -232,6 +224,24 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     return Turn(
         message | ({"tool_calls": storable_calls(calls, f"tool_calls of {what}", schemas, notes)} if calls else {})
     )
+
+
+def _read_role(turn: Message, what: str, notes: Notes) -> tuple[str, str]:
+    """Whose turn it is, as the file says it and as it is said here ("" if that cannot be told)."""
+    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
+    spelt = spelling(name) if isinstance(name, str) else ""
+    if spelt not in ROLES:
+        known = "system, user, assistant, tool (or human, gpt, …)"
+        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
+        notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
+    return spelt, ROLES.get(spelt, "")
+
+
+def _note_unused_keys(turn: Message, notes: Notes) -> None:
+    for key, value in turn.items():
+        said = key == "refusal" and all(is_empty(turn.get(word)) for word in _WORDS)
+        if key not in _READ and not is_empty(value) and not said:
+            notes.leave_out(f"the key {key!r} of turns", LEARNED_WHOLE if key in PARTLY else not_used(key, _HINTED))
 
 
 def _check_spellings(turn: Message, role: str, what: str, notes: Notes) -> None:
