@@ -1,11 +1,18 @@
 """What the files of other tools mean here: each key and column is used, refused with its place, or said."""
 
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from theodora.data import load_examples, tokenize
 from theodora.data.left_out import LeftOut
+from theodora.data.notes import Notes
+from theodora.data.tools import NULLS, ORDER
+from theodora.data.words import read_words
 from theodora.errors import DataError
 
 Q = {"role": "user", "content": "Q"}
@@ -135,12 +142,50 @@ class TestColumnsBesideTheText:
                 }
             )
         )
-        _, left_out = read({"prompt": "Q", "completion": "A", "rejected": "B"})
-        assert left_out == (LeftOut("the column 'rejected'", 1, "not used; preferences are not learned here"),)
+        for name in ("rejected", "rejected_response"):
+            _, left_out = read({"prompt": "Q", "completion": "A", name: "B"})
+            assert left_out == (LeftOut(f"the column {name!r}", 1, "not used; preferences are not learned here"),)
 
     def test_answers_that_are_called_bad_are_said(self, read):
         _, left_out = read({"prompt": "Q", "completion": "A", "label": False}, {"prompt": "Q", "completion": "B"})
         assert left_out == (LeftOut("the column 'label'", 1, "not used; what it calls bad is learned like the rest"),)
+
+    @pytest.mark.parametrize("column", ["System Prompt", "system-prompt", " SYSTEM_PROMPT "])
+    def test_columns_however_they_are_spelt(self, read, column):
+        row, left_out = read({column: "S", "Question": "Q", "ANSWER": "A"})
+        assert row == {"prompt": [{"role": "system", "content": "S"}, Q], "completion": [A]}
+        assert left_out == ()
+
+    @pytest.mark.parametrize("missing", [{"instruction": ""}, {"instruction": None}, {}])
+    def test_an_instruction_and_its_material_may_each_be_missing(self, write, missing):
+        rows = [{"instruction": "I", "input": "M", "output": "A"}, {"input": "N", "output": "A"} | missing]
+        for given, expected in ((rows, ["I\n\nM", "N"]), (rows[::-1], ["N", "I\n\nM"])):
+            examples = load_examples(write(given))
+            assert [row["prompt"][0]["content"] for row in examples.dataset] == expected
+            assert examples.left_out == ()
+
+    def test_neither_an_instruction_nor_material(self, complaint):
+        row = {"instruction": "I", "input": "M", "output": "A"}
+        assert "line 2: 'instruction' is empty" in complaint(row, {"instruction": "", "input": " ", "output": "A"})
+        assert "line 2: has no 'instruction'; it has 'output'" in complaint(row, {"output": "A"})
+
+    def test_pictures_are_said(self, read):
+        row, left_out = read({"messages": [{**Q, "content": "<image>Q"}, A], "images": ["a.png"]})
+        assert row["messages"][0]["content"] == "<image>Q"
+        assert [str(part) for part in left_out] == [
+            "the column 'images': not used; the text beside it is learned as it stands, placeholders such as <image> "
+            "included (1 row)"
+        ]
+
+    @pytest.mark.parametrize(
+        ("row", "says"),
+        [
+            ({"segments": [{"label": True, "text": "A"}]}, "'segments' is Axolotl's input_output, which is not read"),
+            ({"input_ids": [1], "labels": [1]}, "'input_ids' holds tokens, and rows are read as text here"),
+        ],
+    )
+    def test_layouts_that_are_not_read(self, complaint, row, says):
+        assert says in complaint(row)
 
     def test_what_is_not_used_is_counted(self, read):
         rows = [{"messages": [Q, A], "id": i or None, "text": "" if i else "Q A"} for i in range(3)]
@@ -173,19 +218,164 @@ class TestColumnsBesideTheText:
             load_examples(write(f'messages\n"{cell}"\n', "a.csv"))
 
 
+class TestNumbers:
+    def test_numbers_are_read_as_their_text(self, read):
+        rows = [{"prompt": "a", "completion": value} for value in (4, 4.0, 0.5, True, -3, 10**20)]
+        examples, left_out = [read(row)[0]["completion"] for row in rows], read(*rows)[1]
+        assert examples == ["4", "4", "0.5", "true", "-3", "1" + "0" * 20]
+        assert left_out == (
+            LeftOut("numbers in place of text", 6, "read as their text (4, 0.5, true), whole ones without a fraction"),
+        )
+
+    def test_numbers_wherever_words_stand(self, turns, read):
+        assert read({"text": 4})[0] == {"text": "4"}
+        assert read({"instruction": 1, "input": 2, "output": 3, "system": 4})[0] == {
+            "prompt": [{"role": "system", "content": "4"}, {"role": "user", "content": "1\n\n2"}],
+            "completion": [{"role": "assistant", "content": "3"}],
+        }
+        assert read({"messages": [Q, {**A, "content": 4}]})[0]["messages"][1]["content"] == "4"
+
+    def test_flags_are_no_reasoning(self, complaint):
+        assert "reasoning of turn 2 of 'messages' is the bool True; expected text" in complaint(
+            {"messages": [Q, {**A, "reasoning": True}]}
+        )
+
+    def test_numbers_of_tables(self, tmp_path):
+        columns = {
+            "4.50": [Decimal("4.50")],
+            "1": pa.array([1], pa.int8()),
+            "0.25": pa.array([0.25], pa.float32()),
+            "4": [4.0],
+        }
+        for text, column in columns.items():
+            pq.write_table(pa.table({"prompt": ["a"], "completion": column}), tmp_path / "a.parquet")
+            assert load_examples(tmp_path / "a.parquet").dataset[0]["completion"] == text
+
+    @pytest.mark.parametrize(
+        ("value", "kind"),
+        [
+            (date(2026, 1, 2), "date"),
+            (datetime(2026, 1, 2, 3), "datetime"),
+            (b"4", "bytes"),
+            (float("inf"), "float"),
+            (Decimal("NaN"), None),
+        ],
+    )
+    def test_values_that_are_no_text(self, tmp_path, value, kind):
+        if kind is None:
+            assert read_words(value, "'x'", notes := Notes()) == ""
+            assert notes.problems == ["'x' is the Decimal Decimal('NaN'); expected text"]
+            return
+        pq.write_table(pa.table({"prompt": ["a"], "completion": [value]}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=f"row 1: 'completion' is the {kind} .*; expected text"):
+            load_examples(tmp_path / "a.parquet")
+
+
 class TestKeysOfTurns:
     def test_turns_behind_the_last_answer_are_said(self, read):
         _, left_out = read({"messages": [Q, A, Q]}, {"messages": [Q, A]})
         assert left_out == (LeftOut("turns behind the model's last", 1, "nothing is learned from them"),)
 
-    @pytest.mark.parametrize("role", ["Tool Response", "tool-result", "FUNCTION_RESPONSE "])
+    @pytest.mark.parametrize(
+        ("asked", "answered"),
+        [
+            ({"Role": "USER", "Content": "Q"}, {"ROLE": "Assistant", "CONTENT": "A"}),
+            ({"From": "Human", "Value": "Q"}, {"From": "GPT", "Value": "A"}),
+            ({"from": "input", "value": "Q"}, {"from": "output", "value": "A"}),
+            ({"role": "human", "value": "Q"}, {"role": "bot", "value": "A"}),
+        ],
+    )
+    def test_turns_however_they_are_spelt(self, turns, asked, answered):
+        assert turns(asked, answered) == [Q, A]
+
+    def test_keys_however_they_are_spelt(self, turns, read):
+        assert turns({"Human": "Q", "Assistant": "A"}) == [Q, A]
+        assert turns(Q, {**A, "Reasoning Content": "Hm.", "Weight": 1})[1] == {
+            **A,
+            "reasoning_content": "Hm.",
+            "weight": 1,
+        }
+        row, left_out = read({"messages": [{**Q, "Content": "B"}, A]})
+        assert row["messages"] == [Q, A]
+        assert [part.what for part in left_out] == ["the key 'Content' of turns"]
+
+    @pytest.mark.parametrize(
+        ("turn", "says"),
+        [
+            ({**Q, "from": "gpt"}, "turn 1 of 'messages' has the role 'user' and is from 'gpt'; keep one of the two"),
+            ({**Q, "value": "R"}, "turn 1 of 'messages' (user) has both content and value, not the same"),
+            ({"role": "tool_call", "content": "{}", "function_call": {"name": "f"}}, "has function_call beside"),
+        ],
+    )
+    def test_turns_that_say_a_thing_twice(self, complaint, turn, says):
+        assert says in complaint({"messages": [turn, A]})
+
+    def test_turns_that_say_the_same_twice(self, turns):
+        assert turns({**Q, "from": "human", "value": "Q"}, {**A, "content": "", "value": "A"}) == [Q, A]
+        assert turns(Q, {**A, "content": "", "refusal": "No."})[1]["content"] == "No."
+
+    @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+    @pytest.mark.parametrize("role", ["user", "tool"])
+    def test_calls_of_others_are_said(self, read, role, key):
+        call = {"name": "f", "arguments": "{}"}
+        _, left_out = read({"messages": [Q, A, {"role": role, "content": "4", key: call}, A]})
+        assert [part.what for part in left_out] == [f"the key {key!r} of turns that are not the model's"]
+
+    def test_slips_of_the_pen_are_guessed(self, read):
+        _, left_out = read({"messages": [Q, {**A, "wieght": 1, "emotion": "joy"}], "sytem": "S", "topic": "t"})
+        assert {part.what: part.why for part in left_out} == {
+            "the key 'wieght' of turns": "not used; did you mean 'weight'?",
+            "the key 'emotion' of turns": "not used",
+            "the column 'sytem'": "not used; did you mean 'system'?",
+            "the column 'topic'": "not used",
+        }
+
+    def test_a_turn_without_content_names_its_keys(self, complaint):
+        message = complaint({"messages": [{"role": "user", "text": "Q"}, A]})
+        assert "turn 1 of 'messages' (user) has no content; its keys are 'role', 'text'" in message
+        assert "(user) is null; expected text" in complaint({"messages": [{"role": "user", "content": None}, A]})
+
+    def test_turns_that_are_all_hidden(self, complaint):
+        assert "has no assistant turn that is to be learned (their weight is 0)" in complaint(
+            {"messages": [Q, {**A, "weight": 0}]}
+        )
+        assert "has no assistant turn, so there is nothing" in complaint(
+            {"messages": [{"role": "system", "content": "S"}]}
+        )
+
+    def test_parts_of_turns_are_learned_like_the_rest_and_that_is_said(self, read):
+        parts = [{"type": "text", "text": "A", "train": False}, {"type": "text", "text": "B"}]
+        row, left_out = read({"messages": [Q, {**A, "content": parts}, Q, {**A, "train_detail": [{"train": False}]}]})
+        assert row["messages"][1]["content"] == "AB"
+        assert [(part.what, part.why) for part in left_out] == [
+            ("the key 'train' of parts of turns", "not used; a turn is learned whole or not at all"),
+            ("the key 'train_detail' of turns", "not used; a turn is learned whole or not at all"),
+        ]
+
+    @pytest.mark.parametrize(("key", "no"), [("train", False), ("weight", 0)])
+    def test_parts_that_all_say_whether_they_are_learned(self, turns, key, no):
+        parts = [{"type": "text", "text": word, key: no} for word in "BC"]
+        assert turns(Q, {**A, "content": parts}, Q, A)[1] == {**A, "content": "BC", "weight": 0}
+
+    @pytest.mark.parametrize("key", ["text", "content", "value"])
+    def test_the_words_of_a_part(self, turns, key):
+        thought = [{"type": "reasoning", key: "Hm."}, {"type": "text", key: "A"}]
+        assert turns(Q, {**A, "content": thought}) == [Q, {**A, "reasoning_content": "Hm."}]
+        part = [{"type": "text", key: "A"}]
+        assert turns({**Q, "content": part}, {**A, "content": part}) == [{**Q, "content": "A"}, A]
+
+    @pytest.mark.parametrize("role", ["Tool Response", "tool-result", "FUNCTION_RESPONSE ", "observations"])
     def test_roles_however_they_are_spelt(self, turns, role):
         assert turns(Q, {**A, "tool_calls": [CALL]}, {"role": role, "content": "4"}, A)[2]["role"] == "tool"
 
     @pytest.mark.parametrize(
         ("key", "no", "yes"),
         [
-            *((key, no, yes) for key in ("weight", "train", "training", "loss") for no, yes in ((0, 1), (False, True))),
+            *(
+                (key, no, yes)
+                for key in ("weight", "train", "training", "loss", "loss_scale")
+                for no, yes in ((0, 1), (False, True))
+            ),
             ("masked", True, False),
             ("mask", True, False),
         ],
@@ -254,6 +444,58 @@ class TestToolCalls:
     def test_a_call_in_any_spelling(self, turns, turn):
         assert turns(Q, turn)[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
+    def test_blocks_of_anthropic(self, turns):
+        used = [{"type": "tool_use", "id": identity, "name": "f", "input": {"x": 1}} for identity in ("7", "8")]
+        results = [
+            {"type": "tool_result", "tool_use_id": "7", "content": "4"},
+            {"type": "tool_result", "tool_use_id": "8", "content": [{"type": "text", "text": "5"}]},
+        ]
+        calls = [CALL | {"id": "7"}, CALL | {"id": "8"}]
+        assert turns(
+            Q,
+            {"role": "assistant", "content": [{"type": "text", "text": "A"}, *used]},
+            {"role": "user", "content": [*results, {"type": "text", "text": "Q"}]},
+            {"role": "assistant", "content": used},
+            {"role": "user", "content": results},
+            A,
+        ) == [
+            Q,
+            {**A, "tool_calls": calls},
+            {"role": "tool", "content": "4", "tool_call_id": "7"},
+            {"role": "tool", "content": "5", "tool_call_id": "8"},
+            Q,
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": "4", "tool_call_id": "7"},
+            {"role": "tool", "content": "5", "tool_call_id": "8"},
+            A,
+        ]
+
+    def test_blocks_that_no_turn_can_hold(self, complaint, read):
+        used = {"type": "tool_use", "id": "7", "name": "f", "input": {"x": 1}}
+        assert "has parts of type tool_use" in complaint(
+            {"messages": [Q, {**A, "content": [used, {"type": "text", "text": "A"}]}]}
+        )
+        result = {"type": "tool_result", "tool_use_id": "7", "content": "4", "is_error": True}
+        _, left_out = read({"messages": [Q, {**A, "content": [used]}, {"role": "user", "content": [result]}, A]})
+        assert [part.what for part in left_out] == ["the key 'is_error' of turns"]
+
+    def test_results_that_are_no_text(self, read):
+        rows = [
+            {"messages": [Q, {**A, "tool_calls": [CALL]}, {"role": "tool", "content": content}, A]}
+            for content in ({"b": 1.0, "a": None}, [1, {"c": "é"}], 22)
+        ]
+        found = [read(row) for row in rows]
+        assert [row["messages"][2]["content"] for row, _ in found] == ['{"b": 1}', '[1, {"c": "é"}]', "22"]
+        assert [part.what for part in found[0][1]] == [NULLS[0]]
+
+    def test_parameters_in_text(self, read, complaint):
+        tool = {"type": "function", "function": {"name": "f", "parameters": '{"properties": {"x": {}}}'}}
+        row, _ = read({"messages": [Q, A], "tools": [tool]})
+        assert json.loads(row["tools"])[0]["function"]["parameters"] == {"properties": {"x": {}}}
+        assert "the parameters of tool 1 of 'tools' are the str 'x'; expected an object" in complaint(
+            {"messages": [Q, A], "tools": [{"name": "f", "parameters": "x"}]}
+        )
+
     def test_words_and_several_calls_are_one_turn(self, turns):
         call = {"role": "tool_call", "content": '<think>Hm.</think>\n{"name": "f", "arguments": {"x": 1}}'}
         result = {"role": "tool_response", "content": "4"}
@@ -301,8 +543,8 @@ class TestToolCalls:
         row, left_out = read({"messages": [Q, {**A, "tool_calls": [call]}]})
         assert json.dumps(row["messages"][1]["tool_calls"][0]["function"]["arguments"]) == '{"w": 2, "x": 1}'
         assert [part.what for part in left_out] == [
-            "null values in tools and in the arguments of calls",
-            "the order of keys in tools and in the arguments of calls",
+            "null values in tools, in the arguments of calls and in results",
+            "the order of keys in tools, in the arguments of calls and in results",
             "the key 'index' of tool calls",
         ]
 
@@ -327,7 +569,7 @@ class TestToolCalls:
         row, left_out = read({"messages": [Q, {**A, "tool_calls": calls}], "tools": [tool]})
         assert list(row["messages"][1]["tool_calls"][0]["function"]["arguments"]) == ["b", "a", "z", "y"]
         assert list(json.loads(row["tools"])[0]["function"]["parameters"]["properties"]) == ["b", "a", "z"]
-        assert [part.what for part in left_out] == ["the order of keys in tools and in the arguments of calls"]
+        assert [part.what for part in left_out] == [ORDER[0]]
 
 
 class TestSpreadsheets:

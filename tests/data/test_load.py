@@ -79,6 +79,16 @@ class TestKindsOfSource:
         write("{", "d/b/d.jsonl")
         assert "b/d.jsonl, line 1: is not valid JSON" in complaint(folder)
 
+    def test_files_of_a_folder_that_are_not_read_are_said(self, write):
+        folder = write(PAIRS, "d/a.jsonl").parent
+        assert "files" not in load_examples(folder).description
+        for name in ("README.md", "b/notes.xlsx", "dataset_info.json", ".hidden"):
+            write("{}", f"d/{name}")
+        assert rows(folder) == PAIRS
+        assert load_examples(folder).description.endswith(
+            "; files of other kinds are not read: 'README.md', 'b/notes.xlsx', 'dataset_info.json'."
+        )
+
     def test_folder_whose_files_name_splits(self, write):
         folder = write(PAIRS[:2], "eval/data/train-00000-of-00001.jsonl").parent
         write(PAIRS[2:], "eval/data/test.jsonl")
@@ -226,7 +236,7 @@ class TestBadInput:
                 '{"prompt": "a", "completion": "b"}\n'
                 '{"prompt": "a", "completion": " "}\n'
                 '{"prompt": "a", "completion": "b"\n'
-                '{"prompt": 1, "completion": null}\n'
+                '{"prompt": {"a": 1}, "completion": null}\n'
                 "[1]\n"
                 '{"prompt": "a", "prompt": "b", "completion": "c"}\n'
                 '{"text": "a"}\n'
@@ -238,7 +248,7 @@ class TestBadInput:
         for expected in (
             "line 2: 'completion' is empty",
             "line 3: is not valid JSON (Expecting ',' delimiter at column 34)",
-            "line 4: 'prompt' is the int 1; expected text",
+            "line 4: 'prompt' is the dict {'a': 1}; expected text",
             "line 4: 'completion' is null; expected text",
             "line 5: is a JSON list; expected an object",
             "line 6: is not valid JSON (it has the key 'prompt' twice)",
@@ -262,7 +272,7 @@ class TestBadInput:
                     {"messages": []},
                     {"messages": [{"role": "asistant", "content": "a"}]},
                     {"messages": [TALK[0], {"role": "assistant", "content": ""}]},
-                    {"messages": [TALK[0], {"content": "a"}, "b", {"role": "user", "content": 3}]},
+                    {"messages": [TALK[0], {"content": "a"}, "b", {"role": "user", "content": {}}]},
                     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TALK[1]]},
                     {"messages": "Hello"},
                     {"messages": [TALK[0], {**TALK[1], "weight": 0}]},
@@ -278,7 +288,7 @@ class TestBadInput:
             "line 6: turn 2 of 'messages' has the role None; expected system, user, assistant, tool "
             "(or human, gpt, …); its keys are 'content'",
             "line 6: turn 3 of 'messages' is the str 'b'; expected an object with role and content",
-            "line 6: turn 4 of 'messages' (user) is the int 3; expected text",
+            "line 6: turn 4 of 'messages' (user) is the dict {}; expected text",
             "line 7: turn 1 of 'messages' (user) has parts of type image_url; only text",
             "line 8: 'messages' is the str 'Hello'",
             "line 9: 'messages' has no assistant turn",

@@ -63,6 +63,29 @@ LAYOUTS = {
         {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Count."},
         {"instruction": "And of Italy?", "output": "Rome", "history": [["Of France?", "Paris"], ["Spain?", "Madrid"]]},
     ],
+    "Alpaca, an instruction in a later row": [
+        {"input": "2, 2", "output": "4"},
+        {"instruction": "Add.", "input": "2, 3", "output": "5"},
+        {"instruction": "Name it.", "output": "Rome"},
+    ],
+    "numbers": [
+        {"question": "2+2", "answer": 4, "input": 0.5},
+        {"question": "2+3", "answer": 5, "input": 0.25},
+    ],
+    "Anthropic": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                said([{"type": "text", "text": "I."}, {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}]),
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "4"}]},
+                said([{"type": "text", "text": "4."}]),
+            ]
+        },
+    ],
+    "parameters as text": [
+        {"messages": asked(said("a")), "tools": [tool("f", '{"type": "object", "properties": {"x": {"type": "a"}}}')]},
+        {"messages": asked(said("b")), "tools": [tool("g", '{"properties": {"y": {"type": "b"}}}')]},
+    ],
     "ms-swift": [
         {"query": "a", "response": "b", "history": [["c", "d"]], "system": "S"},
         {"query": "e", "response": "f"},

@@ -15,28 +15,39 @@ from theodora.data.messages import (
     assistant,
     check_answered,
     read_history,
-    read_text,
     read_turns,
     user,
     with_system,
 )
-from theodora.data.notes import Notes, is_empty
+from theodora.data.notes import Notes, is_empty, spelling
 from theodora.data.problems import nearest
 from theodora.data.tools import parsed_or_same, read_tools, schemas_of, storable_json
+from theodora.data.words import read_words
 from theodora.errors import shown
 
-# Columns in order of preference. Names are compared without regard to case.
+# Columns in order of preference. Names are compared without regard to capitals, spaces and hyphens.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
 CONTEXTS = ("input", "context")
+_INSTRUCTIONS = tuple(name for name in PROMPTS if name not in CONTEXTS)
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
 TOOLS = ("tools", "functions")
+BESIDE = (*SYSTEMS, *HISTORIES, *TOOLS, *CONTEXTS)
+"""What is used beside a question or a conversation."""
 TEXT = "text"
+COLUMNS = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *BESIDE, TEXT)
+"""Every name that means something, if only in other files."""
 # What is preferred, and what it is preferred to.
 PREFERENCES = {"chosen": "rejected", "preferred_output": "non_preferred_output"}
 _SHOWN_COLUMNS = 20
+# Columns of layouts that are not read, and what to do.
+_HINTS = {
+    "segments": "is Axolotl's input_output, which is not read here. Write what is masked as 'prompt' and what is "
+    "learned as 'completion', or 'messages' whose turns have a weight of 0 or 1",
+    "input_ids": "holds tokens, and rows are read as text here. Write the text that they stand for",
+}
 
 LOOKED_FOR = (
     "prompt + completion (or question + answer, input + output, prompt + response, instruction + response)",
@@ -102,8 +113,10 @@ def explain_unknown(row: Row) -> str:
     lines += [f"    {choice}" for choice in LOOKED_FOR]
     known: list[str] = list(dict.fromkeys((*CONVERSATIONS, *PROMPTS, *COMPLETIONS, TEXT)))
     for name in columns[:_SHOWN_COLUMNS]:
-        lower = name.strip().lower()
-        if lower in PREFERENCES:
+        lower = spelling(name)
+        if lower in _HINTS:
+            lines.append(f"    {name!r} {_HINTS[lower]}")
+        elif lower in PREFERENCES:
             whole = "messages" if _holds_turns(row[name]) and not set(_by_name(row)) & set(PROMPTS) else "completion"
             lines.append(
                 f"    {name!r} belongs to preferences, which are not learned here. To train on what is preferred, "
@@ -118,9 +131,8 @@ def explain_unknown(row: Row) -> str:
 
 
 def _conversation_layout(column: str, row: Row) -> Layout:
-    value = parsed_or_same(row[column]) if isinstance(row[column], str) else row[column]
-    first = value[0] if isinstance(value, list) and value else None
-    sharegpt = isinstance(first, dict) and first.get("from") is not None and first.get("role") is None
+    keys = _keys_of_turns(row[column])
+    sharegpt = "from" in keys and "role" not in keys
 
     def read(row: Row, notes: Notes) -> Row:
         notes.use(column)
@@ -146,24 +158,24 @@ def _conversation_layout(column: str, row: Row) -> Layout:
 
 
 def _pair_layout(prompt: str, completion: str, row: Row, as_turns: bool) -> Layout:
-    names = prompt.strip().lower(), completion.strip().lower()
+    names = spelling(prompt), spelling(completion)
     # `input` beside `instruction` is material for it; as the only prompt it was taken for that.
     contexts = tuple(name for name in CONTEXTS if name != names[0])
     alpaca = names[0] == "instruction" and (names[1] == "output" or bool(set(contexts) & set(_by_name(row))))
-    kind = List(Json())
+    kind, needed = List(Json()), (prompt, completion)
     if _holds_turns(row[prompt]):
         read = _turns_reader(prompt, completion)
     elif names[0] == "prompt" and names[1] in ("completion", "response") and not as_turns:
         read, kind = _verbatim_reader(prompt, completion, contexts), Value("string")
     else:
-        read = _instruction_reader(prompt, completion, contexts)
+        read, needed = _instruction_reader(prompt, completion, contexts), (completion,)
     return Layout(
         format="alpaca" if alpaca else "prompt-completion",
         sentence=lambda used: (
             f"{'Alpaca' if alpaca else 'prompt/completion'} rows: {prompt!r}{_beside(used, prompt, completion)} → "
             f"{completion!r}, of which the latter {_learned(used)}"
         ),
-        needed=(prompt, completion),
+        needed=needed,
         features=Features({"prompt": kind, "completion": kind, "tools": Value("string")}),
         read=read,
     )
@@ -172,7 +184,7 @@ def _pair_layout(prompt: str, completion: str, row: Row, as_turns: bool) -> Layo
 def _text_layout(column: str) -> Layout:
     def read(row: Row, notes: Notes) -> Row | None:
         notes.use(column)
-        text = read_text(row[column], repr(column), notes)
+        text = read_words(row[column], repr(column), notes)
         # Corpora such as WikiText have empty rows between their documents.
         return {"text": text} if text.strip() or notes.problems else None
 
@@ -193,7 +205,7 @@ def _verbatim_reader(prompt: str, completion: str, contexts: tuple[str, ...]) ->
             raise NeedsTurns
         notes.use(prompt, completion)
         return {
-            "prompt": read_text(row[prompt], repr(prompt), notes),
+            "prompt": read_words(row[prompt], repr(prompt), notes),
             "completion": _read_answer(row, completion, notes),
             "tools": None,
         }
@@ -226,26 +238,35 @@ def _instruction_reader(prompt: str, completion: str, contexts: tuple[str, ...])
 
     def read(row: Row, notes: Notes) -> Row:
         notes.use(prompt, completion)
-        asked = read_text(row[prompt], repr(prompt), notes)
-        if not asked.strip() and not notes.problems:
-            notes.wrong(f"{prompt!r} is empty")
         tools = _read_tools(row, notes)
         system, rules = _optional(row, SYSTEMS, notes)
         history, earlier = _optional(row, HISTORIES, notes)
-        context, material = _optional(row, contexts, notes)
         turns: list[Message] = read_history(earlier, history, notes, schemas_of(tools))
         turns = with_system(turns, _text(rules, system, notes), system, notes)
-        material = _text(material, context, notes)
-        turns.append(user(f"{asked}\n\n{material}" if material.strip() else asked))
+        turns.append(user(_read_question(row, prompt, contexts, notes)))
         answer = assistant(_read_answer(row, completion, notes))
         return {"prompt": turns, "completion": [answer], **_stored_tools(tools, notes)}
 
     return read
 
 
+def _read_question(row: Row, prompt: str, contexts: tuple[str, ...], notes: Notes) -> str:
+    """What is asked, and the material for it behind an empty line; one of the two may be missing."""
+    asked, material = _optional(row, (spelling(prompt),), notes), _optional(row, contexts, notes)
+    if spelling(prompt) in CONTEXTS and _optional(row, _INSTRUCTIONS)[0]:
+        # The first row had no instruction, so that its material was taken for the question.
+        asked, material = _optional(row, _INSTRUCTIONS, notes), _optional(row, CONTEXTS, notes)
+    texts = [_text(value, column, notes) for column, value in (asked, material) if column]
+    if not texts:
+        notes.wrong(
+            f"{prompt!r} is empty" if prompt in row else f"has no {prompt!r}; it has {shown(list(row), 40)[1:-1]}"
+        )
+    return "\n\n".join(texts)
+
+
 def _read_answer(row: Row, column: str, notes: Notes) -> str:
     before = len(notes.problems)
-    text = read_text(row[column], repr(column), notes)
+    text = read_words(row[column], repr(column), notes)
     if not text.strip() and len(notes.problems) == before:
         notes.wrong(f"{column!r} is empty, so there is nothing to learn from it")
     return text
@@ -264,7 +285,7 @@ def _optional(row: Row, names: tuple[str, ...], notes: Notes | None = None) -> t
 
 
 def _text(value: Any, column: str, notes: Notes) -> str:
-    return "" if value is None else read_text(value, repr(column), notes)
+    return "" if value is None else read_words(value, repr(column), notes)
 
 
 def _read_tools(row: Row, notes: Notes) -> list[Any]:
@@ -291,10 +312,15 @@ def _check_preferences(row: Row, messages: list[Message], column: str, notes: No
 
 
 def _holds_turns(value: Any) -> bool:
+    return bool(_keys_of_turns(value) & {"role", "from"})
+
+
+def _keys_of_turns(value: Any) -> set[str]:
+    """The keys that hold something in the first turn of a conversation, if it is one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parsed_or_same(value)
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and ("role" in first or "from" in first)
+    return {spelling(key) for key, item in first.items() if item is not None} if isinstance(first, dict) else set()
 
 
 def _beside(used: Sequence[str], *columns: str) -> str:
@@ -302,9 +328,9 @@ def _beside(used: Sequence[str], *columns: str) -> str:
 
 
 def _learned(used: Sequence[str]) -> str:
-    histories = [name for name in used if name.strip().lower() in HISTORIES]
+    histories = [name for name in used if spelling(name) in HISTORIES]
     return f"and the answers in {histories[0]!r} are learned" if histories else "is learned"
 
 
 def _by_name(row: Row) -> dict[str, str]:
-    return {name.strip().lower(): name for name in reversed(row)}
+    return {spelling(name): name for name in reversed(row)}

@@ -18,9 +18,9 @@ from datasets.arrow_writer import ArrowWriter
 
 from theodora.data.examples import Examples
 from theodora.data.files import LocatedRows, Row
-from theodora.data.formats import PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
+from theodora.data.formats import BESIDE, COLUMNS, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
-from theodora.data.notes import NOT_USED, Notes, is_empty
+from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
 from theodora.data.problems import Problems
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
@@ -31,6 +31,9 @@ _MOST_LEFT_OUT = 1000
 _FURTHER = ("further columns and keys", NOT_USED)
 # Columns that say whether a completion is a good one (TRL's and LLaMA-Factory's, for KTO).
 _VERDICTS = ("label", "kto_tag")
+_PREFERRED = (*PREFERENCES, *PREFERENCES.values(), "rejected_response", "rejected_messages")
+# Pictures, sounds and places in them (LLaMA-Factory's, ms-swift's, TRL's).
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
 """What is held in memory before it is written: rows may be whole books, and a batch's text must stay under 2 GB."""
 
@@ -127,8 +130,9 @@ class _Reading:
             self.problems.add(where, problem)
         if found is None and not notes.problems:
             notes.leave_out("rows without text", "skipped")
+        beside = () if layout.format == "text" else BESIDE
         for name in unused:
-            notes.leave_out(f"the column {name!r}", _why_unused(name, row[name]))
+            notes.leave_out(f"the column {name!r}", _why_unused(name, row[name], beside))
         self._used.update(notes.used)
         self._count(list(notes.left_out))
         return found
@@ -153,12 +157,15 @@ class _Reading:
         return "; ".join(parts) + "."
 
 
-def _why_unused(name: str, value: Any) -> str:
-    if name.strip().lower() in _VERDICTS and isinstance(value, bool):
+def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
+    plain = spelling(name)
+    if plain in _VERDICTS and (isinstance(value, bool) or spelling(value) in ("true", "false")):
         return "not used; what it calls bad is learned like the rest"
-    if name.strip().lower() in PREFERENCES | dict.fromkeys(PREFERENCES.values()):
+    if plain in _PREFERRED:
         return "not used; preferences are not learned here"
-    return NOT_USED
+    if plain in _MEDIA:
+        return "not used; the text beside it is learned as it stands, placeholders such as <image> included"
+    return NOT_USED if plain in COLUMNS else not_used(name, beside)
 
 
 def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
-from theodora.data.notes import Notes, is_empty
+from theodora.data.blocks import unfolded
+from theodora.data.notes import Notes, is_empty, not_used, spelling
 from theodora.data.problems import nearest
-from theodora.data.tools import Schemas, describe, parsed_or_same, read_calls, spoken_calls, storable_calls
+from theodora.data.tools import (
+    Schemas,
+    describe,
+    parsed_or_same,
+    read_calls,
+    spoken_calls,
+    storable_calls,
+    text_of_result,
+)
+from theodora.data.words import LEARNED_WHOLE, PARTLY, REASONING, are_parts, read_parts, read_text, read_words
 from theodora.errors import shown
 
 Message = dict[str, Any]
@@ -19,18 +28,21 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "input": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "ai": "assistant",
+    "output": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "ipython": "tool",
     "observation": "tool",
+    "observations": "tool",
     "function_response": "tool",
     "function_result": "tool",
     "tool_response": "tool",
@@ -38,17 +50,17 @@ ROLES = {
 }
 # Turns whose words are a tool call: LLaMA-Factory's, ms-swift's.
 _CALLS = ("function_call", "tool_call")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-# Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift, and loops that multiply the loss by it.
-_LEARNED = ("weight", "train", "training", "loss", "loss_mask")
+_CALL_KEYS = ("tool_calls", "function_call")
+# Whether a turn is learned: OpenAI, Axolotl (both names), ms-swift (both), and loops that multiply the loss by it.
+_LEARNED = ("weight", "train", "training", "loss", "loss_scale", "loss_mask")
 # Whether it is hidden from the loss: torchtune's.
 _MASKED = ("masked", "mask")
 _WORDS = ("content", "value")
-_READ = frozenset(
-    (*_WORDS, "role", "from", "name", "tool_call_id", "tool_calls", "function_call", *_REASONING, *_LEARNED, *_MASKED)
-)
+_READ = frozenset((*_WORDS, "role", "from", "name", "tool_call_id", *_CALL_KEYS, *REASONING, *_LEARNED, *_MASKED))
 # ms-swift's pairs: {"human": …, "assistant": …}.
 _ASKED, _ANSWERED = ("human", "user"), ("assistant", "gpt")
+_KNOWN = _READ | {"refusal", *_ASKED, *_ANSWERED}
+_HINTED = tuple(sorted(_READ))
 
 
 class Turn(NamedTuple):
@@ -136,17 +148,10 @@ def check_answered(messages: list[Message], column: str, notes: Notes) -> None:
     """Note a conversation that has nothing to learn from, or goes on behind what there is to learn."""
     if messages and messages[-1]["role"] != "assistant":
         notes.leave_out("turns behind the model's last", "nothing is learned from them")
-    if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
-        notes.wrong(f"{column!r} has no assistant turn, so there is nothing to learn from it")
-
-
-def read_text(value: Any, what: str, notes: Notes) -> str:
-    """A cell that holds text (or text parts, as the OpenAI API writes them); what is wrong goes to `notes`."""
-    if _are_parts(value):
-        value, thought = _read_parts(value, what, notes)
-        if thought:
-            notes.wrong(f"{what} has parts of type thinking, which only a turn of the model can have")
-    return _storable_text(value, what, notes)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(map(_weight, answers)):
+        which = " that is to be learned (their weight is 0)" if answers else ""
+        notes.wrong(f"{column!r} has no assistant turn{which}, so there is nothing to learn from it")
 
 
 def calls_of(message: Message) -> Any:
@@ -175,36 +180,44 @@ def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Tu
     if not isinstance(turn, dict):
         notes.wrong(f"{what} is {describe(turn)}; expected an object with role and content")
         return []
+    turn = _with_known_keys(cast(Message, turn))
     asked, answered = _first_key(turn, _ASKED), _first_key(turn, _ANSWERED)
     if asked and answered and is_empty(turn.get("role")) and is_empty(turn.get("from")):
         rest = {key: item for key, item in turn.items() if key not in (asked, answered)}
         pair = {"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}
         return [read for part in pair if (read := _read_turn(part, what, notes, schemas)).message]
-    read = _read_turn(turn, what, notes, schemas)
-    return [read] if read.message else []
+    return [read for part in unfolded(turn) if (read := _read_turn(part, what, notes, schemas)).message]
+
+
+def _with_known_keys(turn: Message) -> Message:
+    """A turn with `Role` and `Content` as `role` and `content`, where these are not there as well."""
+    known: Message = {}
+    for key, value in turn.items():
+        plain = spelling(key)
+        known[plain if plain in _KNOWN and plain not in turn and plain not in known else key] = value
+    return known
 
 
 def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn:
-    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    spelt = re.sub(r"[\s-]", "_", name.strip().lower()) if isinstance(name, str) else ""
-    role = ROLES.get(spelt)
-    if role is None:
-        known = "system, user, assistant, tool (or human, gpt, …)"
-        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
-        notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
+    spelt, role = _read_role(turn, what, notes)
+    if not role:
         return Turn({})
-    for key, value in turn.items():
-        if key not in _READ and not is_empty(value) and not (key == "refusal" and turn.get("content") is None):
-            notes.leave_out(f"the key {key!r} of turns")
-    content = next((turn[key] for key in (*_WORDS, "refusal") if turn.get(key) is not None), None)
+    _note_unused_keys(turn, notes)
+    _check_spellings(turn, role, what, notes)
+    content = _first_held(turn, (*_WORDS, "refusal"))
     if spelt in _CALLS:
         return Turn(_read_call_turn(turn, content, f"{what} ({spelt})", notes, schemas), is_call=True)
     reasoning, calls = "", _read_tool_calls(turn, what, notes, schemas) if role == "assistant" else []
-    if role == "assistant" and _are_parts(content):
-        content, reasoning = _read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
+    if role == "assistant" and are_parts(content):
+        content, reasoning = read_parts(cast(list[dict[str, Any]], content), f"{what} ({role})", notes)
     if content is None and calls:
         content = ""
-    text = read_text(content, f"{what} ({role})", notes)
+    if role == "tool" and isinstance(content, dict | list) and not are_parts(content):
+        content = text_of_result(content, f"{what} ({role})", notes)
+    if content is None and not any(key in turn for key in _WORDS):
+        notes.wrong(f"{what} ({role}) has no content; its keys are {shown(list(turn), 10)[1:-1]}")
+        return Turn({})
+    text = read_words(content, f"{what} ({role})", notes)
     if isinstance(content, str) and role == "assistant" and not text.strip() and not calls:
         notes.wrong(f"{what} is an empty assistant turn")
     message = {"role": role, "content": text, **_read_extras(turn, role, reasoning, what, notes)}
@@ -213,17 +226,52 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     )
 
 
+def _read_role(turn: Message, what: str, notes: Notes) -> tuple[str, str]:
+    """Whose turn it is, as the file says it and as it is said here ("" if that cannot be told)."""
+    name = turn.get("role") if turn.get("role") is not None else turn.get("from")
+    spelt = spelling(name) if isinstance(name, str) else ""
+    if spelt not in ROLES:
+        known = "system, user, assistant, tool (or human, gpt, …)"
+        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
+        notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
+    return spelt, ROLES.get(spelt, "")
+
+
+def _note_unused_keys(turn: Message, notes: Notes) -> None:
+    for key, value in turn.items():
+        said = key == "refusal" and all(is_empty(turn.get(word)) for word in _WORDS)
+        if key not in _READ and not is_empty(value) and not said:
+            notes.leave_out(f"the key {key!r} of turns", LEARNED_WHOLE if key in PARTLY else not_used(key, _HINTED))
+
+
+def _check_spellings(turn: Message, role: str, what: str, notes: Notes) -> None:
+    """Note a turn that says a thing twice, and not the same."""
+    speaker = turn.get("from")
+    if isinstance(speaker, str) and turn.get("role") is not None and ROLES.get(spelling(speaker)) != role:
+        notes.wrong(f"{what} has the role {shown(turn['role'])} and is from {shown(speaker)}; keep one of the two")
+    words = [turn[key] for key in _WORDS if not is_empty(turn.get(key))]
+    if len(words) > 1 and words[0] != words[1]:
+        notes.wrong(f"{what} ({role}) has both content and value, not the same; keep one of the two")
+
+
+def _first_held(turn: Message, keys: tuple[str, ...]) -> Any:
+    """The first of some keys that holds something, or else is at least not null."""
+    given = [turn[key] for key in keys if turn.get(key) is not None]
+    return next((value for value in given if not is_empty(value)), given[0] if given else None)
+
+
 def _read_call_turn(turn: Message, content: Any, what: str, notes: Notes, schemas: Schemas) -> Message:
     calls, reasoning = spoken_calls(content, what, schemas, notes)
-    if not is_empty(turn.get("tool_calls")):
-        notes.wrong(f"{what} has tool_calls beside the call that it says; keep one of the two")
+    for key in _CALL_KEYS:
+        if not is_empty(turn.get(key)):
+            notes.wrong(f"{what} has {key} beside the call that it says; keep one of the two")
     extras = _read_extras(turn, "assistant", reasoning, what, notes)
     return {"role": "assistant", "content": "", **extras, "tool_calls": storable_calls(calls, what, schemas, notes)}
 
 
 def _read_tool_calls(turn: Message, what: str, notes: Notes, schemas: Schemas) -> list[dict[str, Any]]:
     """OpenAI's `tool_calls`, or the one `function_call` that came before them."""
-    given = {key: turn[key] for key in ("tool_calls", "function_call") if not is_empty(turn.get(key))}
+    given = {key: turn[key] for key in _CALL_KEYS if not is_empty(turn.get(key))}
     if len(given) > 1:
         notes.wrong(f"{what} has both tool_calls and function_call; keep one of the two")
     return next((read_calls(value, f"{key} of {what}", schemas, notes) for key, value in given.items()), [])
@@ -234,13 +282,13 @@ def _read_extras(turn: Message, role: str, reasoning: str, what: str, notes: Not
     for key in ("name", "tool_call_id"):
         if not is_empty(value := turn.get(key)):
             extras[key] = str(value) if is_int(value) else read_text(value, f"{key} of {what}", notes)
-    thoughts = {key: turn[key] for key in _REASONING if not is_empty(turn.get(key))}
+    thoughts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     read = [reasoning] if reasoning else []
     read += [read_text(value, f"{key} of {what}", notes) for key, value in thoughts.items()]
     if len(set(read)) > 1:
         notes.wrong(f"{what} has reasoning in several places ({', '.join(thoughts)}), not the same; keep one of them")
-    if read and role != "assistant":
-        for key in thoughts:
+    if role != "assistant":
+        for key in (*thoughts, *(key for key in _CALL_KEYS if not is_empty(turn.get(key)))):
             notes.leave_out(f"the key {key!r} of turns that are not the model's")
     elif read:
         extras["reasoning_content"] = read[0]
@@ -295,52 +343,6 @@ def _joined(last: Message, call: Message, column: str, schemas: Schemas, notes: 
     reasoning = "\n".join(part["reasoning_content"] for part in (last, call) if part.get("reasoning_content"))
     joined = last | call | {"content": last["content"]} | ({"reasoning_content": reasoning} if reasoning else {})
     return joined | {"tool_calls": storable_calls(calls, f"a call of {column!r}", schemas, notes)}
-
-
-def _are_parts(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value)
-    )
-
-
-def _read_parts(value: list[dict[str, Any]], what: str, notes: Notes) -> tuple[str, str]:
-    """The text of a list of parts, and the reasoning in it (Mistral's and Anthropic's thinking)."""
-    texts: dict[bool, list[str]] = {False: [], True: []}
-    for part in value:
-        kind = str(part.get("type") or "text")
-        key = _PARTS.get(kind)
-        if key is None:
-            notes.wrong(f"{what} has parts of type {kind}; only text can be trained on here")
-            continue
-        words = part.get(key)
-        if _are_parts(words):
-            words = "".join(_read_parts(cast(list[dict[str, Any]], words), what, notes))
-        texts[kind in _REASONING].append("" if words is None else _storable_text(words, what, notes))
-        for other in part:
-            if other not in ("type", key) and not is_empty(part[other]):
-                notes.leave_out(f"the key {other!r} of parts of turns")
-    return "".join(texts[False]), "".join(texts[True])
-
-
-_PARTS = {
-    "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
-    "thinking": "thinking", "reasoning": "reasoning",
-}  # fmt: skip
-
-
-def _storable_text(value: Any, what: str, notes: Notes) -> str:
-    if not isinstance(value, str):
-        notes.wrong(f"{what} is {describe(value)}; expected text")
-        return ""
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            notes.wrong(f"{what} holds half a character (a lone surrogate) at position {error.start + 1}")
-            return ""
-    return value
 
 
 def _first_key(turn: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:

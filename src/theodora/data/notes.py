@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from theodora.data.problems import nearest
+
 NOT_USED = "not used"
+
+_GAPS = re.compile(r"[\s-]+")
 
 
 @dataclass
@@ -30,6 +36,17 @@ class Notes:
     def leave_out(self, what: str, why: str = NOT_USED) -> None:
         """Note something that the row holds and that nothing is learned from."""
         self.left_out[what, why] = None
+
+
+@functools.lru_cache(maxsize=1024)
+def not_used(name: str, known: tuple[str, ...]) -> str:
+    """Why a column or a key is left out that means nothing here, and what it may be a slip of the pen for."""
+    return NOT_USED + nearest(spelling(name), list(known))
+
+
+def spelling(name: object) -> str:
+    """A name as names are compared here: "System Prompt", "system-prompt" and "system_prompt" are one."""
+    return _GAPS.sub("_", str(name).strip().lower())
 
 
 def is_empty(value: Any) -> bool:

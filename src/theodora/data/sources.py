@@ -14,7 +14,7 @@ import datasets
 
 from theodora.data.files import SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.problems import Problems, nearest
-from theodora.errors import DataError
+from theodora.errors import DataError, shown
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 # The words in file and folder names that `datasets` reads as splits, too.
@@ -29,6 +29,8 @@ _SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+# What datasets and LLaMA-Factory write about the files beside them.
+_ABOUT = ("dataset_info.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Source:
     name: str
     rows: Callable[[Problems], LocatedRows]
     note: str = ""
-    """What was chosen among several splits, for people."""
+    """What was chosen among several splits and files, for people."""
     is_table: bool = False
     """The rows share one set of keys, so that nulls and the order of keys are nobody's words."""
 
@@ -79,10 +81,15 @@ def _open_file(path: Path, name: str, split: str | None) -> Source:
 
 def _open_folder(path: Path, name: str, split: str | None) -> Source:
     by_split: dict[str, list[Path]] = {}
+    others: list[str] = []
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
-        if file.is_file() and reader_for(file) and not any(part.startswith(".") for part in inside.parts):
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if reader_for(file) and file.name not in _ABOUT:
             by_split.setdefault(_split_of(inside), []).append(file)
+        else:
+            others.append(str(inside))
     if not by_split:
         raise DataError(f"{name} is a folder without data files; expected some of {SUFFIXES}, or a saved dataset")
     chosen = _choose_split(list(by_split), split, name)
@@ -96,7 +103,10 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
                 yield within.locate(where), row
 
     tables = all(reader_for(file) is read_parquet for file in by_split[chosen])
-    return Source(name, rows, _note(chosen, list(by_split)), is_table=tables)
+    notes = [_note(chosen, list(by_split))]
+    if others:
+        notes.append(f"files of other kinds are not read: {shown(others)[1:-1]}")
+    return Source(name, rows, "; ".join(filter(None, notes)), is_table=tables)
 
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:

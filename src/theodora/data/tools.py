@@ -21,13 +21,13 @@ from theodora.errors import shown
 from theodora.parse import parse_json
 
 NULLS = (
-    "null values in tools and in the arguments of calls",
-    "left out, as tables fill them in by themselves; arguments written as JSON text keep theirs",
+    "null values in tools, in the arguments of calls and in results",
+    "left out, as tables fill them in by themselves; what is written as JSON text keeps its own",
 )
 ORDER = (
-    "the order of keys in tools and in the arguments of calls",
+    "the order of keys in tools, in the arguments of calls and in results",
     "changed to that of `required`, then of the alphabet, as tables have an order of their own; "
-    "arguments written as JSON text keep theirs",
+    "what is written as JSON text keeps its own",
 )
 """What happens to every kind of file, and is only worth saying of one that could have kept it."""
 
@@ -65,10 +65,23 @@ def read_tools(value: Any, column: str, notes: Notes) -> list[Any]:
             and tool.get("type") in (None, "function")
         ):
             tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+        tool = _with_parameters(tool, f"tool {number} of {column!r}", notes)
         arranged = arranged_tool(tool)
         _say_what_changed(tool, arranged, notes)
         tools.append(arranged)
     return tools
+
+
+def _with_parameters(tool: dict[str, Any], what: str, notes: Notes) -> dict[str, Any]:
+    """A tool whose parameters are an object, also where they are written as JSON text, as Axolotl advises."""
+    function = tool.get("function")
+    text = function.get("parameters") if isinstance(function, dict) else None
+    if not isinstance(text, str):
+        return tool
+    parameters = parsed_or_same(text) if text.strip() else {}
+    if not isinstance(parameters, dict):
+        notes.wrong(f"the parameters of {what} are {describe(text)}; expected an object, or JSON text of one")
+    return tool | {"function": {**cast(dict[str, Any], function), "parameters": parameters}}
 
 
 def schemas_of(tools: Sequence[Any]) -> Schemas:
@@ -110,6 +123,13 @@ def spoken_calls(content: Any, what: str, schemas: Schemas, notes: Notes) -> tup
     return read_calls(content, what, schemas, notes), reasoning
 
 
+def text_of_result(value: Any, what: str, notes: Notes) -> str:
+    """A tool's result that is written as an object or a list, as the JSON text that a model reads."""
+    arranged = arranged_arguments(value, None)
+    _say_what_changed(value, arranged, notes)
+    return storable_json(arranged, what, notes)
+
+
 def storable_calls(
     calls: list[dict[str, Any]], what: str, schemas: Schemas, notes: Notes
 ) -> list[dict[str, Any]] | str:
@@ -136,7 +156,7 @@ def arranged_tool(value: Any, names: Sequence[str] | None = None) -> Any:
     if isinstance(value, list):
         return [arranged_tool(item) for item in value]
     if not isinstance(value, dict):
-        return _whole(value)
+        return whole_number(value)
     parts = cast(dict[str, Any], value)
     rank = _RANKS if names is None else {name: place for place, name in enumerate(names)}
     required = parts.get("required")
@@ -154,7 +174,7 @@ def arranged_arguments(value: Any, schema: Any) -> Any:
     if isinstance(value, list):
         return [arranged_arguments(item, schema.get("items")) for item in value]
     if not isinstance(value, dict):
-        return _whole(value)
+        return whole_number(value)
     known = schema.get("properties")
     known = known if isinstance(known, dict) else {}
     rank = {name: place for place, name in enumerate(known)}
@@ -267,7 +287,7 @@ def _same_order(before: Any, after: Any) -> bool:
     return not isinstance(before, list) or all(_same_order(*pair) for pair in zip(before, after, strict=True))
 
 
-def _whole(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """A whole number as one: tables make floats of those that stand beside fractions."""
     if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT:
         return int(value)
