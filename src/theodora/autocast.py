@@ -12,6 +12,9 @@ from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+# Asked once: torch.compile cannot follow the question (torch 2.11).
+_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that `nn.Linear` would compute in and give back for x; None where autocast leaves it as it is.
@@ -19,14 +22,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     It does so outside `torch.autocast`, and with float64.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in _DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which everything on `device` is computed in the dtypes that its tensors have."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in _DEVICES:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

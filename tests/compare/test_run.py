@@ -254,6 +254,7 @@ def test_settings_come_back_from_yaml(options):
 
 @pytest.mark.usefixtures("undrawn")
 def test_several_processes_give_the_same(run, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("theodora.compare.pool.places", lambda config: ["cpu"])
     alone = run(methods=["lora"], learning_rates=[1e-2])
     monkeypatch.setattr("theodora.compare.pool.places", lambda config: ["cpu", "cpu"])
     together = run(methods=["lora"], learning_rates=[1e-2], output=str(tmp_path / "two"))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import sweep_families
 import tiny_families
@@ -12,6 +13,7 @@ UNSERVED = ("qwen3_5", "llama4", "gemma4")
 REFUSED = {"bert": "sees those that come after", "blip": "does not run on text alone"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="each family has a forked process, in which CUDA does not start")
 @pytest.mark.parametrize("name", [*WORK, *UNSERVED, *REFUSED])
 def test_a_family(name, tmp_path):
     found = sweep_families.in_own_process(name, 100)

@@ -40,7 +40,11 @@ def go_on(options, first, other, **more):
 
 
 def tensors_of(folder, base):
-    return trained_tensors(load_adapter(load_model(base, dtype="float32"), folder))
+    return on_cpu(load_adapter(load_model(base, dtype="float32"), folder))
+
+
+def on_cpu(model):
+    return {name: tensor.cpu() for name, tensor in trained_tensors(model).items()}
 
 
 def test_what_the_adapter_is_goes_on_and_what_it_learned_stays(options, first, other, tmp_path):
@@ -48,7 +52,7 @@ def test_what_the_adapter_is_goes_on_and_what_it_learned_stays(options, first, o
     layers = adapter_layers(result.model)
     assert {path.rpartition(".")[2] for path in layers} == {"q_proj", "up_proj"}
     before = tensors_of(first, options["model"])
-    for name, tensor in trained_tensors(result.model).items():
+    for name, tensor in on_cpu(result.model).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-5)
     record = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
     assert record["from_adapter"] == str(first)
@@ -136,7 +140,7 @@ def test_starts_and_modules_in_full_go_on(config, run, options, other, tmp_path)
     run(output=str(tmp_path / "first"), max_steps=2, **config)
     result = go_on(options, tmp_path / "first", other, output=str(tmp_path / "second"), learning_rate=1e-6, max_steps=1)
     before = tensors_of(tmp_path / "first", options["model"])
-    for name, tensor in trained_tensors(result.model).items():
+    for name, tensor in on_cpu(result.model).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from theodora.adapters.base_copies import end_weights
 from theodora.adapters.reading import expanded
@@ -32,6 +32,8 @@ def tokens_before(model: Any) -> int | None:
 
     Its config.json says so, where it still stands; else the backbone, which `resize_token_embeddings` leaves alone.
     """
+    if not isinstance(model, PreTrainedModel):
+        return None
     weights = end_weights(model)
     sizes = {len(weight) for weight in weights.values()}
     if sizes != {getattr(model.config.get_text_config(), "vocab_size", None)}:
