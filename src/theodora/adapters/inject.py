@@ -29,7 +29,7 @@ from theodora.adapters.token_rows import (
 )
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.functional import wide_dtype
+from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_norm, start_values
 from theodora.layers.token_rows import TokenRows
 
@@ -363,9 +363,15 @@ def new_low_rank(
         start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
     adapter = LowRank(a, b, None, scale, config.dropout, start)
     if config.method == "dora":
-        magnitude = start_norm(module, adapter) if magnitude_O is None else magnitude_O
+        magnitude = _start_magnitude(module, adapter, config) if magnitude_O is None else magnitude_O
         adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
     return adapter
+
+
+def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig) -> Tensor:
+    if config.init == "orthogonal":  # B·A is zero and B is not: a kernel's rounding of what cancels is not to be kept
+        return dora_norm(base_weight(module), *adapter.factors(), adapter.scale)
+    return start_norm(module, adapter)
 
 
 def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:

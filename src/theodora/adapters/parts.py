@@ -62,6 +62,8 @@ def _language_model(model: nn.Module, paths: dict[str, nn.Module]) -> str:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
         return ""
+    if getattr(config, "is_encoder_decoder", False):  # what its encoder reads is what it is about
+        return ""
     try:
         whole = config.get_text_config(decoder=True) is config
     except ValueError:  # several texts

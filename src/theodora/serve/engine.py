@@ -317,12 +317,13 @@ class Engine:
     def _running_manager(self) -> RoutedManager:
         attention = self.model.config._attn_implementation
         try:
-            manager = self._new_manager()
-            manager.start()
-            while manager.batch_processor is None:
-                if not manager.is_running():
-                    raise manager.background_thread_status.fatal_error or RuntimeError("its worker ended")
-                time.sleep(0.01)
+            with _unlogged():
+                manager = self._new_manager()
+                manager.start()
+                while manager.batch_processor is None:
+                    if not manager.is_running():
+                        raise manager.background_thread_status.fatal_error or RuntimeError("its worker ended")
+                    time.sleep(0.01)
         except Exception as error:
             # Paged attention fails outside batches, and transformers takes it off again only where a manager has run.
             self.model.set_attn_implementation(attention)
