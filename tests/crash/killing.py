@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from crash import jobs
+from theodora.adapters.written import MARK
 from theodora.train.wholeness import faults
 
 _SECONDS = 60  # in which any job ends
@@ -173,6 +174,8 @@ def contents(folder: Path) -> dict[str, Any]:
             tensors = load_file(file)
             parts = [(key, str(t.dtype), t.shape, t.numpy(force=True).tobytes()) for key, t in sorted(widened(tensors))]
             found[name] = hashlib.sha256(repr(parts).encode()).hexdigest()
+        elif file.name == MARK and file.parent.name.startswith("checkpoint-"):  # (with hashes of figures of the clock)
+            found[name] = sorted(json.loads(file.read_text())["sha256"])
         elif file.suffix in (".yaml", ".jsonl", ".json") and file.name not in ("trainer_state.json",):
             found[name] = hashlib.sha256(file.read_bytes().replace(str(folder).encode(), b"")).hexdigest()
         else:

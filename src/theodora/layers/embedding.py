@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from theodora.autocast import without_autocast
 from theodora.functional import dora_embedding, lora_embedding
+from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer
+from theodora.layers.identity import changes_nothing, with_value_of
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -39,8 +41,12 @@ class EmbeddingAdapterLayer(AdapterLayer):
         if hasattr(self, "embed_scale"):  # the rows come scaled, and so must the update
             wide = torch.promote_types(a_rows.dtype, rows.dtype)
             a_rows = a_rows.to(wide) * torch.as_tensor(own.embed_scale).to(rows)
+        norm = None
         with without_autocast(input.device):
             if adapter.magnitude is None:
-                return lora_embedding(rows, a_rows, b, adapter.scale)
-            norm = self.norm(adapter, one_token=input.dim() > 0 and input.shape[-1] == 1)
-            return dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, norm)
+                y = lora_embedding(rows, a_rows, b, adapter.scale)
+            else:
+                norm = self.norm(adapter, one_token=input.dim() > 0 and input.shape[-1] == 1)
+                y = dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, norm)
+        parts = Parts(self.weight_OI, None, a, b, adapter.scale, adapter.magnitude, norm)
+        return with_value_of(rows.detach(), y) if changes_nothing(parts, adapter.start) else y
