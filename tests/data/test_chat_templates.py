@@ -25,6 +25,7 @@ from packaging.version import Version
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
 from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer
 from theodora.data.hidden import Hidden
+from tiny import tiny_tokenizer
 
 COLUMNS = list(SHAPES)
 # text system reasoning thought call last-call calls text+call reasoning+call all
@@ -216,3 +217,19 @@ def test_what_is_learned_beside_two_judges(name):
 if __name__ == "__main__":  # writes the table anew
     for template in TRL_TEMPLATES:
         print(f'    "{template}": "{" ".join(cells(template))}",')
+
+
+def test_a_turn_ends_at_a_plain_tag_if_the_template_ends_turns_with_it():
+    """Tokens added by hand are no special ones; the end of an answer is the same for rows, references and decoding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<eot>", "<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<eot>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}] * 2
+    chat = ChatRenderer(tokenizer).render_for_training(turns)
+    assert chat is not None
+    assert [chat.text[a:b] for a, b in chat.spans] == ["<think>b</think><eot>"] * 2
+    assert not chat.ends_open
+    assert chat.answers == {0: "<think>b</think>", 1: "<think>b</think>"}

@@ -430,3 +430,13 @@ def test_a_source_that_cannot_be_one():
 def test_a_split_of_a_dataset_that_has_none(tmp_path):
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "one")
     assert "is one dataset, which has no split 'test'; leave the split out" in complaint(tmp_path / "one", split="test")
+
+
+def test_what_stands_beside_the_rows_of_a_json_file(write):
+    rows = '[{"text": "a"}, {"text": "b"}]'
+    path = write(f'{{"data": {rows}, "version": "1", "test": [{{"text": "c"}}], "more": {{}}}}', "a.json")
+    assert load_examples(path).left_out == (
+        LeftOut("'version' beside 'data'", 2, "not used"),
+        LeftOut("'test' beside 'data'", 1, "not used"),
+    )
+    assert load_examples(path.parent).left_out == load_examples(path).left_out

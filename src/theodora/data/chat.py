@@ -33,6 +33,7 @@ from theodora.data.templates import (
     fallback_chat_template,
     whole_tags,
 )
+from theodora.ends import template_end_ids
 from theodora.errors import ConfigError
 
 __all__ = [
@@ -150,8 +151,10 @@ class ChatRenderer:
     @cached_property
     def _ends(self) -> re.Pattern[str]:
         """Tokens that can end a turn, the longest first."""
-        tokens = self._tokenizer.added_tokens_decoder.values()
-        ends = {token.content for token in tokens if token.special or not _TAG.fullmatch(token.content)}
+        added = self._tokenizer.added_tokens_decoder
+        ends = {token.content for token in added.values() if token.special or not _TAG.fullmatch(token.content)}
+        # A tag of a name alone is mostly part of an answer (`<think>`), unless the template ends turns with it.
+        ends |= {added[id].content for id in template_end_ids(self._tokenizer) if id in added}
         ends |= {str(self._tokenizer.eos_token)}
         names = sorted((token for token in ends if token.strip()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))

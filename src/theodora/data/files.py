@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
+from theodora.data.left_out import LeftOut
+from theodora.data.notes import NOT_USED, is_empty
 from theodora.data.problems import Problems
 from theodora.errors import shown
 from theodora.parse import parse_json
@@ -79,11 +81,19 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
         found = f"an object with {shown(list(value))[1:-1]}" if isinstance(value, dict) else f"a {_kind(value)}"
         problems.add("", f'holds {found}; expected a list of objects, or {{"data": [...]}}')
         return
+    problems.left_out += _beside_rows(value, len(rows)) if isinstance(value, dict) else []
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield f"item {number}", row
         else:
             problems.add(f"item {number}", f"is a JSON {_kind(row)}; expected an object")
+
+
+def _beside_rows(value: dict[str, Any], rows: int) -> list[LeftOut]:
+    """What stands beside `data`: other rows, each of which counts, or something about all of them."""
+    others = {name: held for name, held in value.items() if name != "data" and not is_empty(held)}
+    counts = {name: len(held) if isinstance(held, list) else rows for name, held in others.items()}
+    return [LeftOut(f"{name!r} beside 'data'", count, NOT_USED) for name, count in counts.items()]
 
 
 def read_csv(path: Path, problems: Problems) -> LocatedRows:

@@ -73,7 +73,7 @@ def _read(opened: Source, *, as_turns: bool) -> Examples:
         raise DataError(f"{opened.name} is empty; expected at least one row")
     if "tools" in dataset.column_names and not reading.has_tools:
         dataset = dataset.remove_columns("tools")
-    left_out = reading.left_out()
+    left_out = (*problems.left_out, *reading.left_out())
     return Examples(
         dataset,
         reading.layout.format,

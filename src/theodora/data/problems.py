@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from theodora.data.left_out import LeftOut
 from theodora.errors import DataError, bullet_list
 
 SHOWN = 10
@@ -17,6 +18,8 @@ class Problems:
         self.source = source
         self.count = 0
         self._shown: list[str] = []
+        self.left_out: list[LeftOut] = []
+        """What a file holds beside its rows."""
 
     def add(self, where: str, what: str) -> None:
         """Note that `what` is wrong at `where` ("line 3", "b.csv, line 3", or "" for the whole source)."""

@@ -159,6 +159,7 @@ class _Within(Problems):
     def __init__(self, parent: Problems, file: str) -> None:
         super().__init__(parent.source)
         self._parent, self._file = parent, file
+        self.left_out = parent.left_out
 
     def add(self, where: str, what: str) -> None:
         self._parent.add(self.locate(where), what)
