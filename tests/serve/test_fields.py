@@ -157,7 +157,7 @@ def test_every_field_of_openais_is_accepted_where_it_asks_for_nothing(server):
         ({"stream_options": {}}, "stream_options: expected with stream: true only"),
         ({"min_tokens": 9}, "min_tokens is 9; expected at most max_tokens, which is 3"),
         ({"logit_bias": {"999": 1}}, "logit_bias holds token ids outside 0 to 271"),
-        ({"logit_bias": {"1": 101}}, "logit_bias.*less than or equal to 100"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1: expected at most 100, found 101"),
         ({"allowed_token_ids": [3, 999]}, "allowed_token_ids holds token ids outside"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"tool_choice": "required"}, "tool_choice: expected with tools"),

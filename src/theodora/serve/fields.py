@@ -56,6 +56,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
+    # of other routes
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "echo": (False,),
+    "logprobs": (False, 0),
+    "max_completion_tokens": (),
+    "messages": (),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "reasoning_effort": ("none",),
+    "request_id": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
 }
 _INSTEAD = {
     "previous_response_id": "responses are not stored, send the items of before as input",
