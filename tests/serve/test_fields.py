@@ -326,6 +326,13 @@ def test_words_that_are_not_to_come(server):
     assert not set(tiny_tokenizer()(word)["input_ids"]) & set(found)
 
 
+def test_more_tokens_at_least_than_at_most_are_refused_by_the_default_too(server):
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 40; expected at most max_tokens, which is 16"):
+        complete(server, max_tokens=None, extra_body={"min_tokens": 40})
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 5000; expected at most max_tokens"):
+        chat(server, max_tokens=None, extra_body={"min_tokens": 5000})
+
+
 def test_the_docs_say_what_happens_to_every_field():
     docs = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`(\w+)`", docs))

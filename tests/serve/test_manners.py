@@ -47,6 +47,18 @@ def test_an_adapter_brings_its_template_and_its_ends(tokenizer, tmp_path):
     assert manner_of(tmp_path, tokenizer, SETTINGS).template is None
 
 
+def test_an_adapter_may_have_a_template_for_tools(tokenizer, tmp_path):
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    found = manner_of(tmp_path, tokenizer, SETTINGS)
+    assert (found.template_of(False), found.template_of(True)) == ("a", "b")
+    own = tiny_tokenizer()
+    own.chat_template = {"default": "c", "tool_use": "d"}
+    own.save_pretrained(tmp_path)
+    found = manner_of(tmp_path, tokenizer, SETTINGS)
+    assert (found.template_of(False), found.template_of(True)) == ("c", "d")
+
+
 def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplog):
     own = tiny_tokenizer()
     own.add_tokens(["<new>"])

@@ -225,7 +225,7 @@ class Desk:
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
         manner = await asyncio.to_thread(self.manner, asked.model)
-        text, notes = chat_text(self.tokenizer, asked, manner.template)
+        text, notes = chat_text(self.tokenizer, asked, manner.template_of(bool(asked.shown_tools)))
         prompt = self._truncated(asked, await self.encode(text, asked.add_special_tokens), asked.most_tokens or 1)
         most = asked.most_tokens
         if most is None:
@@ -282,6 +282,8 @@ class Desk:
             raise ConfigError(
                 f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
             )
+        if asked.min_tokens > most:  # which may be the default
+            raise ConfigError(f"min_tokens is {asked.min_tokens}; expected at most max_tokens, which is {most}.")
         self._check_rows(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         # What ends a grammar ends its answer.

@@ -70,7 +70,7 @@ class Forms:
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        family, thinking = self._of_template(asked, manner.template)
+        family, thinking = self._of_template(asked, manner.template_of(bool(asked.shown_tools)))
         if thinking is not None and thinking.closed_by(prompt):
             thinking = None
         opened = thinking is not None and thinking.opened_by(prompt)
