@@ -150,14 +150,14 @@ def test_every_field_of_openais_is_accepted_where_it_asks_for_nothing(server):
         ({"audio": {"voice": "x", "format": "wav"}}, "audio: not supported by this server"),
         ({"functions": [{"name": "f"}]}, "functions: not supported by this server; send tools"),
         ({"use_beam_search": True}, "use_beam_search: not supported by this server; n or best_of"),
-        ({"chat_template": "{{ x }}"}, "chat_template: not supported by this server; the base model's own"),
+        ({"chat_template": "{{ x }}"}, "chat_template: not supported by this server; the model's own"),
         ({"made_up": 1}, "made_up: not supported by this server, which knows no such field"),
         ({"made_up": 1, "priority": 3}, "made_up: .*; priority: not supported by this server"),
         ({"stream_options": {"include_usage": True}}, "stream_options: expected with stream: true only"),
         ({"stream_options": {}}, "stream_options: expected with stream: true only"),
         ({"min_tokens": 9}, "min_tokens is 9; expected at most max_tokens, which is 3"),
         ({"logit_bias": {"999": 1}}, "logit_bias holds token ids outside 0 to 271"),
-        ({"logit_bias": {"1": 101}}, "logit_bias.*less than or equal to 100"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1: expected at most 100, found 101"),
         ({"allowed_token_ids": [3, 999]}, "allowed_token_ids holds token ids outside"),
         ({"service_tier": "flex"}, "service_tier"),
         ({"tool_choice": "required"}, "tool_choice: expected with tools"),
@@ -324,6 +324,13 @@ def test_words_that_are_not_to_come(server):
         word = "a"
     found = complete(server, extra_body={"bad_words": [word], "return_token_ids": True}).choices[0].token_ids
     assert not set(tiny_tokenizer()(word)["input_ids"]) & set(found)
+
+
+def test_more_tokens_at_least_than_at_most_are_refused_by_the_default_too(server):
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 40; expected at most max_tokens, which is 16"):
+        complete(server, max_tokens=None, extra_body={"min_tokens": 40})
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 5000; expected at most max_tokens"):
+        chat(server, max_tokens=None, extra_body={"min_tokens": 5000})
 
 
 def test_the_docs_say_what_happens_to_every_field():

@@ -191,6 +191,16 @@ def test_deltas_of_a_call_begin_with_its_name(served):
     assert "".join(delta.content or "" for delta in deltas) == "So:"
 
 
+@pytest.mark.parametrize("text", [CALL, "a  b\n\n<tool", " \n", f"Hm. \n{CALL}"])
+def test_a_stream_tells_every_token_by_number(served, text):
+    """Also those of markup, and of blanks that wait for what follows."""
+    asked = silent({"tools": TOOLS, "extra_body": written(text) | {"return_token_ids": True}})
+    whole = served.client.chat.completions.create(**asked).choices[0]
+    chunks = served.client.chat.completions.create(**asked, stream=True)
+    told = [token for chunk in chunks for token in getattr(chunk.choices[0], "token_ids", None) or []]
+    assert told == whole.token_ids
+
+
 def test_a_call_and_its_result_can_be_sent_back(served):
     message = ask(served, tools=TOOLS, extra_body=written(CALL)).choices[0].message
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "seen"}

@@ -2,11 +2,16 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
+from calling import CALL, SCHEMA, SILENT, TEMPLATE, written
+from serving import Server
+from theodora.serve.config import ServeConfig
+from theodora.serve.engine import Engine
 from theodora.serve.manners import manner_of
-from tiny import CHATML, tiny_tokenizer
+from tiny import CHATML, tiny_model, tiny_tokenizer
 
 SETTINGS = {"eos_token_id": 0}
 
@@ -42,6 +47,18 @@ def test_an_adapter_brings_its_template_and_its_ends(tokenizer, tmp_path):
     assert manner_of(tmp_path, tokenizer, SETTINGS).template is None
 
 
+def test_an_adapter_may_have_a_template_for_tools(tokenizer, tmp_path):
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    found = manner_of(tmp_path, tokenizer, SETTINGS)
+    assert (found.template_of(False), found.template_of(True)) == ("a", "b")
+    own = tiny_tokenizer()
+    own.chat_template = {"default": "c", "tool_use": "d"}
+    own.save_pretrained(tmp_path)
+    found = manner_of(tmp_path, tokenizer, SETTINGS)
+    assert (found.template_of(False), found.template_of(True)) == ("c", "d")
+
+
 def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplog):
     own = tiny_tokenizer()
     own.add_tokens(["<new>"])
@@ -49,3 +66,48 @@ def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplo
     with caplog.at_level(logging.WARNING, "theodora.serve"):
         manner_of(tmp_path, tokenizer, SETTINGS)
     assert "<new>" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def own(adapter_dir, tmp_path_factory):
+    """A server whose adapter `own` has a template of its own, with tools, and ends where the base does not."""
+    folder = tmp_path_factory.mktemp("own") / "own"
+    shutil.copytree(adapter_dir("dora4"), folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7]}))
+    config = ServeConfig(model="base", kv_tokens=4096, max_batch_tokens=512, max_batch=8)
+    engine = Engine(tiny_model(max_position_embeddings=1024), config)
+    engine.load("own", folder)
+    with Server(engine, tiny_tokenizer()) as server:
+        yield server
+
+
+HI = [{"role": "user", "content": "Hi"}]
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+
+
+def test_chats_are_counted_as_they_are_asked(own):
+    asked = {"messages": HI, "tools": TOOLS, **SILENT}
+    for model in ("base", "own"):
+        tokens = own.client.post("/../tokenize", body={"model": model, **asked}, cast_to=dict)["tokens"]
+        reply = own.client.chat.completions.create(
+            model=model, messages=HI, tools=TOOLS, max_tokens=1, extra_body=SILENT | {"return_token_ids": True}
+        )
+        assert reply.prompt_token_ids == tokens
+        assert ("<think></think>" in tiny_tokenizer().decode(tokens)) == (model == "own")
+
+
+def test_calls_are_written_as_the_adapters_template_does(own):
+    asked = {"messages": HI, "tools": TOOLS, "max_tokens": 240}
+    called = own.client.chat.completions.create(model="own", **asked, extra_body=SILENT | written(CALL)).choices[0]
+    assert (called.finish_reason, called.message.tool_calls[0].function.name) == ("tool_calls", "look")
+    plain = own.client.chat.completions.create(model="base", **asked, extra_body=written(CALL)).choices[0]
+    assert (plain.finish_reason, plain.message.content) == ("stop", CALL)
+
+
+def test_a_form_ends_where_the_adapter_does(own):
+    bias = {"7": 100, "0": -100, "2": -100}
+    asked = {"max_tokens": 9, "logit_bias": bias, "extra_body": {"structured_outputs": {"regex": "a*"}}}
+    for model, finish in (("own", "stop"), ("base", "length")):
+        choice = own.client.completions.create(model=model, prompt="Hi", **asked).choices[0]
+        assert (choice.finish_reason, choice.text == "") == (finish, model == "own")

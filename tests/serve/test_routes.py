@@ -51,7 +51,7 @@ def test_texts_and_chats_as_tokens_and_back(server):
     ("path", "body", "status", "says"),
     [
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "no model 'other'"),
-        ("/tokenize", {}, 400, "prompt: Field required"),
+        ("/tokenize", {}, 400, "prompt: expected, and not there"),
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"prompt": "a", "made_up": 1}, 400, "made_up: not supported"),
         ("/tokenize", {"prompt": "\ud83d"}, 400, "half a character"),

@@ -195,17 +195,20 @@ class Desk:
         served = None if (name := self.adapter_of(model)) is None else self.engine.adapters.get(name)
         if served is None:
             return self._base
-        if served.serial not in self._manners:
+        found = self._manners.get(served.serial)
+        if found is None:
             found = manner_of(served.path, self.tokenizer, self.engine.model.generation_config)
-            self._manners[served.serial] = found
-        return self._manners[served.serial]
+            loaded = {adapter.serial for adapter in self.engine.adapters.adapters()}
+            known = {serial: manner for serial, manner in self._manners.items() if serial in loaded}
+            self._manners = {**known, served.serial: found}
+        return found
 
     async def completion(self, asked: CompletionRequest, loop: Any) -> Answers:
         """Put a completion in the queue."""
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
-        await asyncio.to_thread(self.manner, asked.model)
+        manner = await asyncio.to_thread(self.manner, asked.model)
         most = 16 if asked.max_tokens is None else asked.max_tokens
         tokens: list[list[int]] = []
         echoes: list[Echo | None] = []
@@ -217,19 +220,19 @@ class Desk:
             given = prompt if len(kept) == len(ids) else kept
             echo = asyncio.to_thread(echo_of, self.tokenizer, given, kept, special) if asked.echo and kept else None
             echoes.append(None if echo is None else await echo)
-        return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked), loop)
+        return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked, manner), loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        template = (await asyncio.to_thread(self.manner, asked.model)).template
-        text, notes = chat_text(self.tokenizer, asked, template)
+        manner = await asyncio.to_thread(self.manner, asked.model)
+        text, notes = chat_text(self.tokenizer, asked, manner.template_of(bool(asked.shown_tools)))
         prompt = self._truncated(asked, await self.encode(text, asked.add_special_tokens), asked.most_tokens or 1)
         most = asked.most_tokens
         if most is None:
             most = max(1, self.engine.window - len(prompt))
         last = asked.messages[-1]
         echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
-        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text), loop)
+        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text, manner), loop)
         answers.notes = notes
         return answers
 
@@ -279,6 +282,8 @@ class Desk:
             raise ConfigError(
                 f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
             )
+        if asked.min_tokens > most:  # which may be the default
+            raise ConfigError(f"min_tokens is {asked.min_tokens}; expected at most max_tokens, which is {most}.")
         self._check_rows(prompts)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         # What ends a grammar ends its answer.

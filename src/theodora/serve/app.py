@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from theodora.serve.answers import Answers, Desk
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
+from theodora.serve.misses import told
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
 from theodora.serve.response_events import ResponseReplies
@@ -28,7 +29,6 @@ from theodora.serve.tiers import Changed
 from theodora.serve.tokens import token_routes
 
 _Replies = Replies | ResponseReplies
-_FIELD = re.compile(r"[a-z_]+")
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 
 
@@ -130,26 +130,24 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def told(request: Request, error: Exception) -> Response:
+    async def tell(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             error = HTTPException(error.status_code, f"There is no {request.method} {request.url.path} here.")
         return _reply(error)
 
     for kind in _STATUS:
-        app.add_exception_handler(kind, told)
-    app.add_exception_handler(RequestValidationError, told)
-    app.add_exception_handler(HTTPException, told)
-    app.add_exception_handler(UnicodeEncodeError, told)  # pydantic's, over half a character
-    app.add_exception_handler(Exception, told)
+        app.add_exception_handler(kind, tell)
+    app.add_exception_handler(RequestValidationError, tell)
+    app.add_exception_handler(HTTPException, tell)
+    app.add_exception_handler(UnicodeEncodeError, tell)  # pydantic's, over half a character
+    app.add_exception_handler(Exception, tell)
 
 
 def _reply(error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
-        misses = [
-            ": ".join(filter(None, (_place(miss["loc"][1:]), miss["msg"].removeprefix("Value error, "))))
-            for miss in error.errors()
-        ]
-        return _answer(*failure(400, "; ".join(misses), "invalid_request_error"))
+        # The body is first in each place, or, where it is no JSON, all of it.
+        misses = told({**miss, "loc": miss["loc"][1:]} for miss in error.errors())
+        return _answer(*failure(400, misses, "invalid_request_error"))
     if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
     if isinstance(error, UnicodeEncodeError):
@@ -158,11 +156,6 @@ def _reply(error: Exception) -> Response:
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
     return _answer(*failure(500, "The server failed on this request.", "server_error"))
-
-
-def _place(parts: Sequence[Any]) -> str:
-    """Where in the body, without pydantic's names for the kinds that a value may have."""
-    return ".".join(str(part) for part in parts if isinstance(part, int) or _FIELD.fullmatch(part))
 
 
 def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
@@ -196,17 +189,17 @@ async def _serve(
             metrics.first_token.observe(answers.first_token)
 
     timeout = desk.engine.config.timeout
-    told = replies or Replies(asked, desk.tokenizer)
+    teller = replies or Replies(asked, desk.tokenizer)
     if asked.stream:
-        chunks = _stream(asked, answers, told, timeout, end)
+        chunks = _stream(asked, answers, teller, timeout, end)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
-    return await _whole(request, answers, told, timeout, end)
+    return await _whole(request, answers, teller, timeout, end)
 
 
 def _notes(answers: Answers) -> dict[str, str]:
     """What of a request had no effect, for who looks."""
-    told = "; ".join(answers.notes).encode("ascii", "replace").decode()
-    return {"x-theodora-note": re.sub(r"[^ -~]", " ", told)} if told else {}
+    notes = "; ".join(answers.notes).encode("ascii", "replace").decode()
+    return {"x-theodora-note": re.sub(r"[^ -~]", " ", notes)} if notes else {}
 
 
 async def _whole(request: Request, answers: Answers, replies: _Replies, timeout: float, end: Any) -> Response:

@@ -19,6 +19,7 @@ from theodora.serve.calls.families import (
 from theodora.serve.calls.forced import calls_format, constant, sequence, thinking_format
 from theodora.serve.config import ServeConfig
 from theodora.serve.grammar import Grammar, Grammars, format_of
+from theodora.serve.manners import Manner
 from theodora.serve.messages import NamedTool, ToolsAllowed
 from theodora.serve.protocol import ChatRequest, Common
 from theodora.serve.schemas import check_size, kept
@@ -48,25 +49,28 @@ class Forms:
     grammars: Grammars
     _known: dict[str, tuple[Family | None, Thinking | None]] = field(default_factory=dict[str, Any])
 
-    async def of_completion(self, asked: Common) -> Form:
-        """The form of a completion.
+    async def of_completion(self, asked: Common, manner: Manner) -> Form:
+        """The form of a completion of the model, or adapter, whose manner it is.
 
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        return Form() if asked.form is None else Form(await self.grammars.grammar(format_of(asked.form)))
+        if asked.form is None:
+            return Form()
+        return Form(await self.grammars.grammar(format_of(asked.form), ends=manner.ends))
 
-    async def of_chat(self, asked: ChatRequest, prompt: str) -> Form:
+    async def of_chat(self, asked: ChatRequest, prompt: str, manner: Manner) -> Form:
         """The form of a chat's answer.
 
         Args:
             asked: the request.
             prompt: as the chat template wrote it.
+            manner: of the model, or adapter, that is asked.
 
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        family, thinking = self._of_template(asked)
+        family, thinking = self._of_template(asked, manner.template_of(bool(asked.shown_tools)))
         if thinking is not None and thinking.closed_by(prompt):
             thinking = None
         opened = thinking is not None and thinking.opened_by(prompt)
@@ -74,13 +78,14 @@ class Forms:
         format = self._format(asked, family, thinking, opened)
         read = thinking is not None or (family is not None and (bool(tools) or family.read is not None))
         words = (*(family.tokens if family else ()), *(thinking.tokens if thinking else ()))
-        grammar = None if format is None else await self.grammars.grammar(format, words if read else ())
+        kept_words = words if read else ()
+        grammar = None if format is None else await self.grammars.grammar(format, kept_words, manner.ends)
         if not read:
             return Form(grammar)
         return Form(grammar, _keeping(self.tokenizer, words), (family, tools or None, thinking, opened))
 
-    def _of_template(self, asked: ChatRequest) -> tuple[Family | None, Thinking | None]:
-        template = self.tokenizer.get_chat_template(None, [{}] if asked.shown_tools else None)
+    def _of_template(self, asked: ChatRequest, own: str | None) -> tuple[Family | None, Thinking | None]:
+        template = self.tokenizer.get_chat_template(own, [{}] if asked.shown_tools else None)
         if template not in self._known:
             self._known[template] = (
                 _named(self.config.tool_call_parser, BY_NAME, family_of(template)),

@@ -86,26 +86,30 @@ class Grammars:
             size: of the model's logits.
             ends: tokens that end an answer.
         """
-        self._tokenizer, self._size, self._ends = tokenizer, size, sorted(end for end in ends if end < size)
+        self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
         self._pool = ThreadPoolExecutor(2, "theodora-grammar")
-        self._compiler: Any = None
+        self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
-    async def grammar(self, format: dict[str, Any], words: Iterable[str] = ()) -> Grammar:
+    async def grammar(
+        self, format: dict[str, Any], words: Iterable[str] = (), ends: Collection[int] | None = None
+    ) -> Grammar:
         """The grammar of a structural tag's format.
 
         Args:
             format: the format.
             words: special tokens that the format is made of.
+            ends: tokens that end the answer, where they are not the model's.
 
         Raises:
             ConfigError: it is none, or takes too long.
         """
-        if not self._ends:
+        stops = tuple(sorted(end for end in (self._ends if ends is None else ends) if end < self._size))
+        if not stops:
             raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
         if len(json.dumps(format)) > _MOST_CHARACTERS:
             raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
-        compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids)
+        compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids, stops)
         try:
             return await asyncio.wait_for(compiling, _COMPILE_SECONDS)
         except TimeoutError as error:
@@ -113,18 +117,20 @@ class Grammars:
                 f"The grammar takes more than {_COMPILE_SECONDS:g} s to compile; expected a simpler one."
             ) from error
 
-    def _compile(self, format: dict[str, Any], kept_ids: frozenset[int]) -> Grammar:
-        if self._compiler is None:
+    def _compile(self, format: dict[str, Any], kept_ids: frozenset[int], stops: tuple[int, ...]) -> Grammar:
+        compiler = self._compilers.get(stops)
+        if compiler is None:
             info = xgrammar.TokenizerInfo.from_huggingface(
-                self._tokenizer, vocab_size=self._size, stop_token_ids=self._ends
+                self._tokenizer, vocab_size=self._size, stop_token_ids=list(stops)
             )
-            self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE)
+            compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE)
+            self._compilers[stops] = compiler
         tag = json.dumps({"type": "structural_tag", "format": format})
         try:
-            compiled = self._compiler.compile_structural_tag(tag)
+            compiled = compiler.compile_structural_tag(tag)
         except Exception as error:  # of several kinds
             raise ConfigError(f"The grammar cannot be compiled: {_WHERE.sub('', str(error)).strip()}") from error
-        hidden = set(self._tokenizer.all_special_ids) - kept_ids - set(self._ends)
+        hidden = set(self._tokenizer.all_special_ids) - kept_ids - set(stops)
         return Grammar(compiled, _bits(self._size, hidden), self._size)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ class Manner:
     """The chat template; None for the tokenizer's own."""
     ends: frozenset[int]
     """Tokens that end an answer."""
+    with_tools: str | None = None
+    """The chat template where tools are on offer, if there is one of its own for them."""
+
+    def template_of(self, tools: bool) -> str | None:
+        """The chat template of a chat with tools, or without; None for the tokenizer's own."""
+        return (self.with_tools if tools else None) or self.template
 
 
 def manner_of(folder: Path | None, tokenizer: Any, generation_config: Any) -> Manner:
@@ -40,7 +47,7 @@ def manner_of(folder: Path | None, tokenizer: Any, generation_config: Any) -> Ma
     if folder is None:
         return Manner(None, base)
     settings = _read(folder / "tokenizer_config.json")
-    template = _template(folder, settings)
+    template, with_tools = _templates(folder, settings)
     if template == getattr(tokenizer, "chat_template", None):
         template = None
     own = copy.copy(tokenizer)
@@ -50,15 +57,25 @@ def manner_of(folder: Path | None, tokenizer: Any, generation_config: Any) -> Ma
     known = tokenizer.get_vocab()
     ends = [*end_token_ids(_read(folder / "generation_config.json"), own), *base, *as_ids(known.get(eos))]
     _tell_unknown(folder, known)
-    return Manner(template, frozenset(ends))
+    return Manner(template, frozenset(ends), with_tools)
 
 
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        found = settings.get("chat_template")
-        return found if isinstance(found, str) else None
+def _templates(folder: Path, settings: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The chat template, and the one for tools: in files of their own, or, in older folders, among the settings."""
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    else:
+        named = {"default": found}
+    files = {
+        "default": folder / "chat_template.jinja",
+        "tool_use": folder / "additional_chat_templates" / "tool_use.jinja",
+    }
+    for name, file in files.items():
+        with suppress(OSError, UnicodeDecodeError):
+            named[name] = file.read_text(encoding="utf-8")
+    default, with_tools = (named.get(name) if isinstance(named.get(name), str) else None for name in files)
+    return default, with_tools
 
 
 def _tell_unknown(folder: Path, known: dict[str, int]) -> None:

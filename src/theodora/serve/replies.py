@@ -54,8 +54,10 @@ class Replies:
                     prompt = self._prompt_logprobs(choice) if choice.echo and self.logprobs else None
                     yield self._chunk([self._choice(choice.index, what, prompt)], answers)
             told = bool(piece.text) if piece.choice.parser is None else bool(piece.events)
-            # No token goes out without its text; the markup of calls is nobody's text, but its tokens are told.
-            if told or piece.choice.finish or (self.logprobs and piece.text):
+            # No token goes out without its text; the markup of calls is nobody's text, but its tokens are told, and so
+            # are those of a text that is held back, because it may be the beginning of a call.
+            counted = (self.logprobs or self.asked.return_token_ids) and piece.stop > piece.first
+            if told or piece.choice.finish or counted:
                 yield self._chunk([self._part(piece)], answers)
 
     def last(self, answers: Answers) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from theodora.errors import ConfigError
 from theodora.serve.fields import Body
+from theodora.serve.misses import told
 from theodora.serve.protocol import ChatRequest, StreamOptions, Text
 
 
@@ -51,21 +52,45 @@ class ResponsesRequest(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
     # vLLM's, as of chats
     seed: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     stop: list[str] | str | None = None
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
 
+_HERE: dict[Any, tuple[str, ...]] = {
+    "messages": ("input",),
+    "max_completion_tokens": ("max_output_tokens",),
+    "reasoning_effort": ("reasoning", "effort"),
+    "response_format": ("text", "format"),
+}
 _SAME = (
     *("temperature", "top_p", "parallel_tool_calls", "seed", "top_k", "min_p", "repetition_penalty", "stop"),
-    *("ignore_eos", "chat_template_kwargs", "structured_outputs", "stream", "metadata", "user", "stream_options"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "skip_special_tokens"),
+    *(
+        "include_stop_str_in_output",
+        "ignore_eos",
+        "chat_template_kwargs",
+        "structured_outputs",
+        "stream",
+        "metadata",
+        "user",
+        "stream_options",
+    ),
 )
 
 
@@ -90,11 +115,18 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
-        told = (
-            ": ".join(filter(None, (".".join(map(str, miss["loc"])), miss["msg"].removeprefix("Value error, "))))
-            for miss in error.errors()
-        )
-        raise ConfigError("; ".join(told)) from error
+        raise ConfigError(told({**miss, "loc": _loc(miss["loc"])} for miss in error.errors())) from error
+
+
+def _loc(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place in the chat, by the names that the request has; several items can be one message."""
+    match loc:
+        case ("messages", int(), *rest):
+            return ("input", *(part for part in rest if not isinstance(part, int)))
+        case (first, *rest):
+            return (*_HERE.get(first, (first,)), *rest)
+        case _:
+            return loc
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -35,7 +36,11 @@ def token_routes(desk: Desk) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(asked: _Tokenize) -> dict[str, Any]:
         check(asked.model)
-        text = asked.prompt if isinstance(asked, TokenizeRequest) else chat_text(tokenizer, asked)[0]
+        if isinstance(asked, TokenizeRequest):
+            text = asked.prompt
+        else:  # an adapter's own template, as its chats are written
+            manner = await asyncio.to_thread(desk.manner, asked.model or desk.engine.config.name)
+            text = chat_text(tokenizer, asked, manner.template_of(bool(asked.tools)))[0]
         ids = await desk.encode(text, asked.add_special_tokens)
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": desk.engine.window, "tokens": ids, "token_strs": names}
