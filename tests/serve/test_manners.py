@@ -1,11 +1,18 @@
 """An adapter's own chat template and ends, where its folder has them."""
 
+import asyncio
 import json
 import logging
 
 import pytest
 
+from calling import CALL, SCHEMA, TEMPLATE
+from theodora.serve.calls.source import Call
+from theodora.serve.chats import chat_text
+from theodora.serve.config import ServeConfig
+from theodora.serve.forms import Forms
 from theodora.serve.manners import manner_of
+from theodora.serve.protocol import ChatRequest
 from tiny import CHATML, tiny_tokenizer
 
 SETTINGS = {"eos_token_id": 0}
@@ -49,3 +56,16 @@ def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplo
     with caplog.at_level(logging.WARNING, "theodora.serve"):
         manner_of(tmp_path, tokenizer, SETTINGS)
     assert "<new>" in caplog.text
+
+
+@pytest.mark.parametrize("base", [None, CHATML])
+def test_an_answer_is_read_in_the_format_of_the_adapters_own_template(tokenizer, base):
+    tokenizer.chat_template = base
+    tool = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+    asked = ChatRequest.model_validate(
+        {"model": "own", "messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    )
+    prompt, _ = chat_text(tokenizer, asked, TEMPLATE)
+    form = asyncio.run(Forms(tokenizer, ServeConfig(model="base"), None).of_chat(asked, prompt, TEMPLATE))
+    calls = [event for event in form.parser().feed(CALL, ended=True) if isinstance(event, Call)]
+    assert [call.name for call in calls] == ["look"]

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 
 import pytest
 
@@ -45,6 +46,19 @@ def test_texts_and_chats_as_tokens_and_back(server):
     assert shorter["count"] < chat["count"]
     info = get(server, "/tokenizer_info")
     assert (info["eos_token"], info["chat_template"]) == ("<|im_end|>", tiny_tokenizer().chat_template)
+
+
+def test_an_adapter_is_asked_with_its_own_template_by_every_route(server_of, adapter_dir, tmp_path):
+    folder = shutil.copytree(adapter_dir("dora4"), tmp_path / "own")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8"
+    )
+    server = server_of("lora8")
+    server.engine.load("own", folder)
+    _, chat = post(server, "/tokenize", model="own", messages=HI)
+    assert chat["tokens"] == tiny_tokenizer()("<Hi>")["input_ids"]
+    status, reply = post(server, "/v1/chat/completions", model="own", messages=HI, max_tokens=2)
+    assert (status, reply["usage"]["prompt_tokens"]) == (200, chat["count"])
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ class Desk:
             most = max(1, self.engine.window - len(prompt))
         last = asked.messages[-1]
         echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
-        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text), loop)
+        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text, template), loop)
         answers.notes = notes
         return answers
 

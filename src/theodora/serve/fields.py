@@ -60,7 +60,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _INSTEAD = {
     "previous_response_id": "responses are not stored, send the items of before as input",
     "conversation": "responses are not stored, send the items of before as input",
-    "chat_template": "the base model's own is used, with chat_template_kwargs",
+    "chat_template": "the model's or adapter's own is used, with chat_template_kwargs",
     "functions": "send tools",
     "function_call": "send tool_choice",
     "use_beam_search": "n or best_of draw several answers",

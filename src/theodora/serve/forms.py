@@ -56,17 +56,18 @@ class Forms:
         """
         return Form() if asked.form is None else Form(await self.grammars.grammar(format_of(asked.form)))
 
-    async def of_chat(self, asked: ChatRequest, prompt: str) -> Form:
+    async def of_chat(self, asked: ChatRequest, prompt: str, own: str | None = None) -> Form:
         """The form of a chat's answer.
 
         Args:
             asked: the request.
             prompt: as the chat template wrote it.
+            own: the template of the adapter that is asked; None for the tokenizer's.
 
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        family, thinking = self._of_template(asked)
+        family, thinking = self._of_template(asked, own)
         if thinking is not None and thinking.closed_by(prompt):
             thinking = None
         opened = thinking is not None and thinking.opened_by(prompt)
@@ -79,8 +80,8 @@ class Forms:
             return Form(grammar)
         return Form(grammar, _keeping(self.tokenizer, words), (family, tools or None, thinking, opened))
 
-    def _of_template(self, asked: ChatRequest) -> tuple[Family | None, Thinking | None]:
-        template = self.tokenizer.get_chat_template(None, [{}] if asked.shown_tools else None)
+    def _of_template(self, asked: ChatRequest, own: str | None) -> tuple[Family | None, Thinking | None]:
+        template = self.tokenizer.get_chat_template(own, [{}] if asked.shown_tools else None)
         if template not in self._known:
             self._known[template] = (
                 _named(self.config.tool_call_parser, BY_NAME, family_of(template)),

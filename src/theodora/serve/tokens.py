@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -28,6 +29,12 @@ def token_routes(desk: Desk) -> APIRouter:
     """The routes /tokenize, /detokenize and /tokenizer_info."""
     router, tokenizer = APIRouter(), desk.tokenizer
 
+    async def text_of(asked: TokenizeRequest | TokenizeChatRequest) -> str:
+        if isinstance(asked, TokenizeRequest):
+            return asked.prompt
+        own = None if asked.model is None else (await asyncio.to_thread(desk.manner, asked.model)).template
+        return chat_text(tokenizer, asked, own)[0]
+
     def check(model: str | None) -> None:
         if model is not None and not desk.knows(model):
             raise UnknownModel(f"There is no model {model!r}.")
@@ -35,8 +42,7 @@ def token_routes(desk: Desk) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(asked: _Tokenize) -> dict[str, Any]:
         check(asked.model)
-        text = asked.prompt if isinstance(asked, TokenizeRequest) else chat_text(tokenizer, asked)[0]
-        ids = await desk.encode(text, asked.add_special_tokens)
+        ids = await desk.encode(await text_of(asked), asked.add_special_tokens)
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": desk.engine.window, "tokens": ids, "token_strs": names}
 
