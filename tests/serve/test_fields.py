@@ -150,7 +150,7 @@ def test_every_field_of_openais_is_accepted_where_it_asks_for_nothing(server):
         ({"audio": {"voice": "x", "format": "wav"}}, "audio: not supported by this server"),
         ({"functions": [{"name": "f"}]}, "functions: not supported by this server; send tools"),
         ({"use_beam_search": True}, "use_beam_search: not supported by this server; n or best_of"),
-        ({"chat_template": "{{ x }}"}, "chat_template: not supported by this server; the base model's own"),
+        ({"chat_template": "{{ x }}"}, "chat_template: not supported by this server; the model's or adapter's own"),
         ({"made_up": 1}, "made_up: not supported by this server, which knows no such field"),
         ({"made_up": 1, "priority": 3}, "made_up: .*; priority: not supported by this server"),
         ({"stream_options": {"include_usage": True}}, "stream_options: expected with stream: true only"),
