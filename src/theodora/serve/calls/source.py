@@ -44,7 +44,8 @@ class Arguments:
 
 
 Event = Text | Reasoning | Call | Arguments
-type_of_text = type[Text] | type[Reasoning]
+Said = type[Text] | type[Reasoning]
+"""What text is brought as."""
 
 Reader = Generator[None, None, Any]
 """Yields where more text is needed."""
@@ -59,7 +60,7 @@ class Source:
         self.ended = False
         self._events: list[Event] = []
         self._space = ""  # at the end of what has been said, as long as nothing follows
-        self._kind: type_of_text = Text
+        self._kind: Said = Text
         self._fresh = False  # nothing has been said since a call or since the reasoning
 
     def take_events(self) -> list[Event]:
@@ -76,7 +77,7 @@ class Source:
 
     # What comes out
 
-    def say(self, text: str, kind: type_of_text = Text) -> None:
+    def say(self, text: str, kind: Said = Text) -> None:
         """Bring text. Space at its end waits for what follows, since none is left before a call."""
         if self._fresh:
             text = text.lstrip()
@@ -133,7 +134,7 @@ class Source:
             yield
 
     def literal(self, *texts: str) -> Generator[None, None, str | None]:
-        """Which of these comes next, which is then read; None for neither, and nothing is read."""
+        """Which of these comes next, which is then read; None where none of them does, and nothing is read."""
         while True:
             rest = self.text[self.at : self.at + max(map(len, texts))]
             for text in texts:
