@@ -58,7 +58,7 @@ class AdapterConfig:
     """Modules trained in full beside the adapter, and saved with it."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
     """Tokens whose rows are trained beside the adapter, and saved with it: ids, of the input embedding (and of the
-    head, if it is tied to it), or a mapping of module names to ids."""
+    head, if it is tied to it), or, in YAML, a mapping of module names to ids."""
     init: Init = "default"
     """Start of A and B. Every choice leaves the model's output unchanged: default (Kaiming A, zero B), gaussian,
     orthogonal, pissa (principal singular vectors), olora (QR)."""

@@ -48,6 +48,13 @@ def test_every_command_has_its_module():
         assert cli.main([name, "--help"]) == 0
 
 
+def test_lists_of_numbers_ask_for_numbers(capsys):
+    cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "--trainable-token-indices N [N ...]" in shown
+    assert "--targets NAME [NAME ...]" in shown
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys; from theodora.cli.main import main; main(['--help']); main(['train', '--help']);"

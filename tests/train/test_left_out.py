@@ -9,7 +9,7 @@ from rich.console import Console
 from theodora.config import TrainConfig
 from theodora.data.left_out import LeftOut
 from theodora.train import train
-from theodora.train.report import left_out_lines
+from theodora.train.report import counted, describe_modules, left_out_lines
 
 
 @pytest.fixture
@@ -58,3 +58,9 @@ def test_of_many_the_panel_names_the_first():
     assert len(lines) == 13
     assert lines[-1] == "and 18 more, which the model card names"
     assert left_out_lines(parts[:13])[-1] == "the column 12: not used (12 rows)"
+
+
+def test_one_is_not_several():
+    assert [counted(n, "row") for n in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
+    assert describe_modules(["model.layers.0.q_proj"]) == "1 module: q_proj"
+    assert describe_modules([f"layers.{i}.m{i}" for i in range(9)]) == "9 modules"

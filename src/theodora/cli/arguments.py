@@ -29,7 +29,8 @@ def add_field(group: Any, config_class: type, name: str) -> None:
     elif Mapping in kinds and tuple not in kinds:
         group.add_argument(flag, nargs="+", type=_pair, metavar="KEY=VALUE", action=_ToDict, **keywords)
     elif tuple in kinds:
-        group.add_argument(flag, nargs="+", metavar="NAME", action=_WordOrList, **keywords)
+        numbers = any(int in get_args(choice) for choice in alternatives(hint) if get_origin(choice) is tuple)
+        group.add_argument(flag, nargs="+", metavar="N" if numbers else "NAME", action=_WordOrList, **keywords)
     elif Literal in kinds:
         words = [word for choice in alternatives(hint) if get_origin(choice) is Literal for word in get_args(choice)]
         group.add_argument(flag, choices=words, metavar="|".join(words), **keywords)

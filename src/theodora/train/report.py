@@ -73,16 +73,18 @@ def print_plan(console: Console, plan: Plan) -> None:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
     grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")
     grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
-    grid.add_row("", f"{plan.rows:,} rows, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
+    grid.add_row("", f"{counted(plan.rows, 'row')}, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
     for part in left_out_lines(plan.left_out):
         grid.add_row(Text("Left out", style="yellow"), Text(part))
-    held_out = f"{plan.held_out_rows:,} rows" + (f" of {config.eval_data}" if config.eval_data else "")
+    held_out = counted(plan.held_out_rows, "row") + (f" of {config.eval_data}" if config.eval_data else "")
     grid.add_row("Held out", held_out if plan.held_out_rows else "none")
-    grid.add_row("Steps", f"{plan.steps:,} of {plan.rows_per_step:,} rows, {plan.epochs:.2g} epochs")
+    epochs = f"{plan.epochs:.2g} " + ("epoch" if f"{plan.epochs:.2g}" == "1" else "epochs")
+    grid.add_row("Steps", f"{plan.steps:,} of {counted(plan.rows_per_step, 'row')}, {epochs}")
     if plan.resume_at is not None:
         grid.add_row("", f"going on from step {plan.resume_at:,}")
     grid.add_row(
-        "Learning rate", f"{config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {plan.warmup_steps} steps"
+        "Learning rate",
+        f"{config.learning_rate:g}, {config.lr_scheduler_type}, warm-up {counted(plan.warmup_steps, 'step')}",
     )
     grid.add_row("Output", shorten(config.output))
     for note in plan.notes:
@@ -108,7 +110,7 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
     console.print()
     console.print(table)
     console.print(
-        f"{result.steps:,} steps in {as_time(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, "
+        f"{counted(result.steps, 'step')} in {as_time(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, "
         f"peak memory {as_size(result.peak_memory)}",
     )
     console.print(f"Moved by training: {describe_moved(result)}; all finite")
@@ -175,11 +177,16 @@ def describe_adapter(config: TrainConfig) -> str:
 def describe_modules(paths: Sequence[str]) -> str:
     """`210 modules: q_proj, k_proj, …`."""
     kinds = Counter(path.rpartition(".")[2] for path in paths)
-    return f"{len(paths)} modules: {', '.join(kinds)}" if len(kinds) <= 8 else f"{len(paths)} modules"
+    return counted(len(paths), "module") + (f": {', '.join(kinds)}" if len(kinds) <= 8 else "")
 
 
 def device_name(device: torch.device) -> str:
     """`cuda (NVIDIA H100)` or `cpu (2 threads)`."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return f"cpu ({counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

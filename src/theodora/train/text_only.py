@@ -26,8 +26,7 @@ def check_continues_text(model: PreTrainedModel) -> None:
     vocabulary, kind = getattr(model.config.get_text_config(), "vocab_size", None), type(model).__name__
     if not isinstance(vocabulary, int):
         raise ConfigError(f"A {kind} has no vocabulary of its own, and text is what is trained on here.")
-    # From the middle of the vocabulary: special tokens (an image's, say) stand at its ends.
-    ids = (torch.arange(_LENGTH) * 7919 % max(1, vocabulary // 2) + vocabulary // 4) % vocabulary
+    ids = _tokens(vocabulary, _LENGTH)
     other = ids.clone()
     other[-1] = (other[-1] + 1) % vocabulary
     training = model.training
@@ -50,6 +49,11 @@ def check_continues_text(model: PreTrainedModel) -> None:
         )
 
 
+def _tokens(vocabulary: int, count: int) -> torch.Tensor:
+    """Ids from the middle of the vocabulary: special tokens (an image's, say) stand at its ends."""
+    return (torch.arange(count) * 7919 % max(1, vocabulary // 2) + vocabulary // 4) % vocabulary
+
+
 def _logits(model: Any, ids_1L: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_1L, use_cache=False).logits[0].float()
 
@@ -61,7 +65,7 @@ def without_gradient(model: PreTrainedModel) -> list[str]:
     """
     layers = adapter_layers(model)
     vocabulary = model.config.get_text_config().vocab_size
-    ids_1L = (torch.arange(_LONG) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None] % vocabulary
+    ids_1L = _tokens(vocabulary, _LONG)[None]
     training = model.training
     model.eval()
     try:
