@@ -1,6 +1,7 @@
 """A base model whose EOS is not what its chat template ends turns with: trained, scored, merged and exported."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_tokens_without_a_row_are_named_before_training(beyond, tmp_path):
     model, tokenizer = load_model_and_tokenizer(beyond / "base")
     with pytest.raises(ConfigError, match=r"'<x13>' \(272\)"):
         evaluate(model, tokenizer, load_examples(beyond / "rows.jsonl"))
+
+
+def test_the_file_that_uses_them_is_named(beyond, tmp_path):
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text((beyond / "rows.jsonl").read_text().replace("<x13>", ""))
+    held_out = {"data": str(clean), "eval_data": str(beyond / "rows.jsonl"), "held_out": None}
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(beyond / 'rows.jsonl'))} uses a token"):
+        train(options(beyond, tmp_path / "run", **held_out), console=Console(quiet=True))
+    replayed = {"data": str(clean), "replay": str(beyond / "rows.jsonl"), "replay_share": 0.5}
+    with pytest.raises(ConfigError, match=r"clean\.jsonl with .*rows\.jsonl uses a token"):
+        train(options(beyond, tmp_path / "run", **replayed), console=Console(quiet=True))
 
 
 def test_they_get_rows_that_are_trained_and_saved(beyond, tmp_path):

@@ -40,7 +40,7 @@ def fit_vocabulary(
         if config.resize_embeddings:
             notes.append("resize_embeddings: the model has a row for every token of the data, so nothing was resized")
         return config
-    told = describe_missing(found, have, tokenizer, config.data)
+    told = describe_missing(found, have, tokenizer, _files_with_missing(config, datasets, have))
     if not config.resize_embeddings:
         raise ConfigError(
             f"{told}\nGive them rows and train these with --resize-embeddings, or take a model (or a tokenizer) that "
@@ -51,6 +51,15 @@ def fit_vocabulary(
     model.resize_token_embeddings(tokens)
     notes.append(f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved")
     return config
+
+
+def _files_with_missing(config: TrainConfig, datasets: Sequence[Dataset | None], have: int) -> str:
+    """The files whose rows, those to train on and those held out, use tokens without a row."""
+    files = ((config.data, config.replay), (config.eval_data or config.data,))
+    guilty = [
+        names for names, rows in zip(files, datasets, strict=True) if rows is not None and missing_in([rows], have)
+    ]
+    return " with ".join(dict.fromkeys(name for names in guilty for name in names if name))
 
 
 def end_as_taught(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
