@@ -57,6 +57,8 @@ def test_of_many_the_panel_names_the_first():
     lines = left_out_lines(parts)
     assert len(lines) == 13
     assert lines[-1] == "and 18 more, which the model card names"
+    hidden = LeftOut("tool calls", 8, "left out by the chat template in 8 turns")
+    assert left_out_lines([*parts, hidden])[:2] == [str(hidden), str(parts[0])]
     assert left_out_lines(parts[:13])[-1] == "the column 12: not used (12 rows)"
 
 

@@ -97,7 +97,8 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def left_out_lines(parts: Sequence[LeftOut]) -> list[str]:
     """What is left out, one line each; of many the first, and where the others stand."""
-    lines = sentences(parts)
+    # What the template hides of turns comes before columns that are not used: it must not be among the others.
+    lines = sentences(sorted(parts, key=lambda part: not part.why.startswith("left out")))
     more = len(lines) - _MOST_LEFT_OUT
     return lines if more <= 1 else [*lines[:_MOST_LEFT_OUT], f"and {more:,} more, which the model card names"]
 
