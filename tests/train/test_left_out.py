@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from theodora.config import TrainConfig
+from theodora.config import AdapterConfig, TrainConfig
 from theodora.data.left_out import LeftOut
 from theodora.train import train
 from theodora.train.report import counted, describe_modules, left_out_lines
@@ -57,6 +57,8 @@ def test_of_many_the_panel_names_the_first():
     lines = left_out_lines(parts)
     assert len(lines) == 13
     assert lines[-1] == "and 18 more, which the model card names"
+    hidden = LeftOut("tool calls", 8, "left out by the chat template in 8 turns")
+    assert left_out_lines([*parts, hidden])[:2] == [str(hidden), str(parts[0])]
     assert left_out_lines(parts[:13])[-1] == "the column 12: not used (12 rows)"
 
 
@@ -64,3 +66,18 @@ def test_one_is_not_several():
     assert [counted(n, "row") for n in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
     assert describe_modules(["model.layers.0.q_proj"]) == "1 module: q_proj"
     assert describe_modules([f"layers.{i}.m{i}" for i in range(9)]) == "9 modules"
+
+
+def test_rows_of_single_tokens_are_named_before_training_and_in_the_card(files, tiny_model_dir, tmp_path):
+    shown, output = io.StringIO(), tmp_path / "run"
+    config = TrainConfig(
+        model=str(tiny_model_dir()),
+        data=str(files / "train.jsonl"),
+        output=str(output),
+        max_steps=1,
+        adapter=AdapterConfig(targets=("q_proj",), trainable_token_indices=(3, 4)),
+    )
+    train(config, console=Console(file=shown, width=200))
+    said = "the rows of 2 tokens in model.embed_tokens"
+    assert said in shown.getvalue()
+    assert said in (output / "README.md").read_text(encoding="utf-8")

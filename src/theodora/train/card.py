@@ -18,11 +18,14 @@ from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
     Plan,
+    counted,
     describe_adapter,
     describe_modules,
     describe_moved,
     describe_stops,
+    describe_token_rows,
     device_name,
+    epochs_of,
     next_commands,
     result_rows,
 )
@@ -78,12 +81,13 @@ def _results(result: TrainResult) -> str:
 
 def _data(plan: Plan) -> str:
     config = plan.config
-    held_out = f"{plan.held_out_rows:,} rows" + (
+    held_out = counted(plan.held_out_rows, "row") + (
         f" from `{config.eval_data}`" if config.eval_data else " of the same file, none of them trained on"
     )
     learned = "completions and assistant turns" if config.train_on == "completion" else "all tokens"
     return (
-        f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {plan.rows:,} rows, {plan.tokens:,} tokens.\n"
+        f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {counted(plan.rows, 'row')}, "
+        f"{plan.tokens:,} tokens.\n"
         f"- Loss on {learned}: {plan.learned:,} tokens.\n"
         f"- Held out: {held_out if plan.held_out_rows else 'none'}."
     ) + "".join(f"\n- Left out: {part}." for part in sentences(plan.left_out))
@@ -97,9 +101,9 @@ def _settings(plan: Plan) -> str:
     return (
         "## Training\n\n"
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
-        f"{describe_modules(plan.modules)}.\n"
-        f"- {plan.steps:,} steps of {plan.rows_per_step:,} rows ({plan.epochs:.2g} epochs), base model in {plan.dtype} "
-        f"on {device_name(plan.device)}.\n\n"
+        f"{describe_modules(plan.modules)}{f' and {describe_token_rows(plan)}' if plan.token_rows else ''}.\n"
+        f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
+        f"base model in {plan.dtype} on {device_name(plan.device)}.\n\n"
         "`config.yaml` holds every setting; `theodora train --config config.yaml --overwrite` runs it again.\n\n"
         "| setting | value |\n|---|---|\n" + "\n".join(shown)
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -54,6 +54,8 @@ class Plan:
     notes: Sequence[str]
     left_out: Sequence[LeftOut] = ()
     """What rows hold and nothing is learned from."""
+    token_rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Path of each module in which rows of single tokens are trained, and how many."""
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -71,6 +73,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         grid.add_row("", origin)
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
+    if plan.token_rows:
+        grid.add_row("", f"and trained by themselves: {describe_token_rows(plan)}")
     grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")
     grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
     grid.add_row("", f"{counted(plan.rows, 'row')}, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
@@ -78,8 +82,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         grid.add_row(Text("Left out", style="yellow"), Text(part))
     held_out = counted(plan.held_out_rows, "row") + (f" of {config.eval_data}" if config.eval_data else "")
     grid.add_row("Held out", held_out if plan.held_out_rows else "none")
-    epochs = f"{plan.epochs:.2g} " + ("epoch" if f"{plan.epochs:.2g}" == "1" else "epochs")
-    grid.add_row("Steps", f"{plan.steps:,} of {counted(plan.rows_per_step, 'row')}, {epochs}")
+    grid.add_row("Steps", f"{plan.steps:,} of {counted(plan.rows_per_step, 'row')}, {epochs_of(plan)}")
     if plan.resume_at is not None:
         grid.add_row("", f"going on from step {plan.resume_at:,}")
     grid.add_row(
@@ -94,7 +97,8 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def left_out_lines(parts: Sequence[LeftOut]) -> list[str]:
     """What is left out, one line each; of many the first, and where the others stand."""
-    lines = sentences(parts)
+    # What the template hides of turns comes before columns that are not used: it must not be among the others.
+    lines = sentences(sorted(parts, key=lambda part: not part.why.startswith("left out")))
     more = len(lines) - _MOST_LEFT_OUT
     return lines if more <= 1 else [*lines[:_MOST_LEFT_OUT], f"and {more:,} more, which the model card names"]
 
@@ -178,6 +182,17 @@ def describe_modules(paths: Sequence[str]) -> str:
     """`210 modules: q_proj, k_proj, …`."""
     kinds = Counter(path.rpartition(".")[2] for path in paths)
     return counted(len(paths), "module") + (f": {', '.join(kinds)}" if len(kinds) <= 8 else "")
+
+
+def epochs_of(plan: Plan) -> str:
+    """`1 epoch`, `0.33 epochs`."""
+    number = f"{plan.epochs:.2g}"
+    return f"{number} epoch" + ("" if number == "1" else "s")
+
+
+def describe_token_rows(plan: Plan) -> str:
+    """`the rows of 2 tokens in model.embed_tokens`."""
+    return ", ".join(f"the rows of {counted(n, 'token')} in {path}" for path, n in plan.token_rows.items())
 
 
 def device_name(device: torch.device) -> str:

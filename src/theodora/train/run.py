@@ -21,7 +21,8 @@ from trl.trainer.sft_config import SFTConfig
 from theodora.adapters import save_adapter
 from theodora.adapters.atomic import atomic_files, atomic_write
 from theodora.adapters.generation import save_ends
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
+from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
@@ -257,6 +258,9 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *(_changed_since(prepared.config, output) if checkpoint else []),
         ],
         left_out=prepared.left_out,
+        token_rows={
+            path: len(rows.ids) for path, rows in own_rows(model, active_name(require_state(model), None)).items()
+        },
     )
 
 
