@@ -234,3 +234,16 @@ def test_names_that_only_wrap():
     assert of_another_part("model.vision_tower.encoder.layers.0")
     assert of_another_part("model.multi_modal_projector.linear_1")
     assert not of_another_part("model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("way", ["full to text", "text to full"])
+def test_rows_of_tokens_follow_the_names(pair, way, tmp_path):
+    there, here = reversed(pair) if way == "full to text" else pair
+    trained(there, targets=("gate_proj",), trainable_token_indices=[3, 9])
+    save_adapter(there, tmp_path)
+    load_adapter(here, tmp_path)
+    torch.testing.assert_close(logits(here), logits(there), rtol=0, atol=1e-5)
+    save_adapter(here, tmp_path / "again")
+    remove_adapter(there)
+    load_adapter(there, tmp_path / "again")
+    torch.testing.assert_close(logits(here), logits(there), rtol=0, atol=1e-5)

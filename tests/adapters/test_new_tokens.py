@@ -93,3 +93,17 @@ def test_a_resize_under_an_adapter_of_that_size_is_refused(tiny_model):
     model = merge_adapter(inject_adapter(tiny_model(), AdapterConfig(rank=2)))
     with pytest.raises(ConfigError, match="merged"):
         model.resize_token_embeddings(274)
+
+
+def test_a_base_that_was_resized_before_loading_is_still_brought_along(tiny_model_dir, tmp_path):
+    folder = tiny_model_dir()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(274, mean_resizing=False)
+    expected = trained(inject_adapter(model, AdapterConfig(rank=2)))(IDS).logits.detach()
+    save_adapter(model, tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(274, mean_resizing=False)
+    save_adapter(load_adapter(model, tmp_path / "first"), tmp_path / "second")
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "second")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected)

@@ -136,6 +136,24 @@ def test_they_get_rows_that_are_trained_and_saved(beyond, tmp_path):
     assert again.steps == 3
 
 
+def test_going_on_keeps_rows_that_the_adapter_brings_and_trains_those_of_newer_tokens(beyond, tmp_path):
+    quiet = Console(quiet=True)
+    train(options(beyond, tmp_path / "first", resize_embeddings=True), console=quiet)
+    second = train(options(beyond, tmp_path / "second", from_adapter=str(tmp_path / "first")), console=quiet)
+    assert second.moved["token_rows"] == (2, 2)
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text((beyond / "rows.jsonl").read_text().replace("<x13>", "x"))
+    train(options(beyond, tmp_path / "plain", data=str(plain)), console=quiet)
+    grown = options(beyond, tmp_path / "third", from_adapter=str(tmp_path / "plain"), resize_embeddings=True)
+    third = train(grown, console=quiet)
+    assert third.moved["token_rows"] == (2, 2)
+    for result, folder in ((second, "second"), (third, "third")):
+        expected = evaluate(result.model, result.tokenizer, load_examples(beyond / "rows.jsonl"), exact_match=False)
+        model, tokenizer = load_model_and_tokenizer(tmp_path / folder)
+        found = evaluate(model, tokenizer, load_examples(beyond / "rows.jsonl"), exact_match=False)
+        assert found.loss == pytest.approx(expected.loss, abs=1e-6)
+
+
 def test_a_padding_token_needs_no_row(tmp_path):
     tiny_model(vocab_size=259, pad_token_id=None).save_pretrained(tmp_path / "base")
     tokenizer = tiny_tokenizer()

@@ -59,12 +59,13 @@ def under_names(file: AdapterFile, modules: Iterable[str], parameters: Iterable[
     copies = {
         path: tensors.find(path) or path for path in file.base_copies if not (text_only and of_another_part(path))
     }
-    if not lowered and not full:
+    rows = {path: have.find(path) or path for path in file.token_rows}
+    if not lowered and not full and not rows:
         return file
-    renamed = {old: new for names in (lowered, full, copies) for old, new in names.items() if old != new}
+    renamed = {old: new for names in (lowered, full, copies, rows) for old, new in names.items() if old != new}
     if not renamed and not left_out:
         return file
-    _check_distinct(file, (lowered, full, copies))
+    _check_distinct(file, (lowered, full, copies, rows))
     config = file.config
     ranks = {path: from_pattern(config.rank_pattern, path, config.rank) for path in lowered}
     alphas = {path: from_pattern(config.alpha_pattern, path, config.alpha or 0.0) for path in lowered}
@@ -74,8 +75,11 @@ def under_names(file: AdapterFile, modules: Iterable[str], parameters: Iterable[
         modules={lowered[path]: tensors for path, tensors in file.modules.items() if path in lowered},
         full={full[path]: tensor for path, tensor in file.full.items() if path in full},
         base_copies={copies[path]: tensor for path, tensor in file.base_copies.items() if path in copies},
+        token_rows={rows[path]: held for path, held in file.token_rows.items()},
+        added_biases={lowered[path]: tensor for path, tensor in file.added_biases.items() if path in lowered},
         config=replace(
             config,
+            trainable_token_indices={rows[path]: held.ids for path, held in file.token_rows.items()} or (),
             targets=_targets(config, lowered, modules) or config.targets,
             exclude=(),
             rank_pattern=_pattern(config.rank_pattern, ranks, lowered, config.rank),

@@ -54,6 +54,7 @@ from theodora.adapters.inject import (
 from theodora.adapters.kinds import layer_index
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.names import of_another_part
+from theodora.adapters.new_tokens import tokens_before
 from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
@@ -149,6 +150,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
         file = changed_copies_in_full(model, read, grown)
         config = replace(original_config(file), **changes)
         distance = check_fit(model, file, grown)
+        resized = bool(file.token_rows) and tokens_before(model) is not None
         file = replace(file, full={**file.full, **sums_of_biases(model, file)})
         tokens = grow_embeddings(model, grown)
         adapters = {module: _low_rank(model, module, file, config) for module in file.modules}
@@ -158,7 +160,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
     rows = loaded_rows(model, file.token_rows, config)
     add_adapter(model, name, config, adapters, full, rows)
-    require_state(model).resized |= tokens is not None
+    require_state(model).resized |= resized or tokens is not None
     set_adapter(model, name)
     if not trainable:
         for parameter in model.parameters():

@@ -107,13 +107,13 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         dtype = f"float8, the rest {dtype},"
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
+    if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
+        config = load_continued(model, config)
     config = fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
     if config.from_adapter is None:
         put_on(model, adapter, arguments, notes)
-    else:
-        config = load_continued(model, config)
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(
