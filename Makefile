@@ -4,8 +4,8 @@
 PYTHON ?= python3
 ARGS ?=
 
-# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU. (Triton is part of torch on
-# Linux alone; without it these run their references again.)
+# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every third variant
+# of each test. (Triton is part of torch on Linux alone; without it these run their references again.)
 INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/adapters/test_shared_outputs.py \
     $(addprefix tests/layers/test_,activation.py groups.py norm.py slotted.py slotted_group.py)
 
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz fuzz-atheris coverage test-oldest test-vllm test-kills mutants package audit sbom lock
+.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills mutants package audit sbom lock
 .PHONY: families check bench study study-small clean
 
 help: ## list the targets
@@ -29,7 +29,10 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --one-in 3 $(INTERPRETED))
+
+test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a third
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) $(ARGS)
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)

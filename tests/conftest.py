@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 import tiny
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, help="run the first of every N variants of each test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave variants out where that is asked for; every test keeps one at least."""
+    step, seen = config.getoption("one_in"), Counter[str]()
+    kept: list[pytest.Item] = []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % step == 0:
+            kept.append(item)
+        seen[test] += 1
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
