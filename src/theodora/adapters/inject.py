@@ -29,13 +29,14 @@ from theodora.adapters.token_rows import (
 )
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.functional import dora_norm, wide_dtype
+from theodora.functional import lora_delta, wide_dtype
 from theodora.layers import AdapterLayer, LowRank, adapt, base_dtype, base_weight, restore, start_norm, start_values
 from theodora.layers.token_rows import TokenRows
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _STATE = "_theodora"
+_ROWS = 1024  # of a weight that are looked at together, in float64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -369,9 +370,14 @@ def new_low_rank(
 
 
 def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig) -> Tensor:
-    if config.init == "orthogonal":  # B·A is zero and B is not: a kernel's rounding of what cancels is not to be kept
-        return dora_norm(base_weight(module), *adapter.factors(), adapter.scale)
-    return start_norm(module, adapter)
+    if config.init != "orthogonal":
+        return start_norm(module, adapter)
+    # B·A is zero and B is not: the factored norm's rounding of what cancels is not to be kept.
+    w_OI, device = base_weight(module), "cpu" if base_weight(module).device.type == "mps" else None
+    a, b = (factor.to(device, torch.float64) for factor in adapter.factors())
+    pieces = zip(w_OI.split(_ROWS), b.split(_ROWS), strict=True)
+    rows = [(w.to(device, torch.float64) + lora_delta(a, b, adapter.scale)).norm(dim=1) for w, b in pieces]
+    return torch.cat(rows).to(wide_dtype(w_OI.dtype))
 
 
 def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:
