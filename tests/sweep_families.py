@@ -124,10 +124,8 @@ def in_own_process(name: str, limit: int) -> dict[str, Any]:
         told = Path(scratch) / "result.json"
         pid = os.fork()
         if pid == 0:
-            signal.alarm(limit)
-            warnings.simplefilter("ignore")
             with contextlib.suppress(BaseException):
-                told.write_text(json.dumps(try_family(name, Path(scratch))))
+                try_alone(name, Path(scratch), limit)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         if told.is_file():
@@ -139,6 +137,13 @@ def in_own_process(name: str, limit: int) -> dict[str, Any]:
             )
             result = {"outcome": "fails", "at": at, "why": why, "class": "", "steps": []}
     return {"family": name, **result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def try_alone(name: str, folder: Path, limit: int) -> None:
+    """`try_family` in a process that has nothing else to do and ends after `limit` seconds; into result.json."""
+    signal.alarm(limit)
+    warnings.simplefilter("ignore")
+    (folder / "result.json").write_text(json.dumps(try_family(name, folder)))
 
 
 def try_family(name: str, folder: Path) -> dict[str, Any]:
