@@ -10,9 +10,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from theodora.adapters.models import has_tokenizer, load_tokenizer
+from theodora.adapters.reading import read_object
 from theodora.ends import as_ids, end_token_ids
 from theodora.errors import CheckpointError
-from theodora.parse import parse_json
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -123,12 +123,4 @@ def ends_elsewhere(adapter: Path, base: Path, program: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return found
+    return read_object(path) if path.is_file() else None

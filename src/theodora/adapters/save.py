@@ -59,7 +59,15 @@ from theodora.adapters.quantize import sample_base
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
-from theodora.adapters.token_rows import DELTA, loaded_rows, own_rows, peft_indices, rows_problems, token_layers
+from theodora.adapters.token_rows import (
+    DELTA,
+    loaded_rows,
+    own_rows,
+    peft_indices,
+    rows_problems,
+    rows_to_write,
+    token_layers,
+)
 from theodora.adapters.written import HASHES_KEY, hashes_of_adapter
 from theodora.config import AdapterConfig, AdapterDtype
 from theodora.errors import CheckpointError, bullet_list
@@ -213,13 +221,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
             problems.append(f"{key}: trained in full here, not in the file")
         else:
             pairs.append((parameter, file.full[key]))
-    mine_rows = own_rows(model, name)
-    for path in sorted(mine_rows.keys() | file.token_rows.keys()):
-        own, brought = mine_rows.get(path), file.token_rows.get(path)
-        if own is None or brought is None or tuple(own.ids.tolist()) != brought.ids:
-            problems.append(f"{path}: other tokens have rows of their own here than in the file")
-        else:
-            pairs.append((own.rows, brought.rows))
+    pairs += rows_to_write(model, name, file.token_rows, problems, "here than in the file")
     if problems:
         raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
     with torch.no_grad():

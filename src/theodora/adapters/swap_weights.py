@@ -15,7 +15,7 @@ from theodora.adapters.inject import adapter_layers, originals_in_place, require
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
-from theodora.adapters.token_rows import own_rows
+from theodora.adapters.token_rows import rows_to_write
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.functional import dora_norm, wide_dtype
@@ -87,13 +87,7 @@ def swap_adapter_weights(
             problems.append(f"{key}: trained in full in this adapter, not in the other one")
         else:
             writes.append((parameter, file.full.get(key, state.originals[key])))
-    mine = own_rows(model, name)
-    for path in sorted(mine.keys() | file.token_rows.keys()):
-        own, other = mine.get(path), file.token_rows.get(path)
-        if own is None or other is None or tuple(own.ids.tolist()) != other.ids:
-            problems.append(f"{path}: other tokens have rows of their own in the other adapter than in this one")
-        else:
-            writes.append((own.rows, other.rows))
+    writes += rows_to_write(model, name, file.token_rows, problems, "in the other adapter than in this one")
     if problems:
         raise CheckpointError(
             f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))

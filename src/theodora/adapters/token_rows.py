@@ -61,6 +61,28 @@ def own_rows(model: nn.Module, name: str) -> dict[str, TokenRows]:
     return found
 
 
+def rows_to_write(
+    model: nn.Module, name: str, brought: Mapping[str, RowTensors], problems: list[str], where: str
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """An adapter's rows with those that are to take their place; what does not match goes to `problems`.
+
+    Args:
+        model: carries the adapter.
+        name: the adapter's.
+        brought: module path -> the rows of a file.
+        problems: gets a line for each module with rows of other tokens.
+        where: the two places, for these lines.
+    """
+    mine, pairs = own_rows(model, name), list[tuple[nn.Parameter, Tensor]]()
+    for path in sorted(mine.keys() | brought.keys()):
+        own, other = mine.get(path), brought.get(path)
+        if own is None or other is None or tuple(own.ids.tolist()) != other.ids:
+            problems.append(f"{path}: other tokens have rows of their own {where}")
+        else:
+            pairs.append((own.rows, other.rows))
+    return pairs
+
+
 def new_rows(
     model: nn.Module, config: AdapterConfig, added: Mapping[str, Sequence[int]], adapted: Sequence[str]
 ) -> dict[str, TokenRows]:

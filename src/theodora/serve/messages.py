@@ -178,6 +178,13 @@ class ToolsAllowed(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | ToolsAllowed
 
 
+def _underscored(data: Any, name: str) -> Any:
+    """A body whose field `name`, which pydantic keeps for itself, is called `name_` here."""
+    if isinstance(data, dict) and name in data:
+        return {f"{name}_" if key == name else key: value for key, value in data.items()}
+    return data
+
+
 class JsonSchema(Body):
     """A schema that the answer must fit."""
 
@@ -189,9 +196,7 @@ class JsonSchema(Body):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "schema" in data:  # a name that pydantic keeps for itself
-            return {"schema_" if key == "schema" else key: value for key, value in data.items()}
-        return data
+        return _underscored(data, "schema")
 
 
 class ResponseFormat(Body):
@@ -230,9 +235,7 @@ class StructuredOutputs(Body):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "json" in data:  # a name that pydantic keeps for itself
-            return {"json_" if key == "json" else key: value for key, value in data.items()}
-        return data
+        return _underscored(data, "json")
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
