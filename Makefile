@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills mutants package audit sbom lock
+.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills test-attacks mutants package audit sbom lock
 .PHONY: families check bench study study-small clean
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM 
 
 test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
 	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash -s $(ARGS)
+
+test-attacks: $(VENV)/.test ## run the attacks that SECURITY.md's promises are held against, those that take long, too
+	$(BIN)/python -m pytest tests/attacks --long $(ARGS)
 
 families: $(VENV)/.test ## train, merge, verify and serve a tiny model of every family of transformers (an hour; docs/models.md)
 	$(BIN)/python tests/sweep_families.py $(ARGS)

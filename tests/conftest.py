@@ -41,10 +41,15 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="run the first of every N variants of each test")
+    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave variants out where that is asked for; every test keeps one at least."""
+    """Leave long tests out unless they are asked for, and variants where that is asked for; one at least stays."""
+    if not config.getoption("long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long; --long runs it, as make test-attacks does"))
     step, seen = config.getoption("one_in"), Counter[str]()
     kept: list[pytest.Item] = []
     for item in items:
