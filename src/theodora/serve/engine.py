@@ -304,6 +304,12 @@ class Engine:
         if _heads_differ(self.model.config.get_text_config()):
             raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
+        if trial is not None and not trial.finite:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise Unavailable(
+                f"{self.config.model} cannot be served: its output is not finite. Its weights hold NaN or infinite "
+                f"values, or what it computes is too large for {dtype}: try another dtype (--dtype)."
+            )
         self._manager = manager = self._running_manager()
         if trial is not None:
             try:
