@@ -1,17 +1,22 @@
 """What is not finite stays with its own request: nobody else's bits change, whatever it shares with them."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 import tiny
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.errors import CheckpointError
+from theodora.serve.batching import _cleaned_before
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.processors import KEY
 from theodora.serve.requests import Sampling
-from theodora.serve.watch import NotFinite
+from theodora.serve.watch import NotFinite, Watch
 
 PROMPT = list(range(5, 75))  # more than two pages
 ODD = 200  # a token that some adapters cannot stand
@@ -181,3 +186,57 @@ def test_a_prompt_whose_score_is_no_number_ends_with_an_error(engine_of):
     assert request.updates.get(timeout=60).error is not None
     assert isinstance(request.problem, NotFinite)
     assert submit(engine, None, PROMPT, 1).updates.get(timeout=60).error is None
+
+
+def test_attention_whose_scores_are_float16_is_refused():
+    model = tiny.tiny_model().half()
+    model.set_attn_implementation("eager")
+    engine = Engine(model, ServeConfig(model="base", kv_tokens=512, max_batch_tokens=64, max_batch=4))
+    with pytest.raises(Unavailable, match=r"base .*does not keep requests apart in float16"):
+        engine.start()
+
+
+def test_batches_that_overlap_pass_by_what_has_ended(engine_of, ruined_dir, caplog):
+    """On a GPU a request that ends with an error is in the next batch already."""
+    engine = engine_of()
+    engine.load("ruined", ruined_dir(everywhere))
+    together(engine, ("ruined", PROMPT), ("ruined", PROMPT))
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    ended, others = [], []
+    manager = engine._manager
+    request = engine.submit(PROMPT, Sampling(max_tokens=1, temperature=0.0))
+    request.updates.get(timeout=60)
+
+    def future(status, new=True):
+        state = SimpleNamespace(
+            request_id=f"r{len(others)}", status=status, logit_processor_kwargs={KEY: replace(request, problem=None)}
+        )
+        others.append(state)
+        return SimpleNamespace(state=state, has_new_token=new)
+
+    decoding, over = RequestStatus.DECODING, RequestStatus.FINISHED
+    batch = [future(decoding), future(decoding, new=False), future(over), future(decoding), future(decoding, new=False)]
+    scheduler = SimpleNamespace(set_request_cancellation=ended.append, block_new_requests=True)
+    manager.output_router = SimpleNamespace(fail_and_deliver=lambda state, _: ended.append(state.request_id))
+    # Outputs: those of requests with a new token first.
+    logprobs = [-1.0, math.nan, math.nan, math.nan, -2.0]
+    kept, tokens, told = manager._without_ruined(SimpleNamespace(scheduler=scheduler), batch, [5, 6, 7, 8, 9], logprobs)
+    assert ended == ["r1", "r1", "r3", "r3"]
+    assert kept == [batch[0], batch[2], batch[4]]
+    assert tokens == [5, 6]  # what is over has its token taken and thrown away
+    assert told[0] == -1.0
+    assert not scheduler.block_new_requests
+
+
+def test_keys_that_a_kernel_writes_by_itself_are_made_finite_before():
+    watch = Watch(8, torch.device("cpu"))
+    watch.begin(torch.tensor([0, 1, 2, 3]), 3)
+    key, value = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    key[0, 1, 1, 2] = math.inf
+    attend = _cleaned_before(lambda module, q, k, v, cache, *rest, **others: (k, v, rest, others))
+    k, v, *rest = attend(None, None, key, value, SimpleNamespace(watch=watch), 1, causal=True)
+    assert k[0, :, 1].abs().sum() == v[0, :, 1].abs().sum() == 0
+    assert torch.equal(k[:, :, [0, 2]], key[:, :, [0, 2]])
+    assert rest == [(1,), {"causal": True}]
+    assert watch.ruined().tolist() == [False, True, False]
+    assert attend(None, None, key, value, object(), 1)[0] is key  # another's cache

@@ -15,6 +15,7 @@ Six things are not in it, and are put in here:
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -41,6 +42,8 @@ from theodora.serve.requests import Request
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier
 from theodora.serve.watch import NotFinite, Watch, mask_wholly
+
+log = logging.getLogger("theodora.serve")
 
 SCHEDULER = "theodora"
 _PATIENCE = 2.0
@@ -184,6 +187,7 @@ class RoutedManager(ContinuousBatchingManager):
         self.output_router = router
         self._slots, self._host, self._failing, self._failed = slots, host, failing, failed
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
+        self._warned: set[int] = set()
 
     def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Run `task` on the worker, while no batch does; its result, or its exception.
@@ -288,6 +292,7 @@ class RoutedManager(ContinuousBatchingManager):
                 and state.status is not RequestStatus.FINISHED  # what is over is skipped by who reads this
             ):
                 request.problem = NotFinite.of(request, self.model.dtype)
+                self._warn(request)
                 self.output_router.fail_and_deliver(state, request.problem)
                 # Wherever it is: it may be waiting again, with its pages kept aside.
                 processor.scheduler.set_request_cancellation(state.request_id)
@@ -297,6 +302,13 @@ class RoutedManager(ContinuousBatchingManager):
             if future.has_new_token:
                 told.append((tokens[place], logprobs[place]))
         return kept, [token for token, _ in told], [logprob for _, logprob in told]
+
+    def _warn(self, request: Request) -> None:
+        """Once for each adapter: whoever can make it happen can make it happen often."""
+        serial = request.adapter.serial if request.adapter else 0
+        if serial not in self._warned:
+            self._warned.add(serial)
+            log.warning("%s (Said once; its requests are answered with 500.)", request.problem)
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
         self._failing(error)

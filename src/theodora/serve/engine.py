@@ -325,6 +325,12 @@ class Engine:
         try:
             with _unlogged():
                 manager = self._new_manager()
+                if self.model.config._attn_implementation.endswith("eager") and self.model.dtype == torch.float16:
+                    # Its scores are float16: another request's large key makes them infinite, whatever the mask.
+                    raise ValueError(
+                        "attention without a kernel does not keep requests apart in float16, but does in "
+                        "bfloat16 and float32 (--dtype)"
+                    )
                 manager.start()
                 while manager.batch_processor is None:
                     if not manager.is_running():
