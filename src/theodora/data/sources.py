@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
-from theodora.data.files import SUFFIXES, LocatedRows, read_parquet, reader_for
+from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.problems import Problems, nearest
+from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import DataError, shown
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
@@ -138,19 +140,21 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
     elif split not in (None, str(loaded.split)):
         raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
 
-    # It may have been saved in another form (arrays, tensors) or with some of its columns hidden.
-    loaded = loaded.with_format(None)
+    # It may have been saved in another form (arrays, tensors) or with some of its columns hidden. As Arrow, nothing in
+    # it is decoded: pictures and sounds would be opened wherever a row says that they are.
+    tables, json = loaded.with_format("arrow"), json_columns(loaded.features)
 
     def rows(problems: Problems) -> LocatedRows:
         number = 0
         try:
-            for row in loaded:
-                number += 1
-                yield f"row {number}", row
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:  # pictures, sounds, damaged JSON
+            for table in tables.iter(batch_size=BATCH_ROWS):
+                for row in plain_rows(table, json):
+                    number += 1
+                    yield f"row {number}", row
+        except (pa.ArrowException, ValueError, KeyError, TypeError, OSError, OverflowError) as error:  # damaged JSON
             problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
-    return Source(name, rows, note, is_table="Json(" not in repr(loaded.features))
+    return Source(name, rows, note, is_table=not json)
 
 
 class _Within(Problems):
