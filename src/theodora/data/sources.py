@@ -17,6 +17,7 @@ from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet,
 from theodora.data.problems import Problems, nearest
 from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import DataError, shown
+from theodora.parse import parse_json
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 # The words in file and folder names that `datasets` reads as splits, too.
@@ -113,6 +114,7 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
+        _check_within(path)
         saved = datasets.load_from_disk(str(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
@@ -120,6 +122,23 @@ def _open_saved(path: Path, name: str, split: str | None) -> Source:
     except Exception as error:  # datasets and pyarrow raise what a damaged file leads them to
         raise DataError(f"{name} is a saved dataset that cannot be read: {error}") from error
     return _open_dataset(saved, name, split)
+
+
+def _check_within(path: Path) -> None:
+    """Raise a ValueError if a saved data set names files or splits that are not in its folder."""
+    about = path / "dataset_dict.json"
+    splits = parse_json(about.read_text(encoding="utf-8"))["splits"] if about.is_file() else []
+    folders = [path / str(split) for split in splits] or [path]
+    states = [folder / "state.json" for folder in folders]
+    files = [
+        file["filename"]
+        for state in states
+        if state.is_file()
+        for file in parse_json(state.read_text(encoding="utf-8"))["_data_files"]
+    ]
+    outside = [name for name in (*splits, *files) if Path(name).name != name]
+    if outside:
+        raise ValueError(f"it names {shown(outside[0])}, which is outside of its folder")
 
 
 def _open_hub(name: str, config: str | None, split: str | None) -> Source:
