@@ -12,11 +12,14 @@ import pytest
 import yaml
 from datasets import Dataset, Features, Json, List, Value
 
+from exports import write_llama
 from theodora import TrainConfig
+from theodora.adapters.models import load_model
 from theodora.cli import train as command
 from theodora.cli.main import Parser, main
 from theodora.data import load_examples
 from theodora.errors import DataError, TheodoraError
+from theodora.export.gguf_files import load_gguf
 from theodora.parse import to_yaml
 from theodora.train.report import resume_command
 
@@ -207,6 +210,31 @@ def test_a_model_does_not_name_kernels_to_fetch(tiny_model_dir, adapter, tmp_pat
     error = capsys.readouterr().err
     assert "which would be fetched from the hub and run" in error
     assert "--trust-remote-code" in error
+
+
+@pytest.mark.parametrize("base", ["a-stranger/model", "/elsewhere"])
+def test_an_adapter_beside_a_model_does_not_change_it(tiny_model_dir, adapter, tmp_path, base):
+    """transformers would put it on, or load the base that it names."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir(), model)
+    shutil.copytree(adapter(), model, dirs_exist_ok=True)
+    change(model / "adapter_config.json", base_model_name_or_path=base)
+    assert not hasattr(load_model(model), "peft_config")
+
+
+def test_an_adapter_beside_a_gguf_file_does_not_say_what_is_loaded(tmp_path):
+    writer = pytest.importorskip("gguf").GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name in ("block_count", "head_count", "head_count_kv"):
+        getattr(writer, f"add_{name}")(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(8)
+    write_llama(writer, 8)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a-stranger/model"}))
+    model, _, _ = load_gguf(tmp_path / "m.gguf", "float32")
+    assert model.config.vocab_size == 8
 
 
 @pytest.fixture

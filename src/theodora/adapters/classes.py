@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
@@ -104,6 +106,15 @@ def check_kernels(config: PreTrainedConfig, model: object, *, trust_remote_code:
             f"{model}/config.json wants {fetched}, which would be fetched from the hub and run. Take that line out, or "
             "pass --trust-remote-code if you trust it."
         )
+
+
+def model_alone(model: str | Path) -> dict[str, Any]:
+    """What keeps `from_pretrained` to a local folder's own model.
+
+    transformers looks for adapter_config.json in it, and then puts that adapter on, or loads the base that it names.
+    """
+    # A place in which no file can be.
+    return {"adapter_kwargs": {"subfolder": os.devnull}} if Path(model).is_dir() else {}
 
 
 def auto_name(config: PreTrainedConfig) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
-from theodora.adapters.classes import auto_classes, check_kernels
+from theodora.adapters.classes import auto_classes, check_kernels, model_alone
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -108,6 +108,7 @@ def load_model(
         options |= {
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
+            **model_alone(model),
             **(model_kwargs or {}),
         }
         result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)

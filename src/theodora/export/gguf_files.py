@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from theodora.adapters.classes import check_kernels
+from theodora.adapters.classes import check_kernels, model_alone
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
 
@@ -145,7 +145,12 @@ def _load(path: Path, dtype: str, base_model: str | None) -> tuple[PreTrainedMod
 def _model(path: Path, dtype: str, config: Any, shapes: dict[str, torch.Size]) -> PreTrainedModel:
     with _silent():
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config, trust_remote_code=False
+            path.parent,
+            gguf_file=path.name,
+            dtype=getattr(torch, dtype),
+            config=config,
+            trust_remote_code=False,
+            **model_alone(path.parent),
         )
     # Some versions of transformers take tensors of other shapes than the configuration's without a word.
     wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]
