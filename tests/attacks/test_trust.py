@@ -5,6 +5,7 @@ import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow.parquet as pq
@@ -337,6 +338,27 @@ def test_no_command_opens_what_a_row_points_to(tmp_path, opened, tiny_model_dir,
     }
     assert main([command, *given[command]]) == (command == "train"), capsys.readouterr().err
     assert opened == []
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [ADDRESS, "/etc/passwd", "file:///etc/passwd", f"zip://a.csv::{ADDRESS}", "s3://bucket/rows.csv"]
+)
+@pytest.mark.parametrize("said_by", ["the README", "the builder"])
+def test_a_data_set_of_the_hub_does_not_lead_elsewhere(monkeypatch, elsewhere, said_by):
+    def refuse(*_: object) -> None:
+        raise AssertionError("is asked")
+
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": ["a.csv", elsewhere]}]}]
+    card = SimpleNamespace(data=SimpleNamespace(to_dict=lambda: {"configs": configs}))
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": ["hf://datasets/a/b@1/a.csv", elsewhere]}),
+        download_and_prepare=refuse,
+    )
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse if said_by == "the README" else lambda *_: builder)
+    if said_by == "the README":
+        monkeypatch.setattr("huggingface_hub.DatasetCard.load", lambda name: card)
+    with pytest.raises(DataError, match="not on the Hub"):
+        load_examples("owner/name")
 
 
 @pytest.mark.parametrize("outside", ["../elsewhere/data-00000-of-00001.arrow", "/elsewhere.arrow"])

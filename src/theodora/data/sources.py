@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 
 from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
+from theodora.data.hub import load_from_hub
 from theodora.data.problems import Problems, nearest
 from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import DataError, shown
@@ -143,7 +144,7 @@ def _check_within(path: Path) -> None:
 
 def _open_hub(name: str, config: str | None, split: str | None) -> Source:
     try:
-        loaded = datasets.load_dataset(name, config)
+        loaded = load_from_hub(name, config)
     except Exception as error:  # the network, the Hub and each builder raise kinds of their own
         raise DataError(
             f"There is no file or folder {name} here, and no dataset of that name could be loaded from the Hub: {error}"
