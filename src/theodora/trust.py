@@ -15,7 +15,7 @@ from typing import Any
 from theodora.errors import ConfigError, bullet_list, shown
 
 # Integrations of transformers that write files on this machine alone.
-_LOCAL_REPORTS = ("tensorboard", "none", "")
+_LOCAL_REPORTS = ("tensorboard", "none", "", None)
 _NOTHING = (None, False, "", "false", "none", "null", "no", "off", "0")
 
 # Option -> what granting it means.
@@ -98,8 +98,8 @@ def _asks(value: Any) -> bool:
 
 
 def _is_local(value: Any) -> bool:
-    names = _names(value)
-    return all(isinstance(name, str) and name.strip().lower() in _LOCAL_REPORTS for name in names)
+    names = [name.strip().lower() if isinstance(name, str) else name for name in _names(value)]
+    return all(name in _LOCAL_REPORTS for name in names)
 
 
 def _names(value: Any) -> Sequence[Any]:

@@ -97,6 +97,7 @@ def test_a_recipe_does_not_open_pickles(recipe, capsys, kept):
         ({"trainer": {"trackio_bucket_id": "a-stranger/bucket"}}, "--trackio-bucket-id a-stranger/bucket"),
         ({"deepspeed": "ds.json"}, "--deepspeed ds.json"),
         ({"push_to_hub": True}, "hf upload"),
+        ({"hub_token": "hf_0"}, "HF_TOKEN"),
     ],
     ids=str,
 )
@@ -185,6 +186,14 @@ def test_a_comparison_does_not_trust_the_model(comparison, capsys):
     comparison.write_text(comparison.read_text() + "trust_remote_code: true\n")
     assert main(["compare", str(comparison)]) == 2
     assert "pass --trust-remote-code" in capsys.readouterr().err
+
+
+def test_a_comparison_trusts_the_model_when_its_user_does(comparison, own_code, tmp_path):
+    given = ["--model", str(own_code), "--seconds", "0", "--allow-code", str(tmp_path / "score.py")]
+    assert main(["compare", str(comparison), *given]) == 1
+    (tmp_path / "ran").unlink()  # the score's
+    assert main(["compare", str(comparison), *given, "--trust-remote-code"]) == 0
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from typing import Any
 import datasets
 from huggingface_hub import DatasetCard
 
+from theodora.errors import shown
+
 _HUB = "hf://"
 
 
@@ -51,6 +53,4 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _refuse_elsewhere(files: Iterator[str]) -> None:
     for file in files:
-        raise ValueError(
-            f"it names {file[:200]!r}, which is not on the Hub; download what you trust, and give the file"
-        )
+        raise ValueError(f"it names {shown(file)}, which is not on the Hub; fetch what you trust, and give the file")

@@ -25,6 +25,8 @@ _ELSEWHERE = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "push_to_hub": "upload the finished folder with `hf upload`",
+    "hub_model_id": "upload the finished folder with `hf upload`",
+    "hub_token": "set HF_TOKEN in the environment; a recipe is no place for it",
 }
 
 # Options of SFTConfig that a CPU cannot serve, and why.
@@ -43,6 +45,7 @@ _NOT_OF_LOADING = {
     "adapter_kwargs": "from_adapter: FOLDER goes on from an adapter",
     "revision": "it is an option of its own",
     "token": "set HF_TOKEN in the environment",
+    "use_auth_token": "set HF_TOKEN in the environment",
     "proxies": "set HTTPS_PROXY in the environment",
 }
 # Those that let it fetch code and run it.
