@@ -46,6 +46,16 @@ def test_json_alone_is_decoded(feature, stored, read):
     assert list(plain_rows(table, found)) == [{"it": read, "text": "1"}, {"it": None, "text": "2"}]
 
 
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_large_rows_become_values_one_by_one(monkeypatch, most):
+    monkeypatch.setattr("theodora.data.stored._AT_ONCE", most)
+    rows = [{"n": n, "j": f"[{n}]"} for n in range(5)]
+    features = json_columns(Features({"n": Value("int64"), "j": Json()}))
+    read = [{"n": n, "j": [n]} for n in range(5)]
+    assert list(plain_rows(pa.Table.from_pylist(rows), features)) == read
+    assert list(plain_rows(pa.RecordBatch.from_pylist(rows), features)) == read
+
+
 def test_columns_without_json_are_left_as_they_are():
     assert not json_columns(Features({"i": Image(), "f": Foreign(), "l": List(Image()), "off": Json(decode=False)}))
     assert not json_columns(None)

@@ -11,6 +11,9 @@ from typing import Any
 
 from datasets import Features, Json, LargeList, List, Value
 
+_AT_ONCE = 64 << 20
+"""Bytes of rows that become values together."""
+
 
 def json_columns(features: Features | None) -> Features:
     """The columns that hold JSON text, at any depth, with nothing else in them that datasets would decode."""
@@ -22,11 +25,13 @@ def plain_rows(table: Any, json: Features) -> Iterator[dict[str, Any]]:
     """The rows of a pyarrow table or record batch.
 
     Args:
-        table: a few rows; all of them are held in memory at once.
+        table: a few rows, which become values all at once, or one by one where they hold much (pictures as bytes).
         json: what `json_columns` found in the features of the table.
     """
-    for row in table.to_pylist(maps_as_pydicts="strict"):
-        yield row | json.decode_example({name: row[name] for name in json})
+    parts = [table] if table.nbytes <= _AT_ONCE else (table.slice(at, 1) for at in range(table.num_rows))
+    for part in parts:
+        for row in part.to_pylist(maps_as_pydicts="strict"):
+            yield row | json.decode_example({name: row[name] for name in json})
 
 
 def _json_alone(feature: Any) -> Any:
