@@ -50,7 +50,7 @@ wandb_project: mine
             "micro_batch_size: it is called per_device_train_batch_size here",
             "optimizer: it is called optim here: write optim: paged_adamw_8bit",
             "train_on_inputs: write train_on: completion",
-            "wandb_project: write report_to: wandb",
+            "wandb_project: pass --report-to wandb",
         ],
     ),
     "llama-factory": (

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeGuard
 
 from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.other_words import advice, called
+from theodora.trust import check_granted
 
 Method = Literal["dora", "lora"]
 METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
@@ -266,7 +267,8 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints to keep: the newest, and the best one with early stopping."""
     report_to: tuple[str, ...] = ()
-    """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations."""
+    """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations. In a recipe only those that
+    write files here (tensorboard): what sends is said by the flag, or in Python."""
 
     resume: bool | str | None = None
     """Go on from a checkpoint: true for the newest whole one in the output folder, auto for the same if there is one
@@ -276,7 +278,7 @@ class TrainConfig:
     overwrite: bool = False
     """Delete the run that the output folder holds."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run Python code that comes with the model. A recipe cannot say it: the flag can, and Python."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -332,15 +334,20 @@ class TrainConfig:
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> TrainConfig:
+    def from_options(cls, options: Mapping[str, Any], *, granted: Collection[str] = ()) -> TrainConfig:
         """Build the configuration from options that stand side by side, as in a YAML file.
 
         Names that are neither fields here nor of `AdapterConfig` join `trainer`.
 
+        Args:
+            options: by name.
+            granted: names of options that you vouch for, such as trust_remote_code: a file cannot grant them.
+
         Raises:
-            ConfigError: naming every option that is missing or makes no sense.
+            ConfigError: naming every option that is missing or makes no sense, or that is not granted.
         """
         options, problems = _current_names(options)
+        check_granted(options, granted)
         extra = {name: options[name] for name in options if name not in OPTION_NAMES}
         trainer = options.get("trainer") or {}
         if not isinstance(trainer, Mapping):
@@ -372,7 +379,8 @@ class TrainConfig:
         return config
 
     def to_options(self) -> dict[str, Any]:
-        """All options side by side, such that `from_options` gives this configuration again; fit for YAML and JSON."""
+        """All options side by side, such that `from_options` gives this configuration again (with what it was
+        granted); fit for YAML and JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapter", "trainer")}
         adapter = {f.name: getattr(self.adapter, f.name) for f in fields(AdapterConfig)}
         first = {"model": own.pop("model"), "from_adapter": own.pop("from_adapter")}

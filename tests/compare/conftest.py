@@ -56,8 +56,8 @@ def undrawn(monkeypatch):
 def run(options) -> Callable[..., Any]:
     """Compare with these options and others, in silence."""
 
-    def start(seconds=None, **others: Any):
-        config = CompareConfig.from_options(options | others)
+    def start(seconds=None, allow_code=(), **others: Any):
+        config = CompareConfig.from_options(options | others, allow_code=allow_code)
         return compare(config, console=Console(quiet=True), seconds=seconds)
 
     return start

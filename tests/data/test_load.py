@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -104,20 +105,26 @@ class TestKindsOfSource:
     def test_hub_dataset(self, monkeypatch):
         asked = []
 
-        def load_dataset(*names):
+        def load_dataset_builder(*names):
             asked.append(names)
-            return DatasetDict(train=Dataset.from_list(PAIRS))
+            files = {"train": ["hf://datasets/owner/name@1/train.jsonl"]}
+            found = DatasetDict(train=Dataset.from_list(PAIRS))
+            return SimpleNamespace(
+                config=SimpleNamespace(data_files=files),
+                download_and_prepare=lambda: None,
+                as_dataset=lambda: found,
+            )
 
-        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
         assert rows("owner/name:config") == PAIRS
         assert rows("owner/na.me") == PAIRS
         assert asked == [("owner/name", "config"), ("owner/na.me", None)]
 
     def test_hub_dataset_that_cannot_be_had(self, monkeypatch):
-        def load_dataset(*names):
+        def load_dataset_builder(*names):
             raise ConnectionError("offline")
 
-        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
         assert "no dataset of that name could be loaded from the Hub: offline" in complaint("owner/name")
 
     def test_a_changed_file_is_read_again(self, write):

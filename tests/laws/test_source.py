@@ -31,6 +31,11 @@ def test_no_code_of_strangers_runs_unasked(module):
                 wrong.append((node.lineno, "imports a pickle"))
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            # Without the argument transformers asks at the terminal, where a pipe may say yes.
+            if called.startswith("Auto") and called.endswith((".from_pretrained", ".from_config")):
+                passed = {keyword.arg for keyword in node.keywords}
+                if not passed & {"trust_remote_code", None}:
+                    wrong.append((node.lineno, "leaves open whether remote code is trusted"))
             if called in {"torch.load", "eval", "exec"} and name_of(module) not in OWN_BYTES:
                 wrong.append((node.lineno, f"calls {called}"))
             if any(

@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from theodora.adapters.classes import auto_classes
+from theodora.adapters.classes import auto_classes, check_kernels
 from theodora.adapters.names import Names
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, bullet_list, shown
@@ -303,6 +303,7 @@ def _meta_models(folder: Path, trust_remote_code: bool, stored: int) -> Iterator
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_layers(folder, config.to_dict(), stored)
+        check_kernels(config, folder, trust_remote_code=trust_remote_code)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         try:
             classes = auto_classes(config, folder, trust_remote_code=trust_remote_code)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
-from theodora.adapters.classes import auto_classes
+from theodora.adapters.classes import auto_classes, check_kernels, model_alone
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError
 from theodora.parse import parse_json
@@ -103,10 +103,12 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(model, **options)
+        check_kernels(config, model, trust_remote_code=trust_remote_code)
         classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
         options |= {
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
+            **model_alone(model),
             **(model_kwargs or {}),
         }
         result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)

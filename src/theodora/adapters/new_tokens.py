@@ -155,6 +155,7 @@ def _stored_tokens(model: Any) -> int | None:
             return found if isinstance(found, int) else None
         if str(name).count("/") > 1:
             return None
-        return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return config.get_text_config().vocab_size
     except (OSError, ValueError, AttributeError, KeyError):
         return None  # it is not there, or needs code of its own

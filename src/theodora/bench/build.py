@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from theodora.adapters import inject_adapter
 from theodora.adapters.accelerate import accelerate, recompute_less
+from theodora.adapters.classes import check_kernels
 from theodora.adapters.models import check_model_folder, load_model
 from theodora.adapters.quantize import quantize_base
 from theodora.adapters.whole_rows import whole_rows
@@ -144,6 +145,7 @@ def _config(workload: Workload) -> Any:
         check_model_folder(workload.model)
         try:
             config = AutoConfig.from_pretrained(workload.model, trust_remote_code=workload.trust_remote_code)
+            check_kernels(config, workload.model, trust_remote_code=workload.trust_remote_code)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{workload.model} has no configuration of a model: {error}") from error
     else:

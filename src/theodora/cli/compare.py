@@ -20,6 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="YAML file with the comparison")
     parser.add_argument("--output", metavar="FOLDER", help="the folder for results, instead of the one in the file")
     parser.add_argument("--model", metavar="MODEL", help="the base model, instead of the one in the file")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="let this Python file run, which a `score` in the comparison names; the comparison cannot allow it itself",
+    )
     parser.add_argument("--workers-per-gpu", type=int, metavar="N", help="processes on each GPU, instead of the file's")
     parser.add_argument("--seconds", type=float, metavar="N", help="begin no run after N seconds; run again to go on")
     parser.add_argument("--report-only", action="store_true", help="write the report from the runs there are, run none")
@@ -32,10 +40,14 @@ def run(args: argparse.Namespace) -> int:
     from theodora.compare.config import CompareConfig
 
     options = read_yaml(args.file)
-    given = {"output": args.output, "model": args.model, "workers_per_gpu": args.workers_per_gpu}
-    config = CompareConfig.from_options(
-        {**options, **{name: value for name, value in given.items() if value is not None}}
-    )
+    flags = {
+        "output": args.output,
+        "model": args.model,
+        "workers_per_gpu": args.workers_per_gpu,
+        "trust_remote_code": args.trust_remote_code or None,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = CompareConfig.from_options({**options, **given}, granted=given, allow_code=args.allow_code)
     if args.dry_run:
         _say_how_much(config)
         return 0

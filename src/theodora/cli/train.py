@@ -5,7 +5,8 @@ example:
   theodora train --config recipe.yaml --learning-rate 2e-4
 
 A flag goes before the file, and the file before the default. Any other field of TRL's SFTConfig works as well,
-in the file and as a flag: --optim adafactor --neftune-noise-alpha 5.
+in the file and as a flag: --optim adafactor --neftune-noise-alpha 5. What runs others' code or sends to other
+machines (--trust-remote-code, --report-to wandb) is said by a flag alone: a file that asks for it is refused.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     except ValueError as error:
         raise ConfigError(f"{error}. See theodora train --help.") from error
     from_file = read_yaml(args.config) if args.config else {}
-    return TrainConfig.from_options(_merge(from_file, given))
+    return TrainConfig.from_options(_merge(from_file, given), granted=given)
 
 
 def _merge(file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The docstring under each field is its documentation (`theodora compare --help` p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from theodora.coerce import coerce, type_hints
 from theodora.compare.methods import Variant, variants
 from theodora.config import is_number
 from theodora.errors import ConfigError, bullet_list
+from theodora.trust import check_code_granted, check_granted
 
 SCORES = ("labels", "exact-match", "f1", "loss")
 _NAME = re.compile(r"[A-Za-z0-9_+-]+")
@@ -32,7 +33,8 @@ class DataConfig:
     """Rows for the final scores: a file, or how many (or which share) of train to hold out."""
     score: str = "exact-match"
     """labels (share of rows whose right label is the likeliest), exact-match, f1 (words in common), loss (the loss
-    alone), or a function of your own: path/to/file.py:function, called with (answer, reference)."""
+    alone), or a function of your own: path/to/file.py:function, called with (answer, reference). That file runs, so it
+    has to be allowed by hand, too: --allow-code path/to/file.py."""
     labels: tuple[str, ...] | Literal["auto"] = "auto"
     """The closed set of labels. auto: the answers that occur in the rows."""
     max_new_tokens: int = 64
@@ -111,6 +113,8 @@ class CompareConfig:
     split_seed: int = 0
     """Seed of held-out splits."""
 
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. The file cannot say it: the flag can, and Python."""
     workers_per_gpu: int = 1
     """Processes on each GPU: more keep it busy where the model is small. Each holds the model once."""
     keep_adapters: bool = False
@@ -180,12 +184,20 @@ class CompareConfig:
         )
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> CompareConfig:
+    def from_options(
+        cls, options: Mapping[str, Any], *, granted: Collection[str] = (), allow_code: Collection[str] = ()
+    ) -> CompareConfig:
         """Build the configuration from what a YAML file holds.
 
+        Args:
+            options: by name.
+            granted: names of options that you vouch for (trust_remote_code): a file cannot grant them.
+            allow_code: Python files that may run as scores: what the file names runs only if it is among these.
+
         Raises:
-            ConfigError: naming every option that is unknown, missing or makes no sense.
+            ConfigError: naming every option that is unknown, missing or makes no sense, and files that may not run.
         """
+        check_granted({name: options[name] for name in options if name == "trust_remote_code"}, granted)
         known = {f.name for f in fields(cls)}
         problems = [
             f"there is no option {name}; there are {', '.join(sorted(known))}" for name in options.keys() - known
@@ -202,13 +214,20 @@ class CompareConfig:
                 problems += [f"data.{name}: {line}" for line in str(error).splitlines()]
         if problems:
             raise ConfigError("The comparison makes no sense:" + bullet_list(problems))
+        check_code_granted({name: found.score for name, found in data.items() if is_code(found.score)}, allow_code)
         return cls(**{name: value for name, value in options.items() if name != "data"}, data=data)
 
     def to_options(self) -> dict[str, Any]:
-        """All options, such that `from_options` gives this configuration again; fit for YAML."""
+        """All options, such that `from_options` gives this configuration again (with the code it may run); fit for
+        YAML."""
         plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "data"}
         data = {name: {f.name: _plain(getattr(d, f.name)) for f in fields(d)} for name, d in self.data.items()}
         return {"model": plain.pop("model"), "output": plain.pop("output"), "data": data, **plain}
+
+
+def is_code(score: str) -> bool:
+    """Whether a score is a function of somebody's own: path/to/file.py:function."""
+    return ".py:" in score
 
 
 def _data_config(value: Any) -> DataConfig:
@@ -235,7 +254,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         value = getattr(data, name)
         if not isinstance(value, str) and not (is_number(value) and value > 0):
             yield f"{name} is {value!r}; expected a file, a number of rows, or a share below 1"
-    if data.score not in SCORES and ".py:" not in data.score:
+    if data.score not in SCORES and not is_code(data.score):
         yield f"score is {data.score!r}; expected one of {', '.join(SCORES)}, or path/to/file.py:function"
     if data.max_new_tokens < 1:
         yield f"max_new_tokens is {data.max_new_tokens}; expected at least 1"

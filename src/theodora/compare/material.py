@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.compare.config import CompareConfig, DataConfig
+from theodora.compare.config import CompareConfig, DataConfig, is_code
 from theodora.data import Examples, load_examples, reference_answer, split_examples, tokenize
 from theodora.data.left_out import named, sentences
 from theodora.data.replay import mix
@@ -125,7 +125,7 @@ def labels_for(data: DataConfig, splits: Splits) -> list[str] | None:
 
 
 def _split(config: CompareConfig, name: str, data: DataConfig) -> Splits:
-    if ".py:" in data.score:
+    if is_code(data.score):
         load_metric(data.score)  # what is wrong with it is said before anything runs
     train = load_examples(data.train)
     parts: dict[str, Examples] = {}

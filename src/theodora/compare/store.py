@@ -15,12 +15,12 @@ import yaml
 
 from theodora.adapters.atomic import atomic_write
 from theodora.compare.cells import Cell, Record
-from theodora.compare.config import CompareConfig
+from theodora.compare.config import CompareConfig, is_code
 from theodora.errors import UsageError, bullet_list
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
 # Settings that change how fast results come, and what is kept beside them, but not the results.
-_FREE = ("output", "workers_per_gpu", "keep_adapters")
+_FREE = ("output", "trust_remote_code", "workers_per_gpu", "keep_adapters")
 _MOST_DEATHS = 3  # times that a process may die in a cell before the cell counts as failed
 
 
@@ -130,7 +130,7 @@ def _settings(config: CompareConfig) -> dict[str, Any]:
     sources = {config.model, *([config.general] if config.general else [])}
     for data in config.data.values():
         sources |= {value for value in (data.train, data.validation, data.test) if isinstance(value, str)}
-        if ".py:" in data.score:
+        if is_code(data.score):
             sources.add(data.score.rpartition(":")[0])
     return {**options, "contents": {source: _content(Path(source)) for source in sorted(sources)}}
 

@@ -17,7 +17,7 @@ from theodora.adapters.accelerate import install, uninstall
 from theodora.adapters.inject import trained_tensors
 from theodora.adapters.models import load_model, load_tokenizer
 from theodora.compare.cells import Cell, Record
-from theodora.compare.config import CompareConfig
+from theodora.compare.config import CompareConfig, is_code
 from theodora.compare.material import Material, prepare, read_splits
 from theodora.compare.methods import Variant
 from theodora.data.vocabulary import safe_padding
@@ -41,8 +41,13 @@ class Bench:
         self.config, self.device = config, device
         splits, general = read_splits(config)
         self.bf16 = computes_in_bf16(device) if config.bf16 is None else config.bf16
-        self.tokenizer = load_tokenizer(config.model)
-        self.model: Any = load_model(config.model, dtype="bfloat16" if self.bf16 else "float32").to(device).eval()  # pyright: ignore[reportArgumentType]
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        loaded = load_model(
+            config.model,
+            dtype="bfloat16" if self.bf16 else "float32",
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.model: Any = loaded.to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
         if self.model.generation_config is not None:
             self.model.generation_config.use_cache = True
@@ -192,7 +197,7 @@ class Bench:
 
     def _score(self, data: str, asked: Questions) -> Scores:
         wanted = self.config.data[data]
-        own = {wanted.score.rpartition(":")[2]: load_metric(wanted.score)} if ".py:" in wanted.score else None
+        own = {wanted.score.rpartition(":")[2]: load_metric(wanted.score)} if is_code(wanted.score) else None
         with self._as_served():
             found = score(
                 self.model,

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 from theodora.data.left_out import LeftOut
 from theodora.data.notes import NOT_USED, is_empty
 from theodora.data.problems import Problems
+from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import shown
 from theodora.parse import parse_json
 
@@ -32,7 +33,8 @@ LONGEST_LINE = 256 << 20
 """Bytes of the longest line that is read: one row is one example, and what is longer lacks its line ends."""
 LARGEST_UNPACKED = 1 << 30
 """Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
-_PARQUET_ROWS = 100
+BATCH_ROWS = 100
+"""Rows of a table that are made into values at once."""
 # What a spreadsheet writes for a row of empty cells.
 _NOTHING = ',;|"\t\r\n \ufeff'
 # Excel's first line for itself.
@@ -157,10 +159,10 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
                 problems.add("", f"unfolds to more than {_MOST_COMPRESSED} times its size; no text does that")
                 return
             values = _json_columns(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for row in plain_rows(batch, values):
                     number += 1
-                    yield f"row {number}", row | values.decode_example({name: row[name] for name in values})
+                    yield f"row {number}", row
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # text that is no UTF-8, dates
         problems.add(f"after row {number}" if number else "", f"is not a whole Parquet file ({error})")
 
@@ -194,7 +196,7 @@ def _json_columns(schema: Any) -> Any:
         features = Features.from_arrow_schema(schema)
     except (TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"what it says of its columns is damaged: {error!r}") from error
-    return Features({name: feature for name, feature in features.items() if "Json(" in repr(feature)})
+    return json_columns(features)
 
 
 def _is_bomb(metadata: Any) -> bool:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
-from theodora.data.files import SUFFIXES, LocatedRows, read_parquet, reader_for
+from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
+from theodora.data.hub import load_from_hub
 from theodora.data.problems import Problems, nearest
+from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import DataError, shown
+from theodora.parse import parse_json
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 # The words in file and folder names that `datasets` reads as splits, too.
@@ -111,6 +115,7 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
+        _check_within(path)
         saved = datasets.load_from_disk(str(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
@@ -120,9 +125,26 @@ def _open_saved(path: Path, name: str, split: str | None) -> Source:
     return _open_dataset(saved, name, split)
 
 
+def _check_within(path: Path) -> None:
+    """Raise a ValueError if a saved data set names files or splits that are not in its folder."""
+    about = path / "dataset_dict.json"
+    splits = parse_json(about.read_text(encoding="utf-8"))["splits"] if about.is_file() else []
+    folders = [path / str(split) for split in splits] or [path]
+    states = [folder / "state.json" for folder in folders]
+    files = [
+        file["filename"]
+        for state in states
+        if state.is_file()
+        for file in parse_json(state.read_text(encoding="utf-8"))["_data_files"]
+    ]
+    outside = [name for name in (*splits, *files) if Path(name).name != name]
+    if outside:
+        raise ValueError(f"it names {shown(outside[0])}, which is outside of its folder")
+
+
 def _open_hub(name: str, config: str | None, split: str | None) -> Source:
     try:
-        loaded = datasets.load_dataset(name, config)
+        loaded = load_from_hub(name, config)
     except Exception as error:  # the network, the Hub and each builder raise kinds of their own
         raise DataError(
             f"There is no file or folder {name} here, and no dataset of that name could be loaded from the Hub: {error}"
@@ -138,19 +160,21 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
     elif split not in (None, str(loaded.split)):
         raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
 
-    # It may have been saved in another form (arrays, tensors) or with some of its columns hidden.
-    loaded = loaded.with_format(None)
+    # It may have been saved in another form (arrays, tensors) or with some of its columns hidden. As Arrow, nothing in
+    # it is decoded: pictures and sounds would be opened wherever a row says that they are.
+    tables, json = loaded.with_format("arrow"), json_columns(loaded.features)
 
     def rows(problems: Problems) -> LocatedRows:
         number = 0
         try:
-            for row in loaded:
-                number += 1
-                yield f"row {number}", row
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:  # pictures, sounds, damaged JSON
+            for table in tables.iter(batch_size=BATCH_ROWS):
+                for row in plain_rows(table, json):
+                    number += 1
+                    yield f"row {number}", row
+        except (pa.ArrowException, ValueError, KeyError, TypeError, OSError, OverflowError) as error:  # damaged JSON
             problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
-    return Source(name, rows, note, is_table="Json(" not in repr(loaded.features))
+    return Source(name, rows, note, is_table=not json)
 
 
 class _Within(Problems):

@@ -73,10 +73,11 @@ def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         gguf_file=gguf.name,
         config=config,
         dtype=torch.float32,
+        trust_remote_code=False,
         # Without it the model stays marked as quantised and cannot be saved.
         quantization_config=GgufConfig(dequantize=True),
     )
-    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
 
 
 def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:

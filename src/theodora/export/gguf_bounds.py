@@ -171,7 +171,7 @@ def checked_config(path: Path) -> Described:
         CheckpointError: the file announces more than it holds, or speaks of a larger model, with both sizes.
     """
     contents = check_bounds(path)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     layers = getattr(config, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > len(contents.names):
         raise CheckpointError(f"{path} speaks of {layers} layers and holds {len(contents.names)} tensors")
@@ -225,4 +225,5 @@ def _scaling(contents: Contents) -> str | None:
 def shapes_of(config: Any) -> dict[str, torch.Size]:
     """The parameters of the model that a transformers configuration describes, by name; it takes no memory."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return {name: p.shape for name, p in model.named_parameters()}

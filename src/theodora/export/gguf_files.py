@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
+from theodora.adapters.classes import check_kernels, model_alone
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
 
@@ -105,7 +106,8 @@ def load_gguf(
         if base_model is None:
             raise CheckpointError(f"transformers does not load {path}: {error}") from error
         try:
-            config = AutoConfig.from_pretrained(base_model)
+            config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+            check_kernels(config, base_model)
             model = _model(path, dtype, config, shapes_of(config))
         except (ValueError, OSError, NotImplementedError, KeyError, RuntimeError) as again:
             raise CheckpointError(f"transformers does not load {path}: {again}") from again
@@ -115,7 +117,7 @@ def load_gguf(
         )
     try:
         with redirect_stderr(StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception:  # whatever an unfinished converter raises: the weights can be compared without a tokenizer
         tokenizer = None
     return model, tokenizer, note
@@ -131,7 +133,7 @@ def _load(path: Path, dtype: str, base_model: str | None) -> tuple[PreTrainedMod
         notes.append(f"transformers leaves out a part of this file's header, which was read here: {fields}.")
     if described.scaling is not None:
         left_out = f"transformers leaves out this file's scaling of positions ({described.scaling})"
-        base = AutoConfig.from_pretrained(base_model) if base_model is not None else None
+        base = AutoConfig.from_pretrained(base_model, trust_remote_code=False) if base_model is not None else None
         if (rope := getattr(base, "rope_parameters", None)) is None:
             notes.append(f"{left_out}; llama.cpp does not.")
         else:
@@ -143,7 +145,12 @@ def _load(path: Path, dtype: str, base_model: str | None) -> tuple[PreTrainedMod
 def _model(path: Path, dtype: str, config: Any, shapes: dict[str, torch.Size]) -> PreTrainedModel:
     with _silent():
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), config=config
+            path.parent,
+            gguf_file=path.name,
+            dtype=getattr(torch, dtype),
+            config=config,
+            trust_remote_code=False,
+            **model_alone(path.parent),
         )
     # Some versions of transformers take tensors of other shapes than the configuration's without a word.
     wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]

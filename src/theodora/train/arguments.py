@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.sft_config import SFTConfig
 
+from theodora.adapters.classes import fetched_kernels
 from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
@@ -24,6 +25,8 @@ _ELSEWHERE = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "push_to_hub": "upload the finished folder with `hf upload`",
+    "hub_model_id": "upload the finished folder with `hf upload`",
+    "hub_token": "set HF_TOKEN in the environment; a recipe is no place for it",
 }
 
 # Options of SFTConfig that a CPU cannot serve, and why.
@@ -31,6 +34,22 @@ _NO_CPU = {
     "use_liger_kernel": "Liger's kernels run on GPUs alone",
     "activation_offloading": "there is no accelerator's memory to spare by moving activations to the host",
 }
+
+
+# Arguments of from_pretrained that have to be said elsewhere, or not at all.
+_NOT_OF_LOADING = {
+    "trust_remote_code": "it is an option of its own, which only the flag --trust-remote-code grants",
+    "use_safetensors": "weights are read from safetensors alone; the other format is a pickle, which can hold code",
+    "weights_only": "weights are read from safetensors alone; the other format is a pickle, which can hold code",
+    "state_dict": "weights are read from the model's folder",
+    "adapter_kwargs": "from_adapter: FOLDER goes on from an adapter",
+    "revision": "it is an option of its own",
+    "token": "set HF_TOKEN in the environment",
+    "use_auth_token": "set HF_TOKEN in the environment",
+    "proxies": "set HTTPS_PROXY in the environment",
+}
+# Those that let it fetch code and run it.
+_CODE_OF_LOADING = ("use_kernels", "kernel_config", "allow_all_kernels", "code_revision", "auto_map")
 
 
 def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
@@ -93,8 +112,23 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         arguments = SFTConfig(**values | other)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
+    _check_model_options(arguments.model_init_kwargs, config.trust_remote_code)
     _check_machine(arguments)
     return arguments
+
+
+def _check_model_options(options: Any, trust_remote_code: bool) -> None:
+    """Raise a ConfigError for options of the model's loading that run code, or open what is not to be opened."""
+    given: dict[str, Any] = options if isinstance(options, dict) else {}
+    problems = [f"{name}: {why}" for name, why in _NOT_OF_LOADING.items() if name in given]
+    if not trust_remote_code:
+        asked = [f"{name} {shown(given[name])}" for name in _CODE_OF_LOADING if given.get(name)]
+        problems += [
+            f"{what} runs code that is fetched from the hub; pass --trust-remote-code if you trust it"
+            for what in (*asked, *fetched_kernels(given))
+        ]
+    if problems:
+        raise ConfigError("model_init_kwargs makes no sense:" + bullet_list(problems))
 
 
 def _check_machine(arguments: SFTConfig) -> None:

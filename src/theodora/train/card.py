@@ -30,6 +30,7 @@ from theodora.train.report import (
     result_rows,
 )
 from theodora.train.result import TrainResult
+from theodora.trust import grant_flags
 
 _LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors")
 
@@ -98,13 +99,14 @@ def _settings(plan: Plan) -> str:
     options = {k: v for k, v in config.to_options().items() if v not in (None, [], {}, False)}
     left_out = ("data", "output", "overwrite", "resume")
     shown = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name not in left_out]
+    again = f"theodora train --config config.yaml --overwrite{grant_flags(options)}"
     return (
         "## Training\n\n"
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
         f"{describe_modules(plan.modules)}{f' and {describe_token_rows(plan)}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
         f"base model in {plan.dtype} on {device_name(plan.device)}.\n\n"
-        "`config.yaml` holds every setting; `theodora train --config config.yaml --overwrite` runs it again.\n\n"
+        f"`config.yaml` holds every setting; `{again}` runs it again.\n\n"
         "| setting | value |\n|---|---|\n" + "\n".join(shown)
     )
 

@@ -22,6 +22,7 @@ from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
+from theodora.trust import grant_flags
 
 _MOST_LEFT_OUT = 12  # lines of the panel
 
@@ -155,16 +156,18 @@ def next_commands(config: TrainConfig) -> list[str]:
     output = shlex.quote(config.output)
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
     evaluate = f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data"
+    trusts = " --trust-remote-code" if config.trust_remote_code else ""
     return [
-        *([f"{evaluate} {shlex.quote(held_out)}"] if held_out else []),
-        f"theodora chat {output}",
-        f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}",
+        *([f"{evaluate} {shlex.quote(held_out)}{trusts}"] if held_out else []),
+        f"theodora chat {output}{trusts}",
+        f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}{trusts}",
     ]
 
 
-def resume_command(output: Path) -> str:
-    """The command that goes on from a run's newest checkpoint."""
-    return f"theodora train --config {shlex.quote(str(output / CONFIG_FILE))} --resume"
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on from a run's newest checkpoint, with the flags that its record cannot grant."""
+    record = shlex.quote(str(Path(config.output) / CONFIG_FILE))
+    return f"theodora train --config {record} --resume{grant_flags(config.to_options())}"
 
 
 def describe_adapter(config: TrainConfig) -> str:

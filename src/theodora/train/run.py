@@ -46,6 +46,7 @@ from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, Training
 from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer, restored_afterwards
 from theodora.train.wholeness import note_divergence, read_state
+from theodora.trust import grant_flags
 
 
 def train(config: TrainConfig, *, console: Console | None = None, show_result: bool = True) -> TrainResult:
@@ -136,7 +137,7 @@ def _train(
         metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
-    _run(trainer, checkpoint, stop, view, output)
+    _run(trainer, checkpoint, stop, view, prepared.config)
     if trainer.saved_at is None and checkpoint is not None and checkpoint == files.newest_checkpoint(output):
         # It may have been killed after its last checkpoint, before older ones were deleted.
         limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
@@ -291,8 +292,8 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
         files.clear_run(output)
     files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
-    command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
-    head = f"{files.RECORD_HEAD} To run it again: {command}\n"
+    command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite{grant_flags(options)}"
+    head = " ".join(f"{files.RECORD_HEAD} To run it again: {command}".splitlines()) + "\n"  # one comment
     with atomic_write(output / files.CONFIG_FILE) as file:
         file.write_text(head + to_yaml(options), encoding="utf-8")
     if prepared.held_out is not None and config.eval_data is None:
@@ -327,30 +328,31 @@ def _changed_since(config: TrainConfig, output: Path) -> list[str]:
 
 
 def _run(
-    trainer: AdapterTrainer, checkpoint: Path | None, stop: StopOnSignal, view: ProgressView, output: Path
+    trainer: AdapterTrainer, checkpoint: Path | None, stop: StopOnSignal, view: ProgressView, config: TrainConfig
 ) -> None:
     """Train, and turn signals into a checkpoint and a message."""
+    output = Path(config.output)
     try:
         with stop.training(), view:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except StepAbandoned:
         trainer.save_now()
-        raise TrainingInterrupted(_interrupted(output), stop.exit_code) from None
+        raise TrainingInterrupted(_interrupted(config), stop.exit_code) from None
     except KeyboardInterrupt:
-        raise TrainingInterrupted(_interrupted(output)) from None
+        raise TrainingInterrupted(_interrupted(config)) from None
     except Diverged as error:
         if trainer.args.should_save:
             note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.step - 1}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
-        raise TrainingInterrupted(_interrupted(output), stop.exit_code)
+        raise TrainingInterrupted(_interrupted(config), stop.exit_code)
 
 
-def _interrupted(output: Path) -> str:
-    newest = files.newest_checkpoint(output)
+def _interrupted(config: TrainConfig) -> str:
+    newest = files.newest_checkpoint(Path(config.output))
     if newest is None:
         return "Interrupted before the first checkpoint; nothing was kept to resume from."
-    return f"Interrupted. {newest} is whole. Go on with:\n\n  {resume_command(output)}\n"
+    return f"Interrupted. {newest} is whole. Go on with:\n\n  {resume_command(config)}\n"
 
 
 @contextmanager
