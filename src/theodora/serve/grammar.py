@@ -10,18 +10,20 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 
 import torch
 import xgrammar
 from torch import Tensor
 
 from theodora.errors import ConfigError, TheodoraError
+from theodora.serve.aside import Aside
 from theodora.serve.calls.forced import json_format
 from theodora.serve.messages import StructuredOutputs
 from theodora.serve.schemas import check_size, kept
+
+T = TypeVar("T")
 
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
@@ -87,16 +89,19 @@ class Grammars:
             ends: tokens that end an answer.
         """
         self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
-        self._pool = ThreadPoolExecutor(2, "theodora-grammar")
+        self._aside = Aside(2)
         self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
     async def grammar(
-        self, format: dict[str, Any], words: Iterable[str] = (), ends: Collection[int] | None = None
+        self,
+        format: dict[str, Any] | Callable[[], dict[str, Any]],
+        words: Iterable[str] = (),
+        ends: Collection[int] | None = None,
     ) -> Grammar:
         """The grammar of a structural tag's format.
 
         Args:
-            format: the format.
+            format: the format, or what makes it.
             words: special tokens that the format is made of.
             ends: tokens that end the answer, where they are not the model's.
 
@@ -106,18 +111,31 @@ class Grammars:
         stops = tuple(sorted(end for end in (self._ends if ends is None else ends) if end < self._size))
         if not stops:
             raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
-        if len(json.dumps(format)) > _MOST_CHARACTERS:
-            raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
-        compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids, stops)
+        return await self.made(self._compile, format, kept_ids, stops)
+
+    async def made(self, make: Callable[..., T], *args: Any) -> T:
+        """What is made of a stranger's form, beside the event loop, and within a time.
+
+        Raises:
+            ConfigError: it makes no sense, or takes too long.
+        """
         try:
-            return await asyncio.wait_for(compiling, _COMPILE_SECONDS)
+            return await asyncio.wait_for(self._aside(make, *args), _COMPILE_SECONDS)
         except TimeoutError as error:
             raise ConfigError(
                 f"The grammar takes more than {_COMPILE_SECONDS:g} s to compile; expected a simpler one."
             ) from error
 
-    def _compile(self, format: dict[str, Any], kept_ids: frozenset[int], stops: tuple[int, ...]) -> Grammar:
+    def _compile(
+        self,
+        format: dict[str, Any] | Callable[[], dict[str, Any]],
+        kept_ids: frozenset[int],
+        stops: tuple[int, ...],
+    ) -> Grammar:
+        tag = json.dumps({"type": "structural_tag", "format": format() if callable(format) else format})
+        if len(tag) > _MOST_CHARACTERS:
+            raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         compiler = self._compilers.get(stops)
         if compiler is None:
             info = xgrammar.TokenizerInfo.from_huggingface(
@@ -125,17 +143,12 @@ class Grammars:
             )
             compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE)
             self._compilers[stops] = compiler
-        tag = json.dumps({"type": "structural_tag", "format": format})
         try:
             compiled = compiler.compile_structural_tag(tag)
         except Exception as error:  # of several kinds
             raise ConfigError(f"The grammar cannot be compiled: {_WHERE.sub('', str(error)).strip()}") from error
         hidden = set(self._tokenizer.all_special_ids) - kept_ids - set(stops)
         return Grammar(compiled, _bits(self._size, hidden), self._size)
-
-    def close(self) -> None:
-        """Compile no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def format_of(form: StructuredOutputs) -> dict[str, Any]:

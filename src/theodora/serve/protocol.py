@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from theodora.serve.fields import Body
 from theodora.serve.lists import MANY, AtMost, keys_at_most
@@ -190,17 +191,34 @@ _GUIDED = {
 
 _MOST_PROMPT = 1 << 24  # tokens
 _TOLD = 100  # prompts whose misses are all told
+_PROMPTS = ({int, float, bool}, {str}, {list})  # kinds of entries; numbers are told apart later
+
+
+def _one_kind(value: Any) -> Any:
+    """Of many prompts, the kind and the number are known before each is looked at."""
+    if not isinstance(value, list) or len(value) <= _TOLD:
+        return value
+    kinds = next((kinds for kinds in _PROMPTS if type(value[0]) in kinds), set[type]())
+    if not kinds.issuperset(map(type, value)):
+        at = next(at for at, entry in enumerate(value) if type(entry) not in kinds)
+        raise ValueError(
+            f"expected token ids, texts, or lists of token ids alone, found {cut(repr(value[at]), 60)} at {at}"
+        )
+    if float not in kinds and len(value) > MANY:
+        raise PydanticKnownError("too_long", {"field_type": "List", "max_length": MANY, "actual_length": len(value)})
+    return value
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[int], AtMost(_MOST_PROMPT, _TOLD)]
         | Annotated[list[str], AtMost(MANY, _TOLD)]
-        | Annotated[list[Annotated[list[int], AtMost(_MOST_PROMPT)]], AtMost(MANY, _TOLD)]
-    )
+        | Annotated[list[Annotated[list[int], AtMost(_MOST_PROMPT)]], AtMost(MANY, _TOLD)],
+        BeforeValidator(_one_kind),
+    ]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=16)
     add_special_tokens: bool = True
