@@ -27,7 +27,8 @@ from theodora.serve.tiers import Changed
 
 _FEW = 16  # prompts, or words, that are not worth a thread whatever they are
 _NEW = 500  # tokens that are
-_LETTERS = 16  # characters of a token, with plenty to spare: a text that has more of them is tried by its beginning
+_PIECE, _SEAM = 65_536, 16  # characters of a text that are tried at a time, and tokens that one piece more may make
+_MOST_READ = 65_536
 _MOST_SCORES = 1 << 18  # log-probabilities of a request's prompts
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -269,18 +270,13 @@ class Desk:
         answers.notes = notes
         return answers
 
-    async def encode(self, text: str, special: bool = True, room: int | None = None) -> list[int]:
-        """The same as `ids`, beside the event loop where it is long."""
-        # A long text would hold up everybody else's answers. (In a thread a short one takes longer.)
-        return await self.reading(self.ids, text, special, room) if len(text) > LONG else self.ids(text, special, room)
-
-    def ids(self, text: str, special: bool = True, room: int | None = None) -> list[int]:
+    def ids(self, text: str, special: bool, room: int) -> list[int]:
         """The tokens of a text.
 
         Args:
             text: the text.
             special: add the tokenizer's special tokens.
-            room: tokens that it may have; None for any number.
+            room: tokens that it may have.
 
         Raises:
             ConfigError: it holds half a character, or has more tokens.
@@ -291,13 +287,14 @@ class Desk:
         def encode(text: str) -> list[int]:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-        if room is not None and len(text) > (head := _LETTERS * (room + _LETTERS)):
-            # A text that is far too long is not read whole to know it. Its end may change a few tokens before it.
-            count = len(encode(text[:head]))
-            if count > room + _LETTERS:
+        # A text that is too long is not read whole to know it. Where it is cut, a few tokens may become others.
+        count = 0
+        for end in range(_PIECE, len(text), _PIECE):
+            count += len(encode(text[end - _PIECE : end])) - _SEAM
+            if count > room:
                 raise ConfigError(
-                    f"The text is too long: the first {head} of its {len(text)} characters have {count} tokens; "
-                    f"expected at most {room}."
+                    f"The text is too long: the first {end} of its {len(text)} characters have more than {count} "
+                    f"tokens; expected at most {room}."
                 )
         return encode(text)
 
@@ -309,10 +306,17 @@ class Desk:
         given = prompt if len(kept) == len(ids) else kept
         return kept, echo_of(self.tokenizer, given, kept, special) if asked.echo and kept else None
 
-    def _room(self, asked: Common, most: int) -> int | None:
-        """Tokens that a prompt may have; None where it is cut to what it may have."""
+    def _room(self, asked: Common, most: int) -> int:
+        """Tokens that a prompt may have, as it is given."""
+        if asked.truncate_prompt_tokens is not None:
+            return self.most_read
         window = self.engine.window
-        return None if asked.truncate_prompt_tokens is not None else window - most if most < window else window
+        return window - most if most < window else window
+
+    @property
+    def most_read(self) -> int:
+        """Tokens of a text that is only looked at, or cut."""
+        return max(_MOST_READ, self.engine.window)
 
     def _truncated(self, asked: Common, ids: list[int], most: int) -> list[int]:
         limit = asked.truncate_prompt_tokens

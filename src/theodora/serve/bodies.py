@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -15,7 +16,8 @@ from theodora.serve.aside import LONG
 from theodora.serve.misses import told
 
 _DEEPEST = 128
-_MOST_INNER = 100_000  # lists and objects
+_MOST_PIECES = 100_000
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def body_of(kind: Any) -> Callable[[Request], Awaitable[Any]]:
@@ -46,28 +48,42 @@ def parsed(body: bytes) -> Any:
     if not body:
         raise ConfigError("The body is empty; expected a JSON object.")
     try:
-        found = json.loads(body, parse_constant=_no_number, parse_float=_finite)
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        check_pieces(text)
+        found = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise _deep() from None
     except ValueError as error:  # of JSON, of UTF-8, or a number of thousands of digits
         raise ConfigError(f"The body is no JSON: {str(error)[:200]}") from None
-    check_shape(found)
+    check_depth(found)
     return found
 
 
-def check_shape(value: Any) -> None:
-    """Refuse what is nested too deeply, or consists of too many lists and objects.
+def check_pieces(text: str) -> None:
+    """Refuse JSON of too many lists, objects and keys, before they are made: each is looked at again and again.
 
     Raises:
         ConfigError: naming the limit.
     """
-    level, deep, count = [value] if isinstance(value, dict | list) else [], 0, 0
+    if _count(text) > _MOST_PIECES and _count(_STRING.sub("", text)) > _MOST_PIECES:
+        raise ConfigError(f"The body holds more than {_MOST_PIECES} lists, objects and keys; expected fewer.")
+
+
+def _count(text: str) -> int:
+    return text.count("[") + text.count("{") + text.count(":")
+
+
+def check_depth(value: Any) -> None:
+    """Refuse what is nested too deeply.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    level, deep = [value] if isinstance(value, dict | list) else [], 0
     while level:
-        deep, count = deep + 1, count + len(level)
+        deep += 1
         if deep > _DEEPEST:
             raise _deep()
-        if count > _MOST_INNER:
-            raise ConfigError(f"The body holds more than {_MOST_INNER} lists and objects; expected fewer.")
         level = [
             inner
             for outer in level

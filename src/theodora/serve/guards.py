@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _OPEN = ("/health", "/ping")
 """Paths that anybody may ask, who brings nothing."""
 _LONGEST = 4000  # characters of an error
 _BODIES = 64  # largest bodies that are held at a time
+_LINGER_SECONDS, _LINGER_BYTES = 1.0, 32_000_000
 _SMALL = 65_536  # bytes that a connection holds anyway
 
 
@@ -47,7 +49,7 @@ class Guards:
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         if (refusal := self._refusal(scope, headers)) is not None:
-            await _answer(send, *refusal)
+            await _answer(send, *refusal, receive if _has_body(headers) else None)
             return
         reads = _reads(scope)
         share, started = _Share(self._room), False
@@ -68,7 +70,7 @@ class Guards:
             body = await self._body(receive, share)
             await self.app(scope, _given(body, receive, share), noted)
         except _Refused as refused:
-            await _answer(send, *refused.answer)
+            await _answer(send, *refused.answer, receive)
         except _Gone:
             pass
         except asyncio.CancelledError:  # by uvicorn, which would log it, when the grace is over
@@ -186,13 +188,23 @@ def _given(body: bytes, receive: Any, share: _Share) -> Any:
     return received
 
 
-async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:
+async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str], receive: Any = None) -> None:
+    """Answer, and close the connection; `receive`, where the client is sending a body that is not read."""
     pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
     pairs.append((b"content-length", str(len(body)).encode()))
     # What the client still sends is not read, so the connection cannot be used again.
     pairs.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": receive is not None})
+    if receive is None:
+        return
+    # A connection that is closed while something comes is reset, and the client never sees the answer.
+    left = _LINGER_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while left > 0 and (message := await receive()).get("more_body", False):
+                left -= len(message["body"])
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _host(header: str) -> str:

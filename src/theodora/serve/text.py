@@ -9,6 +9,7 @@ from typing import Any
 
 BROKEN = "�"
 """What decoding gives for part of a character."""
+_BYTES = 32
 CONTEXT = 5
 """Tokens before a token on which its text may depend: more than any decoder looks at."""
 
@@ -95,6 +96,10 @@ class Writer:
         if len(now) > len(before) and (last or not now.endswith(BROKEN)):
             self._decoded += now[len(before) :]
             self._start, self._read = self._read, count
+        elif count - self._read > _BYTES and not last:
+            # So many bytes in a row are no character; the last few may yet become one. Decoding all of them again for
+            # each token would take the square of their number.
+            self._decode(tokens, count - 4, True)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)

@@ -27,13 +27,12 @@ _KINDS = Annotated[
 ]
 _Tokenize = Annotated[TokenizeChatRequest | TokenizeRequest, Depends(body_of(_KINDS))]
 _Detokenize = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
-_MOST = 65_536  # tokens of a text, or the model's window
 
 
 def token_routes(desk: Desk) -> APIRouter:
     """The routes /tokenize, /detokenize and /tokenizer_info."""
     router, tokenizer = APIRouter(), desk.tokenizer
-    most = max(_MOST, desk.engine.window)
+    most = desk.most_read
 
     def check(model: str | None) -> None:
         if model is not None and not desk.knows(model):
