@@ -87,9 +87,15 @@ class Answers:
     """The answers to one HTTP request, under way. `close` ends what still runs."""
 
     def __init__(
-        self, desk: Desk, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int], tell_ends: bool = False
+        self,
+        engine: Engine,
+        choices: list[Choice],
+        mailbox: Mailbox,
+        ends: frozenset[int],
+        tell_ends: bool = False,
+        aside: Aside | None = None,
     ) -> None:
-        self.engine, self.choices, self.aside = desk.engine, choices, desk.telling
+        self.engine, self.choices, self.aside = engine, choices, aside or Aside(2)
         self.notes: list[str] = []
         """What of the request had no effect."""
         self.first_token: float | None = None
@@ -408,7 +414,7 @@ class Desk:
             for choice in choices:
                 self.engine.cancel(choice.request)
             raise
-        return Answers(self, choices, mailbox, ends, asked.include_stop_str_in_output)
+        return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output, self.telling)
 
     def _writer(self, asked: Common, before: Sequence[int], tokenizer: Any) -> Writer:
         return Writer(
