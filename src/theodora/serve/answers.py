@@ -460,7 +460,7 @@ def sampling_of(asked: Common, ends: Collection[int], most: int, tokenizer: Any)
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         bias=tuple((token, bias) for token, bias in asked.logit_bias.items() if bias),
-        allowed=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
+        allowed=None if asked.allowed_token_ids is None else tuple(dict.fromkeys(asked.allowed_token_ids)),
         banned=tuple(_spellings(asked.bad_words, tokenizer)),
     )
 

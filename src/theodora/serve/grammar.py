@@ -21,7 +21,7 @@ from theodora.errors import ConfigError, TheodoraError
 from theodora.serve.aside import Aside
 from theodora.serve.calls.forced import json_format
 from theodora.serve.messages import StructuredOutputs
-from theodora.serve.schemas import check_size, kept
+from theodora.serve.schemas import check_optional, check_size, kept
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
 _MOST_CHARACTERS = 2_000_000
 """Of a whole grammar: the schemas of all tools, say."""
+_MOST_TAGS = 1024
 _CACHE = 256 << 20
 _WHERE = re.compile(r"^\[[\d:]+\] \S+: ")
 
@@ -165,6 +166,7 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
         return _json(schema, form.disable_any_whitespace)
     if name == "regex":
         check_size(form.regex, "The expression")
+        check_optional([form.regex or ""], "The expression")
         return {"type": "regex", "pattern": form.regex}
     if name == "choice":
         if not form.choice:
@@ -174,6 +176,7 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
     if name == "grammar":
         check_size(form.grammar, "The grammar")
         assert form.grammar is not None
+        check_optional([form.grammar], "The grammar")
         return {"type": "grammar", "grammar": form.grammar, "syntax": "ebnf" if "::=" in form.grammar else "lark"}
     return tag_format(form.structural_tag or "")
 
@@ -204,6 +207,10 @@ def tag_format(told: str | dict[str, Any]) -> dict[str, Any]:
         return found["format"]
     if not isinstance(found, dict) or not isinstance(found.get("structures"), list):
         raise ConfigError("The structural tag has no format; expected an object with one, or structures and triggers.")
+    if len(found["structures"]) > _MOST_TAGS:
+        raise ConfigError(
+            f"The structural tag has {len(found['structures'])} structures; expected at most {_MOST_TAGS}."
+        )
     tags = [
         {
             "begin": one.get("begin", ""),
