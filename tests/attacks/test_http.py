@@ -339,3 +339,20 @@ def test_a_stop_tells_who_waits_for_work_that_hangs(caplog):
             time.sleep(0.01)
     asking.join(20)
     assert found[0][0] == 503
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("entry", "count"), [("1", 1_900_000), ('"a"', 900_000)])
+def test_health_answers_while_large_bodies_are_read(server, entry, count):
+    replies, sent = [], body(prompt=many(entry, count))
+    asking = [threading.Thread(target=lambda: replies.append(ask(server, COMPLETIONS, sent))) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    slowest = 0.0
+    while any(thread.is_alive() for thread in asking):
+        began = time.monotonic()
+        assert ask(server, "/health", method="GET")[0] == 200
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.02)
+    assert [status for status, _ in replies] == [400] * 4
+    assert slowest < 5
