@@ -12,7 +12,7 @@ import uvicorn
 import tiny
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.save import load_adapter
-from theodora.serve.app import create_app
+from theodora.serve.run import server_settings
 
 # Name -> method, rank, targets. Two of each kind, several ranks, one with the head and one with embeddings.
 ADAPTERS = {
@@ -81,9 +81,7 @@ class Server:
     def __init__(self, engine, tokenizer):
         self.engine, self.tokenizer = engine, tokenizer
         self.port = free_port()
-        settings = uvicorn.Config(
-            create_app(engine, tokenizer), port=self.port, log_level="error", timeout_graceful_shutdown=5
-        )
+        settings = server_settings(engine, tokenizer, port=self.port, timeout_graceful_shutdown=5)
         self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run)
         self.url = f"http://127.0.0.1:{self.port}"

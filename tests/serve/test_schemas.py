@@ -8,6 +8,8 @@ import xgrammar
 from xgrammar.testing import _is_grammar_accept_string
 
 from theodora.errors import ConfigError
+from theodora.serve.grammar import format_of
+from theodora.serve.messages import StructuredOutputs
 from theodora.serve.schemas import check_size, kept, narrowed
 
 
@@ -92,3 +94,20 @@ def test_words_that_say_nothing_are_let_through():
 def test_limits(value, says):
     with pytest.raises(ConfigError, match=says):
         check_size(value, "The schema")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "a?" * 6000},
+        {"grammar": "root ::= " + '"a"? ' * 6000},
+        {"json": {"type": "string", "pattern": "a?" * 6000}},
+        {"json": {"properties": {f"k{at}": {"type": "string", "pattern": "a?" * 1500} for at in range(20)}}},
+        {"json": {"patternProperties": {"a?" * 6000: {}}}},
+        {"structural_tag": json.dumps({"format": {"type": "regex", "pattern": "a?" * 6000}})},
+        {"structural_tag": json.dumps({"structures": [{}] * 2000})},
+    ],
+)
+def test_what_takes_memory_by_its_square_is_short(asked):
+    with pytest.raises(ConfigError, match="expected at most"):
+        format_of(StructuredOutputs.model_validate(asked))

@@ -100,3 +100,22 @@ def test_the_bytes_of_parts_of_characters(sentencepiece):
     assert b"".join(token_bytes(tiny_tokenizer(), token) for token in tokens) == "€".encode()
     assert token_bytes(sentencepiece, sentencepiece.convert_tokens_to_ids("<0xE2>")) == b"\xe2"
     assert token_bytes(sentencepiece, sentencepiece.convert_tokens_to_ids("▁cat")) is None
+
+
+def test_a_long_run_of_bytes_that_are_no_characters_is_decoded_piece_by_piece():
+    tokenizer = tiny_tokenizer()
+    (half, _) = tokenizer("é")["input_ids"]
+    tokens = [half] * 500 + tokenizer("é€😀b")["input_ids"] + [half] * 100
+    longest = 0
+
+    class Counted:
+        def decode(self, some, **options):
+            nonlocal longest
+            longest = max(longest, len(some))
+            return tokenizer.decode(some, **options)
+
+    writer = Writer(Counted())
+    for n in range(1, len(tokens) + 1):
+        writer.write(tokens[:n], n == len(tokens))
+    assert writer.text == tokenizer.decode(tokens)
+    assert longest < 100

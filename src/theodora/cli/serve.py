@@ -27,7 +27,7 @@ _GROUPS = {
         *("cuda_graphs", "prefix_reuse"),
     ),
     "Answers": ("tool_call_parser", "reasoning_parser"),
-    "The server": ("host", "port", "api_key_file", "max_body", "timeout", "grace"),
+    "The server": ("host", "port", "api_key_file", "max_body", "max_connections", "timeout", "client_timeout", "grace"),
 }
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from theodora.errors import ConfigError
+from theodora.serve.aside import LONG, Aside
 from theodora.serve.calls.families import Parser
 from theodora.serve.calls.source import Call, Event
 from theodora.serve.chats import chat_text
 from theodora.serve.echo import Echo, echo_of
-from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.forms import Form, Forms
 from theodora.serve.grammar import Grammars
 from theodora.serve.manners import Manner, manner_of
@@ -25,7 +26,11 @@ from theodora.serve.text import BROKEN, Writer
 from theodora.serve.tiers import Changed
 from theodora.serve.watch import NotFinite
 
-_LONG = 20_000  # characters of a text that is worth a thread
+_FEW = 16  # prompts, or words, that are not worth a thread whatever they are
+_NEW = 500  # tokens that are
+_PIECE, _SEAM = 65_536, 16  # characters of a text that are tried at a time, and tokens that one piece more may make
+_MOST_READ = 65_536
+_MOST_SCORES = 1 << 18  # log-probabilities of a request's prompts
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -83,9 +88,15 @@ class Answers:
     """The answers to one HTTP request, under way. `close` ends what still runs."""
 
     def __init__(
-        self, engine: Engine, choices: list[Choice], mailbox: Mailbox, ends: frozenset[int], tell_ends: bool = False
+        self,
+        engine: Engine,
+        choices: list[Choice],
+        mailbox: Mailbox,
+        ends: frozenset[int],
+        tell_ends: bool = False,
+        aside: Aside | None = None,
     ) -> None:
-        self.engine, self.choices = engine, choices
+        self.engine, self.choices, self.aside = engine, choices, aside or Aside(2)
         self.notes: list[str] = []
         """What of the request had no effect."""
         self.first_token: float | None = None
@@ -109,6 +120,15 @@ class Answers:
         """Of all answers."""
         return sum(choice.generated for choice in self.choices)
 
+    @property
+    def weight(self) -> int:
+        """Log-probabilities that can be asked for."""
+        return sum(
+            _scores(len(one.request.prompt), one.request.sampling.prompt_logprobs)
+            + _scores(len(one.tokens), one.request.sampling.top_logprobs)
+            for one in self.choices
+        )
+
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What comes, as it comes.
 
@@ -118,10 +138,10 @@ class Answers:
             NotFinite: what was computed is no finite number.
         """
         while self._open:
-            pieces: list[Piece] = []
-            for id, update in (await self._mailbox.get()).items():
-                if (choice := self._open.get(id)) is not None:
-                    pieces.append(self._take(choice, update))
+            updates = await self._mailbox.get()
+            known = {id: len(choice.tokens) for id, choice in self._open.items()}
+            new = sum(len(updates[id].generated_tokens) - known[id] for id in updates.keys() & known.keys())
+            pieces = await self.aside(self._taken, updates) if new > _NEW else self._taken(updates)
             if self.first_token is None:
                 self.first_token = self.seconds
             if pieces:
@@ -129,9 +149,13 @@ class Answers:
 
     def close(self) -> None:
         """End what still runs."""
-        for choice in self._open.values():
+        for choice in list(self._open.values()):
             self.engine.cancel(choice.request)
         self._open.clear()
+
+    def _taken(self, updates: dict[str, Any]) -> list[Piece]:
+        found = [(self._open.get(id), update) for id, update in updates.items()]
+        return [self._take(choice, update) for choice, update in found if choice is not None]
 
     def _take(self, choice: Choice, update: Any) -> Piece:
         if update.error is not None:
@@ -163,7 +187,7 @@ class Answers:
         if finished or choice.writer.stopped:
             choice.finish = "stop" if ended or choice.writer.stopped else "length"
             over = True
-            del self._open[choice.request.id]
+            self._open.pop(choice.request.id, None)  # it may have been closed meanwhile
             if not finished:
                 self.engine.cancel(choice.request)
         choice.told = stop
@@ -182,6 +206,7 @@ class Desk:
         self.engine, self.tokenizer = engine, tokenizer
         self._base = manner_of(None, tokenizer, engine.model.generation_config)
         self._manners: dict[int, Manner] = {}
+        self.reading, self.telling = Aside(4), Aside(2)
         self.forms = Forms(tokenizer, engine.config, Grammars(tokenizer, engine.vocabulary, self._base.ends))
 
     def adapter_of(self, model: str) -> str | None:
@@ -205,53 +230,101 @@ class Desk:
             self._manners = {**known, served.serial: found}
         return found
 
+    async def manner_of(self, model: str) -> Manner:
+        """The same as `manner`, read beside the event loop."""
+        name = self.adapter_of(model)
+        served = None if name is None else self.engine.adapters.get(name)
+        if served is None or served.serial in self._manners:
+            return self.manner(model)
+        return await self.reading(self.manner, model)
+
     async def completion(self, asked: CompletionRequest, loop: Any) -> Answers:
         """Put a completion in the queue."""
         prompts = asked.prompts()
         if not prompts:
             raise ConfigError("prompt is empty; expected a text, or token ids.")
-        manner = await asyncio.to_thread(self.manner, asked.model)
+        self._check(len(prompts), asked)
+        manner = await self.manner_of(asked.model)
         most = 16 if asked.max_tokens is None else asked.max_tokens
-        tokens: list[list[int]] = []
-        echoes: list[Echo | None] = []
-        for prompt in prompts:
-            special = asked.add_special_tokens
-            ids = await self.encode(prompt, special) if isinstance(prompt, str) else prompt
-            kept = self._truncated(asked, ids, most)
-            tokens.append(kept)
-            given = prompt if len(kept) == len(ids) else kept
-            echo = asyncio.to_thread(echo_of, self.tokenizer, given, kept, special) if asked.echo and kept else None
-            echoes.append(None if echo is None else await echo)
-        return self._submit(asked, tokens, echoes, most, await self.forms.of_completion(asked, manner), loop)
+        size = sum(map(len, prompts))
+        long = size > LONG or len(prompts) > _FEW
+
+        def read() -> tuple[list[list[int]], list[Echo | None]]:
+            read = [self._prompt(asked, prompt, most) for prompt in prompts]
+            return [ids for ids, _ in read], [echo for _, echo in read]
+
+        tokens, echoes = await self.reading(read) if long or asked.echo else read()
+        form = await self.forms.of_completion(asked, manner)
+        return await self._put(asked, tokens, echoes, most, form, loop)
 
     async def chat(self, asked: ChatRequest, loop: Any) -> Answers:
         """Put a chat in the queue."""
-        manner = await asyncio.to_thread(self.manner, asked.model)
-        text, notes = chat_text(self.tokenizer, asked, manner.template_of(bool(asked.shown_tools)))
-        prompt = self._truncated(asked, await self.encode(text, asked.add_special_tokens), asked.most_tokens or 1)
+        self._check(1, asked)
+        manner = await self.manner_of(asked.model)
+
+        def read() -> tuple[str, list[str], list[int]]:
+            text, notes = chat_text(self.tokenizer, asked, manner.template_of(bool(asked.shown_tools)))
+            ids = self.ids(text, asked.add_special_tokens, self._room(asked, asked.most_tokens or 1))
+            return text, notes, self._truncated(asked, ids, asked.most_tokens or 1)
+
+        text, notes, prompt = await self.reading(read)
         most = asked.most_tokens
         if most is None:
             most = max(1, self.engine.window - len(prompt))
         last = asked.messages[-1]
         echo = Echo(_HALF.sub(BROKEN, last.text)) if asked.echo and last.role == "assistant" else None
-        answers = self._submit(asked, [prompt], [echo], most, await self.forms.of_chat(asked, text, manner), loop)
+        form = await self.forms.of_chat(asked, text, manner)
+        answers = await self._put(asked, [prompt], [echo], most, form, loop)
         answers.notes = notes
         return answers
 
-    async def encode(self, text: str, special: bool = True) -> list[int]:
+    def ids(self, text: str, special: bool, room: int) -> list[int]:
         """The tokens of a text.
 
+        Args:
+            text: the text.
+            special: add the tokenizer's special tokens.
+            room: tokens that it may have.
+
         Raises:
-            ConfigError: it holds half a character.
+            ConfigError: it holds half a character, or has more tokens.
         """
         if half := _HALF.search(text):  # a character cut in two by JavaScript, say, which tokenizers do not take
             raise ConfigError(f"The text holds half a character, \\u{ord(half[0]):04x}; expected whole ones.")
 
-        def encode() -> list[int]:
+        def encode(text: str) -> list[int]:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-        # A long text would hold up everybody else's answers. (In a thread a short one takes longer.)
-        return await asyncio.to_thread(encode) if len(text) > _LONG else encode()
+        # A text that is too long is not read whole to know it. Where it is cut, a few tokens may become others.
+        count = 0
+        for end in range(_PIECE, len(text), _PIECE):
+            count += len(encode(text[end - _PIECE : end])) - _SEAM
+            if count > room:
+                raise ConfigError(
+                    f"The text is too long: the first {end} of its {len(text)} characters have more than {count} "
+                    f"tokens; expected at most {room}."
+                )
+        return encode(text)
+
+    def _prompt(self, asked: CompletionRequest, prompt: str | list[int], most: int) -> tuple[list[int], Echo | None]:
+        special = asked.add_special_tokens
+        ids = self.ids(prompt, special, self._room(asked, most)) if isinstance(prompt, str) else prompt
+        kept = self._truncated(asked, ids, most)
+        self.engine.check_length(len(kept), most)
+        given = prompt if len(kept) == len(ids) else kept
+        return kept, echo_of(self.tokenizer, given, kept, special) if asked.echo and kept else None
+
+    def _room(self, asked: Common, most: int) -> int:
+        """Tokens that a prompt may have, as it is given."""
+        if asked.truncate_prompt_tokens is not None:
+            return self.most_read
+        window = self.engine.window
+        return window - most if most < window else window
+
+    @property
+    def most_read(self) -> int:
+        """Tokens of a text that is only looked at, or cut."""
+        return max(_MOST_READ, self.engine.window)
 
     def _truncated(self, asked: Common, ids: list[int], most: int) -> list[int]:
         limit = asked.truncate_prompt_tokens
@@ -259,6 +332,38 @@ class Desk:
             return ids
         limit = self.engine.window - most if limit < 0 else limit
         return ids[:limit] if asked.truncation_side == "right" else ids[max(0, len(ids) - limit) :]
+
+    def _check(self, prompts: int, asked: Common) -> None:
+        """Refuse, before any work, what would be refused after it."""
+        if not self.knows(asked.model):
+            raise UnknownModel(f"There is no model {asked.model!r}.")
+        most = self.engine.config.max_batch + self.engine.config.max_queue
+        if (count := prompts * asked.draws) > most:
+            raise ConfigError(
+                f"{prompts} prompts with n = {asked.draws} are {count} requests; expected at most {most}."
+            )
+        if (under_way := self.engine.under_way()) >= most:
+            raise Busy(f"{under_way} requests are under way; try again soon.")
+
+    async def _put(
+        self,
+        asked: Common,
+        prompts: Sequence[list[int]],
+        echoes: Sequence[Echo | None],
+        most: int,
+        form: Form,
+        loop: Any,
+    ) -> Answers:
+        arguments = (asked, prompts, echoes, most, form, loop)
+        words = len(asked.bad_words) + len(prompts) * asked.draws
+        if words <= _FEW and asked.draws * sum(map(len, prompts)) <= LONG:
+            return self._submit(*arguments)
+        putting = asyncio.ensure_future(self.reading(self._submit, *arguments))
+        try:
+            return await asyncio.shield(putting)
+        except asyncio.CancelledError:  # it goes on, and nobody waits for the answers
+            putting.add_done_callback(_close)
+            raise
 
     def _check_rows(self, prompts: Sequence[list[int]]) -> None:
         """Name the tokens that the model has no row for: the tokenizer may have more than the model."""
@@ -279,14 +384,11 @@ class Desk:
         form: Form,
         loop: Any,
     ) -> Answers:
-        most_at_once = self.engine.config.max_batch + self.engine.config.max_queue
-        if (count := len(prompts) * asked.draws) > most_at_once:
-            raise ConfigError(
-                f"{len(prompts)} prompts with n = {asked.draws} are {count} requests; expected at most {most_at_once}."
-            )
         if asked.min_tokens > most:  # which may be the default
             raise ConfigError(f"min_tokens is {asked.min_tokens}; expected at most max_tokens, which is {most}.")
         self._check_rows(prompts)
+        if (told := asked.draws * sum(_scores(len(prompt), asked.prompt_tops) for prompt in prompts)) > _MOST_SCORES:
+            raise ConfigError(f"{told} log-probabilities of prompts are asked for; expected at most {_MOST_SCORES}.")
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         # What ends a grammar ends its answer.
         ends = frozenset() if asked.ignore_eos and form.grammar is None else self.manner(asked.model).ends
@@ -314,7 +416,7 @@ class Desk:
             for choice in choices:
                 self.engine.cancel(choice.request)
             raise
-        return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output)
+        return Answers(self.engine, choices, mailbox, ends, asked.include_stop_str_in_output, self.telling)
 
     def _writer(self, asked: Common, before: Sequence[int], tokenizer: Any) -> Writer:
         return Writer(
@@ -325,6 +427,16 @@ class Desk:
             keep_stop=asked.include_stop_str_in_output,
             least=asked.min_tokens,
         )
+
+
+def _close(putting: asyncio.Future[Answers]) -> None:
+    if not putting.cancelled() and putting.exception() is None:
+        putting.result().close()
+
+
+def _scores(tokens: int, tops: int | None) -> int:
+    """Log-probabilities of so many tokens and the likeliest at their places."""
+    return 0 if tops is None else tokens * (tops + 1)
 
 
 def sampling_of(asked: Common, ends: Collection[int], most: int, tokenizer: Any) -> Sampling:
@@ -350,7 +462,7 @@ def sampling_of(asked: Common, ends: Collection[int], most: int, tokenizer: Any)
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         bias=tuple((token, bias) for token, bias in asked.logit_bias.items() if bias),
-        allowed=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
+        allowed=None if asked.allowed_token_ids is None else tuple(dict.fromkeys(asked.allowed_token_ids)),
         banned=tuple(_spellings(asked.bad_words, tokenizer)),
     )
 

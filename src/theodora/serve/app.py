@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from theodora import __version__
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
-from theodora.serve.answers import Answers, Desk
+from theodora.serve.adapters import ServedAdapter
+from theodora.serve.answers import Answers, Desk, Piece
+from theodora.serve.aside import Aside
+from theodora.serve.bodies import body_of
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
 from theodora.serve.metrics import Metrics
-from theodora.serve.misses import told
+from theodora.serve.misses import cut
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
 from theodora.serve.replies import Replies, event
 from theodora.serve.response_events import ResponseReplies
@@ -29,8 +31,17 @@ from theodora.serve.tiers import Changed
 from theodora.serve.tokens import token_routes
 from theodora.serve.watch import NotFinite
 
+T = TypeVar("T")
 _Replies = Replies | ResponseReplies
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
+_LONGEST_NOTE = 1000
+_HEAVY = 1000  # log-probabilities whose tokens' texts are worth a thread
+
+_Completion = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
+_Chat = Annotated[ChatRequest, Depends(body_of(ChatRequest))]
+_Responses = Annotated[ResponsesRequest, Depends(body_of(ResponsesRequest))]
+_Load = Annotated[LoadRequest, Depends(body_of(LoadRequest))]
+_Unload = Annotated[UnloadRequest, Depends(body_of(UnloadRequest))]
 
 
 def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
@@ -43,13 +54,15 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
         try:
             yield
         finally:
-            await asyncio.to_thread(engine.stop)
+            await Aside(1)(engine.stop)
 
     app = FastAPI(title="theodora", lifespan=lifespan, openapi_url=None)
     hosts = frozenset((*LOOPBACK, "testserver")) if config.host in LOOPBACK else None
-    app.add_middleware(Guards, keys=read_keys(config.api_key_file), max_body=config.max_body, hosts=hosts)
+    keys = read_keys(config.api_key_file)
+    app.add_middleware(Guards, keys=keys, max_body=config.max_body, hosts=hosts, patience=config.client_timeout)
     desk, metrics = Desk(engine, tokenizer), Metrics(engine)
     app.state.engine, app.state.metrics = engine, metrics
+    app.state.reading, loading = Aside(2), Aside(2)
     _add_errors(app)
 
     app.include_router(token_routes(desk))
@@ -81,25 +94,31 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
         return found
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
+    async def completions(asked: _Completion, request: Request) -> Response:
         return await _serve(asked, request, desk, metrics, "completions")
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, request: Request) -> Response:
+    async def chat(asked: _Chat, request: Request) -> Response:
         return await _serve(asked, request, desk, metrics, "chat")
 
     @app.post("/v1/responses")
-    async def responses(asked: ResponsesRequest, request: Request) -> Response:
-        return await _serve(chat_of(asked), request, desk, metrics, "responses", ResponseReplies(asked))
+    async def responses(asked: _Responses, request: Request) -> Response:
+        return await _serve(
+            await app.state.reading(chat_of, asked), request, desk, metrics, "responses", ResponseReplies(asked)
+        )
 
     @app.post("/v1/load_lora_adapter")
-    async def load(asked: LoadRequest) -> dict[str, Any]:
-        path = await asyncio.to_thread(inside, _allowed(engine), asked.lora_path)
-        adapter = await asyncio.to_thread(engine.load, asked.lora_name, path, asked.load_inplace)
+    async def load(asked: _Load) -> dict[str, Any]:
+        folder = _allowed(engine)
+
+        def read() -> ServedAdapter:
+            return engine.load(asked.lora_name, inside(folder, asked.lora_path), asked.load_inplace)
+
+        adapter = await _within(config.timeout, loading(read))
         return {"status": "ok", "id": adapter.name, "method": adapter.method, "seconds": round(adapter.seconds, 4)}
 
     @app.post("/v1/unload_lora_adapter")
-    async def unload(asked: UnloadRequest) -> dict[str, Any]:
+    async def unload(asked: _Unload) -> dict[str, Any]:
         _allowed(engine)
         if not engine.unload(asked.lora_name):
             raise UnknownModel(f"There is no adapter {asked.lora_name!r}.")
@@ -140,21 +159,13 @@ def _add_errors(app: FastAPI) -> None:
 
     for kind in _STATUS:
         app.add_exception_handler(kind, tell)
-    app.add_exception_handler(RequestValidationError, tell)
     app.add_exception_handler(HTTPException, tell)
-    app.add_exception_handler(UnicodeEncodeError, tell)  # pydantic's, over half a character
     app.add_exception_handler(Exception, tell)
 
 
 def _reply(error: Exception) -> Response:
-    if isinstance(error, RequestValidationError):
-        # The body is first in each place, or, where it is no JSON, all of it.
-        misses = told({**miss, "loc": miss["loc"][1:]} for miss in error.errors())
-        return _answer(*failure(400, misses, "invalid_request_error"))
-    if isinstance(error, HTTPException):  # no such page, or a body that is no JSON
+    if isinstance(error, HTTPException):  # no such page
         return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
-    if isinstance(error, UnicodeEncodeError):
-        return _answer(*failure(400, "The body holds half a character; expected whole ones.", "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
             return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
@@ -170,13 +181,15 @@ async def _serve(
 ) -> Response:
     known = asked.model if desk.knows(asked.model) else "unknown"
     loop = asyncio.get_running_loop()
+    timeout = desk.engine.config.timeout
+    deadline = loop.time() + timeout
 
     def count(status: int) -> None:
         metrics.requests.labels(endpoint, known, status).inc()
 
     try:
         take = desk.chat if isinstance(asked, ChatRequest) else desk.completion
-        answers = await take(asked, loop)  # pyright: ignore[reportArgumentType]
+        answers = await _within(timeout, take(asked, loop))  # pyright: ignore[reportArgumentType]
     except TheodoraError as error:
         reply = _reply(error)
         count(reply.status_code)
@@ -191,32 +204,46 @@ async def _serve(
         if answers.first_token is not None:
             metrics.first_token.observe(answers.first_token)
 
-    timeout = desk.engine.config.timeout
     teller = replies or Replies(asked, desk.tokenizer)
     if asked.stream:
-        chunks = _stream(asked, answers, teller, timeout, end)
+        chunks = _stream(asked, answers, teller, deadline, end)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
-    return await _whole(request, answers, teller, timeout, end)
+    return await _whole(request, answers, teller, deadline, end)
 
 
 def _notes(answers: Answers) -> dict[str, str]:
     """What of a request had no effect, for who looks."""
-    notes = "; ".join(answers.notes).encode("ascii", "replace").decode()
+    notes = cut("; ".join(answers.notes), _LONGEST_NOTE).encode("ascii", "replace").decode()
     return {"x-theodora-note": re.sub(r"[^ -~]", " ", notes)} if notes else {}
 
 
-async def _whole(request: Request, answers: Answers, replies: _Replies, timeout: float, end: Any) -> Response:
+async def _within(seconds: float, work: Awaitable[T]) -> T:
+    """What the work gives.
+
+    Raises:
+        _Late: it gives nothing in so many seconds.
+    """
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            return await work
+    except TimeoutError as error:
+        raise _late(seconds) from error
+
+
+async def _whole(request: Request, answers: Answers, replies: _Replies, deadline: float, end: Any) -> Response:
     status = _GONE
+    loop = asyncio.get_running_loop()
     reading = asyncio.ensure_future(_read(answers, replies))
     gone = asyncio.ensure_future(_hung_up(request))
     try:
-        await asyncio.wait((reading, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        left = max(0.0, deadline - loop.time())
+        await asyncio.wait((reading, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
-            reply: Response = JSONResponse(reading.result(), headers=_notes(answers))
+            reply = Response(reading.result(), media_type="application/json", headers=_notes(answers))
         elif gone.done():
             reply = Response(status_code=_GONE)
         else:
-            raise _Late(f"The answer took more than {timeout:g} s.")
+            raise _late(answers.engine.config.timeout)
         status = reply.status_code
         return reply
     except TheodoraError as error:
@@ -231,13 +258,19 @@ async def _whole(request: Request, answers: Answers, replies: _Replies, timeout:
         end(status)
 
 
-async def _read(answers: Answers, replies: _Replies) -> dict[str, Any]:
+def _late(seconds: float) -> _Late:
+    return _Late(f"The answer took more than {seconds:g} s.")
+
+
+async def _read(answers: Answers, replies: _Replies) -> bytes:
     async for _ in answers.pieces():
         pass
-    if isinstance(replies, ResponseReplies) or replies.asked.prompt_tops is None:
-        return replies.whole(answers)
+
+    def write() -> bytes:
+        return bytes(JSONResponse(replies.whole(answers)).body)
+
     # Thousands of tokens by name would hold up everybody else's answers.
-    return await asyncio.to_thread(replies.whole, answers)
+    return await answers.aside(write) if answers.weight > _HEAVY else write()
 
 
 async def _hung_up(request: Request) -> None:
@@ -245,18 +278,21 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _stream(asked: Common, answers: Answers, replies: _Replies, timeout: float, end: Any) -> AsyncIterator[bytes]:
+async def _stream(
+    asked: Common, answers: Answers, replies: _Replies, deadline: float, end: Any
+) -> AsyncIterator[bytes]:
     status = _GONE
+    loop = asyncio.get_running_loop()
+    late = loop.call_at(deadline, answers.close)  # also while a client does not take what it is sent
     try:
         for chunk in replies.opening(answers):
             yield event(chunk)
-        try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
-                async for pieces in answers.pieces():
-                    for chunk in replies.chunks(pieces, answers):
-                        yield event(chunk)
-        except TimeoutError as error:
-            raise _Late(f"The answer took more than {timeout:g} s.") from error
+        arriving = answers.pieces()
+        while (pieces := await _next(arriving, deadline, answers)) is not None:
+            heavy = answers.weight > _HEAVY and any(piece.opens for piece in pieces)  # the prompt's
+            chunks = replies.chunks(pieces, answers)
+            for chunk in await answers.aside(list, chunks) if heavy else chunks:
+                yield event(chunk)
         status = 200
         if isinstance(replies, Replies):
             if asked.stream_options and asked.stream_options.include_usage:
@@ -268,7 +304,20 @@ async def _stream(asked: Common, answers: Answers, replies: _Replies, timeout: f
         status = reply.status_code
         yield event(bytes(reply.body).decode())
     finally:
+        late.cancel()
         end(status)
+
+
+async def _next(arriving: AsyncIterator[list[Piece]], deadline: float, answers: Answers) -> list[Piece] | None:
+    """The next pieces of a stream; None where it has ended. (A limit around a stream's `yield` would end its task.)"""
+    left = deadline - asyncio.get_running_loop().time()
+    try:
+        if left > 0:
+            async with asyncio.timeout(left):
+                return await anext(arriving, None)
+    except TimeoutError:
+        pass
+    raise _late(answers.engine.config.timeout)
 
 
 def _models(engine: Engine) -> list[dict[str, Any]]:

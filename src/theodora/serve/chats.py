@@ -8,6 +8,7 @@ from typing import Any
 
 from theodora.data.templates import as_wanted
 from theodora.errors import ConfigError
+from theodora.serve.misses import cut
 from theodora.serve.protocol import ChatRequest, Templated
 
 
@@ -48,7 +49,7 @@ def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple
             **more,
         )
     except Exception as error:  # a template raises what it likes
-        raise ConfigError(f"The chat template refuses these messages: {error}") from error
+        raise ConfigError(f"The chat template refuses these messages: {cut(str(error), 500)}") from error
     return text, list(_left_out(template, text, messages, asked, tools, more))
 
 
@@ -76,7 +77,7 @@ def _left_out(
 ) -> Iterator[str]:
     unseen = [f"messages.{at}" for at, message in enumerate(messages) if message["content"].strip() not in text]
     if unseen:  # reasoning of past turns, which most templates cut out, or a role that they do not know
-        yield f"the chat template does not show all of {', '.join(unseen)}"
+        yield f"the chat template does not show all of {_some(unseen)}"
     if tools and not _names(template, "tools"):
         yield "the chat template does not show tools"
     if any("tool_calls" in message for message in messages) and not _names(template, "tool_calls"):
@@ -85,7 +86,11 @@ def _left_out(
         yield "the chat template does not show documents"
     for name in more:
         if not _names(template, name):
-            yield f"the chat template does not know {name}"
+            yield f"the chat template does not know {cut(name, 60)}"
+
+
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
 
 
 def _names(template: str, name: str) -> bool:

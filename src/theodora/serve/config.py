@@ -69,8 +69,12 @@ class ServeConfig:
     """Allow /v1/load_lora_adapter and /v1/unload_lora_adapter, for adapters inside this folder."""
     max_body: int = 4_000_000
     """Bytes of a request; a larger one is answered with 413."""
+    max_connections: int = 1024
+    """Connections at a time; of more, those that are still sending their requests give way."""
     timeout: float = 600.0
     """Seconds for one answer; after that it is ended with 504."""
+    client_timeout: float = 30.0
+    """Seconds that a client may take to send a request's head, to send its body, and to take more of its answer."""
     grace: float = 30.0
     """Seconds that answers under way may take after Ctrl-C or SIGTERM."""
 

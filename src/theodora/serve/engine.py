@@ -171,10 +171,17 @@ class Engine:
         ):
             if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
                 raise ConfigError(f"{name} holds token ids outside 0 to {self.vocabulary - 1}.")
-        if len(prompt) + sampling.max_tokens > self.window:
+        self.check_length(len(prompt), sampling.max_tokens)
+
+    def check_length(self, prompt: int, most: int) -> None:
+        """Refuse a prompt of so many tokens that leaves no room for an answer of at most so many.
+
+        Raises:
+            ConfigError: naming both, and the window.
+        """
+        if prompt + most > self.window:
             raise ConfigError(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together they may be at "
-                f"most {self.window}."
+                f"The prompt has {prompt} tokens and max_tokens is {most}; together they may be at most {self.window}."
             )
 
     def _why_not(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from theodora.serve.misses import few
+
 # Fields of OpenAI's or vLLM's that nothing here does -> the values that ask for nothing. Null always is one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -101,7 +103,7 @@ class Body(BaseModel):
             elif value is not None and not _asks_for_nothing(name, value):
                 refused.append(_refusal(str(name)))
         if refused:
-            raise ValueError("; ".join(refused))
+            raise ValueError(few(refused))
         return kept
 
 

@@ -55,9 +55,10 @@ class Forms:
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        if asked.form is None:
+        form = asked.form
+        if form is None:
             return Form()
-        return Form(await self.grammars.grammar(format_of(asked.form), ends=manner.ends))
+        return Form(await self.grammars.grammar(lambda: format_of(form), ends=manner.ends))
 
     async def of_chat(self, asked: ChatRequest, prompt: str, manner: Manner) -> Form:
         """The form of a chat's answer.
@@ -75,7 +76,9 @@ class Forms:
             thinking = None
         opened = thinking is not None and thinking.opened_by(prompt)
         tools = {tool.function.name: tool.function.parameters or {} for tool in asked.shown_tools}
-        format = self._format(asked, family, thinking, opened)
+        format = None
+        if asked.shown_tools or asked.form is not None:
+            format = await self.grammars.made(self._format, asked, family, thinking, opened)
         read = thinking is not None or (family is not None and (bool(tools) or family.read is not None))
         words = (*(family.tokens if family else ()), *(thinking.tokens if thinking else ()))
         kept_words = words if read else ()

@@ -10,24 +10,27 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 
 import torch
 import xgrammar
 from torch import Tensor
 
 from theodora.errors import ConfigError, TheodoraError
+from theodora.serve.aside import Aside
 from theodora.serve.calls.forced import json_format
 from theodora.serve.messages import StructuredOutputs
-from theodora.serve.schemas import check_size, kept
+from theodora.serve.schemas import check_optional, check_size, kept
+
+T = TypeVar("T")
 
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
 _MOST_CHARACTERS = 2_000_000
 """Of a whole grammar: the schemas of all tools, say."""
+_MOST_TAGS = 1024
 _CACHE = 256 << 20
 _WHERE = re.compile(r"^\[[\d:]+\] \S+: ")
 
@@ -87,16 +90,19 @@ class Grammars:
             ends: tokens that end an answer.
         """
         self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
-        self._pool = ThreadPoolExecutor(2, "theodora-grammar")
+        self._aside = Aside(2)
         self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
     async def grammar(
-        self, format: dict[str, Any], words: Iterable[str] = (), ends: Collection[int] | None = None
+        self,
+        format: dict[str, Any] | Callable[[], dict[str, Any]],
+        words: Iterable[str] = (),
+        ends: Collection[int] | None = None,
     ) -> Grammar:
         """The grammar of a structural tag's format.
 
         Args:
-            format: the format.
+            format: the format, or what makes it.
             words: special tokens that the format is made of.
             ends: tokens that end the answer, where they are not the model's.
 
@@ -106,18 +112,31 @@ class Grammars:
         stops = tuple(sorted(end for end in (self._ends if ends is None else ends) if end < self._size))
         if not stops:
             raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
-        if len(json.dumps(format)) > _MOST_CHARACTERS:
-            raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
-        compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids, stops)
+        return await self.made(self._compile, format, kept_ids, stops)
+
+    async def made(self, make: Callable[..., T], *args: Any) -> T:
+        """What is made of a stranger's form, beside the event loop, and within a time.
+
+        Raises:
+            ConfigError: it makes no sense, or takes too long.
+        """
         try:
-            return await asyncio.wait_for(compiling, _COMPILE_SECONDS)
+            return await asyncio.wait_for(self._aside(make, *args), _COMPILE_SECONDS)
         except TimeoutError as error:
             raise ConfigError(
                 f"The grammar takes more than {_COMPILE_SECONDS:g} s to compile; expected a simpler one."
             ) from error
 
-    def _compile(self, format: dict[str, Any], kept_ids: frozenset[int], stops: tuple[int, ...]) -> Grammar:
+    def _compile(
+        self,
+        format: dict[str, Any] | Callable[[], dict[str, Any]],
+        kept_ids: frozenset[int],
+        stops: tuple[int, ...],
+    ) -> Grammar:
+        tag = json.dumps({"type": "structural_tag", "format": format() if callable(format) else format})
+        if len(tag) > _MOST_CHARACTERS:
+            raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         compiler = self._compilers.get(stops)
         if compiler is None:
             info = xgrammar.TokenizerInfo.from_huggingface(
@@ -125,17 +144,12 @@ class Grammars:
             )
             compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE)
             self._compilers[stops] = compiler
-        tag = json.dumps({"type": "structural_tag", "format": format})
         try:
             compiled = compiler.compile_structural_tag(tag)
         except Exception as error:  # of several kinds
             raise ConfigError(f"The grammar cannot be compiled: {_WHERE.sub('', str(error)).strip()}") from error
         hidden = set(self._tokenizer.all_special_ids) - kept_ids - set(stops)
         return Grammar(compiled, _bits(self._size, hidden), self._size)
-
-    def close(self) -> None:
-        """Compile no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def format_of(form: StructuredOutputs) -> dict[str, Any]:
@@ -152,6 +166,7 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
         return _json(schema, form.disable_any_whitespace)
     if name == "regex":
         check_size(form.regex, "The expression")
+        check_optional([form.regex or ""], "The expression")
         return {"type": "regex", "pattern": form.regex}
     if name == "choice":
         if not form.choice:
@@ -161,6 +176,7 @@ def format_of(form: StructuredOutputs) -> dict[str, Any]:
     if name == "grammar":
         check_size(form.grammar, "The grammar")
         assert form.grammar is not None
+        check_optional([form.grammar], "The grammar")
         return {"type": "grammar", "grammar": form.grammar, "syntax": "ebnf" if "::=" in form.grammar else "lark"}
     return tag_format(form.structural_tag or "")
 
@@ -191,6 +207,10 @@ def tag_format(told: str | dict[str, Any]) -> dict[str, Any]:
         return found["format"]
     if not isinstance(found, dict) or not isinstance(found.get("structures"), list):
         raise ConfigError("The structural tag has no format; expected an object with one, or structures and triggers.")
+    if len(found["structures"]) > _MOST_TAGS:
+        raise ConfigError(
+            f"The structural tag has {len(found['structures'])} structures; expected at most {_MOST_TAGS}."
+        )
     tags = [
         {
             "begin": one.get("begin", ""),

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from theodora.errors import CheckpointError, ConfigError
+from theodora.serve.misses import cut
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _OPEN = ("/health", "/ping")
 """Paths that anybody may ask, who brings nothing."""
+_LONGEST = 4000  # characters of an error
+_BODIES = 64  # largest bodies that are held at a time
+_LINGER_SECONDS, _LINGER_BYTES = 1.0, 32_000_000
+_SMALL = 65_536  # bytes that a connection holds anyway
 
 
 def failure(status: int, message: str, kind: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers of an error, as OpenAI's clients read it."""
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    body = {"error": {"message": cut(message, _LONGEST), "type": kind, "param": None, "code": status}}
     return status, json.dumps(body).encode(), {"content-type": "application/json", **headers}
 
 
 class Guards:
-    """ASGI middleware. Refuses strangers, large bodies, and bodies that a browser sends without asking."""
+    """ASGI middleware. Refuses strangers, and bodies that a browser sends without asking; receives the others' bodies.
 
-    def __init__(self, app: Any, keys: frozenset[str], max_body: int, hosts: frozenset[str] | None) -> None:
-        self.app, self.keys, self.max_body, self.hosts = app, keys, max_body, hosts
+    The application is asked once the whole body is there: it has a size, a time to arrive in, and a share of the memory
+    that all bodies may take, and a client that goes before its end is nobody's request.
+    """
+
+    def __init__(
+        self, app: Any, keys: frozenset[str], max_body: int, hosts: frozenset[str] | None, patience: float = 30.0
+    ) -> None:
+        self.app, self.keys, self.max_body, self.hosts, self.patience = app, keys, max_body, hosts, patience
+        self._room = _Room(_BODIES * max_body)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Let a request through, or answer it."""
@@ -34,31 +48,55 @@ class Guards:
             await self.app(scope, receive, send)
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await _answer(send, *refusal)
+        if (refusal := self._refusal(scope, headers)) is not None:
+            await _answer(send, *refusal, receive if _has_body(headers) else None)
             return
-        size, large, started = 0, False, False
-
-        async def counted() -> Any:
-            nonlocal size, large
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.max_body:
-                large = True
-                raise _TooLarge
-            return message
+        reads = _reads(scope)
+        share, started = _Share(self._room), False
 
         async def noted(message: Any) -> None:
             nonlocal started
-            if not large:
+            if message["type"] == "http.response.start":
                 started = True
-                await send(message)
+                if not reads and _has_body(headers):
+                    # Nobody reads it, so the connection cannot be used again.
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
 
-        with suppress(_TooLarge):
-            await self.app(scope, counted, noted)
-        if large and not started:  # whatever the application made of it
-            await _answer(send, *self._large())
+        try:
+            if not reads:
+                await self.app(scope, receive, noted)
+                return
+            body = await self._body(receive, share)
+            await self.app(scope, _given(body, receive, share), noted)
+        except _Refused as refused:
+            await _answer(send, *refused.answer, receive)
+        except _Gone:
+            pass
+        except asyncio.CancelledError:  # by uvicorn, which would log it, when the grace is over
+            if not started:
+                await _answer(send, *failure(503, "The server is stopping.", "unavailable_error"))
+        finally:
+            share.give_back()
+
+    async def _body(self, receive: Any, share: _Share) -> bytes:
+        parts, more = bytearray(), True
+        try:
+            async with asyncio.timeout(self.patience):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Gone
+                    parts += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(parts) > self.max_body:
+                        raise _Refused(self._large())
+                    if not share.take(len(parts)):
+                        raise _Refused(self._full())
+        except TimeoutError:
+            late = f"The body took more than {self.patience:g} s to arrive."
+            raise _Refused(failure(408, late, "timeout_error", **{"x-should-retry": "false"})) from None
+        return bytes(parts)
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]] | None:
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
@@ -71,29 +109,102 @@ class Guards:
             known = [hmac.compare_digest(bytes_, known.encode()) for bytes_ in given for known in self.keys]
             if scheme.lower() != "bearer" or not any(known):
                 return failure(401, "A valid API key is needed: Authorization: Bearer KEY.", "authentication_error")
-        if scope["method"] == "POST" and scope["path"] not in _OPEN:
+        if _reads(scope):
             length = headers.get("content-length", "")
-            if length.isdigit() and int(length) > self.max_body:
+            if length.isdigit() and (len(length) > 18 or int(length) > self.max_body):
                 return self._large()
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 return failure(415, "Expected a body of type application/json.", "invalid_request_error")
         return None
 
+    def _full(self) -> tuple[int, bytes, dict[str, str]]:
+        told = "Too many large requests are arriving; try again soon."
+        return failure(429, told, "rate_limit_error", **{"retry-after": "1"})
+
     def _large(self) -> tuple[int, bytes, dict[str, str]]:
         return failure(413, f"A request may have at most {self.max_body} bytes.", "invalid_request_error")
 
 
-class _TooLarge(Exception):
-    """The body is larger than it may be."""
+@dataclass
+class _Room:
+    """The memory that bodies may take together."""
+
+    most: int
+    held: int = 0
 
 
-async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:
+class _Share:
+    """One request's part of the memory that bodies may take: nothing for a small one, which is always let in."""
+
+    def __init__(self, room: _Room) -> None:
+        self._room, self._taken = room, 0
+
+    def take(self, size: int) -> bool:
+        """Take so many bytes in all; False if there is no room for them."""
+        more = (size if size > _SMALL else 0) - self._taken
+        if more and self._room.held + more > self._room.most:
+            return False
+        self._room.held += more
+        self._taken += more
+        return True
+
+    def give_back(self) -> None:
+        """Have nothing any more."""
+        self._room.held -= self._taken
+        self._taken = 0
+
+
+class _Refused(Exception):
+    """The body is not taken."""
+
+    def __init__(self, answer: tuple[int, bytes, dict[str, str]]) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class _Gone(Exception):
+    """The client went before the end of its body."""
+
+
+def _reads(scope: Any) -> bool:
+    """Whether a request's body is wanted."""
+    return scope["method"] == "POST" and scope["path"] not in _OPEN
+
+
+def _has_body(headers: dict[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
+
+
+def _given(body: bytes, receive: Any, share: _Share) -> Any:
+    """What the application receives: the body, and then what comes, for which it asks when it has read the body."""
+    bodies = [body]
+
+    async def received() -> Any:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        share.give_back()
+        return await receive()
+
+    return received
+
+
+async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str], receive: Any = None) -> None:
+    """Answer, and close the connection; `receive`, where the client is sending a body that is not read."""
     pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
     pairs.append((b"content-length", str(len(body)).encode()))
     # What the client still sends is not read, so the connection cannot be used again.
     pairs.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": receive is not None})
+    if receive is None:
+        return
+    # A connection that is closed while something comes is reset, and the client never sees the answer.
+    left = _LINGER_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while left > 0 and (message := await receive()).get("more_body", False):
+                left -= len(message["body"])
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _host(header: str) -> str:

@@ -8,8 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from theodora.serve.fields import Body
+from theodora.serve.lists import AtMost
+from theodora.serve.misses import cut
 
 Text = Annotated[str, Field(max_length=256)]
+MOST_PARTS = 4096
+_MOST_CHOICES = 65_536
 
 
 class Part(Body):
@@ -29,7 +33,9 @@ class Part(Body):
             return {"type": "text", "text": data}
         kinds = ("text", "input_text", "output_text", "refusal")
         if isinstance(data, dict) and (kind := data.get("type")) not in kinds:
-            raise ValueError(f"a content part of type {kind!r}: not supported by this server, which reads text")
+            raise ValueError(
+                f"a content part of type {cut(repr(kind), 60)}: not supported by this server, which reads text"
+            )
         return data
 
 
@@ -49,8 +55,8 @@ class FunctionCall(Body):
             return value
         try:
             found = json.loads(value) if value.strip() else {}
-        except ValueError as error:
-            raise ValueError(f"expected an object as JSON text, found {value[:80]!r}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"expected an object as JSON text, found {value[:80]!r}: {str(error)[:80]}") from error
         if not isinstance(found, dict):
             raise ValueError(f"expected an object as JSON text, found {value[:80]!r}")
         return found
@@ -73,9 +79,9 @@ class Message(Body):
     """One message of a chat; also the server's own reply, as clients send it back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], AtMost(MOST_PARTS)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost(256)] | None = None
     function_call: FunctionCall | None = None
     """The older form of a single call."""
     tool_call_id: str | None = None
@@ -165,7 +171,7 @@ class AllowedTools(Body):
     """Some of the tools on offer."""
 
     mode: Literal["auto", "required"] = "auto"
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Annotated[list[NamedTool], Field(min_length=1), AtMost(1024)]
 
 
 class ToolsAllowed(Body):
@@ -206,8 +212,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
     format: dict[str, Any] | None = None
     """vLLM's structural tags, in their newer form."""
-    structures: list[dict[str, Any]] | None = None
-    triggers: list[str] | None = None
+    structures: Annotated[list[dict[str, Any]], AtMost(1024)] | None = None
+    triggers: Annotated[list[str], AtMost(1024)] | None = None
     """The older form."""
 
     @model_validator(mode="after")
@@ -224,7 +230,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], AtMost(_MOST_CHOICES)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None

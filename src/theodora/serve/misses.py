@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _FIELD = re.compile(r"\w+")
-_KINDS = {"str", "bool", "int", "float", "dict", "list", "NamedTool", "ToolsAllowed", "CHAT", "TEXT"}
+_KINDS = {"str", "bool", "int", "float", "dict", "list", "NamedTool", "ToolsAllowed", "CHAT", "TEXT", "FEW", "MANY"}
 """Pydantic's names for the kinds that a value may have, as they stand among the names of fields."""
 _RENAMED = {"json_": "json", "schema_": "schema"}
 _SHOWN = 60  # characters of what was found
 _MOST = 8  # misses that are told
+_LONGEST = 300  # characters of one
 
 # kind of error -> what is expected; the names in braces are pydantic's
 _EXPECTED = {
@@ -66,12 +67,11 @@ def told(errors: Iterable[Mapping[str, Any]]) -> str:
     places = {place for place, _ in others}
     # Where something within a value is wrong, it is of the kind that has such things.
     kept = [
-        f"{place or 'The body'}: {what}" if place or what.startswith("expected") else what
+        cut(f"{place or 'The body'}: {what}" if place or what.startswith("expected") else what, _LONGEST)
         for place, what in dict.fromkeys(others)
         if not place or not any(other.startswith(f"{place}.") for other in places)
     ]
-    more = f"; and {len(kept) - _MOST} more" if len(kept) > _MOST else ""
-    return "; ".join(kept[:_MOST]) + more
+    return few(kept)
 
 
 def _context(error: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -81,14 +81,28 @@ def _context(error: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 def place_of(parts: Sequence[Any]) -> str:
     """Where in the body, by the names that the body has."""
     named = [part for part in parts if isinstance(part, int) or (_FIELD.fullmatch(part) and part not in _KINDS)]
-    return ".".join(_RENAMED.get(str(part), str(part)) for part in named)
+    return ".".join(cut(_RENAMED.get(str(part), str(part)), _SHOWN) for part in named)
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters, and a sign where some are left out."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def few(told: Sequence[str], most: int = _MOST) -> str:
+    """The first of several, and how many more there are."""
+    return "; ".join(told[:most]) + (f"; and {len(told) - most} more" if len(told) > most else "")
 
 
 def _found(value: Any) -> str:
-    if isinstance(value, list | dict) and len(value) > _SHOWN:
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, list | dict) and len(value) > _SHOWN:  # pyright: ignore[reportUnknownArgumentType]
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
+    text = ""
     try:
-        text = json.dumps(value)
+        for piece in json.JSONEncoder().iterencode(value[: _SHOWN + 1] if isinstance(value, str) else value):
+            text += piece
+            if len(text) > _SHOWN:  # the rest may be megabytes
+                break
     except (TypeError, ValueError):
         text = type(value).__name__
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    return cut(text, _SHOWN)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from theodora.serve.fields import Body
+from theodora.serve.lists import MANY, AtMost, keys_at_most
 from theodora.serve.messages import (
     Message,
     NamedTool,
@@ -22,10 +24,21 @@ from theodora.serve.messages import (
     ToolChoice,
     ToolsAllowed,
 )
+from theodora.serve.misses import cut, few
 
 MOST_LOGPROBS = 20
 """Likeliest tokens that can be asked for at each place."""
 _MOST_IDS = 4096  # in a list of tokens
+_MOST_TOKENS = 1 << 31  # of one answer; how many can be is asked for later
+_MOST_ALLOWED = 1 << 20  # tokens: more than vocabularies have
+MOST_MESSAGES = 4096
+MOST_TOOLS = 1024
+_MOST_KWARGS = 64
+
+Tag = Annotated[str, Field(max_length=1024)]
+"""A name for the client's own use."""
+Metadata = Annotated[dict[Text, Tag], keys_at_most(16)]
+"""As OpenAI bounds it."""
 
 
 class StreamOptions(Body):
@@ -42,7 +55,7 @@ class Common(Body):
     """What completions and chats share."""
 
     model: Text
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, le=_MOST_TOKENS)
     n: int = Field(1, ge=1, le=16)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -53,15 +66,17 @@ class Common(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=_MOST_IDS)
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    bad_words: list[Text] = Field(default_factory=list, max_length=256)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], keys_at_most(_MOST_IDS)] = Field(
+        default_factory=dict
+    )
+    allowed_token_ids: Annotated[list[int], Field(min_length=1), AtMost(_MOST_ALLOWED)] | None = None
+    bad_words: Annotated[list[Text], AtMost(256)] = Field(default_factory=list)
 
-    stop: list[str] = Field(default_factory=list)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=_MOST_IDS)
+    stop: Annotated[list[str], AtMost(MANY)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], AtMost(_MOST_IDS)] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0, le=_MOST_TOKENS)
     skip_special_tokens: bool = True
 
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -70,7 +85,7 @@ class Common(Body):
     """vLLM's: tokens of log-probabilities by number, as token_id:42, which no text leaves in doubt."""
     return_token_ids: bool = False
     """vLLM's: the numbers of the tokens beside the text."""
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=_MOST_TOKENS)
     """vLLM's: how many tokens of a longer prompt are kept; -1 keeps what fits."""
     truncation_side: Literal["left", "right"] = "left"
 
@@ -81,14 +96,14 @@ class Common(Body):
     structured_outputs: StructuredOutputs | None = None
 
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Tag | None = None
+    metadata: Metadata | None = None
     store: bool = False
     service_tier: Literal["auto", "default"] | None = None
-    session_id: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    session_id: Tag | None = None
+    safety_identifier: Tag | None = None
+    prompt_cache_key: Tag | None = None
+    prompt_cache_retention: Tag | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
     @model_validator(mode="before")
@@ -174,10 +189,36 @@ _GUIDED = {
 }
 
 
+_MOST_PROMPT = 1 << 24  # tokens
+_TOLD = 100  # prompts whose misses are all told
+_PROMPTS = ({int, float, bool}, {str}, {list})  # kinds of entries; numbers are told apart later
+
+
+def _one_kind(value: Any) -> Any:
+    """Of many prompts, the kind and the number are known before each is looked at."""
+    if not isinstance(value, list) or len(value) <= _TOLD:
+        return value
+    kinds = next((kinds for kinds in _PROMPTS if type(value[0]) in kinds), set[type]())
+    if not kinds.issuperset(map(type, value)):
+        at = next(at for at, entry in enumerate(value) if type(entry) not in kinds)
+        raise ValueError(
+            f"expected token ids, texts, or lists of token ids alone, found {cut(repr(value[at]), 60)} at {at}"
+        )
+    if float not in kinds and len(value) > MANY:
+        raise PydanticKnownError("too_long", {"field_type": "List", "max_length": MANY, "actual_length": len(value)})
+    return value
+
+
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[
+        str
+        | Annotated[list[int], AtMost(_MOST_PROMPT, _TOLD)]
+        | Annotated[list[str], AtMost(MANY, _TOLD)]
+        | Annotated[list[Annotated[list[int], AtMost(_MOST_PROMPT)]], AtMost(MANY, _TOLD)],
+        BeforeValidator(_one_kind),
+    ]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=16)
     add_special_tokens: bool = True
@@ -218,10 +259,10 @@ class CompletionRequest(Common):
 class Templated(Body):
     """What a chat template writes."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] = Field(default_factory=list)
-    documents: list[dict[str, Any]] = Field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    messages: Annotated[list[Message], Field(min_length=1), AtMost(MOST_MESSAGES)]
+    tools: Annotated[list[Tool], AtMost(MOST_TOOLS)] = Field(default_factory=list)
+    documents: Annotated[list[dict[str, Any]], AtMost(MOST_TOOLS)] = Field(default_factory=list)
+    chat_template_kwargs: Annotated[dict[Text, Any], keys_at_most(_MOST_KWARGS)] = Field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -240,7 +281,7 @@ class Templated(Body):
 class ChatRequest(Common, Templated):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=0, le=_MOST_TOKENS)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
     tool_choice: ToolChoice | None = None
@@ -256,7 +297,9 @@ class ChatRequest(Common, Templated):
             raise ValueError("tool_choice: expected with tools")
         for name in _named(self.tool_choice):
             if name not in names:
-                raise ValueError(f"tool_choice: there is no tool {name!r}; expected one of {', '.join(sorted(names))}")
+                raise ValueError(
+                    f"tool_choice: there is no tool {cut(name, 60)!r}; expected one of {few(sorted(names))}"
+                )
         return self
 
     @property
@@ -306,7 +349,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], AtMost(_MOST_PROMPT)]
 
 
 class LoadRequest(Body):

@@ -10,8 +10,9 @@ from pydantic import Field, ValidationError
 
 from theodora.errors import ConfigError
 from theodora.serve.fields import Body
-from theodora.serve.misses import told
-from theodora.serve.protocol import ChatRequest, StreamOptions, Text
+from theodora.serve.lists import AtMost, keys_at_most
+from theodora.serve.misses import cut, told
+from theodora.serve.protocol import MOST_MESSAGES, MOST_TOOLS, ChatRequest, Metadata, StreamOptions, Tag, Text
 
 
 class TextOptions(Body):
@@ -30,28 +31,28 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: Text
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], AtMost(4 * MOST_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Annotated[list[dict[str, Any]], AtMost(MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: ReasoningOptions = Field(default_factory=ReasoningOptions)
-    include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], AtMost(16)] = Field(default_factory=list)
     """What agents ask for as a matter of course; reasoning is told in plain text."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] = "disabled"
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     store: bool = False
     service_tier: Literal["auto", "default"] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    user: Tag | None = None
+    safety_identifier: Tag | None = None
+    prompt_cache_key: Tag | None = None
+    prompt_cache_retention: Tag | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
     # vLLM's, as of chats
@@ -61,17 +62,18 @@ class ResponsesRequest(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], keys_at_most(4096)] | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], AtMost(4096)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    stop: list[str] | str | None = None
+    stop: Annotated[list[str], AtMost(16)] | str | None = None
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
 
+_MOST_TOLD = 1_000_000
 _HERE: dict[Any, tuple[str, ...]] = {
     "messages": ("input",),
     "max_completion_tokens": ("max_output_tokens",),
@@ -100,6 +102,8 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
     Raises:
         ConfigError: it asks for what is not done, by name.
     """
+    if sum(len(json.dumps(tool)) for tool in asked.tools) > _MOST_TOLD:  # the reply repeats them
+        raise ConfigError(f"tools: expected at most {_MOST_TOLD} characters together")
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     given = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
     body: dict[str, Any] = {
@@ -115,18 +119,20 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError(told({**miss, "loc": _loc(miss["loc"])} for miss in error.errors())) from error
+        raise ConfigError(
+            told({**miss, "loc": _loc(miss["loc"])} for miss in error.errors(include_url=False))
+        ) from error
 
 
 def _loc(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """A place in the chat, by the names that the request has; several items can be one message."""
-    match loc:
+    match tuple(part for part in loc if part not in ("FEW", "MANY")):
         case ("messages", int(), *rest):
             return ("input", *(part for part in rest if not isinstance(part, int)))
         case (first, *rest):
             return (*_HERE.get(first, (first,)), *rest)
-        case _:
-            return loc
+        case same:
+            return same
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -173,7 +179,7 @@ def _other(item: dict[str, Any], kind: str, at: int) -> dict[str, Any]:
         text = _text(output, f"input.{at}.output") if isinstance(output, str | list) else json.dumps(output)
         return {"role": "tool", "tool_call_id": item.get("call_id"), "content": text}
     instead = "; responses are not stored, send the item itself" if kind == "item_reference" else ""
-    raise ConfigError(f"input.{at}: an item of type {kind!r} is not supported by this server{instead}")
+    raise ConfigError(f"input.{at}: an item of type {cut(repr(kind), 60)} is not supported by this server{instead}")
 
 
 def _text(content: Any, place: str) -> str:
@@ -185,21 +191,25 @@ def _text(content: Any, place: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("input_text", "output_text", "text", "refusal"):
-            raise ConfigError(f"{place}: a part of type {kind!r} is not supported by this server, which reads text")
+            raise ConfigError(
+                f"{place}: a part of type {cut(repr(kind), 60)} is not supported by this server, which reads text"
+            )
         texts.append(str(part.get("refusal" if kind == "refusal" else "text") or ""))
     return "".join(texts)
 
 
 def _tool(tool: dict[str, Any], at: int) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise ConfigError(f"tools.{at}: a tool of type {tool.get('type')!r} is not supported by this server")
+        raise ConfigError(
+            f"tools.{at}: a tool of type {cut(repr(tool.get('type')), 60)} is not supported by this server"
+        )
     if isinstance(tool.get("function"), dict):  # as chats have it
         return tool
     known = ("name", "description", "parameters", "strict")
     if others := sorted(
         key for key, value in tool.items() if key not in (*known, "type") and value not in (None, False)
     ):
-        raise ConfigError(f"tools.{at}.{others[0]}: not supported by this server")
+        raise ConfigError(f"tools.{at}.{cut(others[0], 60)}: not supported by this server")
     return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}
 
 
@@ -208,7 +218,7 @@ def _choice(choice: Any) -> Any:
         return choice
     if choice.get("type") == "function" and "name" in choice:
         return {"type": "function", "function": {"name": choice["name"]}}
-    if choice.get("type") == "allowed_tools" and "tools" in choice:
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
         tools = [_choice(tool) for tool in choice["tools"]]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": tools}}
     return choice

@@ -33,6 +33,42 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     return engine, tokenizer
 
 
+def server_settings(engine: Engine, tokenizer: Any, **more: Any) -> Any:
+    """uvicorn's settings for an engine, whose configuration says what a client may take.
+
+    Args:
+        engine: is started with the application.
+        tokenizer: its model's.
+        **more: other settings of uvicorn's, which win.
+    """
+    import uvicorn
+
+    from theodora.serve.app import create_app
+    from theodora.serve.connections import Limits, connection_of, most_connections
+
+    config = engine.config
+    limits = Limits(
+        connections=most_connections(config.max_connections),
+        patience=config.client_timeout,
+        answer=config.timeout,
+        stop=config.grace + _LAST_WORDS / 2,
+    )
+    settings: dict[str, Any] = {
+        "host": config.host,
+        "port": config.port,
+        # Not limit_concurrency, which counts answers under way and turns /health away with them.
+        "http": connection_of(limits),
+        "loop": "asyncio",  # whose connections read as little at a time as they are told
+        "ws": "none",  # sockets that no limit here holds for
+        # uvicorn warns of what clients send, a line for each.
+        "log_level": "error",
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": int(config.grace) + _LAST_WORDS,
+    }
+    return uvicorn.Config(create_app(engine, tokenizer), **settings | more)
+
+
 def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda: None) -> None:
     """Serve until SIGINT or SIGTERM; answers under way are finished, within the configuration's grace.
 
@@ -46,8 +82,6 @@ def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda
     """
     import uvicorn
 
-    from theodora.serve.app import create_app
-
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             if not self.should_exit:
@@ -58,14 +92,7 @@ def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda
             super().handle_exit(sig, frame)
 
     config = engine.config
-    settings = uvicorn.Config(
-        create_app(engine, tokenizer),
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=int(config.grace) + _LAST_WORDS,
-    )
+    settings = server_settings(engine, tokenizer)
     engine.start()  # here rather than within the application, whose failures uvicorn shows as tracebacks
     try:
         started()

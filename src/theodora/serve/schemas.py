@@ -11,6 +11,9 @@ from theodora.errors import ConfigError
 
 MOST_CHARACTERS = 200_000
 """Of a schema, an expression or a grammar."""
+MOST_OPTIONAL = 5000
+"""Optional parts of an expression or a grammar: a row of them takes memory by its square. (50,000 took 10 GB.)"""
+_OPTIONAL = re.compile(r"""[?*{]|\|\s*[|)]|\(\s*\||""|''""")
 _DEEPEST, _MOST_REFERENCES = 64, 500
 
 # What xgrammar reads over, which would be a promise that is not kept.
@@ -62,6 +65,32 @@ def check_size(value: Any, what: str) -> None:
         raise ConfigError(f"{what} is nested {deep} deep; expected at most {_DEEPEST}.")
     if (count := text.count('"$ref"')) > _MOST_REFERENCES:
         raise ConfigError(f"{what} has {count} references ($ref); expected at most {_MOST_REFERENCES}.")
+    check_optional(list(_expressions(value)), what)
+
+
+def check_optional(expressions: list[str], what: str) -> None:
+    """Refuse expressions and grammars that would take too much memory to compile.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    cost = sum(len(_OPTIONAL.findall(text)) ** 2 for text in expressions)
+    if cost > MOST_OPTIONAL**2:
+        raise ConfigError(
+            f"{what} has about {int(cost**0.5)} optional parts (of several expressions, the root of the sum of their "
+            f"squares); expected at most {MOST_OPTIONAL}."
+        )
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    """Expressions and grammars, wherever they stand."""
+    if isinstance(value, Mapping):
+        yield from (text for name in ("pattern", "grammar") if isinstance(text := value.get(name), str))
+        if isinstance(named := value.get("patternProperties"), Mapping):
+            yield from named
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for one in inner:
+        yield from _expressions(one)
 
 
 def _depth(value: Any) -> int:

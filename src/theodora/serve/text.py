@@ -9,6 +9,7 @@ from typing import Any
 
 BROKEN = "�"
 """What decoding gives for part of a character."""
+_BYTES = 32
 CONTEXT = 5
 """Tokens before a token on which its text may depend: more than any decoder looks at."""
 
@@ -74,13 +75,13 @@ class Writer:
         first = len(self._before) + len(self.offsets)
         for count in range(first + 1, len(all_tokens) + 1):
             self.offsets.append(len(self._decoded))
-            self._decode(all_tokens[:count], finished and count == len(all_tokens))
+            self._decode(all_tokens, count, finished and count == len(all_tokens))
             if count - len(self._before) <= self._least:
                 self._unstopped = len(self._decoded)
             elif self._stop():  # asked after each token, so that it does not matter how many come at once
                 break
         if finished and not self.stopped and self._read < len(all_tokens):
-            self._decode(all_tokens, True)
+            self._decode(all_tokens, len(all_tokens), True)
             if len(tokens) > self._least:
                 self._stop()
         end = len(self._decoded) - (0 if finished or self.stopped else self._held())
@@ -88,13 +89,17 @@ class Writer:
         self.text += new
         return new
 
-    def _decode(self, tokens: Sequence[int], last: bool) -> None:
+    def _decode(self, tokens: Sequence[int], count: int, last: bool) -> None:
         # Decoding begins a few tokens back, because spaces depend on what stands before.
         before = self._text(tokens[self._start : self._read])
-        now = self._text(tokens[self._start :])
+        now = self._text(tokens[self._start : count])
         if len(now) > len(before) and (last or not now.endswith(BROKEN)):
             self._decoded += now[len(before) :]
-            self._start, self._read = self._read, len(tokens)
+            self._start, self._read = self._read, count
+        elif count - self._read > _BYTES and not last:
+            # So many bytes in a row are no character; the last few may yet become one. Decoding all of them again for
+            # each token would take the square of their number.
+            self._decode(tokens, count - 4, True)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)

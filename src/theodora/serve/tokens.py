@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import JSONResponse
 from pydantic import Discriminator, Tag
 
 from theodora.errors import ConfigError
 from theodora.serve.answers import Desk
+from theodora.serve.aside import LONG
+from theodora.serve.bodies import body_of
 from theodora.serve.chats import chat_text
 from theodora.serve.engine import UnknownModel
 from theodora.serve.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -20,37 +22,55 @@ def _kind(body: Any) -> str:
     return "CHAT" if isinstance(body, dict) and "messages" in body else "TEXT"
 
 
-_Tokenize = Annotated[
+_KINDS = Annotated[
     Annotated[TokenizeChatRequest, Tag("CHAT")] | Annotated[TokenizeRequest, Tag("TEXT")], Discriminator(_kind)
 ]
+_Tokenize = Annotated[TokenizeChatRequest | TokenizeRequest, Depends(body_of(_KINDS))]
+_Detokenize = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 
 
 def token_routes(desk: Desk) -> APIRouter:
     """The routes /tokenize, /detokenize and /tokenizer_info."""
     router, tokenizer = APIRouter(), desk.tokenizer
+    most = desk.most_read
 
     def check(model: str | None) -> None:
         if model is not None and not desk.knows(model):
             raise UnknownModel(f"There is no model {model!r}.")
 
     @router.post("/tokenize")
-    async def tokenize(asked: _Tokenize) -> dict[str, Any]:
+    async def tokenize(asked: _Tokenize) -> Response:
         check(asked.model)
-        if isinstance(asked, TokenizeRequest):
-            text = asked.prompt
-        else:  # an adapter's own template, as its chats are written
-            manner = await asyncio.to_thread(desk.manner, asked.model or desk.engine.config.name)
-            text = chat_text(tokenizer, asked, manner.template_of(bool(asked.tools)))[0]
-        ids = await desk.encode(text, asked.add_special_tokens)
-        names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
-        return {"count": len(ids), "max_model_len": desk.engine.window, "tokens": ids, "token_strs": names}
+        manner = await desk.manner_of(asked.model or desk.engine.config.name)
+
+        def read() -> Response:
+            if isinstance(asked, TokenizeRequest):
+                text = asked.prompt
+            else:  # an adapter's own template, as its chats are written
+                text = chat_text(tokenizer, asked, manner.template_of(bool(asked.tools)))[0]
+            ids = desk.ids(text, asked.add_special_tokens, most)
+            if len(ids) > most:
+                raise ConfigError(f"The text has {len(ids)} tokens; expected at most {most}.")
+            names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+            return JSONResponse(
+                {"count": len(ids), "max_model_len": desk.engine.window, "tokens": ids, "token_strs": names}
+            )
+
+        short = isinstance(asked, TokenizeRequest) and len(asked.prompt) <= LONG
+        return read() if short else await desk.reading(read)
 
     @router.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(asked: _Detokenize) -> Response:
         check(asked.model)
-        if asked.tokens and max(asked.tokens) >= (most := max(len(tokenizer), desk.engine.vocabulary)):
-            raise ConfigError(f"tokens holds ids outside 0 to {most - 1}.")
-        return {"prompt": tokenizer.decode(asked.tokens, clean_up_tokenization_spaces=False)}
+        if len(asked.tokens) > most:
+            raise ConfigError(f"tokens holds {len(asked.tokens)} ids; expected at most {most}.")
+        if asked.tokens and max(asked.tokens) >= (rows := max(len(tokenizer), desk.engine.vocabulary)):
+            raise ConfigError(f"tokens holds ids outside 0 to {rows - 1}.")
+
+        def read() -> Response:
+            return JSONResponse({"prompt": tokenizer.decode(asked.tokens, clean_up_tokenization_spaces=False)})
+
+        return read() if len(asked.tokens) <= LONG // 4 else await desk.reading(read)
 
     @router.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
