@@ -82,7 +82,7 @@ DAMAGES = {
     "negative steps": ("trainer_state.json", lambda n, _: state(n, global_step=-4)),
     "no optimizer": ("optimizer.pt", lambda n, _: (n / "optimizer.pt").unlink()),
     "no random states": ("rng_state.pth", lambda n, _: (n / "rng_state.pth").unlink()),
-    "other bytes, the same size": ("scheduler.pt", lambda n, _: flip(n / "scheduler.pt", 0.5)),
+    "other bytes, one size": ("scheduler.pt", lambda n, _: flip(n / "scheduler.pt", 0.5)),
     "no manifest": (MARK, lambda n, _: (n / MARK).unlink()),
     "a manifest that is none": (MARK, lambda n, _: (n / MARK).write_text("{")),
     "a manifest that is a list": (MARK, lambda n, _: (n / MARK).write_text("[]")),
@@ -91,7 +91,8 @@ DAMAGES = {
 SELF_TOLD = [
     name
     for name in DAMAGES
-    if name not in ("the optimizer of another", "no random states", "other bytes, the same size")
+    if name
+    not in ("the optimizer of another", "the adapter of another", "no random states", "other bytes, the same size")
     and "manifest" not in name
 ]
 

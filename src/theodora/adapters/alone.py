@@ -26,7 +26,9 @@ _DEBRIS = re.compile(r"\..+\.(partial|begun)-.+|" + re.escape(LOCK), re.DOTALL)
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[list[str]]:
-    """Keep other processes of Theodora from writing into a folder (it is made) until the block ends.
+    """Keep other processes of Theodora from writing into a folder until the block ends.
+
+    The folder is made, and goes again if nothing was written into it.
 
     Yields:
         what the user should know of the lock.
@@ -35,10 +37,8 @@ def alone_in(folder: Path) -> Iterator[list[str]]:
         UsageError: another process is at work there; the message says which. Or the folder lies below a file.
         CheckpointError: the place cannot be written.
     """
-    path, process = folder / LOCK, os.getpid()
+    path, process, is_new = folder / LOCK, os.getpid(), not folder.exists()
     with explained_io_errors(folder):
-        check_above(path)
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor, notes = _take(folder, path)
     try:
         yield notes
@@ -47,6 +47,9 @@ def alone_in(folder: Path) -> Iterator[list[str]]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             release(descriptor)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if it has come to nothing
 
 
 def is_empty(folder: Path) -> bool:
@@ -56,7 +59,12 @@ def is_empty(folder: Path) -> bool:
 
 def _take(folder: Path, path: Path) -> tuple[int, list[str]]:
     while True:
-        descriptor = _open(path)
+        check_above(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _open(path)
+        except FileNotFoundError:  # the folder went with another process, whose work came to nothing
+            continue
         taken, before = try_lock(descriptor), read_owner(descriptor)
         if taken is False:
             os.close(descriptor)

@@ -38,7 +38,7 @@ _BEGUN = f"{RECORD_HEAD} It has only begun.\n"
 """What it says before anything else of a run is written."""
 _DOOMED = f"{RECORD_HEAD} It is being deleted, for another run to begin here.\n"
 """What it says from the moment at which a run is given up until the next one has its own."""
-_RESULT = "adapter_model.safetensors"
+_RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) -> None:
@@ -58,8 +58,10 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             f"{output} holds {', '.join(theirs)}, but no run of theodora ({CONFIG_FILE} would say so), and none of "
             "that is written over. Choose another output folder, or move these files away."
         )
-    # What a run that died before its first checkpoint leaves is nothing to lose.
-    names = RUN_FILES if resume is None else (_RESULT,) if resume == "auto" and not newest_checkpoint(output) else ()
+    # What a run that died before it had weights to show leaves is nothing to lose.
+    has_result = os.path.lexists(output / "adapter_model.safetensors")
+    loses_result = has_result and resume == "auto" and not newest_checkpoint(output)
+    names = RUN_FILES if resume is None else _RESULTS if loses_result else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
     found = [name for name in names if os.path.lexists(output / name)]
     if found and not (overwrite or begun or doomed):
