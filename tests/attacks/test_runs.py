@@ -180,6 +180,16 @@ def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path):
             os.close(end)
 
 
+@pytest.mark.parametrize("kind", ["a link", "a folder", "no plain file"])
+def test_what_stands_at_the_locks_name_is_neither_followed_nor_waited_for(kind, tmp_path):
+    make = {"a link": lambda path: path.symlink_to(tmp_path / "x"), "a folder": Path.mkdir, "no plain file": os.mkfifo}
+    make[kind](tmp_path / LOCK)
+    with pytest.raises(UsageError, match=f"is {kind}; expected the file of a lock"), alone_in(tmp_path):
+        pass
+    assert os.path.lexists(tmp_path / LOCK)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("host", ["elsewhere", None])
 def test_what_was_left_by_another_machine_or_without_locks_is_said(host, tmp_path, monkeypatch):
     owner = {"pid": 7, "host": host, "machine": "x", "since": "[red]then"}

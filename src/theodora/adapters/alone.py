@@ -59,7 +59,9 @@ def is_empty(folder: Path) -> bool:
 
 def _take(folder: Path, path: Path) -> tuple[int, list[str]]:
     while True:
-        check_above(path)
+        check_above(folder)
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UsageError(f"{folder} is no folder, and nothing can be written into it. Choose another place.")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = _open(path)
