@@ -176,8 +176,9 @@ def _remove(folder: Path) -> None:
 
 @functools.cache
 def _clear_once(root: Path, process: int) -> None:
-    del process
     clear_dead(root)
+    # And at the end, what children leave that were ended by a signal.
+    atexit.register(lambda: os.getpid() == process and clear_dead(root))
 
 
 def clear_dead(root: Path) -> None:
