@@ -19,6 +19,7 @@ from theodora.adapters.atomic import (
     scratch_directory,
 )
 from theodora.errors import CheckpointError, UsageError
+from theodora.locks import SECONDS_TO_LOCK, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux swaps two names at one moment")
 
@@ -201,7 +202,7 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     (tmp_path / ".file.partial-dead").touch()
     (tmp_path / ".out.begun-young").mkdir()
     (tmp_path / ".out.begun-old").mkdir()
-    long_ago = time.time() - atomic._SECONDS_TO_LOCK - 5
+    long_ago = time.time() - SECONDS_TO_LOCK - 5
     os.utime(tmp_path / ".out.begun-old", (long_ago, long_ago))
     (tmp_path / ".hidden").touch()
     with atomic_directory(tmp_path / "other") as living:
@@ -256,3 +257,47 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
         raise error
     assert caught.value is error
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_another_process_wrote_meanwhile_is_not_written_over(kind, tmp_path):
+    place = tmp_path / "out"
+
+    def write_late():
+        with atomic_directory(place) if kind == "folder" else atomic_write(place, overwrite=False) as partial:
+            (partial / "mine" if kind == "folder" else partial).write_text("late")
+            if kind == "folder":
+                place.mkdir()
+            (place / "theirs" if kind == "folder" else place).write_text("first")
+
+    with pytest.raises(UsageError, match="by another process meanwhile"):
+        write_late()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (place / "theirs" if kind == "folder" else place).read_text() == "first"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_of_two_that_may_overwrite_the_last_one_stays_whole(kind, tmp_path):
+    place = tmp_path / "out"
+    write = atomic_directory if kind == "folder" else atomic_write
+    with write(place, overwrite=True) as slow:
+        (slow / "a" if kind == "folder" else slow).write_text("slow")
+        with write(place, overwrite=True) as fast:
+            (fast / "b" if kind == "folder" else fast).write_text("fast")
+    assert (place / "a" if kind == "folder" else place).read_text() == "slow"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_kill_left_moved_away_gets_its_name_back(tmp_path, monkeypatch):
+    """Where names cannot be swapped, the old folder has none for a moment."""
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "old").write_text("whole")
+    away, lock = atomic._new_partial(tmp_path / "out", folder=True)
+    (tmp_path / "out").rename(away / "replaced")
+    clear_leftovers(tmp_path)  # its process lives
+    assert not (tmp_path / "out").exists()
+    release(lock)  # as the kernel does when a process dies
+    with pytest.raises(UsageError, match="already exists"), atomic_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "old").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from theodora.adapters.alone import LOCK, alone_in
 from theodora.compare import CompareConfig, compare
 from theodora.compare.cells import Cell
 from theodora.compare.run import ComparisonInterrupted, report_only
+from theodora.compare.store import Store
 from theodora.compare.worker import Bench
 from theodora.errors import ConfigError, DataError, UsageError
 
@@ -269,3 +271,16 @@ def test_a_report_can_be_written_anew(run, options, tmp_path):
     config = CompareConfig.from_options(options | {"methods": ["lora"], "learning_rates": [1e-2]})
     assert report_only(config).is_file()
     assert os.path.getsize(tmp_path / "out" / "report.html") > 1000
+
+
+def test_a_folder_that_a_killed_process_had_begun_is_taken_and_one_in_use_is_not(run, options, tmp_path):
+    output = tmp_path / "out"
+    (output / ".settings.yaml.partial-abcdefgh").mkdir(parents=True)
+    (output / LOCK).write_text("{}")
+    Store(CompareConfig.from_options(options)).open()
+    with alone_in(output), pytest.raises(UsageError, match="in use by process"):
+        run()
+    (output / "mine.txt").write_text("")
+    with pytest.raises(UsageError, match="holds no comparison"):
+        run()
+    assert sorted(path.name for path in output.iterdir()) == [".settings.yaml.partial-abcdefgh", "mine.txt"]

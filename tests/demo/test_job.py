@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
+from theodora.adapters.alone import alone_in
 from theodora.cli.main import main
 from theodora.demo import job, task
 from theodora.demo.model import split_digits
@@ -103,6 +104,16 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(demo, tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="no earlier demo"):
             job.check_output(tmp_path / "mine", overwrite)
+
+
+def test_a_demo_that_was_killed_as_it_began_is_replaced_and_one_at_work_is_not(tmp_path, monkeypatch):
+    output, console = tmp_path / "demo", Console(quiet=True)
+    monkeypatch.setattr(task, "make_rows", lambda findings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        job._prepare_output(output, [], [], SETTINGS)
+    job.check_output(output, overwrite=True)
+    with alone_in(output), pytest.raises(UsageError, match="in use by process"):
+        job.run_demo(output, console, overwrite=True)
 
 
 def test_what_lies_beside_an_earlier_demo_stays(tmp_path):

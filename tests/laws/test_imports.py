@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "trust", "config", "parse", "ends"},
+    {"errors", "coerce", "other_words", "trust", "config", "parse", "ends", "locks"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},

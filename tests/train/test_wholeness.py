@@ -14,6 +14,7 @@ from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.train import train, wholeness
 from theodora.train.checkpoints import check_output, find_checkpoint, newest_checkpoint, passed_over
+from theodora.train.inputs import INPUTS_FILE
 from theodora.train.wholeness import faults, read_state
 
 
@@ -81,6 +82,8 @@ DAMAGES = {
     "negative steps": ("trainer_state.json", lambda n, _: state(n, global_step=-4)),
     "no optimizer": ("optimizer.pt", lambda n, _: (n / "optimizer.pt").unlink()),
     "no random states": ("rng_state.pth", lambda n, _: (n / "rng_state.pth").unlink()),
+    "other bytes, one size": ("scheduler.pt", lambda n, _: flip(n / "scheduler.pt", 0.5)),
+    "no manifest": (MARK, lambda n, _: (n / MARK).unlink()),
     "a manifest that is none": (MARK, lambda n, _: (n / MARK).write_text("{")),
     "a manifest that is a list": (MARK, lambda n, _: (n / MARK).write_text("[]")),
 }
@@ -88,9 +91,15 @@ DAMAGES = {
 SELF_TOLD = [
     name
     for name in DAMAGES
-    if name not in ("the optimizer of another", "the adapter of another", "a bit of the adapter", "no random states")
+    if name
+    not in ("the optimizer of another", "the adapter of another", "no random states", "other bytes, the same size")
     and "manifest" not in name
 ]
+
+
+def as_of_an_older_version(checkpoint):
+    for name in (MARK, INPUTS_FILE):
+        (checkpoint / name).unlink()
 
 
 def damaged(output, damage):
@@ -127,7 +136,7 @@ def test_damage_is_told_passed_over_and_refused(damage, output):
 @pytest.mark.parametrize("damage", SELF_TOLD)
 def test_of_an_older_version_what_can_be_read_is_checked(damage, output):
     for checkpoint in (output / "checkpoints").iterdir():
-        (checkpoint / MARK).unlink()
+        as_of_an_older_version(checkpoint)
     newest, older = damaged(output, damage)
     assert any(fault.startswith(DAMAGES[damage][0]) for fault in faults(newest))
     assert find_checkpoint("auto", output) == older
@@ -138,7 +147,7 @@ def test_of_an_older_version_what_can_be_read_is_checked(damage, output):
 
 def test_of_an_older_version_a_whole_one_goes_on_with_a_word(output):
     newest = output / "checkpoints" / "checkpoint-4"
-    (newest / MARK).unlink()
+    as_of_an_older_version(newest)
     assert find_checkpoint(str(newest), output) == newest
     (note,) = passed_over(output, newest)
     assert "could not be" in note

@@ -22,9 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from theodora.errors import CheckpointError, UsageError
+from theodora.locks import SECONDS_TO_LOCK, holds, release, try_lock
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_SECONDS_TO_LOCK = 60  # in which whatever has been begun is locked and named, or its process is dead
+_REPLACED = "replaced"  # what stood at a name, while another folder takes it in two steps
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
@@ -45,6 +47,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
+    clear_leftovers(path.parent, glob.escape(path.name))
     # A link that points nowhere is there, too.
     if os.path.lexists(path) and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} already exists. Choose another place, or allow it to be overwritten.")
@@ -56,15 +59,15 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 _open_to_others(found)
             if found.is_file() or found.is_dir():
                 _sync(found)
-        _take_place(partial, path)
+        _take_place(partial, path, overwrite)
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """Yield the path of a new file that takes the name `path` when the block ends well.
 
     Raises:
-        UsageError: `path` lies below a file.
+        UsageError: `path` lies below a file; or it exists when the block ends, and `overwrite` is off.
         CheckpointError: the disk is full or the place cannot be written.
     """
     path = Path(os.path.abspath(path))
@@ -72,7 +75,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o666 & ~_umask())
         _sync(partial)
-        partial.replace(path)
+        _take_name(partial, path, overwrite)
         _sync(path.parent)
 
 
@@ -158,17 +161,27 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left in `folder` of things called `name` (a pattern); living ones keep theirs."""
+    """Delete what killed processes left in `folder` of things called `name` (a pattern); living ones keep theirs.
+
+    What one was about to replace by something new, and had moved away, gets its name back.
+    """
     for leftover in folder.glob(partial_name(Path(name)) + "*"):
         with contextlib.suppress(OSError):
             lock = _lock(leftover)
             if lock is not None:
+                _put_back(leftover)
                 _remove(leftover)
-                os.close(lock)
+                release(lock)
     for begun in folder.glob(_begun_name(Path(name)) + "*"):
         with contextlib.suppress(OSError):
-            if time.time() - begun.stat().st_mtime > _SECONDS_TO_LOCK:
+            if time.time() - begun.stat().st_mtime > SECONDS_TO_LOCK:
                 _remove(begun)
+
+
+def _put_back(leftover: Path) -> None:
+    replaced, (name, mark, _) = leftover / _REPLACED, leftover.name[1:].rpartition(".partial-")
+    if mark and replaced.is_dir() and not os.path.lexists(leftover.with_name(name)):
+        replaced.rename(leftover.with_name(name))
 
 
 def _begun_name(path: Path) -> str:
@@ -193,21 +206,18 @@ def _lock(path: Path) -> int | None:
     """Open `path` with a lock of this process alone; None if another holds it, or the file system has no locks."""
     if sys.platform == "win32":
         return None
-    import fcntl
-
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if try_lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _end(partial: Path, lock: int | None) -> None:
-    _remove(partial)
+    if lock is None or holds(lock):  # not in a child that was forked since
+        _remove(partial)
     if lock is not None:
-        os.close(lock)
+        release(lock)
 
 
 def _remove(path: Path) -> None:
@@ -217,20 +227,49 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _take_place(partial: Path, path: Path) -> None:
+def _take_name(partial: Path, path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(partial, path)
+            return
+        except FileExistsError:
+            raise UsageError(f"{path} was written by another process meanwhile. Choose another place.") from None
+        except OSError:  # a file system without further names for a file
+            pass
+    partial.replace(path)
+
+
+def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
     """Rename `partial` to `path`; what stood there takes the name `partial`, or is deleted."""
-    if not os.path.lexists(path):
-        partial.rename(path)
-    elif not _exchange(partial, path):
-        old = Path(tempfile.mkdtemp(prefix=partial_name(path), dir=path.parent)) / "old"
+    if not os.path.lexists(path) or not (overwrite or path.is_symlink()):
+        try:
+            partial.rename(path)  # over an empty folder at the most
+        except OSError as error:
+            if error.errno not in _TAKEN and not isinstance(error, FileExistsError):
+                raise
+            if not (overwrite or (path.is_dir() and not any(path.iterdir()))):  # (Windows renames over nothing)
+                raise UsageError(f"{path} was written by another process meanwhile. Choose another place.") from None
+            _replace(partial, path)
+    else:
+        _replace(partial, path)
+    _sync(path.parent)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    if _exchange(partial, path):
+        return
+    # The name is nobody's for a moment. A kill then leaves what stood there where `clear_leftovers` finds it.
+    away, lock = _new_partial(path, folder=True)
+    old = away / _REPLACED
+    try:
         path.rename(old)
         try:
             partial.rename(path)
         except OSError:
             old.rename(path)
             raise
-        shutil.rmtree(old.parent, ignore_errors=True)
-    _sync(path.parent)
+    finally:
+        _end(away, lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any
 
 from theodora.bench.variants import Job
 from theodora.bench.worker import Failure, Loaded, Memory, Turn, work
+from theodora.locks import temporary_folder
 
 Progress = Callable[[str], None]
 
@@ -79,8 +79,8 @@ class Runner:
 
     def run(self) -> dict[str, Measured]:
         """Name → what was measured. A variant that fails says so there, and stops no other."""
-        with tempfile.TemporaryDirectory(prefix="theodora-bench-") as logs:
-            self.logs = Path(logs)
+        with temporary_folder("bench") as logs:
+            self.logs = logs
             try:
                 for name in self.jobs:  # all at once: their imports take seconds and no device
                     self._spawn(name)

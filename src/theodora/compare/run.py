@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from theodora.adapters.alone import alone_in
 from theodora.compare.cells import Cell, Record, all_cells
 from theodora.compare.config import CompareConfig
 from theodora.compare.material import left_out, read_splits
@@ -43,26 +44,30 @@ def compare(
     Raises:
         ConfigError: the configuration makes no sense.
         DataError: data cannot be used. Nothing was run.
-        UsageError: the folder holds another comparison; the message shows the difference.
+        UsageError: the folder holds another comparison; the message shows the difference. Or another process is at work
+            in it.
         ComparisonInterrupted: Ctrl-C; the message says how to go on.
     """
     console = console or Console(highlight=False)
     start = time.monotonic()
-    store = Store(config)
-    store.open()
-    with quiet():
-        if any(all_cells(config, store.records)):
-            with console.status("Reading the data ..."):
-                # What is wrong with it is said before a model is loaded, or anything written.
-                splits, general = read_splits(config)
-            for line in left_out(splits, general):
-                console.print(f"Left out: {line}", style="yellow", markup=False)
-            store.create()
-            until = None if seconds is None else start + seconds
-            with _workers(config, console) as workers:
-                _run_cells(store, workers, View(console, store, workers), until)
-        store.write_parquet()
-        write_report(store)
+    with alone_in(Path(config.output)) as notes:
+        for note in notes:
+            console.print(f"Note: {note}", style="yellow", markup=False)
+        store = Store(config)
+        store.open()
+        with quiet():
+            if any(all_cells(config, store.records)):
+                with console.status("Reading the data ..."):
+                    # What is wrong with it is said before a model is loaded, or anything written.
+                    splits, general = read_splits(config)
+                for line in left_out(splits, general):
+                    console.print(f"Left out: {line}", style="yellow", markup=False)
+                store.create()
+                until = None if seconds is None else start + seconds
+                with _workers(config, console) as workers:
+                    _run_cells(store, workers, View(console, store, workers), until)
+            store.write_parquet()
+            write_report(store)
     _say_what_there_is(console, store)
     return store.records
 

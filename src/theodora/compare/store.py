@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from theodora.adapters.alone import is_empty
 from theodora.adapters.atomic import atomic_write
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
@@ -41,7 +42,7 @@ class Store:
         settings = self.folder / SETTINGS
         cells = sorted((self.folder / CELLS).glob("*.json"))
         if not settings.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            if self.folder.exists() and not is_empty(self.folder):
                 raise UsageError(f"{self.folder} exists and holds no comparison; choose another output")
         elif cells:
             _check_same(self.folder, yaml.safe_load(settings.read_text(encoding="utf-8")), _settings(self.config))

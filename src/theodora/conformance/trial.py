@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from theodora.conformance.cases import (
 )
 from theodora.conformance.formula import Numbers
 from theodora.conformance.rounding import Rounded, distance
+from theodora.locks import temporary_folder
 
 
 class NotOfferedError(Exception):
@@ -223,8 +223,8 @@ class Trial:
     @contextmanager
     def folder(self) -> Iterator[Path]:
         """A folder of our own, which vanishes."""
-        with tempfile.TemporaryDirectory(prefix="theodora-conformance-") as path:
-            yield Path(path)
+        with temporary_folder("conformance") as path:
+            yield path
 
     def rows(self, x: Sequence[Tensor], kind: str) -> Tensor:
         """One kind's input as the formula takes it."""

@@ -28,6 +28,8 @@ class Examples:
     """One sentence for people: how many rows, how they were read, which columns were left out."""
     left_out: tuple[LeftOut, ...] = ()
     """What the rows of the source hold and nothing is learned from."""
+    sha256: str = ""
+    """Of all rows of the source as they were read, in their order; a part of them keeps it. Empty if they were made."""
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
-import functools
-import shutil
+import hashlib
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from theodora.data.problems import Problems
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
 from theodora.errors import DataError, shown
+from theodora.locks import process_folder
 
 _MOST_LEFT_OUT = 1000
 """Names of columns and keys to remember; rows of a hostile file may each have their own."""
@@ -80,6 +80,7 @@ def _read(opened: Source, *, as_turns: bool) -> Examples:
         opened.name,
         reading.describe(len(dataset), opened.note, left_out),
         left_out,
+        reading.hashed.hexdigest(),
     )
 
 
@@ -90,6 +91,7 @@ class _Reading:
         self.problems = problems
         self.layout: Layout | None = None
         self.has_tools = False
+        self.hashed = hashlib.sha256()
         self._as_turns = as_turns
         # Nobody wrote the nulls and the order of keys of a table.
         self._unsaid = (NULLS, ORDER) if is_table else ()
@@ -168,33 +170,37 @@ def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
     return NOT_USED if plain in COLUMNS else not_used(name, beside)
 
 
+def _as_text(row: Row) -> str:
+    """A row for its hash and its size; in JSON, which is the same with every version of Python, if it can be."""
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):
+        return str(row)
+
+
 def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
     """Write rows to an Arrow file as they come, so that memory holds one batch of them; None if there are none."""
     first = next(rows, None)
     if first is None or reading.layout is None:
         return None
-    folder = Path(tempfile.mkdtemp(dir=_temporary_folder()))
-    path = folder / "rows.arrow"
     held = 0
     try:
+        # This process's own folder (in TMPDIR), removed when it ends, or else by the next one.
+        folder = Path(tempfile.mkdtemp(dir=process_folder("data")))
+        path = folder / "rows.arrow"
         with ArrowWriter(path=str(path), features=reading.layout.features, writer_batch_size=_BATCH_ROWS) as writer:
             for row in chain([first], rows):
                 writer.write(row)
-                held += len(str(row))
+                text = _as_text(row)
+                reading.hashed.update(text.encode(errors="surrogatepass"))
+                held += len(text)
                 if held > _BATCH_BYTES:
                     writer.write_examples_on_file()
                     held = 0
             writer.finalize()
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DataError(f"No space is left in {folder.parent}; set TMPDIR to a folder on a larger disk") from error
+            place = tempfile.gettempdir()
+            raise DataError(f"No space is left in {place}; set TMPDIR to a folder on a larger disk") from error
         raise
     return Dataset.from_file(str(path))
-
-
-@functools.cache
-def _temporary_folder() -> str:
-    """This process's own folder for Arrow files (in TMPDIR), removed when it ends."""
-    folder = tempfile.mkdtemp(prefix="theodora-data-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

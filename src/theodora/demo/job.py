@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, merge_checkpoint
+from theodora.adapters.alone import alone_in, is_empty
+from theodora.adapters.atomic import atomic_write, remove_folder
 from theodora.adapters.models import best_device, load_model_and_tokenizer
 from theodora.config import TrainConfig
 from theodora.data import encode_prompt, load_examples, reference_answer
@@ -69,12 +70,15 @@ def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: 
         overwrite: replace an earlier demo at `output`; other files in that folder stay.
 
     Raises:
-        UsageError: something else stands at `output`, or an earlier demo that is not to be replaced.
+        UsageError: something else stands at `output`, or an earlier demo that is not to be replaced, or one at work.
         TheodoraError: model or data cannot be fetched.
     """
     start = time.monotonic()
     check_output(output, overwrite)
-    with quiet_libraries():
+    with alone_in(output) as notes, quiet_libraries():
+        for note in notes:
+            console.print(f"Note: {note}", style="yellow", markup=False)
+        check_output(output, overwrite)  # once more: it may have been written meanwhile
         model = cached_model(console)
         findings = task.read_findings(assets.fetch(assets.FINDINGS, console))
         summaries = assets.fetch(assets.GENERAL_TEXTS, console)
@@ -89,7 +93,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UsageError: it does.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or is_empty(output):
         return
     readme = output / _README
     if not (readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(_MARK)):
@@ -166,13 +170,14 @@ class _Data:
 
 
 def _prepare_output(output: Path, findings: list[task.Finding], texts: list[str], settings: DemoSettings) -> _Data:
+    # First, so that what a kill leaves is known for a demo.
+    with atomic_write(output / _README) as readme:
+        readme.write_text(_MARK + _CONTENTS, encoding="utf-8")
     for name in _FOLDERS:
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
+        remove_folder(output / name)
     for name in _FILES:
         (output / name).unlink(missing_ok=True)
-    (output / "data").mkdir(parents=True)
-    (output / _README).write_text(_MARK + _CONTENTS, encoding="utf-8")
+    (output / "data").mkdir()
     training, held_out = task.split_rows(task.make_rows(findings), settings.held_out_rows)
     data = _Data(train=output / "data" / "train.jsonl", held_out=output / "data" / "held_out.jsonl")
     task.write_jsonl(data.train, training)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
 from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
 from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
+from theodora.locks import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -243,11 +243,11 @@ def export_adapter(
         "trust_remote_code": trust_remote_code,
     }
     name, lora = str(adapter), f"{adapter} as LoRA of rank {lora_rank}"
-    with tempfile.TemporaryDirectory() as folder, _told_as(Path(folder) / "lora", lora):
+    with temporary_folder("export") as folder, _told_as(folder / "lora", lora):
         if lora_rank is not None:
             say(f"making a LoRA of rank {lora_rank}")
-            fit = folder_to_lora(file.path, Path(folder) / "lora", lora_rank, base_model=base_model)
-            job = replace(job, file=read_adapter(Path(folder) / "lora"))
+            fit = folder_to_lora(file.path, folder / "lora", lora_rank, base_model=base_model)
+            job = replace(job, file=read_adapter(folder / "lora"))
             name = lora
             loss = verify(str(file.path), str(job.file.path), bound=float("inf"), kl_bound=float("inf"), **asked)
             loss = replace(loss, a=str(adapter), b=name)
@@ -339,7 +339,7 @@ def _verified(
 
 
 def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
-    return atomic_write(output) if is_one_file(form) else atomic_directory(output, overwrite=overwrite)
+    return (atomic_write if is_one_file(form) else atomic_directory)(output, overwrite=overwrite)
 
 
 def _check_options(form: str, dtype: str | None, lora_rank: int | None, llama_cpp: str | Path | None) -> None:

@@ -27,6 +27,7 @@ from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.functional import dora_norm, dora_scale
 from theodora.layers import base_weight as layer_weight
+from theodora.locks import temporary_folder
 
 FORM = "theodora.served.v1"
 SERVED_CONFIG, SERVED_WEIGHTS = "served_adapter.json", "served_adapter.safetensors"
@@ -137,8 +138,6 @@ def load_served(model: PreTrainedModel, folder: str | Path) -> None:
 
 def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
     """Load tensors under PEFT's keys through the checks that any adapter folder passes."""
-    import tempfile
-
     fields = peft_config(
         config,
         target_modules=list(config.targets),
@@ -147,8 +146,8 @@ def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Ten
         task_type=None,
         fan_in_fan_out=False,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(folder) / WEIGHTS_NAME)
+    with temporary_folder("served") as folder:
+        (folder / CONFIG_NAME).write_text(json.dumps(fields))
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         with torch.no_grad():
             load_adapter(model, folder)

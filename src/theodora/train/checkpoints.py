@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from theodora.adapters.atomic import clear_leftovers, remove_folder
+from theodora.adapters.atomic import atomic_write, clear_leftovers, remove_folder
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.train.wholeness import faults, is_listed, read_state
 
@@ -33,6 +34,10 @@ RUN_FILES = (
 )
 RECORD_HEAD = "# Every setting of this run."
 """How a run's own `config.yaml` begins: by that a run is told from what has the names of its files."""
+_BEGUN = f"{RECORD_HEAD} It has only begun.\n"
+"""What it says before anything else of a run is written."""
+_DOOMED = f"{RECORD_HEAD} It is being deleted, for another run to begin here.\n"
+"""What it says from the moment at which a run is given up until the next one has its own."""
 _RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
 
 
@@ -45,17 +50,21 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
         CheckpointError: the place cannot be written.
     """
     begins = resume is None or (resume == "auto" and not newest_checkpoint(output))
+    begun, doomed = _record_is(output, _BEGUN), is_doomed(output)
     theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name) and not _is_empty(output / name)]
-    if theirs and not _is_run(output):
+    theirs = [name for name in theirs if not (begun and name == CONFIG_FILE)]
+    if theirs and (begun or not _is_run(output)):
         raise ConfigError(
             f"{output} holds {', '.join(theirs)}, but no run of theodora ({CONFIG_FILE} would say so), and none of "
             "that is written over. Choose another output folder, or move these files away."
         )
-    # What a run that died before its first checkpoint leaves is nothing to lose.
-    names = RUN_FILES if resume is None else _RESULTS if resume == "auto" and not newest_checkpoint(output) else ()
+    # What a run that died before it had weights to show leaves is nothing to lose.
+    has_result = os.path.lexists(output / "adapter_model.safetensors")
+    loses_result = has_result and resume == "auto" and not newest_checkpoint(output)
+    names = RUN_FILES if resume is None else _RESULTS if loses_result else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
     found = [name for name in names if os.path.lexists(output / name)]
-    if found and not overwrite:
+    if found and not (overwrite or begun or doomed):
         raise ConfigError(
             f"{output} already holds a run ({', '.join(found)}). Choose another output folder, or say "
             + ("" if resume else "--resume to go on from its newest checkpoint, or ")
@@ -99,11 +108,38 @@ def check_inputs(output: Path, inputs: Mapping[str, str | None], overwrite: bool
 
 
 def _is_run(output: Path) -> bool:
+    return _record_is(output, RECORD_HEAD)
+
+
+def is_doomed(output: Path) -> bool:
+    """Whether a process was killed while it deleted the run in `output`, of which nothing is to go on then."""
+    return _record_is(output, _DOOMED)
+
+
+def _record_is(output: Path, head: str) -> bool:
     try:
         with (output / CONFIG_FILE).open(encoding="utf-8") as file:
-            return file.read(len(RECORD_HEAD)) == RECORD_HEAD
+            return file.read(len(head)) == head
     except (OSError, UnicodeDecodeError):
         return False
+
+
+@contextmanager
+def marked(output: Path) -> Iterator[None]:
+    """Say that a run begins in `output`, before anything else of it is written; unsay it if it comes to nothing."""
+    if not _is_run(output):
+        write_record(output, _BEGUN)
+    try:
+        yield
+    finally:
+        if _record_is(output, _BEGUN):
+            (output / CONFIG_FILE).unlink(missing_ok=True)
+
+
+def write_record(output: Path, text: str) -> None:
+    """Write a run's `config.yaml`, which begins with `RECORD_HEAD`."""
+    with atomic_write(output / CONFIG_FILE) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def _is_empty(path: Path) -> bool:
@@ -113,11 +149,14 @@ def _is_empty(path: Path) -> bool:
 
 
 def clear_run(output: Path) -> None:
-    """Delete the run that `output` holds; other files stay."""
-    # Checkpoints first, all at once: nobody may go on from those of a run that is to be forgotten.
+    """Delete the run that `output` holds, but for its record, which says so; other files stay."""
+    # First, and at one moment: nobody may go on from a run that is to be forgotten, or take the rest for foreign files.
+    write_record(output, _DOOMED)
     remove_folder(output / CHECKPOINTS)
     for name in RUN_FILES:
         path = output / name
+        if name == CONFIG_FILE:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -220,7 +259,7 @@ def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of the highest step in a run's folder, if there is one."""
-    found = sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
+    found = [] if is_doomed(output) else sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
     return next((folder for _, folder in found if not faults(folder)), None)
 
 

@@ -32,6 +32,7 @@ from theodora.train.arguments import choose_precision
 from theodora.train.continued import load_continued
 from theodora.train.experts import check_balance, name_experts
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.inputs import hash_of_weights
 from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
@@ -52,6 +53,10 @@ class Prepared:
     held_out_rows: Dataset | None
     dtype: str
     notes: list[str]
+    sources: dict[str, Examples]
+    """What was read, by the name of its option."""
+    base_hash: str
+    """Of the base model's weights as they were loaded."""
     left_out: tuple[LeftOut, ...] = ()
     """What rows hold and nothing is learned from."""
 
@@ -67,11 +72,14 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     notes: list[str] = []
     examples = load_examples(config.data)
     config, training, held_out = _split(config, examples, notes)
+    sources = {"data": examples}
+    if config.eval_data is not None and held_out is not None:
+        sources["eval_data"] = held_out
     tokenizer = _load_tokenizer(config, arguments, training)
     train_rows = _tokenize(config, training, tokenizer, notes)
     left_out = [*examples.left_out, *left_out_of(train_rows)]
     if config.replay is not None:
-        replayed = load_examples(config.replay)
+        replayed = sources["replay"] = load_examples(config.replay)
         texts = _tokenize(config, replayed, tokenizer, notes)
         left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
         train_rows = _with_replay(config, train_rows, texts)
@@ -88,6 +96,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
     )
     arguments.model_init_kwargs = None
+    base_hash = hash_of_weights(model)
     check_continues_text(model)
     name_backbone(model)
     name_experts(model.config.get_text_config())
@@ -117,7 +126,18 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(
-        config, model, tokenizer, training, held_out, train_rows, held_out_rows, dtype, notes, tuple(left_out)
+        config,
+        model,
+        tokenizer,
+        training,
+        held_out,
+        train_rows,
+        held_out_rows,
+        dtype,
+        notes,
+        sources,
+        base_hash,
+        tuple(left_out),
     )
 
 

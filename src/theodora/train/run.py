@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
+from theodora.adapters.alone import alone_in
 from theodora.adapters.atomic import atomic_files, atomic_write
 from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
@@ -36,6 +37,7 @@ from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
 from theodora.train.guard import Diverged, StepGuard
+from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
@@ -83,20 +85,25 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
     console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
-    files.check_output(output, overwrite=config.overwrite, resume=config.resume)
-    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
-    files.check_inputs(output, read, overwrite=config.overwrite)
-    checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
-    PartialState().wait_for_everyone()  # no process writes before all have looked
-    with quiet_libraries():
-        with console.status("Loading the data and the model …"):
-            prepared = prepare(config, arguments)
-        with (
-            restored_afterwards(prepared.model),
-            fast_path(prepared.model, prepared.config, arguments.device) as path,
-            _explained_memory_errors(),
-        ):
-            result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
+    with ExitStack() as held:
+        said = held.enter_context(alone_in(output)) if arguments.should_save else []
+        files.check_output(output, overwrite=config.overwrite, resume=config.resume)
+        read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
+        files.check_inputs(output, read, overwrite=config.overwrite)
+        checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
+        PartialState().wait_for_everyone()  # no process writes before all have looked
+        if arguments.should_save and checkpoint is None:
+            held.enter_context(files.marked(output))
+        with quiet_libraries():
+            with console.status("Loading the data and the model …"):
+                prepared = prepare(config, arguments)
+                prepared.notes[:0] = said
+            with (
+                restored_afterwards(prepared.model),
+                fast_path(prepared.model, prepared.config, arguments.device) as path,
+                _explained_memory_errors(),
+            ):
+                result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
     if show_result:
         print_result(console, result, prepared.config, notes)
     return result
@@ -121,8 +128,13 @@ def _train(
     arguments.eval_on_start = checkpoint is None or files.owes_evaluation(checkpoint)
     if arguments.world_size > 1:
         stop.alone, stop.agree = False, Agreement(arguments.device)
-    early = EarlyGradients(tensors)
-    trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), stop, early, updates, view])
+    inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, arguments.world_size)
+    if checkpoint is not None:
+        prepared.notes += changes_since(checkpoint, inputs)
+        prepared.notes += missing_random_state(checkpoint, arguments.world_size, arguments.process_index)
+    early, keeps = EarlyGradients(tensors), KeepInputs(inputs)
+    callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, view]
+    trainer = _build_trainer(prepared, arguments, callbacks)
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
     trainer.guard = _guard(prepared, trainer, output)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
@@ -288,14 +300,13 @@ def _tokens_at(checkpoint: Path) -> int:
 def _begin_record(prepared: Prepared, output: Path) -> None:
     """Clear what is to be overwritten, and write down how to run this again and what was held out."""
     config = prepared.config
-    if config.overwrite:
+    if config.overwrite or files.is_doomed(output):
         files.clear_run(output)
     files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite{grant_flags(options)}"
     head = " ".join(f"{files.RECORD_HEAD} To run it again: {command}".splitlines()) + "\n"  # one comment
-    with atomic_write(output / files.CONFIG_FILE) as file:
-        file.write_text(head + to_yaml(options), encoding="utf-8")
+    files.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)

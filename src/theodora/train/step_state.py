@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from theodora.train.figures import Figures
+from theodora.train.inputs import write_inputs
 
 UNLOGGED_FILE = "unlogged.json"
 
@@ -74,6 +75,7 @@ def write_unlogged(trainer: Any, folder: Path) -> None:
         "metrics": {name: values for name, values in metrics.items() if values},
     }
     (folder / UNLOGGED_FILE).write_text(json.dumps(found), encoding="utf-8")
+    write_inputs(trainer, folder)
 
 
 class RestoreUnlogged(TrainerCallback):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from theodora.adapters.atomic import atomic_write
 from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
+from theodora.train.inputs import INPUTS_FILE, write_inputs
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
@@ -34,6 +35,7 @@ def list_when_all_have_written(trainer: Any, checkpoint: Path) -> None:
     """List the files of a checkpoint into which several processes write; each of them calls this."""
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
+        write_inputs(trainer, checkpoint)
         mark_written(checkpoint, CHECKPOINT)
 
 
@@ -98,7 +100,11 @@ def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
     missing = [f"{name} is missing" for name in _PARTS if not (checkpoint / name).is_file()]
     if missing:
         return tuple(missing)
-    found = (changes(checkpoint) or []) if is_listed(checkpoint) else _unreadable(checkpoint)
+    found = changes(checkpoint) or []  # without a list the adapter tells of itself
+    if not is_listed(checkpoint):
+        found += _unreadable(checkpoint)
+        if (checkpoint / INPUTS_FILE).is_file():  # which versions that write no list do not write
+            found.append(f"{MARK}, the list of its files, is missing")
     if (checkpoint / _DIVERGED).is_file():
         found.append(f"the run diverged on its weights, as {_DIVERGED} says (delete that file to go on from it anyway)")
     if not any(fault.startswith(_STATE) for fault in found):

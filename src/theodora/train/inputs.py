@@ -1,0 +1,176 @@
+"""What a run is made from, and whether a resumed one still has the same: rows, tokens, base weights, processes.
+
+Each checkpoint holds it (`inputs.json`), hashes of what was read and where: a file that moved is the same, one that was
+changed in place is not. Options that were changed on purpose are told beside (`_changed_since` in run.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from theodora.config import TrainConfig
+from theodora.data import Examples
+from theodora.errors import ConfigError, bullet_list
+
+INPUTS_FILE = "inputs.json"
+_ROWS_AT_ONCE = 1000
+_SMALL = 1 << 20  # bytes of a tensor up to which sha256 costs nothing
+# Options that change which tokens rows become, and which values the base model has.
+_TOKENS = (
+    *("model", "revision", "from_adapter", "trainer", "use_chat_template", "train_on", "max_length"),
+    *("eval_data", "held_out", "replay", "replay_share", "seed"),
+)
+_BASE = ("model", "revision", "bf16", "modules_to_save", "trainer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is made from."""
+
+    sources: Mapping[str, tuple[str, str]]
+    """Option (data, eval_data, replay) -> where it was read, and the hash of its rows."""
+    tokens: str
+    """Hash of all rows to train on, as tokens."""
+    base: str
+    """Hash of the base model's weights as they were loaded."""
+    processes: int
+    options: Mapping[str, Any]
+    """Those that decide about the others."""
+
+
+class KeepInputs(TrainerCallback):
+    """Carries what a run is made from to where its checkpoints are written."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+
+def write_inputs(trainer: Any, checkpoint: Path) -> None:
+    """Write what a trainer's run is made from into a checkpoint that is being made."""
+    inputs = next((c.inputs for c in trainer.callback_handler.callbacks if isinstance(c, KeepInputs)), None)
+    if inputs is not None:
+        values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+        (checkpoint / INPUTS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def inputs_of(config: TrainConfig, sources: Mapping[str, Examples], rows: Dataset, base: str, processes: int) -> Inputs:
+    """Take down what a run is made from."""
+    options = config.to_options()
+    return Inputs(
+        sources={name: (_place(examples.source), examples.sha256) for name, examples in sources.items()},
+        tokens=hash_of_tokens(rows),
+        base=base,
+        processes=processes,
+        options=json.loads(json.dumps({name: options[name] for name in sorted({*_TOKENS, *_BASE})}, default=str)),
+    )
+
+
+def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
+    """What a run that goes on from a checkpoint has others of, and was told to; or what nobody knows.
+
+    Raises:
+        ConfigError: naming what has changed without having been asked for: a data file with other rows, a tokenizer or
+            base model with other values.
+    """
+    before = _read(checkpoint)
+    if before is None:
+        return [f"{checkpoint} does not say what it was trained on: whether the data have changed could not be checked"]
+    changed, notes = _changed_sources(before, now)
+    others = bool(changed or notes or now.sources.keys() != before.sources.keys())
+    if before.tokens != now.tokens and not others and not _options_differ(before, now, _TOKENS):
+        changed.append("the tokens of its rows have changed, so the tokenizer or its chat template is another one")
+    if before.base != now.base and not _options_differ(before, now, _BASE):
+        changed.append(f"the weights of the base model {now.options['model']} have changed")
+    if changed:
+        raise ConfigError(
+            f"{checkpoint} was trained on something else than there is now:{bullet_list(changed)}\n"
+            "To go on from it, put back what was there. To train on what there is now, begin anew with --overwrite, or "
+            f"in another output folder with --from-adapter {checkpoint}, which keeps what was learned."
+        )
+    if before.processes != now.processes:
+        notes.append(
+            f"changed since the run began: processes from {before.processes} to {now.processes}, so that steps are of "
+            "other rows than they would have been"
+        )
+    return notes
+
+
+def missing_random_state(checkpoint: Path, processes: int, process: int) -> list[str]:
+    """A note if a checkpoint lacks the random state of this process; the trainer would go on without a word."""
+    name = "rng_state.pth" if processes <= 1 else f"rng_state_{process}.pth"
+    if (checkpoint / name).is_file():
+        return []
+    return [f"{checkpoint} has no {name}: what is drawn at random, as dropout, is drawn anew from here on"]
+
+
+def _changed_sources(before: Inputs, now: Inputs) -> tuple[list[str], list[str]]:
+    changed: list[str] = []
+    notes: list[str] = []
+    for name, (place, rows) in now.sources.items():
+        place_before, rows_before = before.sources.get(name, (place, rows))
+        if rows != rows_before and place == place_before:
+            changed.append(f"{name}: the rows of {place} have changed")
+        elif rows != rows_before:
+            notes.append(f"changed since the run began: the rows of {name}, which are those of {place} now")
+    return changed, notes
+
+
+def _options_differ(before: Inputs, now: Inputs, names: tuple[str, ...]) -> bool:
+    return any(before.options.get(name) != now.options.get(name) for name in names)
+
+
+def _read(checkpoint: Path) -> Inputs | None:
+    """What a checkpoint says; None for one that says nothing, as those of earlier versions."""
+    try:
+        values = json.loads((checkpoint / INPUTS_FILE).read_text(encoding="utf-8"))
+        sources = {str(name): (str(place), str(rows)) for name, (place, rows) in values["sources"].items()}
+        tokens, base, options = str(values["tokens"]), str(values["base"]), dict(values["options"])
+        return Inputs(sources=sources, tokens=tokens, base=base, processes=int(values["processes"]), options=options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _place(source: str) -> str:
+    """Where rows were read: a path from the root, or a name on the hub."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def hash_of_tokens(rows: Dataset) -> str:
+    """The hash of the tokens to read and to learn of all rows, in their order."""
+    hashed = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
+        for name in ("input_ids", "labels"):
+            column: Any = batch[name].combine_chunks()  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for part in (column.value_lengths(), column.flatten()):
+                hashed.update(part.to_numpy(zero_copy_only=False).tobytes())
+    return hashed.hexdigest()
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """The hash of a model's parameters by name; large ones go into it by torch's own hash, which is fast."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(_stored(model)):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.nbytes <= _SMALL:
+            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            hashed.update(str(int(torch.hash_tensor(tensor).item())).encode())
+    return hashed.hexdigest()
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that are as the files have them: not what was quantised on loading, which devices do differently."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta:
+            yield name, parameter.detach()
