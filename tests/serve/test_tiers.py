@@ -13,6 +13,7 @@ import torch
 
 from serving import alone, expected, settled
 from theodora.errors import CheckpointError
+from theodora.files.folder import Place
 from theodora.serve.requests import Sampling
 from theodora.serve.tiers import HostTier, Stamp
 
@@ -334,9 +335,12 @@ def test_a_failure_is_kept_for_nobody_who_has_gone():
 
 def test_a_folder_that_cannot_be_asked(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Stamp.of(tmp_path / ("x" * 300))
+        Stamp.of(Place(tmp_path / ("x" * 300)))
     (tmp_path / "file").touch()
-    assert Stamp.of(tmp_path / "file").files == (None, None)  # a file where a folder should be, as if it were not there
+    assert Stamp.of(Place(tmp_path / "file")).files == (
+        None,
+        None,
+    )  # as if it were not there
 
 
 def slowed(engine, monkeypatch):

@@ -38,21 +38,26 @@ class AdapterFiles:
     """Of the files that were read."""
 
 
-def read_adapter_files(path: str | Path | Place, device: torch.device | None = None) -> AdapterFiles:
+def read_adapter_files(
+    path: str | Path | Place, device: torch.device | None = None, most: int | None = None
+) -> AdapterFiles:
     """Read an adapter's folder, or one of the hub's.
 
     Args:
         path: the folder, or its name on the hub.
         device: a GPU that is to hold the tensors; where None, they are in host memory.
+        most: bytes that the file of the tensors may have.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or written to meanwhile.
+        CheckpointError: a file is missing, too large, damaged, or written to meanwhile.
     """
     with _open_folder(path) as folder, ExitStack() as stack:
         files = folder.open(CONFIG_NAME), folder.open(WEIGHTS_NAME) or folder.open(MLX_WEIGHTS_NAME)
         config, weights = (None if file is None else stack.enter_context(file) for file in files)
         if config is None or weights is None:
             raise CheckpointError(_what_is_missing(folder, config is not None))
+        if most is not None and weights.size > most:
+            raise CheckpointError(f"{weights.path} has {weights.size:,} bytes; expected at most {most:,}")
         fields = parse_object(config.read(), config.path)
         tensors, metadata = read_tensors(weights, device)
         stamp = config.seen, weights.seen

@@ -116,7 +116,9 @@ class AdapterFile:
         return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
 
 
-def read_adapter(path: str | Path | Place, device: torch.device | None = None, for_model: bool = False) -> AdapterFile:
+def read_adapter(
+    path: str | Path | Place, device: torch.device | None = None, for_model: bool = False, most: int | None = None
+) -> AdapterFile:
     """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
 
     The folder and its files are opened once: what is checked is what the result holds, whatever others do to them.
@@ -125,12 +127,13 @@ def read_adapter(path: str | Path | Place, device: torch.device | None = None, f
         path: the folder, or the name.
         device: a GPU that is to hold the tensors; where None, they are in host memory.
         for_model: whether the base model is at hand to complete it by (`starts_from`, `added_biases`).
+        most: bytes that the tensors may take.
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
             without its magnitudes, or options that mean something this library does not compute.
     """
-    read = read_adapter_files(path, device)
+    read = read_adapter_files(path, device, most)
     where, weights, metadata = read.folder / CONFIG_NAME, read.weights, read.metadata
     mlx = weights.name == MLX_WEIGHTS_NAME
     if mlx:
