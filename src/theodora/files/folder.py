@@ -80,6 +80,10 @@ class OpenFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, where there is no `with` block to do so."""
         os.close(self._descriptor)
 
     @property
@@ -96,14 +100,13 @@ class OpenFile:
         done = 0
         try:
             while done < len(memory):
-                piece = os.pread(self._descriptor, min(len(memory) - done, _LARGEST_READ), at + done)
-                if not piece:
+                count = os.preadv(self._descriptor, [memory[done : done + _LARGEST_READ]], at + done)
+                if not count:
                     raise CheckpointError(
                         f"{self.path} was cut short while it was read: it had {self.size:,} bytes, and ends after "
                         f"{at + done:,} now. Read it again when it is written."
                     )
-                memory[done : done + len(piece)] = piece
-                done += len(piece)
+                done += count
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from error
 

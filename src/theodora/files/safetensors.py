@@ -29,6 +29,7 @@ LONGEST_HEADER = 32 << 20
 _MOST_DIMENSIONS = 64  # of NumPy's arrays, and of several of torch's operations
 _MOST = 2**63  # bytes that a tensor may seem to have, as 64 bits count them
 _METADATA = "__metadata__"
+_PIECE = 32 << 20  # bytes on their way to a GPU
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,11 +57,27 @@ _DTYPES = {
 class Described:
     """One tensor, as the header describes it."""
 
-    dtype: torch.dtype
+    kind: str
+    """Its dtype, as the format calls it: F32, BF16, I64, …"""
     shape: tuple[int, ...]
     begin: int
     """Its first byte, counted from the end of the header."""
     end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype, as torch calls it."""
+        return _DTYPES[self.kind]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself."""
+
+    tensors: dict[str, Described]
+    metadata: dict[str, str]
+    length: int
+    """Bytes before the tensors begin."""
 
 
 def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -74,6 +91,22 @@ def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tupl
         ValueError: it is no safetensors file, or says something twice.
         CheckpointError: it cannot be read, is too large for this machine, or is written to meanwhile.
     """
+    header = read_header(file)
+    if file.size > (room := _available_memory()):
+        raise CheckpointError(f"{file.path} has {file.size:,} bytes; this machine has {room:,} bytes of memory left")
+    content = None
+    if device is not None:
+        with suppress(torch.OutOfMemoryError):
+            content = _content(file, header.length, device)
+    if content is None:
+        content = torch.empty(file.size - header.length, dtype=torch.uint8)
+        file.fill(content.numpy().data, header.length)
+    file.check()
+    return {name: _tensor(content, described) for name, described in header.tensors.items()}, header.metadata
+
+
+def read_header(file: OpenFile) -> Header:
+    """The header of a safetensors file, checked; errors as in `read_safetensors`."""
     start = memoryview(bytearray(min(8, file.size)))
     file.fill(start)
     length = int.from_bytes(start, "little")
@@ -81,18 +114,22 @@ def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tupl
         raise ValueError(f"its header would have {length:,} bytes, and the file has {file.size:,}")
     if length > LONGEST_HEADER:
         raise ValueError(f"its header has {length:,} bytes; expected at most {LONGEST_HEADER:,}")
-    header = memoryview(bytearray(length))
-    file.fill(header, 8)
-    tensors, metadata = parse_header(bytes(header), file.size - 8 - length)
-    if file.size > (room := _available_memory()):
-        raise CheckpointError(f"{file.path} has {file.size:,} bytes; this machine has {room:,} bytes of memory left")
-    content = torch.empty(file.size - 8 - length, dtype=torch.uint8)
-    file.fill(content.numpy().data, 8 + length)
+    text = memoryview(bytearray(length))
+    file.fill(text, 8)
+    tensors, metadata = parse_header(bytes(text), file.size - 8 - length)
+    return Header(tensors, metadata, 8 + length)
+
+
+def read_tensor(file: OpenFile, header: Header, described: Described) -> Tensor:
+    """One tensor of a large file, in memory of its own.
+
+    Raises:
+        CheckpointError: the file cannot be read, or was written to since it was opened.
+    """
+    content = torch.empty(described.end - described.begin, dtype=torch.uint8)
+    file.fill(content.numpy().data, header.length + described.begin)
     file.check()
-    if device is not None:
-        with suppress(torch.OutOfMemoryError):
-            content = content.to(device)  # in one piece, in half the time of many copies
-    return {name: _tensor(content, described) for name, described in tensors.items()}, metadata
+    return content.view(described.dtype).view(described.shape)
 
 
 def parse_header(text: bytes, size: int) -> tuple[dict[str, Described], dict[str, str]]:
@@ -130,7 +167,7 @@ def _described(name: str, fields: Any) -> Described:
     if not isinstance(fields, Mapping):
         raise ValueError(f"{shown(name)} is described by {shown(fields)}; expected dtype, shape and data_offsets")
     dtype = _DTYPES.get(kind) if isinstance(kind := fields.get("dtype"), str) else None
-    if dtype is None:
+    if dtype is None or not isinstance(kind, str):
         raise ValueError(f"{shown(name)} has dtype {shown(kind)}; expected one of {', '.join(_DTYPES)}")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
@@ -145,11 +182,23 @@ def _described(name: str, fields: Any) -> Described:
     begin, end = offsets
     if end - begin != (wanted := math.prod(shape) * dtype.itemsize):
         raise ValueError(f"{shown(name)} lies in {end - begin:,} bytes; expected {wanted:,} of its shape and dtype")
-    return Described(dtype, tuple(shape), begin, end)
+    return Described(kind, tuple(shape), begin, end)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < _MOST for size in value)
+
+
+def _content(file: OpenFile, begin: int, device: torch.device) -> Tensor:
+    """All after the header on a GPU, by way of a little host memory: new memory is slower than any copy."""
+    content = torch.empty(file.size - begin, dtype=torch.uint8, device=device)
+    memory = torch.empty(min(_PIECE, len(content)), dtype=torch.uint8)
+    for part in content.split(_PIECE):
+        piece = memory[: len(part)]
+        file.fill(piece.numpy().data, begin)
+        part.copy_(piece)
+        begin += len(piece)
+    return content
 
 
 def _tensor(content: Tensor, described: Described) -> Tensor:
