@@ -12,11 +12,15 @@ import shutil
 import struct
 from pathlib import Path
 
+import datasets
 import pytest
 
 import tiny
 from serving import Server
+from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.cli.main import main
+from theodora.data.problems import Problems
+from theodora.data.sources import open_source
 from theodora.files import folder as reading
 from theodora.serve import app
 from theodora.serve.config import ServeConfig
@@ -377,3 +381,75 @@ def test_configurations_that_lie(load, place, capsys, tmp_path, adapter, name):
     shutil.copy(config, tmp_path / "own")
     assert main(["info", str(tmp_path / "own")]) == 1
     assert "unexpected" not in capsys.readouterr().err
+
+
+# Beside adapters
+
+
+def test_info_waits_for_no_pipe_beside_an_adapter(capsys, tmp_path, adapter):
+    shutil.copytree(adapter("lora8"), tmp_path / "own")
+    for name in ("config.yaml", "theodora_files.json", "README.md", "generation_config.json"):
+        (tmp_path / "own" / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / "own" / name)
+    assert main(["info", str(tmp_path / "own")]) == 0
+    assert "unexpected" not in capsys.readouterr().err
+
+
+def test_a_base_model_that_is_cut_while_it_is_merged(monkeypatch, capsys, tmp_path, adapter, tiny_model_dir):
+    shutil.copytree(tiny_model_dir(), tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    read = BaseCheckpoint.read
+
+    def cut(base, key):
+        found = read(base, key)
+        os.truncate(weights, 1000)
+        return found
+
+    monkeypatch.setattr(BaseCheckpoint, "read", cut)
+    out = tmp_path / "out"
+    assert main(["merge", str(adapter("lora8")), "--output", str(out), "--base-model", str(tmp_path / "base")]) == 1
+    told = capsys.readouterr().err
+    assert "model.safetensors" in told.replace("\n", "")
+    assert "unexpected" not in told
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [["merge"], ["export", "--to", "peft"], ["info"]])
+def test_a_base_model_that_is_cut_short(capsys, tmp_path, adapter, tiny_model_dir, command):
+    shutil.copytree(tiny_model_dir(), tmp_path / "base")
+    os.truncate(tmp_path / "base" / "model.safetensors", 20_000)
+    name, *options = command
+    places = [str(adapter("lora8"))] + ([] if name == "info" else ["--output", str(tmp_path / "out")])
+    assert main([name, *places, *options, "--base-model", str(tmp_path / "base")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "model.safetensors is damaged or cut short" in told
+    assert "unexpected" not in told
+
+
+def test_an_adapter_that_changes_while_it_is_exported(monkeypatch, capsys, tmp_path, adapter, tiny_model_dir):
+    from theodora.export import exporting
+
+    own = tmp_path / "own"
+    shutil.copytree(adapter("lora8"), own)
+    copy = shutil.copyfile
+
+    def late(source, target, **options):
+        if str(source).endswith(WEIGHTS):
+            (own / WEIGHTS).write_bytes((adapter("dora4") / WEIGHTS).read_bytes())
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(exporting.shutil, "copyfile", late)
+    options = ["--to", "peft", "--no-verify", "--base-model", str(tiny_model_dir())]
+    assert main(["export", str(own), "--output", str(tmp_path / "out"), *options]) == 1
+    assert "changed while it was exported" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_dataset_that_is_written_anew_while_it_is_read(tmp_path):
+    datasets.Dataset.from_list([{"text": f"row {n} " * 50} for n in range(500)]).save_to_disk(tmp_path / "saved")
+    source = open_source(tmp_path / "saved", None)
+    rows = source.rows(Problems("saved"))
+    first = next(rows)
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        os.truncate(file, 0)
+    assert [row["text"] for _, row in [first, *rows]] == [f"row {n} " * 50 for n in range(500)]

@@ -77,11 +77,11 @@ def test_no_other_files_than_the_library_reads(tensors, size):
 
 def test_a_file_that_memory_does_not_hold(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(save({"a": torch.zeros(1000)}))
-    monkeypatch.setattr(safetensors, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(safetensors, "available_memory", lambda: 1000)
     with OpenFile.at(tmp_path / "file") as file, pytest.raises(CheckpointError, match="this machine has 1,000 bytes"):
         read_safetensors(file)
     monkeypatch.undo()
-    assert safetensors._available_memory() > 1 << 20
+    assert safetensors.available_memory() > 1 << 20
 
 
 def test_a_header_longer_than_any(tmp_path, monkeypatch):

@@ -245,6 +245,18 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def damaged_weights(folder: Path) -> list[str]:
+    """Which safetensors files of a model folder are no whole ones, and why."""
+    found: list[str] = []
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        try:
+            with OpenFile.at(path) as file:
+                read_header(file)
+        except (ValueError, OSError, CheckpointError) as error:
+            found.append(f"{path.name} is damaged or cut short ({error})")
+    return found
+
+
 def pickled_weights(folder: Path) -> str:
     """What to say of a model folder whose weights are pickles only; empty if it is none."""
     if any(folder.glob("*.safetensors")) or not any(path for kind in _PICKLES for path in folder.glob(kind)):

@@ -15,6 +15,7 @@ import datasets
 from theodora.data.files import SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.problems import Problems, nearest
 from theodora.errors import DataError, shown
+from theodora.files.memory import available_memory
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 # The words in file and folder names that `datasets` reads as splits, too.
@@ -111,13 +112,19 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path), keep_in_memory=_fits_in_memory(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
             part.data.validate(full=True)
     except Exception as error:  # datasets and pyarrow raise what a damaged file leads them to
         raise DataError(f"{name} is a saved dataset that cannot be read: {error}") from error
     return _open_dataset(saved, name, split)
+
+
+def _fits_in_memory(path: Path) -> bool:
+    """Whether a saved dataset is small enough to be copied: one that is mapped, and written anew in place by somebody
+    while it is read, ends the process (SIGBUS)."""
+    return 4 * sum(file.stat().st_size for file in path.rglob("*.arrow") if file.is_file()) < available_memory()
 
 
 def _open_hub(name: str, config: str | None, split: str | None) -> Source:

@@ -11,7 +11,6 @@ tensors are views of them.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from theodora.errors import CheckpointError, shown
 from theodora.files.folder import OpenFile
+from theodora.files.memory import available_memory
 from theodora.parse import parse_json
 
 LONGEST_HEADER = 32 << 20
@@ -92,7 +92,7 @@ def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tupl
         CheckpointError: it cannot be read, is too large for this machine, or is written to meanwhile.
     """
     header = read_header(file)
-    if file.size > (room := _available_memory()):
+    if file.size > (room := available_memory()):
         raise CheckpointError(f"{file.path} has {file.size:,} bytes; this machine has {room:,} bytes of memory left")
     content = None
     if device is not None:
@@ -206,13 +206,3 @@ def _tensor(content: Tensor, described: Described) -> Tensor:
     if described.begin % described.dtype.itemsize:  # where torch wants no numbers of this kind
         part = part.clone()
     return part.view(described.dtype).view(described.shape)
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without others giving up theirs, as Linux says; elsewhere all there are."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            told = dict(line.split(":", 1) for line in file)
-        return int(told["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else _MOST
