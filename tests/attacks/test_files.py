@@ -21,7 +21,7 @@ from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.cli.main import main
 from theodora.data.problems import Problems
 from theodora.data.sources import open_source
-from theodora.files import folder as reading
+from theodora.files.folder import OpenFile
 from theodora.serve import app
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
@@ -91,17 +91,16 @@ def header(tensors, data=0, metadata=None):
 
 def between(monkeypatch, act, piece=2):
     """Do something just before the n-th piece of the weights is read: the length, the header, the tensors."""
-    read, pieces = os.preadv, []
+    fill, pieces = OpenFile.fill, []
 
-    def preadv(descriptor, memory, at):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if name.endswith(WEIGHTS):
-            pieces.append(name)
+    def filled(file, memory, at=0):
+        if file.path.name == WEIGHTS:
+            pieces.append(at)
             if len(pieces) == piece + 1:
                 act()
-        return read(descriptor, memory, at)
+        return fill(file, memory, at)
 
-    monkeypatch.setattr(reading.os, "preadv", preadv)
+    monkeypatch.setattr(OpenFile, "fill", filled)
 
 
 # Written while it is read

@@ -110,6 +110,18 @@ def test_links_in_circles_and_too_many(root):
         assert folder.names() == ["b"]
 
 
+def test_where_folders_have_no_descriptors(root, monkeypatch):
+    monkeypatch.setattr("theodora.files.folder._BY_DESCRIPTOR", False)
+    with Place(root / "a/b").open() as folder:
+        assert folder.read("file") == b"mine"
+        assert folder.read("nothing") is None
+        assert folder.names() == ["file"]
+    with pytest.raises(NotADirectoryError):
+        Place(root / "a/b/file").open()
+    with pytest.raises(LeadsOut, match="this system cannot"):
+        place(root, "a").open()
+
+
 def test_what_is_no_folder(root):
     for at in (place(root, "a/b/file"), Place(root / "a/b/file"), place(root, "a/b/file/x")):
         with pytest.raises(NotADirectoryError):

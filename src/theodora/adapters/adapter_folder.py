@@ -52,10 +52,12 @@ def read_adapter_files(
         CheckpointError: a file is missing, too large, damaged, or written to meanwhile.
     """
     with _open_folder(path) as folder, ExitStack() as stack:
-        files = folder.open(CONFIG_NAME), folder.open(WEIGHTS_NAME) or folder.open(MLX_WEIGHTS_NAME)
-        config, weights = (None if file is None else stack.enter_context(file) for file in files)
-        if config is None or weights is None:
-            raise CheckpointError(_what_is_missing(folder, config is not None))
+        if (config := folder.open(CONFIG_NAME)) is None:
+            raise CheckpointError(_what_is_missing(folder, has_config=False))
+        stack.enter_context(config)
+        if (weights := folder.open(WEIGHTS_NAME) or folder.open(MLX_WEIGHTS_NAME)) is None:
+            raise CheckpointError(_what_is_missing(folder, has_config=True))
+        stack.enter_context(weights)
         if most is not None and weights.size > most:
             raise CheckpointError(f"{weights.path} has {weights.size:,} bytes; expected at most {most:,}")
         fields = parse_object(config.read(), config.path)

@@ -27,6 +27,7 @@ LARGEST_TEXT = 32 << 20
 # Without O_NONBLOCK a pipe would be waited for until somebody writes to it. Not every system has all of these.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 _FOLDER, _NO_LINK = getattr(os, "O_DIRECTORY", 0), getattr(os, "O_NOFOLLOW", 0)
+_BY_DESCRIPTOR = os.open in os.supports_dir_fd
 _IS_LINK = (errno.ELOOP, errno.EMLINK)  # what O_NOFOLLOW says of one; the second is FreeBSD's
 _MOST_LINKS = 40  # as many as Linux follows
 _LARGEST_READ = 1 << 30  # at once; systems stop at 2 GB
@@ -64,12 +65,12 @@ class OpenFile:
     """
 
     def __init__(self, descriptor: int, path: Path) -> None:
-        self.path, self._descriptor = path, descriptor
+        self.path = path
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise CheckpointError(f"{path} is {_kind(found.st_mode)}; expected a file")
-        self.seen = Seen.of(found)
+        self.seen, self._file = Seen.of(found), os.fdopen(descriptor, "rb", buffering=0)
 
     @classmethod
     def at(cls, path: Path) -> OpenFile:
@@ -84,7 +85,7 @@ class OpenFile:
 
     def close(self) -> None:
         """Close it, where there is no `with` block to do so."""
-        os.close(self._descriptor)
+        self._file.close()
 
     @property
     def size(self) -> int:
@@ -99,8 +100,9 @@ class OpenFile:
         """
         done = 0
         try:
+            self._file.seek(at)
             while done < len(memory):
-                count = os.preadv(self._descriptor, [memory[done : done + _LARGEST_READ]], at + done)
+                count = self._file.readinto(memory[done : done + _LARGEST_READ])
                 if not count:
                     raise CheckpointError(
                         f"{self.path} was cut short while it was read: it had {self.size:,} bytes, and ends after "
@@ -125,7 +127,7 @@ class OpenFile:
 
     def check(self) -> None:
         """Raise a CheckpointError if somebody has written to the file since it was opened."""
-        if Seen.of(os.fstat(self._descriptor)) != self.seen:
+        if Seen.of(os.fstat(self._file.fileno())) != self.seen:
             raise CheckpointError(f"{self.path} changed while it was read. Read it again when it is written.")
 
 
@@ -136,6 +138,8 @@ class Folder:
         path: where it was found; for messages.
         way: descriptors of the folders that led to it and of itself, the outermost first.
         within: the path of the outermost, out of which no link may lead; None if links may lead anywhere.
+
+    Where the system opens nothing by way of a folder's descriptor (Windows), there is none, and paths are all there is.
     """
 
     def __init__(self, path: Path, way: list[int], within: Path | None = None) -> None:
@@ -155,6 +159,8 @@ class Folder:
         """
         path = self.path / name
         try:
+            if not self._way:
+                return OpenFile.at(path)
             if self._within is None:
                 return OpenFile(os.open(name, _FLAGS, dir_fd=self._way[-1]), path)
             return OpenFile(_end_of(_beneath(self._way, self._within, name)), path)
@@ -183,7 +189,7 @@ class Folder:
 
     def names(self) -> list[str]:
         """Of all that is in it."""
-        return sorted(os.listdir(self._way[-1]))
+        return sorted(os.listdir(self._way[-1] if self._way else self.path))
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,11 @@ class Place:
             LeadsOut: it is not within `within`.
             OSError: it is not there, or is no folder.
         """
+        if not _BY_DESCRIPTOR:
+            if self.within is not None:
+                raise LeadsOut(f"{self.path}: this system cannot hold what is read within {self.within}")
+            os.listdir(self.path)  # an error if it is no folder
+            return Folder(self.path, [])
         if self.within is None:
             return Folder(self.path, [os.open(self.path, _FLAGS | _FOLDER)])
         asked = _below(self.path, self.within)
