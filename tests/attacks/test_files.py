@@ -78,6 +78,7 @@ def place(root, adapter):
         made.append(root / at)
         return root / at
 
+    place.root = root
     yield place
     for path in made:
         path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
@@ -264,6 +265,27 @@ def test_what_is_no_file_is_refused_at_once(load, place, capsys, tmp_path, adapt
         assert "unexpected" not in told
 
 
+def test_a_vocabulary_that_is_no_file_holds_up_nobody(server, place):
+    """It is looked at when the adapter is first asked, to tell of tokens that the server does not cut."""
+    put(place() / "tokenizer.json", "pipe")
+    server.engine.load("new", place.root / "own")
+    try:
+        assert server.client.completions.create(model="new", prompt="a", max_tokens=1).choices
+    finally:
+        server.engine.unload("new")
+
+
+@pytest.mark.parametrize("ends", [[10**9], [2**70], ["a"], [None], {}, True])
+def test_ends_that_are_no_tokens_hold_up_nobody(server, place, ends):
+    (place() / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    server.engine.load("new", place.root / "own")
+    try:
+        for options in ({}, {"extra_body": {"min_tokens": 2}}, {"logprobs": 2}):
+            assert server.client.completions.create(model="new", prompt="a", max_tokens=2, **options).choices
+    finally:
+        server.engine.unload("new")
+
+
 # Files that lie
 
 F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -335,6 +357,22 @@ def test_a_header_of_100_mb_is_not_unfolded(load, place):
         file.write(struct.pack("<Q", 100_000_000) + b'{"a":[')
         file.truncate(100_000_100)
     assert load("own")[0] == 400
+
+
+def test_more_json_than_the_model_has_modules_is_not_unfolded(load, place):
+    """It would take seconds in which nobody else's turn comes."""
+    own = place()
+    whole = (own / CONFIG).read_text()
+    (own / CONFIG).write_text('{"a": [' + "[]," * (1 << 20) + "[]]}")
+    status, told = load("own")
+    assert status == 400
+    assert f"{CONFIG} has 3,145,7" in told
+    (own / CONFIG).write_text(whole)
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    (own / WEIGHTS).write_bytes(header({f"{KEY}{n}": nothing for n in range(18_000)}))
+    status, told = load("own")
+    assert status == 400
+    assert "its header has" in told
 
 
 def test_a_file_larger_than_any_adapter_of_the_model_is_not_read(load, place):

@@ -15,7 +15,7 @@ from serving import alone, expected, settled
 from theodora.errors import CheckpointError
 from theodora.files.folder import Place
 from theodora.serve.requests import Sampling
-from theodora.serve.tiers import HostTier, Stamp
+from theodora.serve.tiers import Changed, HostTier, Stamp
 
 GREEDY = Sampling(max_tokens=5, temperature=0.0)
 NAMES = ("dora4", "lora8", "dora3", "lora1", "head", "rows")
@@ -341,6 +341,18 @@ def test_a_folder_that_cannot_be_asked(tmp_path):
         None,
         None,
     )  # as if it were not there
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
+    own = tmp_path / "root" / "own"
+    shutil.copytree(adapter_dir("lora8"), own)
+    stamp = Stamp.of(Place(own, within=tmp_path / "root" if inside else None))
+    stamp.check()
+    own.rename(tmp_path / "was")
+    own.symlink_to(adapter_dir("dora4"))
+    with pytest.raises(Changed, match="has changed since it was loaded"):
+        stamp.check()
 
 
 def slowed(engine, monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from theodora.adapters.reading import expanded, parse_object, read_tensors
 from theodora.errors import CheckpointError
-from theodora.files.folder import Folder, Place, Seen
+from theodora.files.folder import LARGEST_TEXT, Folder, Place, Seen
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -20,6 +20,17 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 
 Stamp = tuple[Seen | None, Seen | None]
 """What tells an adapter's configuration and tensors from files that took their places or were written anew."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large an adapter's files may be, in bytes. What JSON unfolds to takes time, too, in which nobody else's turn
+    comes."""
+
+    text: int = LARGEST_TEXT
+    """Of the configuration, and of the header of the tensors."""
+    file: int | None = None
+    """Of the file of the tensors; None for all that memory holds."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,14 @@ class AdapterFiles:
 
 
 def read_adapter_files(
-    path: str | Path | Place, device: torch.device | None = None, most: int | None = None
+    path: str | Path | Place, device: torch.device | None = None, bounds: Bounds | None = None
 ) -> AdapterFiles:
     """Read an adapter's folder, or one of the hub's.
 
     Args:
         path: the folder, or its name on the hub.
         device: a GPU that is to hold the tensors; where None, they are in host memory.
-        most: bytes that the file of the tensors may have.
+        bounds: how large its files may be.
 
     Raises:
         CheckpointError: a file is missing, too large, damaged, or written to meanwhile.
@@ -58,10 +69,11 @@ def read_adapter_files(
         if (weights := folder.open(WEIGHTS_NAME) or folder.open(MLX_WEIGHTS_NAME)) is None:
             raise CheckpointError(_what_is_missing(folder, has_config=True))
         stack.enter_context(weights)
-        if most is not None and weights.size > most:
-            raise CheckpointError(f"{weights.path} has {weights.size:,} bytes; expected at most {most:,}")
-        fields = parse_object(config.read(), config.path)
-        tensors, metadata = read_tensors(weights, device)
+        bounds = bounds or Bounds()
+        if bounds.file is not None and weights.size > bounds.file:
+            raise CheckpointError(f"{weights.path} has {weights.size:,} bytes; expected at most {bounds.file:,}")
+        fields = parse_object(config.read(bounds.text), config.path)
+        tensors, metadata = read_tensors(weights, device, bounds.text)
         stamp = config.seen, weights.seen
         if stamp_of(folder) != stamp:  # one file may be of another adapter than the other
             raise CheckpointError(f"{folder.path} changed while it was read. Read it again when it is written.")

@@ -27,7 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.adapters.adapter_folder import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Stamp, read_adapter_files
+from theodora.adapters.adapter_folder import (
+    CONFIG_NAME,
+    MLX_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Bounds,
+    Stamp,
+    read_adapter_files,
+)
 from theodora.adapters.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.adapters.peft_options import (
     StartFromWeight,
@@ -117,7 +124,7 @@ class AdapterFile:
 
 
 def read_adapter(
-    path: str | Path | Place, device: torch.device | None = None, for_model: bool = False, most: int | None = None
+    path: str | Path | Place, device: torch.device | None = None, for_model: bool = False, bounds: Bounds | None = None
 ) -> AdapterFile:
     """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
 
@@ -127,13 +134,13 @@ def read_adapter(
         path: the folder, or the name.
         device: a GPU that is to hold the tensors; where None, they are in host memory.
         for_model: whether the base model is at hand to complete it by (`starts_from`, `added_biases`).
-        most: bytes that the tensors may take.
+        bounds: how large its files may be.
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
             without its magnitudes, or options that mean something this library does not compute.
     """
-    read = read_adapter_files(path, device, most)
+    read = read_adapter_files(path, device, bounds)
     where, weights, metadata = read.folder / CONFIG_NAME, read.weights, read.metadata
     mlx = weights.name == MLX_WEIGHTS_NAME
     if mlx:

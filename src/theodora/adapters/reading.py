@@ -10,7 +10,7 @@ from torch import Tensor
 
 from theodora.errors import CheckpointError, shown
 from theodora.files.folder import OpenFile, read_file
-from theodora.files.safetensors import read_safetensors
+from theodora.files.safetensors import LONGEST_HEADER, read_safetensors
 from theodora.parse import parse_json
 
 _LARGEST = 1e38  # float32's; NaN is not less either
@@ -62,12 +62,15 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(file: Path | OpenFile, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    file: Path | OpenFile, device: torch.device | None = None, longest: int = LONGEST_HEADER
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a safetensors file, and what we keep in its metadata; memory is bounded by the file's size.
 
     Args:
         file: the file. It is read once, so that what others write to it from then on does not reach the tensors.
         device: a GPU that is to hold the tensors; where None, or without room there, they are in host memory.
+        longest: bytes that the header may have.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, says something twice, or is written to meanwhile.
@@ -76,9 +79,9 @@ def read_tensors(file: Path | OpenFile, device: torch.device | None = None) -> t
     try:
         if isinstance(file, Path):
             with OpenFile.at(file) as opened:
-                tensors, metadata = read_safetensors(opened, device)
+                tensors, metadata = read_safetensors(opened, device, longest)
         else:
-            tensors, metadata = read_safetensors(file, device)
+            tensors, metadata = read_safetensors(file, device, longest)
         return tensors, _checked_metadata(metadata.get(METADATA_KEY, "{}"))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(

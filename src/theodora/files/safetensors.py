@@ -80,18 +80,21 @@ class Header:
     """Bytes before the tensors begin."""
 
 
-def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    file: OpenFile, device: torch.device | None = None, longest: int = LONGEST_HEADER
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata; memory is bounded by the file's size.
 
     Args:
         file: is read once, into memory.
         device: a GPU that is to hold the tensors; where None, or without room there, they are in host memory.
+        longest: bytes that the header may have.
 
     Raises:
         ValueError: it is no safetensors file, or says something twice.
         CheckpointError: it cannot be read, is too large for this machine, or is written to meanwhile.
     """
-    header = read_header(file)
+    header = read_header(file, longest)
     if file.size > (room := available_memory()):
         raise CheckpointError(f"{file.path} has {file.size:,} bytes; this machine has {room:,} bytes of memory left")
     content = None
@@ -105,15 +108,15 @@ def read_safetensors(file: OpenFile, device: torch.device | None = None) -> tupl
     return {name: _tensor(content, described) for name, described in header.tensors.items()}, header.metadata
 
 
-def read_header(file: OpenFile) -> Header:
+def read_header(file: OpenFile, longest: int = LONGEST_HEADER) -> Header:
     """The header of a safetensors file, checked; errors as in `read_safetensors`."""
     start = memoryview(bytearray(min(8, file.size)))
     file.fill(start)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > file.size - 8:
         raise ValueError(f"its header would have {length:,} bytes, and the file has {file.size:,}")
-    if length > LONGEST_HEADER:
-        raise ValueError(f"its header has {length:,} bytes; expected at most {LONGEST_HEADER:,}")
+    if length > longest:
+        raise ValueError(f"its header has {length:,} bytes; expected at most {longest:,}")
     text = memoryview(bytearray(length))
     file.fill(text, 8)
     tensors, metadata = parse_header(bytes(text), file.size - 8 - length)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from theodora.adapters.adapter_folder import Bounds
 from theodora.adapters.checkpoint import AdapterFile, read_adapter
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.folder import Place
-from theodora.files.safetensors import LONGEST_HEADER
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
 from theodora.layers.slotted_group import group_slotted
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _serials = itertools.count(1)
 _TOGETHER = 2**25  # numbers
+_LEAST_TEXT, _TEXT_OF_A_MODULE = 2 << 20, 2 << 10  # bytes: some ten times what headers have
 
 
 @dataclass(eq=False)
@@ -74,8 +75,8 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
         CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
     """
     device = next(model.parameters()).device
-    most = most_bytes(model, most_rank)
-    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None, most=most))
+    bounds = bounds_of(model, most_rank)
+    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None, bounds=bounds))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
     problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
@@ -90,15 +91,16 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     return file
 
 
-def most_bytes(model: nn.Module, most_rank: int) -> int:
-    """What the file of an adapter of this model can have: more is made to fill memory.
+def bounds_of(model: nn.Module, most_rank: int) -> Bounds:
+    """How large the files of an adapter of this model can be: larger ones are made to fill memory, or to take time.
 
     All weights adapted, and copies of the embeddings and the head, which PEFT may save beside, in float64.
     """
-    weights = [parameter.shape for parameter in model.parameters() if parameter.ndim > 1]
+    weights = [parameter.shape for parameter in model.parameters() if parameter.ndim > 1 and parameter.numel()]
     numbers = [(most_rank + 1) * (shape.numel() // shape[-1] + shape.numel() // shape[-2]) for shape in weights]
     numbers += sorted(shape.numel() for shape in weights)[-2:]
-    return LONGEST_HEADER + 8 * sum(numbers)
+    text = _LEAST_TEXT + _TEXT_OF_A_MODULE * sum(shape[:-2].numel() for shape in weights)
+    return Bounds(text=text, file=text + 8 * sum(numbers))
 
 
 def rank_of(file: AdapterFile) -> int:
