@@ -256,6 +256,8 @@ def test_what_is_no_file_is_refused_at_once(load, place, capsys, tmp_path, adapt
     put(place() / name, kind)
     status, told = load("own")
     assert status == 400, told
+    assert {"pipe": "is a pipe", "folder": "is a folder", "huge": "expected at most"}.get(kind, "") in told
+    assert name in told or "There is no adapter" in told
     if name in (CONFIG, WEIGHTS):
         shutil.copytree(adapter("lora8"), tmp_path / "own")
         put(tmp_path / "own" / name, kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 from theodora.adapters.adapter_folder import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.errors import CheckpointError, ConfigError
-from theodora.files.folder import Place
+from theodora.files.folder import LeadsOut, Place
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -125,7 +125,7 @@ def inside(folder: str | Path, asked: str) -> Place:
     """The adapter folder that `asked` names within `folder`; neither it nor a file in it is read from outside.
 
     Raises:
-        CheckpointError: it is not there, or leads out.
+        CheckpointError: it is not there, leads out, or a file of it is none.
     """
     root = Path(folder).absolute()
     place = Place(root / asked, within=root)
@@ -134,6 +134,6 @@ def inside(folder: str | Path, asked: str) -> Place:
             for name in (CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME):
                 opened.seen(name)
             return place
-    except (OSError, ValueError, CheckpointError) as error:
+    except (OSError, ValueError, LeadsOut) as error:
         # One answer for what is outside and what is not there, so that nobody can ask what else the disk holds.
         raise CheckpointError(f"There is no adapter {asked!r} in the adapter folder.") from error
