@@ -335,6 +335,7 @@ HEADERS = {
     ),
     "a header longer than the file": struct.pack("<Q", 2**63) + b"{}",
     "metadata that is a list": header({"__metadata__": [], KEY: F32}, 4),
+    "metadata of half a character": header(b'{"__metadata__": {"a": "\\ud83d"}}'),
     "metadata of numbers": header({"__metadata__": {"format": 1}, KEY: F32}, 4),
     "metadata of ours that is none": header({"__metadata__": {"theodora": "[]"}, KEY: F32}, 4),
     "no tensors": header({}),

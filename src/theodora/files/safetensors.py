@@ -149,7 +149,7 @@ def parse_header(text: bytes, size: int) -> tuple[dict[str, Described], dict[str
         raise ValueError("its header is no JSON object")
     header = parse_json(text.decode("utf-8"))
     metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise ValueError(f"its {_METADATA} is {shown(metadata)}; expected texts by name")
     tensors = {name: _described(name, fields) for name, fields in header.items()}
     at = 0
@@ -165,7 +165,7 @@ def parse_header(text: bytes, size: int) -> tuple[dict[str, Described], dict[str
 
 
 def _described(name: str, fields: Any) -> Described:
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not _is_text(name):
         raise ValueError(f"the name {shown(name)} holds half a character")
     if not isinstance(fields, Mapping):
         raise ValueError(f"{shown(name)} is described by {shown(fields)}; expected dtype, shape and data_offsets")
@@ -186,6 +186,11 @@ def _described(name: str, fields: Any) -> Described:
     if end - begin != (wanted := math.prod(shape) * dtype.itemsize):
         raise ValueError(f"{shown(name)} lies in {end - begin:,} bytes; expected {wanted:,} of its shape and dtype")
     return Described(kind, tuple(shape), begin, end)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text of whole characters: JSON can write halves of them, which no terminal and no file takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
