@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Update
 from theodora.kernels.routed import MOST_LAYERS, SlottedWeights
-from theodora.kernels.triton import compose, gated, rotary, routed, weight_norm
+from theodora.kernels.triton import compose, finite, gated, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
@@ -122,3 +122,11 @@ def test_routed(layers, rank, dtype, launched):
     routed.routed(zs, x, [weights] * layers, order, tiles)
     assert set(launched) == {"_down", "_up"}
     assert max(launched.values()) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_finite(dtype, launched):
+    key, value = torch.zeros(1, 8, 64, 128, dtype=dtype), torch.zeros(1, 64, 8, 128, dtype=dtype).transpose(1, 2)
+    finite.keep_finite(key, value, torch.zeros(64, dtype=torch.int32), 2.0**96)
+    assert max(launched.values()) <= SHARED_MEMORY
+    assert "_keep_finite" in launched

@@ -124,3 +124,19 @@ def test_in_a_cuda_graph(tokens):
         graph.replay()
         plain = routed_reference(*given, slots.long())
         assert formula.error(y, plain.double()) < 5e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, under the interpreter
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_slot_that_is_not_finite_changes_no_bit_of_other_rows(mix):
+    slots = MIXES[mix]
+    z, x, a, b, g, bias = inputs(slots)
+    right = run((z, x, a, b, g, bias), slots)
+    unused = sorted(set(range(SLOTS)) - set(slots))
+    for bad in {slots[0], slots[len(slots) // 2], *unused[:1], *unused[-1:]}:
+        its = torch.tensor([slot == bad for slot in slots], device=DEVICE)
+        ruined = [t.clone() for t in (z, x, a, b, g)]
+        ruined[0][its], ruined[1][its] = torch.nan, torch.inf
+        for tensor in ruined[2:]:
+            tensor[bad] = torch.nan
+        assert torch.equal(run((*ruined, bias), slots)[~its], right[~its])

@@ -26,3 +26,14 @@ def test_only_what_the_filters_leave_is_picked_and_as_often(top_p, top_k, min_p)
     found = pick(logits.expand(ROWS, -1), *columns, True).bincount(minlength=SIZE) / ROWS
     assert torch.allclose(found, kept.softmax(-1)[0], atol=2 / ROWS)
     assert (found[kept[0].isinf()] == 0).all()
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_a_row_of_nan_changes_no_other_and_still_gets_a_token(filters):
+    logits = torch.randn(4, 50)
+    given = torch.full((4,), 0.7), torch.arange(4) * 2_000_000, torch.full((4,), 0.9), torch.full((4,), 8)
+    right = pick(logits, *given, torch.full((4,), 0.01), filters)
+    logits[2] = torch.nan
+    found = pick(logits, *given, torch.full((4,), 0.01), filters)
+    assert found[[0, 1, 3]].tolist() == right[[0, 1, 3]].tolist()
+    assert 0 <= found[2] < 50

@@ -184,6 +184,8 @@ def prepare_slots(
         if magnitudes is not None:
             norm_NO = _norms(layers, a_NRI, b_NOR, scale)
             g_NO = dora_scale(torch.stack(list(magnitudes)).to(device, wide), norm_NO)
+            # An infinite norm would make a row of zeros, and nobody would know why.
+            g_NO = torch.where(norm_NO.isfinite(), g_NO, torch.nan)
         # s goes in before rounding, so that it costs no precision.
         a_NRI, b_NRO = a_NRI.to(dtype), (scale * b_NOR).mT.to(dtype).contiguous()
         gs = [None] * len(layers) if g_NO is None else g_NO

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.adapter_folder import Bounds
 from theodora.adapters.checkpoint import AdapterFile, read_adapter
+from theodora.adapters.finite import all_finite_on_gpu, finite
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
@@ -146,7 +147,7 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
     """Module path -> what an adapter puts into a slot, on the model's device.
 
     Raises:
-        CheckpointError: g is not finite.
+        CheckpointError: A, s·B or g is not finite, as it runs.
     """
     alike: dict[Any, list[str]] = {}
     for path, tensors in file.modules.items():
@@ -163,12 +164,25 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
         magnitudes = [t.magnitude for t in held if t.magnitude is not None] or None
         found = prepare_slots(layers, [t.a for t in held], [t.b for t in held], magnitudes, held[0].scale)
         modules |= dict(zip(paths, found, strict=True))
-    gs = [tensors.g_O for tensors in modules.values() if tensors.g_O is not None]
-    if gs and not bool(torch.cat(gs).isfinite().all()):
-        raise CheckpointError(f"{file.path}: m / ‖W + s·B·A‖ is not finite on this model's weights")
+    _check_finite(file, modules)
     if (first := next(iter(modules.values())).a_RI).is_cuda:
         torch.cuda.current_stream(first.device).synchronize()
     return modules
+
+
+def _check_finite(file: AdapterFile, modules: dict[str, SlotTensors]) -> None:
+    """Refuse what is finite in the file and not as it runs: in another dtype, times s, on this model's weights."""
+    held = [tensor for tensors in modules.values() for tensor in tensors.tensors()]
+    if all_finite_on_gpu(held) or all(finite(tensor) for tensor in held):
+        return
+    for path, (a, b, g) in ((path, (t.a_RI, t.b_RO, t.g_O)) for path, t in modules.items()):
+        for what, tensor in (("A", a), ("s·B", b), ("m / ‖W + s·B·A‖", g)):
+            if tensor is not None and not finite(tensor):
+                raise CheckpointError(
+                    f"{file.path}: {path}: {what} is not finite on this model's weights, in "
+                    f"{str(tensor.dtype).removeprefix('torch.')}: the adapter's values are too large. Serve the model "
+                    "in a wider dtype (--dtype), or train the adapter again."
+                )
 
 
 def _few(paths: list[str], file: AdapterFile) -> Iterator[list[str]]:

@@ -23,6 +23,7 @@ from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import BROKEN, Writer
 from theodora.serve.tiers import Changed
+from theodora.serve.watch import NotFinite
 
 _LONG = 20_000  # characters of a text that is worth a thread
 _HALF = re.compile("[\ud800-\udfff]")
@@ -114,6 +115,7 @@ class Answers:
         Raises:
             Unavailable: the worker failed, or the adapter cannot be read now.
             Changed: the adapter cannot be read again at all.
+            NotFinite: what was computed is no finite number.
         """
         while self._open:
             pieces: list[Piece] = []
@@ -134,7 +136,7 @@ class Answers:
     def _take(self, choice: Choice, update: Any) -> Piece:
         if update.error is not None:
             problem = choice.request.problem
-            if isinstance(problem, Changed):
+            if isinstance(problem, Changed | NotFinite):
                 raise problem
             raise Unavailable(str(problem or self.engine.why_failed()))
         sampling = choice.request.sampling

@@ -27,6 +27,7 @@ from theodora.serve.response_events import ResponseReplies
 from theodora.serve.responses import ResponsesRequest, chat_of
 from theodora.serve.tiers import Changed
 from theodora.serve.tokens import token_routes
+from theodora.serve.watch import NotFinite
 
 _Replies = Replies | ResponseReplies
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
@@ -121,12 +122,14 @@ _STATUS: dict[type[Exception], tuple[int, str]] = {
     Unavailable: (503, "unavailable_error"),
     _Late: (504, "timeout_error"),
     _Forbidden: (403, "permission_error"),
+    NotFinite: (500, "server_error"),
     Changed: (409, "conflict_error"),  # before what it is a kind of
     ConfigError: (400, "invalid_request_error"),
     CheckpointError: (400, "invalid_request_error"),
 }
-# OpenAI's client tries again after 409, too, unless it is told.
-_RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: {"x-should-retry": "false"}}
+# OpenAI's client tries again after 409 and 500, too, unless it is told.
+_NEVER = {"x-should-retry": "false"}
+_RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 409: _NEVER, 500: _NEVER}
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -1,7 +1,7 @@
 """The seams to transformers' continuous batching: with `processors.py` the only file that knows its insides (5.17 to
 5.23).
 
-Five things are not in it, and are put in here:
+Six things are not in it, and are put in here:
 
 - which slot each sequence of a batch goes to. It travels with the batch's other inputs, in the row of arguments that
   transformers keeps for logits processors, so that it works with graphs and with batches under way;
@@ -9,16 +9,21 @@ Five things are not in it, and are put in here:
 - prefix reuse by adapter: the same tokens under another adapter are other keys and values (`_salted`);
 - picking tokens by each request's own temperature, penalties and so on, log-probabilities before all of that, and those
   of prompts;
+- requests whose numbers are not finite: they end with an error, and nobody else reads them (`watch.py`);
 - a worker that fails tells so.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,10 +37,13 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from theodora.errors import CheckpointError, TheodoraError
 from theodora.layers.slotted import Routing
-from theodora.serve.processors import RoutedProcessors, request_of
+from theodora.serve.processors import RoutedProcessors, outputs_of, request_of
 from theodora.serve.requests import Request
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier
+from theodora.serve.watch import NotFinite, Watch, mask_wholly
+
+log = logging.getLogger("theodora.serve")
 
 SCHEDULER = "theodora"
 _PATIENCE = 2.0
@@ -179,6 +187,7 @@ class RoutedManager(ContinuousBatchingManager):
         self.output_router = router
         self._slots, self._host, self._failing, self._failed = slots, host, failing, failed
         self._tasks: deque[tuple[Callable[[], Any], threading.Event, list[Any]]] = deque()
+        self._warned: set[int] = set()
 
     def run_between_batches(self, task: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Run `task` on the worker, while no batch does; its result, or its exception.
@@ -242,6 +251,7 @@ class RoutedManager(ContinuousBatchingManager):
         stream = processor.inputs_and_outputs.compute_stream
         processor.scheduler.compute = lambda: torch.cuda.stream(stream)
         _salt(cache)
+        processors.watch = _watch(cache)
         runner = processor.model_runner
         runner._sample = processors.sample
         choose = runner._get_forward_fn
@@ -262,8 +272,43 @@ class RoutedManager(ContinuousBatchingManager):
 
         runner._get_forward_fn = forward
         for io in _leaves(processor):
-            _wrap_update(io, processors)
+            _wrap_update(io, processors, partial(self._without_ruined, processor))
         return processor
+
+    def _without_ruined(self, processor: Any, requests: list[Any], tokens: list[int], logprobs: list[float]) -> Any:
+        """A batch's outputs without those of requests that were not finite, which end here, and only they.
+
+        Their pages are freed without having been shared, because transformers shares a page after this.
+        """
+        places = outputs_of(requests)
+        kept: list[Any] = []
+        # Of outputs only those of requests with a new token are read, in their order.
+        told: list[tuple[int, float]] = []
+        for future, place in zip(requests, places, strict=True):
+            state, request = future.state, request_of(future.state)
+            if (
+                request is not None
+                and (request.ruined or math.isnan(logprobs[place]))
+                and state.status is not RequestStatus.FINISHED  # what is over is skipped by who reads this
+            ):
+                request.problem = NotFinite.of(request, self.model.dtype)
+                self._warn(request)
+                self.output_router.fail_and_deliver(state, request.problem)
+                # Wherever it is: it may be waiting again, with its pages kept aside.
+                processor.scheduler.set_request_cancellation(state.request_id)
+                processor.scheduler.block_new_requests = False
+                continue
+            kept.append(future)
+            if future.has_new_token:
+                told.append((tokens[place], logprobs[place]))
+        return kept, [token for token, _ in told], [logprob for _, logprob in told]
+
+    def _warn(self, request: Request) -> None:
+        """Once for each adapter: whoever can make it happen can make it happen often."""
+        serial = request.adapter.serial if request.adapter else 0
+        if serial not in self._warned:
+            self._warned.add(serial)
+            log.warning("%s (Said once; its requests are answered with 500.)", request.problem)
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
         self._failing(error)
@@ -282,9 +327,10 @@ def route_batches(model: Any, routing: Routing) -> None:
         rows = kwargs.get("logits_processor_args")
         if rows is None:  # no batch of ours
             return
-        routing.set(
-            token_slots(rows[0], kwargs["cu_seq_lens_q"], kwargs["input_ids"].shape[1]), kwargs.get("logits_to_keep")
-        )
+        starts, tokens = kwargs["cu_seq_lens_q"], kwargs["input_ids"].shape[1]
+        kwargs["cache"].watch.begin(starts, tokens)
+        mask_wholly(kwargs.get("attention_mask"))
+        routing.set(token_slots(rows[0], starts, tokens), kwargs.get("logits_to_keep"))
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(lambda *_: routing.clear(), always_call=True)
@@ -306,16 +352,46 @@ def _leaves(processor: Any) -> list[Any]:
     return [ios] if pairs is None else [io for pair in pairs for io in (pair.host_io, pair.device_io)]
 
 
-def _wrap_update(io: Any, processors: RoutedProcessors) -> None:
+def _wrap_update(io: Any, processors: RoutedProcessors, without_ruined: Callable[..., Any]) -> None:
     update = io.prepare_batch_update
     io.tops = io.scores = None
 
     def wrapped() -> Any:
         found = update()
         processors.keep(found[0], io)
-        return found
+        return without_ruined(*found)
 
     io.prepare_batch_update = wrapped
+
+
+def _watch(cache: Any) -> Watch:
+    """Let nothing into the cache that is not finite."""
+    cache.watch = watch = Watch(cache.max_batch_tokens, torch.device(cache.device))
+    update = cache.update
+
+    def cleaned(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return update(*watch.keep_finite(key_states, value_states), *args, **kwargs)
+
+    cache.update = cleaned
+    for held in (*getattr(cache, "key_cache", ()), *getattr(cache, "value_cache", ())):
+        held.zero_()  # 5.17 takes memory as it is
+    return watch
+
+
+def _cleaned_before(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """5.17's flash attention for steps of one token each, which writes to the cache past `cache.update`."""
+
+    def cleaned(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        watch: Watch | None = getattr(cache, "watch", None)
+        k, v = (k, v) if watch is None else watch.keep_finite(k, v)
+        return attend(module, q, k, v, cache, *args, **kwargs)
+
+    return cleaned
+
+
+with suppress(ImportError, AttributeError):  # later versions have no such function
+    flash_paged: Any = import_module("transformers.integrations.flash_paged")
+    flash_paged._paged_decode_forward = _cleaned_before(flash_paged._paged_decode_forward)
 
 
 def _salt(cache: Any) -> None:

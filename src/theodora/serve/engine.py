@@ -309,6 +309,12 @@ class Engine:
         if _heads_differ(self.model.config.get_text_config()):
             raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
+        if trial is not None and not trial.finite:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise Unavailable(
+                f"{self.config.model} cannot be served: its output is not finite. Its weights hold NaN or infinite "
+                f"values, or what it computes is too large for {dtype}: try another dtype (--dtype)."
+            )
         self._manager = manager = self._running_manager()
         if trial is not None:
             try:
@@ -324,6 +330,12 @@ class Engine:
         try:
             with _unlogged():
                 manager = self._new_manager()
+                if self.model.config._attn_implementation.endswith("eager") and self.model.dtype == torch.float16:
+                    # Its scores are float16: another request's large key makes them infinite, whatever the mask.
+                    raise ValueError(
+                        "attention without a kernel does not keep requests apart in float16, but does in "
+                        "bfloat16 and float32 (--dtype)"
+                    )
                 manager.start()
                 while manager.batch_processor is None:
                     if not manager.is_running():

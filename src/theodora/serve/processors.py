@@ -4,6 +4,7 @@ batch, picks tokens, and keeps what else was asked for (`batching.py` puts it in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from theodora.serve.requests import Request, Sampling
 from theodora.serve.sampling import likeliest, pick
 from theodora.serve.scoring import Scored, ScoringModel
 from theodora.serve.shaping import Shaper, shape
+from theodora.serve.watch import Watch
 
 KEY = "request"
 """Under which a `Request` travels in transformers' request."""
 MOST_TOP_LOGPROBS = 20
 
 _GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
-_ROWS = 6  # slot, temperature, random bits, top_p, top_k, min_p
+_ROWS = 7  # slot, temperature, random bits, top_p, top_k, min_p, sequence
 
 
 def request_of(state: Any) -> Request | None:
@@ -35,6 +37,8 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
 
     current_io: Callable[[], Any]
     """Gives the outputs of the batch at hand; set with the worker's other parts."""
+    watch: Watch
+    """What of the batch at hand is not finite; set as well."""
 
     def __init__(self) -> None:
         # The class's own __init__ sorts logits processors, of which there are none here.
@@ -63,7 +67,10 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
-        """Write the rows: slots for all sequences, the rest for those that get a new token."""
+        """Write the rows: slots for all sequences, the rest for those that get a new token.
+
+        Last the sequences in the order of the outputs, of which those with a new token come first (`outputs_of`).
+        """
         slots: list[int] = []
         new: list[tuple[Sampling, int]] = []
         scored: list[Scored | None] = []
@@ -95,6 +102,9 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         rows[0] = torch.tensor(slots, dtype=torch.int32)
         for row, column in enumerate(columns, start=1):
             rows[row, : len(new)] = column
+        # Without a new token there are no logits to look at: ~sequence.
+        sequences = [n if future.has_new_token else ~n for n, future in enumerate(requests_in_batch)]
+        rows[6, outputs_of(requests_in_batch)] = torch.tensor(sequences, dtype=torch.int32)
         arg_storage[:_ROWS, : len(slots)] = rows.to(arg_storage.device)
         return arg_storage
 
@@ -105,6 +115,9 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
 
     def sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """Pick each sequence's next token; write tokens and log-probabilities, and note the likeliest others.
+
+        A sequence that is not finite gets NaN for its log-probability, also one without a new token: it costs no
+        transfer of its own.
 
         Args:
             scores: logits, (1, N, V).
@@ -124,7 +137,11 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
             shaper.took(tokens[row])
         whole = logits.logsumexp(-1)
         output_ids[0, :count].copy_(tokens)
-        output_ids[1, :count].copy_((logits.gather(1, tokens[:, None])[:, 0] - whole).view(torch.int32))
+        logprobs, sequence = logits.gather(1, tokens[:, None])[:, 0] - whole, args[6].long()
+        new = sequence >= 0
+        ruined = self.watch.ruined()[torch.where(new, sequence, ~sequence).clamp_max(count - 1)]
+        ruined |= new & ~whole.isfinite()
+        output_ids[1, :count].copy_(logprobs.masked_fill(ruined, torch.nan).view(torch.int32))
         if self.tops:
             # Beside the batch's other outputs: two batches can be under way.
             self.current_io().tops = likeliest(logits, whole, MOST_TOP_LOGPROBS)
@@ -155,6 +172,13 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
             if request is not None and (count := request.sampling.top_logprobs):
                 found = tokens[row, :count].tolist(), values[row, :count].tolist()
                 request.tops[len(future.state.logprobs)] = found
+
+
+def outputs_of(requests: Sequence[Any]) -> list[int]:
+    """Where in a batch's outputs each of its requests stands: those with a new token first, then the others."""
+    new = sum(future.has_new_token for future in requests)
+    tokens, others = itertools.count(), itertools.count(new)
+    return [next(tokens if future.has_new_token else others) for future in requests]
 
 
 def _shaper(request: Request, state: Any) -> Shaper:

@@ -268,8 +268,8 @@ def _tops(tops: tuple[list[int], list[float]], count: int) -> list[tuple[int, fl
 
 
 def _told(logprob: float) -> float:
-    """A log-probability as JSON can write it; vLLM's number stands for minus infinity."""
-    return max(logprob, -9999.0)
+    """A log-probability as JSON can write it; vLLM's number stands for minus infinity, and for what is no number."""
+    return logprob if logprob > -9999.0 else -9999.0  # NaN is not more than anything
 
 
 def usage(answers: Answers) -> dict[str, int]:

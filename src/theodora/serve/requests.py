@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from theodora.errors import CheckpointError
+    from theodora.errors import TheodoraError
     from theodora.serve.adapters import ServedAdapter
     from theodora.serve.shaping import Shaper
 
@@ -145,8 +145,10 @@ class Request:
     slot: int = 0
     shaper: Shaper | None = None
     """What changes its logits; made by the worker."""
-    problem: CheckpointError | None = None
+    problem: TheodoraError | None = None
     """Why it failed, if that is its own affair rather than the worker's."""
+    ruined: bool = False
+    """Whether a log-probability of its prompt is no number."""
     asked: float = field(default_factory=time.monotonic)
     tops: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
     """Index of a generated token -> the likeliest tokens at its place, and their log-probabilities."""

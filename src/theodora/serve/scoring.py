@@ -5,6 +5,7 @@ T tokens in the batch, M of them in prompts that are scored, N sequences, V voca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class Scores:
             for place in range(part.first, part.first + part.count):
                 tops = tokens[row, :top].tolist(), values[row, :top].tolist()
                 request.scores[place] = Score(logprobs[row], ranks[row], tops)
+                request.ruined |= math.isnan(logprobs[row])
                 row += 1
 
 

@@ -67,6 +67,11 @@ class Trial:
         return self.logprobs_2CV.shape[1]
 
     @property
+    def finite(self) -> bool:
+        """Whether the model says anything at all."""
+        return bool(self.logprobs_2CV.logsumexp(-1).isfinite().all())
+
+    @property
     def bound(self) -> float:
         """Mean distance of log-probabilities, in nats, from which on something else than rounding is at work."""
         return _EXACT if self.exact else max(_ROUNDED, _SHARE * self.context)
