@@ -30,12 +30,11 @@ def end_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ..
 
 
 def as_ids(eos_token_id: Any) -> list[int]:
-    """`eos_token_id` as a list: configurations hold a number, several, or none."""
+    """`eos_token_id` as a list: configurations hold a number, several, or none. What is no number is left out."""
     if hasattr(eos_token_id, "tolist"):  # generate() makes tensors of them
         eos_token_id = eos_token_id.tolist()
-    if isinstance(eos_token_id, int):
-        return [eos_token_id]
-    return list(eos_token_id) if isinstance(eos_token_id, list | tuple) else []
+    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    return [id for id in ids if isinstance(id, int) and not isinstance(id, bool)]
 
 
 def template_end_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "coerce", "other_words", "trust", "config", "parse", "ends", "locks"},
     {"functional", "autocast"},
     {"kernels"},
-    {"layers"},
+    {"layers", "files"},
     {"adapters", "data"},
     {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin"},
     {"compare"},

@@ -13,8 +13,9 @@ import torch
 
 from serving import alone, expected, settled
 from theodora.errors import CheckpointError
+from theodora.files.folder import Place
 from theodora.serve.requests import Sampling
-from theodora.serve.tiers import HostTier, Stamp
+from theodora.serve.tiers import Changed, HostTier, Stamp
 
 GREEDY = Sampling(max_tokens=5, temperature=0.0)
 NAMES = ("dora4", "lora8", "dora3", "lora1", "head", "rows")
@@ -334,9 +335,24 @@ def test_a_failure_is_kept_for_nobody_who_has_gone():
 
 def test_a_folder_that_cannot_be_asked(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Stamp.of(tmp_path / ("x" * 300))
+        Stamp.of(Place(tmp_path / ("x" * 300)))
     (tmp_path / "file").touch()
-    assert Stamp.of(tmp_path / "file").files == (None, None)  # a file where a folder should be, as if it were not there
+    assert Stamp.of(Place(tmp_path / "file")).files == (
+        None,
+        None,
+    )  # as if it were not there
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
+    own = tmp_path / "root" / "own"
+    shutil.copytree(adapter_dir("lora8"), own)
+    stamp = Stamp.of(Place(own, within=tmp_path / "root" if inside else None))
+    stamp.check()
+    own.rename(tmp_path / "was")
+    own.symlink_to(adapter_dir("dora4"))
+    with pytest.raises(Changed, match="has changed since it was loaded"):
+        stamp.check()
 
 
 def slowed(engine, monkeypatch):

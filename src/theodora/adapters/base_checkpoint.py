@@ -29,12 +29,12 @@ from theodora.adapters.classes import auto_classes, check_kernels
 from theodora.adapters.names import Names
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.files.folder import OpenFile, Seen, read_file
+from theodora.files.safetensors import Header, read_header, read_tensor
 from theodora.parse import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# An open safetensors file is mapped into memory and every page read stays resident: it is reopened after this much.
-_REOPEN_AFTER = 128 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # What transformers' configurations call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -52,6 +52,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """The safetensors name: F32, BF16, I64, …"""
+    seen: Seen | None = None
+    """The file whose header it was."""
 
 
 def find_base(name: str | None, *, revision: str | None = None, download: bool = False) -> Path:
@@ -122,8 +124,7 @@ class BaseCheckpoint:
                 break
         self._names = Names([*self.keys, *self.converted, *self._tied()])
         self._unloaded = Names(self.unloaded())
-        self._open: tuple[Path, Any] | None = None
-        self._read_bytes = 0
+        self._open: tuple[OpenFile, Header] | None = None
 
     def model_name(self, name: str) -> str | None:
         """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
@@ -175,17 +176,26 @@ class BaseCheckpoint:
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own."""
         stored = self.tensors[key]
-        if self._open is None or self._open[0] != stored.file or self._read_bytes > _REOPEN_AFTER:
-            self.close()
-            self._open = (stored.file, safe_open(stored.file, framework="pt"))
-        tensor = self._open[1].get_tensor(key).clone()
-        self._read_bytes += tensor.nbytes
-        return tensor
+        try:
+            if self._open is None or self._open[0].path != stored.file:
+                self.close()
+                self._open = (file := OpenFile.at(stored.file)), read_header(file)
+            file, header = self._open
+            if file.seen != stored.seen:
+                raise ValueError("it is another file than before")
+            return read_tensor(file, header, header.tensors[key])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{stored.file} changed while the model was read: {error}") from error
 
     def close(self) -> None:
-        """Let go of the file read last, and of the memory it is mapped into."""
+        """Let go of the file read last."""
+        if self._open is not None:
+            self._open[0].close()
         self._open = None
-        self._read_bytes = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", None) is not None:  # somebody failed on the way to close()
+            self.close()
 
     def _tied(self) -> dict[str, str]:
         return self.model.all_tied_weights_keys
@@ -195,7 +205,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter, not a model. Name the adapter's base model instead.")
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json(read_file(folder / "config.json").decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
     except (ValueError, OSError) as error:
@@ -222,17 +232,29 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
             problems.append(f"{file.name} is missing")
             continue
         try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.offset_keys():
-                    part = opened.get_slice(key)
-                    tensors[key] = StoredTensor(key, file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
+            with OpenFile.at(file) as opened:
+                found = read_header(opened).tensors
+            for key, tensor in sorted(found.items(), key=lambda item: item[1].begin):
+                tensors[key] = StoredTensor(key, file, tensor.shape, tensor.kind, opened.seen)
+        except (ValueError, OSError, CheckpointError) as error:
             problems.append(f"{file.name} is damaged or cut short ({error})")
             continue
         problems += [f"{file.name} lacks {key}, which the index promises" for key in expected if key not in tensors]
     if problems:
         raise CheckpointError(f"The base model {folder} is not whole:" + bullet_list(problems))
     return tensors
+
+
+def damaged_weights(folder: Path) -> list[str]:
+    """Which safetensors files of a model folder are no whole ones, and why."""
+    found: list[str] = []
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        try:
+            with OpenFile.at(path) as file:
+                read_header(file)
+        except (ValueError, OSError, CheckpointError) as error:
+            found.append(f"{path.name} is damaged or cut short ({error})")
+    return found
 
 
 def pickled_weights(folder: Path) -> str:
@@ -264,7 +286,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         return {folder / WEIGHTS: []}
     if (folder / INDEX).is_file():
         try:
-            weight_map: Any = parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map: Any = parse_json(read_file(folder / INDEX).decode("utf-8"))["weight_map"]
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError("weight_map does not say which file holds which tensor")
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -27,6 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from theodora.adapters.adapter_folder import (
+    CONFIG_NAME,
+    MLX_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Bounds,
+    Stamp,
+    read_adapter_files,
+)
 from theodora.adapters.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.adapters.peft_options import (
     StartFromWeight,
@@ -36,16 +44,14 @@ from theodora.adapters.peft_options import (
     start_of,
     task_of,
 )
-from theodora.adapters.reading import expanded, read_object, read_tensors
+from theodora.adapters.reading import read_object
 from theodora.adapters.targets import from_pattern
 from theodora.adapters.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.adapters.wrapper_names import plain_keys
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
+from theodora.files.folder import Place
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MLX_WEIGHTS_NAME = "adapters.safetensors"
 KEY_PREFIX = "base_model.model."
 
 _PARTS = {
@@ -106,6 +112,8 @@ class AdapterFile:
     """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
     mlx: bool = False
     """Whether it was read from MLX's files."""
+    stamp: Stamp = (None, None)
+    """Of the files that all this was read from."""
     left_out: tuple[str, ...] = ()
     """Paths of what the file holds of a vision or audio tower, where the model at hand is its language model alone."""
 
@@ -115,34 +123,37 @@ class AdapterFile:
         return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
 
 
-def read_adapter(path: str | Path, device: torch.device | None = None, for_model: bool = False) -> AdapterFile:
+def read_adapter(
+    path: str | Path | Place, device: torch.device | None = None, for_model: bool = False, bounds: Bounds | None = None
+) -> AdapterFile:
     """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
+
+    The folder and its files are opened once: what is checked is what the result holds, whatever others do to them.
 
     Args:
         path: the folder, or the name.
-        device: a GPU that is to hold the tensors; where None, they are the file itself, mapped.
+        device: a GPU that is to hold the tensors; where None, they are in host memory.
         for_model: whether the base model is at hand to complete it by (`starts_from`, `added_biases`).
+        bounds: how large its files may be.
 
     Raises:
         CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
             without its magnitudes, or options that mean something this library does not compute.
     """
-    folder = _find_folder(path)
-    mlx = not (folder / WEIGHTS_NAME).is_file()
-    tensors, metadata = read_tensors(folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME), device)
+    read = read_adapter_files(path, device, bounds)
+    where, weights, metadata = read.folder / CONFIG_NAME, read.weights, read.metadata
+    mlx = weights.name == MLX_WEIGHTS_NAME
     if mlx:
         from theodora.adapters.mlx import peft_from_mlx
 
-        peft, tensors = peft_from_mlx(read_object(folder / CONFIG_NAME), tensors, folder)
+        peft, tensors = peft_from_mlx(read.fields, read.tensors, read.folder)
     else:
-        peft, tensors = read_peft_config(folder), plain_keys(tensors, folder / WEIGHTS_NAME)
-    config = _config_from_peft(peft, folder / CONFIG_NAME, for_model)
+        peft, tensors = _checked_base(read.fields, where), plain_keys(read.tensors, weights)
+    config = _config_from_peft(peft, where, for_model)
     if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} says an odd rank, but half of it is to be the start that is taken away again"
-        )
+        raise CheckpointError(f"{where} says an odd rank, but half of it is to be the start that is taken away again")
     return replace(
-        adapter_of(tensors, config, folder / (MLX_WEIGHTS_NAME if mlx else WEIGHTS_NAME), peft=peft),
+        adapter_of(tensors, config, weights, peft=peft),
         task=task_of(peft),
         starts_from=start_of(peft),
         base_model=peft.get("base_model_name_or_path") or None,
@@ -150,6 +161,7 @@ def read_adapter(path: str | Path, device: torch.device | None = None, for_model
         probe=metadata.get("probe"),
         only_layers=_layers(peft),
         mlx=mlx,
+        stamp=read.stamp,
     )
 
 
@@ -312,38 +324,16 @@ def starts_from_weight(config: AdapterConfig) -> bool:
     return config.init in ("pissa", "olora")
 
 
-def _find_folder(path: str | Path) -> Path:
-    folder = expanded(path)
-    if (folder / CONFIG_NAME).is_file():
-        if (folder / WEIGHTS_NAME).is_file() or (folder / MLX_WEIGHTS_NAME).is_file():
-            return folder
-        if (folder / "adapter_model.bin").is_file():
-            raise CheckpointError(
-                f"{folder} holds its tensors in adapter_model.bin, a pickle file, which can run code when read. "
-                "Convert it with PEFT: load it and call save_pretrained(..., safe_serialization=True)."
-            )
-        raise CheckpointError(f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter was not saved whole.")
-    if folder.exists():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "a file"
-        raise CheckpointError(f"{folder} is no adapter folder: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found {held}")
-    text = str(path)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(text, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"{text} is neither a folder here nor an adapter on the hub ({error})") from error
-    raise CheckpointError(f"{folder} does not exist; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-
-
 def read_peft_config(folder: str | Path) -> dict[str, Any]:
     """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
     path = Path(folder) / CONFIG_NAME
     fields = read_object(path)
     if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
         fields = {**fields, "base_model_name_or_path": fields.get("model")}
+    return _checked_base(fields, path)
+
+
+def _checked_base(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     base = fields.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise CheckpointError(f"{path}: base_model_name_or_path is {shown(base)}; expected a folder or hub name")

@@ -101,7 +101,8 @@ def copy_manners(adapter: Path, folder: Path) -> None:
         for found in adapter.glob(pattern):
             if found.is_file() and not found.is_symlink():
                 (folder / found.relative_to(adapter)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(found, folder / found.relative_to(adapter))
+                # Not through a link that has taken its place since.
+                shutil.copyfile(found, folder / found.relative_to(adapter), follow_symlinks=False)
 
 
 def ends_elsewhere(adapter: Path, base: Path, program: str) -> list[str]:

@@ -293,14 +293,14 @@ def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
     own_code = ("*.py",) if "auto_map" in base.config else ()
     for source, patterns in ((tokenizer, TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
         for found in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-            _refuse_link_out(found, source)
+            real = _refuse_link_out(found, source)
             target = folder / found.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(found, target)
+            shutil.copyfile(real, target, follow_symlinks=False)
 
 
-def _refuse_link_out(found: Path, source: Path) -> None:
-    """Raise a CheckpointError for a link out of a model's folder: what it points to may be no part of the model.
+def _refuse_link_out(found: Path, source: Path) -> Path:
+    """The file itself; a CheckpointError for a link out of a model's folder, which may point to no part of the model.
 
     The hub's cache keeps its files beside its snapshots, as `blobs`, and links to them.
     """
@@ -310,6 +310,7 @@ def _refuse_link_out(found: Path, source: Path) -> None:
             f"{found} is a link to {real}, outside the folder, and would be copied into the merged model. If it "
             "belongs there, put the file itself in its place."
         )
+    return real
 
 
 def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheckpoint) -> None:

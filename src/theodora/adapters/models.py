@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.adapters.base_checkpoint import check_layers, pickled_weights, stored_tensors
+from theodora.adapters.base_checkpoint import check_layers, damaged_weights, pickled_weights, stored_tensors
 from theodora.adapters.checkpoint import read_peft_config
 from theodora.adapters.classes import auto_classes, check_kernels, model_alone
 from theodora.adapters.reading import expanded
-from theodora.errors import CheckpointError, ConfigError
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.parse import parse_json
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -117,7 +117,8 @@ def load_model(
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
-        raise CheckpointError(f"{model} does not load as a causal language model: {error}") from error
+        why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
+        raise CheckpointError(f"{model} does not load as a causal language model:{why}") from error
     loaded, info = result
     if info["missing_keys"]:
         # transformers would go on with random values in their place.

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from theodora.errors import CheckpointError, shown
+from theodora.files.folder import OpenFile, read_file
+from theodora.files.safetensors import LONGEST_HEADER, read_safetensors
 from theodora.parse import parse_json
 
 _LARGEST = 1e38  # float32's; NaN is not less either
@@ -40,64 +41,52 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is no JSON, or holds something else.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        content = read_file(path)
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; expected an object")
-    return content
+    return parse_object(content, path)
 
 
-def read_tensors(path: Path, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    """What a JSON file holds, given its bytes; the path is for messages.
+
+    Raises:
+        CheckpointError: it is no JSON, or no object.
+    """
+    try:
+        found = parse_json(content.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}; expected an object")
+    return found
+
+
+def read_tensors(
+    file: Path | OpenFile, device: torch.device | None = None, longest: int = LONGEST_HEADER
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a safetensors file, and what we keep in its metadata; memory is bounded by the file's size.
 
     Args:
-        path: the file.
-        device: a GPU that is to hold the tensors; where None, or without room there, they are the file itself, mapped.
+        file: the file. It is read once, so that what others write to it from then on does not reach the tensors.
+        device: a GPU that is to hold the tensors; where None, or without room there, they are in host memory.
+        longest: bytes that the header may have.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, or says something twice.
+        CheckpointError: the file cannot be read, is damaged, says something twice, or is written to meanwhile.
     """
+    path = file if isinstance(file, Path) else file.path
     try:
-        header, begin = _header(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = _checked_metadata((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            keys = list(file.keys())
-            # Not by `get_tensor`, which loses 64 bytes of memory at each call (safetensors 0.8): a server that reads
-            # adapters all day would notice. And a GPU gets the file in one piece, in half the time of many copies.
-            content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-            content = content if device is None else content.to(device)
-            found = {key: _tensor(content, header[key], begin) for key in keys}
-            on = content.device
-            return {key: file.get_tensor(key).to(on) if t is None else t for key, t in found.items()}, metadata
-    except torch.OutOfMemoryError:
-        return read_tensors(path)
-    except (SafetensorError, ValueError, OSError, RuntimeError, KeyError) as error:
+        if isinstance(file, Path):
+            with OpenFile.at(file) as opened:
+                tensors, metadata = read_safetensors(opened, device, longest)
+        else:
+            tensors, metadata = read_safetensors(file, device, longest)
+        return tensors, _checked_metadata(metadata.get(METADATA_KEY, "{}"))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
         ) from error
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where its data begin; a ValueError if it describes one twice.
-
-    Readers differ in which description they believe. Everything else (offsets that overlap, leave gaps or end elsewhere
-    than the file) safetensors itself refuses.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        # If that is more than there is, safetensors says what is wrong.
-        return parse_json(file.read(length)) if length <= path.stat().st_size else {}, 8 + length
-
-
-def _tensor(content: Tensor, described: dict[str, Any], begin: int) -> Tensor | None:
-    """A tensor in the content of its file, (bytes,); None if its numbers are of a kind or in a place that torch wants
-    copied."""
-    dtype = FLOAT_DTYPES.get(described["dtype"])
-    first, end = (begin + offset for offset in described["data_offsets"])
-    if dtype is None or first % dtype.itemsize:
-        return None
-    return content[first:end].view(dtype).view(described["shape"])
 
 
 def _checked_metadata(text: str) -> dict[str, Any]:

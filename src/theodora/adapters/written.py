@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from theodora.adapters.atomic import atomic_write
-from theodora.errors import UsageError, shown
+from theodora.errors import CheckpointError, UsageError, shown
+from theodora.files.folder import OpenFile, read_file
+from theodora.files.safetensors import read_safetensors
+from theodora.parse import parse_json
 
 MARK = "theodora_files.json"
 CHECKPOINT = "checkpoint"
@@ -74,12 +76,14 @@ def described(folder: Path) -> str | None:
 
 def _changes_by_list(folder: Path) -> list[str] | None:
     try:
-        fields = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        fields = parse_json(read_file(folder / MARK).decode("utf-8"))
         hashes = fields.get("sha256")
         if hashes is None:  # of an earlier version
             return None
         expected = {str(name): str(value) for name, value in hashes.items()}
-    except (OSError, ValueError, AttributeError) as error:
+        if outside := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"it names {shown(outside[0])}, which is outside of its folder")
+    except (OSError, ValueError, AttributeError, CheckpointError) as error:
         return [f"{MARK} cannot be read ({error})"]
     return [change for name, value in expected.items() if (change := _change(folder / name, name, value))]
 
@@ -104,16 +108,17 @@ def _told(name: str) -> str:
 
 def _changes_by_header(folder: Path) -> list[str] | None:
     try:
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            written = (file.metadata() or {}).get(HASHES_KEY)
-            if written is None:
-                return None
-            expected: dict[str, Any] = json.loads(written)
-            weights = _hash_of_tensors({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        found = {_WEIGHTS: weights, _CONFIG: _hash_of_config((folder / _CONFIG).read_text(encoding="utf-8"))}
+        with OpenFile.at(folder / _WEIGHTS) as file:
+            tensors, metadata = read_safetensors(file)
+        written = metadata.get(HASHES_KEY)
+        if written is None:
+            return None
+        expected: dict[str, Any] = parse_json(written)
+        config = _hash_of_config(read_file(folder / _CONFIG).decode("utf-8"))
+        found = {_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: config}
     except FileNotFoundError as error:
         return [f"{Path(str(error.filename)).name} is missing"] if (folder / _WEIGHTS).is_file() else None
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, CheckpointError) as error:
         return [f"{_WEIGHTS} or {_CONFIG} cannot be read ({error})"]
     return [
         _difference(name, value, str(expected.get(name)))
@@ -124,7 +129,7 @@ def _changes_by_header(folder: Path) -> list[str] | None:
 
 def _hash_of_config(text: str) -> str:
     """Of what a configuration says, however it is laid out; where the base lies is for everybody to change."""
-    fields = {name: value for name, value in json.loads(text).items() if name not in _WHERE}
+    fields = {name: value for name, value in parse_json(text).items() if name not in _WHERE}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,11 +171,11 @@ def check_replaceable(output: Path, overwrite: bool, kind: str, why_not: str | N
 def why_not_ours(folder: Path) -> str | None:
     """Why a folder is not one that `mark_written` finished, as it was then; None for one."""
     try:
-        fields = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        fields = parse_json(read_file(folder / MARK).decode("utf-8"))
         written = fields["files"]
         last = (folder / MARK).stat().st_mtime_ns
         known = {MARK, *written}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return f"it has no {MARK} that lists its files"
     if fields.get("form") == CHECKPOINT:
         return "it is a checkpoint of a training run"

@@ -20,6 +20,7 @@ from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sam
 from theodora.adapters.written import changes, described
 from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
+from theodora.files.folder import read_file
 from theodora.parse import parse_yaml
 
 RUN_CONFIG = "config.yaml"
@@ -323,8 +324,8 @@ def _is_idle(file: AdapterFile, tensors: AdapterTensors) -> bool:
 def _training(folder: Path) -> dict[str, Any] | None:
     """The options of the run, from the file that `theodora train` leaves beside the adapter."""
     try:
-        options = parse_yaml((folder / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        options = parse_yaml(read_file(folder / RUN_CONFIG).decode("utf-8"))
+    except (OSError, ValueError, CheckpointError):
         return None  # somebody else's file says nothing about the adapter
     return options if isinstance(options, dict) and {"model", "data", "output"} <= options.keys() else None
 

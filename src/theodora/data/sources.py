@@ -18,6 +18,7 @@ from theodora.data.hub import load_from_hub
 from theodora.data.problems import Problems, nearest
 from theodora.data.stored import json_columns, plain_rows
 from theodora.errors import DataError, shown
+from theodora.files.memory import available_memory
 from theodora.parse import parse_json
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
@@ -116,7 +117,7 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
         _check_within(path)
-        saved = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path), keep_in_memory=_fits_in_memory(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
             part.data.validate(full=True)
@@ -140,6 +141,12 @@ def _check_within(path: Path) -> None:
     outside = [name for name in (*splits, *files) if Path(name).name != name]
     if outside:
         raise ValueError(f"it names {shown(outside[0])}, which is outside of its folder")
+
+
+def _fits_in_memory(path: Path) -> bool:
+    """Whether a saved dataset is small enough to be copied: one that is mapped, and written anew in place by somebody
+    while it is read, ends the process (SIGBUS)."""
+    return 4 * sum(file.stat().st_size for file in path.rglob("*.arrow") if file.is_file()) < available_memory()
 
 
 def _open_hub(name: str, config: str | None, split: str | None) -> Source:

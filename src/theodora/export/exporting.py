@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from theodora.adapters import load_adapter
+from theodora.adapters.adapter_folder import stamp_of
 from theodora.adapters.atomic import atomic_directory, atomic_write, scratch_directory
 from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, read_peft_config
@@ -31,6 +32,7 @@ from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
 from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
 from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
+from theodora.files.folder import Place
 from theodora.locks import temporary_folder
 
 
@@ -122,6 +124,9 @@ def _write_peft(job: Job, place: Path) -> list[str]:
     if not job.file.mlx:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(job.file.path / name, place / name)
+        with Place(job.file.path).open() as folder:
+            if stamp_of(folder) != job.file.stamp:  # what was copied need not be what was checked
+                raise CheckpointError(f"{job.file.path} changed while it was exported. Export it again.")
         copy_manners(job.file.path, place)
         if job.base_model:
             # The commit that PEFT notes is one of the other base.

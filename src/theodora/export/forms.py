@@ -14,7 +14,6 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, load_adapter
@@ -34,6 +33,8 @@ from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.predictions import Predictions
 from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_served
 from theodora.export.server import Server, is_server
+from theodora.files import safetensors
+from theodora.files.folder import OpenFile
 
 
 @dataclass
@@ -175,8 +176,11 @@ def _adapter_precision(path: Path, kind: str) -> str:
     if kind == "gguf-lora":
         return read_header(path).precision
     weights = path / SERVED_WEIGHTS if kind == "served" else read_adapter(path).weights
-    with safe_open(weights, framework="pt") as file:
-        return coarsest({file.get_slice(key).get_dtype() for key in file.offset_keys()})
+    try:
+        with OpenFile.at(weights) as file:
+            return coarsest({tensor.kind for tensor in safetensors.read_header(file).tensors.values()})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}") from error
 
 
 def _stored_precision(name: str) -> str:

@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from theodora.adapters.reading import read_object
 from theodora.ends import as_ids
 from theodora.errors import CheckpointError
+from theodora.files.folder import read_file
+from theodora.parse import parse_json
+
+_LARGEST = 128 << 20  # bytes of a tokenizer.json, four times the largest
 
 # How text is cut before merging, as llama.cpp calls it: by the regular expression or the steps of tokenizer.json.
 _LLAMA3 = (
@@ -29,7 +34,7 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
     path = folder / "tokenizer.json"
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = parse_json(read_file(path, _LARGEST).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): a GGUF file holds its tokenizer") from error
     model = tokenizer["model"]
@@ -57,8 +62,8 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 def _write_ends(writer: Any, folder: Path, special: dict[str, int], vocab_size: int) -> None:
     """Name the tokens that end an answer beside EOS: the header has a place for two of them, EOT and EOM."""
     try:
-        settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        settings = read_object(folder / "generation_config.json")
+    except CheckpointError:
         return
     ends = [end for end in as_ids(settings.get("eos_token_id")) if end < vocab_size and end != special.get("eos")]
     # The template's own end stands last, and is the one that matters most.

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,8 +22,11 @@ from theodora.adapters import load_adapter
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
 from theodora.adapters.merge_plan import base_weight, changed_copies_on_disk
-from theodora.config import AdapterConfig
-from theodora.errors import CheckpointError, UsageError, bullet_list
+from theodora.adapters.reading import read_object
+from theodora.config import AdapterConfig, is_number
+from theodora.errors import CheckpointError, UsageError, bullet_list, shown
+from theodora.files.folder import OpenFile
+from theodora.files.safetensors import read_safetensors
 from theodora.functional import dora_norm, dora_scale
 from theodora.layers import base_weight as layer_weight
 from theodora.locks import temporary_folder
@@ -88,17 +90,26 @@ def read_served(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        fields = json.loads((folder / SERVED_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / SERVED_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        fields = read_object(folder / SERVED_CONFIG)
+        with OpenFile.at(folder / SERVED_WEIGHTS) as file:
+            tensors, _ = read_safetensors(file)
+    except (OSError, ValueError, RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{folder} holds no whole adapter in served form: {error}") from error
-    if not isinstance(fields, dict) or fields.get("form") != FORM or not isinstance(fields.get("scales"), dict):
+    scales = fields.get("scales")
+    if fields.get("form") != FORM or not isinstance(scales, dict):
         raise CheckpointError(f"{folder / SERVED_CONFIG} is not of the form {FORM}")
+    if odd := [path for path, scale in scales.items() if not is_number(scale) or scale <= 0]:
+        raise CheckpointError(f"{folder / SERVED_CONFIG}: the scale of {odd[0]} is {shown(scales[odd[0]])}")
+    if fields.get("method") not in ("lora", "dora") or not scales:
+        raise CheckpointError(f"{folder / SERVED_CONFIG} is no LoRA or DoRA with a scale for each module")
     parts = ["lora_A", "lora_B", *(["dora_scale"] if fields.get("method") == "dora" else [])]
     wanted = {f"{path}.{part}" for path in fields["scales"] for part in parts}
     if wanted != set(tensors):
         odd = sorted(wanted ^ set(tensors))[:8]
         raise CheckpointError(f"{folder / SERVED_WEIGHTS} and {SERVED_CONFIG} disagree:" + bullet_list(odd))
+    for name, tensor in tensors.items():
+        if tensor.ndim != (1 if name.endswith(".dora_scale") else 2) or not tensor.numel():
+            raise CheckpointError(f"{folder / SERVED_WEIGHTS}: {name} has shape {tuple(tensor.shape)}")
     return fields, tensors
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from theodora.adapters.adapter_folder import Bounds
 from theodora.adapters.checkpoint import AdapterFile, read_adapter
 from theodora.adapters.finite import all_finite_on_gpu, finite
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
+from theodora.files.folder import Place
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
 from theodora.layers.slotted_group import group_slotted
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _serials = itertools.count(1)
 _TOGETHER = 2**25  # numbers
+_LEAST_TEXT, _TEXT_OF_A_MODULE = 2 << 20, 2 << 10  # bytes: some ten times what headers have
 
 
 @dataclass(eq=False)
@@ -52,6 +55,8 @@ class ServedAdapter:
     serial: int
     stamp: Stamp | None = None
     """Of its files when it was loaded."""
+    told: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of its folder that say how it is asked and ends, as they were then."""
     users: int = 0
     """Requests that run or wait with it."""
     leaving: bool = False
@@ -64,14 +69,15 @@ class ServedAdapter:
         return sum(t.numel() * t.element_size() for tensors in held for t in tensors.tensors())
 
 
-def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFile:
+def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> AdapterFile:
     """Read and check an adapter against the model, before anything of the model changes.
 
     Raises:
         CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
     """
     device = next(model.parameters()).device
-    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None))
+    bounds = bounds_of(model, most_rank)
+    file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None, bounds=bounds))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
     problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
@@ -84,6 +90,18 @@ def read_served(path: str | Path, model: nn.Module, most_rank: int) -> AdapterFi
     if rank > most_rank:
         raise CheckpointError(f"{file.path} has rank {rank}; this server takes ranks up to {most_rank} (--max-rank)")
     return file
+
+
+def bounds_of(model: nn.Module, most_rank: int) -> Bounds:
+    """How large the files of an adapter of this model can be: larger ones are made to fill memory, or to take time.
+
+    All weights adapted, and copies of the embeddings and the head, which PEFT may save beside, in float64.
+    """
+    weights = [parameter.shape for parameter in model.parameters() if parameter.ndim > 1 and parameter.numel()]
+    numbers = [(most_rank + 1) * (shape.numel() // shape[-1] + shape.numel() // shape[-2]) for shape in weights]
+    numbers += sorted(shape.numel() for shape in weights)[-2:]
+    text = _LEAST_TEXT + _TEXT_OF_A_MODULE * sum(shape[:-2].numel() for shape in weights)
+    return Bounds(text=text, file=text + 8 * sum(numbers))
 
 
 def rank_of(file: AdapterFile) -> int:

@@ -19,7 +19,7 @@ from theodora.serve.echo import Echo, echo_of
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.forms import Form, Forms
 from theodora.serve.grammar import Grammars
-from theodora.serve.manners import Manner, manner_of
+from theodora.serve.manners import Manner, manner_of, tell_unknown_tokens
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
 from theodora.serve.text import BROKEN, Writer
@@ -218,13 +218,17 @@ class Desk:
         return model == self.engine.config.name or self.engine.adapters.get(model) is not None
 
     def manner(self, model: str) -> Manner:
-        """How `model` is asked, and where its answers end; read from an adapter's folder the first time."""
+        """How `model` is asked, and where its answers end; found out the first time."""
         served = None if (name := self.adapter_of(model)) is None else self.engine.adapters.get(name)
         if served is None:
             return self._base
         found = self._manners.get(served.serial)
         if found is None:
-            found = manner_of(served.path, self.tokenizer, self.engine.model.generation_config)
+            found = manner_of(served.told, self.tokenizer, self.engine.model.generation_config)
+            # What is no token of the model is no place to end at, and nothing to look for among its scores.
+            found = replace(found, ends=frozenset(end for end in found.ends if end < self.engine.vocabulary))
+            if served.stamp is not None:
+                tell_unknown_tokens(served.stamp.place, self.tokenizer)
             loaded = {adapter.serial for adapter in self.engine.adapters.adapters()}
             known = {serial: manner for serial, manner in self._manners.items() if serial in loaded}
             self._manners = {**known, served.serial: found}

@@ -22,8 +22,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
+from theodora.files.folder import Place
 from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors
 from theodora.serve.adapters import (
     Registry,
@@ -36,6 +36,7 @@ from theodora.serve.adapters import (
 )
 from theodora.serve.batching import SCHEDULER, NotRun, RoutedManager, Router, route_batches
 from theodora.serve.config import ServeConfig
+from theodora.serve.manners import read_told
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier, Stamp
@@ -205,12 +206,12 @@ class Engine:
 
     # Adapters
 
-    def load(self, name: str, path: str | Path, replace: bool = False) -> ServedAdapter:
+    def load(self, name: str, path: str | Path | Place, replace: bool = False) -> ServedAdapter:
         """Load an adapter and serve it under `name`.
 
         Args:
             name: what requests call it.
-            path: its folder.
+            path: its folder. A `Place` says how far links in it may lead.
             replace: take the place of the adapter of that name; requests under way are answered by that one.
 
         Raises:
@@ -222,10 +223,10 @@ class Engine:
             if name == self.config.name or (self.adapters.get(name) is not None and not replace):
                 raise ConfigError(f"The name {name!r} is taken; unload it, choose another, or set load_inplace.")
             started = time.perf_counter()
-            before = Stamp.of(expanded(path))
             file = read_served(path, self.model, self.config.max_rank)
-            stamp = Stamp.of(file.path)
-            if stamp.folder == before.folder and stamp != before:  # another folder: the hub's, which nobody overwrites
+            stamp = Stamp(path if isinstance(path, Place) else Place(file.path), file.stamp)
+            told = read_told(stamp.place)
+            if Stamp.of(stamp.place) != stamp:
                 raise CheckpointError(f"{file.path} changed while it was read; load it again.")
             manager = self._manager
 
@@ -242,7 +243,7 @@ class Engine:
             except NotRun as error:
                 raise Unavailable(f"The adapter was not loaded: {error}; try again soon.") from error
             adapter = prepare(name, file, self.model, started)
-            adapter.stamp = stamp
+            adapter.stamp, adapter.told = stamp, told
             self.host.add(adapter)  # first, because what can be asked for can be unloaded
             before = self.adapters.add(adapter)
             if before is not None and before.users == 0:
@@ -282,12 +283,16 @@ class Engine:
             Changed: it is not what it was.
             CheckpointError: it cannot be read.
         """
-        assert adapter.stamp is not None
-        adapter.stamp.check()  # before, because what is wrong with changed files is that they have changed
-        file = read_served(adapter.path, self.model, self.config.max_rank)
-        tensors = in_host_memory(slot_tensors(file, self.model))
-        adapter.stamp.check()
-        return tensors
+        stamp = adapter.stamp
+        assert stamp is not None
+        stamp.check()  # before, because what is wrong with changed files is that they have changed
+        try:
+            file = read_served(stamp.place, self.model, self.config.max_rank)
+        except CheckpointError:
+            stamp.check()
+            raise
+        stamp.compare(file.stamp)
+        return in_host_memory(slot_tensors(file, self.model))
 
     def _wake(self) -> None:
         manager = self._manager

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from theodora.adapters.adapter_folder import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.errors import CheckpointError, ConfigError
+from theodora.files.folder import LeadsOut, Place
 from theodora.serve.misses import cut
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -230,20 +232,19 @@ def read_keys(path: str | None) -> frozenset[str]:
     return keys
 
 
-def inside(folder: str | Path, asked: str) -> Path:
-    """The adapter folder that `asked` names within `folder`, with everything in it inside as well.
+def inside(folder: str | Path, asked: str) -> Place:
+    """The adapter folder that `asked` names within `folder`; neither it nor a file in it is read from outside.
 
     Raises:
-        CheckpointError: it is not there, or leads out.
+        CheckpointError: it is not there, leads out, or a file of it is none.
     """
-    root = Path(folder).resolve()
-    # One answer for what is outside and what is not there, so that nobody can ask what else the disk holds.
-    refusal = CheckpointError(f"There is no adapter {asked!r} in the adapter folder.")
+    root = Path(folder).absolute()
+    place = Place(root / asked, within=root)
     try:
-        path = (root / asked).resolve(strict=True)
-        files = list(path.iterdir()) if path.is_relative_to(root) and path.is_dir() else []
-        if not files or not all(file.resolve(strict=True).is_relative_to(root) for file in files):
-            raise refusal
-    except (OSError, ValueError, RuntimeError) as error:
-        raise refusal from error
-    return path
+        with place.open() as opened:
+            for name in (CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME):
+                opened.seen(name)
+            return place
+    except (OSError, ValueError, LeadsOut) as error:
+        # One answer for what is outside and what is not there, so that nobody can ask what else the disk holds.
+        raise CheckpointError(f"There is no adapter {asked!r} in the adapter folder.") from error

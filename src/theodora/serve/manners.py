@@ -7,16 +7,23 @@ without one, say) is asked with that template, and ends where that ends its turn
 from __future__ import annotations
 
 import copy
-import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from theodora.ends import as_ids, end_token_ids
+from theodora.errors import CheckpointError
+from theodora.files.folder import Place
+from theodora.parse import parse_json
 
 log = logging.getLogger("theodora.serve")
+
+_SETTINGS, _GENERATION = "tokenizer_config.json", "generation_config.json"
+_TEMPLATES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+_LARGEST = 4 << 20  # bytes; what is read stays in memory as long as the adapter is served
+_LARGEST_VOCABULARY = 128 << 20  # four times the largest
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,33 @@ class Manner:
         return (self.with_tools if tools else None) or self.template
 
 
-def manner_of(folder: Path | None, tokenizer: Any, generation_config: Any) -> Manner:
-    """How the adapter in `folder` is asked, and where it ends; that of the base model where it says nothing else.
+def read_told(place: Place) -> dict[str, bytes]:
+    """The files of an adapter's folder that say how it is asked and ends, by their names.
+
+    Raises:
+        CheckpointError: one is no file, far too large, or leads out of the folder that it may be in.
+    """
+    try:
+        with place.open() as folder:
+            found = {name: folder.read(name, _LARGEST) for name in (_SETTINGS, _GENERATION, *_TEMPLATES.values())}
+    except OSError:
+        return {}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def manner_of(told: Mapping[str, bytes] | None, tokenizer: Any, generation_config: Any) -> Manner:
+    """How an adapter is asked, and where it ends; that of the base model where it says nothing else.
 
     Args:
-        folder: the adapter's; None for the base model.
+        told: what its folder says (see `read_told`); None for the base model.
         tokenizer: the base model's, by which all requests are cut into tokens.
         generation_config: the base model's.
     """
     base = frozenset(end_token_ids(generation_config, tokenizer))
-    if folder is None:
+    if told is None:
         return Manner(None, base)
-    settings = _read(folder / "tokenizer_config.json")
-    template, with_tools = _templates(folder, settings)
+    settings = _object(told.get(_SETTINGS))
+    template, with_tools = _templates(told, settings)
     if template == getattr(tokenizer, "chat_template", None):
         template = None
     own = copy.copy(tokenizer)
@@ -55,47 +76,48 @@ def manner_of(folder: Path | None, tokenizer: Any, generation_config: Any) -> Ma
     eos = settings.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     known = tokenizer.get_vocab()
-    ends = [*end_token_ids(_read(folder / "generation_config.json"), own), *base, *as_ids(known.get(eos))]
-    _tell_unknown(folder, known)
+    ends = [*end_token_ids(_object(told.get(_GENERATION)), own), *base]
+    ends += as_ids(known.get(eos)) if isinstance(eos, str) else []
     return Manner(template, frozenset(ends), with_tools)
 
 
-def _templates(folder: Path, settings: dict[str, Any]) -> tuple[str | None, str | None]:
+def _templates(told: Mapping[str, bytes], settings: dict[str, Any]) -> tuple[str | None, str | None]:
     """The chat template, and the one for tools: in files of their own, or, in older folders, among the settings."""
     found = settings.get("chat_template")
     if isinstance(found, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
     else:
         named = {"default": found}
-    files = {
-        "default": folder / "chat_template.jinja",
-        "tool_use": folder / "additional_chat_templates" / "tool_use.jinja",
-    }
-    for name, file in files.items():
-        with suppress(OSError, UnicodeDecodeError):
-            named[name] = file.read_text(encoding="utf-8")
-    default, with_tools = (named.get(name) if isinstance(named.get(name), str) else None for name in files)
+    for name, file in _TEMPLATES.items():
+        with suppress(KeyError, UnicodeDecodeError):
+            named[name] = told[file].decode("utf-8")
+    default, with_tools = (named.get(name) if isinstance(named.get(name), str) else None for name in _TEMPLATES)
     return default, with_tools
 
 
-def _tell_unknown(folder: Path, known: dict[str, int]) -> None:
+def tell_unknown_tokens(place: Place, tokenizer: Any) -> None:
     """Log the tokens that an adapter was trained with, and that the server does not cut its requests into."""
-    added = _read(folder / "tokenizer.json").get("added_tokens")
+    try:
+        with place.open() as folder:
+            added = _object(folder.read("tokenizer.json", _LARGEST_VOCABULARY)).get("added_tokens")
+    except (OSError, CheckpointError):
+        return
+    known = tokenizer.get_vocab()
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    strange = [str(entry.get("content")) for entry in entries if known.get(entry.get("content", "")) != entry.get("id")]
+    strange = [text for entry in entries if known.get(text := str(entry.get("content"))) != entry.get("id")]
     if strange:
         log.warning(
             "%s was trained with tokens that the base model's tokenizer does not have (%s): texts are cut without "
             "them. Send token ids, or merge the adapter and serve the merged model.",
-            folder,
+            place.path,
             ", ".join(strange[:8]),
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _object(content: bytes | None) -> dict[str, Any]:
     """A JSON object; an empty one where there is none. What is wrong with an adapter's own files was said before."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = parse_json((content or b"").decode("utf-8"))
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

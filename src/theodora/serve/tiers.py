@@ -12,10 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from theodora.adapters.checkpoint import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.adapters.adapter_folder import Stamp as AdapterStamp
+from theodora.adapters.adapter_folder import stamp_of
 from theodora.errors import CheckpointError
+from theodora.files.folder import LeadsOut, Place
 from theodora.layers.slotted import SlotTensors
 from theodora.serve.adapters import ServedAdapter
 
@@ -148,35 +149,34 @@ def _gone(adapter: ServedAdapter) -> bool:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells an adapter's files from changed ones: sizes and times."""
+    """What tells an adapter's files, as they were read, from changed ones."""
 
-    folder: Path
-    files: tuple[tuple[int, int, int] | None, ...]
+    place: Place
+    files: AdapterStamp
     """Of the configuration and of the tensors; None for a file that is not there."""
 
     @classmethod
-    def of(cls, folder: Path) -> Stamp:
+    def of(cls, place: Place) -> Stamp:
         """The stamp of a folder as it is now.
 
         Raises:
             CheckpointError: it cannot be asked.
         """
-        weights = _look(folder / WEIGHTS_NAME) or _look(folder / MLX_WEIGHTS_NAME)
-        return cls(folder, (_look(folder / CONFIG_NAME), weights))
+        try:
+            with place.open() as folder:
+                return cls(place, stamp_of(folder))
+        except (FileNotFoundError, NotADirectoryError, LeadsOut):
+            return cls(place, (None, None))
+        except OSError as error:
+            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
 
     def check(self) -> None:
         """Raise `Changed` if the files are others now."""
-        if Stamp.of(self.folder) != self:
+        self.compare(Stamp.of(self.place).files)
+
+    def compare(self, files: AdapterStamp) -> None:
+        """Raise `Changed` if these are other files."""
+        if files != self.files:
             raise Changed(
-                f"{self.folder} has changed since it was loaded, or is gone; unload the adapter, and load it again."
+                f"{self.place.path} has changed since it was loaded, or is gone; unload the adapter, and load it again."
             )
-
-
-def _look(file: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = file.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
