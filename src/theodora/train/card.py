@@ -103,7 +103,9 @@ def _settings(plan: Plan) -> str:
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
         f"{describe_modules(plan.modules)}{f' and {describe_token_rows(plan)}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
-        f"base model in {plan.dtype} on {device_name(plan.device)}.\n\n"
+        f"base model in {plan.dtype} on {device_name(plan.device)}.\n"
+        + "".join(f"- Resumed with other options; {line}.\n" for line in plan.history)
+        + "\n"
         "`config.yaml` holds every setting; `theodora train --config config.yaml --overwrite` runs it again.\n\n"
         "| setting | value |\n|---|---|\n" + "\n".join(shown)
     )

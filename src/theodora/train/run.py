@@ -26,7 +26,7 @@ from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
-from theodora.parse import parse_yaml, to_yaml
+from theodora.parse import to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
@@ -41,10 +41,12 @@ from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
+from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
+from theodora.train.resumed import change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.stops import Stops, count_stops
-from theodora.train.trainer import AdapterTrainer, restored_afterwards
+from theodora.train.trainer import AdapterTrainer
 from theodora.train.wholeness import note_divergence, read_state
 
 
@@ -86,10 +88,14 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
     files.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
+    past = None if checkpoint is None else past_of(checkpoint)
+    if checkpoint is not None and past is not None:
+        check_options(config, arguments, checkpoint, past)
     PartialState().wait_for_everyone()  # no process writes before all have looked
     with quiet_libraries():
         with console.status("Loading the data and the model …"):
             prepared = prepare(config, arguments)
+            prepared.given, prepared.past = config, past
         with (
             restored_afterwards(prepared.model),
             fast_path(prepared.model, prepared.config, arguments.device) as path,
@@ -125,13 +131,16 @@ def _train(
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
     trainer.guard = _guard(prepared, trainer, output)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
+    trainer.options = record_of(
+        prepared.config, prepared.given or prepared.config, arguments.world_size, prepared.past, plan.resume_at or 0
+    )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
         trainer.tokens_seen = _tokens_at(checkpoint)
         view.count_tokens_from(trainer.tokens_seen)
     print_plan(console, plan)
     if arguments.should_save:
-        _begin_record(prepared, output)
+        _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
         metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
@@ -231,6 +240,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     labels = prepared.train_rows["labels"]
+    resume_at = files.steps_done(checkpoint) if checkpoint is not None else None
     return Plan(
         config=prepared.config,
         model=model,
@@ -248,14 +258,15 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         rows_per_step=rows_per_step,
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
-        resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
+        resume_at=resume_at,
+        history=history_lines(history(prepared.config, prepared.past, resume_at or 0)),
         path=None if path is None else ", ".join([path, *trainer.fast_notes]),
         notes=[
             *prepared.notes,
             *_device_notes(),
             *missing_parts(arguments.device),
             *(files.passed_over(output, checkpoint) if prepared.config.resume else []),
-            *(_changed_since(prepared.config, output) if checkpoint else []),
+            *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
         ],
         left_out=prepared.left_out,
         token_rows={
@@ -284,7 +295,7 @@ def _tokens_at(checkpoint: Path) -> int:
     return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
 
 
-def _begin_record(prepared: Prepared, output: Path) -> None:
+def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     """Clear what is to be overwritten, and write down how to run this again and what was held out."""
     config = prepared.config
     if config.overwrite:
@@ -293,6 +304,7 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     options = config.to_options() | {"overwrite": False, "resume": None}
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
     head = f"{files.RECORD_HEAD} To run it again: {command}\n"
+    head += "".join(f"# {line}\n" for line in plan.history)
     with atomic_write(output / files.CONFIG_FILE) as file:
         file.write_text(head + to_yaml(options), encoding="utf-8")
     if prepared.held_out is not None and config.eval_data is None:
@@ -309,21 +321,6 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
         save_ends(prepared.model, folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)
-
-
-def _changed_since(config: TrainConfig, output: Path) -> list[str]:
-    """Options that a resumed run does not share with the run it goes on from."""
-    record = output / files.CONFIG_FILE
-    if not record.is_file():
-        return []
-    try:
-        before, now = parse_yaml(record.read_text(encoding="utf-8")), config.to_options()
-    except ValueError as error:
-        return [f"{record} is damaged, so that nothing says whether options changed since the run began ({error})"]
-    if not isinstance(before, dict):
-        return [f"{record} holds no options, so that nothing says whether they changed since the run began"]
-    names = [name for name in now if name not in ("resume", "overwrite") and before.get(name) != now[name]]
-    return [f"changed since the run began: {name} from {before.get(name)} to {now[name]}" for name in names]
 
 
 def _run(
