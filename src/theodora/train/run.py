@@ -13,30 +13,32 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.atomic import atomic_files, atomic_write
+from theodora.adapters.finite import not_finite
 from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
-from theodora.errors import ConfigError, TheodoraError
+from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.parse import to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
-from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
+from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
-from theodora.train.guard import Diverged, StepGuard
+from theodora.train.guard import StepGuard
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
+from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
@@ -130,6 +132,7 @@ def _train(
     trainer = _build_trainer(prepared, arguments, [StopWhenDiverged(), RecomputeLess(), stop, early, updates, view])
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
     trainer.guard = _guard(prepared, trainer, output)
+    trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     trainer.options = record_of(
         prepared.config, prepared.given or prepared.config, arguments.world_size, prepared.past, plan.resume_at or 0
@@ -232,6 +235,13 @@ def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGua
     )
 
 
+def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) -> Outcome:
+    # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
+    guessing = math.log(model.config.get_text_config().vocab_size)
+    bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
+    return Outcome(trainer, bound, guard.hint)
+
+
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -330,17 +340,30 @@ def _run(
     try:
         with stop.training(), view:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if trainer.outcome is not None and not trainer.args.load_best_model_at_end:
+                trainer.outcome.check()
     except StepAbandoned:
         trainer.save_now()
         raise TrainingInterrupted(_interrupted(output), stop.exit_code) from None
     except KeyboardInterrupt:
         raise TrainingInterrupted(_interrupted(output)) from None
     except Diverged as error:
-        if trainer.args.should_save:
-            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.step - 1}", error.reason)
+        _check_base(trainer, error)
+        if trainer.args.should_save and error.in_doubt is not None:
+            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise TrainingInterrupted(_interrupted(output), stop.exit_code)
+
+
+def _check_base(trainer: AdapterTrainer, error: Diverged) -> None:
+    """Raise a CheckpointError if it is the base model that cannot be trained on."""
+    found = not_finite((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad)
+    if found:
+        raise CheckpointError(
+            f"The base model itself holds NaN or infinite values as it was loaded, in {trainer.model.dtype}, so no "
+            f"adapter can be trained on it ({error.reason} at step {error.step}):" + bullet_list(found[:12])
+        ) from error
 
 
 def _interrupted(output: Path) -> str:

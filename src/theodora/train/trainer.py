@@ -32,6 +32,7 @@ from theodora.train.guard import StepGuard
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
 from theodora.train.movement import fingerprints
 from theodora.train.order import SeededByEpoch
+from theodora.train.outcome import Outcome
 from theodora.train.pieces import Pieces
 from theodora.train.resumed import OPTIONS_FILE, AsAsked, UseOptions
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
@@ -71,6 +72,7 @@ class AdapterTrainer(SFTTrainer):
         self.add_callback(UseOptions(self))
         self.options: str | None = None
         self.guard: StepGuard | None = None
+        self.outcome: Outcome | None = None
         self.say: Callable[[str], None] = print
         self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
         self.pieces.halves = self.args.world_size == 1
@@ -233,6 +235,8 @@ class AdapterTrainer(SFTTrainer):
             loss = self.pieces(inputs, model, num_items_in_batch)
             if self.guard is not None:
                 self.guard.note(whole, loss)
+            if self.outcome is not None:
+                self.outcome.note(whole)
             return loss
         finally:
             model.__dict__.pop("train", None)
@@ -262,6 +266,8 @@ class AdapterTrainer(SFTTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.pieces.end_step()
         if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
+            if self.outcome is not None:
+                self.outcome.take()
             return grad_norm
         if self.accelerator.scaler is None:  # which leaves such steps out by itself
             model.zero_grad()
@@ -403,6 +409,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         """Also note where training itself ended: the best adapter may be one from before it had moved everything."""
+        if self.outcome is not None:
+            self.outcome.check()
         self.fingerprints_at_end = fingerprints(trained_tensors(self.model))
         super()._load_best_model()
 
@@ -444,7 +452,9 @@ class AdapterTrainer(SFTTrainer):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save into a hidden sibling folder that takes its final name when it is whole."""
+        """Save into a hidden sibling folder that takes its final name when it is whole; nothing that is ruined."""
+        if self.outcome is not None:
+            self.outcome.check()
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         if not self.args.should_save or self.args.world_size > 1:
             # Several processes write into one folder; there is no moment at which one of them could rename it.
