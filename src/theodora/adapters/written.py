@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from theodora.adapters.atomic import atomic_write
+from theodora.adapters.read_back import write_json
 from theodora.errors import UsageError, shown
 
 MARK = "theodora_files.json"
@@ -37,7 +38,7 @@ def mark_written(folder: Path, form: str) -> None:
     hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     fields = {"form": form, "files": names, "sha256": hashes}
     with atomic_write(folder / MARK) as file:
-        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_json(file, fields)
 
 
 def sha256(path: Path) -> str:

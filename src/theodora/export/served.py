@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from theodora.adapters import load_adapter
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
 from theodora.adapters.merge_plan import base_weight, changed_copies_on_disk
+from theodora.adapters.read_back import save_tensors, write_json
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.functional import dora_norm, dora_scale
@@ -75,8 +76,8 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
         "scales": {path: t.scale for path, t in file.modules.items()},
         "note": "dora_scale is g = m / norm of (W + s·B·A), not the magnitude m.",
     }
-    save_file(tensors, folder / SERVED_WEIGHTS, {"format": "pt", "form": FORM})
-    (folder / SERVED_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    save_tensors(tensors, folder / SERVED_WEIGHTS, {"format": "pt", "form": FORM})
+    write_json(folder / SERVED_CONFIG, fields)
 
 
 def read_served(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -148,7 +149,7 @@ def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Ten
         fan_in_fan_out=False,
     )
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(folder) / WEIGHTS_NAME)
+        write_json(Path(folder) / CONFIG_NAME, fields)
+        save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(folder) / WEIGHTS_NAME)
         with torch.no_grad():
             load_adapter(model, folder)

@@ -11,6 +11,7 @@ import yaml
 import theodora
 from theodora.adapters.atomic import atomic_write
 from theodora.adapters.classes import auto_name
+from theodora.adapters.read_back import write_text
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
@@ -37,7 +38,7 @@ _LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors")
 def write_card(plan: Plan, result: TrainResult) -> None:
     """Write the model card into the run's folder."""
     with atomic_write(result.output / CARD_FILE) as file:
-        file.write_text(model_card(plan, result), encoding="utf-8")
+        write_text(file, model_card(plan, result))
 
 
 def model_card(plan: Plan, result: TrainResult) -> str:

@@ -23,6 +23,7 @@ from theodora.adapters.atomic import atomic_files, atomic_write
 from theodora.adapters.finite import not_finite
 from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
+from theodora.adapters.read_back import check_lines, save_tokenizer, write_text
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
@@ -316,10 +317,11 @@ def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     head = f"{files.RECORD_HEAD} To run it again: {command}\n"
     head += "".join(f"# {line}\n" for line in plan.history)
     with atomic_write(output / files.CONFIG_FILE) as file:
-        file.write_text(head + to_yaml(options), encoding="utf-8")
+        write_text(file, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
+            check_lines(file, len(prepared.held_out))
 
 
 def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
@@ -327,7 +329,7 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     output = result.output
     save_adapter(prepared.model, output)
     with atomic_files(output) as folder:
-        prepared.tokenizer.save_pretrained(folder)
+        save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)

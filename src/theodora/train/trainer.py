@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.inject import trained_tensors
+from theodora.adapters.read_back import write_text
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
@@ -469,13 +470,13 @@ class AdapterTrainer(SFTTrainer):
             write_unlogged(self, inner)
             self._write_options(inner)
             self.state.save_to_json(str(inner / "trainer_state.json"))
-            list_in_place(inner)
+            list_in_place(self, inner)
         self.saved_at = self.state.global_step
         rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _write_options(self, folder: Path) -> None:
         if self.options is not None and self.args.should_save:
-            (folder / OPTIONS_FILE).write_text(self.options, encoding="utf-8")
+            write_text(folder / OPTIONS_FILE, self.options)
 
     def _name_best_checkpoint(self, current: Path) -> None:
         """Record the best checkpoint under its final name, not that of the folder it is written to."""
