@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import train
-from theodora.train.run import _changed_since
 
 
 def test_a_run_leaves_an_adapter_and_its_record(run, options, tmp_path, losses):
@@ -186,18 +185,6 @@ def test_rows_that_are_all_one_row_are_trained_on_and_none_is_held_out(run, tmp_
     assert not (tmp_path / "run" / "held_out.jsonl").exists()
     with pytest.raises(ConfigError):  # asked for, it is an error
         run(data=str(tmp_path / "one.jsonl"), max_steps=1, held_out=2, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("record", "says"), [("- 1\n", "holds no options"), ("rank: [1\n", "is damaged"), (None, None)]
-)
-def test_what_a_damaged_record_cannot_tell_is_said(record, says, tmp_path):
-    config = TrainConfig(model="m", data="d", output=str(tmp_path))
-    if record is not None:
-        (tmp_path / "config.yaml").write_text(record)
-    notes = _changed_since(config, tmp_path)
-    assert len(notes) == (says is not None)
-    assert all(says in note for note in notes)
 
 
 @pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": "auto"}])

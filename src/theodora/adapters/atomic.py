@@ -102,7 +102,8 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
                 final = folder / file.relative_to(partial)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(final)
-            _sync(folder)
+            for place in {folder, *((folder / file.relative_to(partial)).parent for file in found)}:
+                _sync(place)
     finally:
         _end(partial, lock)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.biases import trained_biases
+from theodora.adapters.finite import not_finite
 from theodora.adapters.fit import FitReport, Held, Wanted, dense, exact_dtype, hold, wanted_of
 from theodora.adapters.inject import (
     adapter_layers,
@@ -35,7 +36,7 @@ from theodora.adapters.inject import (
 from theodora.adapters.rules import combined
 from theodora.adapters.token_rows import own_rows
 from theodora.config import AdapterConfig, is_int, is_number
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.layers import AdapterLayer, LowRank
 from theodora.layers.base import FLOATS
 
@@ -128,7 +129,12 @@ def put_on(
     method: str,
     errors: dict[str, float] | None = None,
 ) -> FitReport:
-    """Hang computed tensors on the model as an adapter of scale 1, make it active and freeze it."""
+    """Hang computed tensors on the model as an adapter of scale 1, make it active and freeze it.
+
+    Raises:
+        CheckpointError: they are not finite; nothing was changed.
+    """
+    check_held(held)
     config = scale_one_config(method, held, full)
     adapters: dict[str, LowRank] = {}
     with originals_in_place(model):
@@ -140,6 +146,22 @@ def put_on(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return report_fit(name, method, held, errors)
+
+
+def check_held(held: Mapping[str, Held]) -> None:
+    """Raise a CheckpointError for computed tensors that are not finite."""
+    tensors = {
+        f"{path}.{part}": tensor
+        for path, h in held.items()
+        for part, tensor in (("lora_A", h.a_RI), ("lora_B", h.b_OR), ("magnitude", h.magnitude_O))
+        if tensor is not None
+    }
+    bad = not_finite(tensors.items())
+    if bad:
+        raise CheckpointError(
+            f"The result would hold NaN or infinite values in {str(tensors[bad[0]].dtype).removeprefix('torch.')}, so "
+            "nothing was made of it:" + bullet_list(bad[:12])
+        )
 
 
 def scale_one_config(method: str, held: Mapping[str, Held], full: Mapping[str, Tensor]) -> AdapterConfig:

@@ -1,8 +1,12 @@
-"""Whether many small tensors hold finite numbers, asked cheaply."""
+"""Whether tensors hold finite numbers, asked cheaply: many small ones, or whole models.
+
+This is the one place that says what "not finite" is. Whatever is saved as finite was asked here, in the dtype that it
+is saved in: a value may be fine in float32 and infinite in float16.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -19,11 +23,25 @@ def finite(tensor: Tensor) -> bool:
     """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
     an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
     tensor = tensor.detach()
+    if tensor.dtype not in DTYPES:
+        return _finite_otherwise(tensor)
     if tensor.device.type != "cpu":
         return bool(tensor.isfinite().all())
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
         return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
     return bool(np.isfinite(tensor.numpy()).all())
+
+
+def _finite_otherwise(tensor: Tensor) -> bool:
+    """Of whole numbers, and of kinds of floats that know few operations."""
+    if not tensor.is_floating_point() or "float4" in str(tensor.dtype):  # which has no NaN
+        return True
+    return bool(tensor.float().isfinite().all())
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those that hold NaN or infinite values."""
+    return [name for name, tensor in tensors if not finite(tensor)]
 
 
 def all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from theodora.adapters.finite import finite
+from theodora.errors import CheckpointError
 from theodora.functional import dora_norm, dora_scale, merged_weight
 
 # A row of DoRA is g ⊙ (W + B·A / g). Below this g, B would leave float16's range; see `_within_reach`.
@@ -83,6 +85,8 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 def wanted_of(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor | None) -> Wanted:
     """What an adapter makes of W: c is g, and B·A is g ⊙ s·B·A."""
     exact = exact_dtype(w_OI.device)
+    if not finite(w_OI):
+        raise CheckpointError("The base model's own weight holds NaN or infinite values, and nothing is like it.")
     a, b = a_RI.detach().to(w_OI.device, exact), scale * b_OR.detach().to(w_OI.device, exact)
     if magnitude_O is None:
         return Wanted(torch.ones(w_OI.shape[0], dtype=exact, device=w_OI.device), b, a)
@@ -109,6 +113,8 @@ def hold(w_OI: Tensor, wanted: Wanted, *, dora: bool, rank: int | None, dtype: t
         rank: the largest rank, or None for as much as exactness needs, at most min(O, I).
         dtype: that A and B are stored in.
     """
+    if not all(finite(part) for part in wanted):
+        raise CheckpointError("What the adapter makes of its base's weight holds NaN or infinite values: it overflows.")
     if dora:
         factors = _within_reach(w_OI, wanted)
     elif bool((wanted.row_O == 1).all()):

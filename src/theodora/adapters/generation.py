@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
 from theodora.adapters.models import has_tokenizer, load_tokenizer
+from theodora.adapters.read_back import copy_file, write_json
 from theodora.adapters.reading import read_object
 from theodora.ends import as_ids, end_token_ids
 from theodora.errors import CheckpointError
@@ -73,7 +72,7 @@ def write_ends(folder: Path, adapter: Path | None = None, *, trust_remote_code: 
     ends = list(dict.fromkeys(ends))
     if not set(ends) - set(known):
         return []
-    path.write_text(json.dumps({**settings, "eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {**settings, "eos_token_id": ends})
     names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends)))
     return [f"Answers end with {names}; generation_config.json says so."]
 
@@ -84,7 +83,7 @@ def save_ends(model: Any, folder: Path) -> None:
     settings = getattr(model, "generation_config", None)
     if settings is not None:
         found = {key: value for key, value in settings.to_diff_dict().items() if key != "_from_model_config"}
-        (folder / GENERATION_CONFIG).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / GENERATION_CONFIG, found)
 
 
 def new_ends(model: Any, tokenizer: Any) -> list[str]:
@@ -101,8 +100,7 @@ def copy_manners(adapter: Path, folder: Path) -> None:
         for found in adapter.glob(pattern):
             if found.is_file() and not found.is_symlink():
                 (folder / found.relative_to(adapter)).parent.mkdir(exist_ok=True)
-                # Not through a link that has taken its place since.
-                shutil.copyfile(found, folder / found.relative_to(adapter), follow_symlinks=False)
+                copy_file(found, folder / found.relative_to(adapter))
 
 
 def ends_elsewhere(adapter: Path, base: Path, program: str) -> list[str]:

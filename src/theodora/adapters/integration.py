@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from theodora.errors import ConfigError
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.layers import AdapterLayer
 from theodora.layers.token_rows import TokenRowsLayer, is_adapted
 
@@ -74,7 +74,9 @@ class AdapterSaver:
         **kwargs: Any,
     ) -> None:
         """Save the active adapter into `save_directory`, and the other adapters into folders within it."""
+        from theodora.adapters.finite import not_finite
         from theodora.adapters.inject import active_name, find_state
+        from theodora.adapters.read_back import check_model
         from theodora.adapters.save import save_adapter
 
         state = find_state(self.model)
@@ -85,7 +87,15 @@ class AdapterSaver:
             full = self.model.state_dict() if state_dict is None else state_dict
             plain = {key: value for key, value in full.items() if ".adapters." not in key and ".token_rows." not in key}
             own: Any = type(self.model).save_pretrained
-            own(self.model, save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            if bad := not_finite((name, tensor) for name, tensor in plain.items() if name in parameters):
+                raise CheckpointError(
+                    "The merged model holds NaN or infinite values and was not saved:" + bullet_list(bad)
+                )
+            # (a copy, because transformers empties it)
+            own(self.model, save_directory, is_main_process=is_main_process, state_dict=dict(plain), **kwargs)
+            if is_main_process:
+                check_model(Path(save_directory), plain)
         elif is_main_process:
             main = active_name(state, None)
             for name in state.configs:

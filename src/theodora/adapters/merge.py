@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from theodora.adapters.finite import not_finite
 from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.merge_check import Probe, check_probes
-from theodora.adapters.token_rows import merge_token_rows, unmerge_token_rows
+from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.layers.float8 import Float8Layer
 
@@ -51,11 +51,9 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
             probe = Probe(layer)
             layer.merge(name)
             excess[path] = probe.excess(layer)
-        bad = [path for path, layer in layers.items() if not bool(torch.isfinite(layer.weight).all())]
-        if bad:
-            raise CheckpointError("Merged weights would hold NaN or infinite values:" + bullet_list(bad))
-        check_probes(excess)
         merge_token_rows(model, name)
+        _check_finite(model, name)
+        check_probes(excess)
     except BaseException:
         for layer in layers.values():
             layer.unmerge()
@@ -70,6 +68,22 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     state.merged = name
     state.tied_before = _untie(model)
     return model
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    """Raise a CheckpointError for merged weights that are not finite, which says whose fault it is."""
+    merged: dict[str, Any] = {**adapter_layers(model, name), **token_layers(model, name)}
+    bad = not_finite((path, layer.weight) for path, layer in merged.items())
+    if not bad:
+        return
+    dtype = str(merged[bad[0]].weight.dtype).removeprefix("torch.")
+    own = not_finite((path, merged[path]._base_weight[0]) for path in bad)
+    if own:
+        raise CheckpointError("The base model's own weights hold NaN or infinite values:" + bullet_list(own))
+    raise CheckpointError(
+        f"Merged weights would hold NaN or infinite values in {dtype}: the adapter overflows, or its sum with the base "
+        "is beyond that dtype's range:" + bullet_list(bad)
+    )
 
 
 def unmerge_adapter(model: Model) -> Model:

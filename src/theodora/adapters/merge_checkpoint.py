@@ -7,7 +7,6 @@ once, and read back before the folder gets its name.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -19,16 +18,17 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
 from theodora.adapters.checkpoint import AdapterFile, read_adapter, read_peft_config
+from theodora.adapters.finite import finite
 from theodora.adapters.generation import TOKENIZER_FILES, write_ends
 from theodora.adapters.kinds import layer_kinds
 from theodora.adapters.merge_plan import MergePlan, OutputTensor, plan_merge
 from theodora.adapters.models import DTYPES, has_tokenizer
+from theodora.adapters.read_back import copy_file, same_bits, save_tensors, write_json, write_text
 from theodora.adapters.reading import expanded
 from theodora.adapters.written import check_apart, check_replaceable, mark_written, why_not_ours
 from theodora.config import METHOD_NAMES
@@ -163,7 +163,7 @@ def merge_checkpoint(
                 if progress is not None:
                     progress(done, total, tensor.key)
             base.close()
-            save_file(shard, partial / shard_name, metadata={"format": "pt"})
+            save_tensors(shard, partial / shard_name, {"format": "pt"}, checked=True)
         if len(shards) > 1:
             _write_index(partial, shards, total)
         _write_config(partial, base, plan, wanted)
@@ -183,7 +183,7 @@ def merge_checkpoint(
             notes=tuple(notes),
             seconds=time.monotonic() - start,
         )
-        (partial / "README.md").write_text(_model_card(report, file), encoding="utf-8")
+        write_text(partial / "README.md", _model_card(report, file))
         _verify(partial, shards, base)
         mark_written(partial, "merged")
     return report
@@ -241,11 +241,7 @@ def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding |
     stored, merged = tensor.values(base)
     dtype = tensor.written_dtype(stored)
     written = merged.to(dtype)
-    finite = torch.isfinite(merged).all() if tensor.change is not None or dtype != stored.dtype else True
-    if not finite:
-        raise CheckpointError(f"{tensor.key}: the merged weight holds NaN or infinite values; is the base whole?")
-    if dtype == torch.float16 and stored.dtype != dtype and not torch.isfinite(written).all():
-        raise CheckpointError(f"{tensor.key}: values beyond the range of float16. Merge with --dtype bf16 instead.")
+    _check_finite(tensor, stored, merged, written)
     if rounding is not None:
         rounding.add(stored, merged, written)
         excess = tensor.excess(stored, written)
@@ -256,6 +252,25 @@ def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding |
                 "the hardware, and worth a report."
             )
     return written
+
+
+def _check_finite(tensor: OutputTensor, stored: Tensor, merged: Tensor, written: Tensor) -> None:
+    """Raise a CheckpointError for values that are not finite, which says whose they are.
+
+    (A buffer that is no parameter of the model, such as a mask, may be infinite by intent, never NaN.)
+    """
+    if finite(written) or (tensor.change is None and tensor.parameter is None and not bool(stored.isnan().any())):
+        return
+    dtype = str(written.dtype).removeprefix("torch.")
+    if not finite(stored):
+        why = "the base model's own weight holds NaN or infinite values. Bring its file back as it was published"
+    elif not finite(merged):
+        why = "the merged weight holds NaN or infinite values, and the base's own does not: the adapter overflows"
+    else:
+        largest = float(merged.abs().max())
+        why = f"values beyond the range of {dtype} (the largest is {largest:.3g}). Merge with --dtype "
+        why += "bf16 or fp32 instead" if written.dtype == torch.float16 else "fp32 instead"
+    raise CheckpointError(f"{tensor.key}: {why}. Nothing was written.")
 
 
 def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
@@ -269,7 +284,7 @@ def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
 def _write_index(folder: Path, shards: dict[str, list[OutputTensor]], total: int) -> None:
     weight_map = {tensor.key: name for name, tensors in shards.items() for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: torch.dtype | None) -> None:
@@ -284,7 +299,7 @@ def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: to
             part["tie_word_embeddings"] = False
         if plan.vocabulary is not None and "vocab_size" in part:
             part["vocab_size"] = plan.vocabulary
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config, ensure_ascii=False)
 
 
 def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
@@ -296,7 +311,7 @@ def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
             real = _refuse_link_out(found, source)
             target = folder / found.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(real, target, follow_symlinks=False)
+            copy_file(real, target)
 
 
 def _refuse_link_out(found: Path, source: Path) -> Path:
@@ -329,15 +344,11 @@ def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheck
                     problems.append(f"{tensor.key}: another shape than was merged")
                 elif tensor.key in checked:
                     again, found = _merge_one(base, tensor), written.get_tensor(tensor.key)
-                    if again.dtype != found.dtype or not torch.equal(_bits(again), _bits(found)):
+                    if not same_bits(again, found):
                         problems.append(f"{tensor.key}: other values than were merged")
     base.close()
     if problems:
         raise CheckpointError("What was written does not read back right (a failing disk?):" + bullet_list(problems))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _dtype_names(plan: MergePlan) -> list[str]:

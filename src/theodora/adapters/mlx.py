@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME, some
+from theodora.adapters.finite import not_finite
 from theodora.adapters.inject import active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.names import bare_name
+from theodora.adapters.read_back import save_tensors, write_text
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.save import is_tied, probe_of
 from theodora.adapters.token_rows import own_rows
@@ -88,7 +89,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
     kind = _model_type(model)
     for at, adapter in adapters.items():
         tensors |= _tensors(to_mlx_name(at, kind), adapter, rank, scale)
-    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = not_finite(tensors.items())
     if bad:
         raise CheckpointError(f"Adapter {name!r} holds NaN or infinite values and was not saved:" + bullet_list(bad))
     hf_config: Any = getattr(model, "config", None)
@@ -107,12 +108,12 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
     metadata = {"format": "mlx", METADATA_KEY: json.dumps({"probe": probe})}
     if not path.exists():
         with atomic_directory(path) as folder:
-            save_file(tensors, folder / MLX_WEIGHTS_NAME, metadata)
-            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+            save_tensors(tensors, folder / MLX_WEIGHTS_NAME, metadata, checked=True)
+            write_text(folder / CONFIG_NAME, config)
         return
     with atomic_write(path / MLX_WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
-        save_file(tensors, weights, metadata)
-        configuration.write_text(config, encoding="utf-8")
+        save_tensors(tensors, weights, metadata, checked=True)
+        write_text(configuration, config)
 
 
 def peft_from_mlx(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory, atomic_write
@@ -36,6 +35,7 @@ from theodora.adapters.checkpoint import (
     read_adapter,
     starts_from_weight,
 )
+from theodora.adapters.finite import finite, not_finite
 from theodora.adapters.heads import task_type
 from theodora.adapters.inject import (
     AdapterState,
@@ -56,6 +56,7 @@ from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.names import of_another_part
 from theodora.adapters.new_tokens import tokens_before
 from theodora.adapters.quantize import sample_base
+from theodora.adapters.read_back import save_tensors, write_text
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.targets import matches, nearest, saved_names, target_names
@@ -98,7 +99,7 @@ def save_adapter(
     state = require_state(model, name)
     name = active_name(state, name)
     tensors = _tensors(model, state, name, state_dict)
-    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = not_finite(tensors.items())
     if bad:
         raise CheckpointError(
             f"Adapter {name!r} holds NaN or infinite values and was not saved; the run has diverged:" + bullet_list(bad)
@@ -112,12 +113,12 @@ def save_adapter(
     path = Path(path)
     if not path.exists():
         with atomic_directory(path) as folder:
-            save_file(tensors, folder / WEIGHTS_NAME, metadata)
-            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+            save_tensors(tensors, folder / WEIGHTS_NAME, metadata, checked=True)
+            write_text(folder / CONFIG_NAME, config)
         return
     with atomic_write(path / WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
-        save_file(tensors, weights, metadata)
-        configuration.write_text(config, encoding="utf-8")
+        save_tensors(tensors, weights, metadata, checked=True)
+        write_text(configuration, config)
 
 
 def load_adapter(model: Model, path: str | Path, name: str = "default", trainable: bool = False) -> Model:
@@ -222,6 +223,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
         else:
             pairs.append((parameter, file.full[key]))
     pairs += rows_to_write(model, name, file.token_rows, problems, "here than in the file")
+    problems += [
+        f"a tensor of {tuple(mine.shape)}: values that {mine.dtype} has no finite numbers for"
+        for mine, theirs in pairs
+        if not finite(theirs.to(mine.dtype))
+    ]
     if problems:
         raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
+from theodora.adapters.finite import finite
 from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.renamed import in_names_of
@@ -88,6 +89,11 @@ def swap_adapter_weights(
         else:
             writes.append((parameter, file.full.get(key, state.originals[key])))
     writes += rows_to_write(model, name, file.token_rows, problems, "in the other adapter than in this one")
+    problems += [
+        f"a tensor of {tuple(mine.shape)}: values that are not finite in {mine.dtype}"
+        for mine, theirs in writes
+        if not finite(theirs.to(mine.dtype))
+    ]
     if problems:
         raise CheckpointError(
             f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))

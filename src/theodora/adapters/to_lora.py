@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theodora.adapters.atomic import atomic_directory
@@ -22,10 +21,11 @@ from theodora.adapters.checkpoint import (
     peft_config,
     read_adapter,
 )
-from theodora.adapters.combine import put_on, report_fit, scale_one_config, storage_dtype, wanted_by
+from theodora.adapters.combine import check_held, put_on, report_fit, scale_one_config, storage_dtype, wanted_by
 from theodora.adapters.fit import FitReport, Held, hold, wanted_of
 from theodora.adapters.inject import active_name, adapter_layers, check_name, originals_in_place, require_state
 from theodora.adapters.merge_plan import base_weight, plan_merge
+from theodora.adapters.read_back import save_tensors, write_json
 from theodora.adapters.reading import METADATA_KEY
 from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int
@@ -118,6 +118,7 @@ def folder_to_lora(
             held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
             transposed |= not tensors.embedding and base.is_transposed(base.model_name(f"{path}.weight") or "")
         base.close()
+        check_held(held)
         config = scale_one_config("lora", held, file.full)
         fields = peft_config(
             config,
@@ -129,8 +130,8 @@ def folder_to_lora(
             bias="all" if trained_biases(file.full) else "none",
         )
         metadata = {"format": "pt", METADATA_KEY: json.dumps({"probe": file.probe})}
-        save_file(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
-        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_tensors(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
+        write_json(folder / CONFIG_NAME, fields, sort_keys=True)
     return report_fit(str(output), "lora", held)
 
 

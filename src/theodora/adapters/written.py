@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from theodora.adapters.atomic import atomic_write
+from theodora.adapters.read_back import write_json
 from theodora.errors import CheckpointError, UsageError, shown
 from theodora.files.folder import OpenFile, read_file
 from theodora.files.safetensors import read_safetensors
@@ -39,7 +40,7 @@ def mark_written(folder: Path, form: str) -> None:
     hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     fields = {"form": form, "files": names, "sha256": hashes}
     with atomic_write(folder / MARK) as file:
-        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_json(file, fields)
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from theodora.adapters.atomic import atomic_directory
+from theodora.adapters.read_back import check_model, save_tokenizer, write_text
 from theodora.demo.assets import MODEL, cache_folder, fetch
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import checked_config
@@ -59,8 +60,9 @@ def convert(gguf: Path, folder: Path) -> None:
     split_digits(tokenizer)
     with atomic_directory(folder, overwrite=True) as partial:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_README, encoding="utf-8")
+        check_model(partial, model.state_dict())
+        save_tokenizer(tokenizer, partial)
+        write_text(partial / "README.md", _README)
 
 
 def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

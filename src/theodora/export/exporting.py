@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from theodora.adapters.generation import copy_manners, ends_elsewhere
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.mlx import save_mlx
 from theodora.adapters.models import DTYPES, load_model
+from theodora.adapters.read_back import copy_file, write_json
 from theodora.adapters.reading import expanded
 from theodora.adapters.save import save_adapter
 from theodora.adapters.to_lora import folder_to_lora
@@ -123,7 +122,7 @@ def _write_hf(job: Job, place: Path) -> list[str]:
 def _write_peft(job: Job, place: Path) -> list[str]:
     if not job.file.mlx:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            shutil.copyfile(job.file.path / name, place / name)
+            copy_file(job.file.path / name, place / name)
         with Place(job.file.path).open() as folder:
             if stamp_of(folder) != job.file.stamp:  # what was copied need not be what was checked
                 raise CheckpointError(f"{job.file.path} changed while it was exported. Export it again.")
@@ -131,7 +130,7 @@ def _write_peft(job: Job, place: Path) -> list[str]:
         if job.base_model:
             # The commit that PEFT notes is one of the other base.
             fields = read_peft_config(place) | {"base_model_name_or_path": job.base_name, "revision": None}
-            (place / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(place / CONFIG_NAME, fields, sort_keys=True)
         return []
     with quiet():
         save_adapter(load_adapter(load_model(job.base_name), job.file.path), place)

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile
+from theodora.adapters.finite import finite
 from theodora.adapters.merge_plan import changed_copies_on_disk
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf, text_field
 from theodora.export.gguf_names import names_of
+from theodora.export.gguf_written import write_and_read_back
 from theodora.export.served import put_on
 
 
@@ -91,11 +93,11 @@ def write_gguf_lora(file: AdapterFile, base: BaseCheckpoint, output: Path, name:
             tensors = file.modules[path]
             rank = tensors.a.shape[0]
             b = tensors.b.double() * (tensors.scale * rank / alpha)
-            writer.add_tensor(f"{gguf_name}.lora_a", tensors.a.float().contiguous().numpy())
-            writer.add_tensor(f"{gguf_name}.lora_b", names.rows(gguf_name, b.float()).contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+            for part, tensor in (("a", tensors.a.float()), ("b", names.rows(gguf_name, b.float()))):
+                if not finite(tensor):
+                    raise CheckpointError(f"{path}: lora_{part} holds NaN or infinite values in float32")
+                writer.add_tensor(f"{gguf_name}.lora_{part}", tensor.contiguous().numpy())
+        write_and_read_back(writer, output)
     finally:
         writer.close()
 

@@ -19,6 +19,7 @@ from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_lis
 from theodora.export.gguf_files import open_reader, require_gguf
 from theodora.export.gguf_names import Names, llama3_factors, names_of, write_figures
 from theodora.export.gguf_tokenizer import write_tokenizer
+from theodora.export.gguf_written import check_finite, quantized, write_and_read_back
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _LONG = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -90,11 +91,9 @@ def write_gguf(model: Path, output: Path, name: str, dtype: str | None) -> None:
         kinds = {to: kind if _is_matrix(base, key, kind) else gguf.GGMLQuantizationType.F32 for to, key in placed}
         for to, array in _arrays(base, names, placed, config):
             stored = kinds.get(to, gguf.GGMLQuantizationType.F32)
-            data = gguf.quants.quantize(array, stored)
+            data = quantized(to, array, stored)
             writer.add_tensor(to, data, raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        write_and_read_back(writer, output)
     finally:
         writer.close()
         base.close()
@@ -114,6 +113,7 @@ def convert_with_llama_cpp(llama_cpp: Path, model: Path, output: Path, dtype: st
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not output.is_file():
         raise CheckpointError(f"llama.cpp's converter failed:\n{done.stderr[-2000:]}")
+    check_finite(output)
 
 
 def converter_of(llama_cpp: Path) -> Path:

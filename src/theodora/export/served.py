@@ -9,12 +9,10 @@ files nor the keys are PEFT's, and no loader of PEFT's files takes the folder fo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +20,7 @@ from theodora.adapters import load_adapter
 from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
 from theodora.adapters.merge_plan import base_weight, changed_copies_on_disk
+from theodora.adapters.read_back import save_tensors, write_json
 from theodora.adapters.reading import read_object
 from theodora.config import AdapterConfig, is_number
 from theodora.errors import CheckpointError, UsageError, bullet_list, shown
@@ -78,8 +77,8 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
         "scales": {path: t.scale for path, t in file.modules.items()},
         "note": "dora_scale is g = m / norm of (W + s·B·A), not the magnitude m.",
     }
-    save_file(tensors, folder / SERVED_WEIGHTS, {"format": "pt", "form": FORM})
-    (folder / SERVED_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    save_tensors(tensors, folder / SERVED_WEIGHTS, {"format": "pt", "form": FORM})
+    write_json(folder / SERVED_CONFIG, fields)
 
 
 def read_served(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -158,7 +157,7 @@ def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Ten
         fan_in_fan_out=False,
     )
     with temporary_folder("served") as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps(fields))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+        write_json(folder / CONFIG_NAME, fields)
+        save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         with torch.no_grad():
             load_adapter(model, folder)

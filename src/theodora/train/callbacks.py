@@ -14,6 +14,17 @@ from theodora.adapters.atomic import atomic_write, explained_io_errors
 from theodora.errors import TheodoraError
 
 
+class Diverged(TheodoraError):
+    """A run stopped over a step: one that was not taken, or one whose weights are of no use.
+
+    `in_doubt` is the step of the checkpoint that holds weights in doubt, if there is one: those that it ran on.
+    """
+
+    def __init__(self, message: str, step: int, reason: str, *, in_doubt: int | None) -> None:
+        super().__init__(message)
+        self.step, self.reason, self.in_doubt = step, reason, in_doubt
+
+
 class MetricsFile(TrainerCallback):
     """One JSON line in metrics.jsonl for every log, flushed, so that it can be watched and survives a crash."""
 
@@ -73,9 +84,12 @@ class StopWhenDiverged(TrainerCallback):
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                raise TheodoraError(
+                raise Diverged(
                     f"Training diverged: {name} is {value} at step {state.global_step}. Try a lower learning_rate "
-                    f"(it is {args.learning_rate:g}), a longer warm-up, or bf16 instead of fp16."
+                    f"(it is {args.learning_rate:g}), a longer warm-up, or bf16 instead of fp16.",
+                    state.global_step,
+                    f"{name} is {value}",
+                    in_doubt=None,
                 )
 
 

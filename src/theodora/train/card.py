@@ -11,6 +11,7 @@ import yaml
 import theodora
 from theodora.adapters.atomic import atomic_write
 from theodora.adapters.classes import auto_name
+from theodora.adapters.read_back import write_text
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
@@ -38,7 +39,7 @@ _LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors")
 def write_card(plan: Plan, result: TrainResult) -> None:
     """Write the model card into the run's folder."""
     with atomic_write(result.output / CARD_FILE) as file:
-        file.write_text(model_card(plan, result), encoding="utf-8")
+        write_text(file, model_card(plan, result))
 
 
 def model_card(plan: Plan, result: TrainResult) -> str:
@@ -105,7 +106,9 @@ def _settings(plan: Plan) -> str:
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
         f"{describe_modules(plan.modules)}{f' and {describe_token_rows(plan)}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
-        f"base model in {plan.dtype} on {device_name(plan.device)}.\n\n"
+        f"base model in {plan.dtype} on {device_name(plan.device)}.\n"
+        + "".join(f"- Resumed with other options; {line}.\n" for line in plan.history)
+        + "\n"
         f"`config.yaml` holds every setting; `{again}` runs it again.\n\n"
         "| setting | value |\n|---|---|\n" + "\n".join(shown)
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from theodora.adapters.atomic import atomic_write, clear_leftovers, remove_folder
+from theodora.adapters.read_back import write_text
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.train.wholeness import faults, is_listed, read_state
 
@@ -139,7 +140,7 @@ def marked(output: Path) -> Iterator[None]:
 def write_record(output: Path, text: str) -> None:
     """Write a run's `config.yaml`, which begins with `RECORD_HEAD`."""
     with atomic_write(output / CONFIG_FILE) as file:
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
 
 
 def _is_empty(path: Path) -> bool:

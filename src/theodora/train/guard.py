@@ -19,19 +19,11 @@ from torch import Tensor
 
 from theodora.adapters.atomic import atomic_write
 from theodora.errors import TheodoraError
-from theodora.train.callbacks import read_metrics
+from theodora.train.callbacks import Diverged, read_metrics
 from theodora.train.figures import Figures
 
 _UNDER_WAY = 2  # steps that the host may be ahead of what it looks at
 _SKIPS_IN_A_ROW = 10  # after which nothing will get better
-
-
-class Diverged(TheodoraError):
-    """A run stopped over a step that was not taken; the weights that it ran on are in doubt."""
-
-    def __init__(self, message: str, step: int, reason: str) -> None:
-        super().__init__(message)
-        self.step, self.reason = step, reason
 
 
 class StepGuard:
@@ -121,6 +113,7 @@ class StepGuard:
                 f"of this one are in {self.file}.",
                 step,
                 reason,
+                in_doubt=step - 1,
             )
         self.skipped.append(step)
         if self._in_a_row >= _SKIPS_IN_A_ROW:

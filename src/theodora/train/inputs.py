@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from theodora.adapters.read_back import write_json
 from theodora.config import TrainConfig
 from theodora.data import Examples
 from theodora.errors import ConfigError, bullet_list
@@ -60,7 +61,7 @@ def write_inputs(trainer: Any, checkpoint: Path) -> None:
     inputs = next((c.inputs for c in trainer.callback_handler.callbacks if isinstance(c, KeepInputs)), None)
     if inputs is not None:
         values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-        (checkpoint / INPUTS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(checkpoint / INPUTS_FILE, values)
 
 
 def inputs_of(config: TrainConfig, sources: Mapping[str, Examples], rows: Dataset, base: str, processes: int) -> Inputs:

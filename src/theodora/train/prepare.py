@@ -33,6 +33,7 @@ from theodora.train.continued import load_continued
 from theodora.train.experts import check_balance, name_experts
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.inputs import hash_of_weights
+from theodora.train.resumed import Past
 from theodora.train.text_only import check_continues_text
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
@@ -59,6 +60,10 @@ class Prepared:
     """Of the base model's weights as they were loaded."""
     left_out: tuple[LeftOut, ...] = ()
     """What rows hold and nothing is learned from."""
+    given: TrainConfig | None = None
+    """The run as it was asked for, before choices were made."""
+    past: Past | None = None
+    """What the checkpoint tells that it goes on from."""
 
 
 def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:

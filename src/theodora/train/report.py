@@ -57,6 +57,8 @@ class Plan:
     """What rows hold and nothing is learned from."""
     token_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path of each module in which rows of single tokens are trained, and how many."""
+    history: Sequence[str] = ()
+    """Options that had other values before the run was resumed, and until which step."""
 
 
 def print_plan(console: Console, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
@@ -21,32 +21,37 @@ from trl.trainer.sft_config import SFTConfig
 from theodora.adapters import save_adapter
 from theodora.adapters.alone import alone_in
 from theodora.adapters.atomic import atomic_files, atomic_write
+from theodora.adapters.finite import not_finite
 from theodora.adapters.generation import save_ends
 from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
+from theodora.adapters.read_back import check_lines, save_tokenizer
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
-from theodora.errors import ConfigError, TheodoraError
-from theodora.parse import parse_yaml, to_yaml
+from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
+from theodora.parse import to_yaml
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
-from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
+from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
-from theodora.train.guard import Diverged, StepGuard
+from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
+from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, prepare
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
+from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
+from theodora.train.resumed import change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.stops import Stops, count_stops
-from theodora.train.trainer import AdapterTrainer, restored_afterwards
+from theodora.train.trainer import AdapterTrainer
 from theodora.train.wholeness import note_divergence, read_state
 from theodora.trust import grant_flags
 
@@ -91,6 +96,9 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
         read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
         files.check_inputs(output, read, overwrite=config.overwrite)
         checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
+        past = None if checkpoint is None else past_of(checkpoint)
+        if checkpoint is not None and past is not None:
+            check_options(config, arguments, checkpoint, past)
         PartialState().wait_for_everyone()  # no process writes before all have looked
         if arguments.should_save and checkpoint is None:
             held.enter_context(files.marked(output))
@@ -98,6 +106,7 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)
                 prepared.notes[:0] = said
+                prepared.given, prepared.past = config, past
             with (
                 restored_afterwards(prepared.model),
                 fast_path(prepared.model, prepared.config, arguments.device) as path,
@@ -137,14 +146,18 @@ def _train(
     trainer = _build_trainer(prepared, arguments, callbacks)
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
     trainer.guard = _guard(prepared, trainer, output)
+    trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
+    trainer.options = record_of(
+        prepared.config, prepared.given or prepared.config, arguments.world_size, prepared.past, plan.resume_at or 0
+    )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
         trainer.tokens_seen = _tokens_at(checkpoint)
         view.count_tokens_from(trainer.tokens_seen)
     print_plan(console, plan)
     if arguments.should_save:
-        _begin_record(prepared, output)
+        _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
         metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
@@ -236,6 +249,13 @@ def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGua
     )
 
 
+def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) -> Outcome:
+    # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
+    guessing = math.log(model.config.get_text_config().vocab_size)
+    bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
+    return Outcome(trainer, bound, guard.hint)
+
+
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -244,6 +264,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     labels = prepared.train_rows["labels"]
+    resume_at = files.steps_done(checkpoint) if checkpoint is not None else None
     return Plan(
         config=prepared.config,
         model=model,
@@ -261,14 +282,15 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         rows_per_step=rows_per_step,
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
-        resume_at=files.steps_done(checkpoint) if checkpoint is not None else None,
+        resume_at=resume_at,
+        history=history_lines(history(prepared.config, prepared.past, resume_at or 0)),
         path=None if path is None else ", ".join([path, *trainer.fast_notes]),
         notes=[
             *prepared.notes,
             *_device_notes(),
             *missing_parts(arguments.device),
             *(files.passed_over(output, checkpoint) if prepared.config.resume else []),
-            *(_changed_since(prepared.config, output) if checkpoint else []),
+            *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
         ],
         left_out=prepared.left_out,
         token_rows={
@@ -297,7 +319,7 @@ def _tokens_at(checkpoint: Path) -> int:
     return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
 
 
-def _begin_record(prepared: Prepared, output: Path) -> None:
+def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     """Clear what is to be overwritten, and write down how to run this again and what was held out."""
     config = prepared.config
     if config.overwrite or files.is_doomed(output):
@@ -306,10 +328,12 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
     options = config.to_options() | {"overwrite": False, "resume": None}
     command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite{grant_flags(options)}"
     head = " ".join(f"{files.RECORD_HEAD} To run it again: {command}".splitlines()) + "\n"  # one comment
+    head += "".join(f"# {line}\n" for line in plan.history)
     files.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
+            check_lines(file, len(prepared.held_out))
 
 
 def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
@@ -317,25 +341,10 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     output = result.output
     save_adapter(prepared.model, output)
     with atomic_files(output) as folder:
-        prepared.tokenizer.save_pretrained(folder)
+        save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
     write_card(plan, result)
-
-
-def _changed_since(config: TrainConfig, output: Path) -> list[str]:
-    """Options that a resumed run does not share with the run it goes on from."""
-    record = output / files.CONFIG_FILE
-    if not record.is_file():
-        return []
-    try:
-        before, now = parse_yaml(record.read_text(encoding="utf-8")), config.to_options()
-    except ValueError as error:
-        return [f"{record} is damaged, so that nothing says whether options changed since the run began ({error})"]
-    if not isinstance(before, dict):
-        return [f"{record} holds no options, so that nothing says whether they changed since the run began"]
-    names = [name for name in now if name not in ("resume", "overwrite") and before.get(name) != now[name]]
-    return [f"changed since the run began: {name} from {before.get(name)} to {now[name]}" for name in names]
 
 
 def _run(
@@ -346,17 +355,30 @@ def _run(
     try:
         with stop.training(), view:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if trainer.outcome is not None and not trainer.args.load_best_model_at_end:
+                trainer.outcome.check()
     except StepAbandoned:
         trainer.save_now()
         raise TrainingInterrupted(_interrupted(config), stop.exit_code) from None
     except KeyboardInterrupt:
         raise TrainingInterrupted(_interrupted(config)) from None
     except Diverged as error:
-        if trainer.args.should_save:
-            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.step - 1}", error.reason)
+        _check_base(trainer, error)
+        if trainer.args.should_save and error.in_doubt is not None:
+            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise TrainingInterrupted(_interrupted(config), stop.exit_code)
+
+
+def _check_base(trainer: AdapterTrainer, error: Diverged) -> None:
+    """Raise a CheckpointError if it is the base model that cannot be trained on."""
+    found = not_finite((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad)
+    if found:
+        raise CheckpointError(
+            f"The base model itself holds NaN or infinite values as it was loaded, in {trainer.model.dtype}, so no "
+            f"adapter can be trained on it ({error.reason} at step {error.step}):" + bullet_list(found[:12])
+        ) from error
 
 
 def _interrupted(config: TrainConfig) -> str:

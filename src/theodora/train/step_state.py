@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from theodora.adapters.read_back import write_text
 from theodora.train.figures import Figures
 from theodora.train.inputs import write_inputs
 
@@ -74,7 +75,7 @@ def write_unlogged(trainer: Any, folder: Path) -> None:
         "tokens": int(trainer._total_train_tokens),
         "metrics": {name: values for name, values in metrics.items() if values},
     }
-    (folder / UNLOGGED_FILE).write_text(json.dumps(found), encoding="utf-8")
+    write_text(folder / UNLOGGED_FILE, json.dumps(found))
     write_inputs(trainer, folder)
 
 

@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.adapters.atomic import atomic_directory
 from theodora.adapters.inject import trained_tensors
+from theodora.adapters.read_back import write_text
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
@@ -31,25 +32,14 @@ from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bou
 from theodora.train.guard import StepGuard
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
 from theodora.train.movement import fingerprints
+from theodora.train.order import SeededByEpoch
+from theodora.train.outcome import Outcome
 from theodora.train.pieces import Pieces
+from theodora.train.resumed import OPTIONS_FILE, AsAsked, UseOptions
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
 from theodora.train.wholeness import list_in_place, list_when_all_have_written
 
 _LOGS_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
-
-
-class _SeededByEpoch(LengthGroupedSampler):
-    """Groups drawn from a seed and the epoch. transformers' own draws from the random state at hand, which is another
-    one in a run that is resumed within an epoch."""
-
-    def __init__(self, drawn_at_hand: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(drawn_at_hand.batch_size, lengths=drawn_at_hand.lengths)
-        self._seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        self.generator = torch.Generator().manual_seed(self._seed + epoch)
 
 
 class AdapterTrainer(SFTTrainer):
@@ -80,7 +70,10 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RestoreUnlogged(self))
+        self.add_callback(UseOptions(self))
+        self.options: str | None = None
         self.guard: StepGuard | None = None
+        self.outcome: Outcome | None = None
         self.say: Callable[[str], None] = print
         self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
         self.pieces.halves = self.args.world_size == 1
@@ -195,7 +188,7 @@ class AdapterTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+            return SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
         return sampler
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -208,6 +201,13 @@ class AdapterTrainer(SFTTrainer):
                 self.graph_replays, self.why_no_graph = self._graphed.replays, self._graphed.why_not
                 self._graphed.release("training has ended")
                 self._graphed = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also have the learning rate, decay and betas of now, which the checkpoint would put back as they were."""
+        asked = AsAsked(self.optimizer, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            asked.put_into(self.optimizer, self.lr_scheduler)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the base class, unless the run goes on from a checkpoint that is its end: not a step more then."""
@@ -236,6 +236,8 @@ class AdapterTrainer(SFTTrainer):
             loss = self.pieces(inputs, model, num_items_in_batch)
             if self.guard is not None:
                 self.guard.note(whole, loss)
+            if self.outcome is not None:
+                self.outcome.note(whole)
             return loss
         finally:
             model.__dict__.pop("train", None)
@@ -265,6 +267,8 @@ class AdapterTrainer(SFTTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.pieces.end_step()
         if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
+            if self.outcome is not None:
+                self.outcome.take()
             return grad_norm
         if self.accelerator.scaler is None:  # which leaves such steps out by itself
             model.zero_grad()
@@ -406,6 +410,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         """Also note where training itself ended: the best adapter may be one from before it had moved everything."""
+        if self.outcome is not None:
+            self.outcome.check()
         self.fingerprints_at_end = fingerprints(trained_tensors(self.model))
         super()._load_best_model()
 
@@ -447,11 +453,14 @@ class AdapterTrainer(SFTTrainer):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save into a hidden sibling folder that takes its final name when it is whole."""
+        """Save into a hidden sibling folder that takes its final name when it is whole; nothing that is ruined."""
+        if self.outcome is not None:
+            self.outcome.check()
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         if not self.args.should_save or self.args.world_size > 1:
             # Several processes write into one folder; there is no moment at which one of them could rename it.
             super()._save_checkpoint(model, trial)
+            self._write_options(folder)
             list_when_all_have_written(self, folder)
             return
         with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
@@ -459,10 +468,15 @@ class AdapterTrainer(SFTTrainer):
             inner = partial / folder.name
             self._name_best_checkpoint(folder)
             write_unlogged(self, inner)
+            self._write_options(inner)
             self.state.save_to_json(str(inner / "trainer_state.json"))
-            list_in_place(inner)
+            list_in_place(self, inner)
         self.saved_at = self.state.global_step
         rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_options(self, folder: Path) -> None:
+        if self.options is not None and self.args.should_save:
+            write_text(folder / OPTIONS_FILE, self.options)
 
     def _name_best_checkpoint(self, current: Path) -> None:
         """Record the best checkpoint under its final name, not that of the folder it is written to."""
@@ -483,18 +497,3 @@ class AdapterTrainer(SFTTrainer):
 def _stats(found: LossSums) -> Tensor:
     """Entropy, correct and count, in float32."""
     return torch.stack([value.detach().float() for value in (found.entropy, found.correct, found.count)])
-
-
-@contextmanager
-def restored_afterwards(model: PreTrainedModel) -> Iterator[None]:
-    """Give the model its own forward, cache setting and mode back after training; TRL and transformers replace them."""
-    forward, use_cache = model.__dict__.get("forward"), getattr(model.config, "use_cache", None)
-    try:
-        yield
-    finally:
-        model.__dict__.pop("forward", None)
-        if forward is not None:
-            model.__dict__["forward"] = forward
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        model.eval()

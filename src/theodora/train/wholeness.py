@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from theodora.adapters.atomic import atomic_write
+from theodora.adapters.read_back import check_tokenizer, flush, unlike
 from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
 from theodora.train.inputs import INPUTS_FILE, write_inputs
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
 _PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin")
 
 
 def faults(checkpoint: Path) -> list[str]:
@@ -36,15 +38,36 @@ def list_when_all_have_written(trainer: Any, checkpoint: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         write_inputs(trainer, checkpoint)
+        read_back(trainer, checkpoint)
         mark_written(checkpoint, CHECKPOINT)
 
 
-def list_in_place(inner: Path) -> None:
+def list_in_place(trainer: Any, inner: Path) -> None:
     """Move a checkpoint's files into the folder above, in which it is prepared, and list them there."""
+    read_back(trainer, inner)
     for file in inner.iterdir():
         file.rename(inner.parent / file.name)
     inner.rmdir()
     mark_written(inner.parent, CHECKPOINT)
+
+
+def read_back(trainer: Any, checkpoint: Path) -> None:
+    """Look at what was just written, before its list vouches for it. (The adapter was compared when it was saved.)
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            flush(path)
+    found = _unreadable(checkpoint)
+    if found:
+        raise unlike(checkpoint / found[0].split()[0], found[0])
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    if state.global_step != trainer.state.global_step or len(state.log_history) != len(trainer.state.log_history):
+        raise unlike(checkpoint / _STATE, f"it says step {state.global_step}")
+    if trainer.processing_class is not None and (checkpoint / "tokenizer_config.json").is_file():
+        check_tokenizer(trainer.processing_class, checkpoint)
 
 
 def note_divergence(checkpoint: Path, reason: str) -> None:

@@ -1,0 +1,118 @@
+"""What a step has made of the weights, known before they are saved over good ones.
+
+A step is taken on the loss of its rows before it, and only the next step's loss tells what it did: too late for a
+checkpoint in between, and never for the last step. So before anything is saved the rows of the last step run once more,
+forward alone, on the weights that would be saved; these and the optimizer's state must be finite, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodora.adapters.finite import finite
+from theodora.adapters.inject import trained_tensors
+from theodora.errors import bullet_list
+from theodora.train.callbacks import Diverged
+from theodora.train.pieces import split
+
+_SHOWN = 12
+
+
+class Outcome:
+    """Looks at the weights that a step has left.
+
+    Args:
+        trainer: whose model, optimizer and last rows are looked at.
+        max_loss: the loss from which on the weights count as ruined; None for no bound.
+        hint: what may help, for the message.
+    """
+
+    def __init__(self, trainer: Any, max_loss: float | None, hint: str = "") -> None:
+        self.trainer, self.max_loss, self.hint = trainer, max_loss, hint
+        self._noted: dict[str, Any] | None = None
+        self._taken: dict[str, Any] | None = None
+        self._good_at = 0
+
+    def note(self, batch: dict[str, Any]) -> None:
+        """Remember rows of the step at hand."""
+        self._noted = batch
+
+    def take(self) -> None:
+        """The optimizer takes the step at hand."""
+        self._taken = self._noted
+
+    def check(self) -> None:
+        """Look at the weights as they are, once for each step; every process calls this.
+
+        Raises:
+            Diverged: they are of no use, and nothing of them was saved.
+        """
+        step = self.trainer.state.global_step
+        if not step or self._good_at == step:
+            return
+        bad = list(self._not_finite())
+        reason = f"{bad[0]} is not finite" if bad else self._reason()
+        if self._any_process(reason is not None):
+            reason = reason or "the loss is not finite in another process"
+            raise Diverged(
+                f"Training diverged: {reason} after step {step}, and nothing of that was saved. {self.hint}"
+                + (bullet_list(bad[:_SHOWN]) if len(bad) > 1 else ""),
+                step,
+                reason,
+                in_doubt=None,
+            )
+        self._good_at = step
+
+    def _not_finite(self) -> Iterator[str]:
+        for name, tensor in trained_tensors(self.trainer.accelerator.unwrap_model(self.trainer.model)).items():
+            if not finite(getattr(tensor, "to_local", lambda tensor=tensor: tensor)()):  # a process' share of it
+                yield name
+        states: Any = getattr(self.trainer.optimizer, "state", None) or {}
+        for state in states.values():
+            for name, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                    yield f"the optimizer's {name} of a tensor of {tuple(value.shape)}"
+
+    def _reason(self) -> str | None:
+        loss = None if self._taken is None else loss_now(self.trainer, self._taken)
+        if loss is None:
+            return None
+        value = float(loss)
+        if not math.isfinite(value):
+            return f"loss is {value} on its own rows"
+        if self.max_loss is not None and value > self.max_loss:
+            return f"loss is {value:.4g} on its own rows, more than max_loss ({self.max_loss:.4g}),"
+        return None
+
+    def _any_process(self, here: bool) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return here
+        flag = torch.tensor([float(here)], device=self.trainer.args.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+
+def loss_now(trainer: Any, batch: dict[str, Any]) -> Tensor | None:
+    """The loss of a batch on the weights of now, which leaves no trace in the trainer's figures.
+
+    Of its first piece where memory asks for pieces; None where memory does not last even so.
+    """
+    figures = {mode: {name: list(values) for name, values in found.items()} for mode, found in trainer._metrics.items()}
+    training, pieces = trainer.model.training, trainer.pieces.count
+    trainer.model.eval()
+    try:
+        inputs = trainer._prepare_inputs(dict(batch) if pieces == 1 else split(dict(batch), pieces)[0])
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, dict(inputs)).detach()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        trainer.model.train(training)
+        for mode, kept in figures.items():
+            trainer._metrics[mode].clear()
+            trainer._metrics[mode].update(kept)
