@@ -18,7 +18,7 @@ from theodora.errors import DataError
 
 HUGE = 10**9
 BART = {"model_type": "bart", "architectures": ["BartForCausalLM"]}
-TROCR = {"model_type": "trocr", "architectures": ["TrOCRForCausalLM"]}
+TROCR = {"num_hidden_layers": None, "model_type": "trocr", "architectures": ["TrOCRForCausalLM"]}
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def evaluate(tmp_path: Path, rows: Path, tiny_model_dir: Callable[..., Path], ca
     def run(config: dict[str, Any], junk: str = "") -> str:
         folder = Path(shutil.copytree(tiny_model_dir(), tmp_path / "model"))
         told = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(told | config))
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (told | config).items() if v is not None}))
         if junk:
             (folder / junk).write_text("junk")
         assert main(["evaluate", "--model", str(folder), "--data", str(rows), "--json"]) == 1

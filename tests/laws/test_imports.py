@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "paths", "config", "parse", "ends"},
+    {"errors", "coerce", "other_words", "paths", "metered", "config", "parse", "ends"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},
@@ -30,6 +30,8 @@ BESIDE = {
     "coerce": {"errors"},
     "other_words": {"errors"},
     "paths": {"errors"},
+    "metered": {"errors"},
+    "ends": {"metered"},
     "config": {"errors", "coerce", "other_words", "paths"},
     "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
