@@ -337,11 +337,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(part.arg, nodes.Slice):
                 part.node = _filtered(part.node, "-copied")
         for compared in list(tree.find_all(nodes.Compare)):
-            compared.expr = _filtered(compared.expr, "-weighed")
+            compared.expr = _weighed_node(compared.expr)
             for operand in compared.ops:
-                operand.expr = _filtered(operand.expr, "-weighed")
+                operand.expr = _weighed_node(operand.expr)
         for joined in list(tree.find_all(nodes.Concat)):
-            joined.nodes = [_filtered(node, "-weighed") for node in joined.nodes]
+            joined.nodes = [_weighed_node(node) for node in joined.nodes]
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -405,6 +405,12 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 def _text_in(loop: nodes.For) -> int:
     """Bytes of the text that stands in a loop."""
     return sum(len(data.data) for data in loop.find_all(nodes.TemplateData))
+
+
+def _weighed_node(node: Any) -> Any:
+    """A part of an expression that counts, unless it stands in the template as it is."""
+    parts = node.items if isinstance(node, nodes.List | nodes.Tuple) else [node]
+    return node if all(isinstance(part, nodes.Const) for part in parts) else _filtered(node, "-weighed")
 
 
 def _filtered(node: Any, name: str, *given: nodes.Expr) -> Any:
