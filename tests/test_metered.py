@@ -82,9 +82,7 @@ def test_a_template_does_not_work_for_ever(name, monkeypatch):
 
 def test_what_is_refused_is_said(monkeypatch):
     monkeypatch.setattr(metered, "ALLOWED", 1 << 20)
-    with pytest.raises(
-        ConfigError, match=r"does far more than a conversation of this size needs .*chat_template_path"
-    ):
+    with pytest.raises(ConfigError, match=r"does far more than a conversation of this size needs .*chat_template_path"):
         render(BOMBS["macros"])
 
 

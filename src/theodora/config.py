@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.other_words import advice, called
-from theodora.paths import Expressions, PathPattern, problems_of
+from theodora.paths import MOST_NAMES, Expressions, PathPattern, problems_of
 
 Method = Literal["dora", "lora"]
 METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
@@ -95,7 +95,10 @@ class AdapterConfig:
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
         for name in ("targets", "exclude", "modules_to_save"):
-            odd = [item for item in getattr(self, name) if not isinstance(item, str) or not item]
+            names = getattr(self, name)
+            if not isinstance(names, str) and len(names) > MOST_NAMES:
+                yield f"{name} holds {len(names):,} names together; expected at most {MOST_NAMES:,}"
+            odd = [item for item in names if not isinstance(item, str) or not item]
             if odd:
                 yield f"{name} holds {shown(odd[0])}; expected names"
         for name in ("rank_pattern", "alpha_pattern"):

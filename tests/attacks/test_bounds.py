@@ -12,9 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from theodora import metered, paths
+from theodora.adapters.models import load_tokenizer
 from theodora.cli.main import main
-from theodora.data import load_examples, unfolded
-from theodora.errors import DataError
+from theodora.data import load_examples, tokenize, unfolded
+from theodora.errors import ConfigError, DataError
+from theodora.serve.chats import chat_text
+from theodora.serve.protocol import ChatRequest
 
 HUGE = 10**9
 BART = {"model_type": "bart", "architectures": ["BartForCausalLM"]}
@@ -166,3 +170,82 @@ def test_compressed_buffers_of_a_saved_data_set_are_not_opened(tmp_path):
     write_stream(table, tmp_path / "saved" / "data-00000-of-00001.arrow", compression="zstd")
     with pytest.raises(DataError, match=r"the buffers in data-00000-of-00001.arrow are compressed"):
         load_examples(tmp_path / "saved")
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+FAR_MORE = "chat template does far more than a conversation"
+
+
+@pytest.fixture
+def with_template(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """A copy of the tiny model whose tokenizer brings a chat template; the allowance is lowered from 512 MB."""
+    monkeypatch.setattr(metered, "ALLOWED", 8 << 20)
+
+    def copy(template: str) -> Path:
+        folder = Path(shutil.copytree(tiny_model_dir(), tmp_path / "model"))
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("template", [LOOPS, DOUBLING])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_template_is_stopped(command, template, with_template, rows, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "run")] if command == "train" else []
+    code = main([command, "--model", str(with_template(template)), "--data", str(rows), *output])
+    assert code in (1, 2)
+    assert FAR_MORE in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("template", [LOOPS, DOUBLING])
+def test_a_server_refuses_what_its_template_makes_of_a_chat(template, with_template):
+    tokenizer = load_tokenizer(with_template(template))
+    asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "hello"}]})
+    with pytest.raises(ConfigError, match=FAR_MORE):
+        chat_text(tokenizer, asked)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"rank_pattern": {f"(?:.{{1,9}}){{1,4}}[!#]{n}": 4 for n in range(2000)}}, "s together to compare"),
+        ({"rank_pattern": {"((((((a{10}){10}){10}){10}){10}){10}){10}": 4}}, "repeats more than 100,000 times"),
+        ({"target_modules": "(a{1000}){1000}"}, "repeats more than 100,000 times"),
+        ({"target_modules": "(?:.{1,9}){1,30}[!#]"}, "s together to compare"),
+        ({"target_modules": [f"name{n}" for n in range(100_001)]}, "100,001 names together"),
+    ],
+)
+def test_expressions_of_an_adapter_are_bounded(
+    changed, told, adapter, rows, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(paths, "PATIENCE", 0.2)
+    folder = Path(shutil.copytree(adapter("lora8"), tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changed))
+    arguments = ["evaluate", "--model", str(tiny_model_dir()), "--adapter", str(folder), "--data", str(rows), "--json"]
+    assert main(arguments) in (1, 2)
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_row_is_not_tokenised_beyond_what_is_kept(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("theodora.data.tokens._TEXT_AT_ONCE", 10_000)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "question ", "completion": "ab" * 100_000}, {"prompt": "q" * 100_000, "completion": "a"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(tiny_model_dir())
+    given: list[int] = []
+    encode = type(tokenizer).__call__
+
+    def counted(self: Any, text: Any, *rest: Any, **named: Any) -> Any:
+        given.extend(map(len, text if isinstance(text, list) else []))
+        return encode(self, text, *rest, **named)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    found = tokenize(load_examples(path), tokenizer, max_length=64, use_chat_template=False)
+    assert [len(row) for row in found["input_ids"]] == [64]  # nothing to learn is left of the other
+    assert max(given) == 10_000
