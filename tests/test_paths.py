@@ -43,8 +43,7 @@ def test_all_expressions_share_one_budget():
     pattern = PathPattern({rf"(?:.{{1,9}}){{1,4}}[!#]{n}": n for n in range(10_000)}, expressions)
     began = time.thread_time()
     with pytest.raises(ConfigError, match=r"more than 0\.2 s together"):
-        for layer in range(1000):
-            pattern.get(f"model.layers.{layer}.self_attn.q_proj", 0)
+        sum(pattern.get(f"model.layers.{layer}.self_attn.q_proj", 0) for layer in range(1000))
     assert time.thread_time() - began < 10  # 0.2 s, and a busy machine
     with pytest.raises(ConfigError, match="together"):
         expressions.match("another|(expression)", "q_proj")

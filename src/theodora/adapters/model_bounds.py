@@ -26,7 +26,9 @@ from theodora.errors import CheckpointError, shown
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Other numbers that count parts, in any family, but not those that say how large one is, or which.
 _COUNTS = re.compile(r"layer|block|depth|stage|expert|stack|level|group|repeat", re.IGNORECASE)
-_NO_COUNTS = re.compile(r"size|dim|eps|norm|window|scale|drop|init|coef|theta|id$|idx|ind(ex|ic)|token|length|interval")
+_NO_COUNTS = re.compile(
+    "size|dim|eps|norm|window|scale|drop|init|coef|theta|id$|idx|ind(ex|ic)|token|length|interval|vocab"
+)
 _ALWAYS_FINE = 1 << 16
 """Layers, or whatever is counted, that no files are asked about: it is the building that is bounded then."""
 _SPARE_MODULES, _MODULES_PER_TENSOR = 5_000, 20

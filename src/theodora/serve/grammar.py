@@ -7,11 +7,12 @@ answer, which can where the grammar can stop, and those that the format of the a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import threading
 import time
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from theodora.serve.schemas import check_size, kept
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
+_AT_ONCE, _MOST_STUCK = 2, 4
+"""Grammars that are compiled at a time, and threads that may be left behind by some that took too long."""
 _MOST_CHARACTERS = 2_000_000
 """Of a whole grammar: the schemas of all tools, say."""
 _CACHE = 256 << 20
@@ -87,7 +90,8 @@ class Grammars:
             ends: tokens that end an answer.
         """
         self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
-        self._pool = ThreadPoolExecutor(2, "theodora-grammar")
+        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._stuck = 0
         self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
     async def grammar(
@@ -109,13 +113,43 @@ class Grammars:
         if len(json.dumps(format)) > _MOST_CHARACTERS:
             raise ConfigError(f"The tools and the form have more than {_MOST_CHARACTERS} characters together.")
         kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
-        compiling = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, format, kept_ids, stops)
+        if self._stuck >= _MOST_STUCK:
+            raise ConfigError(f"{self._stuck} grammars take too long to compile; none is begun until one of them ends.")
         try:
-            return await asyncio.wait_for(compiling, _COMPILE_SECONDS)
+            async with asyncio.timeout(_COMPILE_SECONDS), self._free:
+                return await self._in_thread(lambda: self._compile(format, kept_ids, stops))
         except TimeoutError as error:
             raise ConfigError(
                 f"The grammar takes more than {_COMPILE_SECONDS:g} s to compile; expected a simpler one."
             ) from error
+
+    async def _in_thread(self, work: Callable[[], Grammar]) -> Grammar:
+        """Work in a thread that nothing waits for: native code cannot be stopped, and must not hold up the end."""
+        loop, found = asyncio.get_running_loop(), asyncio.Future[Grammar]()
+
+        def tell(result: Grammar | None, error: Exception | None) -> None:
+            if found.cancelled():
+                self._stuck -= 1
+            elif error is not None:
+                found.set_exception(error)
+            elif result is not None:
+                found.set_result(result)
+
+        def run() -> None:
+            result, problem = None, None
+            try:
+                result = work()
+            except Exception as error:  # told to whoever waits
+                problem = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, result, problem)
+
+        threading.Thread(target=run, name="theodora-grammar", daemon=True).start()
+        try:
+            return await found
+        except asyncio.CancelledError:
+            self._stuck += found.cancelled()
+            raise
 
     def _compile(self, format: dict[str, Any], kept_ids: frozenset[int], stops: tuple[int, ...]) -> Grammar:
         compiler = self._compilers.get(stops)
@@ -135,7 +169,7 @@ class Grammars:
 
     def close(self) -> None:
         """Compile no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._stuck = _MOST_STUCK
 
 
 def format_of(form: StructuredOutputs) -> dict[str, Any]:
