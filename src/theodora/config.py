@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeGuard
 
 from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.other_words import advice, called
+from theodora.paths import MOST_NAMES, Expressions, PathPattern, problems_of
 from theodora.trust import check_granted
 
 Method = Literal["dora", "lora"]
@@ -94,7 +96,10 @@ class AdapterConfig:
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
         for name in ("targets", "exclude", "modules_to_save"):
-            odd = [item for item in getattr(self, name) if not isinstance(item, str) or not item]
+            names = getattr(self, name)
+            if not isinstance(names, str) and len(names) > MOST_NAMES:
+                yield f"{name} holds {len(names):,} names together; expected at most {MOST_NAMES:,}"
+            odd = [item for item in names if not isinstance(item, str) or not item]
             if odd:
                 yield f"{name} holds {shown(odd[0])}; expected names"
         for name in ("rank_pattern", "alpha_pattern"):
@@ -105,19 +110,12 @@ class AdapterConfig:
         yield from _token_problems(self.trainable_token_indices)
         if not self.targets:
             yield "targets is empty; expected 'all-linear', module names, or a regular expression"
-        for what, pattern in [
-            *(
-                (name, value)
-                for name, value in (("targets", self.targets), ("exclude", self.exclude))
-                if isinstance(value, str)
-            ),
-            *(("rank_pattern", key) for key in self.rank_pattern),
-            *(("alpha_pattern", key) for key in self.alpha_pattern),
-        ]:
-            try:
-                re.compile(str(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                yield f"{what}: {shown(pattern)} is no regular expression ({error})"
+        yield from problems_of(
+            {
+                **{name: [value] for name in ("targets", "exclude") if isinstance(value := getattr(self, name), str)},
+                **{name: [str(key) for key in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")},
+            }
+        )
         if self.init == "orthogonal" and any(
             is_int(rank) and rank % 2 for rank in (self.rank, *self.rank_pattern.values())
         ):
@@ -126,6 +124,27 @@ class AdapterConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the module at `path`, rank_pattern regarded."""
+        return self._ranks.get(path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the module at `path`, alpha_pattern regarded."""
+        return self._alphas.get(path, self.alpha or 0.0)
+
+    @cached_property
+    def expressions(self) -> Expressions:
+        """The budget of time that all expressions of this configuration share."""
+        return Expressions()
+
+    @cached_property
+    def _ranks(self) -> PathPattern[int]:
+        return PathPattern(self.rank_pattern, self.expressions)
+
+    @cached_property
+    def _alphas(self) -> PathPattern[float]:
+        return PathPattern(self.alpha_pattern, self.expressions)
 
 
 def _token_indices(given: Any) -> Any:

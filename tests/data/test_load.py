@@ -369,16 +369,18 @@ def test_files_that_unfold_to_far_more_than_there_is(write, tmp_path, monkeypatc
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from theodora.data import files
+    from theodora.data import files, unfolded
 
     monkeypatch.setattr(files, "LONGEST_LINE", 1000)
     assert "line 1: is longer than 1,000 bytes; one line holds one row" in complaint(
         write(json.dumps({"text": "a" * 2000}), "long.jsonl")
     )
     table = pa.table({"text": ["a" * 3_000_000]})
-    monkeypatch.setattr(files, "_MOST_COMPRESSED", 2)
+    monkeypatch.setattr(unfolded, "MOST_COMPRESSED", 2)
+    monkeypatch.setattr(unfolded, "ANY_FILE", 0)
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False)
-    assert "unfolds to more than 2 times its size; no text does that" in complaint(tmp_path / "bomb.parquet")
+    assert "bytes and unfolds to 3,0" in complaint(tmp_path / "bomb.parquet")
+    monkeypatch.undo()
     monkeypatch.setattr(files, "LARGEST_UNPACKED", 1 << 20)
     packed = gzip.compress(json.dumps([{"text": "a" * 1000}] * 2000, indent=1).encode())
     assert "unfolds to more than 1 MB of JSON; write one row a line, as .jsonl.gz" in complaint(

@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "trust", "config", "parse", "ends", "locks"},
+    {"errors", "coerce", "other_words", "trust", "paths", "metered", "config", "parse", "ends", "locks"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers", "files"},
@@ -30,7 +30,10 @@ BESIDE = {
     "coerce": {"errors"},
     "other_words": {"errors"},
     "trust": {"errors"},
-    "config": {"errors", "coerce", "other_words", "trust"},
+    "paths": {"errors"},
+    "metered": {"errors"},
+    "ends": {"metered"},
+    "config": {"errors", "coerce", "other_words", "trust", "paths"},
     "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`

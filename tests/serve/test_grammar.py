@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 import torch
@@ -161,3 +162,28 @@ def test_reasoning_may_come_before_a_form(thinking):
     either = compiled(sequence(thinking_format(None, thinking, False), form(regex="yes"))).start()
     firsts = {TOKENIZER.decode([token]) for token in allowed(either)}
     assert firsts == {"y", thinking.open[0]}
+
+
+def test_grammars_that_take_too_long_leave_few_threads_and_hold_up_nothing(monkeypatch):
+    monkeypatch.setattr(grammar_module, "_COMPILE_SECONDS", 0.05)
+    release = threading.Event()
+    monkeypatch.setattr(Grammars, "_compile", lambda *given: release.wait())
+    grammars = Grammars(TOKENIZER, tiny.VOCAB_SIZE, (tiny.EOS_ID,))
+
+    async def ask():
+        told = []
+        for _ in range(6):
+            with pytest.raises(ConfigError) as error:
+                await grammars.grammar({"type": "any_text"})
+            told.append(str(error.value))
+        release.set()
+        await asyncio.sleep(0.2)
+        return told
+
+    told = asyncio.run(ask())
+    assert ["to compile; expected a simpler" in text for text in told] == [True] * 4 + [False] * 2
+    assert "4 grammars take too long" in told[-1]
+    stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-aside"]
+    assert all(thread.daemon for thread in stuck)
+    monkeypatch.undo()
+    assert asyncio.run(grammars.grammar({"type": "any_text"})) is not None  # all have ended

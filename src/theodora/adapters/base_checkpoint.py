@@ -18,7 +18,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from theodora.adapters.classes import auto_classes, check_kernels
+from theodora.adapters.model_bounds import Stored, bounded_build, check_layers
 from theodora.adapters.names import Names
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, bullet_list, shown
@@ -36,8 +36,6 @@ from theodora.parse import parse_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-# What transformers' configurations call the number of layers.
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # What a merge needs of a model on the hub; left out are the weights' copies in other formats.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _HUB_IGNORED = ("*/*.safetensors", "consolidated*")
@@ -117,7 +115,7 @@ class BaseCheckpoint:
         self.folder = folder
         self.config = _read_config(folder)
         self.tensors = _read_headers(folder)
-        for model in _meta_models(folder, trust_remote_code, len(self.tensors)):
+        for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.tensors)):
             self.model = model
             self._to_model_name, self.keys, self.converted = _map_names(model, list(self.tensors))
             if not _missing(model, {*self.keys, *self.converted}):
@@ -268,18 +266,6 @@ def pickled_weights(folder: Path) -> str:
     )
 
 
-def stored_tensors(folder: Path) -> int:
-    """How many tensors the safetensors files of a model folder hold; 0 if there are none, or none that can be read."""
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                count += len(opened.keys())
-        except (SafetensorError, OSError):
-            return 0
-    return count
-
-
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
     """The files that hold the weights, and the keys that the index expects in each."""
     if (folder / WEIGHTS).is_file():
@@ -306,25 +292,18 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     raise CheckpointError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}.")
 
 
-def check_layers(folder: str | Path, config: dict[str, Any], stored: int) -> None:
-    """Raise a CheckpointError if a configuration speaks of more layers than the files hold tensors.
-
-    Building a model takes memory for each layer, so that one number in config.json could fill any machine.
-    """
-    inner: Any = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        for name in _LAYER_COUNTS:
-            if isinstance(count := part.get(name), int) and count > stored:
-                raise CheckpointError(
-                    f"{folder}/config.json says {name}: {shown(count)}, but the weights hold only {stored:,} tensors."
-                )
+def _stored(tensors: dict[str, StoredTensor]) -> Stored:
+    return Stored(len(tensors), sum(file.stat().st_size for file in {stored.file for stored in tensors.values()}))
 
 
-def _meta_models(folder: Path, trust_remote_code: bool, stored: int) -> Iterator[PreTrainedModel]:
+def _meta_models(
+    folder: Path, trust_remote_code: bool, told: dict[str, Any], stored: Stored
+) -> Iterator[PreTrainedModel]:
     """The classes that load_model tries, in its order, because adapters are trained on what it finds."""
     try:
+        check_layers(folder, told, stored.tensors)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_layers(folder, config.to_dict(), stored)
+        check_layers(folder, config.to_dict(), stored.tensors)
         check_kernels(config, folder, trust_remote_code=trust_remote_code)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         try:
@@ -335,7 +314,7 @@ def _meta_models(folder: Path, trust_remote_code: bool, stored: int) -> Iterator
             classes = []  # no language model: merging asks for names alone
         builders = [partial(chosen.from_config, config, trust_remote_code=trust_remote_code) for chosen in classes]
         for build in builders or [partial(named._from_config, config)]:  # pyright: ignore[reportOptionalMemberAccess]
-            with torch.device("meta"):
+            with torch.device("meta"), bounded_build(folder, told, stored):
                 model = build()
             yield model
     except CheckpointError:

@@ -45,7 +45,6 @@ from theodora.adapters.peft_options import (
     task_of,
 )
 from theodora.adapters.reading import read_object
-from theodora.adapters.targets import from_pattern
 from theodora.adapters.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.adapters.wrapper_names import plain_keys
 from theodora.config import AdapterConfig, is_int
@@ -381,11 +380,11 @@ def _names(value: Any) -> str | tuple[str, ...]:
 
 
 def _rank(config: AdapterConfig, module: str) -> int:
-    return from_pattern(config.rank_pattern, module, config.rank)
+    return config.rank_of(module)
 
 
 def _scale(config: AdapterConfig, module: str) -> float:
-    return config.scale(_rank(config, module), from_pattern(config.alpha_pattern, module, config.alpha or 0.0))
+    return config.scale(_rank(config, module), config.alpha_of(module))
 
 
 def _module_problem(

@@ -52,8 +52,8 @@ def with_heads(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     wanted = list(dict.fromkeys([*heads, *new]))
     covered = set(find_modules_to_save(model, config.modules_to_save))
     wanted = [path for path in wanted if not any(_within(path, above) for above in covered)]
-    by_name = [path for path in wanted if config.targets != "all-linear" and _reaches(model, config.targets, path)]
-    left_out = [path for path in wanted if config.exclude and matches(config.exclude, path)]
+    by_name = [path for path in wanted if config.targets != "all-linear" and _reaches(model, config, path)]
+    left_out = [path for path in wanted if config.exclude and matches(config.exclude, path, config.expressions)]
     if lost := [path for path in (*by_name, *left_out) if path in new]:
         raise ConfigError(
             "These modules are new, drawn at random when the model was made for its task, and on no disk, so that an "
@@ -113,7 +113,7 @@ def _within(path: str, above: str) -> bool:
     return path == above or path.startswith(above + ".")
 
 
-def _reaches(model: nn.Module, targets: str | tuple[str, ...], path: str) -> bool:
+def _reaches(model: nn.Module, config: AdapterConfig, path: str) -> bool:
     """Whether the targets, names or an expression, match a module or what stands within it."""
     inside = (f"{path}.{name}" if name else path for name, _ in model.get_submodule(path).named_modules())
-    return any(matches(targets, found) for found in inside)
+    return any(matches(config.targets, found, config.expressions) for found in inside)

@@ -18,7 +18,7 @@ from theodora.adapters.accelerate import off_the_fast_path
 from theodora.adapters.heads import with_heads
 from theodora.adapters.integration import install, uninstall
 from theodora.adapters.new_tokens import new_token_indices, tokens_before
-from theodora.adapters.targets import find_modules_to_save, find_targets, from_pattern
+from theodora.adapters.targets import find_modules_to_save, find_targets
 from theodora.adapters.token_rows import (
     add_token_rows,
     drop_token_rows,
@@ -317,8 +317,8 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
     for path in paths:
         module: Any = model.get_submodule(path)
         w_OI = base_weight(module)
-        rank = from_pattern(config.rank_pattern, path, config.rank)
-        scale = config.scale(rank, from_pattern(config.alpha_pattern, path, config.alpha or 0.0))
+        rank = config.rank_of(path)
+        scale = config.scale(rank, config.alpha_of(path))
         try:
             a, b, start = start_values(config.init, w_OI, rank, scale, isinstance(module, nn.Embedding))
         except ValueError as error:
@@ -333,10 +333,10 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
 def _check_memory(model: nn.Module, config: AdapterConfig, paths: list[str]) -> None:
     """Raise a ConfigError if the tensors of an adapter (a rank of 10⁹?) cannot fit into this machine."""
     sizes = {path: tuple(base_weight(model.get_submodule(path)).shape) for path in paths}
-    needed = sum(4 * from_pattern(config.rank_pattern, path, config.rank) * sum(sizes[path]) for path in paths)
+    needed = sum(4 * config.rank_of(path) * sum(sizes[path]) for path in paths)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        largest = max(from_pattern(config.rank_pattern, path, config.rank) for path in paths)
+        largest = max(config.rank_of(path) for path in paths)
         raise ConfigError(
             f"An adapter of rank {largest:,} on {len(paths)} modules takes {needed / 1e9:,.0f} GB; this machine has "
             f"{there / 1e9:,.0f} GB. Ranks above the weights' own ({max(map(min, sizes.values())):,}) add nothing."

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.adapters.base_checkpoint import check_layers, damaged_weights, pickled_weights, stored_tensors
+from theodora.adapters.base_checkpoint import damaged_weights, pickled_weights
 from theodora.adapters.checkpoint import read_peft_config
 from theodora.adapters.classes import auto_classes, check_kernels, model_alone
+from theodora.adapters.model_bounds import bounded_build, check_layers, stored_in
 from theodora.adapters.reading import expanded
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.parse import parse_json
@@ -99,7 +100,7 @@ def load_model(
     if dtype not in ("auto", *DTYPES.values()):
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
     check_model_folder(model)
-    _check_weights(expanded(model))
+    bounded = _check_weights(expanded(model))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(model, **options)
@@ -111,9 +112,10 @@ def load_model(
             **model_alone(model),
             **(model_kwargs or {}),
         }
-        result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)
-        if result[1]["missing_keys"] and len(classes) > 1:
-            result = classes[1].from_pretrained(model, **options, output_loading_info=True)
+        with bounded:
+            result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)
+            if result[1]["missing_keys"] and len(classes) > 1:
+                result = classes[1].from_pretrained(model, **options, output_loading_info=True)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
@@ -151,19 +153,25 @@ def load_tokenizer(
     return tokenizer
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse a local folder whose weights are pickles, or which speaks of more layers than it holds."""
+def _check_weights(folder: Path) -> AbstractContextManager[None]:
+    """Refuse a local folder whose weights are pickles, or which speaks of more layers than it holds.
+
+    Returns:
+        what to build the model within, so that it cannot be far larger than the files.
+    """
     if not folder.is_dir():
-        return
+        return nullcontext()
     if pickled_weights(folder):
         raise CheckpointError(pickled_weights(folder))
-    tensors = stored_tensors(folder)
+    stored = stored_in(folder)
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
-    if tensors and isinstance(config, dict):
-        check_layers(folder, config, tensors)
+    if not isinstance(config, dict) or not any(folder.glob("*.safetensors")):
+        return nullcontext()  # transformers refuses it before it builds anything
+    check_layers(folder, config, stored.tensors)
+    return bounded_build(folder, config, stored)
 
 
 def is_adapter_folder(path: str | Path) -> bool:

@@ -11,9 +11,10 @@ from torch import nn
 
 from theodora.adapters.checkpoint import AdapterFile
 from theodora.adapters.names import Names, bare_name, of_another_part
-from theodora.adapters.targets import from_pattern, matches
+from theodora.adapters.targets import matches
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
+from theodora.paths import PathPattern
 
 T = TypeVar("T")
 
@@ -67,8 +68,8 @@ def under_names(file: AdapterFile, modules: Iterable[str], parameters: Iterable[
         return file
     _check_distinct(file, (lowered, full, copies, rows))
     config = file.config
-    ranks = {path: from_pattern(config.rank_pattern, path, config.rank) for path in lowered}
-    alphas = {path: from_pattern(config.alpha_pattern, path, config.alpha or 0.0) for path in lowered}
+    ranks = {path: config.rank_of(path) for path in lowered}
+    alphas = {path: config.alpha_of(path) for path in lowered}
     saved = {have.find(path) or path for path in config.modules_to_save if not (text_only and of_another_part(path))}
     return replace(
         file,
@@ -113,7 +114,8 @@ def _targets(config: AdapterConfig, lowered: Mapping[str, str], modules: list[st
 
 def _pattern(pattern: Mapping[str, T], values: Mapping[str, T], names: Mapping[str, str], otherwise: T) -> dict[str, T]:
     """A pattern that gives each module under its new name what the old one gave it under its old name."""
-    if all(from_pattern(pattern, new, otherwise) == values[old] for old, new in names.items()):
+    given = PathPattern(pattern)
+    if all(given.get(new, otherwise) == values[old] for old, new in names.items()):
         return dict(pattern)
     return {re.escape(new): values[old] for old, new in names.items() if values[old] != otherwise}
 

@@ -447,8 +447,8 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
         for path, module in modules.items()
         if path not in file.modules
         and not (language_model_alone and of_another_part(path))
-        and matches(config.targets, path)
-        and not (config.exclude and matches(config.exclude, path))
+        and matches(config.targets, path, config.expressions)
+        and not (config.exclude and matches(config.exclude, path, config.expressions))
         and (file.only_layers is None or layer_index(path) in file.only_layers)
         and cannot_adapt(module) is None
         and not any(path == whole or path.startswith(whole + ".") for whole in full)

@@ -8,26 +8,21 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, TypeVar
 
-import regex
 from torch import nn
 
 from theodora.adapters.parts import parts_of
 from theodora.config import AdapterConfig
-from theodora.errors import ConfigError, bullet_list, shown
+from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
 from theodora.layers.linear import is_conv1d, is_linear
-
-T = TypeVar("T")
+from theodora.paths import PathPattern, endings, matches
 
 _LONGEST_NAME = 300
-_PATIENCE = 0.5
-"""Seconds for one expression on one module path. Python's own `re` cannot be stopped, and a few characters in an
-adapter's configuration ("(a+)+$") keep it busy for years."""
+_TOLD = 20
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -44,20 +39,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             "The model carries PEFT's adapters already, and adapters on adapters are not supported. Call its "
             "merge_and_unload() or unload() first; PEFT's saved adapters load with load_adapter."
         )
-    for what in ("targets", "exclude"):
+    for what in ("targets", "exclude", "modules_to_save"):
         wanted = getattr(config, what)
         if isinstance(wanted, tuple):
-            problems += [f"{what}: {_unknown(name, modules)}" for name in wanted if not _any_match((name,), modules)]
-    problems += [
-        f"modules_to_save: {_unknown(name, modules)}"
-        for name in config.modules_to_save
-        if not _any_match((name,), modules)
-    ]
+            problems += [f"{what}: {told}" for told in _unknown_of(wanted, modules)]
     if config.targets == "all-linear":
         parts = parts_of(model)
         paths = [path for path in _all_linear(model, modules) if parts.reached(path)]
     else:
-        paths = [path for path in modules if matches(config.targets, path)]
+        paths = [path for path in modules if matches(config.targets, path, config.expressions)]
         if isinstance(config.targets, str) and not paths:
             problems.append(f"targets: the expression {config.targets!r} matches no module path of this model")
     skipped = (*((config.exclude,) if isinstance(config.exclude, str) else config.exclude), *config.modules_to_save)
@@ -75,8 +65,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     for what in ("rank_pattern", "alpha_pattern"):
         problems += [
             f"{what}: {key!r} matches none of the adapted modules"
-            for key in getattr(config, what)
-            if not any(_pattern_matches(key, path) for path in paths)
+            for key in PathPattern(getattr(config, what), config.expressions).idle(paths)
         ]
     if not paths and not config.modules_to_save and not problems:
         problems.append(f"nothing is left to adapt (targets={config.targets!r}, left out: {', '.join(skipped) or '-'})")
@@ -99,7 +88,7 @@ def for_text(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, li
     if not parts.others or config.targets == "all-linear":
         return config, []
     modules = {path: module for path, module in model.named_modules() if path}
-    selected = [path for path in modules if matches(config.targets, path)]
+    selected = [path for path in modules if matches(config.targets, path, config.expressions)]
     beyond = [path for path in selected if not parts.reached(path) and not _excluded(config, path, modules)]
     if not beyond:
         return config, []
@@ -131,18 +120,6 @@ def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
 def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Paths of the modules that are trained in full."""
     return [path for path, _ in model.named_modules() if path and names and matches(names, path)]
-
-
-def matches(wanted: str | tuple[str, ...], path: str) -> bool:
-    """A name matches the path or its ending after a dot; a regular expression matches the whole path."""
-    if isinstance(wanted, str):
-        return _in_time(wanted, lambda expression: expression.fullmatch(path, timeout=_PATIENCE))
-    return any(path == name or path.endswith("." + name) for name in wanted)
-
-
-def from_pattern(pattern: Mapping[str, T], path: str, otherwise: T) -> T:
-    """The value of the first key that matches the path or its ending after a dot (as in PEFT's `rank_pattern`)."""
-    return next((value for key, value in pattern.items() if _pattern_matches(key, path)), otherwise)
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
@@ -230,33 +207,16 @@ def _inside(path: str, names: tuple[str, ...], modules: Mapping[str, nn.Module])
 def _excluded(config: AdapterConfig, path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a path is left out: a name leaves out the module and all within it, an expression what it matches."""
     if isinstance(config.exclude, str):
-        return bool(config.exclude) and matches(config.exclude, path)
+        return bool(config.exclude) and matches(config.exclude, path, config.expressions)
     return _inside(path, config.exclude, modules)
 
 
-def _any_match(names: tuple[str, ...], paths: Iterable[str]) -> bool:
-    return any(matches(names, path) for path in paths)
-
-
-def _pattern_matches(key: str, path: str) -> bool:
-    return _in_time(rf"(.*\.)?({key})$", lambda expression: expression.match(path, timeout=_PATIENCE))
-
-
-def _in_time(expression: str, match: Callable[[Any], Any]) -> bool:
-    try:
-        return match(_compiled(expression)) is not None
-    except TimeoutError as error:
-        raise ConfigError(
-            f"The expression {shown(expression)} takes more than {_PATIENCE:g} s to compare with one module path; "
-            "expected one without nested repetitions"
-        ) from error
-    except (regex.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{shown(expression)} is no regular expression ({error})") from error
-
-
-@cache
-def _compiled(expression: str) -> Any:
-    return regex.compile(expression, regex.VERSION0)
+def _unknown_of(names: tuple[str, ...], modules: Mapping[str, nn.Module]) -> list[str]:
+    """What to say of names that no module has; for the first of them with the nearest there are, which takes time."""
+    known = {ending for path in modules for ending in endings(path)}
+    unknown = [name for name in names if name not in known]
+    more = [f"and {len(unknown) - _TOLD:,} more names that no module has"] if len(unknown) > _TOLD else []
+    return [_unknown(name, modules) for name in unknown[:_TOLD]] + more
 
 
 def _unknown(name: str, modules: Mapping[str, nn.Module]) -> str:

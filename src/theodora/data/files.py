@@ -22,6 +22,7 @@ from theodora.data.left_out import LeftOut
 from theodora.data.notes import NOT_USED, is_empty
 from theodora.data.problems import Problems
 from theodora.data.stored import json_columns, plain_rows
+from theodora.data.unfolded import Unfolded, size_of
 from theodora.errors import shown
 from theodora.parse import parse_json
 
@@ -33,14 +34,13 @@ LONGEST_LINE = 256 << 20
 """Bytes of the longest line that is read: one row is one example, and what is longer lacks its line ends."""
 LARGEST_UNPACKED = 1 << 30
 """Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
+_MOST_ROWS, _BYTES_AT_ONCE = 10_000, 64 << 20
 BATCH_ROWS = 100
 """Rows of a table that are made into values at once."""
 # What a spreadsheet writes for a row of empty cells.
 _NOTHING = ',;|"\t\r\n \ufeff'
 # Excel's first line for itself.
 _TOLD_DELIMITER = re.compile(r"sep=([,;|\t])", re.IGNORECASE)
-_MOST_COMPRESSED = 1000
-"""How many times over Parquet's codecs shrink what people write, and more. Beyond it a file is made to fill memory."""
 
 
 def read_jsonl(path: Path, problems: Problems) -> LocatedRows:
@@ -149,20 +149,28 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from theodora.data.arrow_sizes import row_sizes
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            names = Counter(file.schema_arrow.names)
-            for name in sorted(name for name, times in names.items() if times > 1):
-                problems.add("", f"names the column {name!r} twice")
-            if _is_bomb(file.metadata):
-                problems.add("", f"unfolds to more than {_MOST_COMPRESSED} times its size; no text does that")
-                return
-            values = _json_columns(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for row in plain_rows(batch, values):
-                    number += 1
-                    yield f"row {number}", row
+            metadata, schema = file.metadata, file.schema_arrow
+        for name in sorted(name for name, times in Counter(schema.names).items() if times > 1):
+            problems.add("", f"names the column {name!r} twice")
+        unfolded = Unfolded(path.name, path.stat().st_size)
+        if (told := _told_size(metadata)) > unfolded.allowed:
+            problems.add("", unfolded.complaint(told))
+            return
+        values = _json_columns(schema)
+        # Texts that stand in a dictionary stay there until their size is known.
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=_in_dictionaries(metadata)) as file:
+            for batch in file.iter_batches(batch_size=_rows_at_once(metadata)):
+                sizes = row_sizes(batch)
+                unfolded.add(int(sizes.sum()))
+                for part in _parts(batch, sizes):
+                    for row in plain_rows(part, values):
+                        number += 1
+                        yield f"row {number}", row
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:  # text that is no UTF-8, dates
         problems.add(f"after row {number}" if number else "", f"is not a whole Parquet file ({error})")
 
@@ -199,14 +207,39 @@ def _json_columns(schema: Any) -> Any:
     return json_columns(features)
 
 
-def _is_bomb(metadata: Any) -> bool:
-    """Whether a Parquet file says of itself that some column unfolds to far more than there is of it."""
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            column = metadata.row_group(group).column(index)
-            if column.total_uncompressed_size > LONGEST_LINE + _MOST_COMPRESSED * max(column.total_compressed_size, 0):
-                return True
-    return False
+def _told_size(metadata: Any) -> int:
+    """What a Parquet file says of itself: bytes of its pages unfolded, or the least that its values take."""
+    columns = _column_chunks(metadata)
+    pages = sum(max(column.total_uncompressed_size, 0) for column in columns)
+    return max(pages, sum(size_of(None) * column.num_values for column in columns))
+
+
+def _in_dictionaries(metadata: Any) -> list[str]:
+    """The columns of text in which some values stand in a dictionary."""
+    texts = [column for column in _column_chunks(metadata) if column.physical_type == "BYTE_ARRAY"]
+    return sorted({column.path_in_schema for column in texts if any("DICT" in name for name in column.encodings)})
+
+
+def _column_chunks(metadata: Any) -> list[Any]:
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    return [group.column(index) for group in groups for index in range(metadata.num_columns)]
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of a batch, of which the pages may be in memory: many, since each batch has a copy of its dictionaries."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(_MOST_ROWS, _BYTES_AT_ONCE // max(largest, 1)))
+
+
+def _parts(batch: Any, sizes: Any) -> Iterator[Any]:
+    """A batch a hundred rows at a time, or row by row where these would take much memory at once."""
+    for start in range(0, batch.num_rows, BATCH_ROWS):
+        part = batch.slice(start, BATCH_ROWS)
+        if sizes[start : start + BATCH_ROWS].sum() <= _BYTES_AT_ONCE:
+            yield part
+        else:
+            yield from (part.slice(at, 1) for at in range(part.num_rows))
 
 
 def _delimiter(line: str, *, is_tsv: bool) -> str:

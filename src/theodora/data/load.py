@@ -23,6 +23,7 @@ from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
 from theodora.data.problems import Problems
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
+from theodora.data.unfolded import Unfolded, size_of
 from theodora.errors import DataError, shown
 from theodora.locks import process_folder
 
@@ -66,7 +67,7 @@ def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
 
 def _read(opened: Source, *, as_turns: bool) -> Examples:
     problems = Problems(opened.name)
-    reading = _Reading(problems, as_turns=as_turns, is_table=opened.is_table)
+    reading = _Reading(problems, Unfolded(opened.name, opened.size), as_turns=as_turns, is_table=opened.is_table)
     dataset = _store(reading.rows(opened.rows(problems)), reading)
     problems.raise_if_any()
     if dataset is None or reading.layout is None:
@@ -87,8 +88,9 @@ def _read(opened: Source, *, as_turns: bool) -> Examples:
 class _Reading:
     """One pass over a source: the layout that its first row shows, and what was met on the way."""
 
-    def __init__(self, problems: Problems, *, as_turns: bool, is_table: bool) -> None:
+    def __init__(self, problems: Problems, unfolded: Unfolded, *, as_turns: bool, is_table: bool) -> None:
         self.problems = problems
+        self._unfolded = unfolded
         self.layout: Layout | None = None
         self.has_tools = False
         self.hashed = hashlib.sha256()
@@ -102,6 +104,7 @@ class _Reading:
     def rows(self, located: LocatedRows) -> Iterator[Row]:
         """Rows in our shape. Once there is a problem the rest is still checked, but no longer yielded."""
         for where, row in located:
+            self._unfolded.add(size_of(row))
             if self.layout is None:
                 self.layout, self._first = recognise(row, as_turns=self._as_turns), where
             if self.layout is None:
@@ -193,7 +196,7 @@ def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
                 writer.write(row)
                 text = _as_text(row)
                 reading.hashed.update(text.encode(errors="surrogatepass"))
-                held += len(text)
+                held += size_of(row)
                 if held > _BATCH_BYTES:
                     writer.write_examples_on_file()
                     held = 0

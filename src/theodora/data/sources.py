@@ -13,10 +13,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from theodora.data.arrow_sizes import is_compressed, may_repeat, table_size
 from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.hub import load_from_hub
 from theodora.data.problems import Problems, nearest
 from theodora.data.stored import json_columns, plain_rows
+from theodora.data.unfolded import Unfolded
 from theodora.errors import DataError, shown
 from theodora.files.memory import available_memory
 from theodora.parse import parse_json
@@ -46,6 +48,8 @@ class Source:
     rows: Callable[[Problems], LocatedRows]
     note: str = ""
     """What was chosen among several splits and files, for people."""
+    size: int = 0
+    """Bytes on disk."""
     is_table: bool = False
     """The rows share one set of keys, so that nulls and the order of keys are nobody's words."""
 
@@ -81,7 +85,8 @@ def _open_file(path: Path, name: str, split: str | None) -> Source:
         raise DataError(f"{name} ends in {path.suffix or 'no suffix'}, which cannot be read; expected {SUFFIXES}")
     if split is not None:
         raise DataError(f"{name} is one file, which has no split {split!r}; leave the split out")
-    return Source(name, lambda problems: reader(path, problems), is_table=reader is read_parquet)
+    size = path.stat().st_size
+    return Source(name, lambda problems: reader(path, problems), size=size, is_table=reader is read_parquet)
 
 
 def _open_folder(path: Path, name: str, split: str | None) -> Source:
@@ -111,19 +116,25 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
     notes = [_note(chosen, list(by_split))]
     if others:
         notes.append(f"files of other kinds are not read: {shown(others)[1:-1]}")
-    return Source(name, rows, "; ".join(filter(None, notes)), is_table=tables)
+    size = sum(file.stat().st_size for file in by_split[chosen])
+    return Source(name, rows, "; ".join(filter(None, notes)), size=size, is_table=tables)
 
 
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
         _check_within(path)
+        for file in path.rglob("*.arrow"):
+            if is_compressed(file):
+                raise DataError(f"{name}: the buffers in {file.name} are compressed; save it anew with `datasets`")
         saved = datasets.load_from_disk(str(path), keep_in_memory=_fits_in_memory(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
             part.data.validate(full=True)
+    except DataError:
+        raise
     except Exception as error:  # datasets and pyarrow raise what a damaged file leads them to
         raise DataError(f"{name} is a saved dataset that cannot be read: {error}") from error
-    return _open_dataset(saved, name, split)
+    return _open_dataset(saved, name, split, path)
 
 
 def _check_within(path: Path) -> None:
@@ -159,13 +170,21 @@ def _open_hub(name: str, config: str | None, split: str | None) -> Source:
     return _open_dataset(loaded, name, split)
 
 
-def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
+def _open_dataset(loaded: Any, name: str, split: str | None, folder: Path | None = None) -> Source:
+    """`folder`: where it is saved; datasets tells only of the Hub's which files it has mapped."""
     note = ""
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose_split([str(key) for key in loaded], split, name)
         loaded, note = loaded[chosen], _note(chosen, [str(key) for key in loaded])
+        folder = folder / chosen if folder is not None else None
     elif split not in (None, str(loaded.split)):
         raise DataError(f"{name} is one dataset, which has no split {split!r}; leave the split out")
+
+    files = [Path(file["filename"]) for file in loaded.cache_files] if folder is None else folder.glob("*.arrow")
+    size = sum(file.stat().st_size for file in files)
+    unfolded = Unfolded(name, size)
+    if may_repeat(loaded.data.schema) and (found := table_size(loaded.data, unfolded.allowed)) > unfolded.allowed:
+        raise DataError(unfolded.complaint(found))
 
     # It may have been saved in another form (arrays, tensors) or with some of its columns hidden. As Arrow, nothing in
     # it is decoded: pictures and sounds would be opened wherever a row says that they are.
@@ -181,7 +200,7 @@ def _open_dataset(loaded: Any, name: str, split: str | None) -> Source:
         except (pa.ArrowException, ValueError, KeyError, TypeError, OSError, OverflowError) as error:  # damaged JSON
             problems.add(f"row {number + 1}", f"cannot be read ({error})")
 
-    return Source(name, rows, note, is_table=not json)
+    return Source(name, rows, note, size=size, is_table=not json)
 
 
 class _Within(Problems):

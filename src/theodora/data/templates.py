@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from theodora.data.masks import Span, agreement
 from theodora.data.messages import Message, assistant, calls_of, parsed_or_same, user
+from theodora.metered import install
 
 Tools = Sequence[Any] | None
 
@@ -189,6 +190,7 @@ def _formed_call(call: Message, in_text: bool) -> Message:
 def _render(
     template: Template, messages: list[Message], tools: Tools, *, prompt: bool = False, marked: bool = False
 ) -> tuple[str, list[Span]]:
+    install()
     texts, spans = render_jinja_template(
         conversations=[messages],
         tools=list(tools) if tools else None,

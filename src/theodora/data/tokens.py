@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import datasets
@@ -26,6 +27,7 @@ from theodora.data.messages import Message
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
 from theodora.errors import ConfigError, DataError
+from theodora.metered import whole_job
 
 __all__ = ["IGNORED", "TrainOn", "left_out_of", "tokenize"]
 
@@ -76,7 +78,7 @@ def tokenize(
     if tokenizer.eos_token_id is None:
         raise ConfigError("The tokenizer has no EOS token, so that a model never learns to stop; set its eos_token")
     batches = _Batches(examples, tokenizer, max_length, use_chat_template, train_on)
-    with _progress_bars(progress):
+    with _progress_bars(progress), whole_job():
         tokenised = examples.dataset.map(
             batches.encode,
             batched=True,
@@ -234,6 +236,7 @@ class _Batches:
         """Ids and labels of each text of a batch, however long."""
         if not texts:
             return
+        texts = [self._shortened(text) for text in texts]
         special, fast = texts[0].special, bool(self.tokenizer.is_fast)
         # verbose: transformers would warn about texts beyond the model's length, which are cut further down.
         batch = self.tokenizer(
@@ -245,6 +248,18 @@ class _Batches:
             own = own_tokens(ids, self.tokenizer) if special else slice(None)
             end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
             yield [*ids[own], *end], [*labels[own], *end]
+
+    def _shortened(self, text: _Text) -> _Text:
+        """A text without what lies beyond any `max_length` tokens, which would be tokenised to be thrown away."""
+        enough = max(_TEXT_AT_ONCE, 2 * self.max_length * self._longest_token)
+        if self.is_text or len(text.text) <= enough:
+            return text
+        spans = [(start, min(end, enough)) for start, end in text.spans if start < enough]
+        return replace(text, text=text.text[:enough], spans=spans, end=False)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def _labels(self, text: _Text, ids: list[int], offsets: Sequence[Span]) -> list[int]:
         if are_sound(offsets, text.text):

@@ -27,6 +27,8 @@ class Aside:
 
     def __init__(self, most: int) -> None:
         self._free = asyncio.Semaphore(most)
+        self.left = 0
+        """Functions that still run, whose callers have gone."""
 
     async def __call__(self, work: Callable[..., T], *args: Any) -> T:
         """What `work(*args)` returns, or raises."""
@@ -37,6 +39,7 @@ class Aside:
         def settle(result: Any, error: BaseException | None) -> None:
             self._free.release()
             if outcome.cancelled():
+                self.left -= 1
                 return
             if error is None:
                 outcome.set_result(result)
@@ -53,4 +56,8 @@ class Aside:
                 loop.call_soon_threadsafe(settle, result, error)
 
         threading.Thread(target=run, name="theodora-aside", daemon=True).start()
-        return await outcome
+        try:
+            return await outcome
+        except asyncio.CancelledError:
+            self.left += outcome.cancelled()
+            raise

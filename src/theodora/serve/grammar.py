@@ -28,6 +28,8 @@ T = TypeVar("T")
 _COMPILE_SECONDS = 30.0
 _STEP_SECONDS = 5.0
 """For one token, after which its answer is given up: the worker computes it for all."""
+_MOST_STUCK = 4
+"""Threads that may be left behind by grammars that took too long: native code cannot be stopped."""
 _MOST_CHARACTERS = 2_000_000
 """Of a whole grammar: the schemas of all tools, say."""
 _MOST_TAGS = 1024
@@ -90,7 +92,7 @@ class Grammars:
             ends: tokens that end an answer.
         """
         self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
-        self._aside = Aside(2)
+        self._aside = Aside(_MOST_STUCK)
         self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
     async def grammar(
@@ -121,6 +123,8 @@ class Grammars:
         Raises:
             ConfigError: it makes no sense, or takes too long.
         """
+        if self._aside.left >= _MOST_STUCK:
+            raise ConfigError(f"{_MOST_STUCK} grammars take too long to compile; none is begun until one of them ends.")
         try:
             return await asyncio.wait_for(self._aside(make, *args), _COMPILE_SECONDS)
         except TimeoutError as error:

@@ -1,0 +1,90 @@
+"""How much a file may unfold to: a kilobyte of Parquet or gzip can stand for more rows than any disk holds.
+
+What people write shrinks a few times, the same system prompt in every row a hundred times. So beside half a gigabyte
+that any file may fill, a thousand times its size is allowed, and more if the user says that the data are really so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from theodora.errors import DataError
+
+VARIABLE = "THEODORA_UNFOLDED_GB"
+"""The environment variable with which a user allows more."""
+ANY_FILE = 512 << 20
+"""Bytes that a file of any size may unfold to."""
+MOST_COMPRESSED = 1000
+"""How many times over a file may unfold, beyond that: several times what compresses best of what people write."""
+_VALUE = 16
+"""Bytes that a number, or an empty text, counts for."""
+
+
+class Unfolded:
+    """Counts what rows of a source unfold to, against what it has on disk.
+
+    Args:
+        name: of the source.
+        on_disk: its bytes.
+    """
+
+    def __init__(self, name: str, on_disk: int) -> None:
+        self.allowed = _told() or ANY_FILE + MOST_COMPRESSED * on_disk
+        self._name, self._on_disk, self._found = name, on_disk, 0
+
+    def add(self, size: int) -> None:
+        """Count some more bytes.
+
+        Raises:
+            DataError: they are too many.
+        """
+        self._found += size
+        if self._found > self.allowed:
+            raise DataError(self.complaint())
+
+    def complaint(self, found: int | None = None) -> str:
+        """What to say of a file that unfolds to `found` bytes, or more than is allowed."""
+        size = f"{found:,} bytes" if found else f"more than {self.allowed:,} bytes"
+        return (
+            f"{self._name} has {self._on_disk:,} bytes and unfolds to {size} of rows; expected at most "
+            f"{self.allowed:,}. A file may be made to fill a disk. If the data are really so, write them as JSON "
+            f"lines, or say how much room they may take: {VARIABLE}={max(8, 2 * (found or self.allowed) >> 30)}"
+        )
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a row takes, nearly: of its texts, and a few for each value."""
+    size, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        size += _VALUE
+        if isinstance(item, str | bytes):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
+    return size
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _told() -> int:
+    """What the user allows, in bytes; 0 if nothing is said."""
+    said = os.environ.get(VARIABLE)
+    if not said:
+        return 0
+    try:
+        found = float(said)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e9:
+        raise DataError(f"{VARIABLE} is {said!r}; expected a number of gigabytes, such as 8")
+    return int(found * (1 << 30))
