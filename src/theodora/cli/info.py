@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and print."""
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
 
     with stderr().status("reading"):
         from theodora.analysis import inspect_adapter
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if args.figure:
             draw_movement(report, args.figure)
     if args.json:
-        import json
-
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print_json(report.to_dict())
     else:
         _print(report, stdout())
         if args.figure:

@@ -51,14 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect every run, print, draw."""
-    from theodora.cli.console import stdout
+    from theodora.cli.console import print_json, stdout
 
     reports = _inspect(args)
     drawn = _draw(reports, args.figures) if args.figures else []
     if args.json:
-        import json
-
-        print(json.dumps({"runs": [report.to_dict() for report in reports]}, indent=2, ensure_ascii=False))
+        print_json({"runs": [report.to_dict() for report in reports]})
         return 0
     console = stdout()
     for report in reports:

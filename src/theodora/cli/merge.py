@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     from theodora.config import METHOD_NAMES
 
     columns = (
-        TextColumn("merging"),
+        TextColumn("merging", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}", markup=True),
+        TextColumn("{task.description}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr(), transient=True) as bar:
         task = bar.add_task("")

@@ -18,6 +18,7 @@ from theodora.compare.report import write_report
 from theodora.compare.store import PARQUET, REPORT, Store
 from theodora.compare.view import View
 from theodora.errors import TheodoraError
+from theodora.terminal import Terminal
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -46,7 +47,7 @@ def compare(
         UsageError: the folder holds another comparison; the message shows the difference.
         ComparisonInterrupted: Ctrl-C; the message says how to go on.
     """
-    console = console or Console(highlight=False)
+    console = Terminal.over(console or Terminal())
     start = time.monotonic()
     store = Store(config)
     store.open()

@@ -17,6 +17,7 @@ from theodora.adapters.atomic import atomic_write
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig
 from theodora.errors import UsageError, bullet_list
+from theodora.parse import to_json
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
 # Settings that change how fast results come, and what is kept beside them, but not the results.
@@ -57,7 +58,7 @@ class Store:
     def add(self, record: Record) -> None:
         """Keep the record of a finished cell."""
         with atomic_write(self._path(record.key)) as file:
-            file.write_text(json.dumps(record.to_dict()), encoding="utf-8")
+            file.write_text(to_json(record.to_dict()), encoding="utf-8")
         self._deaths(record.key).unlink(missing_ok=True)
         self.records[record.key] = record
 

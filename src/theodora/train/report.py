@@ -92,7 +92,11 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid.add_row("Output", shorten(config.output))
     for note in plan.notes:
         grid.add_row(Text("Note", style="yellow"), note)
-    console.print(Panel(grid, title="[bold]theodora train", title_align="left", border_style="cyan", box=box.ROUNDED))
+    console.print(
+        Panel(
+            grid, title=Text("theodora train", style="bold"), title_align="left", border_style="cyan", box=box.ROUNDED
+        )
+    )
 
 
 def left_out_lines(parts: Sequence[LeftOut]) -> list[str]:

@@ -27,6 +27,7 @@ from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
 from theodora.parse import parse_yaml, to_yaml
+from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, MetricsFile, StopWhenDiverged, read_metrics
@@ -81,7 +82,7 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
-    console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
+    console = Terminal.over(console or Terminal()) if arguments.process_index == 0 else Terminal(quiet=True)
     files.check_output(output, overwrite=config.overwrite, resume=config.resume)
     read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
     files.check_inputs(output, read, overwrite=config.overwrite)
