@@ -7,6 +7,7 @@ an escape (`\\x1b`, `\\u202e`) what would move the cursor, turn the direction of
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from unicodedata import category
 
@@ -18,8 +19,8 @@ _SPELLINGS = {
     **{"━": "-", "─": "-", "│": "|", "╸": "-", "╺": "-", "▌": "|"},
     **dict.fromkeys("█▉▊▋▍▎▏▐▕", "#"),
 }
-# Where a Markdown reader would see more than text.
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!&$:@])")
+# Where a Markdown reader would see more than text. Underscores within words are only that.
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)//)")
 
 
 def plain(text: object) -> str:
@@ -44,6 +45,20 @@ def for_stream(text: str, encoding: str) -> list[str]:
     return list(found)
 
 
+def in_figure(text: object) -> str:
+    """A name as matplotlib draws it: a dollar sign would begin a formula."""
+    return plain(text).replace("$", r"\$")
+
+
+def quoted(text: object) -> str:
+    """A word of a shell's command line, as `shlex.quote` gives it; with escapes where `plain` has some."""
+    text = str(text)
+    if plain(text) == text:
+        return shlex.quote(text)
+    parts = {"\\": "\\\\", "'": "\\'"}
+    return "$'" + "".join(parts.get(c) or _for_shell(c) for c in text) + "'"
+
+
 def markdown(text: object) -> str:
     """A name or value within a line or table of Markdown, where it is text and nothing else."""
     return _MARKDOWN.sub(r"\\\1", plain(text))
@@ -64,6 +79,12 @@ def _characters(text: str, kept: str) -> Sequence[str]:
         c if c.isprintable() or c in kept or category(c) == "Zs" or _joins(text, at) else ascii(c)[1:-1]
         for at, c in enumerate(text)
     ]
+
+
+def _for_shell(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def _joins(text: str, at: int) -> bool:

@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "config", "parse", "ends", "shown", "terminal"},
+    {"errors", "coerce", "other_words", "config", "parse", "ends", "naming", "shown", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},
@@ -29,7 +29,7 @@ FLOORS = [
 BESIDE = {
     "coerce": {"errors"},
     "other_words": {"errors"},
-    "config": {"errors", "coerce", "other_words"},
+    "config": {"errors", "coerce", "naming", "other_words"},
     "terminal": {"shown"},
     "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows

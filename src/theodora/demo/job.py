@@ -23,6 +23,7 @@ from theodora.demo.results import Answers, Measured, Results, answers_table, dra
 from theodora.errors import UsageError
 from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.shown import quoted
 from theodora.terminal import Terminal
 from theodora.train import train
 from theodora.train.arguments import computes_in_bf16
@@ -296,9 +297,10 @@ def _report(results: Results, output: Path, model: Path, console: Console) -> No
         soft_wrap=True,
     )
     for command in (
-        f"theodora chat {output}/adapter",
-        f"theodora info {output}/adapter",
-        f"theodora evaluate --model {output}/merged --data {output}/data/held_out.jsonl",
-        f"theodora train --model {model} --data {output}/data/train.jsonl --output runs/longer --num-train-epochs 1",
+        f"theodora chat {quoted(output / 'adapter')}",
+        f"theodora info {quoted(output / 'adapter')}",
+        f"theodora evaluate --model {quoted(output / 'merged')} --data {quoted(output / 'data/held_out.jsonl')}",
+        f"theodora train --model {quoted(model)} --data {quoted(output / 'data/train.jsonl')} --output runs/longer "
+        "--num-train-epochs 1",
     ):
         console.print(Text("  " + command, style="cyan"), soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
+from theodora.shown import quoted
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten
@@ -156,19 +156,19 @@ def describe_stops(result: TrainResult) -> str:
 
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands for someone who has just trained this adapter."""
-    output = shlex.quote(config.output)
+    output = quoted(config.output)
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
-    evaluate = f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data"
+    evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     return [
-        *([f"{evaluate} {shlex.quote(held_out)}"] if held_out else []),
+        *([f"{evaluate} {quoted(held_out)}"] if held_out else []),
         f"theodora chat {output}",
-        f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}",
+        f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}",
     ]
 
 
 def resume_command(output: Path) -> str:
     """The command that goes on from a run's newest checkpoint."""
-    return f"theodora train --config {shlex.quote(str(output / CONFIG_FILE))} --resume"
+    return f"theodora train --config {quoted(str(output / CONFIG_FILE))} --resume"
 
 
 def describe_adapter(config: TrainConfig) -> str:

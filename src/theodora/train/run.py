@@ -27,6 +27,7 @@ from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
 from theodora.parse import parse_yaml, to_yaml
+from theodora.shown import quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
@@ -292,7 +293,7 @@ def _begin_record(prepared: Prepared, output: Path) -> None:
         files.clear_run(output)
     files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
-    command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite"
+    command = f"theodora train --config {quoted(output / files.CONFIG_FILE)} --overwrite"
     head = f"{files.RECORD_HEAD} To run it again: {command}\n"
     with atomic_write(output / files.CONFIG_FILE) as file:
         file.write_text(head + to_yaml(options), encoding="utf-8")
