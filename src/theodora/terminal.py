@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
 from theodora.shown import for_stream
+
+_LEAST_WIDTH = 40  # columns; of a table in fewer nothing is left, and a terminal may report 1, or none
 
 
 class Terminal(Console):
@@ -40,6 +42,16 @@ class Terminal(Console):
     def fit(self, text: str) -> str:
         """`text` as it may be written to this stream."""
         return "".join(for_stream(text, self.encoding))
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines; a terminal narrower than any table could be wraps what it gets."""
+        found = super().size
+        return ConsoleDimensions(max(found.width, _LEAST_WIDTH), found.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A string as text that stands as it is."""

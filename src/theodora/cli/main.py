@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     with steady_streams() as streams, _fit_for_terminals():
         code = _main(argv)
+        elsewhere = bool(_RESULT_ELSEWHERE & {*argv[:1], *argv[1:2]})
         if (lost := streams.lost()) is not None:
-            return _fail(
-                f"Standard output could not be written: {lost.strerror}. What was to stand there is lost.", code or 1
-            )
-        unread = streams.unread() and not _RESULT_ELSEWHERE & {*argv[:1], *argv[1:2]}
-        return code or (_NOBODY_READS if unread else 0)
+            done = " The command itself ended well." if elsewhere and not code else ""
+            told = f"Standard output could not be written: {lost.strerror}. What was to stand there is lost.{done}"
+            return _fail(told, code or 1)
+        return code or (_NOBODY_READS if streams.unread() and not elsewhere else 0)
 
 
 def _main(argv: list[str]) -> int:

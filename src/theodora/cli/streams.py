@@ -81,14 +81,15 @@ def steady_streams() -> Iterator[Streams]:
 
 
 def _steady(stream: Any) -> tuple[_Stream, io.TextIOWrapper] | None:
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # python -u leaves the buffer out
     ours = any(stream is known for known in (sys.__stdout__, sys.__stderr__))
     if not ours or type(raw) is not io.FileIO:  # Windows' consoles have classes of their own
         return None
     stream.flush()
     own = _Stream(raw.fileno(), "w", closefd=False)
     text = io.TextIOWrapper(
-        io.BufferedWriter(own),
+        io.BufferedWriter(own) if raw is not buffer else own,  # pyright: ignore[reportArgumentType]  (as python -u does)
         encoding=stream.encoding,
         errors="backslashreplace",  # names of files need not be text, and code pages lack most characters
         line_buffering=stream.line_buffering,
