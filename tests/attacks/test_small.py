@@ -205,7 +205,13 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
     words = {"THEODORA": " ".join(f"'{word}'" for word in COMMAND), **environment}
     line = "set -o pipefail; theodora() { " + words.pop("THEODORA") + ' "$@"; }; ' + line
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env={**os.environ, **words}, capture_output=True, text=True, timeout=200
+        ["bash", "-c", line],
+        cwd=folder,
+        env={**os.environ, **words},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=200,
     )
 
 

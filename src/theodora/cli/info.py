@@ -87,7 +87,7 @@ def _summary(report: AdapterReport) -> Table:
     table.add_column(overflow="fold")
     for name, value in _facts(report).items():
         if value:
-            table.add_row(name, _plain(value))
+            table.add_row(name, value)
     return table
 
 
@@ -125,7 +125,7 @@ def _kinds(report: AdapterReport) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in report.by_kind:
         figures = _movement(group) if measured else (f"{group.update:.3g}",)
-        table.add_row(_plain(group.name), str(group.modules), *figures)
+        table.add_row(group.name, str(group.modules), *figures)
     if measured:
         table.caption_justify = "left"
         table.caption = (
@@ -174,10 +174,3 @@ def _layers(report: AdapterReport) -> Table:
             cells += [Bar(largest, 0, length, width=_BAR, color="cyan"), text]
         table.add_row(group.name, *cells)
     return table
-
-
-def _plain(text: str) -> Any:
-    """Text that rich shows as it stands: paths may hold square brackets."""
-    from rich.text import Text
-
-    return Text(text)
