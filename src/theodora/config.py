@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.naming import path_problem
 from theodora.other_words import advice, called
 from theodora.paths import MOST_NAMES, Expressions, PathPattern, problems_of
 from theodora.trust import check_granted
@@ -324,8 +325,12 @@ class TrainConfig:
 
     def _problems(self) -> Iterator[str]:
         for name in _needed(vars(self)):
-            if not getattr(self, name):
+            if not str(getattr(self, name)).strip():
                 yield f"{name} is empty"
+        for name in ("model", "from_adapter", "data", "output", "eval_data", "replay"):
+            value = getattr(self, name)
+            if isinstance(value, str) and (problem := path_problem(value, written=name == "output")):
+                yield f"{name} is {shown(value)}: {problem}"
         for name, (least, inclusive) in _TRAIN_BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):

@@ -7,6 +7,7 @@ because the next reader may choose the other one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -100,3 +101,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _first_repeated(names: list[Any]) -> Any:
     seen: set[Any] = set()
     return next(name for name in names if name in seen or seen.add(name))
+
+
+def to_json(value: Any, *, indent: int | None = None, readable: bool = False) -> str:
+    """A value as JSON that every reader takes: a number that is not finite is null, since JSON has no NaN.
+
+    Args:
+        value: plain values; what else there may be is the caller's to turn into them.
+        indent: blanks for each level; None: all on one line.
+        readable: letters as they are, for a file; else ASCII alone, for a stream of any encoding.
+    """
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=not readable, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_finite_key(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _finite_key(key: Any) -> Any:
+    return str(key) if isinstance(key, float) and not math.isfinite(key) else key

@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent, whatever goes wrong while they are written."""
 
 import errno
+import glob
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from theodora.adapters.atomic import (
     atomic_files,
     atomic_write,
     clear_leftovers,
+    partial_name,
     remove_folder,
     scratch_directory,
 )
@@ -301,3 +303,30 @@ def test_what_a_kill_left_moved_away_gets_its_name_back(tmp_path, monkeypatch):
         pass
     assert (tmp_path / "out" / "old").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "[" * 255, "\udcff" * 255, "日" * 85, "x\n" * 127])
+def test_a_name_as_long_as_file_systems_take_is_written(name, tmp_path):
+    with atomic_write(tmp_path / name) as file:
+        file.write_text("whole")
+    assert (tmp_path / name).read_text() == "whole"
+    (tmp_path / name).unlink()
+    with atomic_directory(tmp_path / name) as folder:
+        (folder / "file").write_text("whole")
+    with atomic_directory(tmp_path / name, overwrite=True) as folder:
+        (folder / "file").write_text("again")
+    with atomic_files(tmp_path / name) as folder, scratch_directory(tmp_path / name):
+        (folder / "other").write_text("more")
+    assert (tmp_path / name / "file").read_text() == "again"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_leftovers_of_long_names_go_with_their_own_name_alone(tmp_path):
+    names = ["[" * 199 + end for end in ("a", "b", "a" * 56)]
+    for name in names:
+        (tmp_path / (partial_name(tmp_path / name) + "x")).write_text("left")
+    for name in names:
+        with atomic_write(tmp_path / name) as file:
+            file.write_text("whole")
+        assert not list(tmp_path.glob(glob.escape(partial_name(tmp_path / name)) + "*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

@@ -106,14 +106,6 @@ def test_values_that_a_flag_cannot_take(argv, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_a_reader_that_has_gone_is_no_error_message(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    command(raising(BrokenPipeError()))
-    assert cli.main(["info"]) == 1
-    assert sys.stdout is None  # nothing is flushed at exit
-    assert capsys.readouterr().err == ""
-
-
 def test_debug_shows_where_the_unexpected_happened(command):
     command(raising(RuntimeError("odd")))
     with pytest.raises(RuntimeError, match="odd"):

@@ -128,7 +128,7 @@ def test_a_cell_whose_worker_died_comes_back_and_another_worker_begins(dies, pro
         theirs["cuda:0"].close()  # killed for memory, say
     found.begin("one")
     theirs["cuda:0"].close()
-    assert heard(found) == [("one", None)]
+    assert heard(found) == [("one", "killed by signal 9 (SIGKILL)")]
     assert found.free() == 2
     found.begin("one")
     assert found.running() == ["one"]
@@ -136,7 +136,7 @@ def test_a_cell_whose_worker_died_comes_back_and_another_worker_begins(dies, pro
 
 @pytest.mark.parametrize(
     ("death", "says"),
-    [(None, r"on cuda:0 died while it loaded .*exit code -9.*Lower workers_per_gpu"), ("why", "^why$")],
+    [(None, r"on cuda:0 died while it loaded .*killed by signal 9 .*Lower workers_per_gpu"), ("why", "^why$")],
 )
 def test_a_worker_that_cannot_begin_ends_the_comparison(processes, death, says):
     found, theirs = processes
@@ -144,6 +144,34 @@ def test_a_worker_that_cannot_begin_ends_the_comparison(processes, death, says):
     theirs["cuda:0"].send(death) if death else theirs["cuda:0"].close()
     with pytest.raises(TheodoraError, match=says):
         heard(found)
+
+
+def test_a_worker_killed_while_it_loads_in_place_of_another_is_replaced_and_its_cell_never_began(processes):
+    found, theirs = processes
+    for place in ("cuda:0", "cuda:1"):
+        theirs[place].send("ready")
+    for worker in found._workers:
+        list(found._hear(worker))
+    theirs["cuda:0"].close()
+    found.begin("one")
+    assert heard(found) == [("one", "killed by signal 9 (SIGKILL)")]
+    found._workers[1].cell = "elsewhere"  # so that the new worker gets the cell, which it has not loaded for yet
+    for _ in range(2):
+        found.begin("one")
+        theirs["cuda:0"].close()
+        assert heard(found) == [("one", None)]
+    found.begin("one")
+    theirs["cuda:0"].close()
+    with pytest.raises(TheodoraError, match="died while it loaded"):  # three times: no accident
+        heard(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(-9, "killed by signal 9 (SIGKILL)"), (-11, "killed by signal 11 (SIGSEGV)"), (1, "ended with exit code 1")],
+)
+def test_how_a_worker_ended(code, says):
+    assert pool.how_it_ended(code) == says
 
 
 def test_a_worker_that_does_not_end_is_killed(processes):

@@ -150,16 +150,6 @@ def test_ctrl_c_keeps_what_is_done(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_cell_that_kills_its_process_again_and_again_is_given_up(run, tmp_path):
-    run(seconds=0.0)
-    (tmp_path / "out" / "cells" / "base.begun").write_text("3")
-    records = run()
-    assert records["base"].status == "out of memory"
-    assert "killed 3 times" in records["base"].message
-    assert len(records) == 7
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_failures_are_recorded_and_the_others_go_on(run, tmp_path, monkeypatch):
     original = Bench._train
 

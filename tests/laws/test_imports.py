@@ -17,7 +17,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "trust", "paths", "metered", "config", "parse", "ends", "locks"},
+    {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "locks"}
+    | {"shown", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers", "files"},
@@ -33,7 +34,8 @@ BESIDE = {
     "paths": {"errors"},
     "metered": {"errors"},
     "ends": {"metered"},
-    "config": {"errors", "coerce", "other_words", "trust", "paths"},
+    "config": {"errors", "coerce", "other_words", "trust", "naming", "paths"},
+    "terminal": {"shown"},
     "functional": {"autocast"},
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`

@@ -62,3 +62,28 @@ def test_everything_public_says_what_it_does(module):
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_files_stay_small_enough_to_read(module):
     assert len(module.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def calls(module: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_foreign_text_reaches_a_terminal_by_one_way(module):
+    """Through `theodora.terminal`, which reads no markup in strings and lets no escape sequence through."""
+    wrong = []
+    for call in calls(module):
+        called = ast.unparse(call.func)
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        if called.rpartition(".")[2] in {"Console", "get_console"}:
+            wrong.append((call.lineno, "makes a console that is no Terminal"))
+        if called.rpartition(".")[2] in {"from_markup", "from_ansi", "render_markup"}:
+            wrong.append((call.lineno, f"{called} reads markup in text"))
+        if called == "TextColumn" and getattr(keywords.get("markup"), "value", None) is not False:
+            wrong.append((call.lineno, "a TextColumn reads markup unless markup=False"))
+        titles = [keywords[name] for name in ("title", "subtitle") if called == "Panel" and name in keywords]
+        if any(not isinstance(title, ast.Constant | ast.Call) for title in titles):
+            wrong.append((call.lineno, "a Panel reads markup in its title; expected a Text"))
+        if called == "print" and name_of(module) not in {"cli/main.py", "cli/console.py"}:
+            wrong.append((call.lineno, "prints past the Terminal"))
+    assert not wrong, f"{module}: {wrong}"

@@ -32,13 +32,48 @@ def test_a_base_model_goes_by_its_own_name_or_by_another():
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "cannot be read"), (b"\xff\xfe\x00", "cannot be read"), (b" \n\n", "holds no key")]
+    ("content", "says"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfes\x00e\x00", "is UTF-16 .*; expected UTF-8"),
+        (b"s\x00e\x00c\x00r\x00e\x00t\x00", "holds NUL bytes"),
+        (b"secret\xff", "is no UTF-8: .* at byte 6"),
+        (b" \n\n", "holds no key"),
+        (b"\xef\xbb\xbf# ours\r\n\r\n", "holds no key"),
+        (b"secret-1\nsecret-2 # of Alice\n", "line 2 has a # after a blank"),
+        ("secret-1\nsecret\u200b-2\n".encode(), "line 2 holds characters that are not seen"),
+        (b"secret\x1b[A\n", "line 1 holds characters that are not seen"),
+    ],
 )
 def test_a_file_of_keys_that_protects_nothing_is_refused(tmp_path, content, says):
     if content is not None:
         (tmp_path / "keys").write_bytes(content)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says) as caught:
         read_keys(str(tmp_path / "keys"))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_of_keys_has_comments_and_any_ends_of_lines(tmp_path, mark, end):
+    lines = ["# Alice", "  secret-1\t", "", "#secret-2", "zweiter Schlüssel", "a#b#c "]
+    (tmp_path / "keys").write_bytes(mark + end.join(lines).encode())
+    assert read_keys(str(tmp_path / "keys")) == {"secret-1", "zweiter Schlüssel", "a#b#c"}
+
+
+def test_keys_that_others_read_or_guess_are_warned_of(tmp_path, caplog):
+    (tmp_path / "keys").write_text("abc\n")
+    (tmp_path / "keys").chmod(0o644)
+    read_keys(str(tmp_path / "keys"))
+    assert [message.split(str(tmp_path / "keys"))[1] for message in caplog.messages] == [
+        " has a key of less than 8 characters, which can be guessed",
+        " can be read by every user of this machine, keys and all; chmod 600 mends that",
+    ]
+    caplog.clear()
+    (tmp_path / "keys").write_text("a-long-enough-key\n")
+    (tmp_path / "keys").chmod(0o600)
+    read_keys(str(tmp_path / "keys"))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from pathlib import Path
 from theodora.errors import CheckpointError, UsageError
 from theodora.locks import SECONDS_TO_LOCK, holds, release, try_lock
 
+_LONGEST_NAME = 200  # bytes; around it go ".", ".partial-" and eight random characters, by some libraries a suffix more
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REPLACED = "replaced"  # what stood at a name, while another folder takes it in two steps
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -32,7 +34,20 @@ _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
 
 def partial_name(path: Path) -> str:
     """The prefix of the hidden siblings under which `path` is prepared."""
-    return f".{path.name}.partial-"
+    return f".{_short(path.name)}.partial-"
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what is put around it: a file's may have 255 bytes, and so may the final one.
+
+    A longer one ends with its hash, so that two of them do not delete each other's leftovers.
+    """
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    kept = encoded[: _LONGEST_NAME - len(digest) - 1].decode("utf-8", errors="ignore")  # half a character is none
+    return f"{kept}~{digest}"
 
 
 @contextmanager
@@ -161,19 +176,24 @@ def remove_folder(path: Path) -> None:
         _end(partial, lock)
 
 
-def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left in `folder` of things called `name` (a pattern); living ones keep theirs.
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left in `folder` of things called `name`, or of all; living ones keep theirs.
 
     What one was about to replace by something new, and had moved away, gets its name back.
     """
-    for leftover in folder.glob(partial_name(Path(name)) + "*"):
+    partial, begun_names = (
+        (".*.partial-*", ".*.begun-*")
+        if name is None
+        else (f"{glob.escape(prefix)}*" for prefix in (partial_name(Path(name)), _begun_name(Path(name))))
+    )
+    for leftover in folder.glob(partial):
         with contextlib.suppress(OSError):
             lock = _lock(leftover)
             if lock is not None:
                 _put_back(leftover)
                 _remove(leftover)
                 release(lock)
-    for begun in folder.glob(_begun_name(Path(name)) + "*"):
+    for begun in folder.glob(begun_names):
         with contextlib.suppress(OSError):
             if time.time() - begun.stat().st_mtime > SECONDS_TO_LOCK:
                 _remove(begun)
@@ -186,12 +206,12 @@ def _put_back(leftover: Path) -> None:
 
 
 def _begun_name(path: Path) -> str:
-    return f".{path.name}.begun-"
+    return f".{_short(path.name)}.begun-"
 
 
 def _new_partial(path: Path, *, folder: bool) -> tuple[Path, int | None]:
     """A hidden sibling of `path`, and the descriptor that holds its lock. Earlier ones of dead processes go."""
-    clear_leftovers(path.parent, glob.escape(path.name))
+    clear_leftovers(path.parent, path.name)
     # It gets its name with the lock, so that nobody takes it for a leftover.
     if folder:
         begun = Path(tempfile.mkdtemp(prefix=_begun_name(path), dir=path.parent))

@@ -8,6 +8,7 @@ from pathlib import Path
 from theodora.adapters.atomic import atomic_write
 from theodora.analysis.inspection import AdapterReport, ModuleReport
 from theodora.errors import ConfigError
+from theodora.shown import in_figure
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -42,12 +43,12 @@ def draw_movement(report: AdapterReport, path: str | Path) -> None:
     figure = Figure(
         figsize=(max(5.0, 1.8 + 0.22 * layers), 0.6 + len(panels) * (1.1 + 0.26 * len(kinds))), layout="constrained"
     )
-    figure.suptitle(f"{Path(report.path).name}: how far each layer moved", fontsize="medium")
+    figure.suptitle(f"{in_figure(Path(report.path).name)}: how far each layer moved", fontsize="medium")
     for axes, (title, values) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         grid = [[values.get((name, layer), math.nan) for layer in range(layers)] for name in kinds]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
         axes.set_title(title, fontsize="small", loc="left")
-        axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+        axes.set_yticks(range(len(kinds)), map(in_figure, kinds), fontsize="small")
         axes.set_xlabel("layer", fontsize="small")
         axes.tick_params(axis="x", labelsize="small")
         figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize="small")

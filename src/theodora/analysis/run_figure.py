@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from theodora.adapters.atomic import atomic_write
 from theodora.analysis.run import RunReport
 from theodora.errors import CheckpointError, ConfigError
+from theodora.shown import in_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +53,9 @@ def _scatter(reports: list[RunReport]) -> Figure:
         for axes, kind in zip(row, kinds, strict=True):
             found = of_kind.get(kind)
             r = None if found is None else found.pearson
-            axes.set_title(kind + ("" if r is None else f"  r = {r:+.2f}".replace("-", "−")), fontsize="small")
+            axes.set_title(
+                in_figure(kind) + ("" if r is None else f"  r = {r:+.2f}".replace("-", "−")), fontsize="small"
+            )
             axes.tick_params(labelsize="x-small")
             axes.ticklabel_format(style="sci", scilimits=(-2, 3))
             for text in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
@@ -93,7 +96,7 @@ def _heat_map(reports: list[RunReport]) -> Figure:
             cells = [[values.get((kind, layer), math.nan) for layer in range(layers)] for kind in kinds]
             image = axes.imshow(cells, aspect="auto", cmap=_COLOURS, vmin=0, interpolation="nearest")
             axes.set_title(f"{_name(report)}, {last.label}: {title}", fontsize="small", loc="left")
-            axes.set_yticks(range(len(kinds)), kinds, fontsize="x-small")
+            axes.set_yticks(range(len(kinds)), map(in_figure, kinds), fontsize="x-small")
             axes.tick_params(axis="x", labelsize="x-small")
             axes.set_xlabel("layer", fontsize="x-small")
             bar = figure.colorbar(image, ax=axes, pad=0.01).ax
@@ -107,5 +110,4 @@ def _kinds(reports: list[RunReport]) -> list[str]:
 
 
 def _name(report: RunReport) -> str:
-    # A dollar sign would begin a formula.
-    return Path(report.path).name.replace("$", r"\$")
+    return in_figure(Path(report.path).name)

@@ -12,7 +12,6 @@ gradients flowing to the embeddings' output. Each method runs in a process of it
 from __future__ import annotations
 
 import argparse
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,5 +146,7 @@ def _caption(variants: dict[str, Variant], methods: list[str]) -> str:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
+    from theodora.parse import to_json
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(report, indent=2, readable=True) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -118,9 +118,11 @@ def _checked(args: argparse.Namespace) -> str:
 
 
 def _greet(console: Console, model: str, adapter: str | None, conversation: Conversation) -> None:
+    from rich.text import Text
+
     if not _is_interactive(console):
         return
-    console.print(f"[bold]{_escaped(adapter or model)}[/]" + (f" on {_escaped(model)}" if adapter else ""))
+    console.print(Text.assemble((adapter or model, "bold"), f" on {model}" if adapter else ""))
     if not conversation.has_adapter:
         console.print("There is no adapter: the base model answers alone.", style="dim")
     if not conversation.has_template:
@@ -165,11 +167,13 @@ def _read(console: Console) -> str:
 
 
 def _obey(console: Console, conversation: Conversation, line: str) -> None:
+    from rich.text import Text
+
     command, _, text = line.partition(" ")
     if command == "/help":
         width = max(map(len, _COMMANDS))
         for name, meaning in _COMMANDS.items():
-            console.print(f"{name:{width}}  [dim]{meaning}[/]")
+            console.print(Text.assemble(f"{name:{width}}  ", (meaning, "dim")))
     elif command in ("/both", "/base", "/adapted"):
         if not conversation.has_adapter:
             console.print("There is no adapter: the base model answers alone.", style="dim")
@@ -191,9 +195,3 @@ def _obey(console: Console, conversation: Conversation, line: str) -> None:
 
 def _is_interactive(console: Console) -> bool:
     return console.is_terminal and sys.stdin.isatty()
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -14,7 +14,6 @@ row of ours does not hold. docs/conformance.md explains the bounds.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite and print its tables."""
+    from rich.text import Text
+
     from theodora.bench import describe_machine
     from theodora.cli.console import stderr, stdout
     from theodora.conformance import suite, table
 
     if args.list:
         for sort, names in _names().items():
-            stdout().print(f"[bold]{sort}[/]: {', '.join(names)}", soft_wrap=True)
+            stdout().print(Text.assemble((sort, "bold"), f": {', '.join(names)}"), soft_wrap=True)
         return 0
     jobs = suite.plan(**_selection(args.only), device=args.device, every_variant=args.every_variant)
     began = time.perf_counter()
@@ -85,7 +86,7 @@ def _run(jobs: list[Job], workers: int | None) -> list[Row]:
     from theodora.conformance import suite
     from theodora.conformance.operations import OPERATIONS
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows: list[Row] = []
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("starting", total=len(jobs))
@@ -159,6 +160,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     from theodora.adapters.atomic import atomic_write
+    from theodora.parse import to_json
 
     with atomic_write(path) as file:
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(to_json(content, indent=1, readable=True) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -1,17 +1,24 @@
-"""The two rich consoles that all commands share."""
+"""The two consoles that all commands share, and JSON on standard output."""
 
 from functools import cache
+from typing import Any
 
-from rich.console import Console
+from theodora.parse import to_json
+from theodora.terminal import Terminal
 
 
 @cache
-def stdout() -> Console:
+def stdout() -> Terminal:
     """The console for results."""
-    return Console(highlight=False)
+    return Terminal()
 
 
 @cache
-def stderr() -> Console:
+def stderr() -> Terminal:
     """The console for errors and warnings."""
-    return Console(stderr=True, highlight=False)
+    return Terminal(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as JSON: valid, and with escapes for all that is not ASCII, which any stream and terminal take."""
+    print(to_json(value, indent=2))

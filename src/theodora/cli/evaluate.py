@@ -13,7 +13,6 @@ closed set of answers counts, which is also fair to a model that was never train
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from typing import TYPE_CHECKING
 
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from theodora.adapters.models import load_model_and_tokenizer
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
     from theodora.data import load_examples
     from theodora.evaluate import evaluate
     from theodora.evaluate.harness import check_harness, run_harness
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size, args.limit) if args.lm_eval else {}
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
-        print(json.dumps(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}), indent=2))
+        print_json(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}))
     else:
         stdout().print(_table(scores, tasks))
     return 0

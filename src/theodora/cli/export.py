@@ -19,7 +19,6 @@ Every export ends with `theodora verify`: it gets its name only if it predicts w
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from theodora.cli.verify import add_probe_arguments, read_text, show
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write, compare and report."""
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
     from theodora.export import VerificationFailed, export_adapter
 
     with stderr().status("Exporting ...") as status:
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                 show(failure.verification, stderr())
             raise
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
         return 0
     if report.verification is not None:
         show(report.verification, stdout())

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and print."""
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
 
     with stderr().status("reading"):
         from theodora.analysis import inspect_adapter
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if args.figure:
             draw_movement(report, args.figure)
     if args.json:
-        import json
-
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        print_json(report.to_dict())
     else:
         _print(report, stdout())
         if args.figure:
@@ -89,7 +87,7 @@ def _summary(report: AdapterReport) -> Table:
     table.add_column(overflow="fold")
     for name, value in _facts(report).items():
         if value:
-            table.add_row(name, _plain(value))
+            table.add_row(name, value)
     return table
 
 
@@ -127,7 +125,7 @@ def _kinds(report: AdapterReport) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in report.by_kind:
         figures = _movement(group) if measured else (f"{group.update:.3g}",)
-        table.add_row(_plain(group.name), str(group.modules), *figures)
+        table.add_row(group.name, str(group.modules), *figures)
     if measured:
         table.caption_justify = "left"
         table.caption = (
@@ -176,10 +174,3 @@ def _layers(report: AdapterReport) -> Table:
             cells += [Bar(largest, 0, length, width=_BAR, color="cyan"), text]
         table.add_row(group.name, *cells)
     return table
-
-
-def _plain(text: str) -> Any:
-    """Text that rich shows as it stands: paths may hold square brackets."""
-    from rich.text import Text
-
-    return Text(text)

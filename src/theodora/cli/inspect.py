@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from theodora.cli.numbers import percent
 
@@ -51,14 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect every run, print, draw."""
-    from theodora.cli.console import stdout
+    from theodora.cli.console import print_json, stdout
 
     reports = _inspect(args)
     drawn = _draw(reports, args.figures) if args.figures else []
     if args.json:
-        import json
-
-        print(json.dumps({"runs": [report.to_dict() for report in reports]}, indent=2, ensure_ascii=False))
+        print_json({"runs": [report.to_dict() for report in reports]})
         return 0
     console = stdout()
     for report in reports:
@@ -117,7 +115,7 @@ def _print(report: RunReport, movers: int, console: Console) -> None:
 def _checkpoints(report: RunReport) -> Table:
     table = _table("checkpoint", "ΔM", "ΔM / ‖w‖", "ΔD", "‖ΔW‖ / ‖W‖")
     for checkpoint in report.checkpoints:
-        table.add_row(_plain(checkpoint.label), *_means(checkpoint.modules))
+        table.add_row(checkpoint.label, *_means(checkpoint.modules))
     table.caption = "means over all modules"
     return table
 
@@ -131,7 +129,7 @@ def _kinds(report: RunReport) -> Table:
         ranks = [module.effective_rank for module in modules if module.effective_rank is not None]
         found = of_kind.get(kind)
         table.add_row(
-            _plain(kind),
+            kind,
             str(len(modules)),
             *_means(modules),
             f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else "-",
@@ -151,7 +149,7 @@ def _movers(checkpoint: Checkpoint, count: int) -> Table:
     table = _table("largest movers", "ΔM", "ΔM / ‖w‖", "ΔD", "‖ΔW‖ / ‖W‖", "rank")
     for module in largest_movers(checkpoint, count):
         rank = "-" if module.effective_rank is None else f"{module.effective_rank:.1f}"
-        table.add_row(_plain(module.path), *_means((module,)), rank)
+        table.add_row(module.path, *_means((module,)), rank)
     return table
 
 
@@ -162,7 +160,7 @@ def _side_by_side(reports: list[RunReport]) -> Table:
     kinds = dict.fromkeys(correlation.kind for report in reports for correlation in report.correlations)
     found = [{correlation.kind: correlation for correlation in report.correlations} for report in reports]
     for kind in kinds:
-        table.add_row(_plain(kind), *(_signed(c.pearson if (c := of_kind.get(kind)) else None) for of_kind in found))
+        table.add_row(kind, *(_signed(c.pearson if (c := of_kind.get(kind)) else None) for of_kind in found))
     table.caption = _PAPER
     return table
 
@@ -205,10 +203,3 @@ def _method(report: RunReport) -> str:
     from theodora.config import METHOD_NAMES
 
     return METHOD_NAMES.get(report.method, "full fine-tuning")
-
-
-def _plain(text: str) -> Any:
-    """Text that rich shows as it stands: paths may hold square brackets."""
-    from rich.text import Text
-
-    return Text(text)

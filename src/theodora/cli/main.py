@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
+from theodora.cli.streams import steady_streams
 from theodora.errors import TheodoraError
+from theodora.shown import plain_lines
 
 # Heading -> command -> (module, one-line summary). A module has `add_arguments(parser)` and `run(args) -> exit code`;
 # one that sets PASSES_OPTIONS_ON gets the arguments that its parser does not know in `args.other_options`.
@@ -36,6 +42,9 @@ COMMANDS = {
         "serve": ("theodora.cli.serve", "serve a model and many adapters over HTTP, as OpenAI does"),
     },
 }
+# Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
+_RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve"}
+_NOBODY_READS = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
 _SUMMARIES = {name: summary for group in COMMANDS.values() for name, (_, summary) in group.items()}
 
@@ -58,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message, not the whole usage, and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {plain_lines(message)}\nSee {self.prog} --help.\n")
 
     def unknown(self, arguments: list[str]) -> NoReturn:
         """Exit for arguments that no option takes."""
@@ -74,8 +83,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 for failures, 2 for usage, 130 for Ctrl-C."""
+    """Run the command line and return its exit code: 0, 1 for failures, 2 for usage, 130 for Ctrl-C.
+
+    141 if whoever reads the output went away, unless the result is elsewhere (a trained adapter is on the disk).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    with steady_streams() as streams, _fit_for_terminals():
+        code = _main(argv)
+        elsewhere = bool(_RESULT_ELSEWHERE & {*argv[:1], *argv[1:2]})
+        if (lost := streams.lost()) is not None:
+            done = " The command itself ended well." if elsewhere and not code else ""
+            told = f"Standard output could not be written: {lost.strerror}. What was to stand there is lost.{done}"
+            return _fail(told, code or 1)
+        return code or (_NOBODY_READS if streams.unread() and not elsewhere else 0)
+
+
+def _main(argv: list[str]) -> int:
     debug = argv[:1] == ["--debug"]
     argv = argv[debug:]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -130,10 +153,6 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "Interrupted.", getattr(stop, "exit_code", 130))  # 0 after SIGTERM: no failure
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; Python would complain again when it flushes at exit.
-        sys.stdout = None
-        return 1
     except Exception as error:
         if debug:
             raise
@@ -143,10 +162,26 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
 def _fail(message: str, code: int) -> int:
     from theodora.cli.console import stderr
 
-    # Names in files are strangers' text: what is not for printing would be an order to the terminal.
-    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    stderr().print(message, style="red" if code else "yellow", markup=False, highlight=False, soft_wrap=True)
+    stderr().print(message, style="red" if code else "yellow", soft_wrap=True)
     return code
+
+
+@contextmanager
+def _fit_for_terminals() -> Iterator[None]:
+    """Warnings and log lines of this process and its libraries name what is in files: they are made fit, too."""
+    formatted, record = warnings.formatwarning, logging.getLogRecordFactory()
+
+    class FitRecord(logging.LogRecord):
+        def getMessage(self) -> str:
+            return plain_lines(super().getMessage())
+
+    warnings.formatwarning = lambda *args, **kwargs: plain_lines(formatted(*args, **kwargs))
+    logging.setLogRecordFactory(FitRecord)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatted
+        logging.setLogRecordFactory(record)
 
 
 def _help() -> str:

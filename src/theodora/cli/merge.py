@@ -12,6 +12,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from theodora.cli.numbers import percent
+from theodora.shown import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from theodora.config import METHOD_NAMES
 
     columns = (
-        TextColumn("merging"),
+        TextColumn("merging", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}", markup=True),
+        TextColumn("{task.description}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr(), transient=True) as bar:
         task = bar.add_task("")
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     files = "1 weight file" if report.files == 1 else f"{report.files} weight files"
     console.print(f"\n{report.output}  ({report.bytes / 1e6:,.0f} MB, {files})", markup=False, soft_wrap=True)
     console.print(
-        f"It is a plain model now. Score it with\n  theodora evaluate --model {args.output} --data YOUR_ROWS.jsonl",
+        "It is a plain model now. Score it with\n"
+        f"  theodora evaluate --model {quoted(args.output)} --data YOUR_ROWS.jsonl",
         markup=False,
         soft_wrap=True,
     )

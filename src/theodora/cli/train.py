@@ -12,7 +12,6 @@ machines (--trust-remote-code, --report-to wandb) is said by a flag alone: a fil
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -123,12 +122,12 @@ def _add_resume(group: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train."""
     config = read_config(args)
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
     from theodora.train import train
 
     result = train(config, console=stderr() if args.json else stdout())
     if args.json and os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
     return 0
 
 

@@ -13,7 +13,6 @@ in float32, so that what differs is what the files hold. Exit code 1: they diffe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +61,7 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report."""
-    from theodora.cli.console import stderr, stdout
+    from theodora.cli.console import print_json, stderr, stdout
     from theodora.export import verify
 
     with stderr().status("Comparing ...") as status:
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             progress=status.update,
         )
     if args.json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
     else:
         show(result, stdout())
     return 0 if result.passed else 1
@@ -102,10 +101,12 @@ def read_text(path: str | None) -> str | None:
 
 def show(result: Verification, console: Console, *, verdict: bool = True) -> None:
     """Print the table, the first token that differs, and the verdict."""
+    from rich.text import Text
+
     names = result.a, result.b
     for side, name, *facts in zip("AB", names, result.kinds, result.precisions, result.written, strict=True):
         told = ", ".join(fact for fact in facts if fact)
-        console.print(f"{side}  {name}  [dim]({told})[/]", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(f"{side}  {name}  ", (f"({told})", "dim")), soft_wrap=True)
     console.print(_table(result))
     found = result.difference
     if found.first is None:

@@ -11,7 +11,8 @@ from theodora.compare.config import CompareConfig
 from theodora.compare.methods import Variant
 
 Phase = Literal["base", "tune", "final"]
-Status = Literal["ok", "diverged", "out of memory", "failed"]
+Status = Literal["ok", "diverged", "out of memory", "failed", "killed"]
+"""`killed`: its process died without a word, again and again. That is no verdict: it is tried again when resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,9 @@ class Cell:
         """Short and unique, fit for a file name."""
         if self.phase == "base":
             return "base"
-        return f"{self.phase}.{self.data}.{self.variant}.lr{self.learning_rate:g}.seed{self.seed}"
+        rate = f"{self.learning_rate:g}"  # of six digits: two that differ only beyond them are two cells
+        rate = rate if float(rate) == self.learning_rate else repr(self.learning_rate)
+        return f"{self.phase}.{self.data}.{self.variant}.lr{rate}.seed{self.seed}"
 
 
 @dataclass(kw_only=True)

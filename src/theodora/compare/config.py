@@ -5,7 +5,6 @@ The docstring under each field is its documentation (`theodora compare --help` p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -14,11 +13,11 @@ from typing import Any, Literal
 from theodora.coerce import coerce, type_hints
 from theodora.compare.methods import Variant, variants
 from theodora.config import is_number
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import ConfigError, bullet_list, shown
+from theodora.naming import alike, name_problem, path_problem
 from theodora.trust import check_code_granted, check_granted
 
 SCORES = ("labels", "exact-match", "f1", "loss")
-_NAME = re.compile(r"[A-Za-z0-9_+-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +131,14 @@ class CompareConfig:
 
     def _problems(self) -> Iterator[str]:
         for name in ("model", "output", "data", "methods"):
-            if not getattr(self, name):
+            value = getattr(self, name)
+            if not (value.strip() if isinstance(value, str) else value):
                 yield f"{name} is empty"
-        for name in self.data:
-            if not _NAME.fullmatch(name):
-                yield f"data: {name!r} is no name; expected letters, digits, +, - and _"
+        for name, value in (("model", self.model), ("output", self.output), ("general", self.general)):
+            if value is not None and (problem := path_problem(value, written=name == "output")):
+                yield f"{name} is {shown(value)}: {problem}"
+        yield from (f"data: {problem}" for problem in map(name_problem, self.data) if problem)
+        yield from (f"data: {one} and {other} differ in capitals alone" for one, other in alike(self.data))
         for name, least in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -208,8 +210,11 @@ class CompareConfig:
         if given is not None and not isinstance(given, Mapping):
             problems.append(f"data is {given!r}; expected names with a file, or with a mapping")
         for name, value in (given if isinstance(given, Mapping) else {}).items():
+            if problem := None if isinstance(name, str) else name_problem(name):
+                problems.append(f"data: {problem}")
+                continue
             try:
-                data[str(name)] = _data_config(value)
+                data[name] = _data_config(value)
             except ConfigError as error:
                 problems += [f"data.{name}: {line}" for line in str(error).splitlines()]
         if problems:
@@ -250,6 +255,10 @@ def _data_config(value: Any) -> DataConfig:
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
+    for name in ("train", "validation", "test"):
+        value = getattr(data, name)
+        if isinstance(value, str) and (problem := path_problem(value)):
+            yield f"{name} is {shown(value)}: {problem}"
     for name in ("validation", "test"):
         value = getattr(data, name)
         if not isinstance(value, str) and not (is_number(value) and value > 0):

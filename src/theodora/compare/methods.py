@@ -8,6 +8,7 @@ from typing import Any
 
 from theodora.config import AdapterConfig, is_int, is_number
 from theodora.errors import ConfigError
+from theodora.naming import alike, name_problem
 
 _RATIO = 16.0  # of LoRA+, as its paper recommends (arXiv 2402.12354)
 
@@ -105,7 +106,11 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
             continue
         method = METHODS[options["method"]]
         replay = float(options.get("replay") or 0.0)
-        name = options.get("name") or options["method"] + (f"+replay{100 * replay:g}" if replay else "")
+        name = (
+            options["name"]
+            if options.get("name") is not None
+            else options["method"] + (f"+replay{100 * replay:g}" if replay else "")
+        )
         wanted = _as_tuple(options.get("ranks", ranks)) if method.has_rank else (None,)
         own = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in _OWN}
         for rank in wanted:
@@ -123,12 +128,12 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
             except ConfigError as error:
                 problems += [f"methods: {name}: {line.strip()}" for line in str(error).splitlines()[1:]]
             found.append(variant)
-    keys = [variant.key for variant in found]
-    problems += [
-        f"methods: there are two of {key}; give one of them another name"
-        for key in dict.fromkeys(keys)
-        if keys.count(key) > 1
-    ]
+    for one, other in alike(variant.key for variant in found):
+        told = f"there are two of {one}" if one == other else f"{one} and {other} differ in capitals alone"
+        problems.append(f"methods: {told}; give one of them another name")
+    if isinstance(rates, Mapping):
+        known = {"default", *METHODS, *(variant.name for variant in found)}
+        problems += [f"learning_rates: there is no method {name!r}" for name in rates if name not in known]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return found
@@ -147,6 +152,11 @@ def _wrong(given: Any, options: Any) -> Iterator[str]:
     replay = options.get("replay") or 0
     if not is_number(replay) or not 0 <= replay < 1:
         yield f"methods: replay is {replay!r}; expected a share of at least 0 and below 1"
+    if (name := options.get("name")) is not None:
+        if problem := name_problem(name):
+            yield f"methods: name: {problem}"
+        elif name in METHODS and name != options["method"]:
+            yield f"methods: {options['method']} is named {name}, which is another method; give it another name"
     ratio = options.get("b_ratio", 1)
     if not is_number(ratio) or ratio <= 0:
         yield f"methods: b_ratio is {ratio!r}; expected a positive number"

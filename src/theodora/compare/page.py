@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-from html import escape
 
 from theodora.compare.cells import Record
 from theodora.compare.stats import Estimate
+from theodora.shown import plain_lines
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -76,6 +77,11 @@ CELL_TITLES = [
     "seconds",
     "memory",
 ]
+
+
+def escape(text: str) -> str:
+    """Foreign text as text of the page; what turns its direction or is not seen is shown as an escape."""
+    return html.escape(plain_lines(text))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,6 +22,10 @@ from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig
 from theodora.errors import TheodoraError
 
+Outcome = Record | str | None
+"""Of a cell: its record; how its worker died, if it did; None if it never began, since the worker died before."""
+_MOST_STARTS = 3  # of a worker in the place of one that died, one after the other
+
 
 class Workers(Protocol):
     """Takes cells, and gives back their records in the order in which they are done."""
@@ -40,8 +44,8 @@ class Workers(Protocol):
         """The cells under way."""
         ...
 
-    def done(self) -> Iterator[tuple[Cell, Record | None]]:
-        """Wait for at least one cell, if any is under way. None: its worker died."""
+    def done(self) -> Iterator[tuple[Cell, Outcome]]:
+        """Wait for at least one cell, if any is under way."""
         ...
 
     def close(self) -> None:
@@ -90,7 +94,7 @@ class Here:
         """The cell taken."""
         return list(self._waiting)
 
-    def done(self) -> Iterator[tuple[Cell, Record | None]]:
+    def done(self) -> Iterator[tuple[Cell, Outcome]]:
         """Run it."""
         while self._waiting:
             record = self._bench.run(self._waiting[0])
@@ -108,6 +112,10 @@ class _Worker:
     ready: bool = False
     cell: Cell | None = None
     served: int = 0
+    starts: int = 0
+    """How many workers on this place have died one after the other, each before it was ready."""
+    replaces: bool = False
+    """Whether another one was ready on this place before."""
 
 
 @dataclass
@@ -138,7 +146,7 @@ class Processes:
         """The cells sent."""
         return [worker.cell for worker in self._workers if worker.cell is not None]
 
-    def done(self) -> Iterator[tuple[Cell, Record | None]]:
+    def done(self) -> Iterator[tuple[Cell, Outcome]]:
         """Wait for a message of any worker."""
         found = False
         while self.running() and not found:
@@ -158,7 +166,7 @@ class Processes:
                 worker.process.kill()
             worker.pipe.close()
 
-    def _hear(self, worker: _Worker) -> Iterator[tuple[Cell, Record | None]]:
+    def _hear(self, worker: _Worker) -> Iterator[tuple[Cell, Outcome]]:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
@@ -174,18 +182,21 @@ class Processes:
         else:  # it could not begin: no other could either
             raise TheodoraError(str(message))
 
-    def _replace(self, worker: _Worker) -> Iterator[tuple[Cell, Record | None]]:
+    def _replace(self, worker: _Worker) -> Iterator[tuple[Cell, Outcome]]:
         worker.process.join(timeout=5)
-        if not worker.ready:
+        how, starts = how_it_ended(worker.process.exitcode), 0 if worker.ready else worker.starts + 1
+        if not worker.ready and (not worker.replaces or starts >= _MOST_STARTS):
             raise TheodoraError(
-                f"A worker on {worker.place} died while it loaded the model (exit code {worker.process.exitcode}). Is "
-                "there memory for all of them? Lower workers_per_gpu."
+                f"A worker on {worker.place} died while it loaded the model ({how}). Is there memory for all of them? "
+                "Lower workers_per_gpu."
             )
         cell = worker.cell
         worker.pipe.close()
-        self._workers[self._workers.index(worker)] = self._start(worker.place)
+        another = self._start(worker.place)
+        another.starts, another.replaces = starts, True
+        self._workers[self._workers.index(worker)] = another
         if cell is not None:
-            yield cell, None
+            yield cell, how if worker.ready else None
 
     def _start(self, place: str) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -194,6 +205,16 @@ class Processes:
         process.start()
         theirs.close()
         return _Worker(place, process, ours)
+
+
+def how_it_ended(exit_code: int | None) -> str:
+    """`killed by signal 9 (SIGKILL)` or `ended with exit code 1`."""
+    if exit_code is None:
+        return "it does not answer"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    names = {int(found): found.name for found in signal.Signals}
+    return f"killed by signal {-exit_code} ({names.get(-exit_code, 'unknown')})"
 
 
 def _serve(pipe: Connection, config: CompareConfig, place: str, count: int) -> None:

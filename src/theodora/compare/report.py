@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from theodora.adapters.atomic import atomic_write
@@ -11,7 +10,7 @@ from theodora.compare import figures
 from theodora.compare.cells import Record, all_cells, tuning_cells
 from theodora.compare.config import CompareConfig
 from theodora.compare.methods import Variant
-from theodora.compare.page import CELL_TITLES, NOTES, PAGE, cell_row, estimated, million, signed, table
+from theodora.compare.page import CELL_TITLES, NOTES, PAGE, cell_row, escape, estimated, million, signed, table
 from theodora.compare.store import REPORT, Store
 from theodora.compare.summary import MEASURES, POOLED, Finding, Line, Measure, lines, tests
 

@@ -19,6 +19,7 @@ from theodora.compare.report import write_report
 from theodora.compare.store import PARQUET, REPORT, Store
 from theodora.compare.view import View
 from theodora.errors import TheodoraError
+from theodora.terminal import Terminal
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -48,13 +49,14 @@ def compare(
             in it.
         ComparisonInterrupted: Ctrl-C; the message says how to go on.
     """
-    console = console or Console(highlight=False)
+    console = Terminal.over(console or Terminal())
     start = time.monotonic()
     with alone_in(Path(config.output)) as notes:
         for note in notes:
             console.print(f"Note: {note}", style="yellow", markup=False)
         store = Store(config)
         store.open()
+        store.try_killed_again()
         with quiet():
             if any(all_cells(config, store.records)):
                 with console.status("Reading the data ..."):
@@ -90,13 +92,19 @@ def _run_cells(store: Store, workers: Workers, view: View, until: float | None) 
                 if not workers.running():
                     return
                 view.show()
-                for _, record in workers.done():
-                    if record is not None:
-                        store.add(record)
-                        view.finished(record)
-    except KeyboardInterrupt:
+                for cell, outcome in workers.done():
+                    if isinstance(outcome, Record):
+                        store.add(outcome)
+                        view.finished(outcome)
+                    elif outcome is None:
+                        store.not_its_fault(cell)
+                    else:
+                        store.died(cell, outcome)
+    except BaseException as error:
         for cell in workers.running():
             store.not_its_fault(cell)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         raise ComparisonInterrupted(
             f"Interrupted. {len(store.records)} cells are kept in {store.folder}; the same command goes on from there."
         ) from None
@@ -106,7 +114,9 @@ def _begin_what_fits(store: Store, workers: Workers, until: float | None) -> Non
     if until is not None and time.monotonic() > until:
         return
     under_way = {cell.key for cell in workers.running()}
-    for cell in _in_order([cell for cell in all_cells(store.config, store.records)[0] if cell.key not in under_way]):
+    ready = [cell for cell in all_cells(store.config, store.records)[0] if cell.key not in under_way]
+    # What killed its process before comes last: it may kill this one, too.
+    for cell in sorted(_in_order(ready), key=lambda cell: cell.key in store.again):
         if not workers.free():
             return
         given_up = store.begin(cell)

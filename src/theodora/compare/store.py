@@ -18,11 +18,12 @@ from theodora.adapters.atomic import atomic_write
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.errors import UsageError, bullet_list
+from theodora.parse import to_json
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
 # Settings that change how fast results come, and what is kept beside them, but not the results.
 _FREE = ("output", "trust_remote_code", "workers_per_gpu", "keep_adapters")
-_MOST_DEATHS = 3  # times that a process may die in a cell before the cell counts as failed
+_MOST_DEATHS = 3  # times that a process may die in a cell before the cell is passed over
 
 
 class Store:
@@ -32,6 +33,8 @@ class Store:
         self.folder = Path(config.output)
         self.config = config
         self.records: dict[str, Record] = {}
+        self.again: set[str] = set()
+        """Keys of cells that were passed over as killed, and are tried once more in this run."""
 
     def open(self) -> None:
         """Take up what an earlier run of the same comparison left in the folder, if anything; nothing is written.
@@ -58,33 +61,53 @@ class Store:
     def add(self, record: Record) -> None:
         """Keep the record of a finished cell."""
         with atomic_write(self._path(record.key)) as file:
-            file.write_text(json.dumps(record.to_dict()), encoding="utf-8")
-        self._deaths(record.key).unlink(missing_ok=True)
+            file.write_text(to_json(record.to_dict()), encoding="utf-8")
+        if record.status != "killed":
+            self._deaths(record.key).unlink(missing_ok=True)
         self.records[record.key] = record
 
-    def begin(self, cell: Cell) -> Record | None:
-        """Note that a cell begins. A record if it has already brought down its process too often.
+    def try_killed_again(self) -> None:
+        """Take cells that were passed over for cells that have not run, each once in this run.
 
-        What kills a process without a word is nearly always the system, out of memory.
+        Whether they were killed for want of memory nobody can know; a smaller machine's verdict is none for this one.
+        One that killed this very process, when it was tried again the last time, is passed over this time, so that
+        the report can be written.
         """
-        path = self._deaths(cell.key)
-        deaths = int(path.read_text() or 0) if path.is_file() else 0
-        if deaths >= _MOST_DEATHS:
+        for key in [key for key, record in self.records.items() if record.status == "killed"]:
+            deaths, how = self._ends(key)
+            if deaths > _MOST_DEATHS:
+                self._note(key, _MOST_DEATHS, how)
+            else:
+                self.again.add(key)
+                del self.records[key]
+
+    def begin(self, cell: Cell) -> Record | None:
+        """Note that a cell begins. A record if its process has already died too often."""
+        deaths, how = self._ends(cell.key)
+        if deaths >= _MOST_DEATHS and cell.key not in self.again:
+            self._note(cell.key, _MOST_DEATHS, how)
             record = Record.of(cell, self.config)
-            record.status = "out of memory"
-            record.message = f"the process was killed {deaths} times while this cell ran: out of main memory, probably"
+            record.status = "killed"
+            record.message = (
+                f"its process died {deaths} times while this cell ran ({how or 'nothing says how'}), perhaps for want "
+                "of memory; the same command tries it again"
+            )
             return record
-        path.write_text(str(deaths + 1))
+        self.again.discard(cell.key)
+        self._note(cell.key, deaths + 1, how)
         return None
 
+    def died(self, cell: Cell, how: str) -> None:
+        """Note how the process of a cell ended."""
+        self._note(cell.key, self._ends(cell.key)[0], how)
+
     def not_its_fault(self, cell: Cell) -> None:
-        """Take back what `begin` noted: the cell was broken off from outside."""
-        path = self._deaths(cell.key)
-        deaths = int(path.read_text() or 0) if path.is_file() else 0
+        """Take back what `begin` noted: the cell was broken off from outside, or never began."""
+        deaths, how = self._ends(cell.key)
         if deaths > 1:
-            path.write_text(str(deaths - 1))
+            self._note(cell.key, deaths - 1, how)
         else:
-            path.unlink(missing_ok=True)
+            self._deaths(cell.key).unlink(missing_ok=True)
 
     def write_parquet(self) -> Path:
         """Write all records as one table, a row for each cell."""
@@ -100,6 +123,15 @@ class Store:
 
     def _path(self, key: str) -> Path:
         return self.folder / CELLS / f"{key}.json"
+
+    def _ends(self, key: str) -> tuple[int, str]:
+        """How often the process of a cell has died, and how it did the last time, where that is known."""
+        path = self._deaths(key)
+        count, _, how = path.read_text(encoding="utf-8").partition(" ") if path.is_file() else ("", "", "")
+        return int(count) if count.strip().isdecimal() else 0, how
+
+    def _note(self, key: str, deaths: int, how: str) -> None:
+        self._deaths(key).write_text(f"{deaths} {how}", encoding="utf-8")
 
     def _deaths(self, key: str) -> Path:
         return self.folder / CELLS / f"{key}.begun"

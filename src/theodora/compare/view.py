@@ -29,7 +29,11 @@ class View:
         self._began = self._last_line = time.monotonic()
         self._seconds: dict[str, list[float]] = {}
         self._bar = Progress(
-            TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), console=console
+            TextColumn("cells", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=console,
         )
         self._task = self._bar.add_task("", total=None, left="")
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self.render)
@@ -112,7 +116,7 @@ class View:
                 _mean([record.score for record in good], percent=True),
                 _mean([record.loss for record in good]),
                 _mean([record.general_loss for record in good]),
-                f"{len(good)}/{len(config.final_seeds)}" + (f" [red]{bad} failed[/]" if bad else ""),
+                Text.assemble(f"{len(good)}/{len(config.final_seeds)}", (f" {bad} failed" if bad else "", "red")),
             )
         if len(shown) < len(rows):
             table.caption = f"{len(shown)} of {len(rows)} lines; the others are done, or have not begun"

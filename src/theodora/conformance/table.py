@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from theodora.conformance.cases import DTYPES, KIND_TITLES, VARIANTS
 from theodora.conformance.operations import OPERATIONS
 from theodora.conformance.suite import Row
@@ -72,7 +74,7 @@ def matrix(rows: Sequence[Row], titles: dict[str, str]) -> Table:
         for method in METHODS:
             table.add_column(f"{title}\n{VARIANTS[method].title}", justify="right", no_wrap=True)
 
-    def counts(operation: str | None) -> list[str]:
+    def counts(operation: str | None) -> list[Text]:
         return [
             _count(tally(row for row in rows if _is(row, library, operation) and _method(row) == method))
             for library in titles
@@ -82,11 +84,11 @@ def matrix(rows: Sequence[Row], titles: dict[str, str]) -> Table:
     for _, group in groupby(_present(rows), key=lambda key: OPERATIONS[key].group):
         keys = list(group)
         table.add_section()
-        table.add_row(f"[bold]{OPERATIONS[keys[0]].group}[/]")
+        table.add_row(Text(OPERATIONS[keys[0]].group, style="bold"))
         for key in keys:
             table.add_row(f"  {OPERATIONS[key].title}", *counts(key))
     table.add_section()
-    table.add_row("[bold]all[/]", *counts(None))
+    table.add_row(Text("all", style="bold"), *counts(None))
     if any(row.status in ("failed", "refused", "raised") for row in rows):
         table.caption = "Red: wrong results among them. Yellow: only errors that were raised."
     return table
@@ -105,7 +107,7 @@ def worst_errors(rows: Sequence[Row], titles: dict[str, str]) -> Table:
         for method in METHODS:
             table.add_column(f"{TITLES[library]}\n{VARIANTS[method].title}", justify="right", no_wrap=True)
     for key in _present(rows):
-        cells: list[str] = []
+        cells: list[RenderableType] = []
         if "theodora" in titles:
             worst = tally(row for row in rows if _is(row, "theodora", key)).worst
             cells += (
@@ -199,7 +201,7 @@ def every_row(rows: Sequence[Row], titles: dict[str, str]) -> Table:
             VARIANTS[row.variant].title,
             KIND_TITLES[row.kind],
             row.dtype,
-            row.status if row.status == "held" else f"[red]{row.status}[/]",
+            Text(row.status, style="" if row.status == "held" else "red"),
             row.message or row.what,
             _error(row),
             _number(row.bound),
@@ -237,17 +239,17 @@ def _ordered(rows: Sequence[Row], field: str, order: Iterable[str]) -> tuple[str
     return tuple(name for name in order if name in there)
 
 
-def _largest(rows: Iterable[Row]) -> str:
+def _largest(rows: Iterable[Row]) -> Text:
     """The largest error; in red if it is beyond its bound, and what came instead where nothing was computed."""
     rows = list(rows)
     t = tally(rows)
     if not t.total or t.not_offered == t.total:
-        return "[dim]–[/]"
+        return Text("–", style="dim")
     judged = [row for row in rows if row.error is not None]
     if not judged:
-        return "[yellow]raised[/]" if t.raised else "[yellow]refused[/]"
+        return Text("raised" if t.raised else "refused", style="yellow")
     worst = max(judged, key=lambda row: (row.status == "failed", row.error or 0.0))
-    return _error(worst) if worst.status == "held" else f"[red]{_error(worst)}[/]"
+    return Text(_error(worst), style="" if worst.status == "held" else "red")
 
 
 def _share(row: Row) -> str:
@@ -263,14 +265,14 @@ def _present(rows: Sequence[Row]) -> list[str]:
     return [key for key in OPERATIONS if key in there]
 
 
-def _count(t: Tally) -> str:
+def _count(t: Tally) -> Text:
     """`448`, or `12 of 448` with what became of the others; a dash where the library has no such operation."""
     offered = t.total - t.not_offered
     if not offered:
-        return "[dim]–[/]"
+        return Text("–", style="dim")
     if t.held == offered:
-        return f"[green]{t.held}[/]"
-    return f"[{'red' if t.failed else 'yellow'}]{t.held} of {offered}[/]"
+        return Text(str(t.held), style="green")
+    return Text(f"{t.held} of {offered}", style="red" if t.failed else "yellow")
 
 
 def _badness(row: Row) -> float:

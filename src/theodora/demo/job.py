@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, merge_checkpoint
@@ -23,6 +24,8 @@ from theodora.demo.results import Answers, Measured, Results, answers_table, dra
 from theodora.errors import UsageError
 from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.shown import quoted
+from theodora.terminal import Terminal
 from theodora.train import train
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.quiet import quiet_libraries
@@ -73,7 +76,7 @@ def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: 
         UsageError: something else stands at `output`, or an earlier demo that is not to be replaced, or one at work.
         TheodoraError: model or data cannot be fetched.
     """
-    start = time.monotonic()
+    start, console = time.monotonic(), Terminal.over(console)
     check_output(output, overwrite)
     with alone_in(output) as notes, quiet_libraries():
         for note in notes:
@@ -216,8 +219,11 @@ def _measure(
     general = text_loss(model, tokenizer, texts, max_length=settings.text_length, progress=shown)
     assert scores.exact_match is not None
     console.print(
-        f"[bold]{when.capitalize()}[/]  exact match {scores.exact_match:.1%}, loss {scores.loss:.3f}; "
-        f"general text {general.loss:.3f}  [dim]({scores.seconds + general.seconds:.0f} s)[/]"
+        Text.assemble(
+            (when.capitalize(), "bold"),
+            f"  exact match {scores.exact_match:.1%}, loss {scores.loss:.3f}; general text {general.loss:.3f}  ",
+            (f"({scores.seconds + general.seconds:.0f} s)", "dim"),
+        )
     )
     return Measured(exact_match=scores.exact_match, loss=scores.loss, general_loss=general.loss)
 
@@ -270,7 +276,10 @@ def _merge(output: Path, data: _Data, console: Console) -> tuple[float, float]:
         difference = max(float((a - b).abs().max()) for a, b in zip(expected, _logits(merged, prompts), strict=True))
     scale = max(float(logits.abs().max()) for logits in expected)
     console.print(
-        f"[bold]Merged[/]  logits differ from the adapted model's by at most {difference:.1e} of {scale:.0f}\n"
+        Text.assemble(
+            ("Merged", "bold"),
+            f"  logits differ from the adapted model's by at most {difference:.1e} of {scale:.0f}\n",
+        )
     )
     return difference, scale
 
@@ -288,11 +297,15 @@ def _report(results: Results, output: Path, model: Path, console: Console) -> No
     console.print(answers_table(results))
     console.print(f"Trained on {results.training_rows:,} findings for {results.training_seconds:.0f} s:", style="bold")
     console.print(result_table(results))
-    console.print(f"Everything is in [bold]{output}[/] (picture: before_after.png). Next:\n", soft_wrap=True)
+    console.print(
+        Text.assemble("Everything is in ", (str(output), "bold"), " (picture: before_after.png). Next:\n"),
+        soft_wrap=True,
+    )
     for command in (
-        f"theodora chat {output}/adapter",
-        f"theodora info {output}/adapter",
-        f"theodora evaluate --model {output}/merged --data {output}/data/held_out.jsonl",
-        f"theodora train --model {model} --data {output}/data/train.jsonl --output runs/longer --num-train-epochs 1",
+        f"theodora chat {quoted(output / 'adapter')}",
+        f"theodora info {quoted(output / 'adapter')}",
+        f"theodora evaluate --model {quoted(output / 'merged')} --data {quoted(output / 'data/held_out.jsonl')}",
+        f"theodora train --model {quoted(model)} --data {quoted(output / 'data/train.jsonl')} --output runs/longer "
+        "--num-train-epochs 1",
     ):
-        console.print(f"  [cyan]{command}[/]", soft_wrap=True)
+        console.print(Text("  " + command, style="cyan"), soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from theodora.adapters.atomic import atomic_write
+from theodora.parse import to_json
 
 _BEFORE, _AFTER = "#9aa5b1", "#1f7a5c"
 _QUESTION_LENGTH = 120  # characters shown; results.json has all of them
@@ -67,7 +67,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Write all figures as JSON."""
         with atomic_write(path) as file:
-            file.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            file.write_text(to_json(asdict(self), indent=2, readable=True) + "\n", encoding="utf-8")
 
 
 def result_table(results: Results) -> Table:

@@ -9,25 +9,30 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from theodora.adapters.inject import find_state
 from theodora.data import Examples
 from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows
-from theodora.errors import DataError
+from theodora.errors import DataError, TheodoraError
 from theodora.evaluate.batches import batches_by_length, evaluating
 from theodora.evaluate.exact_match import answer
 from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
+from theodora.terminal import Terminal
 
 _NO_ROWS = (
     "Score the model, or an adapter of it, that was trained with these tokens (theodora train --resize-embeddings), or "
     "take the tokenizer that fits this one."
 )
+
+
+class NotFinite(TheodoraError):
+    """A model's loss is NaN or infinite, so that there is nothing to report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,7 @@ def evaluate(
     Raises:
         DataError: there is no row, or no row has a token to predict; rows do not fit the labels; a metric gives
             something that is no finite number.
+        NotFinite: the model's loss is NaN or infinite; the message names the model and the rows.
     """
     start = time.perf_counter()
     is_text = examples.format == "text"
@@ -205,11 +211,11 @@ def text_loss(
 
 def _progress_bar(*, shown: bool) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Terminal(stderr=True),
         transient=True,
         disable=not shown,
     )
@@ -221,9 +227,28 @@ def _loss(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progre
     task = bar.add_task("Loss", total=len(rows))
     for batch in batches_by_length([len(row) for row in rows], batch_size):
         batch_loss, predicted = summed_loss(model, [rows[i] for i in batch], [labels[i] for i in batch])
+        if not math.isfinite(batch_loss):
+            raise NotFinite(_not_finite(model, asked, batch, batch_loss))
         total, tokens = total + batch_loss, tokens + predicted
         bar.advance(task, len(batch))
     return total, tokens
+
+
+def _not_finite(model: PreTrainedModel, asked: Questions, batch: Sequence[int], loss: float) -> str:
+    """Which model says what of which rows, and what that usually comes from."""
+    alone = [summed_loss(model, [asked.input_ids[i]], [asked.labels[i]])[0] for i in batch]
+    bad = sorted(i + 1 for i, found in zip(batch, alone, strict=True) if not math.isfinite(found))
+    told = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    # A long text is cut into several rows.
+    what = "row" if asked.rows == len(asked.input_ids) else "piece of text"
+    which = f"{what} {told}" if bad else f"a batch of {len(batch)} rows, though in none of them alone"
+    adapted = " with its adapter" if find_state(model) is not None else ""
+    return (
+        f"The model {model.name_or_path}{adapted} gives no finite numbers: its loss on {asked.source} is {loss}, in "
+        f"{which} of the {len(batch)} scored together; nothing was scored. Expected a number. Are there NaN or "
+        f"infinite weights in it, or do its values overflow in {str(model.dtype).removeprefix('torch.')}? float32 "
+        "(--dtype fp32) tells the two apart."
+    )
 
 
 def _label_accuracy(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progress) -> float:

@@ -64,7 +64,8 @@ class ServeConfig:
     port: int = 8000
     """Port to listen on."""
     api_key_file: str | None = None
-    """File with one key on each line; requests must carry one of them (Authorization: Bearer KEY)."""
+    """File with one key on each line (blank lines and lines that begin with # aside); requests must carry one of them
+    (Authorization: Bearer KEY)."""
     adapter_folder: str | None = None
     """Allow /v1/load_lora_adapter and /v1/unload_lora_adapter, for adapters inside this folder."""
     max_body: int = 4_000_000

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hmac
 import json
+import logging
+import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from theodora.adapters.adapter_folder import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
-from theodora.errors import CheckpointError, ConfigError
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.folder import LeadsOut, Place
 from theodora.serve.misses import cut
 
+log = logging.getLogger("theodora.serve")
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_SHORT_KEY = 8  # characters; what has fewer can be guessed
 
 _OPEN = ("/health", "/ping")
 """Paths that anybody may ask, who brings nothing."""
@@ -218,18 +226,57 @@ def _host(header: str) -> str:
 def read_keys(path: str | None) -> frozenset[str]:
     """The keys of a file, one on each line.
 
+    Blank lines, blanks around a key, lines that begin with # and a byte order mark are no part of a key, however the
+    lines end.
+
     Raises:
-        ConfigError: it cannot be read, or holds none.
+        ConfigError: it cannot be read, is no UTF-8, holds no key, or a line that no client could send as a key.
     """
     if path is None:
         return frozenset()
     try:
-        keys = frozenset(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"api_key_file {path} cannot be read: {error}") from error
+    keys, problems = _keys_in(_text_of(path, data))
+    if problems:
+        raise ConfigError(f"api_key_file {path}:{bullet_list(problems)}")
     if not keys:
         raise ConfigError(f"api_key_file {path} holds no key; expected one on each line")
-    return keys
+    if any(len(key) < _SHORT_KEY for key in keys):
+        log.warning("%s has a key of less than %d characters, which can be guessed", path, _SHORT_KEY)
+    if os.name == "posix" and Path(path).expanduser().stat().st_mode & 0o004:
+        log.warning("%s can be read by every user of this machine, keys and all; chmod 600 mends that", path)
+    return frozenset(keys)
+
+
+def _text_of(path: str, data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f'api_key_file {path} is UTF-16 (Windows\' "Unicode"); expected UTF-8: save it as that')
+    if b"\0" in data:
+        raise ConfigError(f"api_key_file {path} holds NUL bytes: it is no text; expected UTF-8, a key on each line")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"api_key_file {path} is no UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _keys_in(text: str) -> tuple[list[str], list[str]]:
+    """The keys, and what is wrong with lines; no message shows a key."""
+    keys: list[str] = []
+    problems: list[str] = []
+    # Not splitlines(), which also ends lines where a form feed or U+2028 stands: half a key would be a key.
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if re.search(r"\s#", key):
+            problems.append(f"line {number} has a # after a blank; expected one key, comments on lines of their own")
+        elif not key.isprintable():
+            problems.append(f"line {number} holds characters that are not seen; expected a key alone")
+        else:
+            keys.append(key)
+    return keys, problems
 
 
 def inside(folder: str | Path, asked: str) -> Place:

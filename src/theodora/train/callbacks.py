@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from theodora.adapters.atomic import atomic_write, explained_io_errors
 from theodora.errors import TheodoraError
+from theodora.parse import to_json
 
 
 class Diverged(TheodoraError):
@@ -32,7 +33,7 @@ class MetricsFile(TrainerCallback):
         self.path = path
         kept = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
         with atomic_write(path) as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            file.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -40,7 +41,7 @@ class MetricsFile(TrainerCallback):
         """Write one line."""
         if not state.is_world_process_zero:
             return
-        line = json.dumps({"step": state.global_step, **{k: _plain(v) for k, v in logs.items()}}) + "\n"
+        line = to_json({"step": state.global_step, **logs}) + "\n"
         with explained_io_errors(self.path):
             size = self.path.stat().st_size
             try:
@@ -66,11 +67,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _is_before(line: dict[str, Any], step: int) -> bool:
     """Whether a line belongs to the part of a run that a checkpoint at `step` holds; the closing summary does not."""
     return line["step"] <= step and "train_runtime" not in line
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class StopWhenDiverged(TrainerCallback):

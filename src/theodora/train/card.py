@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from theodora.adapters.classes import auto_name
 from theodora.adapters.read_back import write_text
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
+from theodora.shown import markdown, markdown_code
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time
@@ -48,8 +50,9 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     name = Path(config.output).resolve().name
     sections = [
         _metadata(config),
-        f"# {name}\n\n{describe_adapter(config)}: an adapter for `{config.model}`, trained with "
-        f"Theodora {theodora.__version__}.{f' It {origin}.' if (origin := described(config)) is not None else ''}",
+        f"# {markdown(name)}\n\n{describe_adapter(config)}: an adapter for {markdown_code(config.model)}, trained with "
+        f"Theodora {theodora.__version__}."
+        + (f" It {markdown(origin)}." if (origin := described(config)) is not None else ""),
         _results(result),
         _data(plan),
         _settings(plan),
@@ -84,30 +87,31 @@ def _results(result: TrainResult) -> str:
 def _data(plan: Plan) -> str:
     config = plan.config
     held_out = counted(plan.held_out_rows, "row") + (
-        f" from `{config.eval_data}`" if config.eval_data else " of the same file, none of them trained on"
+        f" from {markdown_code(config.eval_data)}" if config.eval_data else " of the same file, none of them trained on"
     )
     learned = "completions and assistant turns" if config.train_on == "completion" else "all tokens"
     return (
-        f"## Data\n\n- Trained on `{config.data}` ({plan.data_format}): {counted(plan.rows, 'row')}, "
+        f"## Data\n\n- Trained on {markdown_code(config.data)} ({plan.data_format}): {counted(plan.rows, 'row')}, "
         f"{plan.tokens:,} tokens.\n"
         f"- Loss on {learned}: {plan.learned:,} tokens.\n"
         f"- Held out: {held_out if plan.held_out_rows else 'none'}."
-    ) + "".join(f"\n- Left out: {part}." for part in sentences(plan.left_out))
+    ) + "".join(f"\n- Left out: {markdown(part)}." for part in sentences(plan.left_out))
 
 
 def _settings(plan: Plan) -> str:
     config = plan.config
     options = {k: v for k, v in config.to_options().items() if v not in (None, [], {}, False)}
     left_out = ("data", "output", "overwrite", "resume")
-    shown = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name not in left_out]
+    shown = [f"| {markdown(name)} | {_cell(value)} |" for name, value in options.items() if name not in left_out]
     again = f"theodora train --config config.yaml --overwrite{grant_flags(options)}"
     return (
         "## Training\n\n"
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
-        f"{describe_modules(plan.modules)}{f' and {describe_token_rows(plan)}' if plan.token_rows else ''}.\n"
+        f"{markdown(describe_modules(plan.modules))}"
+        f"{f' and {markdown(describe_token_rows(plan))}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
         f"base model in {plan.dtype} on {device_name(plan.device)}.\n"
-        + "".join(f"- Resumed with other options; {line}.\n" for line in plan.history)
+        + "".join(f"- Resumed with other options; {markdown(line)}.\n" for line in plan.history)
         + "\n"
         f"`config.yaml` holds every setting; `{again}` runs it again.\n\n"
         "| setting | value |\n|---|---|\n" + "\n".join(shown)
@@ -116,12 +120,13 @@ def _settings(plan: Plan) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+        return markdown(", ".join(map(str, value)))
+    return f"{value:g}" if isinstance(value, float) else markdown(value)
 
 
 def _usage(config: TrainConfig, auto: str) -> str:
-    name = Path(config.output).resolve().name
+    # As Python's words, whatever characters they hold.
+    name, model = (json.dumps(text) for text in (Path(config.output).resolve().name, config.model))
     commands = "\n".join(next_commands(config))
     return f"""## Use
 
@@ -135,7 +140,7 @@ With Theodora:
 from transformers import {auto}
 from theodora import load_adapter
 
-model = load_adapter({auto}.from_pretrained("{config.model}"), "{name}")
+model = load_adapter({auto}.from_pretrained({model}), {name})
 ```
 
 With PEFT:
@@ -144,7 +149,7 @@ With PEFT:
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{config.model}"), "{name}")
+model = PeftModel.from_pretrained({auto}.from_pretrained({model}), {name})
 ```"""
 
 

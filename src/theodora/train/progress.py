@@ -30,10 +30,10 @@ class ProgressView(TrainerCallback):
         self.tokens_per_second: float | None = None
         self.seconds_left: float | None = None
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(None, complete_style="cyan", finished_style="cyan"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}", style="bold"),
+            TextColumn("{task.fields[left]}", style="bold", markup=False),
             expand=True,
         )
         self._task = self._bar.add_task("Training", total=None, left="")

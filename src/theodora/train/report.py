@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
+from theodora.shown import quoted
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten
@@ -95,7 +95,11 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid.add_row("Output", shorten(config.output))
     for note in plan.notes:
         grid.add_row(Text("Note", style="yellow"), note)
-    console.print(Panel(grid, title="[bold]theodora train", title_align="left", border_style="cyan", box=box.ROUNDED))
+    console.print(
+        Panel(
+            grid, title=Text("theodora train", style="bold"), title_align="left", border_style="cyan", box=box.ROUNDED
+        )
+    )
 
 
 def left_out_lines(parts: Sequence[LeftOut]) -> list[str]:
@@ -155,20 +159,20 @@ def describe_stops(result: TrainResult) -> str:
 
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands for someone who has just trained this adapter."""
-    output = shlex.quote(config.output)
+    output = quoted(config.output)
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
-    evaluate = f"theodora evaluate --model {shlex.quote(config.model)} --adapter {output} --data"
+    evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
     return [
-        *([f"{evaluate} {shlex.quote(held_out)}{trusts}"] if held_out else []),
+        *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out else []),
         f"theodora chat {output}{trusts}",
-        f"theodora merge {output} --output {shlex.quote(config.output.rstrip('/') + '-merged')}{trusts}",
+        f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}",
     ]
 
 
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on from a run's newest checkpoint, with the flags that its record cannot grant."""
-    record = shlex.quote(str(Path(config.output) / CONFIG_FILE))
+    record = quoted(str(Path(config.output) / CONFIG_FILE))
     return f"theodora train --config {record} --resume{grant_flags(config.to_options())}"
 
 

@@ -30,6 +30,8 @@ from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.parse import to_yaml
+from theodora.shown import plain, quoted
+from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
@@ -89,7 +91,7 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
-    console = (console or Console(highlight=False)) if arguments.process_index == 0 else Console(quiet=True)
+    console = Terminal.over(console or Terminal()) if arguments.process_index == 0 else Terminal(quiet=True)
     with ExitStack() as held:
         said = held.enter_context(alone_in(output)) if arguments.should_save else []
         files.check_output(output, overwrite=config.overwrite, resume=config.resume)
@@ -326,9 +328,9 @@ def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
         files.clear_run(output)
     files.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
-    command = f"theodora train --config {output / files.CONFIG_FILE} --overwrite{grant_flags(options)}"
-    head = " ".join(f"{files.RECORD_HEAD} To run it again: {command}".splitlines()) + "\n"  # one comment
-    head += "".join(f"# {line}\n" for line in plan.history)
+    command = f"theodora train --config {quoted(output / files.CONFIG_FILE)} --overwrite{grant_flags(options)}"
+    head = f"{files.RECORD_HEAD} To run it again: {command}\n"
+    head += "".join(f"# {plain(line)}\n" for line in plan.history)
     files.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / files.HELD_OUT_FILE) as file:
