@@ -38,6 +38,7 @@ from theodora.serve.batching import SCHEDULER, NotRun, RoutedManager, Router, ro
 from theodora.serve.config import ServeConfig
 from theodora.serve.manners import read_told
 from theodora.serve.requests import Request, Sampling
+from theodora.serve.rows_apart import RowsApart
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier, Stamp
 from theodora.serve.trial import Trial
@@ -79,6 +80,7 @@ class Engine:
         self._mover = ThreadPoolExecutor(1, "theodora-mover")
         self.host = HostTier(config.host_adapters, self._mover, self._read_again, self._wake)
         self._manager: RoutedManager | None = None
+        self._apart: RowsApart | None = None
         self._started = self._stopping = False
         route_batches(model, self.routing)
 
@@ -315,6 +317,7 @@ class Engine:
             return
         if _heads_differ(self.model.config.get_text_config()):
             raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
+        self._apart = self._apart or RowsApart(self.model)
         trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
         if trial is not None and not trial.finite:
             dtype = str(self.model.dtype).removeprefix("torch.")
@@ -390,6 +393,8 @@ class Engine:
         self._mover.shutdown(wait=False, cancel_futures=True)
         if manager is not None and manager.is_running():
             manager.stop(block=True, timeout=timeout, hard_stop=True)
+        if self._apart is not None:
+            self._apart.end()
 
     def _new_manager(self) -> RoutedManager:
         config = self.config
