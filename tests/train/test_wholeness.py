@@ -83,7 +83,7 @@ DAMAGES = {
     "negative steps": ("trainer_state.json", lambda n, _: state(n, global_step=-4)),
     "no optimizer": ("optimizer.pt", lambda n, _: (n / "optimizer.pt").unlink()),
     "no random states": ("rng_state.pth", lambda n, _: (n / "rng_state.pth").unlink()),
-    "other bytes, one size": ("scheduler.pt", lambda n, _: flip(n / "scheduler.pt", 0.5)),
+    "other bytes, one size": ("scheduler.pt", lambda n, _: flip_in_archive(n / "scheduler.pt")),
     "no manifest": (MARK, lambda n, _: (n / MARK).unlink()),
     "a manifest that is none": (MARK, lambda n, _: (n / MARK).write_text("{")),
     "a manifest that is a list": (MARK, lambda n, _: (n / MARK).write_text("[]")),
