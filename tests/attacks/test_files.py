@@ -467,7 +467,7 @@ def test_a_base_model_that_is_cut_short(capsys, tmp_path, adapter, tiny_model_di
 
 
 def test_an_adapter_that_changes_while_it_is_exported(monkeypatch, capsys, tmp_path, adapter, tiny_model_dir):
-    from theodora.export import exporting
+    from theodora.adapters import read_back
 
     own = tmp_path / "own"
     shutil.copytree(adapter("lora8"), own)
@@ -478,7 +478,7 @@ def test_an_adapter_that_changes_while_it_is_exported(monkeypatch, capsys, tmp_p
             (own / WEIGHTS).write_bytes((adapter("dora4") / WEIGHTS).read_bytes())
         return copy(source, target, **options)
 
-    monkeypatch.setattr(exporting.shutil, "copyfile", late)
+    monkeypatch.setattr(read_back.shutil, "copyfile", late)
     options = ["--to", "peft", "--no-verify", "--base-model", str(tiny_model_dir())]
     assert main(["export", str(own), "--output", str(tmp_path / "out"), *options]) == 1
     assert "changed while it was exported" in " ".join(capsys.readouterr().err.split())

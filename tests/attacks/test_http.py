@@ -258,7 +258,8 @@ def rest_of(line):
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_requests_that_never_end_are_ended(quick, tmp_path, caplog, keyed):
-    (tmp_path / "keys").write_text("key\n")
+    (tmp_path / "keys").write_text("a key that is long enough\n".replace(" ", "-"))
+    (tmp_path / "keys").chmod(0o600)
     keys = {"api_key_file": str(tmp_path / "keys")} if keyed else {}
     with serving_(client_timeout=0.3, **keys) as server, contextlib.ExitStack() as stack:
         lines = {name: stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for name in SLOW}

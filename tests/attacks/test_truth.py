@@ -203,7 +203,7 @@ def test_an_export_that_is_not_what_was_written_is_refused(
     form, damage, adapter, tiny_model_dir, tmp_path, monkeypatch, capsys
 ):
     _spoil(monkeypatch, read_back, "save_file", lambda tensors, path, *_others: damage(Path(path)))
-    _spoil(monkeypatch, shutil, "copyfile", lambda source, target: damage(Path(target)))
+    _spoil(monkeypatch, shutil, "copyfile", lambda source, target, **_others: damage(Path(target)))
     _spoil(monkeypatch, gguf_written, "flush", damage)  # a GGUF file, when it is closed
     to = ["--to", form, "--output", str(tmp_path / "out.gguf"), "--base-model", str(tiny_model_dir()), "--no-verify"]
     assert cli.main(["export", str(adapter("lora8")), *to]) != 0

@@ -12,7 +12,7 @@ from crash import jobs
 from theodora.errors import CheckpointError
 from theodora.train import callbacks
 
-_NEW_USER, _NEW_MOUNTS, _READ_ONLY, _REMOUNT = 0x10000000, 0x00020000, 1, 32
+_NEW_USER, _NEW_MOUNTS, _READ_ONLY, _REMOUNT, _BIND = 0x10000000, 0x00020000, 1, 32, 4096
 
 
 def tmpfs(folder: Path) -> str | None:
@@ -62,7 +62,9 @@ def _break(how: str, disk: Path) -> None:
     if how == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
     elif how == "read-only":
-        if ctypes.CDLL(None).mount(None, os.fsencode(disk), None, _REMOUNT | _READ_ONLY, None):
+        # The mount itself has a file that is open for writing, the run's lock; one on top of it has none.
+        mount, name = ctypes.CDLL(None).mount, os.fsencode(disk)
+        if mount(name, name, None, _BIND, None) or mount(None, name, None, _BIND | _REMOUNT | _READ_ONLY, None):
             raise AssertionError
     else:
         room = {"no room": 0, "room for some": 40_000, "room for the adapter": 60_000}[how]

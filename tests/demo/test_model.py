@@ -30,7 +30,7 @@ def gguf(tiny_model_dir, tmp_path_factory):
 @pytest.fixture
 def read_tokenizer(monkeypatch):
     """transformers reads the tokenizers of GGUF files that have merges or scores, which the tiny one has not."""
-    reader = SimpleNamespace(from_pretrained=lambda folder, gguf_file: tiny_tokenizer())
+    reader = SimpleNamespace(from_pretrained=lambda folder, gguf_file, trust_remote_code: tiny_tokenizer())
     monkeypatch.setattr(sys.modules["theodora.demo.model"], "AutoTokenizer", reader)
 
 

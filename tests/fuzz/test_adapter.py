@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from fuzz.fuzzing import damaged, files_under, fuzz, json_values, only_our_errors, text
-from theodora import AdapterConfig, inject_adapter, load_adapter, save_adapter
+from theodora import AdapterConfig, inject_adapter, load_adapter, paths, save_adapter
 from theodora.adapters.checkpoint import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
 from theodora.adapters.mlx import save_mlx
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
@@ -210,7 +210,7 @@ def test_metadata_of_every_kind(sound, tmp_path_factory, metadata):
         ({"use_dora": "false"}, "use_dora is 'false'; expected true or false"),
         ({"use_rslora": 1}, "use_rslora is 1; expected true or false"),
         ({"lora_alpha": 10**400}, "alpha is 1000"),
-        ({"rank_pattern": {"a{99999999999}": 2}}, "is no regular expression"),
+        ({"rank_pattern": {"a{99999999999}": 2}}, "repeats more than 100,000 times"),
         ({"modules_to_save": [""]}, "modules_to_save holds ''"),
         ({"base_model_name_or_path": ["a"]}, "expected a folder or hub name"),
     ],
@@ -255,10 +255,11 @@ def test_a_key_that_stands_twice_is_refused(variant):
         read_adapter(folder)
 
 
-def test_an_expression_that_never_ends_is_stopped(variant):
+def test_an_expression_that_never_ends_is_stopped(variant, monkeypatch):
     """Python's own `re` would be busy with this one until the sun is cold."""
+    monkeypatch.setattr(paths, "PATIENCE", 0.2)
     start = time.monotonic()
-    with pytest.raises(ConfigError, match=r"takes more than 0\.5 s"):
+    with pytest.raises(ConfigError, match=r"take more than 0\.2 s together"):
         read_adapter(variant({"rank_pattern": {r"(.|\w)*[!?]": 2, "1.*": 4}}))
     assert time.monotonic() - start < 30
 

@@ -23,7 +23,7 @@ from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
 from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.models import load_model, load_model_and_tokenizer
 from theodora.errors import CheckpointError, TheodoraError
-from theodora.train.checkpoints import RUN_FILES, check_output, clear_run
+from theodora.train.checkpoints import CONFIG_FILE, RUN_FILES, check_output, clear_run
 
 FIELDS = st.one_of(
     st.sampled_from(
@@ -233,7 +233,8 @@ def test_links_in_an_output_folder_are_not_written_through(tmp_path):
         with pytest.raises(TheodoraError, match=r"holds .*, but no run of theodora"):
             check_output(output, overwrite=False, resume=None)
         clear_run(output)
-        assert not list(output.iterdir())
+        # The record stays until another run begins, and says that there is nothing to go on from.
+        assert [path.name for path in output.iterdir() if not path.is_symlink()] == [CONFIG_FILE]
     kept = tmp_path / "kept"
     (kept / "deep").mkdir(parents=True)
     (tmp_path / "run").mkdir()

@@ -47,6 +47,8 @@ def test_a_model_that_batches_change_does_not_start(family, says, dtype, capfd, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "starcoder2", "mixtral"])
 def test_others_start(family, dtype):
+    if (family, dtype) == ("gemma2", torch.float16):
+        pytest.skip("its attention, without a kernel, is refused in float16: the test below")
     made = engine(tiny_model(family, dtype=dtype))
     try:
         made.start()
@@ -55,6 +57,13 @@ def test_others_start(family, dtype):
         made.start()  # does nothing
     finally:
         made.stop()
+
+
+def test_scores_in_float16_are_refused_with_the_way_out():
+    """No mask keeps apart what overflows before it is added."""
+    made = engine(tiny_model("gemma2", dtype=torch.float16))
+    with pytest.raises(Unavailable, match=r"does not keep requests apart in float16, but does in bfloat16 .*--dtype"):
+        made.start()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])

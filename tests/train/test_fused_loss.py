@@ -205,7 +205,7 @@ def test_a_wrapper_does_not_hide_that_the_model_is_in_evaluation_mode(monkeypatc
     wrapper = nn.Sequential(made.model)
     made.model.eval()
     assert wrapper.training
-    made.why_no_graph, made.guard = "not here", None
+    made.why_no_graph, made.guard, made.outcome = "not here", None, None
     made.pieces = lambda inputs, *args: made._one_pass(inputs, *args)
     made.training_step(wrapper, {})
     assert made.model.training

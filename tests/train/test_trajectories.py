@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from theodora.config import TrainConfig
-from theodora.errors import CheckpointError, ConfigError
+from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.train import callbacks, train
 from theodora.train.run import TrainingInterrupted
 
@@ -127,7 +127,7 @@ def test_a_diverging_run_ends_at_once(run, tmp_path):
 
 def test_nothing_is_trained_if_the_output_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be written"):
+    with pytest.raises(UsageError, match=r"cannot be written: .*file is a file"):
         run(output=str(tmp_path / "file" / "run"))
 
 

@@ -257,9 +257,9 @@ def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding |
 def _check_finite(tensor: OutputTensor, stored: Tensor, merged: Tensor, written: Tensor) -> None:
     """Raise a CheckpointError for values that are not finite, which says whose they are.
 
-    (A buffer that is no parameter of the model, such as a mask, may be infinite by intent, never NaN.)
+    (A buffer, such as the bounds of a clamp, may be infinite by intent, never NaN.)
     """
-    if finite(written) or (tensor.change is None and tensor.parameter is None and not bool(stored.isnan().any())):
+    if finite(written) or (tensor.change is None and tensor.is_buffer and not bool(stored.isnan().any())):
         return
     dtype = str(written.dtype).removeprefix("torch.")
     if not finite(stored):

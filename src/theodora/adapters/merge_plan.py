@@ -61,6 +61,8 @@ class OutputTensor:
     """Whether it is stored (in, out)."""
     dtype: torch.dtype | None
     """What it is written in; None: as stored."""
+    is_buffer: bool = False
+    """Whether it is no parameter of the model: a mask or a bound, which may be infinite by intent."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -275,7 +277,7 @@ def _outputs(
 ) -> list[OutputTensor]:
     parameter_of = {key: name for name, key in base.keys.items()}
     parameter_of |= {key: name for name, keys in base.converted.items() for key in keys}
-    floating = _castable(base, dtype)
+    floating, buffers = _castable(base, dtype), {name for name, _ in base.model.named_buffers()}
 
     def output(key: str, source: StoredTensor, name: str | None) -> OutputTensor:
         cast = dtype if name in floating and source.dtype in FLOAT_DTYPES else None
@@ -283,7 +285,8 @@ def _outputs(
             name = key  # the adapter names the stored tensor itself: see BaseCheckpoint.model_name
         change = changes.get(name) if name is not None and name not in base.converted else None
         transposed = change is not None and change.low_rank is not None and base.is_transposed(name or "")
-        return OutputTensor(key, source, name, change, transposed, cast or FLOAT_DTYPES.get(source.dtype))
+        written = cast or FLOAT_DTYPES.get(source.dtype)
+        return OutputTensor(key, source, name, change, transposed, written, is_buffer=name is None or name in buffers)
 
     outputs = [output(key, stored, parameter_of.get(key)) for key, stored in base.tensors.items()]
     for name in sorted(untied - base.keys.keys()):

@@ -170,7 +170,12 @@ def _check_weights(folder: Path) -> AbstractContextManager[None]:
         raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
     if not isinstance(config, dict) or not any(folder.glob("*.safetensors")):
         return nullcontext()  # transformers refuses it before it builds anything
-    check_layers(folder, config, stored.tensors)
+    try:
+        check_layers(folder, config, stored.tensors)
+    except CheckpointError as error:
+        if why := damaged_weights(folder):  # whose tensors do not count
+            raise CheckpointError(f"{folder} cannot be used:{bullet_list(why)}") from error
+        raise
     return bounded_build(folder, config, stored)
 
 
