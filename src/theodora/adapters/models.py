@@ -174,7 +174,7 @@ def _check_weights(folder: Path) -> AbstractContextManager[None]:
         check_layers(folder, config, stored.tensors)
     except CheckpointError as error:
         if why := damaged_weights(folder):  # whose tensors do not count
-            raise CheckpointError(f"{folder} cannot be used:{bullet_list(why)}") from error
+            raise CheckpointError(f"{error} Some of its files do not count:{bullet_list(why)}") from error
         raise
     return bounded_build(folder, config, stored)
 
