@@ -15,7 +15,7 @@ from datasets import Dataset
 from theodora import metered, paths
 from theodora.adapters.models import load_tokenizer
 from theodora.cli.main import main
-from theodora.data import load_examples, tokenize, unfolded
+from theodora.data import files, load_examples, tokenize, unfolded
 from theodora.errors import ConfigError, DataError
 from theodora.serve.chats import chat_text
 from theodora.serve.protocol import ChatRequest
@@ -89,6 +89,19 @@ def nested_parquet(path: Path) -> Path:
     return path
 
 
+def deltas(path: Path) -> Path:
+    """Each value is stored as what differs from the one before: nothing."""
+    table = pa.table({"text": ["a" * 10_000] * 2000})
+    pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
+    return path
+
+
+def fixed(path: Path) -> Path:
+    values = pa.array([[b"a" * 10_000]] * 2000, pa.list_(pa.binary(10_000)))
+    pq.write_table(pa.table({"text": ["a"] * 2000, "beside": values}), path)
+    return path
+
+
 def nulls(path: Path) -> Path:
     pq.write_table(pa.table({"text": pa.nulls(2_000_000, pa.string())}), path)
     return path
@@ -118,27 +131,44 @@ def list_views(times: int) -> Any:
     )
 
 
+def run_ends(times: int) -> Any:
+    return pa.RunEndEncodedArray.from_arrays(pa.array([times], pa.int32()), pa.array(["a"]))
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "a.parquet": parquet,
     "nested.parquet": nested_parquet,
+    "deltas.parquet": deltas,
+    "fixed.parquet": fixed,
     "nulls.parquet": nulls,
     "dictionary": saved(lambda times: repeated("a" * 10_000, times)),
-    "views": saved(list_views),
-    "runs": saved(
-        lambda times: pa.RunEndEncodedArray.from_arrays(pa.array([times * 10_000], pa.int32()), pa.array(["a"]))
-    ),
+    "list_view": saved(list_views),
+    "run_end_encoded": saved(lambda times: run_ends(times * 10_000)),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_rows_unfold_no_further_than_is_plausible(name, tmp_path, monkeypatch):
-    """Some kilobytes stand for 20 MB or more; the allowance is lowered here from 512 MB."""
+    """Some kilobytes stand for 20 MB or more, and take little memory; the allowances are lowered here."""
     monkeypatch.setattr(unfolded, "ANY_FILE", 1 << 20)
     monkeypatch.setattr(unfolded, "MOST_COMPRESSED", 100)
+    monkeypatch.setattr(files, "_DELTAS_AT_ONCE", 1 << 20)
     source = SOURCES[name](tmp_path / name)
-    with pytest.raises(DataError, match=r"(unfolds to .* expected at most|cannot be read)") as told:
-        load_examples(source)
-    print(told.value)
+    pool, usual = pa.proxy_memory_pool(pa.system_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(DataError, match=r"unfolds to .* expected at most"):
+            load_examples(source)
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < 6 << 20
+
+
+@pytest.mark.parametrize("name", ["list_view", "run_end_encoded"])
+def test_columns_that_datasets_does_not_know_are_refused(name, tmp_path):
+    """Small enough to be opened, they are not: datasets has no such columns."""
+    with pytest.raises(DataError, match=rf"cannot be read: Arrow type {name}<.* does not have a datasets dtype"):
+        load_examples(SOURCES[name](tmp_path / name))
 
 
 def test_a_user_may_allow_more(tmp_path, monkeypatch):

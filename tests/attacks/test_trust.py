@@ -81,6 +81,14 @@ def test_a_recipe_does_not_run_code_of_the_model(recipe, tmp_path, capsys, askin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["config", "subfolder", "gguf_file"])
+def test_a_recipe_does_not_lead_past_the_model_that_was_checked(recipe, capsys, name):
+    """Kernels and layers are looked for in the folder that the user names, not in one beside it."""
+    assert main(["train", "--config", recipe(model_init_kwargs={name: "../other"})]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"model_init_kwargs makes no sense: - {name}: " in said
+
+
 @pytest.mark.parametrize("kept", ["weights_only", "use_safetensors"])
 def test_a_recipe_does_not_open_pickles(recipe, capsys, kept):
     assert main(["train", "--config", recipe(model_init_kwargs={kept: False}), "--trust-remote-code"]) == 2

@@ -64,6 +64,21 @@ def table_size(table: Any, most: int) -> int:
     return found
 
 
+def file_size(path: Path, most: int) -> int:
+    """Bytes that the rows of an Arrow stream take, if that cannot be seen from the file's size (else 0).
+
+    datasets writes out in memory, while it opens a data set, what such a file has in short.
+    """
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        if not may_repeat(stream.schema):
+            return 0
+        table = stream.read_all()
+        if (least := table.num_rows * table.num_columns * _VALUE) > most:
+            return least
+        table.validate(full=True)
+        return table_size(table, most)
+
+
 def _sizes(array: Any) -> Any:
     kind, count = array.type, len(array)
     if count > _MOST_VALUES:

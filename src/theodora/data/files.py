@@ -35,6 +35,8 @@ LONGEST_LINE = 256 << 20
 LARGEST_UNPACKED = 1 << 30
 """Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
 _MOST_ROWS, _BYTES_AT_ONCE = 10_000, 64 << 20
+_DELTAS_AT_ONCE = 512 << 20
+"""Bytes that a batch may take at worst where values are stored as what differs from the one before."""
 BATCH_ROWS = 100
 """Rows of a table that are made into values at once."""
 # What a spreadsheet writes for a row of empty cells.
@@ -210,14 +212,27 @@ def _json_columns(schema: Any) -> Any:
 def _told_size(metadata: Any) -> int:
     """What a Parquet file says of itself: bytes of its pages unfolded, or the least that its values take."""
     columns = _column_chunks(metadata)
+    widths = [
+        size_of(None) + _width_of(metadata, index) for index in range(metadata.num_columns)
+    ] * metadata.num_row_groups
     pages = sum(max(column.total_uncompressed_size, 0) for column in columns)
-    return max(pages, sum(size_of(None) * column.num_values for column in columns))
+    return max(pages, sum(width * column.num_values for width, column in zip(widths, columns, strict=True)))
+
+
+def _width_of(metadata: Any, index: int) -> int:
+    """Bytes of each value of a column that says how long all are; a dictionary holds such a value once."""
+    column = metadata.schema.column(index)
+    return column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0
 
 
 def _in_dictionaries(metadata: Any) -> list[str]:
     """The columns of text in which some values stand in a dictionary."""
     texts = [column for column in _column_chunks(metadata) if column.physical_type == "BYTE_ARRAY"]
-    return sorted({column.path_in_schema for column in texts if any("DICT" in name for name in column.encodings)})
+    return sorted({column.path_in_schema for column in texts if column.has_dictionary_page or _has(column, "DICT")})
+
+
+def _has(column: Any, encoding: str) -> bool:
+    return any(encoding in name for name in column.encodings)
 
 
 def _column_chunks(metadata: Any) -> list[Any]:
@@ -228,8 +243,14 @@ def _column_chunks(metadata: Any) -> list[Any]:
 def _rows_at_once(metadata: Any) -> int:
     """Rows of a batch, of which the pages may be in memory: many, since each batch has a copy of its dictionaries."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    widths = sum(_width_of(metadata, index) for index in range(metadata.num_columns))
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-    return max(1, min(_MOST_ROWS, _BYTES_AT_ONCE // max(largest, 1)))
+    # A value that repeats the beginning of the one before is as long as all that is stored, at most.
+    deltas = max(
+        (chunk.total_uncompressed_size for chunk in _column_chunks(metadata) if _has(chunk, "DELTA_BYTE")), default=0
+    )
+    most = min(_BYTES_AT_ONCE // max(largest, widths, 1), _DELTAS_AT_ONCE // max(deltas, 1))
+    return max(1, min(_MOST_ROWS, most))
 
 
 def _parts(batch: Any, sizes: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from theodora.data.arrow_sizes import is_compressed, may_repeat, table_size
+from theodora.data.arrow_sizes import file_size, is_compressed, may_repeat, table_size
 from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.hub import load_from_hub
 from theodora.data.problems import Problems, nearest
@@ -123,9 +123,12 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
 def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
         _check_within(path)
-        for file in path.rglob("*.arrow"):
+        stored = [file for file in path.rglob("*.arrow") if file.is_file()]
+        unfolded = Unfolded(name, sum(file.stat().st_size for file in stored))
+        for file in stored:
             if is_compressed(file):
                 raise DataError(f"{name}: the buffers in {file.name} are compressed; save it anew with `datasets`")
+            unfolded.add(file_size(file, unfolded.allowed))
         saved = datasets.load_from_disk(str(path), keep_in_memory=_fits_in_memory(path))
         for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
             # Arrow trusts the offsets in a file, and reads anywhere in memory if they are wrong.
