@@ -70,6 +70,7 @@ def test_what_was_changed_in_place_is_refused(changes, says, before, tmp_path):
         ({"tokens": "others"}, {"max_length": 7}, ["the tokens of its rows, as max_length did"]),
         ({"tokens": "others"}, {"trainer": {"eos_token": "x"}}, ["the tokens of its rows, as eos_token did"]),
         ({"base": "another"}, {"bf16": True}, ["the weights of the base model m, as bf16 did"]),
+        ({"base": "another"}, {"trainer": {"fp16": True}}, ["the weights of the base model m, as fp16 did"]),
         ({"processes": 1}, {}, ["processes from 2 to 1"]),
     ],
 )

@@ -40,7 +40,7 @@ _TOKENS_OF_TRL = (
     "dataset_text_field",
 )
 _BASE = ("model", "revision", "bf16", "modules_to_save")
-_BASE_OF_TRL = ("model_init_kwargs",)
+_BASE_OF_TRL = ("model_init_kwargs", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
