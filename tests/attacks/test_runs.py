@@ -1,5 +1,7 @@
 """Kills at any write, two runs on one folder, damaged checkpoints, changed inputs, what kills leave in TMPDIR."""
 
+import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -14,13 +16,16 @@ from safetensors.torch import load_file
 
 import tiny
 from theodora import locks
+from theodora.adapters import merge_checkpoint as merge
 from theodora.adapters.alone import LOCK, alone_in
 from theodora.cli.main import main
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, UsageError
+from theodora.export import exporting
 from theodora.train import train
 from theodora.train.checkpoints import check_output, find_checkpoint, is_doomed, newest_checkpoint
 
+merge_checkpoint = importlib.import_module("theodora.adapters.merge_checkpoint")  # the package has its function there
 _OPTIONS = {"rank": 2, "per_device_train_batch_size": 4, "held_out": 0, "bf16": False, "save_total_limit": 9}
 
 
@@ -241,6 +246,36 @@ def test_a_base_or_template_changed_in_place_is_refused(what, command, tiny_mode
     code, said = command("--resume", model=model, max_steps=2)
     assert code == 2
     assert what in said
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", "mine/run"])
+def test_no_run_begins_among_the_checkpoints_of_another(name, command, finished, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "link").symlink_to(output / "checkpoints")
+    before = sorted(output.rglob("*"))
+    for inner in (output / "checkpoints" / name, tmp_path / "link" / name):
+        code, said = command(output=inner, max_steps=1)
+        assert code == 2
+        assert "among the checkpoints" in said
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_merge_or_export_does_not_replace_a_run_that_began_in_its_place(finished, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+
+    def run_begins(folder, form):
+        written(folder, form)
+        with contextlib.suppress(FileExistsError):
+            shutil.copytree(finished, output)
+
+    for module, make in ((merge_checkpoint, merge), (exporting, exporting.export_adapter)):
+        written = module.mark_written
+        monkeypatch.setattr(module, "mark_written", run_begins)
+        with pytest.raises(UsageError, match=r"no earlier (merge|export)"):
+            make(finished, output, *(["peft"] if module is exporting else []), overwrite=True)
+        assert newest_checkpoint(output)
+        shutil.rmtree(output)
+        assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.fixture

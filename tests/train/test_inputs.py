@@ -67,8 +67,10 @@ def test_what_was_changed_in_place_is_refused(changes, says, before, tmp_path):
     ("changes", "options", "says"),
     [
         ({"sources": {"data": ("other.jsonl", "others")}, "tokens": "others"}, {}, ["the rows of data"]),
-        ({"tokens": "others"}, {"max_length": 7}, []),
-        ({"base": "another"}, {"bf16": True}, []),
+        ({"tokens": "others"}, {"max_length": 7}, ["the tokens of its rows, as max_length did"]),
+        ({"tokens": "others"}, {"trainer": {"eos_token": "x"}}, ["the tokens of its rows, as eos_token did"]),
+        ({"base": "another"}, {"bf16": True}, ["the weights of the base model m, as bf16 did"]),
+        ({"base": "another"}, {"trainer": {"fp16": True}}, ["the weights of the base model m, as fp16 did"]),
         ({"processes": 1}, {}, ["processes from 2 to 1"]),
     ],
 )
@@ -77,6 +79,31 @@ def test_what_was_asked_for_goes_on_with_a_word(changes, options, says, before, 
     found = changes_since(tmp_path, now)
     assert len(found) == len(says)
     assert all(word in note for word, note in zip(says, found, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"tokens": "others"}, {"base": "another"}])
+def test_an_option_that_explains_nothing_excuses_nothing(changes, before, tmp_path):
+    now = replace(before, **changes, options={**before.options, "trainer": {"adam_beta2": 0.99}})
+    with pytest.raises(ConfigError, match="have changed"):
+        changes_since(tmp_path, now)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_link_that_leads_to_other_rows_is_data_changed_in_place(earlier, sums, tmp_path):
+    link, rows = tmp_path / "current.jsonl", Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})
+    config = TrainConfig(model="m", data=str(link), output="o")
+    (tmp_path / "other.jsonl").write_text("".join(sums.read_text().splitlines(keepends=True)[1:]))
+    link.symlink_to(sums)
+    before = inputs_of(config, {"data": load_examples(link)}, rows, "base", 1)
+    if not earlier:
+        link.unlink()
+        link.symlink_to("other.jsonl")
+    now = inputs_of(config, {"data": load_examples(link)}, rows, "base", 1)
+    if earlier:  # a version that wrote down where the link led, to a file that was changed since
+        before = replace(before, sources={"data": (str(sums.resolve()), "others")})
+    write_inputs(Trainer(before), tmp_path)
+    with pytest.raises(ConfigError, match=r"data: the rows of .*current.jsonl have changed"):
+        changes_since(tmp_path, now)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"sources": {"data": 1}}', "[" * 100_000])

@@ -223,7 +223,13 @@ def test_an_older_checkpoint_takes_its_options_from_the_run_around_it(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("record", "says"), [("- 1\n", "holds no options"), ("rank: [1\n", "is damaged"), (None, "nothing beside")]
+    ("record", "says"),
+    [
+        ("- 1\n", "holds no options"),
+        ("rank: [1\n", "is damaged"),
+        ("gradient_accumulation_steps: x\n", "is damaged"),
+        (None, "nothing beside"),
+    ],
 )
 def test_what_a_damaged_record_cannot_tell_is_said(record, says, tmp_path):
     config = TrainConfig(model="m", data="d", output=str(tmp_path))
@@ -234,7 +240,14 @@ def test_what_a_damaged_record_cannot_tell_is_said(record, says, tmp_path):
     assert says in notes[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"options": 1, "given": {}, "processes": 1, "before": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"options": 1, "given": {}, "processes": 1, "before": []}'),
+        '{"options": {"per_device_train_batch_size": "x"}, "given": {}, "processes": 1, "before": []}',
+        '{"options": {}, "given": {}, "processes": 1e400, "before": []}',
+    ],
+)
 def test_damaged_options_of_a_checkpoint_are_said(text, tmp_path):
     (tmp_path / "options.json").write_text(text)
     assert "is damaged" in (resumed.past_of(tmp_path).note or "")

@@ -28,7 +28,7 @@ _DEBRIS = re.compile(r"\..+\.(partial|begun)-.+|" + re.escape(LOCK), re.DOTALL)
 def alone_in(folder: Path) -> Iterator[list[str]]:
     """Keep other processes of Theodora from writing into a folder until the block ends.
 
-    The folder is made, and goes again if nothing was written into it.
+    The folder is made, with those above it; they go again if nothing was written into them.
 
     Yields:
         what the user should know of the lock.
@@ -37,7 +37,8 @@ def alone_in(folder: Path) -> Iterator[list[str]]:
         UsageError: another process is at work there; the message says which. Or the folder lies below a file.
         CheckpointError: the place cannot be written.
     """
-    path, process, is_new = folder / LOCK, os.getpid(), not folder.exists()
+    path, process = folder / LOCK, os.getpid()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with explained_io_errors(folder):
         descriptor, notes = _take(folder, path)
     try:
@@ -47,9 +48,9 @@ def alone_in(folder: Path) -> Iterator[list[str]]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             release(descriptor)
-            if is_new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # if it has come to nothing
+            with contextlib.suppress(OSError):
+                for place in made:
+                    place.rmdir()  # if it has come to nothing
 
 
 def is_empty(folder: Path) -> bool:

@@ -186,6 +186,8 @@ def merge_checkpoint(
         write_text(partial / "README.md", _model_card(report, file))
         _verify(partial, shards, base)
         mark_written(partial, "merged")
+        if overwrite:  # what has begun there since, a training run perhaps, is no earlier merge
+            _check_output(output, overwrite, {})
     return report
 
 

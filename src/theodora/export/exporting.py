@@ -266,6 +266,8 @@ def export_adapter(
                 found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
             if not is_one_file(form):
                 mark_written(place, form)
+            if overwrite:  # what has begun there since, a training run perhaps, is no earlier export
+                check_output(output, form, overwrite, {})
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, found, tuple(notes))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import get_scheduler
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters.classes import fetched_kernels
@@ -35,6 +37,8 @@ _NO_CPU = {
     "activation_offloading": "there is no accelerator's memory to spare by moving activations to the host",
 }
 
+# The least that makes sense of options that SFTConfig takes as they are, and torch refuses in the middle of a run.
+_LEAST = {"dataloader_num_workers": 0, "neftune_noise_alpha": 0, "eval_accumulation_steps": 1}
 
 # Arguments of from_pretrained that have to be said elsewhere, or not at all.
 _NOT_OF_LOADING = {
@@ -116,6 +120,8 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
     _check_model_options(arguments.model_init_kwargs, config.trust_remote_code)
+    _check_values(arguments)
+    _check_optimizer(arguments)
     _check_machine(arguments)
     return arguments
 
@@ -134,18 +140,51 @@ def _check_model_options(options: Any, trust_remote_code: bool) -> None:
         raise ConfigError("model_init_kwargs makes no sense:" + bullet_list(problems))
 
 
-def _check_machine(arguments: SFTConfig) -> None:
-    """Raise a ConfigError for options that need what is not installed, or an accelerator that is not there."""
+def _check_values(arguments: SFTConfig) -> None:
+    """Raise a ConfigError for what optimizer, schedule and loaders of torch would refuse once the model is loaded."""
+    given = {name: getattr(arguments, name) for name in _LEAST}
+    problems = [
+        f"{name} is {value}; expected at least {_LEAST[name]}"
+        for name, value in given.items()
+        if value is not None and not value >= _LEAST[name]
+    ]
+    pairs = (arguments.optim_args or "").split(",")
+    if arguments.optim_args and any(pair.count("=") != 1 for pair in pairs):
+        problems.append(f"optim_args is {shown(arguments.optim_args)}; expected name=value, name=value")
+    if problems:
+        raise ConfigError("The options make no sense:" + bullet_list(problems))
+
+
+def _check_optimizer(arguments: SFTConfig) -> None:
+    """Raise a ConfigError for an optimizer that is not installed, or that or whose schedule refuses its options."""
+    optim, schedule = (getattr(kind, "value", kind) for kind in (arguments.optim, arguments.lr_scheduler_type))
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     except ImportError as error:
-        optim = getattr(arguments.optim, "value", arguments.optim)
         raise ConfigError(
             f"optim is {optim}, and what it needs is not installed: {error}. Or leave optim out: an adapter is small, "
             "and so are AdamW's two copies of it."
         ) from error
     except Exception:  # the others speak of the model, which it is given later
-        pass
+        return
+    if not kind.__module__.startswith("torch.optim"):
+        return
+    try:
+        optimizer = kind([nn.Parameter(torch.zeros(1, 1))], **options)
+    except Exception as error:  # a parameter of its own cannot be at fault
+        raise ConfigError(f"The optimizer ({optim}) refuses its options: {error}") from error
+    # What a schedule needs beside its name; its numbers of steps are not known yet.
+    own = dict(arguments.lr_scheduler_kwargs) if isinstance(arguments.lr_scheduler_kwargs, dict) else None
+    try:
+        get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=10**9, scheduler_specific_kwargs=own)
+    except Exception as error:
+        raise ConfigError(
+            f"lr_scheduler_type is {schedule}, with lr_scheduler_kwargs {own or 'not given'}, which it refuses: {error}"
+        ) from error
+
+
+def _check_machine(arguments: SFTConfig) -> None:
+    """Raise a ConfigError for options that need an accelerator that is not there."""
     if arguments.device.type == "cpu":
         for name, why in _NO_CPU.items():
             if getattr(arguments, name, False):

@@ -50,6 +50,12 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             that have the names of a run's and are none.
         CheckpointError: the place cannot be written.
     """
+    for above in output.resolve().parents:
+        if above.name == CHECKPOINTS and _is_run(above.parent):
+            raise ConfigError(
+                f"{output} lies among the checkpoints of the run {above.parent}, which deletes them one by one. Choose "
+                "another output folder."
+            )
     begins = resume is None or (resume == "auto" and not newest_checkpoint(output))
     begun, doomed = _record_is(output, _BEGUN), is_doomed(output)
     theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name) and not _is_empty(output / name)]

@@ -1,13 +1,14 @@
 """What a run is made from, and whether a resumed one still has the same: rows, tokens, base weights, processes.
 
 Each checkpoint holds it (`inputs.json`), hashes of what was read and where: a file that moved is the same, one that was
-changed in place is not. Options that were changed on purpose are told beside (`_changed_since` in run.py).
+changed in place is not. Options that were changed on purpose are told beside (resumed.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,10 +29,18 @@ _ROWS_AT_ONCE = 1000
 _SMALL = 1 << 20  # bytes of a tensor up to which sha256 costs nothing
 # Options that change which tokens rows become, and which values the base model has.
 _TOKENS = (
-    *("model", "revision", "from_adapter", "trainer", "use_chat_template", "train_on", "max_length"),
+    *("model", "revision", "from_adapter", "use_chat_template", "train_on", "max_length"),
     *("eval_data", "held_out", "replay", "replay_share", "seed"),
 )
-_BASE = ("model", "revision", "bf16", "modules_to_save", "trainer")
+_TOKENS_OF_TRL = (
+    "chat_template_path",
+    "eos_token",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "dataset_text_field",
+)
+_BASE = ("model", "revision", "bf16", "modules_to_save")
+_BASE_OF_TRL = ("model_init_kwargs", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +97,18 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
         return [f"{checkpoint} does not say what it was trained on: whether the data have changed could not be checked"]
     changed, notes = _changed_sources(before, now)
     others = bool(changed or notes or now.sources.keys() != before.sources.keys())
-    if before.tokens != now.tokens and not others and not _options_differ(before, now, _TOKENS):
-        changed.append("the tokens of its rows have changed, so the tokenizer or its chat template is another one")
-    if before.base != now.base and not _options_differ(before, now, _BASE):
-        changed.append(f"the weights of the base model {now.options['model']} have changed")
+    if before.tokens != now.tokens and not others:
+        tokens = "the tokens of its rows"
+        if asked := _differing(before, now, _TOKENS, _TOKENS_OF_TRL):
+            notes.append(f"changed since the run began: {tokens}, as {', '.join(asked)} did")
+        else:
+            changed.append(f"{tokens} have changed, so the tokenizer or its chat template is another one")
+    if before.base != now.base:
+        base = f"the weights of the base model {now.options['model']}"
+        if asked := _differing(before, now, _BASE, _BASE_OF_TRL):
+            notes.append(f"changed since the run began: {base}, as {', '.join(asked)} did")
+        else:
+            changed.append(f"{base} have changed")
     if changed:
         raise ConfigError(
             f"{checkpoint} was trained on something else than there is now:{bullet_list(changed)}\n"
@@ -119,15 +136,19 @@ def _changed_sources(before: Inputs, now: Inputs) -> tuple[list[str], list[str]]
     notes: list[str] = []
     for name, (place, rows) in now.sources.items():
         place_before, rows_before = before.sources.get(name, (place, rows))
-        if rows != rows_before and place == place_before:
+        # Earlier versions wrote down where a link led. One that leads elsewhere now is no other option.
+        if rows != rows_before and place_before in (place, str(Path(place).resolve())):
             changed.append(f"{name}: the rows of {place} have changed")
         elif rows != rows_before:
             notes.append(f"changed since the run began: the rows of {name}, which are those of {place} now")
     return changed, notes
 
 
-def _options_differ(before: Inputs, now: Inputs, names: tuple[str, ...]) -> bool:
-    return any(before.options.get(name) != now.options.get(name) for name in names)
+def _differing(before: Inputs, now: Inputs, names: tuple[str, ...], of_trl: tuple[str, ...]) -> list[str]:
+    """Which options have changed that explain another value: any other one of TRL's, a rate of decay, does not."""
+    then, here = (dict(inputs.options.get("trainer") or {}) for inputs in (before, now))
+    found = [name for name in names if before.options.get(name) != now.options.get(name)]
+    return found + [name for name in of_trl if then.get(name) != here.get(name)]
 
 
 def _read(checkpoint: Path) -> Inputs | None:
@@ -142,9 +163,9 @@ def _read(checkpoint: Path) -> Inputs | None:
 
 
 def _place(source: str) -> str:
-    """Where rows were read: a path from the root, or a name on the hub."""
+    """Where rows were read: a path from the root, links as they were given; or a name on the hub."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    return os.path.abspath(path) if path.exists() else source
 
 
 def hash_of_tokens(rows: Dataset) -> str:

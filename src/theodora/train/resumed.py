@@ -74,12 +74,14 @@ def past_of(checkpoint: Path) -> Past:
     try:
         if record is run:
             options = parse_yaml(run.read_text(encoding="utf-8"))
-            return (
-                Past(_flat(options)) if isinstance(options, dict) else Past(note=f"{run} holds no options, {unknown}")
-            )
+            if not isinstance(options, dict):
+                return Past(note=f"{run} holds no options, {unknown}")
+            _product(_flat(options))
+            return Past(_flat(options))
         read = json.loads(own.read_text(encoding="utf-8"))
+        _product(read["options"])
         return Past(dict(read["options"]), dict(read["given"]), int(read["processes"]), tuple(read["before"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         return Past(note=f"{record} is damaged, {unknown} ({error})")
 
 

@@ -1,0 +1,49 @@
+"""Options of TRL's that torch would refuse once everything is loaded are refused before."""
+
+import pytest
+
+from theodora.config import TrainConfig
+from theodora.errors import ConfigError
+from theodora.train.arguments import sft_arguments
+
+
+def arguments(tmp_path, **options):
+    given = {"model": "m", "data": "d", "output": str(tmp_path), "bf16": False, "use_cpu": True, **options}
+    return sft_arguments(TrainConfig.from_options(given), tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"adam_beta2": 1.0}, "Invalid beta parameter"),
+        ({"adam_epsilon": float("nan")}, "Invalid epsilon"),
+        ({"optim": "sgd", "optim_args": "momentum=0.5=1"}, "expected name=value"),
+        ({"optim_args": "garbage"}, "expected name=value"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr.* refuses: One of min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_type is cosine.*foo"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-9}, "lr_end"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha is -1.0; expected at least 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps is 0"),
+    ],
+)
+def test_what_torch_would_refuse_later(options, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        arguments(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "optim": "sgd"},
+        {"lr_scheduler_type": "greedy"},
+        {"optim": "adafactor", "lr_scheduler_type": "inverse_sqrt"},
+        {"optim_args": "amsgrad=True, foreach=False", "neftune_noise_alpha": 5},
+    ],
+)
+def test_what_it_takes(options, tmp_path):
+    found = arguments(tmp_path, **options)
+    assert found.lr_scheduler_kwargs == options.get("lr_scheduler_kwargs", found.lr_scheduler_kwargs)
