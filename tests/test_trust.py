@@ -53,3 +53,9 @@ def test_a_file_is_allowed_by_its_place(tmp_path, monkeypatch):
     for allowed in ("", ".", "other.py", "score.py:f"):
         with pytest.raises(ConfigError, match=r"data\.d: .* pass --allow-code score\.py"):
             check_code_granted({"d": "score.py:f"}, [allowed])
+
+
+def test_flags_to_copy_are_words_of_a_shell_and_hold_no_orders_to_a_terminal():
+    assert grant_flags({"report_to": "a b"}) == " --report-to a b"
+    assert grant_flags({"deepspeed": "my file.json"}) == " --deepspeed 'my file.json'"
+    assert grant_flags({"deepspeed": "x\x1b[2J.json"}) == r" --deepspeed $'x\x1b[2J.json'"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.shown import quoted
 
 # Integrations of transformers that write files on this machine alone.
 _LOCAL_REPORTS = ("tensorboard", "none", "", None)
@@ -65,7 +65,7 @@ def check_code_granted(scores: Mapping[str, str], allowed: Collection[str]) -> N
     may_run = {_place(file) for file in allowed}
     problems = [
         f"data.{name}: score is {shown(score)}, which runs {file}. If you trust that file, pass --allow-code "
-        f"{shlex.quote(file)} (in Python: allow_code=[{file!r}])."
+        f"{quoted(file)} (in Python: allow_code=[{file!r}])."
         for name, score in scores.items()
         if _place(file := score.rpartition(":")[0]) not in may_run
     ]
@@ -114,5 +114,5 @@ def _flag(name: str, value: Any) -> list[str]:
     if name == "trust_remote_code":
         return [flag]
     if name == "report_to":
-        return [flag, *(shlex.quote(str(word).strip()) for word in _names(value))]
-    return [flag, shlex.quote(value if isinstance(value, str) else json.dumps(value, default=str))]
+        return [flag, *(quoted(str(word).strip()) for word in _names(value))]
+    return [flag, quoted(value if isinstance(value, str) else json.dumps(value, default=str))]

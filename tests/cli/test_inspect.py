@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from theodora.adapters import inject_adapter, save_adapter
+from theodora.cli import console
 from theodora.cli.main import main
 from theodora.config import AdapterConfig
 
@@ -33,6 +34,17 @@ def test_the_page(run, tmp_path, capsys, monkeypatch):
         assert text in printed
     assert (tmp_path / "figures" / "scatter.png").is_file()
     assert (tmp_path / "figures" / "heat_map.png").is_file()
+
+
+def test_no_figure_is_cut_in_eighty_columns(run, capsys, monkeypatch):
+    console.stdout.cache_clear()  # it has kept its width
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", run]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "gate_proj" in printed
+    assert [line for line in printed.splitlines() if len(line) > 80 and run not in line] == []
+    console.stdout.cache_clear()
 
 
 def test_json_alone_on_stdout(run, capsys):

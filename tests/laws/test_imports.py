@@ -1,6 +1,7 @@
 """Imports run one way, and each heavy library is known in one place only. Read from the source, not by importing."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ FLOORS = [
 BESIDE = {
     "coerce": {"errors"},
     "other_words": {"errors"},
-    "trust": {"errors"},
+    "trust": {"errors", "shown"},
     "paths": {"errors"},
     "metered": {"errors"},
     "ends": {"metered"},
@@ -107,6 +108,12 @@ def test_imports_run_one_way(module):
         if name.startswith("theodora.") and name.split(".")[1] not in allowed_parts(part) | {"__version__"}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_contributors_read_of_the_same_floors():
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = text.split("imports run downwards only", 1)[1].split("\n\n")[1]
+    assert [set(re.findall(r"\w+", floor)) for floor in told.split("←")] == FLOORS
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)

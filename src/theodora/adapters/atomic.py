@@ -73,7 +73,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             if found.is_file():
                 _open_to_others(found)
             if found.is_file() or found.is_dir():
-                _sync(found)
+                flush(found)
         _take_place(partial, path, overwrite)
 
 
@@ -89,9 +89,9 @@ def atomic_write(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     with _prepared(path, folder=False) as partial:
         yield partial
         partial.chmod(0o666 & ~_umask())
-        _sync(partial)
+        flush(partial)
         _take_name(partial, path, overwrite)
-        _sync(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -112,13 +112,13 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
             found = sorted(file for file in partial.rglob("*") if file.is_file())
             for file in found:
                 _open_to_others(file)
-                _sync(file)
+                flush(file)
             for file in found:
                 final = folder / file.relative_to(partial)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(final)
             for place in {folder, *((folder / file.relative_to(partial)).parent for file in found)}:
-                _sync(place)
+                flush(place)
     finally:
         _end(partial, lock)
 
@@ -273,7 +273,7 @@ def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
             _replace(partial, path)
     else:
         _replace(partial, path)
-    _sync(path.parent)
+    flush(path.parent)
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -308,7 +308,8 @@ def _open_to_others(path: Path) -> None:
         path.chmod(path.stat().st_mode | 0o666 & ~_umask())
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or folder to the disk, which is when some disks say that they are full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

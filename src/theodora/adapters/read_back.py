@@ -4,14 +4,13 @@ What libraries write, they may report as written when it is not: a full disk or 
 flush, a short write, a failing device. So each file is flushed to the disk, read again, and compared with what it was
 to hold, bit for bit, before the folder it stands in gets its name. One pass; what was just written is still in memory.
 
-Legend of the errors: nothing is left behind, because all this happens in the hidden siblings of `atomic.py`.
+Of what is refused nothing is left behind: all this happens in the hidden siblings of `atomic.py`.
 """
 
 from __future__ import annotations
 
 import filecmp
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from theodora.adapters.atomic import flush
 from theodora.adapters.finite import not_finite
 from theodora.errors import CheckpointError, bullet_list
 
@@ -182,15 +182,6 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     if isinstance(template, str) and (folder / "chat_template.jinja").is_file():
         check_bytes(folder / "chat_template.jinja", template.encode())
     check_json(folder, "*token*.json")
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file to the disk, which is when some disks say that they are full."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unlike(path: Path, why: str) -> CheckpointError:

@@ -170,9 +170,12 @@ def _table(*headings: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    # Many columns: in 80 characters headings and long names take several lines, and no figure is cut.
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", collapse_padding=True, pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if index else "left", no_wrap=True)
+        first = index == 0
+        least = len("gate_proj") if first else None
+        table.add_column(Text(heading), justify="left" if first else "right", overflow="fold", min_width=least)
     return table
 
 

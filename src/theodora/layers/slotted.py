@@ -137,11 +137,6 @@ class SlottedLayer(AdapterLayer):
         elif self._g_SO is not None:
             self._g_SO[slot].fill_(1)
 
-    def slot_bytes(self) -> int:
-        """Memory of all slots."""
-        held = (t for t in (self._a_SRI, self._b_SRO, self._g_SO) if t is not None)
-        return sum(t.numel() * t.element_size() for t in held)
-
     def _routes(self) -> Routes | None:
         return self.routing.kept if self.is_head else self.routing.tokens
 

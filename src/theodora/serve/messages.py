@@ -119,10 +119,7 @@ class Message(Body):
             "name": self.name,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": self.reasoning_content or self.reasoning,
-            "tool_calls": [
-                call.model_dump(exclude_none=True, exclude={"index": True, "function": {"parsed_arguments"}})
-                for call in calls
-            ],
+            "tool_calls": [call.model_dump(exclude_none=True, exclude=_UNSHOWN) for call in calls],
         }
         role = "tool" if self.role == "function" else self.role
         return {"role": role, "content": self.text, **{key: value for key, value in more.items() if value}}

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
-from theodora.adapters.atomic import atomic_write
-from theodora.adapters.read_back import check_tokenizer, flush, unlike
+from theodora.adapters.atomic import atomic_write, flush
+from theodora.adapters.read_back import check_tokenizer, unlike
 from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
 from theodora.train.inputs import INPUTS_FILE, write_inputs
 
