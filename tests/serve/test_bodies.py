@@ -46,6 +46,12 @@ def test_brackets_within_texts_are_not_counted():
     assert parsed(json.dumps({"prompt": text}).encode()) == {"prompt": text}
 
 
+def test_a_text_that_never_ends_is_read_once():
+    # Searched anew from each of its quotes, it took a minute, in which no thread ran: as long as a test may take.
+    with pytest.raises(ConfigError, match="Unterminated string"):
+        parsed(b'{"a":"' + b":" * 100_001 + b'\\"' * 1_900_000)
+
+
 def test_of_a_long_list_the_first_miss_is_told():
     short = TypeAdapter(Annotated[list[int], AtMost(100)])
     with pytest.raises(ValidationError) as error:

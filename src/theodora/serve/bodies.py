@@ -17,7 +17,8 @@ from theodora.serve.misses import told
 
 _DEEPEST = 128
 _MOST_PIECES = 100_000
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""A text, or one that never ends: all of that is one match, or each quote in it would begin another search."""
 
 
 def body_of(kind: Any) -> Callable[[Request], Awaitable[Any]]:
