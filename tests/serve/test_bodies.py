@@ -22,6 +22,7 @@ from theodora.serve.misses import few, told
         (b'{"a":1e999}', "1e999 is too large"),
         (b"1" * 5000, "The body is no JSON: Exceeds the limit"),
         (b"\xff\xfe\x00", "The body is no JSON"),
+        (b'{"a":[{"\\ud800":1}]}', "half a character"),
         (b"[" * 129 + b"]" * 129, "nested too deeply; expected at most 128"),
         (b"[" * 20_000, "nested too deeply"),
         (b"[" + b"[]," * 100_000 + b"1]", "more than 100000 lists, objects and keys"),
@@ -37,7 +38,7 @@ def test_what_is_no_body(body, says):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_what_is_one(encoding):
-    sent = {"a": [1, 2.5, "é", None, {"b": True}], "deep": eval("[" * 120 + "]" * 120)}
+    sent = {"a": [1, 2.5, "é", None, {"b": True}], "face": "\U0001f600", "deep": eval("[" * 120 + "]" * 120)}
     assert parsed(json.dumps(sent, ensure_ascii=False).encode(encoding)) == sent
 
 
