@@ -22,6 +22,7 @@ from theodora.serve.misses import few, told
         (b'{"a":1e999}', "1e999 is too large"),
         (b"1" * 5000, "The body is no JSON: Exceeds the limit"),
         (b"\xff\xfe\x00", "The body is no JSON"),
+        (b'{"a":[{"\\ud800":1}]}', "half a character"),
         (b"[" * 129 + b"]" * 129, "nested too deeply; expected at most 128"),
         (b"[" * 20_000, "nested too deeply"),
         (b"[" + b"[]," * 100_000 + b"1]", "more than 100000 lists, objects and keys"),
@@ -37,13 +38,19 @@ def test_what_is_no_body(body, says):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_what_is_one(encoding):
-    sent = {"a": [1, 2.5, "é", None, {"b": True}], "deep": eval("[" * 120 + "]" * 120)}
+    sent = {"a": [1, 2.5, "é", None, {"b": True}], "face": "\U0001f600", "deep": eval("[" * 120 + "]" * 120)}
     assert parsed(json.dumps(sent, ensure_ascii=False).encode(encoding)) == sent
 
 
 def test_brackets_within_texts_are_not_counted():
     text = '[{"a":' * 50_000 + '\\"'
     assert parsed(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+def test_a_text_that_never_ends_is_read_once():
+    # Searched anew from each of its quotes, it took a minute, in which no thread ran: as long as a test may take.
+    with pytest.raises(ConfigError, match="Unterminated string"):
+        parsed(b'{"a":"' + b":" * 100_001 + b'\\"' * 1_900_000)
 
 
 def test_of_a_long_list_the_first_miss_is_told():

@@ -146,6 +146,11 @@ def test_what_is_not_done_is_refused_by_name(served, asked, says):
         ask(served, **asked)
 
 
+def test_half_a_character_in_what_is_looked_at_later_is_refused():
+    with pytest.raises(ConfigError, match="half a character"):
+        chat_of(ResponsesRequest.model_validate({"model": "m", "input": "a", "tool_choice": {"\ud800": 1}}))
+
+
 def test_a_request_that_is_no_chat_says_where():
     with pytest.raises(ConfigError, match=r"input\.0\.content: expected a text"):
         chat_of(ResponsesRequest(model="m", input=[{"role": "user", "content": 3}]))

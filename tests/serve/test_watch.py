@@ -14,7 +14,7 @@ from theodora.errors import CheckpointError
 from theodora.serve.batching import _cleaned_before
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine, Unavailable
-from theodora.serve.processors import KEY
+from theodora.serve.processors import KEY, RoutedProcessors
 from theodora.serve.requests import Sampling
 from theodora.serve.watch import NotFinite, Watch
 
@@ -80,6 +80,22 @@ def test_one_that_overflows_changes_no_bit_of_the_others(engine_of, ruined_dir, 
         assert found[1:] == beside[1:]
         assert "The output of 'ruined' is not finite" in found[0][2]
         assert str(dtype).removeprefix("torch.") in found[0][2]
+
+
+def test_a_sequence_without_a_new_token_is_not_judged_by_the_row_of_another():
+    processors = RoutedProcessors()
+    processors.watch = Watch(8, torch.device("cpu"))
+    processors.watch.begin(torch.tensor([0, 3, 6, 8]), 8)
+    processors.watch._ruined_T[:3] = 1
+    # The last one's prompt goes on in the next batch; its row of the logits is the batch's first token's.
+    rows = torch.zeros(7, 3, dtype=torch.int32)
+    rows[6] = torch.tensor([0, 1, ~2])
+    scores = torch.zeros(1, 3, tiny.VOCAB_SIZE)
+    scores[0, [0, 2]] = torch.nan
+    processors(torch.zeros(1, 8), scores, rows)
+    told = torch.zeros(2, 3, dtype=torch.int32)
+    processors.sample(scores, told)
+    assert told[1].view(torch.float32).isnan().tolist() == [True, False, False]
 
 
 def test_what_is_not_finite_at_one_token_ends_there_and_its_pages_are_not_used_again(engine_of, ruined_dir):

@@ -17,7 +17,11 @@ from theodora.serve.misses import told
 
 _DEEPEST = 128
 _MOST_PIECES = 100_000
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""A text, or one that never ends: all of that is one match, or each quote in it would begin another search."""
+
+_HALF = re.compile("[\ud800-\udfff]|\\\\u[dD][89a-fA-F]")
+"""Where half a character may be: no answer that repeats it could be sent."""
 
 
 def body_of(kind: Any) -> Callable[[Request], Awaitable[Any]]:
@@ -56,6 +60,11 @@ def parsed(body: bytes) -> Any:
     except ValueError as error:  # of JSON, of UTF-8, or a number of thousands of digits
         raise ConfigError(f"The body is no JSON: {str(error)[:200]}") from None
     check_depth(found)
+    if _HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ConfigError("The body holds half a character; expected whole ones.") from None
     return found
 
 

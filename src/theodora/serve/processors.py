@@ -141,7 +141,9 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         new = sequence >= 0
         ruined = self.watch.ruined()[torch.where(new, sequence, ~sequence).clamp_max(count - 1)]
         ruined |= new & ~whole.isfinite()
-        output_ids[1, :count].copy_(logprobs.masked_fill(ruined, torch.nan).view(torch.int32))
+        # (What stands in the rows without a new token is another sequence's, and may be NaN.)
+        told = logprobs.masked_fill(~new, 0).masked_fill(ruined, torch.nan)
+        output_ids[1, :count].copy_(told.view(torch.int32))
         if self.tops:
             # Beside the batch's other outputs: two batches can be under way.
             self.current_io().tops = likeliest(logits, whole, MOST_TOP_LOGPROBS)

@@ -122,6 +122,8 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
         raise ConfigError(
             told({**miss, "loc": _loc(miss["loc"])} for miss in error.errors(include_url=False))
         ) from error
+    except UnicodeEncodeError:  # pydantic's
+        raise ConfigError("The body holds half a character; expected whole ones.") from None
 
 
 def _loc(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
