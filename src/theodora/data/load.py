@@ -196,7 +196,7 @@ def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
                 writer.write(row)
                 text = _as_text(row)
                 reading.hashed.update(text.encode(errors="surrogatepass"))
-                held += size_of(row)
+                held += len(text)
                 if held > _BATCH_BYTES:
                     writer.write_examples_on_file()
                     held = 0
