@@ -62,8 +62,13 @@ def test_others_start(family, dtype):
 def test_scores_in_float16_are_refused_with_the_way_out():
     """No mask keeps apart what overflows before it is added."""
     made = engine(tiny_model("gemma2", dtype=torch.float16))
-    with pytest.raises(Unavailable, match=r"does not keep requests apart in float16, but does in bfloat16 .*--dtype"):
+    try:
         made.start()
+    except Unavailable as error:
+        assert "does not keep requests apart in float16, but does in bfloat16 and float32 (--dtype)" in str(error)
+    else:  # in transformers 5.17 its attention has a kernel
+        assert not made.model.config._attn_implementation.endswith("eager")
+        made.stop()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])

@@ -112,6 +112,7 @@ def model_alone(model: str | Path) -> dict[str, Any]:
     """What keeps `from_pretrained` to a local folder's own model.
 
     transformers looks for adapter_config.json in it, and then puts that adapter on, or loads the base that it names.
+    (5.17 looks there whatever it is told, and then fails; later versions go on with the model.)
     """
     # A place in which no file can be.
     return {"adapter_kwargs": {"subfolder": os.devnull}} if Path(model).is_dir() else {}

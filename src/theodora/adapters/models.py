@@ -120,6 +120,8 @@ def load_model(
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
+        if is_adapter_folder(expanded(model)):  # transformers 5.17 minds it all the same
+            why += "\nAn adapter lies beside the model; move its adapter_config.json into a folder of its own."
         raise CheckpointError(f"{model} does not load as a causal language model:{why}") from error
     loaded, info = result
     if info["missing_keys"]:
