@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every third variant
+# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every fourth variant
 # of each test. (Triton is part of torch on Linux alone; without it these run their references again.)
 INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/adapters/test_shared_outputs.py \
     $(addprefix tests/layers/test_,activation.py groups.py norm.py slotted.py slotted_group.py)
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills test-attacks mutants package audit sbom lock
+.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills test-attacks test-long mutants package audit sbom lock
 .PHONY: families check bench study study-small clean
 
 help: ## list the targets
@@ -29,9 +29,9 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --one-in 3 $(INTERPRETED))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --one-in 4 $(INTERPRETED))
 
-test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a third
+test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a quarter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) $(ARGS)
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
@@ -45,6 +45,9 @@ test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=
 
 test-attacks: $(VENV)/.test ## run the attacks that SECURITY.md's promises are held against, those that take long, too
 	$(BIN)/python -m pytest tests/attacks --long $(ARGS)
+
+test-long: $(VENV)/.test ## run the tests that `make test` leaves out because they take long (benchmarks as a whole, attacks)
+	$(BIN)/python -m pytest -m long --long $(ARGS)
 
 families: $(VENV)/.test ## train, merge, verify and serve a tiny model of every family of transformers (an hour; docs/models.md)
 	$(BIN)/python tests/sweep_families.py $(ARGS)

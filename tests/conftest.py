@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("long"):
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes long; --long runs it, as make test-attacks does"))
+                item.add_marker(pytest.mark.skip(reason="takes long; make test-long runs it"))
     step, seen = config.getoption("one_in"), Counter[str]()
     kept: list[pytest.Item] = []
     for item in items:

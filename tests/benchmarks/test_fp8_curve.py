@@ -41,6 +41,7 @@ def test_the_judgement(script, offset, within):
     assert judged["final_mean_difference"] == pytest.approx(offset)
 
 
+@pytest.mark.long
 def test_the_whole_comparison(tiny_model_dir, tmp_path):
     data, output, figure = tmp_path / "sums.jsonl", tmp_path / "curve.json", tmp_path / "curve.png"
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(8) for b in range(8)]

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from serving import free_port
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
+@pytest.mark.long
 def test_a_short_soak_finds_nothing(tmp_path):
     port, output = str(free_port()), tmp_path / "found.json"
     command = [sys.executable, SCRIPT, "--minutes", "0.08", "--pause", "0.05", "--port", port, "--output", output]

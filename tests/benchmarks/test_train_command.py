@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train_command.py"
 SMALL = "--layers 1 --hidden 32 --vocabulary 256 --batch 1 --length 16 --rank 2 --steps 20"
 
 
+@pytest.mark.long
 def test_it_runs_and_reports(tmp_path):
     command = [sys.executable, BENCHMARK, *shlex.split(SMALL), "--output", tmp_path / "command.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
