@@ -6,8 +6,7 @@ ARGS ?=
 
 # What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every fourth variant
 # of each test. (Triton is part of torch on Linux alone; without it these run their references again.)
-INTERPRETED := tests/kernels tests/invariant tests/adapters/test_accelerate.py tests/adapters/test_shared_outputs.py \
-    $(addprefix tests/layers/test_,activation.py groups.py norm.py slotted.py slotted_group.py)
+INTERPRETED := tests/kernels tests/invariant tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
 # One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal

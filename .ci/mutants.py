@@ -30,23 +30,23 @@ from mutmut.stats import status_by_exit_code
 
 SOURCE = Path("src/theodora")
 MUTATED = Path("mutants") / SOURCE
-_TRITON = "TRITON_INTERPRET=1 tests/adapters/test_accelerate.py tests/layers tests/kernels/test_gated.py"
+_TRITON = "TRITON_INTERPRET=1 tests/fastpath/test_accelerate.py tests/layers tests/kernels/test_gated.py"
 WIDER = {
-    "adapters/accelerate.py": _TRITON,
-    "adapters/atomic.py": "tests/train/test_stop.py tests/train/test_trajectories.py tests/crash",
-    "adapters/base_checkpoint.py": "tests/fuzz/test_base.py tests/export tests/cli/test_merge.py",
-    "adapters/checkpoint.py": "tests/compat tests/cli/test_merge.py tests/serve/test_engine.py",
+    "fastpath/accelerate.py": _TRITON,
+    "files/atomic.py": "tests/train/test_stop.py tests/train/test_trajectories.py tests/crash",
+    "files/base_model.py": "tests/fuzz/test_base.py tests/export tests/cli/test_merge.py",
+    "files/adapter.py": "tests/compat tests/cli/test_merge.py tests/serve/test_engine.py",
     "adapters/inject.py": "tests/compat tests/train/test_run.py tests/train/test_movement.py",
-    "adapters/integration.py": "tests/compat tests/train/test_trajectories.py",
-    "adapters/kinds.py": "tests/analysis tests/cli/test_inspect.py",
-    "adapters/m*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
-    "adapters/peft*.py": "tests/compat " + _TRITON,
+    "adapters/trainer_hooks.py": "tests/compat tests/train/test_trajectories.py",
+    "paths.py": "tests/analysis tests/cli/test_inspect.py",
+    "merging/*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
+    "fastpath/peft*.py": "tests/compat " + _TRITON,
     "adapters/quantize.py": "tests/train/test_base_dtype.py tests/export",
-    "adapters/reading.py": "tests/fuzz",
+    "files/distrust.py": "tests/fuzz",
     "adapters/save.py": "tests/compat tests/train/test_trajectories.py tests/serve/test_engine.py",
-    "adapters/to_lora.py": "tests/export",
+    "merging/to_lora.py": "tests/export",
     "layers/float8.py": "tests/train/test_base_dtype.py tests/kernels/test_float8.py",
-    "layers/slotted.py": "tests/serve",
+    "serve/slotted.py": "tests/serve",
     "layers/swap.py": "tests/serve",
     "layers/*.py": "tests/train/test_light.py tests/compat " + _TRITON,
 }

@@ -108,7 +108,8 @@ def build(args: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from theodora.adapters.models import DTYPES, best_device, load_model
+    from theodora.adapters.models import best_device, load_model
+    from theodora.files.model_folder import DTYPES
 
     device = torch.device(args.device) if args.device else best_device()
     if args.model is not None:

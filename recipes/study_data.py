@@ -33,9 +33,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from theodora.adapters.atomic import atomic_write
 from theodora.demo import assets, task
 from theodora.demo.model import cached_model
+from theodora.files.atomic import atomic_write
 
 Rows = list[tuple[str, str]]  # question, answer
 

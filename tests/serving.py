@@ -11,7 +11,7 @@ import uvicorn
 
 import tiny
 from theodora import AdapterConfig, inject_adapter
-from theodora.adapters.save import load_adapter
+from theodora.adapters.load import load_adapter
 from theodora.serve.run import server_settings
 
 # Name -> method, rank, targets. Two of each kind, several ranks, one with the head and one with embeddings.

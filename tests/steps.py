@@ -7,7 +7,7 @@ import torch
 
 from formula import DEVICE
 from theodora import AdapterConfig, inject_adapter, kernels
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from theodora.kernels.operators import runs_triton
 from tiny import tiny_model
 

@@ -22,17 +22,17 @@ _HOMES = {
     "adapter_disabled": "theodora.adapters",
     "merge_adapter": "theodora.adapters",
     "unmerge_adapter": "theodora.adapters",
-    "merge_checkpoint": "theodora.adapters",
+    "merge_checkpoint": "theodora.merging",
     "quantize_base": "theodora.adapters",
-    "combine_adapters": "theodora.adapters.combine",
-    "to_lora": "theodora.adapters.to_lora",
+    "combine_adapters": "theodora.merging.combine",
+    "to_lora": "theodora.merging.to_lora",
     "reference_model": "theodora.adapters.reference",
     "swap_adapter_weights": "theodora.adapters.swap_weights",
-    "save_mlx": "theodora.adapters.mlx",
-    "accelerate": "theodora.adapters.accelerate",
+    "save_mlx": "theodora.adapters.save_mlx",
+    "accelerate": "theodora.fastpath.accelerate",
     "checkpoint_contexts": "theodora.kernels.recompute",
-    "accelerate_peft": "theodora.adapters.peft_models",
-    "restore_peft": "theodora.adapters.peft_models",
+    "accelerate_peft": "theodora.fastpath.peft_models",
+    "restore_peft": "theodora.fastpath.peft_models",
     "train": "theodora.train",
     "evaluate": "theodora.evaluate",
     "inspect_adapter": "theodora.analysis",
@@ -47,25 +47,25 @@ if TYPE_CHECKING:
         inject_adapter,
         load_adapter,
         merge_adapter,
-        merge_checkpoint,
         quantize_base,
         remove_adapter,
         save_adapter,
         set_adapter,
         unmerge_adapter,
     )
-    from theodora.adapters.accelerate import accelerate
-    from theodora.adapters.combine import combine_adapters
-    from theodora.adapters.mlx import save_mlx
-    from theodora.adapters.peft_models import accelerate_peft, restore_peft
     from theodora.adapters.reference import reference_model
+    from theodora.adapters.save_mlx import save_mlx
     from theodora.adapters.swap_weights import swap_adapter_weights
-    from theodora.adapters.to_lora import to_lora
     from theodora.analysis import inspect_adapter
     from theodora.config import AdapterConfig, TrainConfig
     from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError
     from theodora.evaluate import evaluate
+    from theodora.fastpath.accelerate import accelerate
+    from theodora.fastpath.peft_models import accelerate_peft, restore_peft
     from theodora.kernels.recompute import checkpoint_contexts
+    from theodora.merging import merge_checkpoint
+    from theodora.merging.combine import combine_adapters
+    from theodora.merging.to_lora import to_lora
     from theodora.train import train
 
 

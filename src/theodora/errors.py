@@ -49,3 +49,8 @@ def shown(value: object, most: int = 100) -> str:
 def bullet_list(items: list[str]) -> str:
     """Join several misses into the indented list that errors end with."""
     return "".join(f"\n  - {item}" for item in items)
+
+
+def some(problems: list[str], most: int = 20) -> list[str]:
+    """The first of many problems, and how many more there are."""
+    return problems if len(problems) <= most else [*problems[:most], f"and {len(problems) - most} more"]

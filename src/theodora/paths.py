@@ -7,9 +7,10 @@ expressions of one file share one budget, compiling included, and plain names ar
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -207,3 +208,33 @@ def endings(path: str) -> list[str]:
 @lru_cache(maxsize=64)
 def _as_set(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names)
+
+
+_LONGEST_NAME = 300
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three of `names` that look like `name`, best first."""
+    if len(name) > _LONGEST_NAME:  # comparing takes time in the square of the length
+        return []
+    return difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
+
+
+def layer_kinds(paths: Iterable[str]) -> dict[str, str]:
+    """Module path -> kind: its last name, and the one before where that alone is not enough.
+
+    Example:
+        `h.0.attn.c_proj` and `h.0.mlp.c_proj` are of the kinds attn.c_proj and mlp.c_proj; `layers.0.mlp.up_proj`
+        beside them is of the kind up_proj.
+    """
+    names = {path: [part for part in path.split(".") if not part.isdigit()] for path in paths}
+    parents: dict[str, set[str]] = {}
+    for parts in names.values():
+        parents.setdefault(parts[-1], set()).add(".".join(parts[-2:-1]))
+    return {path: ".".join(parts[-2:] if len(parents[parts[-1]]) > 1 else parts[-1:]) for path, parts in names.items()}
+
+
+def layer_index(path: str) -> int | None:
+    """Number of the block that a module stands in; None for embeddings, heads and other modules outside."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(found.group(1)) if found else None

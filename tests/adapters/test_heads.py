@@ -27,7 +27,7 @@ from theodora import (
     remove_adapter,
     save_adapter,
 )
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.state import adapter_layers, trained_tensors
 from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")

@@ -6,7 +6,7 @@ from torch import nn
 
 from formula import DEVICE
 from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, save_adapter, set_adapter
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.state import adapter_layers, trained_tensors
 from tiny import FAMILIES, tiny_model
 
 

@@ -16,7 +16,7 @@ from theodora import (
     set_adapter,
     unmerge_adapter,
 )
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(3, 27).view(2, 12)

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from theodora import AdapterConfig, CheckpointError, inject_adapter, merge_adapter, merge_checkpoint, save_adapter
-from theodora.adapters import merge, merge_plan
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters import merge
 from theodora.adapters.merge_check import weight_excess
+from theodora.adapters.state import adapter_layers, trained_tensors
 from theodora.functional import merged_weight
 from theodora.layers import AdapterLayer
+from theodora.merging import plan as merge_plan
 from tiny import tiny_model
 
 EVERYTHING = r".*(proj|embed_tokens|lm_head)"

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, save_adapter
-from theodora.adapters.inject import adapter_layers, trained_tensors
-from theodora.adapters.kinds import layer_index, layer_kinds
-from theodora.adapters.models import check_model_folder, load_model, load_model_and_tokenizer
+from theodora.adapters.models import load_model, load_model_and_tokenizer
+from theodora.adapters.state import adapter_layers, trained_tensors
+from theodora.files.model_folder import check_model_folder
+from theodora.paths import layer_index, layer_kinds
 
 IDS = torch.arange(3, 27).view(2, 12)
 

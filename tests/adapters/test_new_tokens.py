@@ -12,7 +12,7 @@ from theodora import (
     merge_checkpoint,
     save_adapter,
 )
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.errors import ConfigError
 

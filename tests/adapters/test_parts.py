@@ -6,8 +6,8 @@ from transformers import Gemma3ForConditionalGeneration, MllamaForConditionalGen
 import tiny
 import tiny_families
 from theodora import AdapterConfig, inject_adapter
-from theodora.adapters.inject import adapter_layers
 from theodora.adapters.parts import other_parts_note, parts_of
+from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import find_targets, for_text
 from theodora.errors import ConfigError
 

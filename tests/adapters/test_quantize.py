@@ -21,8 +21,8 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
-from theodora.adapters.accelerate import accelerate
-from theodora.adapters.inject import adapter_layers
+from theodora.adapters.state import adapter_layers
+from theodora.fastpath.accelerate import accelerate
 from theodora.kernels.float8 import FLOAT8
 from theodora.layers.float8 import Float8Layer, plain_weight
 from tiny import FAMILIES, VOCAB_SIZE, tiny_model

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from theodora import AdapterConfig, CheckpointError, inject_adapter, load_adapter, save_adapter, set_adapter
-from theodora.adapters.checkpoint import read_adapter
-from theodora.adapters.inject import adapter_layers, trained_tensors
-from theodora.adapters.merge_checkpoint import merge_checkpoint
-from theodora.adapters.save import load_report, load_weights
+from theodora.adapters.check import load_weights
+from theodora.adapters.load import load_report
+from theodora.adapters.state import adapter_layers, trained_tensors
 from theodora.errors import ConfigError
+from theodora.files.adapter import read_adapter
+from theodora.merging.checkpoint import merge_checkpoint
 from tiny import tiny_model
 
 CONFIG = AdapterConfig(rank=2, targets=("q_proj", "v_proj"))

@@ -17,8 +17,8 @@ from theodora import (
     set_adapter,
     swap_adapter_weights,
 )
-from theodora.adapters.inject import adapter_layers, trained_tensors
-from theodora.adapters.save import load_report
+from theodora.adapters.load import load_report
+from theodora.adapters.state import adapter_layers, trained_tensors
 from tiny import tiny_model
 
 IDS = torch.arange(3, 27).view(2, 12)

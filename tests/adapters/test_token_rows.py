@@ -20,8 +20,8 @@ from theodora import (
     to_lora,
     unmerge_adapter,
 )
-from theodora.adapters.inject import trained_tensors
-from theodora.adapters.save import load_weights
+from theodora.adapters.check import load_weights
+from theodora.adapters.state import trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.errors import CheckpointError, ConfigError
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theodora.adapters.checkpoint import AdapterTensors
 from theodora.analysis import change as change_module
 from theodora.analysis.change import adapter_change, effective_rank, low_rank_values, singular_values, tuned_change
+from theodora.files.adapter import AdapterTensors
 from theodora.functional import merged_weight
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theodora.adapters.checkpoint import AdapterTensors
 from theodora.analysis.movement import measure, update_norm
+from theodora.files.adapter import AdapterTensors
 from theodora.functional import merged_weight
 
 

@@ -82,7 +82,7 @@ def test_a_fully_tuned_module(make, tiny_model_dir, family):
 
 
 def test_one_merged_adapter_is_the_adapter(make, tiny_model_dir, tmp_path):
-    from theodora.adapters import merge_checkpoint
+    from theodora.merging import merge_checkpoint
 
     run = make("dora", steps=(5,))
     merge_checkpoint(run, tmp_path / "merged")

@@ -13,10 +13,10 @@ import pytest
 from datasets import Dataset
 
 from theodora import metered, paths
-from theodora.adapters.models import load_tokenizer
 from theodora.cli.main import main
 from theodora.data import files, load_examples, tokenize, unfolded
 from theodora.errors import ConfigError, DataError
+from theodora.files.tokenizer import load_tokenizer
 from theodora.serve.chats import chat_text
 from theodora.serve.protocol import ChatRequest
 

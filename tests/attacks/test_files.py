@@ -17,10 +17,10 @@ import pytest
 
 import tiny
 from serving import Server
-from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.cli.main import main
 from theodora.data.problems import Problems
 from theodora.data.sources import open_source
+from theodora.files.base_model import BaseCheckpoint
 from theodora.files.folder import OpenFile
 from theodora.serve import app
 from theodora.serve.config import ServeConfig
@@ -467,7 +467,7 @@ def test_a_base_model_that_is_cut_short(capsys, tmp_path, adapter, tiny_model_di
 
 
 def test_an_adapter_that_changes_while_it_is_exported(monkeypatch, capsys, tmp_path, adapter, tiny_model_dir):
-    from theodora.adapters import read_back
+    from theodora.files import read_back
 
     own = tmp_path / "own"
     shutil.copytree(adapter("lora8"), own)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from serving import Server, settled
 from theodora import AdapterConfig, inject_adapter, save_adapter
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 
 import tiny
 from theodora import locks
-from theodora.adapters import merge_checkpoint as merge
-from theodora.adapters.alone import LOCK, alone_in
 from theodora.cli.main import main
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, UsageError
 from theodora.export import exporting
+from theodora.files.alone import LOCK, alone_in
+from theodora.merging import merge_checkpoint as merge
 from theodora.train import train
 from theodora.train.checkpoints import check_output, find_checkpoint, is_doomed, newest_checkpoint
 
-merge_checkpoint = importlib.import_module("theodora.adapters.merge_checkpoint")  # the package has its function there
+merge_checkpoint = importlib.import_module("theodora.merging.checkpoint")  # the package has its function there
 _OPTIONS = {"rank": 2, "per_device_train_batch_size": 4, "held_out": 0, "bf16": False, "save_total_limit": 9}
 
 
@@ -158,7 +158,7 @@ def test_a_lock_is_not_taken_on_a_file_that_was_deleted_in_between(tmp_path, mon
             calls.append((tmp_path / LOCK).unlink())
         return locks.try_lock(descriptor)
 
-    monkeypatch.setattr("theodora.adapters.alone.try_lock", slow)
+    monkeypatch.setattr("theodora.files.alone.try_lock", slow)
     with alone_in(tmp_path), pytest.raises(UsageError, match="in use"), alone_in(tmp_path):
         pass
     assert not list(tmp_path.iterdir())

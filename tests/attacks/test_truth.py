@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, TrainerState
 
-from theodora.adapters import read_back
-from theodora.adapters.written import changes
 from theodora.cli import main as cli
 from theodora.export import gguf_written
+from theodora.files import read_back
+from theodora.files.ours import changes
 from theodora.train.checkpoints import newest_checkpoint
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from theodora.adapters.alone import LOCK, alone_in
 from theodora.compare import CompareConfig, compare
 from theodora.compare.cells import Cell
 from theodora.compare.run import ComparisonInterrupted, report_only
 from theodora.compare.store import Store
 from theodora.compare.worker import Bench
 from theodora.errors import ConfigError, DataError, UsageError
+from theodora.files.alone import LOCK, alone_in
 
 RATES = {"default": [1e-3, 1e-2], "full": [1e-3], "magnitude": [1e-2]}
 

@@ -20,11 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import theodora
 from theodora import ConfigError, accelerate_peft, kernels, restore_peft
-from theodora.adapters import peft_layer
-from theodora.adapters.accelerate import FastPath
-from theodora.adapters.peft_layer import FastLinear
-from theodora.adapters.peft_models import Acceleration
-from theodora.layers import gated_mlp
+from theodora.fastpath import gated_mlp, peft_layer
+from theodora.fastpath.accelerate import FastPath
+from theodora.fastpath.peft_layer import FastLinear
+from theodora.fastpath.peft_models import Acceleration
 from tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -567,8 +566,8 @@ def test_a_missing_peft_is_named(monkeypatch):
 
 
 def test_an_old_peft_is_named(monkeypatch):
-    monkeypatch.delattr("theodora.adapters.peft_layer")
-    monkeypatch.setitem(sys.modules, "theodora.adapters.peft_layer", None)  # as where one of its imports fails
+    monkeypatch.delattr("theodora.fastpath.peft_layer")
+    monkeypatch.setitem(sys.modules, "theodora.fastpath.peft_layer", None)  # as where one of its imports fails
     with pytest.raises(ConfigError, match=re.escape(f"0.21 or later, found {peft.__version__}")):
         accelerate_peft(tiny_model())
 

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from theodora import ConfigError, accelerate_peft, kernels, restore_peft
-from theodora.adapters.peft_layer import FastLinear
+from theodora.fastpath.peft_layer import FastLinear
 from tiny import tiny_model
 
 IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter, save_adapter
-from theodora.adapters.checkpoint import KEY_PREFIX, read_adapter
+from theodora.files.adapter import read_adapter
+from theodora.files.names import KEY_PREFIX
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -21,10 +21,10 @@ from theodora import (
     remove_adapter,
     save_adapter,
 )
-from theodora.adapters.checkpoint import read_adapter
-from theodora.adapters.inject import trained_tensors
 from theodora.adapters.models import load_model
-from theodora.adapters.to_lora import folder_to_lora
+from theodora.adapters.state import trained_tensors
+from theodora.files.adapter import read_adapter
+from theodora.merging.to_lora import folder_to_lora
 from tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

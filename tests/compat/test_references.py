@@ -32,7 +32,7 @@ from theodora import (
     remove_adapter,
     save_adapter,
 )
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch", "ignore::UserWarning:trl")

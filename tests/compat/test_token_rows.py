@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from theodora import AdapterConfig, inject_adapter, load_adapter, merge_checkpoint, save_adapter
-from theodora.adapters.inject import trained_tensors
 from theodora.adapters.models import load_model
+from theodora.adapters.state import trained_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = torch.tensor([[1, 3, 5, 7, 9, 3]])

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from theodora import AdapterConfig, ConfigError, inject_adapter, load_adapter
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from tiny import tiny_model, tiny_tokenizer
 
 # transformers renames gradient checkpointing; torch's loader complains of a pinned memory that no CPU has.

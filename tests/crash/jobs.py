@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 import theodora.data.load
-from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.config import TrainConfig
 from theodora.demo import model as demo_model
+from theodora.merging.checkpoint import merge_checkpoint
 from theodora.train import callbacks, train
 from theodora.train.stop import Agreement
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from crash import jobs
-from theodora.adapters.written import MARK
+from theodora.files.ours import MARK
 from theodora.train.wholeness import faults
 
 _SECONDS = 60  # in which any job ends

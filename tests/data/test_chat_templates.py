@@ -23,8 +23,9 @@ import trl
 from packaging.version import Version
 
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
-from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer
+from theodora.data.chat import ChatRenderer
 from theodora.data.hidden import Hidden
+from theodora.data.templates import TEMPLATE_ERRORS
 from tiny import tiny_tokenizer
 
 COLUMNS = list(SHAPES)

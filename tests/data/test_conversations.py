@@ -6,7 +6,8 @@ import re
 import pytest
 
 from chat_shapes import TOOL, TRL_TEMPLATES, answer, call, tokenizer_for
-from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer
+from theodora.data.chat import ChatRenderer
+from theodora.data.templates import TEMPLATE_ERRORS
 
 _OF_OTHERS = re.compile(r"[SUT]\d+w")
 

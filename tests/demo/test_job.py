@@ -5,11 +5,11 @@ import pytest
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
-from theodora.adapters.alone import alone_in
 from theodora.cli.main import main
 from theodora.demo import job, task
 from theodora.demo.model import split_digits
 from theodora.errors import UsageError
+from theodora.files.alone import alone_in
 
 SETTINGS = job.DemoSettings(steps=3, batch_size=2, held_out_rows=4, general_texts=2, text_length=64)
 

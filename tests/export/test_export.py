@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from exports import adapter_folder
 from theodora import load_adapter, save_adapter
-from theodora.adapters.checkpoint import read_adapter
 from theodora.cli.main import main
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, UsageError
 from theodora.export import VerificationFailed, export_adapter, verify
 from theodora.export.served import load_served, read_served
+from theodora.files.adapter import read_adapter
 from theodora.functional import dora_norm
 from tiny import VOCAB_SIZE, tiny_model
 

@@ -79,7 +79,7 @@ def test_a_lora_with_scales_that_llama_cpp_does_not_know(family, tmp_path, tiny_
     alpha = reader.get_field("adapter.lora.alpha").contents()
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     model = AutoModelForCausalLM.from_pretrained(folder)
-    from theodora.adapters.checkpoint import read_adapter
+    from theodora.files.adapter import read_adapter
 
     names = names_of(model.config)
     for path, own in read_adapter(adapter).modules.items():

@@ -13,12 +13,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["theodora", "yaml"]):
-    from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
     from theodora.cli.train import read_yaml
     from theodora.config import TrainConfig
     from theodora.data.files import READERS
     from theodora.data.problems import Problems
     from theodora.errors import TheodoraError
+    from theodora.files.adapter import read_adapter
+    from theodora.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 FOLDER = Path(tempfile.mkdtemp(prefix="theodora-atheris-"))
 CONFIG = b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "use_dora": true}'

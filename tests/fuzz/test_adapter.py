@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from fuzz.fuzzing import damaged, files_under, fuzz, json_values, only_our_errors, text
 from theodora import AdapterConfig, inject_adapter, load_adapter, paths, save_adapter
-from theodora.adapters.checkpoint import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
-from theodora.adapters.mlx import save_mlx
+from theodora.adapters.save_mlx import save_mlx
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
+from theodora.files.adapter import AdapterFile, read_adapter
+from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 
 WHERE = "base_model.model.model.layers.0.self_attn.q_proj"
 FIELDS = st.one_of(

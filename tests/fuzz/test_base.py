@@ -18,11 +18,12 @@ import tiny
 from exports import write_llama
 from fuzz.fuzzing import EXAMPLES, damaged, files_under, fuzz, json_values, only_our_errors, text
 from theodora import AdapterConfig, inject_adapter, save_adapter
-from theodora.adapters import base_checkpoint
-from theodora.adapters.base_checkpoint import INDEX, BaseCheckpoint, find_base
-from theodora.adapters.merge_checkpoint import merge_checkpoint
 from theodora.adapters.models import load_model, load_model_and_tokenizer
 from theodora.errors import CheckpointError, TheodoraError
+from theodora.files import base_model as base_checkpoint
+from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.model_folder import INDEX
+from theodora.merging.checkpoint import merge_checkpoint
 from theodora.train.checkpoints import CONFIG_FILE, RUN_FILES, check_output, clear_run
 
 FIELDS = st.one_of(

@@ -15,7 +15,7 @@ from theodora import (
     swap_adapter_weights,
     unmerge_adapter,
 )
-from theodora.adapters.inject import adapter_layers, trained_tensors
+from theodora.adapters.state import adapter_layers, trained_tensors
 from tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

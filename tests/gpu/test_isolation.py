@@ -8,7 +8,7 @@ import torch
 import tiny
 from serving import settled, trained
 from theodora import AdapterConfig, inject_adapter, save_adapter
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 from theodora.serve.requests import Sampling

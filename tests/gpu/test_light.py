@@ -7,9 +7,9 @@ import torch
 from transformers import set_seed
 
 from theodora.adapters import inject_adapter
-from theodora.adapters.accelerate import install, uninstall
 from theodora.compare.worker import full_weights
 from theodora.config import AdapterConfig
+from theodora.fastpath.accelerate import install, uninstall
 from theodora.train.fused_loss import fused_head
 from theodora.train.light import LightSettings, Row, train_light
 

@@ -6,8 +6,8 @@ import torch
 import formula
 from formula import DEVICE
 from theodora import AdapterConfig, inject_adapter, kernels
-from theodora.adapters.accelerate import install
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
+from theodora.fastpath.accelerate import install
 from theodora.kernels.operators import interpreted
 from tiny import tiny_model
 

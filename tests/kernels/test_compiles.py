@@ -14,8 +14,7 @@ from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
-from theodora.kernels.parts import Update
-from theodora.kernels.routed import MOST_LAYERS, SlottedWeights
+from theodora.kernels.parts import MOST_LAYERS, SlottedWeights, Update
 from theodora.kernels.triton import compose, finite, gated, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")

@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 import formula
 from theodora import AdapterConfig, accelerate_peft, inject_adapter, kernels, merge_adapter
 from theodora.autocast import autocast_dtype
+from theodora.fastpath.activation import FastGELU
+from theodora.fastpath.norm import FastRMSNorm
 from theodora.functional import dora_norm, merged_weight
 from theodora.kernels.cross_entropy import linear_cross_entropy
 from theodora.kernels.routed import Routes
-from theodora.layers.activation import FastGELU
-from theodora.layers.norm import FastRMSNorm
-from theodora.layers.slotted import Routing, prepare_slots, slot
 from theodora.layers.swap import autocast_changes
+from theodora.serve.slotted import Routing, prepare_slots, slot
 from tiny import tiny_model
 
 BF16 = torch.bfloat16

@@ -10,7 +10,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from theodora import AdapterConfig, inject_adapter, kernels, load_adapter, save_adapter, set_adapter
 from theodora.adapters import merge_check
-from theodora.layers.groups import parts_that_fit
+from theodora.fastpath.groups import parts_that_fit
 from tiny import tiny_model
 
 IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -145,7 +145,7 @@ def test_each_adapter_has_its_own():
 
 
 def test_fast_paths_read_it(monkeypatch):
-    monkeypatch.setattr("theodora.layers.groups.runs_triton", lambda _: True)
+    monkeypatch.setattr("theodora.fastpath.groups.runs_triton", lambda _: True)
     model, x = net(), torch.randn(5, 6)
     assert model.linear.parts().drops
     assert parts_that_fit(x, [model.linear]) is None

@@ -19,7 +19,7 @@ from theodora import (
     save_adapter,
 )
 from theodora.layers import AdapterLayer, start_norm
-from theodora.layers.slotted import Routing, prepare_slots, slot
+from theodora.serve.slotted import Routing, prepare_slots, slot
 from tiny import tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -20,7 +20,8 @@ from theodora import (
     set_adapter,
     unmerge_adapter,
 )
-from theodora.layers import AdapterLayer, start
+from theodora.layers import AdapterLayer
+from theodora.layers import init as start
 from tiny import tiny_model
 
 INITS = ["default", "gaussian", "orthogonal", "pissa", "olora"]

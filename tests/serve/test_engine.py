@@ -12,7 +12,6 @@ import torch
 from serving import ADAPTERS, alone, expected, settled
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.errors import CheckpointError, ConfigError
-from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, slot
 from theodora.serve import adapters as serve_adapters
 from theodora.serve import requests as serve_requests
 from theodora.serve.batching import NotRun, RoutedManager, Router
@@ -20,6 +19,7 @@ from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
 from theodora.serve.requests import Sampling
 from theodora.serve.slots import Slots
+from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors, slot
 from tiny import FAMILIES, tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 30, 40], [n % 250 + 3 for n in range(80)]]

@@ -7,7 +7,7 @@ import pytest
 
 import theodora
 from serving import expected
-from theodora.adapters.save import load_adapter
+from theodora.adapters.load import load_adapter
 from tiny import tiny_model, tiny_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]

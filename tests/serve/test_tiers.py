@@ -15,7 +15,8 @@ from serving import alone, expected, settled
 from theodora.errors import CheckpointError
 from theodora.files.folder import Place
 from theodora.serve.requests import Sampling
-from theodora.serve.tiers import Changed, HostTier, Stamp
+from theodora.serve.stamp import Changed, Stamp
+from theodora.serve.tiers import HostTier
 
 GREEDY = Sampling(max_tokens=5, temperature=0.0)
 NAMES = ("dora4", "lora8", "dora3", "lora1", "head", "rows")

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from theodora import AdapterConfig, ConfigError, TrainConfig, inject_adapter, load_adapter, save_mlx, train
-from theodora.adapters.checkpoint import read_adapter
-from theodora.adapters.inject import adapter_layers, trained_tensors
 from theodora.adapters.models import load_model
+from theodora.adapters.state import adapter_layers, trained_tensors
 from theodora.cli.main import main
+from theodora.files.adapter import read_adapter
 
 QUIET = Console(quiet=True)
 

@@ -9,13 +9,13 @@ from transformers import masking_utils
 
 import recorder
 from formula import DEVICE
-from theodora.adapters.whole_rows import packed_rows, whole_rows
 from theodora.data.packing import packed_batch
-from theodora.layers import packed_attention
+from theodora.fastpath import packed_attention
+from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.train import trainer
-from theodora.train.apart import keeps_apart, sequences_apart
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
+from theodora.train.packed_rows import keeps_apart, sequences_apart
 
 SETTINGS = {"train_on": "all", "max_length": 12, "held_out": 6, "max_steps": 12, "save_steps": 5, "eval_steps": 4}
 

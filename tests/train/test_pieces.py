@@ -11,7 +11,7 @@ from theodora.data.packing import packed_batch
 from theodora.errors import TheodoraError
 from theodora.train import train, trainer
 from theodora.train.fused_loss import LEARNED, SelectLearned
-from theodora.train.pieces import split
+from theodora.train.out_of_memory import split
 
 GRADIENTS = ("loss", "grad_norm", "num_tokens", "learning_rate")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.train import callbacks, train
-from theodora.train.run import TrainingInterrupted
+from theodora.train.stop import TrainingInterrupted
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["", "adapted head"])

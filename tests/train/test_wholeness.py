@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from theodora.adapters.written import MARK, changes
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
+from theodora.files.ours import MARK, changes
 from theodora.train import train, wholeness
 from theodora.train.checkpoints import check_output, find_checkpoint, newest_checkpoint, passed_over
 from theodora.train.inputs import INPUTS_FILE

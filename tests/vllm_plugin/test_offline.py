@@ -101,7 +101,7 @@ def test_g_is_the_formulas(engine, expected):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from theodora.adapters.checkpoint import read_adapter
+    from theodora.files.adapter import read_adapter
     from theodora.functional import dora_norm, dora_scale
     from theodora.vllm_plugin.layers import DoraLayer
 

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from theodora.adapters.base_copies import base_parameter
-from theodora.adapters.checkpoint import AdapterFile
+from theodora.adapters.embeddings import base_parameter
+from theodora.files.adapter import AdapterFile
 
 
 def trained_biases(full: Iterable[str]) -> set[str]:

@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from theodora.adapters.peft_options import PEFTS_HEADS
-from theodora.adapters.targets import find_modules_to_save, matches
+from theodora.adapters.targets import find_modules_to_save
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
+from theodora.files.peft_options import PEFTS_HEADS
+from theodora.paths import matches
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from theodora.adapters.checkpoint import AdapterFile
 from theodora.config import METHOD_NAMES, AdapterConfig
+from theodora.files.adapter import AdapterFile
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from theodora.adapters.finite import not_finite
-from theodora.adapters.inject import Model, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.merge_check import Probe, check_probes
+from theodora.adapters.state import Model, activate, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.files.finite import not_finite
 from theodora.layers.float8 import Float8Layer
 
 
@@ -122,3 +124,23 @@ def _untie(model: nn.Module) -> list[Any]:
             part.tie_word_embeddings = False
             changed.append(part)
     return changed
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone inside the block, also while an adapter is merged.
+
+    Raises:
+        ConfigError: the model carries no adapter.
+    """
+    state = require_state(model)
+    active, merged = state.active, state.merged
+    if merged is not None:
+        unmerge_adapter(model)
+    activate(model, state, None)
+    try:
+        yield
+    finally:
+        activate(model, state, active)
+        if merged is not None:
+            merge_adapter(model, merged)

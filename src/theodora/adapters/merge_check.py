@@ -23,7 +23,7 @@ from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
 from theodora.layers import AdapterLayer, base_dtype
 from theodora.layers.float8 import Float8Layer
-from theodora.layers.groups import GROUP
+from theodora.layers.linear import GROUP
 
 _TOKENS = 16
 _UNITS = 8.0

@@ -5,7 +5,7 @@ The base on disk has no rows for them. So the adapter trains and saves their row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from theodora.adapters.base_copies import end_weights
-from theodora.adapters.reading import expanded
-from theodora.adapters.targets import matches
+from theodora.adapters.embeddings import end_weights
 from theodora.adapters.token_rows import add_token_rows, drop_token_rows, own_rows, tied_to
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError
+from theodora.files.distrust import expanded
 from theodora.layers import AdapterLayer
 from theodora.layers.token_rows import TokenRows, cannot_have_rows
 from theodora.parse import parse_json
+from theodora.paths import matches
 
 if TYPE_CHECKING:
-    from theodora.adapters.inject import AdapterState
+    from theodora.adapters.state import AdapterState
 
 
 def tokens_before(model: Any) -> int | None:
@@ -64,8 +64,8 @@ def new_token_indices(model: Any, config: AdapterConfig, adapted: Sequence[str])
 class Resizer:
     """Stands in for `model.resize_token_embeddings` while the model carries adapters: they train the new rows."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, install: Callable[[nn.Module], None]) -> None:
+        self.model, self.install = model, install
 
     def __call__(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -75,8 +75,7 @@ class Resizer:
         Raises:
             ConfigError: an adapter is merged, or is on the embedding or the head itself, whose size it then has.
         """
-        from theodora.adapters.inject import find_state, set_adapter
-        from theodora.adapters.integration import install
+        from theodora.adapters.state import find_state, set_adapter
 
         model, state = self.model, find_state(self.model)
         own: Any = type(model).resize_token_embeddings
@@ -96,7 +95,7 @@ class Resizer:
             grown = _grown(model, rows, before, state.configs[name])
             add_token_rows(model, name, grown, state.full[name])
         state.resized |= len(model.get_input_embeddings().weight) != before
-        install(model)
+        self.install(model)
         set_adapter(model, active)
         for name, asks in trained.items():
             for rows in own_rows(model, name).values():
@@ -136,7 +135,7 @@ def _grown(model: Any, rows: Mapping[str, TokenRows], before: int, config: Adapt
 
 
 def _parameters(model: nn.Module, state: AdapterState, name: str) -> list[Tensor]:
-    from theodora.adapters.inject import trained_tensors
+    from theodora.adapters.state import trained_tensors
 
     return list(trained_tensors(model, name).values())
 

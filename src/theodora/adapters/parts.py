@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from theodora.adapters.names import bare_name, of_another_part
+from theodora.synonyms import bare_name, of_another_part
 
 # Attention to another model's states, which are there with an image or an encoder only.
 _CROSS = ("cross_attn", "encoder_attn", "crossattention", "cross_attention")

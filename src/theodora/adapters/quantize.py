@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from theodora.adapters.base_probe import sample_weight
-from theodora.adapters.inject import Model, find_state
+from theodora.adapters.state import Model, find_state
 from theodora.adapters.targets import frozen_linear
 from theodora.errors import ConfigError
+from theodora.files.base_probe import sample_weight
 from theodora.layers import base_weight
 from theodora.layers.float8 import Float8Layer, quantize
-from theodora.layers.linear import is_conv1d
+from theodora.layers.kinds import is_conv1d
 
 _MULTIPLE = 16  # the GPU's float8 products take sizes that are multiples of this
 _SAMPLE = "_theodora_sample"

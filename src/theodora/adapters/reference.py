@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from theodora.adapters.inject import Model, adapter_layers, remove_adapter, require_state, set_adapter
+from theodora.adapters.remove import remove_adapter
+from theodora.adapters.state import Model, adapter_layers, require_state, set_adapter
 from theodora.errors import ConfigError
 
 

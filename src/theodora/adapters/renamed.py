@@ -1,4 +1,4 @@
-"""An adapter's file under the names that the model at hand has for the same modules (see `names.py`)."""
+"""An adapter's file under the names that the model at hand has for the same modules (see `synonyms.py`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from theodora.adapters.checkpoint import AdapterFile
-from theodora.adapters.names import Names, bare_name, of_another_part
-from theodora.adapters.targets import matches
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
-from theodora.paths import PathPattern
+from theodora.files.adapter import AdapterFile
+from theodora.paths import PathPattern, matches
+from theodora.synonyms import Names, bare_name, of_another_part
 
 T = TypeVar("T")
 

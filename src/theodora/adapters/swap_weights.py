@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile, AdapterTensors, adapter_of, read_adapter, some
-from theodora.adapters.finite import finite
-from theodora.adapters.inject import adapter_layers, originals_in_place, require_state
+from theodora.adapters.check import check_fit
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.renamed import in_names_of
-from theodora.adapters.save import check_fit
+from theodora.adapters.state import adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_to_write
 from theodora.config import AdapterConfig
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list, some
+from theodora.files.adapter import AdapterFile, AdapterTensors, adapter_of, read_adapter
+from theodora.files.finite import finite
+from theodora.files.names import KEY_PREFIX
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
 

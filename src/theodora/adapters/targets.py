@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -18,10 +17,9 @@ from theodora.adapters.parts import parts_of
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
-from theodora.layers.linear import is_conv1d, is_linear
-from theodora.paths import PathPattern, endings, matches
+from theodora.layers.kinds import is_conv1d, is_linear
+from theodora.paths import PathPattern, endings, matches, nearest
 
-_LONGEST_NAME = 300
 _TOLD = 20
 
 
@@ -120,13 +118,6 @@ def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
 def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Paths of the modules that are trained in full."""
     return [path for path, _ in model.named_modules() if path and names and matches(names, path)]
-
-
-def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of `names` that look like `name`, best first."""
-    if len(name) > _LONGEST_NAME:  # comparing takes time in the square of the length
-        return []
-    return difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.5)
 
 
 def target_names(model: nn.Module, paths: list[str]) -> list[str]:

@@ -9,37 +9,16 @@ Where embedding and output head share a weight, the embedding's rows are the hea
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from theodora.adapters.targets import matches
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
+from theodora.files.token_rows import RowTensors
 from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows
-
-DELTA = "token_adapter.trainable_tokens_delta"
-BASE_COPY = ".token_adapter.base_layer."
-
-
-@dataclass(frozen=True)
-class RowTensors:
-    """The rows that a file holds for one module."""
-
-    ids: tuple[int, ...]
-    rows: Tensor
-    """(N, O)."""
-
-    def same_as(self, other: RowTensors | None) -> bool:
-        """Whether both are the same rows of the same tokens."""
-        return other is not None and self.ids == other.ids and torch.equal(self.rows, other.rows)
-
-    def put_into(self, w_VO: Tensor) -> Tensor:
-        """The whole weight with these rows, (V, O)."""
-        ids = torch.tensor(self.ids, device=w_VO.device)
-        return w_VO.index_copy(0, ids, self.rows.to(w_VO))
+from theodora.paths import matches
 
 
 def token_layers(model: nn.Module, name: str | None = None) -> dict[str, TokenRowsLayer]:
@@ -227,26 +206,6 @@ def peft_indices(model: nn.Module, name: str) -> dict[str, list[int]] | None:
     return {path: row.ids.tolist() for path, row in own_rows(model, name).items()} or None
 
 
-def file_rows(
-    deltas: Mapping[str, Tensor], indices: Mapping[str, Sequence[int]] | Sequence[int], problems: list[str]
-) -> dict[str, RowTensors]:
-    """Module path -> rows, from the tensors of a file and what its configuration says of them."""
-    found: dict[str, RowTensors] = {}
-    for path, tensor in deltas.items():
-        ids = tuple(_ids_of(path, indices))
-        if not ids:
-            problems.append(f"{path}: holds rows of tokens that trainable_token_indices does not name")
-        elif tensor.ndim != 2 or len(tensor) != len(ids):
-            problems.append(f"{path}: rows {tuple(tensor.shape)}; expected {len(ids)}, one for each token")
-        elif len(set(ids)) < len(ids):
-            problems.append(f"{path}: trainable_token_indices names a token twice")
-        else:
-            found[path] = RowTensors(ids, tensor)
-    if indices and not deltas:
-        problems.append("trainable_token_indices is set, but the file holds no rows of tokens")
-    return found
-
-
 def rows_problems(model: nn.Module, rows: Mapping[str, RowTensors], sizes: Mapping[str, int]) -> Iterator[str]:
     """What is wrong with a file's rows on this model.
 
@@ -278,12 +237,6 @@ def _rows(module: Any, ids: Sequence[int], rows_NO: Tensor, config: AdapterConfi
     weight: Tensor = module.weight
     dtype = weight.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
     return TokenRows(torch.tensor(ids, device=weight.device), rows_NO.detach().to(weight.device, dtype, copy=True))
-
-
-def _ids_of(path: str, indices: Mapping[str, Sequence[int]] | Sequence[int]) -> Sequence[int]:
-    if not isinstance(indices, Mapping):
-        return indices
-    return next((ids for name, ids in indices.items() if matches((name,), path)), ())
 
 
 def _own_weight(module: Any) -> Any:

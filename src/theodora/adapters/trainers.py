@@ -1,14 +1,21 @@
-"""TRL's trainers with an injected model: the reference they compare with is the policy as it was when they began.
+"""Other people's trainers with an injected model.
 
-DPO, KTO, GRPO, RLOO and self-distillation load the policy's folder once more for a reference. For a model with a loaded
-adapter that is the base, not what training starts from; for any other adapter it is all weights twice. So the policy's
-own frozen twin (`reference_model`) is given to them, and what cannot be right is refused before a step is taken.
+`transformers.Trainer` resumes from an adapter's checkpoints and finds its best one again. It knows two kinds of model,
+PEFT's and whole ones, and offers no hook for a third, so its two loading methods are wrapped; for all other models the
+wrappers pass the call on. PEFT puts no second adapter on ours.
+
+TRL's trainers get a reference: the policy as it was when they began. DPO, KTO, GRPO, RLOO and self-distillation load
+the policy's folder once more for it. For a model with a loaded adapter that is the base, not what training starts
+from; for any other adapter it is all weights twice. So the policy's own frozen twin (`reference_model`) is given to
+them, and what cannot be right is refused before a step is taken.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -16,9 +23,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from theodora.adapters.inject import find_state, require_state
+from theodora.adapters.check import load_weights
 from theodora.adapters.reference import reference_model, shares_training
+from theodora.adapters.state import find_state, require_state
+from theodora.adapters.trainer_hooks import refuse_pefts
 from theodora.errors import ConfigError
 
 _MAKE = "create_model_from_path"
@@ -148,3 +158,47 @@ def _check_reference(trainer: Any, given: dict[str, Any]) -> None:
             f"{type(trainer).__name__} has loaded the base model as its reference, which is not where the training of "
             "this adapter begins. " + _USE
         )
+
+
+def teach_trainers(model: nn.Module) -> None:
+    """Wrap the two methods of `transformers.Trainer` that load model weights, and its making, once."""
+    if not isinstance(model, PreTrainedModel) or importlib.util.find_spec("accelerate") is None:
+        return
+    trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
+    trainer: Any = trainer_module.Trainer
+    for name, find_folder in (
+        ("_load_from_checkpoint", lambda self, folder, *_: folder),
+        ("_load_best_model", lambda self: self.state.best_model_checkpoint),
+    ):
+        original = getattr(trainer, name)
+        if not hasattr(original, "__theodora__"):
+            setattr(trainer, name, _loading_adapters(original, find_folder))
+    teach_trl(trainer)
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # transformers' trainer has imported it, if it is there
+    if tuners is not None and not hasattr(tuners.BaseTuner.inject_adapter, "__theodora__"):
+        tuners.BaseTuner.inject_adapter = _refusing_ours(tuners.BaseTuner.inject_adapter)
+
+
+def _refusing_ours(original: Any) -> Any:
+    """PEFT's way to put layers on a model, which takes no model with adapters of ours."""
+
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if find_state(model) is not None:
+            refuse_pefts()
+        return original(self, model, *args, **kwargs)
+
+    wrapper: Any = functools.wraps(original)(inject_adapter)
+    wrapper.__theodora__ = True
+    return wrapper
+
+
+def _loading_adapters(original: Any, find_folder: Any) -> Any:
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if find_state(model) is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return original(self, *args, **kwargs)
+        return load_weights(model, find_folder(self, *args, *kwargs.values()))
+
+    wrapper: Any = functools.wraps(original)(load)
+    wrapper.__theodora__ = True
+    return wrapper

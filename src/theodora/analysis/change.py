@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from theodora.adapters.checkpoint import AdapterTensors
+from theodora.files.adapter import AdapterTensors
 from theodora.functional import merged_weight
 
 # Rows are widened to float64 in pieces of this many elements (32 MB).

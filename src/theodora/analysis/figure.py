@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from theodora.adapters.atomic import atomic_write
 from theodora.analysis.inspection import AdapterReport, ModuleReport
 from theodora.errors import ConfigError
+from theodora.files.atomic import atomic_write
 from theodora.shown import in_figure
 
 FORMATS = ("png", "svg", "pdf")

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.base_probe import check_base
-from theodora.adapters.checkpoint import AdapterFile, AdapterTensors, read_adapter
-from theodora.adapters.kinds import layer_index, layer_kinds
-from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
-from theodora.adapters.written import changes, described
 from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
+from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
+from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.base_probe import check_base
 from theodora.files.folder import read_file
+from theodora.files.ours import changes, described
+from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.parse import parse_yaml
+from theodora.paths import layer_index, layer_kinds
 
 RUN_CONFIG = "config.yaml"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from theodora.adapters.checkpoint import AdapterTensors
+from theodora.files.adapter import AdapterTensors
 from theodora.functional import row_norm_squared
 
 # Below this relative change, magnitudes are compared with those of the base rounded to bfloat16 as well: training

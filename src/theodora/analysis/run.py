@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.base_probe import check_base
-from theodora.adapters.checkpoint import AdapterFile, read_adapter
-from theodora.adapters.kinds import layer_index, layer_kinds
-from theodora.adapters.merge_plan import SAME_BASE, base_weight, plan_merge, sample_base
 from theodora.analysis.change import WeightChange, adapter_change, tuned_change
 from theodora.analysis.correlation import Correlation, correlate
 from theodora.analysis.inspection import plain
 from theodora.analysis.states import State, find_states
 from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
+from theodora.files.adapter import AdapterFile, read_adapter
+from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.base_probe import check_base
+from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
 # Further apart than this, a model was hardly trained from that base.

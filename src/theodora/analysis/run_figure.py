@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from theodora.adapters.atomic import atomic_write
 from theodora.analysis.run import RunReport
 from theodora.errors import CheckpointError, ConfigError
+from theodora.files.atomic import atomic_write
 from theodora.shown import in_figure
 
 if TYPE_CHECKING:

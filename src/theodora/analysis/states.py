@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from theodora.adapters.base_checkpoint import INDEX, WEIGHTS, find_base
-from theodora.adapters.checkpoint import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.errors import CheckpointError, shown
+from theodora.files.base_model import find_base
+from theodora.files.model_folder import INDEX, WEIGHTS
+from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 
 # `theodora train` keeps checkpoints in a folder of their own, transformers' trainers beside the result.
 _PLACES = (".", "checkpoints")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from theodora.adapters.base_checkpoint import BaseCheckpoint
 from theodora.errors import CheckpointError, bullet_list
+from theodora.files.base_model import BaseCheckpoint
 
 _MISSES_SHOWN = 20
 

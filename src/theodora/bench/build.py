@@ -19,14 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from theodora.adapters import inject_adapter
-from theodora.adapters.accelerate import accelerate, recompute_less
-from theodora.adapters.classes import check_kernels
-from theodora.adapters.models import check_model_folder, load_model
+from theodora.adapters.models import load_model
 from theodora.adapters.quantize import quantize_base
-from theodora.adapters.whole_rows import whole_rows
 from theodora.bench.variants import Variant, Workload
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, ConfigError
+from theodora.fastpath.accelerate import accelerate, recompute_less
+from theodora.fastpath.masks import whole_rows
+from theodora.files.classes import check_kernels
+from theodora.files.model_folder import check_model_folder
 from theodora.kernels.cross_entropy import linear_cross_entropy
 
 

@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the table."""
-    from theodora.adapters.models import check_model_folder
     from theodora.bench import Job, Runner, describe_machine, differing_losses, make_rows, plain_rows, step_table
     from theodora.bench.table import timings
     from theodora.cli.console import stderr, stdout
     from theodora.errors import TheodoraError
+    from theodora.files.model_folder import check_model_folder
 
     check_model_folder(args.model)
     workload = _workload(args)
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 def _workload(args: argparse.Namespace) -> Workload:
     import torch
 
-    from theodora.adapters.models import DTYPES
     from theodora.bench import Workload
+    from theodora.files.model_folder import DTYPES
 
     return Workload(
         model=args.model,

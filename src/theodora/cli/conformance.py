@@ -159,7 +159,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    from theodora.adapters.atomic import atomic_write
+    from theodora.files.atomic import atomic_write
     from theodora.parse import to_json
 
     with atomic_write(path) as file:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from theodora.adapters import adapter_disabled
-from theodora.adapters.inject import find_state
+from theodora.adapters.state import find_state
 from theodora.data import encode_prompt
 from theodora.data.vocabulary import check_rows
 from theodora.errors import ConfigError

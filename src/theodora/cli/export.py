@@ -109,7 +109,7 @@ def fit_tables(found: Approximation) -> list[Table]:
     from rich import box
     from rich.table import Table
 
-    from theodora.adapters.kinds import layer_index, layer_kinds
+    from theodora.paths import layer_index, layer_kinds
 
     errors, ranks = found.fit.errors, found.fit.ranks
     kinds = layer_kinds(errors)

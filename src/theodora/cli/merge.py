@@ -17,7 +17,7 @@ from theodora.shown import quoted
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from theodora.adapters import MergeReport
+    from theodora.merging import MergeReport
 
 # Where rounding eats more than this share of what the adapter changed, a wider dtype is worth its bytes.
 _MUCH_ROUNDING = 0.5
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """Merge, with a progress bar, and say what came out."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from theodora.adapters.merge_checkpoint import merge_checkpoint
     from theodora.cli.console import stderr, stdout
     from theodora.config import METHOD_NAMES
+    from theodora.merging.checkpoint import merge_checkpoint
 
     columns = (
         TextColumn("merging", markup=False),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from theodora.adapters.atomic import atomic_write
 from theodora.compare import figures
 from theodora.compare.cells import Record, all_cells, tuning_cells
 from theodora.compare.config import CompareConfig
@@ -13,6 +12,7 @@ from theodora.compare.methods import Variant
 from theodora.compare.page import CELL_TITLES, NOTES, PAGE, cell_row, escape, estimated, million, signed, table
 from theodora.compare.store import REPORT, Store
 from theodora.compare.summary import MEASURES, POOLED, Finding, Line, Measure, lines, tests
+from theodora.files.atomic import atomic_write
 
 
 def write_report(store: Store) -> Path:

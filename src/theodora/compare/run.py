@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from theodora.adapters.alone import alone_in
 from theodora.compare.cells import Cell, Record, all_cells
 from theodora.compare.config import CompareConfig
 from theodora.compare.material import left_out, read_splits
@@ -19,6 +18,7 @@ from theodora.compare.report import write_report
 from theodora.compare.store import PARQUET, REPORT, Store
 from theodora.compare.view import View
 from theodora.errors import TheodoraError
+from theodora.files.alone import alone_in
 from theodora.terminal import Terminal
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from theodora.adapters.alone import is_empty
-from theodora.adapters.atomic import atomic_write
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.errors import UsageError, bullet_list
+from theodora.files.alone import is_empty
+from theodora.files.atomic import atomic_write
 from theodora.parse import to_json
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"

@@ -13,9 +13,8 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from theodora.adapters import inject_adapter, remove_adapter, save_adapter
-from theodora.adapters.accelerate import install, uninstall
-from theodora.adapters.inject import trained_tensors
-from theodora.adapters.models import load_model, load_tokenizer
+from theodora.adapters.models import load_model
+from theodora.adapters.state import trained_tensors
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.compare.material import Material, prepare, read_splits
@@ -26,6 +25,8 @@ from theodora.evaluate import Scores
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions
 from theodora.evaluate.scores import NotFinite, score
+from theodora.fastpath.accelerate import install, uninstall
+from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
 from theodora.train.light import Diverged, LightSettings, train_light

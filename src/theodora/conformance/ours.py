@@ -21,12 +21,12 @@ from theodora.adapters import (
     set_adapter,
     unmerge_adapter,
 )
-from theodora.adapters.combine import combine_adapters
-from theodora.adapters.rules import kept_by_dare
 from theodora.adapters.swap_weights import swap_adapter_weights
-from theodora.adapters.to_lora import to_lora
 from theodora.config import AdapterConfig
 from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, Specimen, Variant
+from theodora.merging.combine import combine_adapters
+from theodora.merging.ties_dare import kept_by_dare
+from theodora.merging.to_lora import to_lora
 
 
 class Ours:
@@ -115,7 +115,7 @@ class Ours:
         swap_adapter_weights(self.model, name, folder)
 
     def mixed(self, names: Sequence[str | None], x: Sequence[Tensor]) -> Sequence[Tensor]:
-        from theodora.layers.slotted import Routing, prepare_slots, slot
+        from theodora.serve.slotted import Routing, prepare_slots, slot
 
         adapters = sorted({name for name in names if name is not None})
         routing = Routing(1 + len(adapters))

@@ -1,12 +1,13 @@
 """From a file of examples to token ids and a loss mask: formats → tokens → (TRL's) packed batches."""
 
-from theodora.data.chat import fallback_chat_template
 from theodora.data.examples import Examples
+from theodora.data.hidden import left_out_of
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
 from theodora.data.prompts import encode_prompt, expected_answer, reference_answer, render_prompt, with_answer
 from theodora.data.split import split_examples
-from theodora.data.tokens import left_out_of, tokenize
+from theodora.data.templates import fallback_chat_template
+from theodora.data.tokens import tokenize
 
 __all__ = [
     "Examples",

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from theodora.data.masks import Span
-from theodora.data.messages import Message, calls_of, parsed_or_same
+from theodora.data.messages import Message, calls_of
+from theodora.data.tools import parsed_or_same
 
 # A thought is reasoning that stands in the content.
 Kind = Literal["system", "user", "tool", "text", "thought", "reasoning", "call", "argument", "name", "tools"]

@@ -8,8 +8,9 @@ from typing import Any
 from datasets import Value
 from transformers import PreTrainedTokenizerBase
 
-from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
+from theodora.data.chat import ChatRenderer, tools_of
 from theodora.data.messages import Message, assistant, user
+from theodora.data.templates import TEMPLATE_ERRORS
 from theodora.errors import DataError
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theodora.data.masks import Span, agreement
-from theodora.data.messages import Message, assistant, calls_of, parsed_or_same, user
+from theodora.data.messages import Message, assistant, calls_of, user
+from theodora.data.tools import parsed_or_same
 from theodora.metered import install
 
 Tools = Sequence[Any] | None

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
-from theodora.data.chat import TEMPLATE_ERRORS, ChatRenderer, tools_of
+from theodora.data.chat import ChatRenderer, tools_of
 from theodora.data.examples import Examples
 from theodora.data.hidden import HiddenCounts, left_out_of
 from theodora.data.left_out import LeftOut, sentences
@@ -26,6 +26,7 @@ from theodora.data.masks import Span, are_sound, extents, learned_by_extent, lea
 from theodora.data.messages import Message
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
+from theodora.data.templates import TEMPLATE_ERRORS
 from theodora.errors import ConfigError, DataError
 from theodora.metered import whole_job
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from theodora.adapters.atomic import atomic_write
-from theodora.adapters.written import sha256
 from theodora.errors import TheodoraError
+from theodora.files.atomic import atomic_write
+from theodora.files.ours import sha256
 from theodora.locks import temporary_folder
 
 

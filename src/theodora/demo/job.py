@@ -12,9 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.adapters import adapter_disabled, merge_checkpoint
-from theodora.adapters.alone import alone_in, is_empty
-from theodora.adapters.atomic import atomic_write, remove_folder
+from theodora.adapters import adapter_disabled
 from theodora.adapters.models import best_device, load_model_and_tokenizer
 from theodora.config import TrainConfig
 from theodora.data import encode_prompt, load_examples, reference_answer
@@ -24,6 +22,9 @@ from theodora.demo.results import Answers, Measured, Results, answers_table, dra
 from theodora.errors import UsageError
 from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.files.alone import alone_in, is_empty
+from theodora.files.atomic import atomic_write, remove_folder
+from theodora.merging import merge_checkpoint
 from theodora.shown import quoted
 from theodora.terminal import Terminal
 from theodora.train import train

@@ -9,7 +9,7 @@ from textwrap import shorten
 from rich import box
 from rich.table import Table
 
-from theodora.adapters.atomic import atomic_write
+from theodora.files.atomic import atomic_write
 from theodora.parse import to_json
 
 _BEFORE, _AFTER = "#9aa5b1", "#1f7a5c"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.data.ends import end_token_ids
 from theodora.data.vocabulary import model_rows
+from theodora.ends import end_token_ids
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

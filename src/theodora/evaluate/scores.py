@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.adapters.inject import find_state
+from theodora.adapters.state import find_state
 from theodora.data import Examples
 from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from theodora.adapters.reading import expanded
-from theodora.adapters.written import described
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
 from theodora.export.predictions import Difference, Predictions, difference
 from theodora.export.probe import PROBE_TEXT
+from theodora.files.distrust import expanded
+from theodora.files.ours import described
 
 # Bounds by the coarser form's precision: largest difference of a logit, relative to the standard deviation of A's
 # logits, and mean KL in nats. Measured (docs/exporting.md has the figures), with room for other models.

@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from theodora.adapters import load_adapter
-from theodora.adapters.adapter_folder import stamp_of
-from theodora.adapters.atomic import atomic_directory, atomic_write, scratch_directory
-from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, read_peft_config
-from theodora.adapters.fit import FitReport
-from theodora.adapters.generation import copy_manners, ends_elsewhere
-from theodora.adapters.merge_checkpoint import merge_checkpoint
-from theodora.adapters.mlx import save_mlx
-from theodora.adapters.models import DTYPES, load_model
-from theodora.adapters.read_back import copy_file, write_json
-from theodora.adapters.reading import expanded
+from theodora.adapters.models import load_model
 from theodora.adapters.save import save_adapter
-from theodora.adapters.to_lora import folder_to_lora
-from theodora.adapters.written import mark_written
+from theodora.adapters.save_mlx import save_mlx
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, UsageError
 from theodora.export.comparison import Verification, verify
 from theodora.export.forms import quiet
@@ -31,8 +20,21 @@ from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
 from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
 from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
+from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.adapter_folder import stamp_of
+from theodora.files.atomic import atomic_directory, atomic_write, scratch_directory
+from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.distrust import expanded
 from theodora.files.folder import Place
+from theodora.files.generation import copy_manners, ends_elsewhere
+from theodora.files.model_folder import DTYPES
+from theodora.files.names import CONFIG_NAME, WEIGHTS_NAME
+from theodora.files.ours import mark_written
+from theodora.files.read_back import copy_file, write_json
 from theodora.locks import temporary_folder
+from theodora.merging.checkpoint import merge_checkpoint
+from theodora.merging.fit import FitReport
+from theodora.merging.to_lora import folder_to_lora
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, load_adapter
-from theodora.adapters.base_checkpoint import BaseCheckpoint, find_base
-from theodora.adapters.checkpoint import read_adapter
-from theodora.adapters.models import (
-    base_model_of,
-    best_device,
-    has_tokenizer,
-    is_adapter_folder,
-    load_model,
-    load_tokenizer,
-)
+from theodora.adapters.models import best_device, load_model
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_files import coarsest, load_gguf, read_header
 from theodora.export.gguf_lora import put_gguf_lora_on
@@ -34,7 +25,11 @@ from theodora.export.predictions import Predictions
 from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_served
 from theodora.export.server import Server, is_server
 from theodora.files import safetensors
+from theodora.files.adapter import read_adapter
+from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.folder import OpenFile
+from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
+from theodora.files.tokenizer import load_tokenizer
 
 
 @dataclass

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from theodora.adapters.classes import check_kernels, model_alone
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
+from theodora.files.classes import check_kernels, model_alone
 
 # From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
 PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from theodora.adapters.base_checkpoint import BaseCheckpoint
-from theodora.adapters.checkpoint import KEY_PREFIX, AdapterFile
-from theodora.adapters.finite import finite
-from theodora.adapters.merge_plan import changed_copies_on_disk
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf, text_field
 from theodora.export.gguf_names import names_of
 from theodora.export.gguf_written import write_and_read_back
 from theodora.export.served import put_on
+from theodora.files.adapter import AdapterFile
+from theodora.files.base_model import BaseCheckpoint
+from theodora.files.finite import finite
+from theodora.files.names import KEY_PREFIX
+from theodora.merging.plan import changed_copies_on_disk
 
 
 def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = False) -> dict[str, str]:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.adapters.base_checkpoint import BaseCheckpoint
-from theodora.adapters.checkpoint import AdapterFile
-from theodora.adapters.merge_plan import plan_merge
-from theodora.adapters.models import has_tokenizer
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf
 from theodora.export.gguf_names import Names, llama3_factors, names_of, write_figures
 from theodora.export.gguf_tokenizer import write_tokenizer
 from theodora.export.gguf_written import check_finite, quantized, write_and_read_back
+from theodora.files.adapter import AdapterFile
+from theodora.files.base_model import BaseCheckpoint
+from theodora.files.model_folder import has_tokenizer
+from theodora.merging.plan import plan_merge
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _LONG = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

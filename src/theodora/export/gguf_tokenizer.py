@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from theodora.adapters.reading import read_object
 from theodora.ends import as_ids
 from theodora.errors import CheckpointError
+from theodora.files.distrust import read_object
 from theodora.files.folder import read_file
 from theodora.parse import parse_json
 

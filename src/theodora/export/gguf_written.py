@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from theodora.adapters.atomic import flush
-from theodora.adapters.read_back import unlike
 from theodora.errors import CheckpointError, bullet_list
 from theodora.export.gguf_files import open_reader
+from theodora.files.atomic import flush
+from theodora.files.read_back import unlike
 
 _SHOWN = 12
 

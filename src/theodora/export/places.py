@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from theodora.adapters.atomic import check_above
-from theodora.adapters.written import check_apart, check_replaceable, why_not_ours
 from theodora.errors import UsageError
+from theodora.files.atomic import check_above
+from theodora.files.ours import check_apart, check_replaceable, why_not_ours
 
 _GGUF = b"GGUF"
 

@@ -17,18 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from theodora.adapters import load_adapter
-from theodora.adapters.base_checkpoint import BaseCheckpoint
-from theodora.adapters.checkpoint import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, AdapterFile, peft_config
-from theodora.adapters.merge_plan import base_weight, changed_copies_on_disk
-from theodora.adapters.read_back import save_tensors, write_json
-from theodora.adapters.reading import read_object
 from theodora.config import AdapterConfig, is_number
 from theodora.errors import CheckpointError, UsageError, bullet_list, shown
+from theodora.files.adapter import AdapterFile, peft_config
+from theodora.files.base_model import BaseCheckpoint
+from theodora.files.distrust import read_object
 from theodora.files.folder import OpenFile
+from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.read_back import save_tensors, write_json
 from theodora.files.safetensors import read_safetensors
 from theodora.functional import dora_norm, dora_scale
 from theodora.layers import base_weight as layer_weight
 from theodora.locks import temporary_folder
+from theodora.merging.plan import base_weight, changed_copies_on_disk
 
 FORM = "theodora.served.v1"
 SERVED_CONFIG, SERVED_WEIGHTS = "served_adapter.json", "served_adapter.safetensors"

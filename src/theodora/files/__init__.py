@@ -1,1 +1,1 @@
-"""What lies on disk and others may write to: opened once, asked through its descriptor, copied into memory."""
+"""What lies on disk: opened once, read distrustfully, written whole. Nothing here knows a live model."""

@@ -21,12 +21,7 @@ from torch import Tensor
 
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels.operators import operator, runs_triton
-
-MOST_FUSED_RANK = 128
-"""Ranks up to which the Triton kernels hold a tile of B; a caller adds larger updates by a product of its own."""
-
-LEAST_SCALE = 2.0**-40
-"""|g| below which an output says nothing about z any more."""
+from theodora.kernels.parts import LEAST_SCALE
 
 
 def compose_reference(

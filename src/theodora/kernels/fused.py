@@ -24,7 +24,6 @@ from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
 from theodora.kernels.base_product import base_product, base_product_backward, shared_base_products
 from theodora.kernels.compose import (
-    MOST_FUSED_RANK,
     compose,
     compose_backward,
     compose_backward_from_output,
@@ -33,7 +32,7 @@ from theodora.kernels.compose import (
     zero_scale_gradient,
 )
 from theodora.kernels.operators import runs_triton
-from theodora.kernels.parts import Parts
+from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 from theodora.kernels.shared_outputs import Output, SharedOutputs, mark
 from theodora.kernels.stack import Stack
 

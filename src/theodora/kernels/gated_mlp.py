@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from theodora.autocast import backward_without_autocast
 from theodora.functional import wide_dtype
 from theodora.kernels.base_product import base_product
-from theodora.kernels.compose import MOST_FUSED_RANK
 from theodora.kernels.fused import (
     NormedInput,
     a_gradients,
@@ -40,7 +39,7 @@ from theodora.kernels.fused import (
     tensors_of,
 )
 from theodora.kernels.gated import gated, gated_backward
-from theodora.kernels.parts import Parts, Update
+from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
 from theodora.kernels.recompute import once_in_a_block
 from theodora.kernels.stack import Stack
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -56,3 +58,30 @@ class Update:
     def rank(self) -> int:
         """R, 0 without an update."""
         return 0 if self.b_OR is None else self.b_OR.shape[1]
+
+
+MOST_FUSED_RANK = 128
+"""Ranks up to which the Triton kernels hold a tile of B; a caller adds larger updates by a product of its own."""
+
+LEAST_SCALE = 2.0**-40
+"""|g| below which an output says nothing about z any more."""
+
+TILE = 16
+"""Tokens that a program of the kernel takes at once: what `tl.dot` needs."""
+MOST_LAYERS = 3
+"""Layers of one x that share the kernel's launches: q, k and v."""
+
+
+class SlottedWeights(NamedTuple):
+    """What the slots of one layer hold."""
+
+    a_SRI: Tensor
+    b_SRO: Tensor
+    g_SO: Tensor | None
+    """None where no slot holds a DoRA adapter."""
+    bias_O: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> SlottedWeights:
+        """The same for products of another dtype; g stays wide."""
+        bias = None if self.bias_O is None else self.bias_O.to(dtype)
+        return SlottedWeights(self.a_SRI.to(dtype), self.b_SRO.to(dtype), self.g_SO, bias)

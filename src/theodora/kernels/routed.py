@@ -14,19 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from theodora.kernels.operators import interpreted, runs_triton
+from theodora.kernels.parts import TILE, SlottedWeights
 
 BASE = 0
 """The slot of the base model."""
-TILE = 16
-"""Tokens that a program of the kernel takes at once: what `tl.dot` needs."""
-MOST_LAYERS = 3
-"""Layers of one x that share the kernel's launches: q, k and v."""
 
 # On the CPU: adapters up to which one product each is faster than one batched product, and what a batched one may
 # waste, in tokens that are padding and slots that nobody uses (measured on SmolLM2's shapes).
@@ -49,21 +45,6 @@ class Routes:
     """On the CPU: (slot, first, last + 1) in `order_T` of each slot in use."""
     in_order: bool = False
     """On the CPU: whether `order_T` is 0, 1, 2, …"""
-
-
-class SlottedWeights(NamedTuple):
-    """What the slots of one layer hold."""
-
-    a_SRI: Tensor
-    b_SRO: Tensor
-    g_SO: Tensor | None
-    """None where no slot holds a DoRA adapter."""
-    bias_O: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> SlottedWeights:
-        """The same for products of another dtype; g stays wide."""
-        bias = None if self.bias_O is None else self.bias_O.to(dtype)
-        return SlottedWeights(self.a_SRI.to(dtype), self.b_SRO.to(dtype), self.g_SO, bias)
 
 
 def routes(slots_T: Tensor, slots: int) -> Routes:

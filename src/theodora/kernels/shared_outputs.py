@@ -6,7 +6,7 @@ and what is done about it:
 
 - Rotary embeddings turn q and k, and attention keeps what was turned. What they were before can't be had from that
   (rounding leaves an error of the size of the *other* feature of a pair), but the other way round it can: attention
-  keeps the output, and turns it again in its backward pass (see `layers/attention.py`).
+  keeps the output, and turns it again in its backward pass (see `fastpath/attention.py`).
 - Nobody may write to an output. Writing that autograd sees shows in its version; for what autograd does not see (a
   kernel that turns q in place) an output counts as known only once our rotary embeddings have read it. Where one is not
   known, z is computed again, and from then on kept.
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.kernels.compose import MOST_FUSED_RANK
 from theodora.kernels.operators import runs_triton
-from theodora.kernels.parts import Parts
+from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 
 _MARK = "_theodora_output"
 

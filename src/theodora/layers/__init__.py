@@ -5,17 +5,9 @@ So the module stays the user's own object under its own name: its weight, its ti
 where they were.
 """
 
-from theodora.layers.base import (
-    AdapterLayer,
-    LowRank,
-    adapt,
-    base_dtype,
-    base_weight,
-    cannot_adapt,
-    restore,
-    start_norm,
-)
-from theodora.layers.start import start_values
+from theodora.layers.adapt import adapt, cannot_adapt, restore
+from theodora.layers.base import AdapterLayer, LowRank, base_dtype, base_weight, start_norm
+from theodora.layers.init import start_values
 
 __all__ = [
     "AdapterLayer",

@@ -17,8 +17,9 @@ from theodora.kernels.base_product import dequantized
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.float8 import Float8Layer, move, weight_scale
-from theodora.layers.kept import Kept, content, remember, versions
-from theodora.layers.swap import Swapped, swap_back, swap_class
+from theodora.layers.kinds import is_conv1d, is_embedding
+from theodora.layers.norm_cache import Kept, content, remember, versions
+from theodora.layers.swap import Swapped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -274,39 +275,13 @@ class AdapterLayer(Swapped):
     _base_weight: tuple[nn.Parameter] | None
 
 
-def adapt(module: nn.Module) -> AdapterLayer:
-    """Turn `module` into an adapter layer in place; does nothing to one that is.
-
-    Raises:
-        TypeError: the module cannot be adapted (see `cannot_adapt`).
-    """
-    if isinstance(module, AdapterLayer):
-        return module
-    mixin = _mixin(module)
-    if mixin is None:
-        raise TypeError(cannot_adapt(module))
-    swap_class(module, mixin)
-    assert isinstance(module, AdapterLayer)
-    module.begin()
-    return module
-
-
-def restore(layer: AdapterLayer) -> None:
-    """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
-    layer.unmerge()
-    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
-        delattr(layer, name)
-    swap_back(layer)
-
-
 def base_weight(module: nn.Module) -> Tensor:
     """The base weight of an adapted module, or of one that can be adapted, as (O, I); float8 widened to float32."""
     if isinstance(module, AdapterLayer):
         return module.base_weight_OI
-    mixin, weight = _mixin(module), module.weight
-    assert mixin is not None
+    weight = module.weight
     assert isinstance(weight, Tensor)
-    return _plain(module, weight.T if mixin.stored_transposed else weight)
+    return _plain(module, weight.T if _is_transposed(module) else weight)
 
 
 def start_norm(module: nn.Module, adapter: LowRank) -> Tensor:
@@ -314,12 +289,12 @@ def start_norm(module: nn.Module, adapter: LowRank) -> Tensor:
 
     A magnitude that starts here makes g exactly 1, for as long as the update is zero or what it was.
     """
-    mixin, weight = _mixin(module), module.weight
+    weight, transposed = module.weight, _is_transposed(module)
     if isinstance(module, AdapterLayer):
-        mixin, weight = type(module), module.weight if module._base_weight is None else module._base_weight[0]  # pyright: ignore[reportPrivateUsage]
-    assert mixin is not None
+        weight = module.weight if module._base_weight is None else module._base_weight[0]  # pyright: ignore[reportPrivateUsage]
+        transposed = module.stored_transposed
     assert isinstance(weight, Tensor)
-    w_OI = weight.T if mixin.stored_transposed else weight
+    w_OI = weight.T if transposed else weight
     with torch.no_grad():
         return _norm(module, w_OI, *adapter.factors(), adapter.scale, _weight_norm_squared(module, w_OI))
 
@@ -331,50 +306,9 @@ def base_dtype(module: nn.Module) -> torch.dtype:
     return module.plain_dtype if isinstance(module, Float8Layer) else weight.dtype
 
 
-def cannot_adapt(module: nn.Module) -> str | None:
-    """Why `module` cannot take an adapter, or None if it can."""
-    kind = type(module).__name__
-    if isinstance(module, AdapterLayer):
-        return None
-    if _mixin(module) is None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            return f"{kind} has a forward pass of its own, which an adapter would bypass"
-        return f"{kind} is no linear layer or embedding{_instead(module)}"
-    if "forward" in module.__dict__:
-        return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
-    weight = module.weight
-    if isinstance(module, Float8Layer):
-        return None
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
-        return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
-    if weight.is_meta:
-        return "its weight is not loaded yet (it is on the meta device)"
-    if getattr(module, "max_norm", None) is not None:
-        return f"{kind} with max_norm rescales its weight while it is used"
-    return None
-
-
-def _instead(module: nn.Module) -> str:
-    """What to do with a module that PEFT adapts and that nothing here does."""
-    if isinstance(module, nn.MultiheadAttention):
-        return ": it computes with its weights itself, past any layer. Train it in full (modules_to_save)"
-    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
-        return ": convolutions are not supported. Train it in full (modules_to_save)"
-    return ""
-
-
-def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
-    """The kind of adapter layer that fits the module, known by how the module runs rather than by its name."""
-    from theodora.layers.embedding import EmbeddingAdapterLayer, is_embedding
-    from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, is_conv1d, is_linear
-
-    if is_linear(module):
-        return LinearAdapterLayer
-    if is_conv1d(module):
-        return Conv1DAdapterLayer
-    if is_embedding(module):
-        return EmbeddingAdapterLayer
-    return None
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module that is not adapted stores its weight as (I, O)."""
+    return is_conv1d(module) or is_embedding(module)
 
 
 def _plain(module: nn.Module, w_OI: Tensor) -> Tensor:

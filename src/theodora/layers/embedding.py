@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from theodora.autocast import without_autocast
@@ -13,13 +13,6 @@ from theodora.functional import dora_embedding, lora_embedding
 from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer
 from theodora.layers.identity import changes_nothing, with_value_of
-
-
-def is_embedding(module: nn.Module) -> bool:
-    """Whether the module is a plain lookup, or one that multiplies its rows by `embed_scale` (Gemma)."""
-    return isinstance(module, nn.Embedding) and (
-        type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    )
 
 
 class EmbeddingAdapterLayer(AdapterLayer):

@@ -6,36 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer, LowRank
-from theodora.layers.float8 import Float8Layer
-from theodora.layers.groups import GROUP
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
-from theodora.layers.kept import one_token_each
+from theodora.layers.norm_cache import one_token_each
 
-# Falcon's is written out, and the same; float8 layers are made of linear ones only.
-_FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward in _FORWARDS
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module runs as GPT-2's `Conv1D` does."""
-    return isinstance(module, Conv1D) and type(module).forward in (Conv1D.forward, Float8Layer.forward)
+GROUP = "_theodora_group"
 
 
 class LinearAdapterLayer(AdapterLayer):

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodora.layers.base import FLOATS, AdapterLayer
-from theodora.layers.embedding import is_embedding
-from theodora.layers.linear import is_linear
+from theodora.layers.kinds import is_embedding, is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
 

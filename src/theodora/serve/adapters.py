@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from theodora.adapters.adapter_folder import Bounds
-from theodora.adapters.checkpoint import AdapterFile, read_adapter
-from theodora.adapters.finite import all_finite_on_gpu, finite
+from theodora.adapters.check import check_fit
 from theodora.adapters.renamed import in_names_of
-from theodora.adapters.save import check_fit
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, bullet_list
+from theodora.files.adapter import AdapterFile, read_adapter
+from theodora.files.adapter_folder import Bounds
+from theodora.files.finite import all_finite_on_gpu, finite
 from theodora.files.folder import Place
-from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
-from theodora.layers.slotted_group import group_slotted
+from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors, prepare_slots, slot
+from theodora.serve.slotted_group import group_slotted
 
 if TYPE_CHECKING:
-    from theodora.serve.tiers import Stamp
+    from theodora.serve.stamp import Stamp
 
 _serials = itertools.count(1)
 _TOGETHER = 2**25  # numbers

@@ -22,8 +22,8 @@ from theodora.serve.grammar import Grammars
 from theodora.serve.manners import Manner, manner_of, tell_unknown_tokens
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest
 from theodora.serve.requests import Mailbox, Request, Sampling
+from theodora.serve.stamp import Changed
 from theodora.serve.text import BROKEN, Writer
-from theodora.serve.tiers import Changed
 from theodora.serve.watch import NotFinite
 
 _FEW = 16  # prompts, or words, that are not worth a thread whatever they are

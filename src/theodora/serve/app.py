@@ -27,7 +27,7 @@ from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, Load
 from theodora.serve.replies import Replies, event
 from theodora.serve.response_events import ResponseReplies
 from theodora.serve.responses import ResponsesRequest, chat_of
-from theodora.serve.tiers import Changed
+from theodora.serve.stamp import Changed
 from theodora.serve.tokens import token_routes
 from theodora.serve.watch import NotFinite
 

@@ -36,10 +36,10 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from theodora.errors import CheckpointError, TheodoraError
-from theodora.layers.slotted import Routing
 from theodora.serve.processors import RoutedProcessors, outputs_of, request_of
 from theodora.serve.requests import Request
 from theodora.serve.slots import Slots
+from theodora.serve.slotted import Routing
 from theodora.serve.tiers import HostTier
 from theodora.serve.watch import NotFinite, Watch, mask_wholly
 

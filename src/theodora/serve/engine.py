@@ -24,7 +24,6 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.files.folder import Place
-from theodora.layers.slotted import Routing, SlottedLayer, SlotTensors
 from theodora.serve.adapters import (
     Registry,
     ServedAdapter,
@@ -40,7 +39,9 @@ from theodora.serve.manners import read_told
 from theodora.serve.requests import Request, Sampling
 from theodora.serve.rows_apart import RowsApart
 from theodora.serve.slots import Slots
-from theodora.serve.tiers import HostTier, Stamp
+from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors
+from theodora.serve.stamp import Stamp
+from theodora.serve.tiers import HostTier
 from theodora.serve.trial import Trial
 
 log = logging.getLogger("theodora.serve")
@@ -75,8 +76,7 @@ class Engine:
         self.restarts = self.answered = 0
         self.failure: str | None = None
         self._requests: dict[str, Request] = {}
-        self._numbers = itertools.count()
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._lock, self._loading, self._numbers = threading.Lock(), threading.Lock(), itertools.count()
         self._mover = ThreadPoolExecutor(1, "theodora-mover")
         self.host = HostTier(config.host_adapters, self._mover, self._read_again, self._wake)
         self._manager: RoutedManager | None = None

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theodora.adapters.adapter_folder import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.folder import LeadsOut, Place
+from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.serve.misses import cut
 
 log = logging.getLogger("theodora.serve")

@@ -11,8 +11,9 @@ from pydantic import Field, ValidationError
 from theodora.errors import ConfigError
 from theodora.serve.fields import Body
 from theodora.serve.lists import AtMost, keys_at_most
+from theodora.serve.messages import Text
 from theodora.serve.misses import cut, told
-from theodora.serve.protocol import MOST_MESSAGES, MOST_TOOLS, ChatRequest, Metadata, StreamOptions, Tag, Text
+from theodora.serve.protocol import MOST_MESSAGES, MOST_TOOLS, ChatRequest, Metadata, StreamOptions, Tag
 
 
 class TextOptions(Body):

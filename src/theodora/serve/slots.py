@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 
-from theodora.layers.slotted import SlottedLayer, SlotTensors
+from theodora.serve.slotted import SlottedLayer, SlotTensors
 
 
 class Slots:

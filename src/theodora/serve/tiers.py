@@ -11,20 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
 
-from theodora.adapters.adapter_folder import Stamp as AdapterStamp
-from theodora.adapters.adapter_folder import stamp_of
 from theodora.errors import CheckpointError
-from theodora.files.folder import LeadsOut, Place
-from theodora.layers.slotted import SlotTensors
 from theodora.serve.adapters import ServedAdapter
+from theodora.serve.slotted import SlotTensors
+from theodora.serve.stamp import Changed
 
 Tensors = dict[str, SlotTensors]
-
-
-class Changed(CheckpointError):
-    """An adapter's files are not those that were loaded: to try again does not help."""
 
 
 class HostTier:
@@ -145,38 +138,3 @@ class HostTier:
 
 def _gone(adapter: ServedAdapter) -> bool:
     return adapter.leaving and not adapter.users
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What tells an adapter's files, as they were read, from changed ones."""
-
-    place: Place
-    files: AdapterStamp
-    """Of the configuration and of the tensors; None for a file that is not there."""
-
-    @classmethod
-    def of(cls, place: Place) -> Stamp:
-        """The stamp of a folder as it is now.
-
-        Raises:
-            CheckpointError: it cannot be asked.
-        """
-        try:
-            with place.open() as folder:
-                return cls(place, stamp_of(folder))
-        except (FileNotFoundError, NotADirectoryError, LeadsOut):
-            return cls(place, (None, None))
-        except OSError as error:
-            raise CheckpointError(f"{place.path} cannot be read: {error}") from error
-
-    def check(self) -> None:
-        """Raise `Changed` if the files are others now."""
-        self.compare(Stamp.of(self.place).files)
-
-    def compare(self, files: AdapterStamp) -> None:
-        """Raise `Changed` if these are other files."""
-        if files != self.files:
-            raise Changed(
-                f"{self.place.path} has changed since it was loaded, or is gone; unload the adapter, and load it again."
-            )

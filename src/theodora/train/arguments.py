@@ -14,10 +14,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import get_scheduler
 from trl.trainer.sft_config import SFTConfig
 
-from theodora.adapters.classes import fetched_kernels
 from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.

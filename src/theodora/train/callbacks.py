@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from theodora.adapters.atomic import atomic_write, explained_io_errors
 from theodora.errors import TheodoraError
+from theodora.files.atomic import atomic_write, explained_io_errors
 from theodora.parse import to_json
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import yaml
 
 import theodora
-from theodora.adapters.atomic import atomic_write
-from theodora.adapters.classes import auto_name
-from theodora.adapters.read_back import write_text
 from theodora.config import TrainConfig
 from theodora.data.left_out import sentences
+from theodora.files.atomic import atomic_write
+from theodora.files.classes import auto_name
+from theodora.files.read_back import write_text
 from theodora.shown import markdown, markdown_code
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from theodora.adapters.atomic import atomic_write, clear_leftovers, remove_folder
-from theodora.adapters.read_back import write_text
 from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.files.atomic import atomic_write, clear_leftovers, remove_folder
+from theodora.files.read_back import write_text
 from theodora.train.wholeness import faults, is_listed, read_state
 
 CHECKPOINTS = "checkpoints"

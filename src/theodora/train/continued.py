@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from theodora.adapters.checkpoint import AdapterFile, read_adapter, read_peft_config
-from theodora.adapters.models import base_model_of
-from theodora.adapters.save import load_to_train, original_config
+from theodora.adapters.load import load_to_train, original_config
 from theodora.adapters.targets import find_targets
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.model_folder import base_model_of
 
 _TAKEN = ("method", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
 """Fields of an adapter that its file decides; its targets are compared on the model."""

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from theodora import kernels
-from theodora.adapters.accelerate import install, recompute_less, uninstall
 from theodora.config import TrainConfig
+from theodora.fastpath.accelerate import install, recompute_less, uninstall
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter, remove_adapter
-from theodora.adapters.generation import new_ends, set_ends
-from theodora.adapters.inject import adapter_layers
-from theodora.adapters.kinds import layer_kinds
+from theodora.adapters.state import adapter_layers
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.data.vocabulary import describe_missing, missing_in, model_rows, safe_padding
 from theodora.errors import ConfigError
+from theodora.files.generation import new_ends, set_ends
+from theodora.paths import layer_kinds
 from theodora.train.text_only import without_gradient
 
 

@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from theodora.adapters.whole_rows import packed_rows, whole_rows
+from theodora.fastpath.masks import packed_rows, whole_rows
+from theodora.fastpath.packed_attention import SEQUENCES, Sequences
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
-from theodora.layers.packed_attention import SEQUENCES, Sequences
-from theodora.train.apart import bounds_of, sequences_apart
+from theodora.train.packed_rows import bounds_of, sequences_apart
 
 LEARNED = "learned"
 """The key in a batch of what `SelectLearned` found."""

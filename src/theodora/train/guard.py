@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.adapters.atomic import atomic_write
 from theodora.errors import TheodoraError
+from theodora.files.atomic import atomic_write
 from theodora.train.callbacks import Diverged, read_metrics
-from theodora.train.figures import Figures
+from theodora.train.deferred_metrics import Figures
 
 _UNDER_WAY = 2  # steps that the host may be ahead of what it looks at
 _SKIPS_IN_A_ROW = 10  # after which nothing will get better

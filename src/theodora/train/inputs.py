@@ -19,10 +19,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from theodora.adapters.read_back import write_json
 from theodora.config import TrainConfig
 from theodora.data import Examples
 from theodora.errors import ConfigError, bullet_list
+from theodora.files.read_back import write_json
 
 INPUTS_FILE = "inputs.json"
 _ROWS_AT_ONCE = 1000

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
-from theodora.adapters.whole_rows import whole_rows
 from theodora.errors import TheodoraError
+from theodora.fastpath.masks import whole_rows
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.kernels.graph import GraphedStep
 from theodora.train.fused_loss import Head, Learned, fused_loss_pays

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.adapters.finite import finite
-from theodora.adapters.inject import trained_tensors
+from theodora.adapters.state import trained_tensors
 from theodora.errors import bullet_list
+from theodora.files.finite import finite
 from theodora.train.callbacks import Diverged
-from theodora.train.pieces import split
+from theodora.train.out_of_memory import split
 
 _SHOWN = 12
 

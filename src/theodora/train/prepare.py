@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
-from theodora.adapters.inject import adapter_layers
-from theodora.adapters.models import has_tokenizer, load_model, load_tokenizer
+from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
+from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
 from theodora.data import (
@@ -27,6 +27,8 @@ from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
 from theodora.errors import ConfigError
+from theodora.files.model_folder import has_tokenizer
+from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import choose_precision
 from theodora.train.continued import load_continued

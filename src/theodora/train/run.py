@@ -19,16 +19,16 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
-from theodora.adapters.alone import alone_in
-from theodora.adapters.atomic import atomic_files, atomic_write
-from theodora.adapters.finite import not_finite
-from theodora.adapters.generation import save_ends
-from theodora.adapters.inject import active_name, adapter_layers, require_state, trained_tensors
-from theodora.adapters.read_back import check_lines, save_tokenizer
+from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
+from theodora.files.alone import alone_in
+from theodora.files.atomic import atomic_files, atomic_write
+from theodora.files.finite import not_finite
+from theodora.files.generation import save_ends
+from theodora.files.read_back import check_lines, save_tokenizer
 from theodora.parse import to_yaml
 from theodora.shown import plain, quoted
 from theodora.terminal import Terminal
@@ -38,10 +38,10 @@ from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWh
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
-from theodora.train.figure import draw_losses
 from theodora.train.graphed import draws_at_random
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
+from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, prepare

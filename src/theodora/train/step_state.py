@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from theodora.adapters.read_back import write_text
-from theodora.train.figures import Figures
+from theodora.files.read_back import write_text
+from theodora.train.deferred_metrics import Figures
 from theodora.train.inputs import write_inputs
 
 UNLOGGED_FILE = "unlogged.json"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from theodora.adapters.inject import adapter_layers
+from theodora.adapters.state import adapter_layers
 from theodora.errors import ConfigError
 
 _LENGTH, _LONG = 6, 48

@@ -17,24 +17,24 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from theodora.adapters.atomic import atomic_directory
-from theodora.adapters.inject import trained_tensors
-from theodora.adapters.read_back import write_text
+from theodora.adapters.state import trained_tensors
 from theodora.errors import ConfigError
+from theodora.files.atomic import atomic_directory
+from theodora.files.read_back import write_text
 from theodora.kernels.cross_entropy import LossSums
 from theodora.kernels.graph import GraphedStep
 from theodora.layers.token_rows import is_adapted
-from theodora.train.apart import keeps_apart
 from theodora.train.checkpoints import rotate
-from theodora.train.figures import Figures
+from theodora.train.deferred_metrics import Figures
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.guard import StepGuard
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
 from theodora.train.movement import fingerprints
 from theodora.train.order import SeededByEpoch
+from theodora.train.out_of_memory import Pieces
 from theodora.train.outcome import Outcome
-from theodora.train.pieces import Pieces
+from theodora.train.packed_rows import keeps_apart
 from theodora.train.resumed import OPTIONS_FILE, AsAsked, UseOptions
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
 from theodora.train.wholeness import list_in_place, list_when_all_have_written

@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
-from theodora.adapters.atomic import atomic_write, flush
-from theodora.adapters.read_back import check_tokenizer, unlike
-from theodora.adapters.written import CHECKPOINT, MARK, changes, mark_written
+from theodora.files.atomic import atomic_write, flush
+from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
+from theodora.files.read_back import check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE, write_inputs
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"

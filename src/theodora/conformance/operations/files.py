@@ -141,7 +141,7 @@ def import_peft(trial: Trial) -> Iterator[Check]:
 @operation("export-mlx", "export: MLX's files", FILES, ours_only=True)
 def export_mlx(trial: Trial) -> Iterator[Check]:
     """The file, read by the letter of MLX's format; what MLX has no words for is refused."""
-    from theodora.adapters.mlx import save_mlx
+    from theodora.adapters.save_mlx import save_mlx
 
     fit = tuple(kind for kind in trial.kinds if _mlx_can_say(trial, kind))
     for kind in trial.kinds:

@@ -35,7 +35,7 @@ def merge(trial: Trial) -> Iterator[Check]:
 @operation("merge-disk", "merge on disk", MERGE, ours_only=True)
 def merge_disk(trial: Trial) -> Iterator[Check]:
     """`merge_checkpoint` writes a plain model: W' of the unquantised base, rounded once."""
-    from theodora.adapters import merge_checkpoint
+    from theodora.merging import merge_checkpoint
 
     subject, x = trial.subject(), trial.inputs()
     base, numbers = build(trial.dtype), trial.numbers["one"]

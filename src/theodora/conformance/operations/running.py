@@ -192,7 +192,7 @@ def reference(trial: Trial) -> Iterator[Check]:
 @operation("accelerate", "fast path of a whole model", RUN, ours_only=True)
 def accelerated(trial: Trial) -> Iterator[Check]:
     """`theodora.accelerate(model)`."""
-    from theodora.adapters.accelerate import accelerate
+    from theodora.fastpath.accelerate import accelerate
 
     subject = trial.subject()
     accelerate(subject.model)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from theodora.kernels.compose import LEAST_SCALE
+from theodora.kernels.parts import LEAST_SCALE
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
     fitting,

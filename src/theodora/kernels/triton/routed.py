@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from theodora.kernels.routed import MOST_LAYERS, TILE, SlottedWeights
+from theodora.kernels.parts import MOST_LAYERS, TILE, SlottedWeights
 from theodora.kernels.triton.common import precision, product, row_contiguous
 
 _MOST_RANKS = 64  # that a program holds at once

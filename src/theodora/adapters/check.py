@@ -1,0 +1,185 @@
+"""Whether a file's adapter fits a model, and putting its tensors into an adapter that is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.adapters.biases import bias_problems
+from theodora.adapters.embeddings import changed_copies, end_weights
+from theodora.adapters.heads import task_type
+from theodora.adapters.quantize import sample_base
+from theodora.adapters.renamed import in_names_of
+from theodora.adapters.state import active_name, adapter_layers, new_low_rank, originals_in_place, require_state
+from theodora.adapters.token_rows import rows_problems, rows_to_write
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, bullet_list
+from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full, read_adapter
+from theodora.files.base_probe import check_base
+from theodora.files.finite import finite
+from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
+from theodora.paths import layer_index, matches, nearest
+from theodora.synonyms import of_another_part
+
+_SHOWN = 12
+
+
+def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
+    """Overwrite the tensors of an adapter the model already carries with those of a saved one, in place.
+
+    Raises:
+        CheckpointError: the saved adapter has other modules, ranks or shapes; nothing was changed.
+    """
+    state = require_state(model, name)
+    name = active_name(state, name)
+    file = in_names_of(model, read_adapter(path))
+    with originals_in_place(model):
+        check_fit(model, file)
+    layers = adapter_layers(model, name)
+    problems = [f"{module}: in the model, not in the file" for module in layers if module not in file.modules]
+    problems += [f"{module}: in the file, not in the model" for module in file.modules if module not in layers]
+    loaded = {module: low_rank_of(model, module, file, state.configs[name]) for module in file.modules}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module in layers.keys() & loaded.keys():
+        mine: Any = layers[module].adapters[name]
+        theirs = dict(loaded[module].named_parameters()) | dict(loaded[module].named_buffers())
+        for part, tensor in (dict(mine.named_parameters()) | dict(mine.named_buffers())).items():
+            if part not in theirs or theirs[part].shape != tensor.shape:
+                found = tuple(theirs[part].shape) if part in theirs else "nothing"
+                problems.append(f"{module}.{part}: {found} in the file, {tuple(tensor.shape)} in the model")
+            else:
+                pairs.append((tensor, theirs[part]))
+        if mine.scale != loaded[module].scale:
+            problems.append(f"{module}: scale {loaded[module].scale:g} in the file, {mine.scale:g} in the model")
+    for key, parameter in state.full[name].items():
+        if key not in file.full:
+            problems.append(f"{key}: trained in full here, not in the file")
+        else:
+            pairs.append((parameter, file.full[key]))
+    pairs += rows_to_write(model, name, file.token_rows, problems, "here than in the file")
+    problems += [
+        f"a tensor of {tuple(mine.shape)}: values that {mine.dtype} has no finite numbers for"
+        for mine, theirs in pairs
+        if not finite(theirs.to(mine.dtype))
+    ]
+    if problems:
+        raise CheckpointError(f"{file.path} does not fit adapter {name!r} of this model:" + bullet_list(problems))
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+
+
+def low_rank_of(model: nn.Module, module: str, file: AdapterFile, config: AdapterConfig) -> LowRank:
+    """A file's low-rank tensors as the adapter that `module` of the model will hold."""
+    found: AdapterTensors = file.modules[module]
+    a, b, start = found.a, found.b, None
+    if file.starts:
+        rank = a.shape[0] // 2
+        a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
+    if file.starts_from is not None:  # as PEFT does whenever it loads such a file
+        w_OI = base_weight(model.get_submodule(module))
+        start = start_values(file.starts_from, w_OI, a.shape[0], found.scale, found.embedding)[2]
+    return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
+
+
+def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] | None = None) -> float:
+    """Check that a file is for this model; how far the base weights are from those it was trained on, relative.
+
+    Args:
+        model: the base model, with its own parameters in place.
+        file: the adapter.
+        grown: parameter path → weight that the model is going to have there instead; see `grown_embeddings`.
+
+    Raises:
+        CheckpointError: with every module that is missing in the model or in the file, of another shape, or that
+            cannot be adapted.
+    """
+    modules, grown = dict(model.named_modules()), grown or {}
+    problems: list[str] = []
+    for path, tensors in file.modules.items():
+        module = modules.get(path)
+        if module is None:
+            close = nearest(path, modules) if len(problems) < _SHOWN else []
+            problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
+        elif (reason := cannot_adapt(module)) is not None:
+            problems.append(f"{path}: {reason}")
+        elif isinstance(module, nn.Embedding) != tensors.embedding:
+            problems.append(f"{path}: the file and the model disagree whether this is an embedding")
+        else:
+            weight = grown.get(f"{path}.weight")
+            w_OI = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
+            expected = tuple(w_OI.shape)
+            found = (tensors.b.shape[0], tensors.a.shape[1])
+            if found != expected:
+                problems.append(f"{path}: made for a weight of {found} (out, in); here it is {expected}")
+            elif file.mlx and tensors.embedding and is_tied(model, module):
+                problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
+    problems += [
+        f"{path}: named by the targets, but the file holds nothing for it" for path in _left_out(modules, file)
+    ]
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **grown}
+    for key, tensor in {**file.base_copies, **file.full}.items():
+        if key not in parameters:
+            problems.append(f"{key}: no such parameter")
+        elif parameters[key].shape != tensor.shape:
+            problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
+            if key in end_weights(model):
+                problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
+    sizes = {path: len(weight) for path, weight in grown.items()}
+    problems += rows_problems(model, file.token_rows, sizes)
+    problems += missing_in_full(file, parameters) + bias_problems(model, file)
+    if not problems:
+        problems += [
+            f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
+            "(theodora merge), or train it as one of modules_to_save instead"
+            for key in changed_copies(model, file, grown)
+        ]
+    if problems:
+        raise CheckpointError(
+            f"The adapter in {file.path} was made for another model"
+            + (f" ({file.base_model})" if file.base_model else "")
+            + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
+            + ":"
+            + bullet_list(
+                problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
+            )
+        )
+    distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
+    if distance > 0.02:
+        warnings.warn(
+            f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "
+            "quantised, or trained further? The adapter may not do what it did.",
+            stacklevel=3,
+        )
+    return distance
+
+
+def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
+    """Modules that the file's configuration targets and that its tensors leave out: a part of it is lost."""
+    config = file.config
+    if config.targets == "all-linear":
+        return []
+    full = {path.rpartition(".")[0] for path in file.full}
+    language_model_alone = not any(map(of_another_part, file.modules))  # q_proj then means no tower's
+    return [
+        path
+        for path, module in modules.items()
+        if path not in file.modules
+        and not (language_model_alone and of_another_part(path))
+        and matches(config.targets, path, config.expressions)
+        and not (config.exclude and matches(config.exclude, path, config.expressions))
+        and (file.only_layers is None or layer_index(path) in file.only_layers)
+        and cannot_adapt(module) is None
+        and not any(path == whole or path.startswith(whole + ".") for whole in full)
+    ]
+
+
+def is_tied(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether the output head shares the embedding's weight."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head is not embedding and head.weight is embedding.weight

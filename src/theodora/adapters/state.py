@@ -1,0 +1,223 @@
+"""What a model carries, and which of it runs.
+
+It is noted on the model itself, so that it travels with copies of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from theodora.adapters.targets import find_modules_to_save
+from theodora.adapters.token_rows import own_rows, switch_token_rows, token_layers
+from theodora.config import AdapterConfig
+from theodora.errors import ConfigError
+from theodora.functional import lora_delta, wide_dtype
+from theodora.layers import AdapterLayer, LowRank, base_dtype, base_weight, start_norm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+STATE = "_theodora"
+_ROWS = 1024  # of a weight that are looked at together, in float64
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class AdapterState:
+    """What Theodora put on a model."""
+
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    """Adapter name → its configuration, in order of arrival."""
+    active: str | None = None
+    merged: str | None = None
+    full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    """Adapter name → parameter path → its own copy of a parameter trained in full."""
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameter path → the base model's parameter, for all paths in `full`."""
+    tied_before: list[Any] = field(default_factory=list)
+    """Model configurations that said `tie_word_embeddings` before a merge."""
+    trainable_before: set[str] = field(default_factory=set)
+    """Parameters that asked for gradients before the first adapter came."""
+    loaded: dict[str, Any] = field(default_factory=dict)
+    """Adapter name → what `load_adapter` read from its folder."""
+    resized: bool = False
+    """Whether an adapter brought another number of tokens: files have to bring the embeddings from then on."""
+
+
+def set_adapter(model: Model, name: str | None) -> Model:
+    """Make `name` the adapter that the model uses and trains; None uses the base model alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: there is no such adapter, or one is merged.
+    """
+    state = require_state(model, name)
+    if state.merged is not None:
+        raise ConfigError(f"Adapter {state.merged!r} is merged into the weights; call unmerge_adapter(model) first.")
+    activate(model, state, name)
+    for layer in adapter_layers(model).values():
+        for other, adapter in layer.adapters.items():
+            adapter.requires_grad_(other == name)
+    for other, parameters in state.full.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(other == name)
+        for rows in own_rows(model, other).values():
+            rows.requires_grad_(other == name)
+    return model
+
+
+@contextmanager
+def originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Put the base model's parameters where an adapter's own, trained in full, stand now."""
+    state = find_state(model)
+    if state is None:
+        yield
+        return
+    active = state.active
+    activate(model, state, None)
+    try:
+        yield
+    finally:
+        activate(model, state, active)
+
+
+def find_state(model: nn.Module) -> AdapterState | None:
+    """What Theodora put on `model`, if anything."""
+    return getattr(model, STATE, None)
+
+
+def adapter_layers(model: nn.Module, name: str | None = None) -> dict[str, AdapterLayer]:
+    """Module path → adapter layer, of all adapters or of one."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and (name is None or name in module.adapters)
+    }
+
+
+def trained_tensors(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Readable name → every tensor that training the adapter moves: A, B, magnitudes, modules trained in full."""
+    state = require_state(model, name)
+    name = active_name(state, name)
+    tensors = {
+        f"{path}.{part}": parameter
+        for path, layer in adapter_layers(model, name).items()
+        for part, parameter in layer.adapters[name].named_parameters()
+    }
+    rows = {f"{path}.token_rows": own.rows for path, own in own_rows(model, name).items()}
+    return {**tensors, **rows, **state.full[name]}
+
+
+def active_name(state: AdapterState, name: str | None) -> str:
+    """`name`, or else the active adapter, or else the only one.
+
+    Raises:
+        ConfigError: none is active and there are several.
+    """
+    if name is not None:
+        return name
+    if state.active is not None:
+        return state.active
+    if len(state.configs) == 1:
+        return next(iter(state.configs))
+    raise ConfigError(f"Which adapter? The model carries {', '.join(state.configs)}, and none is active.")
+
+
+def require_state(model: nn.Module, name: str | None = None) -> AdapterState:
+    """`find_state`, or a ConfigError if there is none, or none of that name."""
+    state = find_state(model)
+    if state is None:
+        raise ConfigError("The model carries no adapter; call inject_adapter or load_adapter first.")
+    if name is not None and name not in state.configs:
+        raise ConfigError(f"There is no adapter {name!r}; the model carries {', '.join(state.configs)}.")
+    return state
+
+
+def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
+    """Switch what runs, and leave alone what trains."""
+    for layer in adapter_layers(model).values():
+        layer.active_adapter = name
+    switch_token_rows(model, name)
+    chosen = state.full.get(name, {}) if name is not None else {}
+    for path, original in state.originals.items():
+        _put_parameter(model, path, chosen.get(path, original))
+    state.active = name
+
+
+def _put_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    module_path, _, key = path.rpartition(".")
+    module = model.get_submodule(module_path)
+    present = getattr(module, key)
+    # A copy that was not in place may have missed a move of the model to another device or dtype.
+    if parameter.device != present.device or parameter.dtype != present.dtype:
+        parameter.data = parameter.data.to(present.device, present.dtype)
+    setattr(module, key, parameter)
+
+
+def check_name(state: AdapterState, name: str) -> None:
+    """Raise a ConfigError if no new adapter can be called `name`."""
+    if not name or "." in name or "/" in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: it must be non-empty, without dots and slashes, and no name that torch "
+            "has for something else."
+        )
+    if name in state.configs:
+        raise ConfigError(f"The model already carries an adapter {name!r}; choose another name, or remove it first.")
+    if state.merged is not None:
+        raise ConfigError(f"Adapter {state.merged!r} is merged into the weights; call unmerge_adapter(model) first.")
+
+
+def new_low_rank(
+    module: nn.Module,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    magnitude_O: Tensor | None,
+    scale: float,
+    config: AdapterConfig,
+    start: tuple[Tensor, Tensor] | None,
+) -> LowRank:
+    """An adapter for `module` in its storage dtypes, on the weight's device.
+
+    Without a given magnitude DoRA starts at the norm the layer itself will compute, so that g is exactly 1. The
+    magnitude is always wide (float32): in bfloat16 its steps would be larger than what training changes.
+    """
+    w_OI = base_weight(module)
+    dtype = base_dtype(module) if config.adapter_dtype == "base" else _DTYPES[config.adapter_dtype]
+    a, b = (t.detach().to(w_OI.device, dtype, copy=True) for t in (a_RI, b_OR))
+    if start is not None:
+        start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
+    adapter = LowRank(a, b, None, scale, config.dropout, start)
+    if config.method == "dora":
+        magnitude = _start_magnitude(module, adapter, config) if magnitude_O is None else magnitude_O
+        adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
+    return adapter
+
+
+def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig) -> Tensor:
+    if config.init != "orthogonal":
+        return start_norm(module, adapter)
+    # B·A is zero and B is not: the factored norm's rounding of what cancels is not to be kept.
+    w_OI, device = base_weight(module), "cpu" if base_weight(module).device.type == "mps" else None
+    a, b = (factor.to(device, torch.float64) for factor in adapter.factors())
+    pieces = zip(w_OI.split(_ROWS), b.split(_ROWS), strict=True)
+    rows = [(w.to(device, torch.float64) + lora_delta(a, b, adapter.scale)).norm(dim=1) for w, b in pieces]
+    return torch.cat(rows).to(wide_dtype(w_OI.dtype))
+
+
+def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:
+    """Parameter path → the base model's parameter, for the modules that are trained in full."""
+    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    adapters |= {id(p) for layer in token_layers(model).values() for p in layer.token_rows.parameters()}
+    return {
+        (path := f"{module_path}.{key}"): state.originals.get(path, parameter)
+        for module_path in find_modules_to_save(model, config.modules_to_save)
+        for key, parameter in model.get_submodule(module_path).named_parameters()
+        if id(parameter) not in adapters  # another adapter's, on the same module
+    }

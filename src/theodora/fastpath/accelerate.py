@@ -1,0 +1,139 @@
+"""The fast path of a whole model: what one layer alone cannot do for itself.
+
+Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
+RMSNorms let the layers after them do without their outputs, GELU and rotary embeddings are one pass, and attention
+keeps q and k once. Everything is recognised by what it computes, on any model family, and falls back to the model's own
+code by itself wherever it does not fit (on a CPU, under torch.compile, with hooks or dropout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from theodora.fastpath.activation import FastGELU, restore_gelu, speed_up_gelu
+from theodora.fastpath.attention import restore_rotary, speed_up_rotary
+from theodora.fastpath.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
+from theodora.fastpath.groups import ATTENTION, SIBLINGS, Group
+from theodora.fastpath.norm import FastRMSNorm, restore_norm, speed_up_norm
+from theodora.kernels import SharedOutputs
+from theodora.kernels.recompute import checkpoint_contexts
+from theodora.layers.linear import GROUP
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """How many modules of a model were found for each part of the fast path."""
+
+    groups: int = 0
+    mlps: int = 0
+    norms: int = 0
+    activations: int = 0
+    rotary: bool = False
+
+    def __str__(self) -> str:
+        counts = {
+            "MLPs": self.mlps,
+            "groups": self.groups,
+            "norms": self.norms,
+            "activations": self.activations,
+        }
+        found = [f"{n} {what}" for what, n in counts.items() if n]
+        return ", ".join([*found, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
+
+
+def accelerate(model: Model) -> Model:
+    """Put an adapted model on the fast path, in place. Outputs and gradients stay the same but for rounding.
+
+    Call it after `inject_adapter` (again, after another one). It changes no parameter, buffer or name.
+
+    Returns:
+        The same model.
+    """
+    install(model)
+    return model
+
+
+def install(model: nn.Module) -> FastPath:
+    """`accelerate`, and what was found."""
+    uninstall(model)
+    modules = list(model.modules())
+    mlps = sum(fuse_mlp(module) for module in modules)
+    groups = sum(_group(module) for module in modules if not isinstance(module, GatedMLP))
+    fused = {id(child) for module in modules if isinstance(module, GatedMLP) for child in module.children()}
+    for module in modules:  # a layer that reads its x alone gets a group of its own, for the weight's spare rows
+        if hasattr(module, "parts") and GROUP not in module.__dict__ and id(module) not in fused:
+            module.__dict__[GROUP] = Group([module])  # pyright: ignore[reportArgumentType]
+    norms = sum(speed_up_norm(module) for module in modules)
+    activations = sum(speed_up_gelu(module) for module in modules)
+    rotary = [speed_up_rotary(module) for module in modules]
+    return FastPath(groups, mlps, norms, activations, any(rotary))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `accelerate`."""
+    for module in model.modules():
+        group = module.__dict__.pop(GROUP, None)
+        if group is not None:
+            group.dissolve()
+        if isinstance(module, GatedMLP):
+            unfuse_mlp(module)
+        elif isinstance(module, FastRMSNorm):
+            restore_norm(module)
+        elif isinstance(module, FastGELU):
+            restore_gelu(module)
+        restore_rotary(module)
+
+
+def recompute_less(model: Model) -> Model:
+    """Let activation checkpointing, which is on by now, keep what is dear to compute and small, in place.
+
+    These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
+    the block's input, for a third of an MLP's forward pass. In a trainer of transformers, the same is
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}`. Blocks that
+    are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        found: Any = module.__dict__.get("_gradient_checkpointing_func")
+        if not isinstance(found, partial) or found.func is not checkpoint or "context_fn" in found.keywords:
+            continue
+        if found.keywords.get("use_reentrant") is False:
+            module.__dict__["_gradient_checkpointing_func"] = partial(found, context_fn=checkpoint_contexts)
+    return model
+
+
+@contextmanager
+def off_the_fast_path(model: nn.Module) -> Iterator[None]:
+    """Take the model off the fast path while its layers change, and put it back on if it was there."""
+    was_on = any(isinstance(m, GatedMLP | FastRMSNorm | FastGELU) or GROUP in m.__dict__ for m in model.modules())
+    if was_on:
+        uninstall(model)
+    yield
+    if was_on and any(hasattr(m, "parts") for m in model.modules()):
+        install(model)
+
+
+def _group(parent: nn.Module) -> int:
+    """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
+    found = 0
+    for names in SIBLINGS:
+        layers: dict[str, Any] = {n: child for n in names if hasattr(child := parent._modules.get(n), "parts")}  # pyright: ignore[reportPrivateUsage]
+        if len(layers) > 1:
+            rotary = names == ATTENTION and speed_up_rotary(parent)
+            shared = SharedOutputs([name != "v_proj" for name in layers]) if rotary else None
+            group = Group(list(layers.values()), shared)
+            for layer in layers.values():
+                layer.__dict__[GROUP] = group
+            found += 1
+    return found

@@ -1,0 +1,328 @@
+"""PEFT's linear LoRA and DoRA layer on our kernels: its parameters, its formulas, another forward pass.
+
+`FastLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter, buffer
+or submodule, and goes by the name of PEFT's class, which people and libraries read. Where its conditions do not hold,
+in this very pass, PEFT's forward runs instead.
+
+Shapes: T tokens (any leading dimensions), I in features, O out features, R rank.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from theodora import kernels
+from theodora.autocast import autocast_dtype, without_autocast
+from theodora.functional import dora_norm, wide_dtype
+from theodora.kernels import Parts
+from theodora.kernels.recompute import once_in_a_block
+from theodora.layers.adapt import cannot_adapt
+from theodora.layers.base import FLOATS, drops
+from theodora.layers.identity import base_output, changes_nothing, with_value_of
+from theodora.layers.kinds import is_conv1d
+from theodora.layers.linear import GROUP, in_dtype
+from theodora.layers.norm_cache import content, one_token_each, versions
+
+__all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
+
+_log = logging.getLogger(__name__)
+_FORWARD_HOME = "peft.tuners.lora.layer"
+# States in which PEFT's forward is nothing but the base layer: as fast as it gets, and no reason to say anything.
+_DISABLED, _MERGED, _INACTIVE = "its adapters are disabled", "an adapter is merged", "no adapter is active on it"
+# Rows of the weight are widened in pieces of this many elements.
+_PIECE = 1 << 22
+_IDLE = (_DISABLED, _MERGED, _INACTIVE)
+
+
+class FastLinear(Linear):
+    """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, or DoRA's, from the tensors PEFT keeps in `base_layer`, `lora_A`, `lora_B`, ..."""
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
+    # ((versions, content) of W, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
+    _theodora_norm_sq: tuple[Any, Tensor] | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
+        why = "arguments beside its input (`adapter_names`, say)" if args or kwargs else self.slow_because()
+        dtype = autocast_dtype(x)
+        if why is None and dtype is None and x.dtype != self.base_layer.weight.dtype:
+            why = "an input of another dtype than its weight"
+        if why is not None:
+            if why not in _IDLE and not torch.compiler.is_compiling():
+                _say_once(why)
+            return super().forward(x, *args, **kwargs)
+        group = self.__dict__.get(GROUP)
+        if group is not None and (y := group.output(self, x)) is not None:
+            return y
+        if dtype is None:
+            return self._adapted(x)
+        with without_autocast(x.device):
+            return self._adapted(x.to(dtype))
+
+    def slow_because(self) -> str | None:
+        """Why this forward pass is PEFT's own, or None if it is ours."""
+        if self._disable_adapters:
+            return _DISABLED
+        if self.merged_adapters:
+            return _MERGED
+        names = self._active_here()
+        if len(names) != 1:
+            return "several adapters are active at once" if names else _INACTIVE
+        return self._slow_adapter(names[0]) or self._slow_base()
+
+    def parts(self) -> Parts | None:
+        """What the layer computes in this pass, for those who stand in for it; None where its own forward must run."""
+        if _touched(self) or self._trained_bias():
+            return None
+        why = self.slow_because()
+        if why in _IDLE:
+            unmerges = self._disable_adapters and self.merged_adapters  # PEFT's forward changes the weight first
+            return None if unmerges or self._slow_base() else Parts(self._weight(), self.base_layer.bias)
+        if why is not None:
+            return None
+        (name,) = self._active_here()
+        drops = self._drops(name)
+        return None if drops and name in self.lora_variant else self._parts(name, drops)  # see `_product`
+
+    def _parts(self, name: str, drops: bool, one_token: bool = False) -> Parts:
+        w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if name not in self.lora_variant:
+            return Parts(w, bias, a, b, scale, drops=drops)
+        norm = self._norm(name, one_token)
+        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        (name,) = self._active_here()
+        dropped = self.lora_dropout[name](x) if self._drops(name) else None
+        parts = in_dtype(self._parts(name, False, one_token_each(x)), x.dtype)
+        drops_base = dropped is not None and name in self.lora_variant
+        fresh = not self._trained_bias() and changes_nothing(parts, rounds=drops_base)
+        y = self._product(x, dropped, parts, drops_base)
+        return with_value_of(base_output(x, parts), y) if fresh else y
+
+    def _product(self, x: Tensor, dropped: Tensor | None, parts: Parts, drops_base: bool) -> Tensor:
+        w, bias = parts.weight_OI, parts.bias_O
+        if self._trained_bias():
+            parts = replace(parts, bias_O=None)
+        if dropped is not None and drops_base:
+            # PEFT's DoRA drops the base weight's input, too, where it changes the product:
+            #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
+            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, w)
+        else:
+            y = kernels.adapted_linears(x, [parts], dropped)[0]
+        return y if bias is None or not self._trained_bias() else y + bias
+
+    def _norm(self, name: str, one_token: bool) -> Tensor:
+        """‖W + s·B·A‖ of each output row, (O,), float32 or float64: ours, or PEFT's own while it caches norms."""
+        a_RI, b_OR, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        dora = self.lora_magnitude_vector[name]
+        if peft_dora.ENABLE_DORA_CACHING and not dora.training:
+            return self._cached_norm(name).to(wide_dtype(self.base_layer.weight.dtype))
+        if dora._dora_cache:
+            dora._cache_clear()  # as PEFT does in a pass that does not cache
+        w_norm_sq = self._weight_norm_squared(a_RI.dtype, one_token)
+        if not kernels.fast():
+            return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
+        with torch.no_grad():
+            w, a, b = self._weight(), a_RI.detach(), b_OR.detach()
+            return once_in_a_block(("norm", id(self)), lambda: kernels.dora_norm(w, a, b, scale, w_norm_sq, None))
+
+    def _cached_norm(self, name: str) -> Tensor:
+        """By PEFT's methods, which fill its cache and read it (`peft.helpers.DoraCaching`)."""
+        a, b, dora = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
+        with torch.no_grad():
+            update = dora.get_lora_weight(lora_A=a, lora_B=b, adapter_name=name)
+            weight = self.base_layer.weight.to(a.weight.dtype)
+            return dora.get_weight_norm(weight, update, scaling=self.scaling[name], adapter_name=name).detach()
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _slow_adapter(self, name: str) -> str | None:
+        variant, a, b = self.lora_variant.get(name), self.lora_A[name], self.lora_B[name]
+        inner = [a, b]
+        if variant is not None:
+            if type(variant) is not DoraLinearVariant:
+                return f"a LoRA variant without kernels ({type(variant).__name__.removesuffix('LinearVariant')})"
+            inner.append(self.lora_magnitude_vector[name])
+        if {type(a), type(b)} != {nn.Linear}:
+            return f"lora_A or lora_B is wrapped ({type(a).__name__}, {type(b).__name__})"
+        if b.bias is not None or a.bias is not None:
+            return "lora_bias: its B has a bias"
+        for module in inner:
+            if _touched(module):
+                return "hooks on its lora_A, lora_B or lora_magnitude_vector"
+            if not _plain(module.weight):
+                return "its adapter's parameters are sharded"
+        if not isinstance(self.scaling[name], float | int):
+            return "its scaling is a tensor (prepared for hot-swapping)"
+        if not isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity):
+            return f"its dropout is a {type(self.lora_dropout[name]).__name__}"
+        return None
+
+    def _slow_base(self) -> str | None:
+        base = self.base_layer
+        weight = base.weight
+        if _touched(base):
+            return "hooks on its base layer (offloading, say)"
+        if not _plain(weight) or weight.dtype not in FLOATS:
+            return f"its base weight is sharded or quantised ({type(weight).__name__})"
+        if hasattr(weight, "ds_id"):
+            return "DeepSpeed ZeRO-3 gathers its weights only when PEFT's own forward runs"
+        if weight.requires_grad:
+            return "its base weight is trained, too"
+        return None
+
+    def _drops(self, name: str) -> bool:
+        """Whether dropout changes the adapter's input in this pass."""
+        return drops(self.lora_dropout[name])
+
+    def _weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        return weight.T if self.is_target_conv_1d_layer else weight
+
+    def _trained_bias(self) -> bool:
+        bias = self.base_layer.bias
+        return bias is not None and bias.requires_grad
+
+    def _weight_norm_squared(self, dtype: torch.dtype, one_token: bool) -> Tensor:
+        """‖W‖² of each output row, (O,), as PEFT rounds ‖W‖ beside adapters of `dtype`: once for each frozen weight.
+
+        A fresh magnitude is that ‖W‖, and its g is 1.
+
+        Where no gradients flow, a pass over more than `one_token` of each sequence looks at values, as our own layers'
+        do (see `theodora.layers.norm_cache`); a training step does not.
+        """
+        kept, w = self._theodora_norm_sq, self.base_layer.weight
+        if torch.compiler.is_compiling():
+            return _row_norm_squared(self._weight(), dtype) if kept is None else kept[1]
+        version, look = (*versions(w), dtype), not (one_token or torch.is_grad_enabled())
+        if kept is None or kept[0][0] != version or (look and kept[0][1] != content(w)):
+            with torch.inference_mode(False), torch.no_grad():
+                self._theodora_norm_sq = kept = (version, content(w)), _row_norm_squared(self._weight(), dtype)
+        return kept[1]
+
+    # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.
+
+    def forget(self) -> None:
+        """Forget what is known of the base weight."""
+        vars(self).pop("_theodora_norm_sq", None)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().merge(*args, **kwargs)
+        self.forget()
+
+    def unmerge(self) -> None:  # noqa: D102
+        super().unmerge()
+        self.forget()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().update_layer(*args, **kwargs)  # PiSSA and its like change the base weight
+        self.forget()
+
+    def train(self, mode: bool = True):  # noqa: D102
+        if mode != self.training:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # What goes by another class's name is not found under it: pickle and deepcopy make it here.
+        made = (_new, ()) if type(self) is FastLinear else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
+        return *made, self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The cache is bound to its tensor by address, so it does not travel in copies.
+        return {key: value for key, value in self.__dict__.items() if key != "_theodora_norm_sq"}
+
+
+def _new() -> FastLinear:
+    return FastLinear.__new__(FastLinear)
+
+
+# `repr`, `get_layer_status` and whoever else tells layers by their class find what they would without us.
+FastLinear.__name__, FastLinear.__qualname__, FastLinear.__module__ = "Linear", Linear.__qualname__, Linear.__module__
+
+
+def accelerate_layer(layer: nn.Module) -> str | None:
+    """Give `layer` our forward pass if it can ever use it; says why not, or why not at present, else None."""
+    if type(layer) is Linear:
+        why = _cannot(layer)
+        if why is not None:
+            return why
+        layer.__class__ = FastLinear
+    if not isinstance(layer, FastLinear):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
+        return f"{kind} is not PEFT's plain LoRA layer (lora.layer.Linear)"
+    return layer.slow_because()
+
+
+def restore_layer(layer: nn.Module) -> None:
+    """Undo `accelerate_layer`; does nothing to other modules."""
+    if isinstance(layer, FastLinear):
+        layer.forget()
+        layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _cannot(layer: Linear) -> str | None:
+    if "forward" in layer.__dict__:
+        return "its forward method was replaced"
+    if Linear.forward.__module__ != _FORWARD_HOME:
+        return f"{Linear.forward.__module__} has replaced the forward of PEFT's LoRA layers"
+    base: nn.Module = layer.base_layer
+    why = cannot_adapt(base)
+    if why is not None and hasattr(base.weight, "device_mesh"):
+        return "its base weight is sharded already: call accelerate_peft before the model is sharded"
+    if why is not None:
+        return f"base layer: {why}"
+    if is_conv1d(base) != layer.fan_in_fan_out or layer.is_target_conv_1d_layer != layer.fan_in_fan_out:
+        return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its {type(base).__name__}"
+    return None
+
+
+def _touched(module: Any) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _row_norm_squared(w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖W‖² of each row, (O,), where ‖W‖ is what PEFT computes: in `dtype`."""
+    rows = max(1, _PIECE // max(1, w_OI.shape[1]))
+    norm = torch.cat([torch.linalg.norm(piece.to(dtype), dim=1) for piece in w_OI.split(rows)])
+    return norm.to(wide_dtype(w_OI.dtype)).square()
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor)
+
+
+@cache
+def _say_once(why: str) -> None:
+    _log.warning("A layer accelerated by theodora.accelerate_peft runs PEFT's own forward: %s.", why)

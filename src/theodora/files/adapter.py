@@ -1,0 +1,445 @@
+"""Adapters on disk, in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+
+    base_model.model.<path>.lora_A.weight            (R, I)
+    base_model.model.<path>.lora_B.weight            (O, R)
+    base_model.model.<path>.lora_magnitude_vector    (O,)     DoRA; without ".weight"
+    base_model.model.<path>.lora_embedding_A, _B     (R, V), (O, R)
+    base_model.model.<path>.<parameter>              modules trained in full
+
+Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
+<path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
+
+Rows of single tokens (trainable tokens) are in `token_rows.py`.
+
+Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
+once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
+safetensors file, which PEFT leaves alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodora.config import AdapterConfig, is_int
+from theodora.errors import CheckpointError, ConfigError, bullet_list, shown, some
+from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files
+from theodora.files.distrust import read_object
+from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
+from theodora.files.folder import Place
+from theodora.files.names import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.peft_options import (
+    StartFromWeight,
+    added_by_peft,
+    biases_trained,
+    option_problems,
+    start_of,
+    task_of,
+)
+from theodora.files.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
+from theodora.files.wrapper_names import plain_keys
+from theodora.paths import matches
+
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+}
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The tensors of one adapted module."""
+
+    a: Tensor
+    """A, (R, I); for an embedding I is the vocabulary size."""
+    b: Tensor
+    """B, (O, R)."""
+    magnitude: Tensor | None
+    """m, (O,), for DoRA."""
+    scale: float
+    """s in W + s·B·A."""
+    embedding: bool = False
+    """Whether the module is an embedding, whose weight is stored as (V, O)."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A checked adapter folder."""
+
+    path: Path
+    config: AdapterConfig
+    base_model: str | None
+    modules: dict[str, AdapterTensors]
+    """Module path in the transformers model → its tensors. After a PiSSA or OLoRA start of ours A and B hold the
+    trained and the (negated) start factors one after the other: rank 2R."""
+    full: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter path → tensor, for modules trained in full."""
+    task: str | None = None
+    """What the model is for, as PEFT calls it: CAUSAL_LM, SEQ_CLS, …"""
+    full_names: tuple[str, ...] = ()
+    """How the configuration names these modules; `config` has their paths instead."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. One that is in `full`,
+    too, is replaced by that, and of use only where another module is tied to it or has to be resized."""
+    token_rows: dict[str, RowTensors] = field(default_factory=dict)
+    """Module path → rows of single tokens that replace the base's, in what is tied to an embedding among them, too."""
+    added_biases: dict[str, Tensor] = field(default_factory=dict)
+    """Module path → the bias of its B (PEFT's `lora_bias`), which adds to the module's own, times the scale."""
+    starts_from: StartFromWeight | None = None
+    """The start (pissa, olora) that A and B are relative to, if the base's weights tell it."""
+    starts: bool = False
+    """Whether A and B hold start factors in their second half."""
+    probe: dict[str, list[float]] | None = None
+    """Some values of the base weights; see `probe_base`."""
+    only_layers: tuple[int, ...] | None = None
+    """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
+    mlx: bool = False
+    """Whether it was read from MLX's files."""
+    stamp: Stamp = (None, None)
+    """Of the files that all this was read from."""
+    left_out: tuple[str, ...] = ()
+    """Paths of what the file holds of a vision or audio tower, where the model at hand is its language model alone."""
+
+    @property
+    def weights(self) -> Path:
+        """The file that holds the tensors."""
+        return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)
+
+
+def read_adapter(
+    path: str | Path | Place, device: torch.device | None = None, for_model: bool = False, bounds: Bounds | None = None
+) -> AdapterFile:
+    """Read and check an adapter folder, PEFT's or MLX's (or the name of one on the Hugging Face hub).
+
+    The folder and its files are opened once: what is checked is what the result holds, whatever others do to them.
+
+    Args:
+        path: the folder, or the name.
+        device: a GPU that is to hold the tensors; where None, they are in host memory.
+        for_model: whether the base model is at hand to complete it by (`starts_from`, `added_biases`).
+        bounds: how large its files may be.
+
+    Raises:
+        CheckpointError: files missing, damaged or contradictory, values that are no finite numbers, a DoRA adapter
+            without its magnitudes, or options that mean something this library does not compute.
+    """
+    read = read_adapter_files(path, device, bounds)
+    where, weights, metadata = read.folder / CONFIG_NAME, read.weights, read.metadata
+    mlx = weights.name == MLX_WEIGHTS_NAME
+    if mlx:
+        from theodora.files.mlx import peft_from_mlx
+
+        peft, tensors = peft_from_mlx(read.fields, read.tensors, read.folder)
+    else:
+        peft, tensors = _checked_base(read.fields, where), plain_keys(read.tensors, weights)
+    config = _config_from_peft(peft, where, for_model)
+    if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
+        raise CheckpointError(f"{where} says an odd rank, but half of it is to be the start that is taken away again")
+    return replace(
+        adapter_of(tensors, config, weights, peft=peft),
+        task=task_of(peft),
+        starts_from=start_of(peft),
+        base_model=peft.get("base_model_name_or_path") or None,
+        starts=bool(metadata.get("starts")),
+        probe=metadata.get("probe"),
+        only_layers=_layers(peft),
+        mlx=mlx,
+        stamp=read.stamp,
+    )
+
+
+def adapter_of(
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    where: Path,
+    any_rank: bool = False,
+    peft: Mapping[str, Any] | None = None,
+) -> AdapterFile:
+    """Sort and check tensors under PEFT's keys.
+
+    Args:
+        tensors: key → tensor.
+        config: what they have to agree with.
+        where: they come from; for messages.
+        any_rank: whether the ranks may differ from those of `config`.
+        peft: PEFT's own fields, where they say more.
+
+    Raises:
+        CheckpointError: with every key that is unknown, missing, of another shape, or that holds no finite numbers.
+    """
+    problems: list[str] = []
+    biases, adds_biases = biases_trained(peft), bool(peft and peft.get("lora_bias"))
+    added_biases: dict[str, Tensor] = {}
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, Tensor] = {}
+    base_copies: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
+    saved_modules: set[str] = set()
+    all_finite = all_finite_on_gpu(tensors.values())
+    in_full = config.modules_to_save
+    if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
+        wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
+        in_full += tuple(sorted({module for module, found, _ in wrapped if found}))
+    for key, tensor in tensors.items():
+        if not key.startswith(KEY_PREFIX):
+            problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
+            continue
+        name = key.removeprefix(KEY_PREFIX)
+        part = next((part for part in _PARTS if name.endswith("." + part)), None)
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        elif not (all_finite or finite(tensor)):
+            problems.append(f"{key}: holds NaN or infinite values")
+        elif part is not None:
+            module = name.removesuffix("." + part)
+            if _PARTS[part] in parts.setdefault(module, {}):
+                problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
+            parts[module][_PARTS[part]] = tensor
+            if "embedding" in part:
+                embeddings.add(module)
+        elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
+            if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
+                problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
+        elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
+            base_copies[plain] = tensor
+        elif name.endswith("." + DELTA):
+            deltas[name.removesuffix("." + DELTA)] = tensor
+        elif BASE_COPY in name:
+            base_copies[name.replace(BASE_COPY, ".")] = tensor
+        elif adds_biases and name.endswith(".lora_B.bias"):
+            added_biases[name.removesuffix(".lora_B.bias")] = tensor
+        elif biases and name.endswith(".bias") and _saved_module(name, in_full) is None:
+            full[name.replace(".base_layer.", ".")] = tensor
+        elif ".base_layer." in name:
+            base_copies[name.replace(".base_layer.", ".")] = tensor
+        elif (saved := _saved_module(name, in_full)) is not None:
+            full[name] = tensor
+            saved_modules.add(saved)
+        elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
+            base_copies[name] = tensor
+        else:
+            problems.append(f"{key}: unknown key")
+
+    modules: dict[str, AdapterTensors] = {}
+    for module, found in parts.items():
+        problem = _module_problem(module, found, config, any_rank)
+        if problem:
+            problems.append(f"{module}: {problem}")
+        else:
+            a, b = found["a"], found["b"]
+            scale = _scale(config, module)
+            modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
+    if adds_biases:
+        problems += [
+            f"{module}: lora_bias is set, but its bias is missing" for module in parts if module not in added_biases
+        ]
+    missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
+    problems += [
+        f"modules_to_save names {name!r}, but the file holds no such tensor"
+        for name in missing
+        if not (full and name in added_by_peft(peft))  # only the model tells whether it has them
+    ]
+    token_rows = file_rows(deltas, config.trainable_token_indices, problems)
+    if not modules and not full and not token_rows and not problems:
+        problems.append("the file holds no adapter tensors")
+    if problems:
+        raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
+    return AdapterFile(
+        path=where.parent,
+        config=replace(config, modules_to_save=tuple(sorted(saved_modules))),
+        base_model=None,
+        modules=modules,
+        full=full,
+        full_names=config.modules_to_save,
+        base_copies=base_copies,
+        token_rows=token_rows,
+        added_biases=added_biases,
+    )
+
+
+def peft_config(
+    config: AdapterConfig,
+    *,
+    target_modules: list[str],
+    modules_to_save: list[str],
+    token_indices: Mapping[str, list[int]] | None = None,
+    base_model: str | None,
+    task_type: str | None,
+    fan_in_fan_out: bool,
+    inference_mode: bool = True,
+    bias: str = "none",
+) -> dict[str, Any]:
+    """`adapter_config.json` as PEFT reads it.
+
+    After a PiSSA or OLoRA start the file holds rank 2R, and alpha grows with it so that the scale stays.
+    """
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    rank, alpha = config.rank, config.alpha
+    if starts_from_weight(config):
+        grow = math.sqrt(2) if config.rslora else 2
+        rank, ranks = 2 * rank, {key: 2 * value for key, value in ranks.items()}
+        alpha, alphas = grow * (alpha or 0), {key: grow * value for key, value in alphas.items()}
+    return {
+        "alpha_pattern": alphas,
+        "base_model_name_or_path": base_model,
+        "bias": bias,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": inference_mode,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": modules_to_save or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": ranks,
+        "target_modules": target_modules,
+        "task_type": task_type,
+        "trainable_token_indices": token_indices,
+        "use_dora": config.method == "dora",
+        "use_rslora": config.rslora,
+    }
+
+
+def starts_from_weight(config: AdapterConfig) -> bool:
+    """Whether adapters of this configuration carry start factors."""
+    return config.init in ("pissa", "olora")
+
+
+def read_peft_config(folder: str | Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
+    path = Path(folder) / CONFIG_NAME
+    fields = read_object(path)
+    if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
+        fields = {**fields, "base_model_name_or_path": fields.get("model")}
+    return _checked_base(fields, path)
+
+
+def _checked_base(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    base = fields.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path is {shown(base)}; expected a folder or hub name")
+    return fields
+
+
+def _config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> AdapterConfig:
+    problems: list[str] = []
+    if peft.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {shown(peft.get('peft_type'))}; expected 'LORA' (which DoRA belongs to)")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(peft.get(name), bool | None):
+            problems.append(f"{name} is {shown(peft[name])}; expected true or false")
+    problems += option_problems(peft, for_model)
+    if not all(is_int(layer) for layer in _layers(peft) or ()):
+        problems.append(f"layers_to_transform is {shown(peft['layers_to_transform'])}; expected numbers of layers")
+    if not problems:
+        try:
+            return AdapterConfig(
+                method="dora" if peft.get("use_dora") else "lora",
+                rank=peft.get("r", 8),
+                alpha=peft.get("lora_alpha", 8),
+                rslora=bool(peft.get("use_rslora")),
+                dropout=peft.get("lora_dropout") or 0.0,
+                targets=_names(peft.get("target_modules")) or "all-linear",
+                exclude=_names(peft.get("exclude_modules")),
+                rank_pattern=peft.get("rank_pattern") or {},
+                alpha_pattern=peft.get("alpha_pattern") or {},
+                trainable_token_indices=peft.get("trainable_token_indices") or (),
+                modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
+            )
+        except (ConfigError, TypeError, AttributeError) as error:
+            problems.append(str(error))
+    raise CheckpointError(f"{path} cannot be used:" + bullet_list(problems))
+
+
+def _layers(peft: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The numbers of the layers that PEFT was told to adapt; None for all."""
+    layers = peft.get("layers_to_transform")
+    return None if layers is None else tuple(layers) if isinstance(layers, list) else (layers,)
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _rank(config: AdapterConfig, module: str) -> int:
+    return config.rank_of(module)
+
+
+def _scale(config: AdapterConfig, module: str) -> float:
+    return config.scale(_rank(config, module), config.alpha_of(module))
+
+
+def _module_problem(
+    module: str, found: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool = False
+) -> str | None:
+    """What is wrong with one module's tensors, if anything."""
+    lacking = [name for name in ("a", "b") if name not in found]
+    if lacking:
+        return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
+    a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+    convolution = a.ndim > 2 and a.ndim == b.ndim
+    if ".base_layer." in module or convolution:
+        kind = "a convolution" if convolution else "nn.MultiheadAttention"
+        return f"is of {kind}, which is not supported: load it with PEFT, call merge_and_unload(), save the model"
+    if not a.numel() or not b.numel():
+        return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
+    if a.shape[0] != _rank(config, module) and not any_rank:
+        return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {_rank(config, module)}"
+    if config.method == "dora" and magnitude is None:
+        return "the magnitudes (lora_magnitude_vector) are missing; a DoRA adapter is nothing without them"
+    if config.method == "lora" and magnitude is not None:
+        return f"holds magnitudes, but {CONFIG_NAME} says use_dora: false; as plain LoRA it would be another model"
+    if magnitude is not None and magnitude.shape != (b.shape[0],):
+        return f"magnitudes {tuple(magnitude.shape)}; expected ({b.shape[0]},), one for each output row"
+    return None
+
+
+def _saved_module(parameter: str, names: tuple[str, ...]) -> str | None:
+    """The module trained in full that the parameter belongs to. PEFT compares endings, also within a name."""
+    parts = parameter.split(".")
+    modules = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((module for module in modules if names and module.endswith(names)), None)
+
+
+def _unwrapped(parameter: str, part: str, names: tuple[str, ...]) -> str | None:
+    """The path of a parameter in that `part` of PEFT's wrapper around a module trained in full; None if in none."""
+    module, found, rest = parameter.partition(f".{part}.")
+    return f"{module}.{rest}" if found and names and module.endswith(names) else None
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def missing_in_full(file: AdapterFile, parameters: Iterable[str], held: Iterable[str] | None = None) -> list[str]:
+    """What a file leaves out of the modules that it says were trained in full: a complaint about each parameter.
+
+    Args:
+        file: the adapter.
+        parameters: paths of all parameters of the base model.
+        held: the keys of `file.full` by the base model's names. Default: as they are.
+    """
+    names, found = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
+    return [
+        f"{path}: its module was trained in full, but the file holds nothing for it"
+        for path in parameters
+        if names and path not in found and any(matches(names, module) for module in _modules_above(path))
+    ]
+
+
+def _modules_above(parameter: str) -> list[str]:
+    parts = parameter.split(".")[:-1]
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]

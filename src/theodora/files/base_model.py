@@ -1,0 +1,273 @@
+"""A base model on disk, read tensor by tensor, and which stored tensor is which parameter of the transformers model.
+
+The names in a checkpoint and those in the loaded model differ more often than one would think: GPT-2's files lack the
+prefix `transformer.`, GPT-NeoX's head is stored as `embed_out`, experts are stored one by one and loaded fused. The
+model class itself knows: it is built here without memory (on the meta device), and its own loading rules are asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from theodora.errors import CheckpointError, shown
+from theodora.files.classes import auto_classes, check_kernels
+from theodora.files.distrust import expanded
+from theodora.files.folder import OpenFile, read_file
+from theodora.files.model_bounds import Stored, bounded_build, check_layers
+from theodora.files.model_folder import StoredTensor, read_headers
+from theodora.files.safetensors import Header, read_header, read_tensor
+from theodora.parse import parse_json
+from theodora.synonyms import Names
+
+# What a merge needs of a model on the hub; left out are the weights' copies in other formats.
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_HUB_IGNORED = ("*/*.safetensors", "consolidated*")
+
+
+def find_base(name: str | None, *, revision: str | None = None, download: bool = False) -> Path:
+    """The folder of a base model given by its folder or its hub name.
+
+    Args:
+        name: what the adapter's configuration names as its base, or what the user gave instead.
+        revision: branch, tag or commit, for a model on the hub.
+        download: whether a model that is not in the local hub cache may be fetched.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model in the cache (or on the hub).
+    """
+    if not name:
+        raise CheckpointError("The adapter does not say which base model it belongs to. Name it with --base-model.")
+    folder = expanded(name)
+    if folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(
+            f"The base model {shown(name)[1:-1]} is not a folder on this machine. Name it with --base-model."
+        )
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_IGNORED),
+            local_files_only=not download,
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:  # HFValidationError is the last
+        where = "a folder, in the local hub cache, or on the hub" if download else "a folder or in the local hub cache"
+        raise CheckpointError(f"The base model {name} is not {where}. Name its folder with --base-model.") from error
+    return Path(found)
+
+
+class BaseCheckpoint:
+    """A model folder with safetensors weights, opened without loading them.
+
+    Args:
+        folder: the model's folder.
+        trust_remote_code: whether Python code in the folder may run.
+
+    Raises:
+        CheckpointError: the folder holds no usable, unquantised safetensors weights.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    """config.json as it stands."""
+    tensors: dict[str, StoredTensor]
+    """Every stored tensor by its key, file by file in the order of their bytes."""
+    model: PreTrainedModel
+    """The model class, without weights (on the meta device)."""
+    keys: dict[str, str]
+    """Parameter of the model -> key in the checkpoint."""
+    converted: dict[str, list[str]]
+    """Parameter of the model -> keys it is computed from, where loading does more than rename."""
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.tensors = read_headers(folder)
+        for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.tensors)):
+            self.model = model
+            self._to_model_name, self.keys, self.converted = _map_names(model, list(self.tensors))
+            if not _missing(model, {*self.keys, *self.converted}):
+                break
+        self._names = Names([*self.keys, *self.converted, *self._tied()])
+        self._unloaded = Names(self.unloaded())
+        self._open: tuple[OpenFile, Header] | None = None
+
+    def model_name(self, name: str) -> str | None:
+        """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
+
+        Where the model holds it in another form (experts are stored one by one and loaded fused), but the checkpoint
+        has it under just this name, that name: adapters of older transformers were trained on such modules. Names that
+        other classes of the same weights give to it are known, too (see `synonyms.py`).
+        """
+        renamed = self._to_model_name(name)
+        if renamed in self.keys or renamed in self._tied():
+            return renamed
+        if name in self.tensors:
+            return name
+        if renamed in self.converted:
+            return renamed
+        return self._names.find(name) or self._unloaded.find(name)
+
+    def unloaded(self) -> list[str]:
+        """Keys of what the model does not load: a vision tower, where the class is the language model alone."""
+        loaded = {*self.keys.values(), *(key for keys in self.converted.values() for key in keys)}
+        return [key for key in self.tensors if key not in loaded]
+
+    def key_of(self, parameter: str) -> str | None:
+        """The key that holds `parameter`, perhaps under the name of the parameter that it is tied to."""
+        if parameter in self.keys:
+            return self.keys[parameter]
+        tied = next((self.keys[other] for other in self.tied_to(parameter) if other in self.keys), None)
+        return parameter if tied is None and parameter in self.tensors else tied
+
+    def tied_to(self, parameter: str) -> list[str]:
+        """The other parameters that share their values with `parameter`."""
+        groups = self._tied()
+        source = groups.get(parameter, parameter)
+        family = [source, *(target for target, other in groups.items() if other == source)]
+        return [other for other in family if other != parameter] if parameter in family else []
+
+    def new_key(self, parameter: str) -> str:
+        """The key to store `parameter` under when the checkpoint has none for it yet."""
+        key = next(iter(revert_weight_conversion(self.model, {parameter: torch.empty(0)})))
+        return key if self._to_model_name(key) == parameter else parameter
+
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether the weight is stored (in, out): GPT-2's Conv1D and embeddings."""
+        if parameter not in self.keys and parameter not in self._tied():
+            return False
+        module = self.model.get_submodule(parameter.rpartition(".")[0])
+        return isinstance(module, Conv1D | nn.Embedding)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        stored = self.tensors[key]
+        try:
+            if self._open is None or self._open[0].path != stored.file:
+                self.close()
+                self._open = (file := OpenFile.at(stored.file)), read_header(file)
+            file, header = self._open
+            if file.seen != stored.seen:
+                raise ValueError("it is another file than before")
+            return read_tensor(file, header, header.tensors[key])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{stored.file} changed while the model was read: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the file read last."""
+        if self._open is not None:
+            self._open[0].close()
+        self._open = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", None) is not None:  # somebody failed on the way to close()
+            self.close()
+
+    def _tied(self) -> dict[str, str]:
+        return self.model.all_tied_weights_keys
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is an adapter, not a model. Name the adapter's base model instead.")
+    try:
+        config = parse_json(read_file(folder / "config.json").decode("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds {type(config).__name__}; expected an object.")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (quantisation := part.get("quantization_config")):
+            known = isinstance(quantisation, dict) and quantisation.get("quant_method")
+            method = shown(known)[1:-1] if isinstance(known, str) else "of an unknown kind"
+            raise CheckpointError(
+                f"The base model {folder} is quantised ({method}): merging into it would round every weight again. "
+                "Name the unquantised model it was made from with --base-model."
+            )
+    return config
+
+
+def _stored(tensors: dict[str, StoredTensor]) -> Stored:
+    return Stored(len(tensors), sum(file.stat().st_size for file in {stored.file for stored in tensors.values()}))
+
+
+def _meta_models(
+    folder: Path, trust_remote_code: bool, told: dict[str, Any], stored: Stored
+) -> Iterator[PreTrainedModel]:
+    """The classes that load_model tries, in its order, because adapters are trained on what it finds."""
+    try:
+        check_layers(folder, told, stored.tensors)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_layers(folder, config.to_dict(), stored.tensors)
+        check_kernels(config, folder, trust_remote_code=trust_remote_code)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        try:
+            classes = auto_classes(config, folder, trust_remote_code=trust_remote_code)
+        except CheckpointError:
+            if named is None:
+                raise
+            classes = []  # no language model: merging asks for names alone
+        builders = [partial(chosen.from_config, config, trust_remote_code=trust_remote_code) for chosen in classes]
+        for build in builders or [partial(named._from_config, config)]:  # pyright: ignore[reportOptionalMemberAccess]
+            with torch.device("meta"), bounded_build(folder, told, stored):
+                model = build()
+            yield model
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever a damaged configuration leads it to
+        hint = "" if trust_remote_code else " If it brings its own code and you trust it, pass --trust-remote-code."
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build the model in {folder}: {error}{hint}"
+        ) from error
+
+
+def _missing(model: PreTrainedModel, found: set[str]) -> list[str]:
+    """Parameters of the model that no stored tensor holds, themselves or through what they are tied to."""
+    tied = model.all_tied_weights_keys
+    held = found | {source for target, source in tied.items() if target in found}
+    return [name for name, _ in model.named_parameters() if name not in held and tied.get(name) not in held]
+
+
+def _map_names(
+    model: PreTrainedModel, keys: list[str]
+) -> tuple[Callable[[str], str], dict[str, str], dict[str, list[str]]]:
+    """Follow transformers' own loading rules from each key of the checkpoint to a parameter of the model."""
+    state = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def rename(key: str, *, convert: bool = True) -> tuple[str, bool]:
+        wanted = converters if convert else []
+        name, converter = rename_source_key(key, renamings, wanted, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, converter is not None
+
+    direct: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
+    for key in keys:
+        name, is_converted = rename(key)
+        if is_converted:
+            converted.setdefault(name, []).append(key)
+        elif name in state:
+            direct[name] = key
+    return lambda name: name if name in state else rename(name, convert=False)[0], direct, converted

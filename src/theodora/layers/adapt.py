@@ -1,0 +1,80 @@
+"""Which modules can be adapted, giving them their adapter layer, and taking it away."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from theodora.layers.base import FLOATS, AdapterLayer
+from theodora.layers.embedding import EmbeddingAdapterLayer
+from theodora.layers.float8 import Float8Layer
+from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
+from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer
+from theodora.layers.swap import swap_back, swap_class
+
+
+def adapt(module: nn.Module) -> AdapterLayer:
+    """Turn `module` into an adapter layer in place; does nothing to one that is.
+
+    Raises:
+        TypeError: the module cannot be adapted (see `cannot_adapt`).
+    """
+    if isinstance(module, AdapterLayer):
+        return module
+    mixin = _mixin(module)
+    if mixin is None:
+        raise TypeError(cannot_adapt(module))
+    swap_class(module, mixin)
+    assert isinstance(module, AdapterLayer)
+    module.begin()
+    return module
+
+
+def restore(layer: AdapterLayer) -> None:
+    """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
+    layer.unmerge()
+    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
+        delattr(layer, name)
+    swap_back(layer)
+
+
+def cannot_adapt(module: nn.Module) -> str | None:
+    """Why `module` cannot take an adapter, or None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, AdapterLayer):
+        return None
+    if _mixin(module) is None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            return f"{kind} has a forward pass of its own, which an adapter would bypass"
+        return f"{kind} is no linear layer or embedding{_instead(module)}"
+    if "forward" in module.__dict__:
+        return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
+    weight = module.weight
+    if isinstance(module, Float8Layer):
+        return None
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
+        return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
+    if weight.is_meta:
+        return "its weight is not loaded yet (it is on the meta device)"
+    if getattr(module, "max_norm", None) is not None:
+        return f"{kind} with max_norm rescales its weight while it is used"
+    return None
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do with a module that PEFT adapts and that nothing here does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ": it computes with its weights itself, past any layer. Train it in full (modules_to_save)"
+    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        return ": convolutions are not supported. Train it in full (modules_to_save)"
+    return ""
+
+
+def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
+    """The kind of adapter layer that fits the module, known by how the module runs rather than by its name."""
+    if is_linear(module):
+        return LinearAdapterLayer
+    if is_conv1d(module):
+        return Conv1DAdapterLayer
+    if is_embedding(module):
+        return EmbeddingAdapterLayer
+    return None

@@ -1,0 +1,33 @@
+"""Which modules are linear layers and embeddings: known by how they run, not by their names."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from theodora.layers.float8 import Float8Layer
+
+# Falcon's is written out, and the same; float8 layers are made of linear ones only.
+_FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward in _FORWARDS
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module runs as GPT-2's `Conv1D` does."""
+    return isinstance(module, Conv1D) and type(module).forward in (Conv1D.forward, Float8Layer.forward)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the module is a plain lookup, or one that multiplies its rows by `embed_scale` (Gemma)."""
+    return isinstance(module, nn.Embedding) and (
+        type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    )

@@ -1,0 +1,392 @@
+"""Merge an adapter into its base model on disk, one shard at a time.
+
+The result is a plain Hugging Face folder: no trace of an adapter, loadable by any engine. Memory holds one output
+shard and one layer, however large the model. Every weight is computed in float32 (float64 if the base is), rounded
+once, and read back before the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from torch import Tensor
+
+from theodora.config import METHOD_NAMES
+from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.atomic import atomic_directory
+from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.distrust import expanded
+from theodora.files.finite import finite
+from theodora.files.generation import TOKENIZER_FILES, write_ends
+from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
+from theodora.files.ours import check_apart, check_replaceable, mark_written, why_not_ours
+from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
+from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
+from theodora.paths import layer_kinds
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and the key of the tensor just done."""
+
+_MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# Beside the weights: tokenizer, configuration, index, rounding up to disk blocks.
+_DISK_MARGIN = 64 << 20
+# Tensors compared in full, value by value, after writing.
+_SPOT_CHECKS = 16
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """What merging did to the layers of one kind, such as q_proj."""
+
+    kind: str
+    tensors: int
+    change: float
+    """Mean relative size of what the adapter changed, ‖W' − W‖ / ‖W‖ (Frobenius norms)."""
+    rounding_mean: float
+    """Mean relative rounding error of what was written, ‖written − W'‖ / ‖W'‖."""
+    rounding_max: float
+    """The largest of these among the layers."""
+    rounding_max_abs: float
+    """The largest rounding error of a single weight."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_checkpoint` wrote."""
+
+    output: Path
+    adapter: Path
+    base_model: str
+    method: str
+    dtype: str
+    """Of the merged weights: float32, bfloat16, …; several if the base mixes them."""
+    tensors: int
+    changed: int
+    """How many of the tensors the adapter changed."""
+    bytes: int
+    files: int
+    kinds: tuple[KindReport, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self) | {"output": str(self.output), "adapter": str(self.adapter)}
+
+
+@dataclass
+class _Rounding:
+    """Collects the figures of a `KindReport`, tensor by tensor."""
+
+    change: list[float] = field(default_factory=list[float])
+    relative: list[float] = field(default_factory=list[float])
+    max_abs: float = 0.0
+
+    def add(self, base: Tensor, merged: Tensor, written: Tensor) -> None:
+        size = float(torch.linalg.vector_norm(merged))
+        error = written.to(merged.dtype) - merged
+        self.relative.append(float(torch.linalg.vector_norm(error)) / size if size else 0.0)
+        self.max_abs = max(self.max_abs, float(error.abs().max()))
+        if base.shape == merged.shape:
+            start = base.to(merged.dtype)
+            size = float(torch.linalg.vector_norm(start))
+            self.change.append(float(torch.linalg.vector_norm(merged - start)) / size if size else 0.0)
+
+    def report(self, kind: str) -> KindReport:
+        count = len(self.relative)
+        change = math.fsum(self.change) / len(self.change) if self.change else math.nan
+        return KindReport(kind, count, change, math.fsum(self.relative) / count, max(self.relative), self.max_abs)
+
+
+def merge_checkpoint(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write base model and adapter as one plain model folder, streaming.
+
+    Example:
+        `merge_checkpoint("runs/first", "merged", dtype="bfloat16")`
+
+    Args:
+        adapter: the adapter's folder (PEFT's files).
+        output: the folder to write; it appears whole or not at all.
+        base_model: folder or hub name of the base. Default: the one that the adapter names.
+        dtype: of the merged weights: float32, bfloat16, float16 (or fp32, bf16, fp16). Default: as in the base.
+        overwrite: replace a model folder that stands at `output`.
+        max_shard_size: largest weight file, such as "5GB"; a single tensor may exceed it.
+        trust_remote_code: run Python code that comes with the base model.
+        progress: called after every tensor.
+
+    Raises:
+        UsageError: the output is taken, or is the base or the adapter; an unknown dtype or size.
+        CheckpointError: adapter and base do not fit, a file is damaged, or the disk is too small. Nothing is written.
+    """
+    start = time.monotonic()
+    wanted = _dtype(dtype)
+    file = read_adapter(adapter)
+    name = str(base_model or file.base_model or "")
+    folder = find_base(name, revision=None if base_model else _base_revision(file), download=True)
+    output = expanded(output).absolute()
+    _check_output(output, overwrite, {"adapter": file.path, "base model": folder})
+    base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
+    plan = plan_merge(base, file, wanted)
+    shards = _shards(plan.outputs, max_shard_size)
+    total = sum(tensor.nbytes() for tensor in plan.outputs)
+    _check_disk(output, total)
+
+    kinds = _kinds(base, plan)
+    roundings = {kind: _Rounding() for kind in kinds.values()}
+    with atomic_directory(output, overwrite=overwrite) as partial:
+        done = 0
+        for shard_name, tensors in shards.items():
+            shard: dict[str, Tensor] = {}
+            for tensor in tensors:
+                shard[tensor.key] = _merge_one(base, tensor, roundings.get(kinds.get(tensor.key, "")))
+                done += tensor.nbytes()
+                if progress is not None:
+                    progress(done, total, tensor.key)
+            base.close()
+            save_tensors(shard, partial / shard_name, {"format": "pt"}, checked=True)
+        if len(shards) > 1:
+            _write_index(partial, shards, total)
+        _write_config(partial, base, plan, wanted)
+        _copy_files(partial, file, base)
+        notes = [*plan.notes, *write_ends(partial, file.path, trust_remote_code=trust_remote_code)]
+        report = MergeReport(
+            output=output,
+            adapter=file.path,
+            base_model=name,
+            method=file.config.method,
+            dtype=", ".join(_dtype_names(plan)),
+            tensors=len(plan.outputs),
+            changed=sum(tensor.change is not None for tensor in plan.outputs),
+            bytes=total,
+            files=len(shards),
+            kinds=tuple(rounding.report(kind) for kind, rounding in roundings.items()),
+            notes=tuple(notes),
+            seconds=time.monotonic() - start,
+        )
+        write_text(partial / "README.md", _model_card(report, file))
+        _verify(partial, shards, base)
+        mark_written(partial, "merged")
+        if overwrite:  # what has begun there since, a training run perhaps, is no earlier merge
+            _check_output(output, overwrite, {})
+    return report
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    name = DTYPES.get(name, name)
+    if name not in DTYPES.values():
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join([*DTYPES, *DTYPES.values()])}")
+    return getattr(torch, name)
+
+
+def _base_revision(file: AdapterFile) -> str | None:
+    """The commit of the base that PEFT notes beside its name."""
+    revision = read_peft_config(file.path).get("revision")
+    return revision if isinstance(revision, str) else None
+
+
+def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
+    check_apart(output, inputs)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        check_replaceable(output, overwrite, "merge", why_not_ours(output))
+
+
+def _shards(outputs: list[OutputTensor], max_shard_size: str | int) -> dict[str, list[OutputTensor]]:
+    """File name -> its tensors, in the order of the base."""
+    by_key = {tensor.key: tensor for tensor in outputs}
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_key,
+            get_storage_size=OutputTensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"max_shard_size is {max_shard_size!r}; expected a size such as 5GB or 500MB") from error
+    return {name: [by_key[key] for key in keys] for name, keys in split.filename_to_tensors.items()}
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    place = next(parent for parent in output.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed + _DISK_MARGIN:
+        raise CheckpointError(
+            f"The disk of {place} has {free / 1e9:.1f} GB free; the merged model needs {needed / 1e9:.1f} GB. "
+            "Free some space, choose another --output, or a smaller --dtype."
+        )
+
+
+def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding | None = None) -> Tensor:
+    """One tensor as it is written; what that did to its values is noted in `rounding`."""
+    stored, merged = tensor.values(base)
+    dtype = tensor.written_dtype(stored)
+    written = merged.to(dtype)
+    _check_finite(tensor, stored, merged, written)
+    if rounding is not None:
+        rounding.add(stored, merged, written)
+        excess = tensor.excess(stored, written)
+        if not excess <= 1:
+            raise CheckpointError(
+                f"{tensor.key}: the merged weight does not do what base and adapter do together: their outputs differ "
+                f"by {excess:.3g} times what rounding allows. Nothing was written. This is a fault of Theodora or of "
+                "the hardware, and worth a report."
+            )
+    return written
+
+
+def _check_finite(tensor: OutputTensor, stored: Tensor, merged: Tensor, written: Tensor) -> None:
+    """Raise a CheckpointError for values that are not finite, which says whose they are.
+
+    (A buffer, such as the bounds of a clamp, may be infinite by intent, never NaN.)
+    """
+    if finite(written) or (tensor.change is None and tensor.is_buffer and not bool(stored.isnan().any())):
+        return
+    dtype = str(written.dtype).removeprefix("torch.")
+    if not finite(stored):
+        why = "the base model's own weight holds NaN or infinite values. Bring its file back as it was published"
+    elif not finite(merged):
+        why = "the merged weight holds NaN or infinite values, and the base's own does not: the adapter overflows"
+    else:
+        largest = float(merged.abs().max())
+        why = f"values beyond the range of {dtype} (the largest is {largest:.3g}). Merge with --dtype "
+        why += "bf16 or fp32 instead" if written.dtype == torch.float16 else "fp32 instead"
+    raise CheckpointError(f"{tensor.key}: {why}. Nothing was written.")
+
+
+def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
+    """Key of each changed tensor -> its kind of layer, in the model's order."""
+    changed = {t.parameter.removesuffix(".weight"): t.key for t in plan.outputs if t.change and t.parameter}
+    model_order = [name.removesuffix(".weight") for name, _ in base.model.named_parameters(remove_duplicate=False)]
+    kinds = layer_kinds(dict.fromkeys([*(name for name in model_order if name in changed), *changed]))
+    return {changed[name]: kind for name, kind in kinds.items()}
+
+
+def _write_index(folder: Path, shards: dict[str, list[OutputTensor]], total: int) -> None:
+    weight_map = {tensor.key: name for name, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+
+
+def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: torch.dtype | None) -> None:
+    config = base.config
+    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, dict))]
+    for part in parts:
+        # `torch_dtype` is what transformers before 4.56 and other engines call it.
+        for name in ("dtype", "torch_dtype"):
+            if dtype is not None and (name in part or (name == "dtype" and part is config)):
+                part[name] = str(dtype).removeprefix("torch.")
+        if plan.untied and ("tie_word_embeddings" in part or part is config):
+            part["tie_word_embeddings"] = False
+        if plan.vocabulary is not None and "vocab_size" in part:
+            part["vocab_size"] = plan.vocabulary
+    write_json(folder / "config.json", config, ensure_ascii=False)
+
+
+def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
+    """Copy what belongs to a model beside its weights. The tokenizer is the adapter's own, if it has one."""
+    tokenizer = file.path if has_tokenizer(file.path) else base.folder
+    own_code = ("*.py",) if "auto_map" in base.config else ()
+    for source, patterns in ((tokenizer, TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
+        for found in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+            real = _refuse_link_out(found, source)
+            target = folder / found.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            copy_file(real, target)
+
+
+def _refuse_link_out(found: Path, source: Path) -> Path:
+    """The file itself; a CheckpointError for a link out of a model's folder, which may point to no part of the model.
+
+    The hub's cache keeps its files beside its snapshots, as `blobs`, and links to them.
+    """
+    real, home = found.resolve(), source.resolve()
+    if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
+        raise CheckpointError(
+            f"{found} is a link to {real}, outside the folder, and would be copied into the merged model. If it "
+            "belongs there, put the file itself in its place."
+        )
+    return real
+
+
+def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheckpoint) -> None:
+    """Read back what was written: every name, shape and dtype, and the values of some tensors."""
+    problems: list[str] = []
+    everything = [tensor for tensors in shards.values() for tensor in tensors]
+    step = max(1, len(everything) // _SPOT_CHECKS)
+    checked = {tensor.key for tensor in everything[::step]}
+    for name, tensors in shards.items():
+        with safe_open(folder / name, framework="pt") as written:
+            if set(written.keys()) != {tensor.key for tensor in tensors}:
+                problems.append(f"{name}: other tensors than were merged")
+                continue
+            for tensor in tensors:
+                if tuple(written.get_slice(tensor.key).get_shape()) != tensor.shape:
+                    problems.append(f"{tensor.key}: another shape than was merged")
+                elif tensor.key in checked:
+                    again, found = _merge_one(base, tensor), written.get_tensor(tensor.key)
+                    if not same_bits(again, found):
+                        problems.append(f"{tensor.key}: other values than were merged")
+    base.close()
+    if problems:
+        raise CheckpointError("What was written does not read back right (a failing disk?):" + bullet_list(problems))
+
+
+def _dtype_names(plan: MergePlan) -> list[str]:
+    used = [str(t.dtype).removeprefix("torch.") for t in plan.outputs if t.change is not None and t.dtype is not None]
+    return list(dict.fromkeys(used))
+
+
+def _model_card(report: MergeReport, file: AdapterFile) -> str:
+    # A path of the machine that merged says nothing to others: only its last part is kept.
+    local = Path(report.base_model).expanduser().exists()
+    base_name = Path(report.base_model).expanduser().resolve().name if local else report.base_model
+    config = file.config
+    rows = [
+        f"| {kind.kind} | {kind.tensors} | {kind.change:.2%} | {kind.rounding_mean:.2e} | {kind.rounding_max:.2e} |"
+        for kind in report.kinds
+    ]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [theodora, merged]"]
+    front += [] if local else [f"base_model: {base_name}"]
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {report.output.name}",
+            "",
+            f"{base_name} with a {METHOD_NAMES[config.method]} adapter "
+            f"(rank {config.rank}, alpha {config.alpha:g}) merged into its weights by Theodora, in {report.dtype}.",
+            "It is a plain model: load it like its base.",
+            "",
+            "Relative to the base weights, per kind of layer: what the adapter changed, and what rounding to "
+            f"{report.dtype} added.",
+            "",
+            "| layers | tensors | change | rounding, mean | rounding, largest |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+            "",
+            *(f"{note}\n" for note in report.notes),
+        ]
+    )

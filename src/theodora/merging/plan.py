@@ -1,0 +1,361 @@
+"""What a merged checkpoint will hold, decided and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from theodora.adapters.merge_check import weight_excess
+from theodora.adapters.renamed import left_out_note, under_names
+from theodora.errors import CheckpointError, bullet_list
+from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
+from theodora.files.base_model import BaseCheckpoint
+from theodora.files.base_probe import check_base, sample_weight
+from theodora.files.distrust import FLOAT_DTYPES
+from theodora.files.model_folder import StoredTensor
+from theodora.files.token_rows import RowTensors
+from theodora.functional import merged_weight, wide_dtype
+from theodora.paths import nearest
+
+_MISSES_SHOWN = 20
+# Rounding a base to bfloat16 moves it by 0.002; more than this deserves a word.
+SAME_BASE = 0.02
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one parameter: replace it, update it, or both in this order; or replace rows of it."""
+
+    full: Tensor | None = None
+    low_rank: AdapterTensors | None = None
+    rows: RowTensors | None = None
+    """Rows of single tokens that are replaced last."""
+
+    def same_as(self, other: Change | None) -> bool:
+        """Whether both replace a parameter by equal values."""
+        if other is None or self.low_rank is not None or other.low_rank is not None:
+            return False
+        if self.rows is not None and not self.rows.same_as(other.rows):
+            return False
+        if (self.rows is None) is not (other.rows is None) or (self.full is None) is not (other.full is None):
+            return False
+        return self.full is None or torch.equal(self.full, cast(Tensor, other.full))
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the merged checkpoint."""
+
+    key: str
+    source: StoredTensor
+    """The base tensor it is made from."""
+    parameter: str | None
+    """Its name in the model; None for stored tensors that the model does not load."""
+    change: Change | None
+    transposed: bool
+    """Whether it is stored (in, out)."""
+    dtype: torch.dtype | None
+    """What it is written in; None: as stored."""
+    is_buffer: bool = False
+    """Whether it is no parameter of the model: a mask or a bound, which may be infinite by intent."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as written."""
+        full = self.change.full if self.change is not None else None
+        return self.source.shape if full is None else tuple(full.shape)
+
+    def nbytes(self) -> int:
+        """Size as written."""
+        bits = self.dtype.itemsize * 8 if self.dtype is not None else _stored_bits(self.source.dtype)
+        return math.prod(self.shape) * bits // 8
+
+    def values(self, base: BaseCheckpoint) -> tuple[Tensor, Tensor]:
+        """The base values, and the values after the change in full precision (the same tensor without a change)."""
+        stored = base.read(self.source.key)
+        if self.change is None:
+            return stored, stored
+        start = stored if self.change.full is None else self.change.full
+        work = start.to(wide_dtype(stored.dtype))
+        update = self.change.low_rank
+        if update is not None:
+            w_OI = work.T if self.transposed else work
+            w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
+            work = w_OI.T if self.transposed else w_OI
+        if self.change.rows is not None:
+            work = self.change.rows.put_into(work)
+        return stored, work.contiguous()
+
+    def excess(self, stored: Tensor, written: Tensor) -> float:
+        """How far the written weight is from the unmerged formula, as a share of what rounding allows."""
+        update = self.change.low_rank if self.change is not None else None
+        if self.change is None or update is None:
+            return 0.0
+        w, merged = (stored if self.change.full is None else self.change.full), written
+        w_OI, merged_OI = (w.T, merged.T) if self.transposed else (w, merged)
+        return weight_excess(w_OI, update.a, update.b, update.scale, update.magnitude, merged_OI)
+
+    def written_dtype(self, stored: Tensor) -> torch.dtype:
+        """The dtype in the merged file."""
+        return stored.dtype if self.dtype is None else self.dtype
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The tensors to write, in order, and what changes beside them."""
+
+    outputs: list[OutputTensor]
+    untied: bool = False
+    """The output head no longer shares the embedding's values."""
+    vocabulary: int | None = None
+    """New number of tokens, where the adapter brings resized embeddings."""
+    notes: list[str] = field(default_factory=list[str])
+
+
+def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | None) -> MergePlan:
+    """Match every tensor of the adapter with a tensor of the base.
+
+    Raises:
+        CheckpointError: listing every tensor of the adapter that has no place in the base, or another shape.
+    """
+    problems: list[str] = []
+    adapter = _in_names_of(base, adapter)
+    changes = _changes(base, adapter, problems)
+    untied = _untied(base, changes, problems)
+    plan = MergePlan(_outputs(base, changes, untied, dtype), untied=bool(untied))
+    problems += _shape_problems(base, plan, adapter)
+    vocabulary = _vocabulary(base, plan, problems)
+    problems += _unplaced(base, changes, plan)
+    if problems:
+        more = len(problems) - _MISSES_SHOWN
+        shown = problems[:_MISSES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise CheckpointError(
+            f"The adapter {adapter.path} does not fit the base model {base.folder}. Was it trained on another one? "
+            "Name the right one with --base-model." + bullet_list(shown)
+        )
+    notes = [left_out_note(adapter)] if adapter.left_out else []
+    distance = check_base(adapter, lambda path: sample_base(base, path))
+    if distance > SAME_BASE:
+        notes.append(
+            f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
+            "further?): the merged model may not do what the adapted one did."
+        )
+    if untied:
+        notes.append(
+            "Only one side of the tied embedding and output head was adapted, or each differently: the merged model "
+            f"stores both ({', '.join(sorted(untied))}), and its config.json says tie_word_embeddings=false."
+        )
+    if vocabulary is not None:
+        notes.append(f"The adapter brings embeddings for {vocabulary} tokens; config.json says so.")
+    return replace(plan, vocabulary=vocabulary, notes=notes)
+
+
+def base_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
+    """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
+    name = base.model_name(f"{path}.weight")
+    key = base.key_of(name) if name is not None else None
+    if name is None or key is None:
+        return None
+    weight = base.read(key)
+    return weight.T if base.is_transposed(name) else weight
+
+
+def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
+    """`sample_weight` of the base weight of a module, or None if the base does not store it as one tensor."""
+    w_OI = base_weight(base, path)
+    return None if w_OI is None else sample_weight(w_OI)
+
+
+def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
+    """The adapter under the model's names, and under the file's for what the model's class does not load."""
+    unloaded = base.unloaded()
+    modules = [path for path, _ in base.model.named_modules() if path]
+    parameters = [path for path, _ in base.model.named_parameters(remove_duplicate=False)]
+    return under_names(adapter, modules + [key.rpartition(".")[0] for key in unloaded], parameters + unloaded)
+
+
+def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) -> dict[str, Change]:
+    """Parameter of the model -> what the adapter does to it."""
+    changes: dict[str, Change] = {}
+    parameters = [name for name, _ in base.model.named_parameters()]
+    for path, full in adapter.full.items():
+        name = base.model_name(path)
+        if name is None:
+            problems.append(f"{path}: {_unknown(path, parameters)}")
+        else:
+            changes[name] = Change(full=full)
+    problems += missing_in_full(adapter, parameters, changes)
+    for path, copy in adapter.base_copies.items():
+        name = base.model_name(path)
+        if name is None:
+            problems.append(f"{path}: {_unknown(path, parameters)}")
+        elif _differs(base, name, copy):
+            # PEFT loads such a copy into the base weight itself, so everything tied to that weight follows.
+            for member in (name, *base.tied_to(name)):
+                changes.setdefault(member, Change(full=copy))
+    for path, tensors in adapter.modules.items():
+        name = base.model_name(f"{path}.weight")
+        if name is None:
+            problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
+        else:
+            changes[name] = replace(changes.get(name, Change()), low_rank=tensors)
+    for path, rows in adapter.token_rows.items():
+        name = base.model_name(f"{path}.weight")
+        if name is None:
+            problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
+            continue
+        embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
+        for member in (name, *(base.tied_to(name) if embedding else ())):
+            apart = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
+            if member == name or not apart:
+                changes[member] = replace(changes.get(member, Change()), rows=rows)
+    return changes
+
+
+def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan) -> list[str]:
+    """Complaints about changes that no tensor of the output holds."""
+    placed = {output.parameter for output in plan.outputs if output.change is not None}
+    problems = []
+    for name, change in changes.items():
+        if name in base.converted:
+            parts = ", ".join(base.converted[name][:2])
+            problems.append(
+                f"{name}: stored in other pieces ({parts}, …), which streaming cannot merge; load base and adapter "
+                "in Python, then merge_adapter(model) and model.save_pretrained(...)"
+            )
+        elif name not in placed and not any(change.same_as(changes.get(other)) for other in base.tied_to(name)):
+            problems.append(f"{name}: not stored in the base")
+    return problems
+
+
+def changed_copies_on_disk(base: BaseCheckpoint, adapter: AdapterFile) -> list[str]:
+    """Paths of the base weights beside the adapter that are more than the base's own: other values, or other tokens.
+
+    A form without a place for them would leave them out.
+    """
+    names = {path: base.model_name(path) for path in adapter.base_copies if path not in adapter.full}
+    return [path for path, name in names.items() if name is None or _differs(base, name, adapter.base_copies[path])]
+
+
+def _differs(base: BaseCheckpoint, parameter: str, copy: Tensor) -> bool:
+    """Whether a copy of a base weight that lies beside the adapter is more than that weight, rounded."""
+    key = base.key_of(parameter)
+    if key is None or base.tensors[key].shape != tuple(copy.shape) or base.tensors[key].dtype not in FLOAT_DTYPES:
+        return True
+    return not torch.allclose(base.read(key).float(), copy.float(), rtol=1e-2, atol=1e-6)
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    close = nearest(name, names)[:1]
+    return "no such parameter in the base" + (f" (the nearest is {close[0]})" if close else "")
+
+
+def _untied(base: BaseCheckpoint, changes: dict[str, Change], problems: list[str]) -> set[str]:
+    """Parameters that shared their values in the base and no longer do."""
+    untied: set[str] = set()
+    ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    for name, change in changes.items():
+        others = base.tied_to(name)
+        if not others or all(change.same_as(changes.get(other)) for other in others):
+            continue
+        family = {name, *others}
+        if {id(base.model.get_submodule(member.rpartition(".")[0])) for member in family} != ends:
+            problems.append(
+                f"{name}: shares its values with {', '.join(others)}, which cannot be undone in config.json"
+            )
+        untied |= family
+    return untied
+
+
+def _outputs(
+    base: BaseCheckpoint, changes: dict[str, Change], untied: set[str], dtype: torch.dtype | None
+) -> list[OutputTensor]:
+    parameter_of = {key: name for name, key in base.keys.items()}
+    parameter_of |= {key: name for name, keys in base.converted.items() for key in keys}
+    floating, buffers = _castable(base, dtype), {name for name, _ in base.model.named_buffers()}
+
+    def output(key: str, source: StoredTensor, name: str | None) -> OutputTensor:
+        cast = dtype if name in floating and source.dtype in FLOAT_DTYPES else None
+        if key in changes and key not in base.keys:
+            name = key  # the adapter names the stored tensor itself: see BaseCheckpoint.model_name
+        change = changes.get(name) if name is not None and name not in base.converted else None
+        transposed = change is not None and change.low_rank is not None and base.is_transposed(name or "")
+        written = cast or FLOAT_DTYPES.get(source.dtype)
+        return OutputTensor(key, source, name, change, transposed, written, is_buffer=name is None or name in buffers)
+
+    outputs = [output(key, stored, parameter_of.get(key)) for key, stored in base.tensors.items()]
+    for name in sorted(untied - base.keys.keys()):
+        source = base.key_of(name)
+        if source is not None:
+            outputs.append(output(base.new_key(name), base.tensors[source], name))
+    return outputs
+
+
+def _castable(base: BaseCheckpoint, dtype: torch.dtype | None) -> set[str]:
+    """Parameters that take the dtype asked for: not buffers, nor those that the model class keeps in float32."""
+    model = base.model
+    kept = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())  # pyright: ignore[reportPrivateUsage]
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name for name in names if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)}
+
+
+def _shape_problems(base: BaseCheckpoint, plan: MergePlan, adapter: AdapterFile) -> list[str]:
+    problems = []
+    embeddings = _embeddings(base)
+    for output in plan.outputs:
+        change, stored = output.change, output.source
+        if change is None:
+            continue
+        if stored.dtype not in FLOAT_DTYPES:
+            problems.append(f"{output.parameter}: stored as {stored.dtype}, so the base is quantised; expected floats")
+        resizable = output.parameter in embeddings and output.shape[1:] == stored.shape[1:]
+        if output.shape != stored.shape and not resizable:
+            problems.append(f"{output.parameter}: {output.shape} in the adapter, {stored.shape} in the base")
+        if change.rows is not None and (
+            max(change.rows.ids) >= output.shape[0] or change.rows.rows.shape[1:] != output.shape[1:]
+        ):
+            problems.append(
+                f"{output.parameter}: {output.shape} in the base; the adapter brings rows of "
+                f"{tuple(change.rows.rows.shape[1:])} for tokens up to {max(change.rows.ids)}"
+            )
+        if change.low_rank is not None:
+            adapted = (change.low_rank.b.shape[0], change.low_rank.a.shape[1])
+            expected = output.shape[::-1] if output.transposed else output.shape
+            if adapted != expected:
+                problems.append(f"{output.parameter}: (out, in) is {adapted} in the adapter, {expected} in the base")
+    return problems
+
+
+def _embeddings(base: BaseCheckpoint) -> set[str]:
+    """Parameters that have one row per token: they may be resized."""
+    ends = (base.model.get_input_embeddings(), base.model.get_output_embeddings())
+    return {
+        name
+        for name, _ in base.model.named_parameters(remove_duplicate=False)
+        if any(base.model.get_submodule(name.rpartition(".")[0]) is end for end in ends)
+    }
+
+
+def _vocabulary(base: BaseCheckpoint, plan: MergePlan, problems: list[str]) -> int | None:
+    """The new vocabulary size if the adapter brings one."""
+    ends = _embeddings(base)
+    sizes = {output.parameter: output.shape[0] for output in plan.outputs if output.parameter in ends}
+    if all(output.shape == output.source.shape for output in plan.outputs if output.parameter in ends):
+        return None
+    if len(set(sizes.values())) > 1:
+        rows = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
+        problems.append(f"embeddings and output head disagree: {rows}")
+    return next(iter(sizes.values()))
+
+
+def _stored_bits(name: str) -> int:
+    """Bits of an element, from the digits in its safetensors name (BF16, I64, F8_E4M3, BOOL)."""
+    digits = re.match(r"[A-Z]+(\d+)", name)
+    return int(digits.group(1)) if digits else 8

@@ -1,0 +1,70 @@
+"""loss.png: how the loss fell, on the rows trained on and on those held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from theodora.files.atomic import atomic_write
+
+_TRAINING, _HELD_OUT = "#3b6fb6", "#d1603d"
+
+
+def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the losses of a run.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        path: the PNG to write.
+        title: one line above the figure.
+    """
+    # The figure class itself, not pyplot: no windows, and no state shared with a user's own figures.
+    from matplotlib.figure import Figure
+
+    training = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color=_TRAINING, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth(losses), color=_TRAINING, linewidth=2, label="training (smoothed)")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out")
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=_HELD_OUT,
+            va="center",
+            fontweight="bold",
+        )
+    _style(axes, title)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean of each value and its predecessors, over a twentieth of them."""
+    width = max(1, len(values) // 20)
+    return [sum(part) / len(part) for part in (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))]
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token (nats)")
+    low, high = axes.get_ylim()
+    if low < high / 2:  # from zero, unless that would flatten the curve
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors="#555555")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if axes.lines:
+        axes.legend(loc="best", facecolor="white", framealpha=0.9, edgecolor="none")

@@ -1,0 +1,85 @@
+"""Packed rows with the bounds of their sequences instead of a mask: what a batch says, and whether a model takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from theodora.data.packing import packed_batch
+from theodora.fastpath.attention import replace_attention
+from theodora.fastpath.masks import whole_rows
+from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
+
+
+def bounds_of(positions_1T: Tensor) -> Tensor:
+    """Where each sequence of a packed row begins, and where the last one ends, (N + 1,) int32.
+
+    A sequence begins where a position does not follow the one before it. The end is repeated, which makes sequences of
+    no token: so that most batches have one shape.
+    """
+    starts = functional.pad(positions_1T[0].diff() != 1, (1, 0), value=True).nonzero().squeeze(1)
+    count = len(starts)
+    multiple = max(16, 2 ** (count - 1).bit_length() // 8)
+    ends = starts.new_full((-(-count // multiple) * multiple + 1 - count,), positions_1T.shape[1])
+    return torch.cat([starts, ends]).to(torch.int32)
+
+
+@contextmanager
+def sequences_apart() -> Iterator[None]:
+    """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
+    replace_attention()
+    masks, under_way = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = lambda *_, **__: None, True
+    try:
+        with whole_rows():
+            yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = masks, under_way
+
+
+def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
+    """Whether the model computes the same with bounds as with a mask, forwards and backwards: it is tried out.
+
+    Not in float32, which torch's flash attention does not take, nor where attention does not go by transformers'
+    registry or needs more than the bounds: a window that is narrower than a sequence would not show in what is tried.
+
+    Args:
+        model: in training or evaluation mode.
+        longest: tokens that a sequence has at most; None if there is no bound.
+    """
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    narrow = any(window is not None and (longest is None or window < longest) for window in windows)
+    if config._attn_implementation != "sdpa" or narrow:  # pyright: ignore[reportPrivateUsage]
+        return False
+    device: Any = next(model.get_input_embeddings().parameters()).device
+    ids = torch.arange(3, 16, device=device) % config.vocab_size
+    batch = packed_batch([ids[:6], ids[6:]])
+    given = {name: batch[name] for name in ("input_ids", "position_ids")}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            expected: Tensor = model(**given, use_cache=False).logits
+            with sequences_apart():
+                calls, sequences = Maskless.calls, Sequences(bounds_of(batch["position_ids"]), 7)
+                found: Tensor = model(**given, **{SEQUENCES: sequences}, use_cache=False).logits
+            if trained:
+                torch.autograd.grad(found.float().sum(), trained, allow_unused=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return False
+    finally:
+        model.train(was_training)
+    found, expected = found.detach().float(), expected.detach().float()
+    rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if Maskless.calls == calls or found.shape != expected.shape:
+        return False
+    return bool(((found - expected).norm() <= rounding * expected.norm()).item())
