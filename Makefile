@@ -6,7 +6,7 @@ ARGS ?=
 
 # What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every fourth variant
 # of each test. (Triton is part of torch on Linux alone; without it these run their references again.)
-INTERPRETED := tests/kernels tests/invariant tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
+INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
 # One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
@@ -30,8 +30,8 @@ test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --one-in 4 $(INTERPRETED))
 
-test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a quarter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) $(ARGS)
+test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a quarter, and whole trajectories
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant $(ARGS)
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)
@@ -59,7 +59,7 @@ fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each r
 coverage: $(VENV)/.test ## run the tests as `make test` does, and fail below the floor of lines and branches covered
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),$(PARALLEL))
-	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --show-missing
 
