@@ -44,7 +44,7 @@ COMMANDS = {
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
 _RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve"}
-_NOBODY_READS = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
+_BROKEN_PIPE = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
 _SUMMARIES = {name: summary for group in COMMANDS.values() for name, (_, summary) in group.items()}
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             done = " The command itself ended well." if elsewhere and not code else ""
             told = f"Standard output could not be written: {lost.strerror}. What was to stand there is lost.{done}"
             return _fail(told, code or 1)
-        return code or (_NOBODY_READS if streams.unread() and not elsewhere else 0)
+        return code or (_BROKEN_PIPE if streams.unread() and not elsewhere else 0)
 
 
 def _main(argv: list[str]) -> int:

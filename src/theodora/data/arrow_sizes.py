@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from theodora.data.unfolded import VALUE
 from theodora.errors import DataError
 
-_VALUE = 16
 _MOST_VALUES = 1 << 27
 """Values in one array; lists of nulls, and runs, have any number of them in no bytes."""
 _ROWS_AT_ONCE = 10_000
@@ -55,7 +55,7 @@ def may_repeat(schema: Any) -> bool:
 def table_size(table: Any, most: int) -> int:
     """Bytes that all rows of a table take; counting stops above `most`."""
     found = 0
-    if (least := table.num_rows * table.num_columns * _VALUE) > most:
+    if (least := table.num_rows * table.num_columns * VALUE) > most:
         return least
     for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
         found += int(row_sizes(batch).sum())
@@ -73,7 +73,7 @@ def file_size(path: Path, most: int) -> int:
         if not may_repeat(stream.schema):
             return 0
         table = stream.read_all()
-        if (least := table.num_rows * table.num_columns * _VALUE) > most:
+        if (least := table.num_rows * table.num_columns * VALUE) > most:
             return least
         table.validate(full=True)
         return table_size(table, most)
@@ -102,11 +102,11 @@ def _sizes(array: Any) -> Any:
 def _taken(sizes: Any, indices: Any, array: Any) -> Any:
     if not len(sizes):
         return _plain(array)
-    return np.where(array.is_valid().to_numpy(zero_copy_only=False), sizes[indices], _VALUE)
+    return np.where(array.is_valid().to_numpy(zero_copy_only=False), sizes[indices], VALUE)
 
 
 def _plain(array: Any) -> Any:
-    return np.full(len(array), _VALUE, dtype=np.int64)
+    return np.full(len(array), VALUE, dtype=np.int64)
 
 
 def _lengths(array: Any) -> Any:

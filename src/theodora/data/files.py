@@ -22,7 +22,7 @@ from theodora.data.left_out import LeftOut
 from theodora.data.notes import NOT_USED, is_empty
 from theodora.data.problems import Problems
 from theodora.data.stored import json_columns, plain_rows
-from theodora.data.unfolded import Unfolded, size_of
+from theodora.data.unfolded import VALUE, Unfolded
 from theodora.errors import shown
 from theodora.parse import parse_json
 
@@ -212,9 +212,7 @@ def _json_columns(schema: Any) -> Any:
 def _told_size(metadata: Any) -> int:
     """What a Parquet file says of itself: bytes of its pages unfolded, or the least that its values take."""
     columns = _column_chunks(metadata)
-    widths = [
-        size_of(None) + _width_of(metadata, index) for index in range(metadata.num_columns)
-    ] * metadata.num_row_groups
+    widths = [VALUE + _width_of(metadata, index) for index in range(metadata.num_columns)] * metadata.num_row_groups
     pages = sum(max(column.total_uncompressed_size, 0) for column in columns)
     return max(pages, sum(width * column.num_values for width, column in zip(widths, columns, strict=True)))
 

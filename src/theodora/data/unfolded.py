@@ -18,7 +18,7 @@ ANY_FILE = 512 << 20
 """Bytes that a file of any size may unfold to."""
 MOST_COMPRESSED = 1000
 """How many times over a file may unfold, beyond that: several times what compresses best of what people write."""
-_VALUE = 16
+VALUE = 16
 """Bytes that a number, or an empty text, counts for."""
 
 
@@ -59,7 +59,7 @@ def size_of(value: Any) -> int:
     size, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
-        size += _VALUE
+        size += VALUE
         if isinstance(item, str | bytes):
             size += len(item)
         elif isinstance(item, Mapping):
