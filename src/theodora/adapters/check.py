@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from theodora.adapters.biases import bias_problems
 from theodora.adapters.embeddings import changed_copies, end_weights
 from theodora.adapters.heads import task_type
-from theodora.adapters.quantize import sample_base
+from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.state import active_name, adapter_layers, new_low_rank, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_problems, rows_to_write
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full, read_adapter
-from theodora.files.base_probe import check_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.finite import finite
 from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
 from theodora.paths import layer_index, matches, nearest
@@ -147,8 +147,8 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             + ":"
             + bullet_list(problems, _MISSES_TOLD)
         )
-    distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
-    if distance > 0.02:
+    distance = check_fingerprint(file, lambda path: module_fingerprint(modules[path]) if path in modules else None)
+    if distance > SAME_BASE:
         warnings.warn(
             f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "
             "quantised, or trained further? The adapter may not do what it did.",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.files.adapter import AdapterFile
+from theodora.files.fingerprint import OTHER_BASE
 from theodora.layers import AdapterLayer
 from theodora.layers.base import FLOATS
 
@@ -99,10 +100,10 @@ def end_weights(model: Any) -> dict[str, nn.Parameter]:
 
 
 def _another(copy: Tensor, weight: Tensor) -> bool:
-    """Whether a copy of an embedding is of another model, by `check_base`'s measure, in the rows that both have."""
+    """Whether a copy of an embedding is of another model, as fingerprints measure it, in the rows that both have."""
     both = min(len(copy), len(weight))
     base = weight.detach()[:both].float()
-    return bool((copy[:both].to(base) - base).norm() > 0.5 * base.norm())
+    return bool((copy[:both].to(base) - base).norm() > OTHER_BASE * base.norm())
 
 
 def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:

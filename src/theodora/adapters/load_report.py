@@ -60,5 +60,5 @@ def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: flo
         full=tuple(sorted(file.full)),
         parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
         token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
-        base_distance=distance if file.probe else None,
+        base_distance=distance if file.fingerprint else None,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from theodora.adapters.merge_check import Probe, check_probes
+from theodora.adapters.merge_check import Unmerged, check_excess
 from theodora.adapters.state import Model, activate, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
@@ -50,12 +50,12 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     excess: dict[str, Tensor] = {}
     try:
         for path, layer in layers.items():
-            probe = Probe(layer)
+            unmerged = Unmerged(layer)
             layer.merge(name)
-            excess[path] = probe.excess(layer)
+            excess[path] = unmerged.excess(layer)
         merge_token_rows(model, name)
         _check_finite(model, name)
-        check_probes(excess)
+        check_excess(excess)
     except BaseException:
         for layer in layers.values():
             layer.unmerge()

@@ -29,8 +29,8 @@ _TOKENS = 16
 _UNITS = 8.0
 
 
-class Probe:
-    """Random inputs of one layer, and what the unmerged layer makes of them."""
+class Unmerged:
+    """What an unmerged layer makes of random inputs: the merged layer is held against it."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
@@ -54,10 +54,10 @@ class Probe:
         return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else 0)
 
 
-def check_probes(excess: dict[str, Tensor]) -> None:
+def check_excess(excess: dict[str, Tensor]) -> None:
     """Raise a CheckpointError with every layer that does something else when it is merged."""
-    found = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
-    wrong = {path: value for path, value in zip(excess, found, strict=True) if not value <= 1}
+    values = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
+    wrong = {path: value for path, value in zip(excess, values, strict=True) if not value <= 1}
     if wrong:
         raise CheckpointError(
             "The merged weights do not do what base and adapter do together, so nothing was merged. This is a fault of "

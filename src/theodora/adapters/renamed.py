@@ -91,9 +91,9 @@ def under_names(file: AdapterFile, modules: Iterable[str], parameters: Iterable[
                 have.find(name) or name for name in file.full_names if not (text_only and of_another_part(name))
             )
         ),
-        probe=None
-        if file.probe is None
-        else {lowered.get(path, path): values for path, values in file.probe.items() if path not in left_out},
+        fingerprint=None
+        if file.fingerprint is None
+        else {lowered.get(path, path): values for path, values in file.fingerprint.items() if path not in left_out},
         left_out=tuple(left_out),
     )
 

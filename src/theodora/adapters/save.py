@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.embeddings import base_parameter, end_weights
 from theodora.adapters.heads import task_type
-from theodora.adapters.quantize import sample_base
+from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.state import AdapterState, active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.targets import saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
@@ -20,10 +20,9 @@ from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
-from theodora.files.base_probe import probe_base
-from theodora.files.distrust import METADATA_KEY
+from theodora.files.fingerprint import base_fingerprint
 from theodora.files.finite import not_finite
-from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
 from theodora.files.read_back import save_tensors, write_text
 from theodora.files.token_rows import DELTA
@@ -134,9 +133,9 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
     if state.resized:  # the base on disk has other rows of them
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
     with originals_in_place(model):
-        return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
+        return {"starts": starts_from_weight(config), "init": config.init, FINGERPRINT_KEY: layers_fingerprint(layers)}
 
 
-def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
-    """A few values of the base weights of an adapter's layers, by which another base model is recognised."""
-    return probe_base(list(layers), lambda path: sample_base(layers[path]))
+def layers_fingerprint(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
+    """The fingerprint of the base weights under an adapter's layers."""
+    return base_fingerprint(list(layers), lambda path: module_fingerprint(layers[path]))

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from theodora.adapters.check import is_tied
-from theodora.adapters.save import probe_of
+from theodora.adapters.save import layers_fingerprint
 from theodora.adapters.state import active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import own_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.atomic import atomic_directory, atomic_write
-from theodora.files.distrust import METADATA_KEY
 from theodora.files.finite import not_finite
 from theodora.files.mlx import to_mlx_name
-from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.files.read_back import save_tensors, write_text
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
@@ -66,7 +65,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
             problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")
         if problems:
             raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
-        probe = probe_of(layers)
+        fingerprint = layers_fingerprint(layers)
     adapters: dict[str, Any] = {at: layer.adapters[name] for at, layer in layers.items()}
     rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale
@@ -90,7 +89,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
         },
     }
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    metadata = {"format": "mlx", METADATA_KEY: json.dumps({"probe": probe})}
+    metadata = {"format": "mlx", METADATA_KEY: json.dumps({FINGERPRINT_KEY: fingerprint})}
     if not path.exists():
         with atomic_directory(path) as folder:
             save_tensors(tensors, folder / MLX_WEIGHTS_NAME, metadata, checked=True)

@@ -16,10 +16,10 @@ from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.base_probe import check_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.folder import read_file
 from theodora.files.ours import changes, described
-from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.merging.plan import base_weight, plan_merge, stored_fingerprint
 from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
 
@@ -194,7 +194,7 @@ def _open_base(
             raise
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
-    distance = check_base(file, lambda path: sample_base(base, path))
+    distance = check_fingerprint(file, lambda path: stored_fingerprint(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "

@@ -17,8 +17,8 @@ from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.base_probe import check_base
-from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
+from theodora.merging.plan import base_weight, plan_merge, stored_fingerprint
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
@@ -199,7 +199,7 @@ def _modules(
             )
         return matching_modules(base, source, notes)
     plan_merge(base, source, None)
-    distance = check_base(source, lambda path: sample_base(base, path))
+    distance = check_fingerprint(source, lambda path: stored_fingerprint(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those that {state.label} was trained on (quantised, "

@@ -99,8 +99,8 @@ class Job:
 
     def base(self) -> BaseCheckpoint:
         """The base's files; from the hub those of the commit that the adapter notes, as a merge takes them."""
-        noted = None if self.base_model else read_peft_config(self.file.path).get("revision")
-        folder = find_base(self.base_name, revision=noted if isinstance(noted, str) else None, download=True)
+        revision = None if self.base_model else self.file.base_revision
+        folder = find_base(self.base_name, revision=revision, download=True)
         return BaseCheckpoint(folder, trust_remote_code=self.trust_remote_code)
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, bullet_list
-from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.distrust import expanded
 from theodora.files.finite import finite
 from theodora.files.generation import TOKENIZER_FILES, write_ends
 from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
-from theodora.files.ours import check_apart, check_replaceable, mark_written, why_not_ours
+from theodora.files.ours import check_outside, check_replaceable, mark_written, why_not_ours
 from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
 from theodora.paths import layer_kinds
@@ -142,7 +142,7 @@ def merge_checkpoint(
     wanted = _dtype(dtype)
     file = read_adapter(adapter)
     name = str(base_model or file.base_model or "")
-    folder = find_base(name, revision=None if base_model else _base_revision(file), download=True)
+    folder = find_base(name, revision=None if base_model else file.base_revision, download=True)
     output = expanded(output).absolute()
     _check_output(output, overwrite, {"adapter": file.path, "base model": folder})
     base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
@@ -201,14 +201,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def _base_revision(file: AdapterFile) -> str | None:
-    """The commit of the base that PEFT notes beside its name."""
-    revision = read_peft_config(file.path).get("revision")
-    return revision if isinstance(revision, str) else None
-
-
 def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
-    check_apart(output, inputs)
+    check_outside(output, inputs)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         check_replaceable(output, overwrite, "merge", why_not_ours(output))
 

@@ -15,16 +15,14 @@ from theodora.adapters.renamed import left_out_note, under_names
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
 from theodora.files.base_model import BaseCheckpoint
-from theodora.files.base_probe import check_base, sample_weight
 from theodora.files.distrust import FLOAT_DTYPES
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint, weight_fingerprint
 from theodora.files.model_folder import StoredTensor
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
 from theodora.paths import nearest
 
 _MISSES_TOLD = 20
-# Rounding a base to bfloat16 moves it by 0.002; more than this deserves a word.
-SAME_BASE = 0.02
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
             "Name the right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
     notes = [left_out_note(adapter)] if adapter.left_out else []
-    distance = check_base(adapter, lambda path: sample_base(base, path))
+    distance = check_fingerprint(adapter, lambda path: stored_fingerprint(base, path))
     if distance > SAME_BASE:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
@@ -163,10 +161,10 @@ def base_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
     return weight.T if base.is_transposed(name) else weight
 
 
-def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
-    """`sample_weight` of the base weight of a module, or None if the base does not store it as one tensor."""
+def stored_fingerprint(base: BaseCheckpoint, path: str) -> list[float] | None:
+    """`weight_fingerprint` of the base weight of a module, or None if the base does not store it as one tensor."""
     w_OI = base_weight(base, path)
-    return None if w_OI is None else sample_weight(w_OI)
+    return None if w_OI is None else weight_fingerprint(w_OI)
 
 
 def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:

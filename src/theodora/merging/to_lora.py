@@ -18,8 +18,7 @@ from theodora.errors import CheckpointError, ConfigError
 from theodora.files.adapter import AdapterFile, peft_config, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.distrust import METADATA_KEY
-from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.read_back import save_tensors, write_json
 from theodora.merging.combine import check_held, put_on, report_fit, scale_one_config, storage_dtype, wanted_by
 from theodora.merging.fit import FitReport, Held, hold, wanted_of
@@ -123,7 +122,7 @@ def folder_to_lora(
             fan_in_fan_out=transposed,
             bias="all" if trained_biases(file.full) else "none",
         )
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"probe": file.probe})}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({FINGERPRINT_KEY: file.fingerprint})}
         save_tensors(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
         write_json(folder / CONFIG_NAME, fields, sort_keys=True)
     return report_fit(str(output), "lora", held)
