@@ -1,12 +1,12 @@
 """A merge checks itself: the merged layer and the unmerged one do the same to random inputs.
 
 The unmerged output comes from the layer's own forward pass, by whatever kernels it runs, through the factored norm; the
-merged one from the dense weight. They may differ by rounding alone: a magnitude left out, a scale applied twice or a
-kernel gone wrong is far beyond it.
+merged one from the dense weight. Rounding is all that may differ. A magnitude left out, a scale applied twice or a
+kernel gone wrong makes a difference far beyond it.
 
-Every output feature is held by itself (for an embedding, every token), over T random inputs: the difference may be
-8 u times the larger of the merged output and g·‖W‖, what the base adds to it, with u half the spacing of the weight's
-dtype at 1. Rounding makes one to two u of it.
+Every output feature (of an embedding, every token) is compared by itself, over T random inputs. The norm of its
+difference may be 8 u times the larger of two norms: that of the merged output, and g·‖W‖, the base's share of it. Here
+u is half the spacing of the weight's dtype at 1, and rounding makes one to two u.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from theodora.layers import AdapterLayer, base_dtype
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.linear import GROUP
 
-_TOKENS = 16
-_UNITS = 8.0
+_TOKENS = 16  # T
+_UNITS = 8.0  # of u, see above
 
 
 class Unmerged:

@@ -1,4 +1,4 @@
-"""Writing a model's adapter into PEFT's files (`files/adapter.py` has the format)."""
+"""Saving an adapter of a model in PEFT's files (`files/adapter.py` has the format)."""
 
 from __future__ import annotations
 
@@ -61,13 +61,27 @@ def save_adapter(
         METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name)),
         HASHES_KEY: hashes_of_adapter(tensors, config),
     }
-    path = Path(path)
+    write_adapter(Path(path), WEIGHTS_NAME, tensors, metadata, config)
+
+
+def write_adapter(
+    path: Path, weights_name: str, tensors: dict[str, Tensor], metadata: dict[str, str], config: str
+) -> None:
+    """Write the two files of an adapter: as a new folder, or each whole into one that is there.
+
+    Args:
+        path: the folder; other files in it are left alone.
+        weights_name: of the file of tensors.
+        tensors: finite ones, on the CPU.
+        metadata: of that file's header.
+        config: the text of adapter_config.json.
+    """
     if not path.exists():
         with atomic_directory(path) as folder:
-            save_tensors(tensors, folder / WEIGHTS_NAME, metadata, checked=True)
+            save_tensors(tensors, folder / weights_name, metadata, checked=True)
             write_text(folder / CONFIG_NAME, config)
         return
-    with atomic_write(path / WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
+    with atomic_write(path / weights_name) as weights, atomic_write(path / CONFIG_NAME) as configuration:
         save_tensors(tensors, weights, metadata, checked=True)
         write_text(configuration, config)
 
@@ -130,7 +144,7 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     layers, state = adapter_layers(model, name), require_state(model)
-    if state.resized:  # the base on disk has other rows of them
+    if state.resized:  # the base on disk has embeddings of another size: they recognise nothing
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
     with originals_in_place(model):
         return {"starts": starts_from_weight(config), "init": config.init, FINGERPRINT_KEY: layers_fingerprint(layers)}
