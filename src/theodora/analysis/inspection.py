@@ -19,7 +19,7 @@ from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.folder import read_file
 from theodora.files.ours import changes, described
-from theodora.merging.plan import base_weight, plan_merge, stored_fingerprint
+from theodora.merging.plan import plan_merge, stored_fingerprint, stored_weight
 from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
 
@@ -213,7 +213,7 @@ def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:
 
 
 def _module(path: str, kind: str, tensors: AdapterTensors, base: BaseCheckpoint | None) -> ModuleReport:
-    w_OI = base_weight(base, path) if base is not None else None
+    w_OI = stored_weight(base, path) if base is not None else None
     moved = measure(w_OI, tensors) if w_OI is not None else None
     trained = [tensor for tensor in (tensors.a, tensors.b, tensors.magnitude) if tensor is not None]
     return ModuleReport(

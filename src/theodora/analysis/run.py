@@ -18,7 +18,7 @@ from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
-from theodora.merging.plan import base_weight, plan_merge, stored_fingerprint
+from theodora.merging.plan import plan_merge, stored_fingerprint, stored_weight
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
@@ -129,7 +129,7 @@ def inspect_run(
         for done, name in enumerate(paths):
             if progress is not None:
                 progress(done, len(paths))
-            w_OI = base_weight(base, name)
+            w_OI = stored_weight(base, name)
             if w_OI is None:
                 raise CheckpointError(f"{base.folder} does not store the weight of {name} as one tensor.")
             for modules, names, source in zip(found, wanted, sources, strict=True):
@@ -213,7 +213,7 @@ def _trained_in_full(base: BaseCheckpoint, file: AdapterFile, notes: list[str]) 
     found: set[str] = set()
     for name, tensor in file.full.items():
         module = name.removesuffix(".weight")
-        w_OI = base_weight(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
+        w_OI = stored_weight(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
         if w_OI is None or module in file.modules:
             continue
         if w_OI.numel() == tensor.numel():
@@ -230,7 +230,7 @@ def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bo
         tuned = source.full[f"{name}.weight"]
         # Stored as in the model: the other way round for embeddings and Conv1D.
         return tuned_change(w_OI, tuned if tuned.shape == w_OI.shape else tuned.T, rank=rank)
-    tuned = base_weight(source, name)
+    tuned = stored_weight(source, name)
     if tuned is None:
         raise CheckpointError(f"{source.folder} does not store the weight of {name} as one tensor.")
     return tuned_change(w_OI, tuned, rank=rank)
