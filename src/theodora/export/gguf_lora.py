@@ -4,8 +4,8 @@
     <name>.weight.lora_a    (R, I)
     <name>.weight.lora_b    (O, R)
 
-llama.cpp scales every layer by alpha / (its own rank) and knows nothing of rsLoRA or of an alpha by layer. So alpha is
-the adapter's rank here, and what a layer's scale is beyond that goes into its B.
+llama.cpp scales every layer by alpha / (its own rank), and knows neither rsLoRA nor an alpha for each layer. So the
+file's alpha is the adapter's rank, and the rest of a layer's scale goes into its B.
 """
 
 from __future__ import annotations

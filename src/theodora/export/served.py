@@ -1,10 +1,10 @@
-"""The "served" form: an adapter with g = m / ‖W + s·B·A‖ in place of m, so that an engine has nothing left to compute.
+"""The "served" form: an adapter with g = m / ‖W + s·B·A‖ in place of m, so that an engine computes no norm.
 
     served_adapter.json           form, method, base model, the scale s of each module
     served_adapter.safetensors    <path>.lora_A (R, I), <path>.lora_B (O, R), <path>.dora_scale (O,) float32
 
-g looks like a magnitude and is none: where the two are mixed up, every layer comes out wrong in silence. So neither the
-files nor the keys are PEFT's, and no loader of PEFT's files takes the folder for one; `load_served` takes it by name.
+g looks like a magnitude and is none: a loader that takes one for the other gets every layer wrong, in silence. So files
+and keys have names that are not PEFT's, which no loader of PEFT's files accepts; `load_served` reads them.
 """
 
 from __future__ import annotations
