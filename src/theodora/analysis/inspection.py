@@ -19,7 +19,7 @@ from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.folder import read_file
 from theodora.files.ours import changes, described
-from theodora.merging.plan import plan_merge, stored_fingerprint, stored_weight
+from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
 from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
 
@@ -194,7 +194,7 @@ def _open_base(
             raise
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
-    distance = check_fingerprint(file, lambda path: stored_fingerprint(base, path))
+    distance = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "
@@ -213,7 +213,7 @@ def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:
 
 
 def _module(path: str, kind: str, tensors: AdapterTensors, base: BaseCheckpoint | None) -> ModuleReport:
-    w_OI = stored_weight(base, path) if base is not None else None
+    w_OI = weight_on_disk(base, path) if base is not None else None
     moved = measure(w_OI, tensors) if w_OI is not None else None
     trained = [tensor for tensor in (tensors.a, tensors.b, tensors.magnitude) if tensor is not None]
     return ModuleReport(

@@ -18,7 +18,7 @@ from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
-from theodora.merging.plan import plan_merge, stored_fingerprint, stored_weight
+from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
@@ -128,7 +128,7 @@ def inspect_run(
         for done, name in enumerate(paths):
             if progress is not None:
                 progress(done, len(paths))
-            w_OI = stored_weight(base, name)
+            w_OI = weight_on_disk(base, name)
             if w_OI is None:
                 raise CheckpointError(f"{base.folder} does not store the weight of {name} as one tensor.")
             for modules, names, source in zip(changes, wanted, sources, strict=True):
@@ -198,7 +198,7 @@ def _modules(
             )
         return matching_modules(base, source, notes)
     plan_merge(base, source, None)
-    distance = check_fingerprint(source, lambda path: stored_fingerprint(base, path))
+    distance = check_fingerprint(source, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those that {state.label} was trained on (quantised, "
@@ -212,7 +212,7 @@ def _trained_in_full(base: BaseCheckpoint, file: AdapterFile, notes: list[str]) 
     replaced: set[str] = set()
     for name, tensor in file.full.items():
         module = name.removesuffix(".weight")
-        w_OI = stored_weight(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
+        w_OI = weight_on_disk(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
         if w_OI is None or module in file.modules:
             continue
         if w_OI.numel() == tensor.numel():
@@ -229,14 +229,14 @@ def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bo
         tuned = source.full[f"{name}.weight"]
         # Stored as in the model: the other way round for embeddings and Conv1D.
         return tuned_change(w_OI, tuned if tuned.shape == w_OI.shape else tuned.T, rank=rank)
-    tuned = stored_weight(source, name)
+    tuned = weight_on_disk(source, name)
     if tuned is None:
         raise CheckpointError(f"{source.folder} does not store the weight of {name} as one tensor.")
     return tuned_change(w_OI, tuned, rank=rank)
 
 
 def _without_twins(checkpoints: list[Checkpoint], notes: list[str]) -> list[Checkpoint]:
-    """The checkpoints, each once: trainers save the result beside the equal last checkpoint, and it would count twice."""
+    """The checkpoints, each once: trainers save the result beside an equal checkpoint, and it would count twice."""
     distinct: list[Checkpoint] = []
     for checkpoint in checkpoints:
         twin = next((other for other in distinct if other.modules == checkpoint.modules), None)

@@ -29,7 +29,7 @@ from theodora.files.safetensors import read_safetensors
 from theodora.functional import dora_norm, dora_scale
 from theodora.layers import base_weight
 from theodora.locks import temporary_folder
-from theodora.merging.plan import changed_copies_on_disk, stored_weight
+from theodora.merging.plan import changed_copies_on_disk, weight_on_disk
 
 FORM = "theodora.served.v1"
 SERVED_CONFIG, SERVED_WEIGHTS = "served_adapter.json", "served_adapter.safetensors"
@@ -65,7 +65,7 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
     for path, t in file.modules.items():
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = t.a.contiguous(), t.b.contiguous()
         if t.magnitude is not None:
-            w_OI = stored_weight(base, path)
+            w_OI = weight_on_disk(base, path)
             if w_OI is None:
                 raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor")
             norm = dora_norm(w_OI.double(), t.a.double(), t.b.double(), t.scale)

@@ -134,7 +134,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
             "Name the right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
     notes = [left_out_note(adapter)] if adapter.left_out else []
-    distance = check_fingerprint(adapter, lambda path: stored_fingerprint(base, path))
+    distance = check_fingerprint(adapter, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
@@ -150,7 +150,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
     return replace(plan, vocabulary=vocabulary, notes=notes)
 
 
-def stored_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
+def weight_on_disk(base: BaseCheckpoint, path: str) -> Tensor | None:
     """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
     name = base.model_name(f"{path}.weight")
     key = base.key_of(name) if name is not None else None
@@ -160,9 +160,9 @@ def stored_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
     return weight.T if base.is_transposed(name) else weight
 
 
-def stored_fingerprint(base: BaseCheckpoint, path: str) -> list[float] | None:
+def fingerprint_on_disk(base: BaseCheckpoint, path: str) -> list[float] | None:
     """`weight_fingerprint` of a module's base weight, or None if the base does not store it as one tensor."""
-    w_OI = stored_weight(base, path)
+    w_OI = weight_on_disk(base, path)
     return None if w_OI is None else weight_fingerprint(w_OI)
 
 

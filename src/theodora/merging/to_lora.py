@@ -22,7 +22,7 @@ from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METAD
 from theodora.files.read_back import save_tensors, write_json
 from theodora.merging.combine import add_computed, check_held, report_fit, scale_one_config, storage_dtype, wanted_by
 from theodora.merging.fit import FitReport, Held, hold, wanted_of
-from theodora.merging.plan import plan_merge, stored_weight
+from theodora.merging.plan import plan_merge, weight_on_disk
 
 
 def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> FitReport:
@@ -133,7 +133,7 @@ def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
     copy = file.base_copies.get(f"{path}.weight")
     if copy is not None:
         return copy.T if file.modules[path].embedding else copy
-    w_OI = stored_weight(base, path)
+    w_OI = weight_on_disk(base, path)
     if w_OI is None:
         raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor.")
     return w_OI
