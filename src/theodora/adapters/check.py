@@ -26,7 +26,7 @@ from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
 from theodora.paths import layer_index, matches, nearest
 from theodora.synonyms import of_another_part
 
-_SHOWN = 12
+_MISSES_TOLD = 12
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -104,7 +104,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
     for path, tensors in file.modules.items():
         module = modules.get(path)
         if module is None:
-            close = nearest(path, modules) if len(problems) < _SHOWN else []
+            close = nearest(path, modules) if len(problems) < _MISSES_TOLD else []
             problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
         elif (reason := cannot_adapt(module)) is not None:
             problems.append(f"{path}: {reason}")
@@ -145,9 +145,7 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             + (f" ({file.base_model})" if file.base_model else "")
             + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
             + ":"
-            + bullet_list(
-                problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
-            )
+            + bullet_list(problems, _MISSES_TOLD)
         )
     distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
     if distance > 0.02:

@@ -124,4 +124,4 @@ def _check_distinct(file: AdapterFile, renamings: Iterable[Mapping[str, str]]) -
         taken: dict[str, str] = {}
         twice = [f"{old} and {taken[new]}" for old, new in names.items() if taken.setdefault(new, old) != old]
         if twice:
-            raise CheckpointError(f"{file.path} holds modules under two names each:" + bullet_list(twice[:12]))
+            raise CheckpointError(f"{file.path} holds modules under two names each:" + bullet_list(twice, 12))

@@ -16,13 +16,14 @@ from theodora.adapters.renamed import in_names_of
 from theodora.adapters.state import adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_to_write
 from theodora.config import AdapterConfig
-from theodora.errors import CheckpointError, ConfigError, bullet_list, some
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, adapter_of, read_adapter
 from theodora.files.finite import finite
 from theodora.files.names import KEY_PREFIX
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
 
+_MISSES_TOLD = 20
 _Writes = list[tuple[Tensor, Tensor]]
 
 
@@ -97,7 +98,7 @@ def swap_adapter_weights(
     ]
     if problems:
         raise CheckpointError(
-            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))
+            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(problems, _MISSES_TOLD)
         )
     with torch.no_grad():
         for mine, theirs in writes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from theodora.analysis.inspection import AdapterReport, ModuleReport
 from theodora.errors import ConfigError
 from theodora.files.atomic import atomic_write
-from theodora.shown import in_figure
+from theodora.safe_text import in_figure
 
 FORMATS = ("png", "svg", "pdf")
 

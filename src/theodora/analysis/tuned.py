@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.base_model import BaseCheckpoint
 
-_MISSES_SHOWN = 20
+_MISSES_TOLD = 20
 
 
 def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[str]) -> set[str]:
@@ -36,11 +36,9 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
     if fused := sorted(base.converted):
         notes.append(f"{len(fused)} weights that are loaded fused are left out ({fused[0]} first).")
     if problems:
-        more = len(problems) - _MISSES_SHOWN
-        shown = problems[:_MISSES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise CheckpointError(
             f"{tuned.folder} is not built like the base model {base.folder}. Was it trained from another one? Name the "
-            "right one with --base-model." + bullet_list(shown)
+            "right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
     return found
 

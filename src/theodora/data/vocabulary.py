@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from theodora.errors import ConfigError, bullet_list, some
+from theodora.errors import ConfigError, bullet_list
 
 _SHOWN = 12
 
@@ -90,5 +90,5 @@ def describe_missing(missing: dict[int, int], have: int, tokenizer: Any, where: 
     ]
     what = "a token" if len(missing) == 1 else f"{len(missing)} tokens"
     return f"{where} uses {what} that the model, whose vocabulary has {have:,} rows, has no row for:" + bullet_list(
-        some(names, _SHOWN)
+        names, _SHOWN
     )

@@ -68,7 +68,7 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
             placed[path] = gguf_name
     if problems:
         raise CheckpointError(
-            "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems[:20])
+            "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems, 20)
         )
     return placed
 

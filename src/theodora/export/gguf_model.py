@@ -149,7 +149,7 @@ def _placed(base: BaseCheckpoint, names: Names) -> list[tuple[str, str]]:
             placed.append((name, key))
     problems += [f"{', '.join(keys)}: stored in pieces for {name}" for name, keys in base.converted.items()]
     if problems:
-        raise CheckpointError(f"{base.folder} cannot be written as GGUF:" + bullet_list(problems[:20]))
+        raise CheckpointError(f"{base.folder} cannot be written as GGUF:" + bullet_list(problems, 20))
     return placed
 
 
@@ -205,7 +205,7 @@ def _check_tensors(path: Path, base: BaseCheckpoint, names: Names, placed: list[
             problems.append(f"{name}: other values than were written")
     base.close()
     if problems:
-        raise CheckpointError(f"{path} does not read back right:" + bullet_list(problems[:20]))
+        raise CheckpointError(f"{path} does not read back right:" + bullet_list(problems, 20))
 
 
 def _file_type(kind: str) -> str:

@@ -79,7 +79,7 @@ def check_finite(path: Path) -> None:
     if bad:
         raise CheckpointError(
             "The file holds NaN or infinite values, and was not kept; export with --dtype bf16 or fp32:"
-            + bullet_list(bad[:_SHOWN])
+            + bullet_list(bad, _SHOWN)
         )
 
 

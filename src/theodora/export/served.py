@@ -51,7 +51,7 @@ def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
     problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:
-        raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems[:20]))
+        raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems, 20))
 
 
 def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_name: str) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from theodora.config import AdapterConfig, is_int
-from theodora.errors import CheckpointError, ConfigError, bullet_list, shown, some
+from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files
 from theodora.files.distrust import read_object
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
@@ -46,6 +46,7 @@ from theodora.files.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.files.wrapper_names import plain_keys
 from theodora.paths import matches
 
+_MISSES_TOLD = 20
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -254,7 +255,7 @@ def adapter_of(
     if not modules and not full and not token_rows and not problems:
         problems.append("the file holds no adapter tensors")
     if problems:
-        raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
+        raise CheckpointError(f"{where} cannot be used:" + bullet_list(problems, _MISSES_TOLD))
     return AdapterFile(
         path=where.parent,
         config=replace(config, modules_to_save=tuple(sorted(saved_modules))),

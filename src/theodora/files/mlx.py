@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from theodora.config import is_int, is_number
-from theodora.errors import CheckpointError, bullet_list, shown, some
+from theodora.errors import CheckpointError, bullet_list, shown
 from theodora.files.names import KEY_PREFIX
 from theodora.synonyms import bare_name
 
@@ -27,6 +27,7 @@ _WRAPPED = """gemma3 gemma4 gemma4_unified kimi_k25 kimi_vl lfm2-vl lfm2_vl llam
 _WITHIN = {**dict.fromkeys(_WRAPPED.split(), "language_model.model"), "gemma3n": "model.language_model"}
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 _PARTS = ("lora_a", "lora_b", "m")
+_MISSES_TOLD = 20
 
 
 def peft_from_mlx(
@@ -63,7 +64,7 @@ def peft_from_mlx(
                 problems.append(f"{key}: the file holds this module under two names")
             translated[peft_key] = tensor if part == "m" else tensor.T.contiguous()
     if problems:
-        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(some(problems)))
+        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(problems, _MISSES_TOLD))
     assert isinstance(rank, int)
     assert isinstance(scale, int | float)
     paths = sorted({from_mlx_name(key.rpartition(".")[0]) for key in tensors})

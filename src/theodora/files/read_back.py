@@ -26,7 +26,7 @@ from theodora.errors import CheckpointError, bullet_list
 from theodora.files.atomic import flush
 from theodora.files.finite import not_finite
 
-_SHOWN = 12
+_NAMES_TOLD = 12
 _ROOM = 2**20  # bytes; a disk with less is full
 
 
@@ -46,7 +46,9 @@ def save_tensors(
     """
     bad = [] if checked else not_finite(tensors.items())
     if bad:
-        raise CheckpointError(f"{_called(path)} would hold NaN or infinite values, and was not written:" + _some(bad))
+        raise CheckpointError(
+            f"{_called(path)} would hold NaN or infinite values, and was not written:" + bullet_list(bad, _NAMES_TOLD)
+        )
     save_file(dict(tensors), path, dict(metadata) if metadata is not None else None)
     check_tensors(path, tensors, metadata)
 
@@ -203,8 +205,3 @@ def _called(path: Path) -> str:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return bullet_list(names[:_SHOWN] + ([f"and {more} more"] if more > 0 else []))

@@ -160,7 +160,7 @@ def check_held(held: Mapping[str, Held]) -> None:
     if bad:
         raise CheckpointError(
             f"The result would hold NaN or infinite values in {str(tensors[bad[0]].dtype).removeprefix('torch.')}, so "
-            "nothing was made of it:" + bullet_list(bad[:12])
+            "nothing was made of it:" + bullet_list(bad, 12)
         )
 
 

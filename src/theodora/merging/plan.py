@@ -22,7 +22,7 @@ from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
 from theodora.paths import nearest
 
-_MISSES_SHOWN = 20
+_MISSES_TOLD = 20
 # Rounding a base to bfloat16 moves it by 0.002; more than this deserves a word.
 SAME_BASE = 0.02
 
@@ -132,11 +132,9 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
     vocabulary = _vocabulary(base, plan, problems)
     problems += _unplaced(base, changes, plan)
     if problems:
-        more = len(problems) - _MISSES_SHOWN
-        shown = problems[:_MISSES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise CheckpointError(
             f"The adapter {adapter.path} does not fit the base model {base.folder}. Was it trained on another one? "
-            "Name the right one with --base-model." + bullet_list(shown)
+            "Name the right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
     notes = [left_out_note(adapter)] if adapter.left_out else []
     distance = check_base(adapter, lambda path: sample_base(base, path))
