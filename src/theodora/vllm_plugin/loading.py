@@ -107,7 +107,7 @@ def check(lora: Any, manager: Any, lora_config: Any, path: str) -> None:
 
 
 def fill_slot(manager: Any, lora: Any, index: int) -> None:
-    """Put an adapter's g into slot `index` of every layer; it is computed the first time, and cached with the adapter."""
+    """Put an adapter's g into slot `index` of every layer; computed the first time, and cached with the adapter."""
     magnitudes: dict[str, Tensor] = getattr(lora, "theodora_magnitudes", {})
     if not magnitudes:
         return
