@@ -60,7 +60,7 @@ def settled(engine):
     """Nothing runs, waits or is held."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        cache = engine._manager.batch_processor.cache
+        cache = engine.worker.manager.batch_processor.cache
         managers = getattr(cache, "group_cache_managers", None) or cache.cache_allocators.values()  # 5.17's name first
         tables = [table for manager in managers for table in manager.block_table]
         if engine.under_way() == engine.running() == 0 and not tables:

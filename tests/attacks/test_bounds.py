@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from theodora import metered, paths
 from theodora.cli.main import main
-from theodora.data import files, load_examples, tokenize, unfolded
+from theodora.data import files, load_examples, tokenize, unfolded_size
 from theodora.errors import ConfigError, DataError
 from theodora.files.tokenizer import load_tokenizer
 from theodora.serve.chats import chat_text
@@ -150,8 +150,8 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_rows_unfold_no_further_than_is_plausible(name, tmp_path, monkeypatch):
     """Some kilobytes stand for 20 MB or more, and take little memory; the allowances are lowered here."""
-    monkeypatch.setattr(unfolded, "ANY_FILE", 1 << 20)
-    monkeypatch.setattr(unfolded, "MOST_COMPRESSED", 100)
+    monkeypatch.setattr(unfolded_size, "ANY_FILE", 1 << 20)
+    monkeypatch.setattr(unfolded_size, "MOST_COMPRESSED", 100)
     monkeypatch.setattr(files, "_DELTAS_AT_ONCE", 1 << 20)
     source = SOURCES[name](tmp_path / name)
     pool, usual = pa.proxy_memory_pool(pa.system_memory_pool()), pa.default_memory_pool()
@@ -173,7 +173,7 @@ def test_columns_that_datasets_does_not_know_are_refused(name, tmp_path):
 
 def test_a_user_may_allow_more(tmp_path, monkeypatch):
     source = parquet(tmp_path / "a.parquet")
-    monkeypatch.setattr(unfolded, "ANY_FILE", 1 << 20)
+    monkeypatch.setattr(unfolded_size, "ANY_FILE", 1 << 20)
     with pytest.raises(DataError, match="THEODORA_UNFOLDED_GB=8"):
         load_examples(source)
     monkeypatch.setenv("THEODORA_UNFOLDED_GB", "0.5")

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from theodora.data.arrow_sizes import is_compressed, may_repeat, row_sizes, table_size
-from theodora.data.unfolded import size_of
+from theodora.data.unfolded_size import size_of
 
 WORDS = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 0], pa.int32()), pa.array(["a" * 100, "b"]))
 REPEATING = {

@@ -159,8 +159,8 @@ def _of_prefixes(renderer, messages, tools, learned, chat):
     for judged, ours in zip(found, learned, strict=True):
         if judged.rstrip() == ours:
             continue
-        header = renderer._template.header
-        if ours.startswith(judged) and renderer._ends.fullmatch(ours[len(judged) :]):
+        header = renderer.template.header
+        if ours.startswith(judged) and renderer.turn_ends.fullmatch(ours[len(judged) :]):
             letters.add("n")
         else:
             assert header
@@ -185,7 +185,7 @@ def _of_trl(judge, messages, tools, chat):
     assert text == chat.text
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = [judge.render(messages[:i], tools, generation_prompt=True) for i in turns]
-    marked = judge._template.generation_spans(judge._folded(messages), tools)
+    marked = judge.template.generation_spans(judge.folded(messages), tools)
     for start, end in marked:
         mine = [span for span in chat.spans if span[0] < end and span[1] > start]
         if not mine:
@@ -198,14 +198,14 @@ def _of_trl(judge, messages, tools, chat):
             assert any(text[start:first] in prompt for prompt in prompts)
             letters.add("h")
         if last > end and not any(a < last and b > end for a, b in marked):
-            assert judge._ends.fullmatch(text[end:last])
+            assert judge.turn_ends.fullmatch(text[end:last])
             letters.add("m")
     assert not left
     return letters
 
 
 def _words(renderer, turn):
-    return renderer._ends.sub("", turn)
+    return renderer.turn_ends.sub("", turn)
 
 
 @pytest.mark.parametrize("name", TRL_TEMPLATES)

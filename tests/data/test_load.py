@@ -369,15 +369,15 @@ def test_files_that_unfold_to_far_more_than_there_is(write, tmp_path, monkeypatc
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from theodora.data import files, unfolded
+    from theodora.data import files, unfolded_size
 
     monkeypatch.setattr(files, "LONGEST_LINE", 1000)
     assert "line 1: is longer than 1,000 bytes; one line holds one row" in complaint(
         write(json.dumps({"text": "a" * 2000}), "long.jsonl")
     )
     table = pa.table({"text": ["a" * 3_000_000]})
-    monkeypatch.setattr(unfolded, "MOST_COMPRESSED", 2)
-    monkeypatch.setattr(unfolded, "ANY_FILE", 0)
+    monkeypatch.setattr(unfolded_size, "MOST_COMPRESSED", 2)
+    monkeypatch.setattr(unfolded_size, "ANY_FILE", 0)
     pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False)
     assert "bytes and unfolds to 3,0" in complaint(tmp_path / "bomb.parquet")
     monkeypatch.undo()

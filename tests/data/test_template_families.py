@@ -4,7 +4,7 @@ import pytest
 
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
 from theodora.data import left_out_of, load_examples, tokenize
-from theodora.data.templates import as_wanted
+from theodora.data.templates import for_template
 from theodora.errors import ConfigError, DataError
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo", "n": 4}'
@@ -296,7 +296,7 @@ def test_a_tokenizer_with_a_template_of_its_own_for_tools(write):
 
 
 def test_messages_are_offered_in_the_form_that_a_template_wants():
-    wanted = as_wanted(SHAPES["call"], tokenizer_for(template_of("deepseekv3")))
+    wanted = for_template(SHAPES["call"], tokenizer_for(template_of("deepseekv3")))
     assert wanted[1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo", "n": 4}'
-    parts = as_wanted(SHAPES["text"], tokenizer_for(template_of("idefics3")))
+    parts = for_template(SHAPES["text"], tokenizer_for(template_of("idefics3")))
     assert parts[0]["content"] == [{"type": "text", "text": "U1?"}]

@@ -36,8 +36,8 @@ def test_the_search_finds_what_scoring_all_labels_finds(family, tiny_model, tiny
         max(range(len(LABELS)), key=lambda i: score_alone(model, tiny_tokenizer, row, LABELS[i])) for row in ROWS
     ]
     used = []
-    search = module._Search.run
-    monkeypatch.setattr(module._Search, "run", lambda self: used.append(1) or search(self))
+    search = module.LabelSearch.run
+    monkeypatch.setattr(module.LabelSearch, "run", lambda self: used.append(1) or search(self))
     with torch.inference_mode():
         for size in (1, 3, 16):
             found = {
@@ -45,7 +45,7 @@ def test_the_search_finds_what_scoring_all_labels_finds(family, tiny_model, tiny
             }
             assert [found[i] for i in range(len(ROWS))] == expected
         assert used  # not the way around for models without a cache
-        full = [max(range(len(LABELS)), key=scores.__getitem__) for scores in module._in_full(model, asked)]
+        full = [max(range(len(LABELS)), key=scores.__getitem__) for scores in module.score_in_full(model, asked)]
     assert full == expected
 
 
@@ -54,14 +54,14 @@ def test_a_model_whose_cache_gives_something_else_is_scored_in_full(tiny_model, 
     asked = choices(examples_of(ROWS), tiny_tokenizer, LABELS, max_length=512)
     with torch.inference_mode():
         expected = [found for _, found in choose(model, asked, 16)]
-    run = module._Search.run
+    run = module.LabelSearch.run
 
     def wrong(self):
         found = [(label + 1) % len(LABELS) for label in run(self)]
         self.score = [{**scores, label: 0.0} for scores, label in zip(self.score, found, strict=True)]
         return found
 
-    monkeypatch.setattr(module._Search, "run", wrong)
+    monkeypatch.setattr(module.LabelSearch, "run", wrong)
     with torch.inference_mode():
         assert [found for _, found in choose(model, asked, 16)] == expected
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tiny
 from fuzz.fuzzing import damaged, files_under, fuzz, json_values, numbers, only_our_errors, storable_text, text
-from theodora.data import Examples, load_examples, split_examples, tokenize, unfolded
+from theodora.data import Examples, load_examples, split_examples, tokenize, unfolded_size
 from theodora.data import files as data_files
 from theodora.data.formats import COMPLETIONS, CONVERSATIONS, PROMPTS
 from theodora.errors import DataError, TheodoraError
@@ -204,7 +204,7 @@ def test_a_parquet_file_that_names_a_column_twice_is_an_error(tmp_path):
 def test_files_that_unfold_to_far_more_than_they_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(data_files, "LONGEST_LINE", 1 << 16)
     monkeypatch.setattr(data_files, "LARGEST_UNPACKED", 1 << 16)
-    monkeypatch.setattr(unfolded, "ANY_FILE", 1 << 16)
+    monkeypatch.setattr(unfolded_size, "ANY_FILE", 1 << 16)
     bomb = b'{"text": "' + b"a" * (1 << 17) + b'"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(bomb))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b'{"text": "a"},\n' * 9000 + b"]"))

@@ -61,7 +61,7 @@ def together(engine, *asked):
     def submit(adapter, prompt, count):
         return engine.submit(prompt, Sampling(max_tokens=count, temperature=0.0), adapter, every_token=False)
 
-    requests = engine._manager.run_between_batches(lambda: [submit(*each) for each in asked])
+    requests = engine.worker.manager.run_between_batches(lambda: [submit(*each) for each in asked])
     outputs = [request.updates.get(timeout=120) for request in requests]
     return [(output.generated_tokens, output.logprobs, output.error) for output in outputs]
 

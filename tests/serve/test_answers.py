@@ -23,8 +23,8 @@ def test_tokens_go_out_with_their_text_however_many_come_at_once(sizes, stop, te
         update = SimpleNamespace(
             error=None, generated_tokens=TOKENS[:end], logprobs=[0.0] * end, is_finished=lambda: False
         )
-        piece = answers._take(choice, update)
-        assert piece.stop == choice.told == len(choice.writer.text.encode())
+        piece = answers.take(choice, update)
+        assert piece.stop == choice.sent == len(choice.writer.text.encode())
         if choice.finish:
             break
     assert choice.writer.text == text

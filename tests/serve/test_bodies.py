@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from theodora.errors import ConfigError
 from theodora.serve.bodies import parsed, validated
 from theodora.serve.lists import AtMost, keys_at_most
-from theodora.serve.misses import few, told
+from theodora.serve.misses import describe_misses, few
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_of_a_long_list_the_first_miss_is_told():
     assert error.value.error_count() == 10
     with pytest.raises(ValidationError) as error:
         short.validate_python([1] * 50 + ["a"] * 50)
-    assert told(error.value.errors()) == '50: expected a whole number, found "a"'
+    assert describe_misses(error.value.errors()) == '50: expected a whole number, found "a"'
     with pytest.raises(ConfigError, match="at most 100 entries, found a list of 101"):
         validated(short, [1] * 101)
     assert short.validate_python([1] * 100) == [1] * 100

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from theodora.errors import ConfigError
+from theodora.serve.api_keys import read_keys
 from theodora.serve.config import ServeConfig
-from theodora.serve.engine import _blocks, _window
-from theodora.serve.guards import _host, read_keys
+from theodora.serve.guards import host_of
+from theodora.serve.window import page_count, window_of
 
 
 def test_every_field_that_makes_no_sense_is_named():
@@ -81,7 +82,7 @@ def test_keys_that_others_read_or_guess_are_warned_of(tmp_path, caplog):
     [("localhost:8000", "localhost"), ("LOCALHOST", "localhost"), ("[::1]:8000", "::1"), ("[::1]", "::1"), ("", "")],
 )
 def test_hosts_with_and_without_ports(header, host):
-    assert _host(header) == host
+    assert host_of(header) == host
 
 
 @pytest.mark.parametrize(
@@ -98,5 +99,5 @@ def test_prompt_and_answer_fit_into_the_cache(device, config, window, blocks):
     text = SimpleNamespace(max_position_embeddings=40000)
     model = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(get_text_config=lambda: text))
     config = ServeConfig(model="m", **config)
-    assert _window(model, config) == window
-    assert _blocks(config, model.device) == blocks
+    assert window_of(model, config) == window
+    assert page_count(config, model.device) == blocks

@@ -16,7 +16,8 @@ from theodora.serve import adapters as serve_adapters
 from theodora.serve import requests as serve_requests
 from theodora.serve.batching import NotRun, RoutedManager, Router
 from theodora.serve.config import ServeConfig
-from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
+from theodora.serve.engine import Engine
+from theodora.serve.errors import Busy, Unavailable, UnknownModel
 from theodora.serve.requests import Sampling
 from theodora.serve.slots import Slots
 from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors, slot
@@ -67,7 +68,7 @@ def test_more_adapters_than_slots_take_turns(engine_of, adapter_dir):
 
 def test_prefixes_are_reused_within_an_adapter_and_not_across(engine_of, adapter_dir):
     engine = engine_of("llama", "dora4", "lora8", page_size=16)
-    cache = engine._manager.batch_processor.cache
+    cache = engine.worker.manager.batch_processor.cache
     found, search = [], cache.search_prefix_match
     cache.search_prefix_match = lambda *asked: found.append(search(*asked)) or found[-1]
     prompt = PROMPTS[2]
@@ -121,7 +122,7 @@ def test_every_request_of_a_full_batch_can_have_the_likeliest_tokens(engine_of, 
             tokens, values = request.tops[at]
             assert (len(tokens), tokens[0]) == (n % 3 * 10, token)  # greedy: the picked one is the likeliest
             assert values[0] == pytest.approx(output.logprobs[at], abs=1e-6)
-    assert engine.restarts == 0
+    assert engine.worker.restarts == 0
 
 
 def test_a_seed_decides_whatever_else_is_in_the_batch(engine_of):
@@ -185,7 +186,7 @@ def test_a_worker_that_fails_tells_and_is_replaced(engine_of, adapter_dir, monke
     while not engine.ready() and time.monotonic() < deadline:
         time.sleep(0.02)
     check(ask(engine, PROMPTS[0], "dora4"), alone("llama", "dora4", adapter_dir("dora4")), PROMPTS[0])
-    assert engine.restarts == 1
+    assert engine.worker.restarts == 1
     assert settled(engine)
 
 
@@ -193,7 +194,7 @@ def test_a_worker_that_fails_again_and_again_is_given_up(engine_of):
     engine = engine_of("llama")
     engine.model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
     deadline = time.monotonic() + 60
-    while engine.failure is None and time.monotonic() < deadline:
+    while engine.worker.failure is None and time.monotonic() < deadline:
         try:
             assert ask(engine, [5]).updates.get(timeout=60).error
         except Unavailable:
@@ -206,10 +207,10 @@ def test_a_worker_that_fails_again_and_again_is_given_up(engine_of):
 def test_a_load_that_runs_out_of_memory_leaves_layers_that_work(engine_of, adapter_dir, monkeypatch):
     engine = engine_of("llama", "lora1")  # on some of the layers, which are to get more room
     forgotten, grouped = [], []
-    monkeypatch.setattr(engine._manager, "forget_graphs", lambda: forgotten.append(True))
+    monkeypatch.setattr(engine.worker.manager, "forget_graphs", lambda: forgotten.append(True))
     group = serve_adapters.group_slotted
     monkeypatch.setattr(serve_adapters, "group_slotted", lambda model: grouped.append(group(model)))
-    before = {path: layer.slotted_weights()[0] for path, layer in engine._slotted().items()}
+    before = {path: layer.slotted_weights()[0] for path, layer in engine.slotted_layers().items()}
     new, room = SlottedLayer._new, iter(range(9))  # the fifth layer, whose module is new, gets half of its tensors
 
     def full(layer, *shape):
@@ -221,7 +222,7 @@ def test_a_load_that_runs_out_of_memory_leaves_layers_that_work(engine_of, adapt
         patch.setattr(SlottedLayer, "_new", full)
         with pytest.raises(torch.OutOfMemoryError):
             engine.load("lora8", adapter_dir("lora8"))
-    after = engine._slotted()
+    after = engine.slotted_layers()
     assert any(after[path].slotted_weights()[0] is not tensor for path, tensor in before.items())
     assert forgotten
     assert grouped
@@ -282,7 +283,7 @@ def test_an_engine_that_does_not_start_says_why(monkeypatch):
         engine.start()
     with pytest.raises(Unavailable, match="starting"):
         ask(engine, [5])
-    engine._start_again()  # as after a failure
+    engine.worker.start_again()  # as after a failure
     with pytest.raises(Unavailable, match="no memory for keys"):
         ask(engine, [5])
     assert not engine.ready()
@@ -297,7 +298,7 @@ def test_an_engine_that_does_not_start_says_why(monkeypatch):
 
 def test_a_request_that_the_worker_does_not_take_is_over(engine_of, monkeypatch):
     engine = engine_of("llama", "dora4")
-    monkeypatch.setattr(engine._manager, "add_request", lambda *_, **__: None)
+    monkeypatch.setattr(engine.worker.manager, "add_request", lambda *_, **__: None)
     with pytest.raises(Unavailable):
         ask(engine, [5], "dora4")
     assert settled(engine)
@@ -308,7 +309,7 @@ def test_a_request_that_the_worker_does_not_take_is_over(engine_of, monkeypatch)
 
 def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter_dir):
     engine = engine_of("llama")
-    manager, begun, go = engine._manager, threading.Event(), threading.Event()
+    manager, begun, go = engine.worker.manager, threading.Event(), threading.Event()
     busy = threading.Thread(target=manager.run_between_batches, args=(lambda: begun.set() or go.wait(30),))
     busy.start()
     assert begun.wait(30)
@@ -337,7 +338,7 @@ def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter
     handle.remove()
     while not engine.ready():
         time.sleep(0.01)
-    engine._manager.stop(block=True)
+    engine.worker.manager.stop(block=True)
     engine.load("dora4", adapter_dir("dora4"))  # nobody is in the way
     assert engine.adapters.names() == ["dora4"]
 

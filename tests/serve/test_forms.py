@@ -267,11 +267,11 @@ def test_parsed_tools(served):
 def test_special_tokens_that_a_format_is_made_of_stay_in_the_text():
     tokenizer = tiny.tiny_tokenizer()
     ids = [tiny.BOS_ID, *tokenizer("a")["input_ids"], tiny.PAD_ID]
-    kept = forms._keeping(tokenizer, ["<|im_start|>", "<tool_call>"])
+    kept = forms.with_visible(tokenizer, ["<|im_start|>", "<tool_call>"])
     assert kept.decode(ids, skip_special_tokens=True) == "<|im_start|>a"
     assert kept.decode(ids, skip_special_tokens=False) == "<|im_start|>a<|endoftext|>"
     assert kept.eos_token_id == tiny.EOS_ID
-    assert forms._keeping(tokenizer, ["<tool_call>"]) is tokenizer
+    assert forms.with_visible(tokenizer, ["<tool_call>"]) is tokenizer
 
 
 def test_parsers_can_be_named():

@@ -183,7 +183,7 @@ def test_grammars_that_take_too_long_leave_few_threads_and_hold_up_nothing(monke
     told = asyncio.run(ask())
     assert ["to compile; expected a simpler" in text for text in told] == [True] * 4 + [False] * 2
     assert "4 grammars take too long" in told[-1]
-    stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-aside"]
+    stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-daemon"]
     assert all(thread.daemon for thread in stuck)
     monkeypatch.undo()
     assert asyncio.run(grammars.grammar({"type": "any_text"})) is not None  # all have ended

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from theodora.errors import ConfigError
-from theodora.serve.misses import told
+from theodora.serve.misses import describe_misses
 from theodora.serve.protocol import ChatRequest, CompletionRequest
 from theodora.serve.responses import ResponsesRequest, chat_of
 
@@ -72,7 +72,7 @@ def respond(**asked):
 def test_places_and_kinds(ask, asked, says):
     with pytest.raises((ValidationError, ConfigError)) as error:
         ask(**asked)
-    said = told(error.value.errors()) if isinstance(error.value, ValidationError) else str(error.value)
+    said = describe_misses(error.value.errors()) if isinstance(error.value, ValidationError) else str(error.value)
     assert says in said
     for word in (
         "Input should",
@@ -91,10 +91,10 @@ def test_a_body_that_is_none():
     for body in (None, [], "a"):
         with pytest.raises(ValidationError) as error:
             ChatRequest.model_validate(body)
-        assert told(error.value.errors()).startswith("The body: expected an object, found")
+        assert describe_misses(error.value.errors()).startswith("The body: expected an object, found")
     with pytest.raises(ValidationError) as error:
         ChatRequest.model_validate_json("{")
-    assert told(error.value.errors()).startswith("The body is no JSON: EOF")
+    assert describe_misses(error.value.errors()).startswith("The body is no JSON: EOF")
 
 
 def test_fields_of_other_routes_may_ask_for_nothing():

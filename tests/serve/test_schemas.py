@@ -10,11 +10,11 @@ from xgrammar.testing import _is_grammar_accept_string
 from theodora.errors import ConfigError
 from theodora.serve.grammar import format_of
 from theodora.serve.messages import StructuredOutputs
-from theodora.serve.schemas import check_size, kept, narrowed
+from theodora.serve.schemas import check_size, enforceable, narrowed
 
 
 def takes(schema, text):
-    return _is_grammar_accept_string(xgrammar.Grammar.from_json_schema(json.dumps(kept(schema))), text)
+    return _is_grammar_accept_string(xgrammar.Grammar.from_json_schema(json.dumps(enforceable(schema))), text)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_is_kept_to(schema, good, bad):
 )
 def test_what_would_not_be_kept_to_is_refused(schema, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
-        kept(schema)
+        enforceable(schema)
 
 
 def test_words_that_say_nothing_are_let_through():
@@ -78,8 +78,8 @@ def test_words_that_say_nothing_are_let_through():
         "type": "object",
         "properties": {"a": {"anyOf": [{"type": "null"}], "default": 1}},
     }
-    assert narrowed(schema) == kept(schema) == schema
-    assert kept(True) is True
+    assert narrowed(schema) == enforceable(schema) == schema
+    assert enforceable(True) is True
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from serving import alone, expected, settled
 from theodora.errors import ConfigError
-from theodora.serve.answers import Desk
+from theodora.serve.intake import Intake
 from theodora.serve.protocol import ChatRequest
 from tiny import tiny_tokenizer
 
@@ -110,7 +110,7 @@ def test_a_template_that_cannot_write_a_chat_says_so(engine_of, template, says):
     tokenizer.chat_template = template
     asked = ChatRequest(model="base", messages=[{"role": "system", "content": "Hi"}])
     with pytest.raises(ConfigError, match=re.escape(says)):
-        asyncio.run(Desk(engine_of("llama"), tokenizer).chat(asked, None))
+        asyncio.run(Intake(engine_of("llama"), tokenizer).chat(asked, None))
 
 
 def test_content_in_parts_and_null_for_defaults(server):

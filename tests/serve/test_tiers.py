@@ -14,8 +14,9 @@ import torch
 from serving import alone, expected, settled
 from theodora.errors import CheckpointError
 from theodora.files.folder import Place
+from theodora.serve import scheduler
 from theodora.serve.requests import Sampling
-from theodora.serve.stamp import Changed, Stamp
+from theodora.serve.stamp import Changed, FolderStamp
 from theodora.serve.tiers import HostTier
 
 GREEDY = Sampling(max_tokens=5, temperature=0.0)
@@ -115,9 +116,7 @@ def test_an_adapter_whose_files_changed_fails_its_requests_only(server_of, adapt
 
 
 def test_a_request_waits_for_a_slot_but_not_for_ever(engine_of, adapter_dir, monkeypatch):
-    from theodora.serve import batching
-
-    monkeypatch.setattr(batching, "_PATIENCE", 0.1)
+    monkeypatch.setattr(scheduler, "PATIENCE", 0.1)
     engine = engine_of("llama", "dora4", "lora8", slots=1)
     done = threading.Event()
 
@@ -235,7 +234,7 @@ def test_a_failure_is_not_told_to_those_who_come_later():
     assert host.take(a) is None
     assert arrived.acquire(timeout=10)
     a.users = 0
-    host.rest(a)
+    host.unneeded(a)
     broken.clear()
     a.users = 1
     assert host.take(a) is None
@@ -259,7 +258,7 @@ def test_what_was_read_for_requests_that_are_gone_makes_room(when):
         go.set()
         assert arrived.acquire(timeout=10)
     a.users = 0
-    host.rest(a)
+    host.unneeded(a)
     if when == "while it is read":
         assert host.take(b) is None  # there is no room yet
         go.set()
@@ -336,9 +335,9 @@ def test_a_failure_is_kept_for_nobody_who_has_gone():
 
 def test_a_folder_that_cannot_be_asked(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Stamp.of(Place(tmp_path / ("x" * 300)))
+        FolderStamp.of(Place(tmp_path / ("x" * 300)))
     (tmp_path / "file").touch()
-    assert Stamp.of(Place(tmp_path / "file")).files == (
+    assert FolderStamp.of(Place(tmp_path / "file")).files == (
         None,
         None,
     )  # as if it were not there
@@ -348,7 +347,7 @@ def test_a_folder_that_cannot_be_asked(tmp_path):
 def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
     own = tmp_path / "root" / "own"
     shutil.copytree(adapter_dir("lora8"), own)
-    stamp = Stamp.of(Place(own, within=tmp_path / "root" if inside else None))
+    stamp = FolderStamp.of(Place(own, within=tmp_path / "root" if inside else None))
     stamp.check()
     own.rename(tmp_path / "was")
     own.symlink_to(adapter_dir("dora4"))
@@ -430,7 +429,7 @@ def test_memory_that_cannot_be_pinned_is_told(engine_of, monkeypatch, caplog):
     engine = engine_of("llama", "dora4")
     (adapter,) = engine.adapters.adapters()
     monkeypatch.setattr(engine.host, "move", lambda *_: 1 / 0)
-    engine._to_host(adapter)
+    engine.move_to_host(adapter)
     assert "dora4 stays in the memory of cpu: division by zero" in caplog.text
 
 

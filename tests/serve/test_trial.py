@@ -6,7 +6,8 @@ import transformers
 
 from serving import expected
 from theodora.serve.config import ServeConfig
-from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.engine import Engine
+from theodora.serve.errors import Unavailable
 from theodora.serve.requests import Sampling
 from theodora.serve.trial import Trial
 from tiny import tiny_model
@@ -54,7 +55,7 @@ def test_others_start(family, dtype):
     try:
         made.start()
         assert made.ready()
-        assert made.answered == made.restarts == made.under_way() == 0
+        assert made.worker.restarts == made.under_way() == 0
         made.start()  # does nothing
     finally:
         made.stop()

@@ -11,12 +11,13 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 import tiny
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.errors import CheckpointError
-from theodora.serve.batching import _cleaned_before
 from theodora.serve.config import ServeConfig
-from theodora.serve.engine import Engine, Unavailable
+from theodora.serve.engine import Engine
+from theodora.serve.errors import Unavailable
+from theodora.serve.paged_cache import with_finite_keys
 from theodora.serve.processors import KEY, RoutedProcessors
 from theodora.serve.requests import Sampling
-from theodora.serve.watch import NotFinite, Watch
+from theodora.serve.watch import OutputNotFinite, Watch
 
 PROMPT = list(range(5, 75))  # more than two pages
 ODD = 200  # a token that some adapters cannot stand
@@ -60,10 +61,10 @@ def submit(engine, adapter, prompt=PROMPT, count=12, **settings):
 
 def together(engine, *asked):
     """(tokens, log-probabilities, error) of requests that begin in one batch; each is arguments of `submit`."""
-    requests = engine._manager.run_between_batches(lambda: [submit(engine, *each) for each in asked])
+    requests = engine.worker.manager.run_between_batches(lambda: [submit(engine, *each) for each in asked])
     outputs = [request.updates.get(timeout=60) for request in requests]
     for request, output in zip(requests, outputs, strict=True):
-        assert (output.error is not None) == isinstance(request.problem, NotFinite)
+        assert (output.error is not None) == isinstance(request.problem, OutputNotFinite)
     return [(output.generated_tokens, output.logprobs, output.error) for output in outputs]
 
 
@@ -86,7 +87,7 @@ def test_a_sequence_without_a_new_token_is_not_judged_by_the_row_of_another():
     processors = RoutedProcessors()
     processors.watch = Watch(8, torch.device("cpu"))
     processors.watch.begin(torch.tensor([0, 3, 6, 8]), 8)
-    processors.watch._ruined_T[:3] = 1
+    processors.watch._not_finite_T[:3] = 1
     # The last one's prompt goes on in the next batch; its row of the logits is the batch's first token's.
     rows = torch.zeros(7, 3, dtype=torch.int32)
     rows[6] = torch.tensor([0, 1, ~2])
@@ -200,7 +201,7 @@ def test_a_prompt_whose_score_is_no_number_ends_with_an_error(engine_of):
     model.model.norm.forward = odd
     request = submit(engine, None, PROMPT, 1, prompt_logprobs=0)
     assert request.updates.get(timeout=60).error is not None
-    assert isinstance(request.problem, NotFinite)
+    assert isinstance(request.problem, OutputNotFinite)
     assert submit(engine, None, PROMPT, 1).updates.get(timeout=60).error is None
 
 
@@ -219,7 +220,7 @@ def test_batches_that_overlap_pass_by_what_has_ended(engine_of, ruined_dir, capl
     together(engine, ("ruined", PROMPT), ("ruined", PROMPT))
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
     ended, others = [], []
-    manager = engine._manager
+    manager = engine.worker.manager
     request = engine.submit(PROMPT, Sampling(max_tokens=1, temperature=0.0))
     request.updates.get(timeout=60)
 
@@ -236,7 +237,9 @@ def test_batches_that_overlap_pass_by_what_has_ended(engine_of, ruined_dir, capl
     manager.output_router = SimpleNamespace(fail_and_deliver=lambda state, _: ended.append(state.request_id))
     # Outputs: those of requests with a new token first.
     logprobs = [-1.0, math.nan, math.nan, math.nan, -2.0]
-    kept, tokens, told = manager._without_ruined(SimpleNamespace(scheduler=scheduler), batch, [5, 6, 7, 8, 9], logprobs)
+    kept, tokens, told = manager.without_not_finite(
+        SimpleNamespace(scheduler=scheduler), batch, [5, 6, 7, 8, 9], logprobs
+    )
     assert ended == ["r1", "r1", "r3", "r3"]
     assert kept == [batch[0], batch[2], batch[4]]
     assert tokens == [5, 6]  # what is over has its token taken and thrown away
@@ -249,10 +252,10 @@ def test_keys_that_a_kernel_writes_by_itself_are_made_finite_before():
     watch.begin(torch.tensor([0, 1, 2, 3]), 3)
     key, value = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     key[0, 1, 1, 2] = math.inf
-    attend = _cleaned_before(lambda module, q, k, v, cache, *rest, **others: (k, v, rest, others))
+    attend = with_finite_keys(lambda module, q, k, v, cache, *rest, **others: (k, v, rest, others))
     k, v, *rest = attend(None, None, key, value, SimpleNamespace(watch=watch), 1, causal=True)
     assert k[0, :, 1].abs().sum() == v[0, :, 1].abs().sum() == 0
     assert torch.equal(k[:, :, [0, 2]], key[:, :, [0, 2]])
     assert rest == [(1,), {"causal": True}]
-    assert watch.ruined().tolist() == [False, True, False]
+    assert watch.not_finite().tolist() == [False, True, False]
     assert attend(None, None, key, value, object(), 1)[0] is key  # another's cache

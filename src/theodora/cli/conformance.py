@@ -90,9 +90,9 @@ def _run(jobs: list[Job], workers: int | None) -> list[Row]:
     rows: list[Row] = []
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("starting", total=len(jobs))
-        for found in suite.run(jobs, workers):
-            rows += found
-            title = OPERATIONS[found[0].operation].title if found else ""
+        for done in suite.run(jobs, workers):
+            rows += done
+            title = OPERATIONS[done[0].operation].title if done else ""
             progress.update(task, advance=1, description=f"{title[:40]:40}")
     return rows
 
@@ -137,13 +137,13 @@ def _versions() -> dict[str, str]:
 
     from theodora import __version__
 
-    found = {"theodora": __version__}
+    versions = {"theodora": __version__}
     for package in ("peft", "transformers", "torch"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _conclusion(rows: int, broken: int, seconds: float) -> str:

@@ -146,8 +146,8 @@ def _table(scores: Scores, tasks: dict[str, dict[str, float]]):  # -> rich.table
         table.add_row("F1 of words", f"{scores.token_f1:.1%}")
     for name, value in scores.metrics.items():
         table.add_row(name, f"{value:.4g}")
-    for task, found in tasks.items():
-        for name, value in found.items():
+    for task, values in tasks.items():
+        for name, value in values.items():
             table.add_row(f"{task} {name}", f"{value:.4g}")
     table.add_row("rows", f"{scores.rows:,}")
     table.add_row("predicted tokens", f"{scores.tokens:,}")

@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
     with stderr().status("Exporting ...") as status:
 
-        def approximated(found: Approximation) -> None:
+        def approximated(approximation: Approximation) -> None:
             console = stderr() if args.json else stdout()
-            for table in fit_tables(found):
+            for table in fit_tables(approximation):
                 console.print(table)
-            show(found.verification, console, verdict=False)
+            show(approximation.verification, console, verdict=False)
 
         try:
             report = export_adapter(
@@ -104,14 +104,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def fit_tables(found: Approximation) -> list[Table]:
+def fit_tables(approximation: Approximation) -> list[Table]:
     """The error of every layer: one row for each block, one column for each kind of layer."""
     from rich import box
     from rich.table import Table
 
     from theodora.paths import layer_index, layer_kinds
 
-    errors, ranks = found.fit.errors, found.fit.ranks
+    errors, ranks = approximation.fit.errors, approximation.fit.ranks
     kinds = layer_kinds(errors)
     columns = list(dict.fromkeys(kinds.values()))
     rows = sorted({layer_index(path) for path in errors}, key=lambda block: -1 if block is None else block)

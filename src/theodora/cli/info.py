@@ -98,13 +98,13 @@ def _facts(report: AdapterReport) -> dict[str, str]:
     scales = ", ".join(f"{scale:.4g}" for scale in report.scales)
     method = METHOD_NAMES[report.method]
     share = f" ({report.parameters / report.base_parameters:.2%} of the base)" if report.base_parameters else ""
-    found = " (here)" if report.base_folder else " (not at hand)"
+    at_hand = " (here)" if report.base_folder else " (not at hand)"
     settings = report.training or {}
     return {
         "adapter": report.path,
         "method": method + (" with rsLoRA's scale" if report.rslora else ""),
         "rank": f"{ranks}; alpha {report.alpha:g}, scale {scales}" if ranks else "",
-        "base model": (report.base_model or "not named") + found,
+        "base model": (report.base_model or "not named") + at_hand,
         "adapts": f"{len(report.modules)} modules: {', '.join(group.name for group in report.by_kind)}",
         "in full": ", ".join(report.modules_to_save),
         "size": f"{report.parameters:,} parameters{share}, {report.bytes / 1e6:.1f} MB, {report.dtype}",

@@ -127,14 +127,14 @@ def _kinds(report: RunReport) -> Table:
     for kind in report.kinds:
         modules = tuple(module for module in last.modules if module.kind == kind)
         ranks = [module.effective_rank for module in modules if module.effective_rank is not None]
-        found = of_kind.get(kind)
+        correlation = of_kind.get(kind)
         table.add_row(
             kind,
             str(len(modules)),
             *_means(modules),
             f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else "-",
-            _signed(found.pearson if found else None),
-            _last_alone(found),
+            _signed(correlation.pearson if correlation else None),
+            _last_alone(correlation),
         )
     table.caption = (
         f"at {last.label}; rank: effective rank of W' − W; r: Pearson's, over layers and checkpoints;\n"
@@ -158,9 +158,9 @@ def _side_by_side(reports: list[RunReport]) -> Table:
 
     table = _table("r(ΔD, ΔM)", *(f"{Path(report.path).name} ({_method(report)})" for report in reports))
     kinds = dict.fromkeys(correlation.kind for report in reports for correlation in report.correlations)
-    found = [{correlation.kind: correlation for correlation in report.correlations} for report in reports]
+    by_run = [{correlation.kind: correlation for correlation in report.correlations} for report in reports]
     for kind in kinds:
-        table.add_row(kind, *(_signed(c.pearson if (c := of_kind.get(kind)) else None) for of_kind in found))
+        table.add_row(kind, *(_signed(c.pearson if (c := of_kind.get(kind)) else None) for of_kind in by_run))
     table.caption = _PAPER
     return table
 

@@ -108,14 +108,14 @@ def show(result: Verification, console: Console, *, verdict: bool = True) -> Non
         told = ", ".join(fact for fact in facts if fact)
         console.print(Text.assemble(f"{side}  {name}  ", (f"({told})", "dim")), soft_wrap=True)
     console.print(_table(result))
-    found = result.difference
-    if found.first is None:
-        console.print(f"The likeliest next token is the same after each of {found.positions} tokens.")
+    difference = result.difference
+    if difference.first is None:
+        console.print(f"The likeliest next token is the same after each of {difference.positions} tokens.")
     elif result.first_text is not None:
         before, mine, theirs = (repr(text) for text in result.first_text)
-        tie = "" if found.margin is None else f" ({found.margin:.2g} nats apart in A)"
+        tie = "" if difference.margin is None else f" ({difference.margin:.2g} nats apart in A)"
         console.print(
-            f"First choice that differs: after token {found.first}, {before}: A {mine}, B {theirs}{tie}.",
+            f"First choice that differs: after token {difference.first}, {before}: A {mine}, B {theirs}{tie}.",
             markup=False,
             soft_wrap=True,
         )
@@ -134,7 +134,7 @@ def _table(result: Verification) -> Table:
     from rich import box
     from rich.table import Table
 
-    found, effect = result.difference, result.effect
+    difference, effect = result.difference, result.effect
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("over the probe text", no_wrap=True)
     for heading in ("A to B", "bound", *(("adapter to base",) if effect else ())):
@@ -144,15 +144,15 @@ def _table(result: Verification) -> Table:
         theirs = () if effect is None else (_cell(effect, field),)
         table.add_row(label, value, bound, *theirs)
 
-    row(f"largest {found.measure} difference", _cell(found, "largest"), _limit(result.bound), "largest")
-    row("mean KL divergence, nats", _cell(found, "kl_mean"), _limit(result.kl_bound), "kl_mean")
-    row("largest KL divergence", _cell(found, "kl_max"), "", "kl_max")
-    row("same likeliest token", _cell(found, "agreeing"), "", "agreeing")
+    row(f"largest {difference.measure} difference", _cell(difference, "largest"), _limit(result.bound), "largest")
+    row("mean KL divergence, nats", _cell(difference, "kl_mean"), _limit(result.kl_bound), "kl_mean")
+    row("largest KL divergence", _cell(difference, "kl_max"), "", "kl_max")
+    row("same likeliest token", _cell(difference, "agreeing"), "", "agreeing")
     return table
 
 
-def _cell(found: Difference, field: str) -> str:
-    value = getattr(found, field)
+def _cell(difference: Difference, field: str) -> str:
+    value = getattr(difference, field)
     return f"{value:.1%}" if field == "agreeing" else _number(value)
 
 

@@ -24,7 +24,7 @@ from theodora.errors import TheodoraError
 from theodora.evaluate import Scores
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions
-from theodora.evaluate.scores import NotFinite, score
+from theodora.evaluate.scores import LossNotFinite, score
 from theodora.fastpath.accelerate import install, uninstall
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
@@ -69,7 +69,7 @@ class Bench:
                 self._train_and_score(cell, record)
         except Diverged as error:
             record.status, record.message = "diverged", str(error)
-        except NotFinite as error:
+        except LossNotFinite as error:
             # The base model has not been trained here: it came so.
             record.status = "failed" if cell.phase == "base" else "diverged"
             record.message = str(error) if cell.phase == "base" else f"Training diverged: {error}"

@@ -1,7 +1,8 @@
-"""What the rows of Arrow arrays unfold to, found without unfolding them.
+"""The size of Arrow rows as Python values, computed without making the values.
 
-In Arrow one value can stand for many: in dictionaries, runs, and lists and texts whose views overlap. Sizes follow the
-same indices, so that they cost eight bytes for each value there is.
+In Arrow one stored value can stand for many: in dictionaries, runs, and lists and texts whose views overlap. A size is
+computed once for each stored value and looked up by the same indices, so that a row costs eight bytes however large its
+values are.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from theodora.data.unfolded import VALUE
+from theodora.data.unfolded_size import VALUE
 from theodora.errors import DataError
 
 _MOST_VALUES = 1 << 27
-"""Values in one array; lists of nulls, and runs, have any number of them in no bytes."""
+"""Values in one array, at most: lists of nulls, and runs, stand for any number of them in no bytes."""
 _ROWS_AT_ONCE = 10_000
+"""Rows whose sizes are in memory together."""
 
 
 def row_sizes(batch: pa.RecordBatch) -> Any:
@@ -54,20 +56,20 @@ def may_repeat(schema: Any) -> bool:
 
 def table_size(table: Any, most: int) -> int:
     """Bytes that all rows of a table take; counting stops above `most`."""
-    found = 0
+    size = 0
     if (least := table.num_rows * table.num_columns * VALUE) > most:
         return least
     for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-        found += int(row_sizes(batch).sum())
-        if found > most:
+        size += int(row_sizes(batch).sum())
+        if size > most:
             break
-    return found
+    return size
 
 
 def file_size(path: Path, most: int) -> int:
     """Bytes that the rows of an Arrow stream take, if that cannot be seen from the file's size (else 0).
 
-    datasets writes out in memory, while it opens a data set, what such a file has in short.
+    While datasets opens a data set it makes all those values in memory: the size has to be known before.
     """
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         if not may_repeat(stream.schema):
@@ -86,26 +88,26 @@ def _sizes(array: Any) -> Any:
     if isinstance(kind, pa.BaseExtensionType):
         return _sizes(array.storage)
     if pa.types.is_dictionary(kind):
-        return _taken(_sizes(array.dictionary), array.indices.fill_null(0).to_numpy(), array)
+        return _looked_up(_sizes(array.dictionary), array.indices.fill_null(0).to_numpy(), array)
     if pa.types.is_run_end_encoded(kind):
         ends = array.run_ends.to_numpy()
         return _sizes(array.values)[np.searchsorted(ends, array.offset + np.arange(count), side="right")]
     if pa.types.is_struct(kind):
-        return sum((_sizes(array.field(at)) for at in range(kind.num_fields)), _plain(array))
-    if _is_nested(kind):
+        return sum((_sizes(array.field(at)) for at in range(kind.num_fields)), _one_value_each(array))
+    if _is_list_or_map(kind):
         return _list_sizes(array)
     if pa.types.is_union(kind):
         return _union_sizes(array)
-    return _plain(array) + _lengths(array)
+    return _one_value_each(array) + _lengths(array)
 
 
-def _taken(sizes: Any, indices: Any, array: Any) -> Any:
+def _looked_up(sizes: Any, indices: Any, array: Any) -> Any:
     if not len(sizes):
-        return _plain(array)
+        return _one_value_each(array)
     return np.where(array.is_valid().to_numpy(zero_copy_only=False), sizes[indices], VALUE)
 
 
-def _plain(array: Any) -> Any:
+def _one_value_each(array: Any) -> Any:
     return np.full(len(array), VALUE, dtype=np.int64)
 
 
@@ -126,7 +128,7 @@ def _lengths(array: Any) -> Any:
     return 0
 
 
-def _is_nested(kind: Any) -> bool:
+def _is_list_or_map(kind: Any) -> bool:
     return any(
         is_kind(kind)
         for is_kind in (
@@ -156,25 +158,25 @@ def _list_sizes(array: Any) -> Any:
             (offsets, offsets + array.sizes.to_numpy().astype(np.int64)) if is_view else (offsets[:-1], offsets[1:])
         )
     if not count:
-        return _plain(array)
+        return _one_value_each(array)
     low, high = int(starts.min()), max(int(ends.max()), int(starts.min()))
-    below = np.concatenate([[0], np.cumsum(_sizes(values.slice(low, high - low)))])
-    found = below[ends.astype(np.int64) - low] - below[starts.astype(np.int64) - low]
-    return _plain(array) + np.where(array.is_valid().to_numpy(zero_copy_only=False), found, 0)
+    sums = np.concatenate([[0], np.cumsum(_sizes(values.slice(low, high - low)))])
+    within = sums[ends.astype(np.int64) - low] - sums[starts.astype(np.int64) - low]
+    return _one_value_each(array) + np.where(array.is_valid().to_numpy(zero_copy_only=False), within, 0)
 
 
 def _union_sizes(array: Any) -> Any:
     parts = [_sizes(array.field(at)) for at in range(array.type.num_fields)]
     if array.type.mode == "sparse":
-        return sum(parts, _plain(array))
-    codes, places, found = array.type_codes.to_numpy(), array.offsets.to_numpy(), _plain(array)
+        return sum(parts, _one_value_each(array))
+    codes, places, sizes = array.type_codes.to_numpy(), array.offsets.to_numpy(), _one_value_each(array)
     for code, part in zip(array.type.type_codes, parts, strict=True):
-        found[codes == code] += part[places[codes == code]]
-    return found
+        sizes[codes == code] += part[places[codes == code]]
+    return sizes
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether an Arrow stream has compressed buffers, which reading unfolds in memory before it can be asked.
+    """Whether an Arrow stream has compressed buffers, which reading decompresses before their size can be checked.
 
     Nothing that writes data sets writes such streams. The header of a message is a flatbuffer, in which this is one
     field: https://github.com/apache/arrow/blob/main/format/Message.fbs

@@ -8,11 +8,11 @@ _CALL, _RESULT = "tool_use", "tool_result"
 _FLAGS = ("train", "weight")
 
 
-def unfolded(turn: dict[str, Any]) -> list[dict[str, Any]]:
+def turns_of_blocks(turn: dict[str, Any]) -> list[dict[str, Any]]:
     """A turn whose content holds Anthropic's `tool_use` or `tool_result` blocks as the turns that these are.
 
-    Results go in front of what the user says beside them. A turn that no other spelling can say (words behind a call,
-    which would change places with it) stays as it is, and its blocks are refused where parts are read.
+    Results go in front of what the user says beside them. A turn with words behind a call has no other spelling (they
+    would change places with the call): it stays as it is, and its blocks are refused where parts are read.
     """
     turn = _with_shared_flags(turn)
     content = turn.get("content")
@@ -30,7 +30,7 @@ def unfolded(turn: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_shared_flags(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn that is learned or not as all of its parts are said to be (Axolotl's)."""
+    """A turn that is learned, or not, if all of its parts are said to be (Axolotl marks parts)."""
     content = turn.get("content")
     for key in _FLAGS:
         parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []

@@ -20,10 +20,9 @@ from typing import IO, Any, cast
 
 from theodora.data.left_out import LeftOut
 from theodora.data.notes import NOT_USED, is_empty
-from theodora.data.problems import Problems
+from theodora.data.problems import Problems, listed
 from theodora.data.stored import json_columns, plain_rows
-from theodora.data.unfolded import VALUE, Unfolded
-from theodora.errors import shown
+from theodora.data.unfolded_size import VALUE, UnfoldedSize
 from theodora.parse import parse_json
 
 Row = dict[str, Any]
@@ -35,14 +34,15 @@ LONGEST_LINE = 256 << 20
 LARGEST_UNPACKED = 1 << 30
 """Bytes that a gzipped .json file may unfold to, which has to be held in memory whole."""
 _MOST_ROWS, _BYTES_AT_ONCE = 10_000, 64 << 20
+"""Rows, and bytes, of a table that are in memory together."""
 _DELTAS_AT_ONCE = 512 << 20
 """Bytes that a batch may take at worst where values are stored as what differs from the one before."""
 BATCH_ROWS = 100
 """Rows of a table that are made into values at once."""
 # What a spreadsheet writes for a row of empty cells.
-_NOTHING = ',;|"\t\r\n \ufeff'
-# Excel's first line for itself.
-_TOLD_DELIMITER = re.compile(r"sep=([,;|\t])", re.IGNORECASE)
+_EMPTY_CELLS = ',;|"\t\r\n \ufeff'
+# The line in front of the names by which Excel is told the delimiter.
+_DELIMITER_LINE = re.compile(r"sep=([,;|\t])", re.IGNORECASE)
 
 
 def read_jsonl(path: Path, problems: Problems) -> LocatedRows:
@@ -82,8 +82,8 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
         return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        found = f"an object with {shown(list(value))[1:-1]}" if isinstance(value, dict) else f"a {_kind(value)}"
-        problems.add("", f'holds {found}; expected a list of objects, or {{"data": [...]}}')
+        content = f"an object with {listed(value)}" if isinstance(value, dict) else f"a {_kind(value)}"
+        problems.add("", f'holds {content}; expected a list of objects, or {{"data": [...]}}')
         return
     problems.left_out += _beside_rows(value, len(rows)) if isinstance(value, dict) else []
     for number, row in enumerate(rows, 1):
@@ -95,8 +95,8 @@ def read_json(path: Path, problems: Problems) -> LocatedRows:
 
 def _beside_rows(value: dict[str, Any], rows: int) -> list[LeftOut]:
     """What stands beside `data`: other rows, each of which counts, or something about all of them."""
-    others = {name: held for name, held in value.items() if name != "data" and not is_empty(held)}
-    counts = {name: len(held) if isinstance(held, list) else rows for name, held in others.items()}
+    others = {name: cell for name, cell in value.items() if name != "data" and not is_empty(cell)}
+    counts = {name: len(cell) if isinstance(cell, list) else rows for name, cell in others.items()}
     return [LeftOut(f"{name!r} beside 'data'", count, NOT_USED) for name, count in counts.items()]
 
 
@@ -109,11 +109,11 @@ def read_csv(path: Path, problems: Problems) -> LocatedRows:
     # csv refuses fields over 131,072 characters by default; one document may well be longer.
     csv.field_size_limit(LONGEST_LINE)
     lines = _lines(path, problems)
-    first = next(((number, line) for number, line in lines if line.strip(_NOTHING)), None)
+    first = next(((number, line) for number, line in lines if line.strip(_EMPTY_CELLS)), None)
     if first is None:
         return
-    if told := _TOLD_DELIMITER.fullmatch(first[1].rstrip("\r\n")):
-        delimiter, first = told[1], (first[0], "\n")
+    if delimiter_line := _DELIMITER_LINE.fullmatch(first[1].rstrip("\r\n")):
+        delimiter, first = delimiter_line[1], (first[0], "\n")
     else:
         delimiter = _delimiter(first[1], is_tsv=".tsv" in path.name.lower())
     # strict: an unclosed quote is an error, rather than one cell with the rest of the file.
@@ -142,7 +142,7 @@ def read_csv(path: Path, problems: Problems) -> LocatedRows:
         if len(cells) != len(header):
             problems.add(where, f"has {len(cells)} cells; the header has {_width(header)} columns")
         else:
-            # One without a name is there for rows that have something in it.
+            # A column without a name is left out of rows that have nothing in it.
             yield where, {n: cell for name, n, cell in zip(header, names, cells, strict=True) if name or cell.strip()}
 
 
@@ -159,9 +159,9 @@ def read_parquet(path: Path, problems: Problems) -> LocatedRows:
             metadata, schema = file.metadata, file.schema_arrow
         for name in sorted(name for name, times in Counter(schema.names).items() if times > 1):
             problems.add("", f"names the column {name!r} twice")
-        unfolded = Unfolded(path.name, path.stat().st_size)
-        if (told := _told_size(metadata)) > unfolded.allowed:
-            problems.add("", unfolded.complaint(told))
+        unfolded = UnfoldedSize(path.name, path.stat().st_size)
+        if (size := _declared_size(metadata)) > unfolded.allowed:
+            problems.add("", unfolded.complaint(size))
             return
         values = _json_columns(schema)
         # Texts that stand in a dictionary stay there until their size is known.
@@ -209,7 +209,7 @@ def _json_columns(schema: Any) -> Any:
     return json_columns(features)
 
 
-def _told_size(metadata: Any) -> int:
+def _declared_size(metadata: Any) -> int:
     """What a Parquet file says of itself: bytes of its pages unfolded, or the least that its values take."""
     columns = _column_chunks(metadata)
     widths = [VALUE + _width_of(metadata, index) for index in range(metadata.num_columns)] * metadata.num_row_groups
@@ -239,7 +239,7 @@ def _column_chunks(metadata: Any) -> list[Any]:
 
 
 def _rows_at_once(metadata: Any) -> int:
-    """Rows of a batch, of which the pages may be in memory: many, since each batch has a copy of its dictionaries."""
+    """Rows of a batch: as many as memory allows for their pages, since each batch copies its dictionaries."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     widths = sum(_width_of(metadata, index) for index in range(metadata.num_columns))
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)

@@ -20,10 +20,9 @@ from theodora.data.messages import (
     with_system,
 )
 from theodora.data.notes import Notes, is_empty, spelling
-from theodora.data.problems import nearest
+from theodora.data.problems import listed, nearest
 from theodora.data.tools import parsed_or_same, read_tools, schemas_of, storable_json
 from theodora.data.words import read_words
-from theodora.errors import shown
 
 # Columns in order of preference. Names are compared without regard to capitals, spaces and hyphens.
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -84,8 +83,8 @@ def recognise(row: Row, *, as_turns: bool = False) -> Layout | None:
             something, so that all kinds of file are read alike.
         as_turns: read a prompt and a completion as turns, even where they could be taken as they stand.
     """
-    held = {name: value for name, value in row.items() if not is_empty(value)}
-    return _recognise(held, row, as_turns) or _recognise(row, row, as_turns)
+    filled = {name: value for name, value in row.items() if not is_empty(value)}
+    return _recognise(filled, row, as_turns) or _recognise(row, row, as_turns)
 
 
 def _recognise(named: Row, row: Row, as_turns: bool) -> Layout | None:
@@ -109,7 +108,7 @@ def _recognise(named: Row, row: Row, as_turns: bool) -> Layout | None:
 def explain_unknown(row: Row) -> str:
     """Why no column is usable: those there are, what was looked for, and likely slips."""
     columns = list(row)
-    lines = [f"no usable column; there are {shown(columns, 40)[1:-1] or 'none at all'}. Looked for:"]
+    lines = [f"no usable column; there are {listed(columns, 40) or 'none at all'}. Looked for:"]
     lines += [f"    {choice}" for choice in LOOKED_FOR]
     known: list[str] = list(dict.fromkeys((*CONVERSATIONS, *PROMPTS, *COMPLETIONS, TEXT)))
     for name in columns[:_SHOWN_COLUMNS]:
@@ -258,9 +257,7 @@ def _read_question(row: Row, prompt: str, contexts: tuple[str, ...], notes: Note
         asked, material = _optional(row, _INSTRUCTIONS, notes), _optional(row, CONTEXTS, notes)
     texts = [_text(value, column, notes) for column, value in (asked, material) if column]
     if not texts:
-        notes.wrong(
-            f"{prompt!r} is empty" if prompt in row else f"has no {prompt!r}; it has {shown(list(row), 40)[1:-1]}"
-        )
+        notes.wrong(f"{prompt!r} is empty" if prompt in row else f"has no {prompt!r}; it has {listed(row, 40)}")
     return "\n\n".join(texts)
 
 

@@ -75,5 +75,7 @@ class HiddenCounts:
 
 def left_out_of(dataset: Dataset) -> tuple[LeftOut, ...]:
     """What the chat template left out of the rows of `tokenize`, as the dataset's description says it."""
-    found = _CLAUSE.finditer(dataset.info.description or "")
-    return tuple(LeftOut(one["what"].strip(), int(one["rows"].replace(",", "")), one["why"]) for one in found)
+    clauses = _CLAUSE.finditer(dataset.info.description or "")
+    return tuple(
+        LeftOut(clause["what"].strip(), int(clause["rows"].replace(",", "")), clause["why"]) for clause in clauses
+    )

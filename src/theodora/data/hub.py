@@ -38,8 +38,8 @@ def load_from_hub(name: str, config: str | None) -> Any:
 
 def _named_files(configs: Any) -> Iterator[str]:
     """Files that a README names by something else than their place in the data set."""
-    for one in configs if isinstance(configs, list) else []:
-        for file in _strings(one.get("data_files") if isinstance(one, Mapping) else None):
+    for config in configs if isinstance(configs, list) else []:
+        for file in _strings(config.get("data_files") if isinstance(config, Mapping) else None):
             if file.startswith("/") or "::" in file or ("://" in file and not file.startswith(_HUB)):
                 yield file
 

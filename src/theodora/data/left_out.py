@@ -1,4 +1,4 @@
-"""What of a row nothing is learned from, with the rows it concerns: for the start panel, the result and the card."""
+"""Parts of rows from which nothing is learned, and how many rows hold them: for start panel, result and model card."""
 
 from __future__ import annotations
 

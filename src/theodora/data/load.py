@@ -20,11 +20,11 @@ from theodora.data.files import LocatedRows, Row
 from theodora.data.formats import BESIDE, COLUMNS, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
 from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
-from theodora.data.problems import Problems
+from theodora.data.problems import Problems, listed
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
-from theodora.data.unfolded import Unfolded, size_of
-from theodora.errors import DataError, shown
+from theodora.data.unfolded_size import UnfoldedSize, size_of
+from theodora.errors import DataError
 from theodora.locks import process_folder
 
 _MOST_LEFT_OUT = 1000
@@ -36,7 +36,7 @@ _PREFERRED = (*PREFERENCES, *PREFERENCES.values(), "rejected_response", "rejecte
 # Pictures, sounds and places in them (LLaMA-Factory's, ms-swift's, TRL's).
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
-"""What is held in memory before it is written: rows may be whole books, and a batch's text must stay under 2 GB."""
+"""What is in memory before it is written, at most: rows may be whole books, and a batch's text must stay under 2 GB."""
 
 
 def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
@@ -67,7 +67,7 @@ def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
 
 def _read(opened: Source, *, as_turns: bool) -> Examples:
     problems = Problems(opened.name)
-    reading = _Reading(problems, Unfolded(opened.name, opened.size), as_turns=as_turns, is_table=opened.is_table)
+    reading = _Pass(problems, UnfoldedSize(opened.name, opened.size), as_turns=as_turns, is_table=opened.is_table)
     dataset = _store(reading.rows(opened.rows(problems)), reading)
     problems.raise_if_any()
     if dataset is None or reading.layout is None:
@@ -85,17 +85,17 @@ def _read(opened: Source, *, as_turns: bool) -> Examples:
     )
 
 
-class _Reading:
-    """One pass over a source: the layout that its first row shows, and what was met on the way."""
+class _Pass:
+    """One pass over a source: reads its rows by the layout that the first one shows, and counts what is left out."""
 
-    def __init__(self, problems: Problems, unfolded: Unfolded, *, as_turns: bool, is_table: bool) -> None:
+    def __init__(self, problems: Problems, unfolded: UnfoldedSize, *, as_turns: bool, is_table: bool) -> None:
         self.problems = problems
         self._unfolded = unfolded
         self.layout: Layout | None = None
         self.has_tools = False
         self.hashed = hashlib.sha256()
         self._as_turns = as_turns
-        # Nobody wrote the nulls and the order of keys of a table.
+        # A table has nulls and an order of keys by itself: that they change is not worth saying.
         self._unsaid = (NULLS, ORDER) if is_table else ()
         self._first = ""
         self._used: dict[str, None] = {}
@@ -110,10 +110,10 @@ class _Reading:
             if self.layout is None:
                 self.problems.add(where, explain_unknown(row))
                 return
-            found = self._read(where, row, self.layout)
-            if found is not None and not self.problems.count:
-                self.has_tools |= found.get("tools") is not None
-                yield found
+            read = self._read(where, row, self.layout)
+            if read is not None and not self.problems.count:
+                self.has_tools |= read.get("tools") is not None
+                yield read
 
     def _read(self, where: str, row: Row, layout: Layout) -> Row | None:
         missing = [name for name in layout.needed if name not in row]
@@ -121,26 +121,26 @@ class _Reading:
             self.problems.add(
                 where,
                 f"has no {' and no '.join(map(repr, missing))}, unlike {self._first}; "
-                f"it has {shown(list(row), 40)[1:-1] or 'nothing'}",
+                f"it has {listed(row, 40) or 'nothing'}",
             )
             return None
-        notes, found = Notes(), None
+        notes, read = Notes(), None
         try:
-            found = layout.read(row, notes)
+            read = layout.read(row, notes)
             unused = [name for name, value in row.items() if name not in notes.used and not is_empty(value)]
         except RecursionError:
             notes.wrong("is nested too deeply")
             unused = []
         for problem in notes.problems:
             self.problems.add(where, problem)
-        if found is None and not notes.problems:
+        if read is None and not notes.problems:
             notes.leave_out("rows without text", "skipped")
         beside = () if layout.format == "text" else BESIDE
         for name in unused:
             notes.leave_out(f"the column {name!r}", _why_unused(name, row[name], beside))
         self._used.update(notes.used)
         self._count(list(notes.left_out))
-        return found
+        return read
 
     def _count(self, parts: Sequence[tuple[str, str]]) -> None:
         known = [part for part in parts if part in self._left_out or len(self._left_out) < _MOST_LEFT_OUT]
@@ -174,19 +174,19 @@ def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
 
 
 def _as_text(row: Row) -> str:
-    """A row for its hash and its size; in JSON, which is the same with every version of Python, if it can be."""
+    """A row for its hash and its size: as JSON, which every version of Python writes alike, if JSON can say it."""
     try:
         return json.dumps(row, ensure_ascii=False, default=str)
     except (TypeError, ValueError):
         return str(row)
 
 
-def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
+def _store(rows: Iterator[Row], reading: _Pass) -> Dataset | None:
     """Write rows to an Arrow file as they come, so that memory holds one batch of them; None if there are none."""
     first = next(rows, None)
     if first is None or reading.layout is None:
         return None
-    held = 0
+    unwritten = 0
     try:
         # This process's own folder (in TMPDIR), removed when it ends, or else by the next one.
         folder = Path(tempfile.mkdtemp(dir=process_folder("data")))
@@ -196,10 +196,10 @@ def _store(rows: Iterator[Row], reading: _Reading) -> Dataset | None:
                 writer.write(row)
                 text = _as_text(row)
                 reading.hashed.update(text.encode(errors="surrogatepass"))
-                held += len(text)
-                if held > _BATCH_BYTES:
+                unwritten += len(text)
+                if unwritten > _BATCH_BYTES:
                     writer.write_examples_on_file()
-                    held = 0
+                    unwritten = 0
             writer.finalize()
     except OSError as error:
         if error.errno == errno.ENOSPC:

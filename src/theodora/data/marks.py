@@ -18,7 +18,7 @@ from theodora.data.tools import parsed_or_same
 # A thought is reasoning that stands in the content.
 Kind = Literal["system", "user", "tool", "text", "thought", "reasoning", "call", "argument", "name", "tools"]
 
-_ROOM = 0x4000  # characters for the marks of one conversation
+_ROOM = 0x4000  # characters for the marks of one conversation: two for each part
 # Rare ideographs, which also Python's repr leaves as they are, and if data holds those, characters for private use.
 _BASES = (0x20000, 0x24000, *range(0xF0000, 0x10C000, _ROOM))
 _RARE = re.compile("[\U00020000-\U0010fffd]")
@@ -45,7 +45,7 @@ class Marked:
     tools: Sequence[Any] | None
     parts: list[Part]
     bare: list[Part]
-    """Those without marks."""
+    """The parts that have no marks around them."""
     base: int
 
     def read(self, rendered: str) -> tuple[str, dict[int, Span]]:
@@ -165,5 +165,5 @@ class _Pen:
         if isinstance(value, str):
             return self.words(index, "argument", value)
         if isinstance(value, Mapping):
-            return {key: self._values(index, one) for key, one in cast("Mapping[str, Any]", value).items()}
-        return [self._values(index, one) for one in cast("list[Any]", value)] if isinstance(value, list) else value
+            return {key: self._values(index, item) for key, item in cast("Mapping[str, Any]", value).items()}
+        return [self._values(index, item) for item in cast("list[Any]", value)] if isinstance(value, list) else value

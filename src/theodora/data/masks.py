@@ -16,7 +16,7 @@ Span = tuple[int, int]
 def are_sound(offsets: Sequence[Span], text: str) -> bool:
     """Whether character offsets run through the text in order, to its end. Some tokenizers give none, or wrong ones."""
     placed = [place for place in offsets if place != (0, 0)]  # (0, 0): a token that is not in the text, such as BOS
-    in_order = all(one[0] <= next_[0] and one[1] <= next_[1] for one, next_ in pairwise(placed))
+    in_order = all(place[0] <= following[0] and place[1] <= following[1] for place, following in pairwise(placed))
     return in_order and (placed[-1][1] if placed else 0) >= len(text.rstrip())
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from theodora.config import is_int
-from theodora.data.blocks import unfolded
+from theodora.data.blocks import turns_of_blocks
 from theodora.data.notes import Notes, is_empty, not_used, spelling
-from theodora.data.problems import nearest
+from theodora.data.problems import listed, nearest
 from theodora.data.tools import (
     Schemas,
     describe,
@@ -186,7 +186,7 @@ def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Tu
         rest = {key: item for key, item in turn.items() if key not in (asked, answered)}
         pair = {"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}
         return [read for part in pair if (read := _read_turn(part, what, notes, schemas)).message]
-    return [read for part in unfolded(turn) if (read := _read_turn(part, what, notes, schemas)).message]
+    return [read for part in turns_of_blocks(turn) if (read := _read_turn(part, what, notes, schemas)).message]
 
 
 def _with_known_keys(turn: Message) -> Message:
@@ -215,7 +215,7 @@ def _read_turn(turn: Message, what: str, notes: Notes, schemas: Schemas) -> Turn
     if role == "tool" and isinstance(content, dict | list) and not are_parts(content):
         content = text_of_result(content, f"{what} ({role})", notes)
     if content is None and not any(key in turn for key in _WORDS):
-        notes.wrong(f"{what} ({role}) has no content; its keys are {shown(list(turn), 10)[1:-1]}")
+        notes.wrong(f"{what} ({role}) has no content; its keys are {listed(turn, 10)}")
         return Turn({})
     text = read_words(content, f"{what} ({role})", notes)
     if isinstance(content, str) and role == "assistant" and not text.strip() and not calls:
@@ -232,7 +232,7 @@ def _read_role(turn: Message, what: str, notes: Notes) -> tuple[str, str]:
     spelt = spelling(name) if isinstance(name, str) else ""
     if spelt not in ROLES:
         known = "system, user, assistant, tool (or human, gpt, …)"
-        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {shown(list(turn), 10)[1:-1]}"
+        hint = nearest(name, list(ROLES)) if isinstance(name, str) else f"; its keys are {listed(turn, 10)}"
         notes.wrong(f"{what} has the role {shown(name)}; expected {known}{hint}")
     return spelt, ROLES.get(spelt, "")
 

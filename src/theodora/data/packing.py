@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# The share of a leak's full size, or of the largest logit, that rounding may explain. Real leaks are of full size.
+# The share of a full leak that rounding may explain (a real leak is of full size), and the share of the largest logit.
 _NOISE = 0.01
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDING_HALF = 0.05

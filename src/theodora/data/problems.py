@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 from theodora.data.left_out import LeftOut
-from theodora.errors import DataError, bullet_list
+from theodora.errors import DataError, bullet_list, shown
 
 SHOWN = 10
+"""Problems that an error names; it counts the others."""
 _LONGEST_NAME = 100
 
 
@@ -42,9 +44,14 @@ class Problems:
         )
 
 
+def listed(names: Iterable[object], most: int = 100) -> str:
+    """Names in a message: `'a', 'b'`. Cut as `shown` cuts, each at about `most` characters; empty without any."""
+    return shown(list(names), most)[1:-1]
+
+
 def nearest(name: str, known: list[str]) -> str:
     """`"; did you mean 'x'?"` for the most similar known name, or an empty string."""
     if len(name) > _LONGEST_NAME:  # comparing takes time in the square of the length, and no slip is that long
         return ""
-    found = get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    closest = get_close_matches(name, known, n=1)
+    return f"; did you mean {closest[0]!r}?" if closest else ""

@@ -16,9 +16,9 @@ import pyarrow as pa
 from theodora.data.arrow_sizes import file_size, is_compressed, may_repeat, table_size
 from theodora.data.files import BATCH_ROWS, SUFFIXES, LocatedRows, read_parquet, reader_for
 from theodora.data.hub import load_from_hub
-from theodora.data.problems import Problems, nearest
+from theodora.data.problems import Problems, listed, nearest
 from theodora.data.stored import json_columns, plain_rows
-from theodora.data.unfolded import Unfolded
+from theodora.data.unfolded_size import UnfoldedSize
 from theodora.errors import DataError, shown
 from theodora.files.memory import available_memory
 from theodora.parse import parse_json
@@ -115,7 +115,7 @@ def _open_folder(path: Path, name: str, split: str | None) -> Source:
     tables = all(reader_for(file) is read_parquet for file in by_split[chosen])
     notes = [_note(chosen, list(by_split))]
     if others:
-        notes.append(f"files of other kinds are not read: {shown(others)[1:-1]}")
+        notes.append(f"files of other kinds are not read: {listed(others)}")
     size = sum(file.stat().st_size for file in by_split[chosen])
     return Source(name, rows, "; ".join(filter(None, notes)), size=size, is_table=tables)
 
@@ -124,7 +124,7 @@ def _open_saved(path: Path, name: str, split: str | None) -> Source:
     try:
         _check_within(path)
         stored = [file for file in path.rglob("*.arrow") if file.is_file()]
-        unfolded = Unfolded(name, sum(file.stat().st_size for file in stored))
+        unfolded = UnfoldedSize(name, sum(file.stat().st_size for file in stored))
         for file in stored:
             if is_compressed(file):
                 raise DataError(f"{name}: the buffers in {file.name} are compressed; save it anew with `datasets`")
@@ -185,9 +185,9 @@ def _open_dataset(loaded: Any, name: str, split: str | None, folder: Path | None
 
     files = [Path(file["filename"]) for file in loaded.cache_files] if folder is None else folder.glob("*.arrow")
     size = sum(file.stat().st_size for file in files)
-    unfolded = Unfolded(name, size)
-    if may_repeat(loaded.data.schema) and (found := table_size(loaded.data, unfolded.allowed)) > unfolded.allowed:
-        raise DataError(unfolded.complaint(found))
+    unfolded = UnfoldedSize(name, size)
+    if may_repeat(loaded.data.schema) and (rows_size := table_size(loaded.data, unfolded.allowed)) > unfolded.allowed:
+        raise DataError(unfolded.complaint(rows_size))
 
     # It may have been saved in another form (arrays, tensors) or with some of its columns hidden. As Arrow, nothing in
     # it is decoded: pictures and sounds would be opened wherever a row says that they are.

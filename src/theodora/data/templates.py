@@ -1,7 +1,8 @@
-"""A chat template by itself: it renders messages, and is asked once in which form it shows what messages hold.
+"""A chat template by itself: renders messages, once it is known in which form it shows what they hold.
 
-Templates differ in what they want: tool calls' arguments as an object or as JSON text, content as a string or as a list
-of parts, reasoning as a field or as a part. Each form is tried on a few words, and the first that shows them is taken.
+Templates differ in what they expect: tool calls' arguments as an object or as JSON text, content as a string or as a
+list of parts, reasoning as a field or as a part. Each form is tried on a few words, and the first that shows them is
+taken.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeE
 
 _HALF_A_TAG = re.compile(r"<[^<>\s]*$")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Reasoning before the answer, as those write it who have no field for it.
+# Reasoning before the answer in its text, as data sets without a field for it have it.
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _LIST = re.compile(r"""\[\{["']type["']: ?["']t""")
 # What templates call reasoning: Qwen and GLM, Gemma and Nemotron, gpt-oss and LFM.
@@ -77,7 +78,7 @@ class Forms:
     shows_reasoning: bool = False
     """Reasoning in a field is shown, be it the last answer's alone."""
     shows_thoughts: bool = False
-    """So is reasoning in the content."""
+    """Reasoning in the content is shown, too."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,23 @@ class Template:
         Raises:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
-        return _render(self, [formed(message, self.forms) for message in messages], tools, prompt=prompt)[0]
+        return _render(self, [_in_form(message, self.forms) for message in messages], tools, prompt=prompt)[0]
+
+    def render_or_none(self, messages: Sequence[Message], tools: Tools = None, prompt: bool = False) -> str | None:
+        """The same, or None if the template refuses this conversation."""
+        try:
+            return self.render(messages, tools, prompt)
+        except TEMPLATE_ERRORS:
+            return None
 
     def generation_spans(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
         """The stretches of `render`'s text between `{% generation %}` markers; empty if there are none."""
         if not self.is_marked:
             return []
-        return _render(self, [formed(message, self.forms) for message in messages], tools, marked=True)[1]
+        return _render(self, [_in_form(message, self.forms) for message in messages], tools, marked=True)[1]
 
 
-def as_wanted(
+def for_template(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None = None, tools: Tools = None
 ) -> list[Message]:
     """Messages in the form in which a template shows all that it can, for `apply_chat_template`.
@@ -146,14 +154,14 @@ def as_wanted(
         tools: the tools on offer, for which some tokenizers have a template of its own.
     """
     forms = Template.of(tokenizer, template, tools).forms
-    return [formed(message, forms) for message in messages]
+    return [_in_form(message, forms) for message in messages]
 
 
-def formed(message: Message, forms: Forms) -> Message:
-    """A message as a template wants it: without empty fields, which some print as "None", and without `weight`."""
+def _in_form(message: Message, forms: Forms) -> Message:
+    """A message in a template's form: without empty fields, which some print as "None", and without `weight`."""
     whole = {k: v for k, v in message.items() if v is not None and k != "weight"}
     if calls := calls_of(message):
-        whole["tool_calls"] = [_formed_call(call, forms.arguments_in_text) for call in calls]
+        whole["tool_calls"] = [_call_in_form(call, forms.arguments_in_text) for call in calls]
     else:
         whole.pop("tool_calls", None)
     reasoning = next((whole[key] for key in _REASONING if whole.get(key)), None)
@@ -162,9 +170,9 @@ def formed(message: Message, forms: Forms) -> Message:
         forms.thinking_in_field
         and is_answer
         and not reasoning
-        and (found := _THOUGHT.match(whole.get("content") or ""))
+        and (thought := _THOUGHT.match(whole.get("content") or ""))
     ):
-        reasoning, whole["content"] = found[1].strip(), whole["content"][found.end() :]
+        reasoning, whole["content"] = thought[1].strip(), whole["content"][thought.end() :]
     as_part = forms.thinking_in_parts and is_answer and reasoning
     if as_part or (forms.in_parts and isinstance(whole.get("content"), str)):
         text = whole.get("content") or ""
@@ -175,7 +183,7 @@ def formed(message: Message, forms: Forms) -> Message:
     return whole
 
 
-def _formed_call(call: Message, in_text: bool) -> Message:
+def _call_in_form(call: Message, in_text: bool) -> Message:
     holder = call.get("function") if isinstance(call.get("function"), dict) else call
     arguments = cast(Message, holder).get("arguments")
     if arguments is None:
@@ -264,7 +272,7 @@ def whole_tags(text: str, end: int) -> int:
 
 def _behind(template: Template, messages: Sequence[Message], word: str, *, prompt: bool = False) -> str:
     try:
-        text, _ = _render(template, [formed(message, template.forms) for message in messages], None, prompt=prompt)
+        text, _ = _render(template, [_in_form(message, template.forms) for message in messages], None, prompt=prompt)
     except TEMPLATE_ERRORS:
         return ""
     return text.rpartition(word)[2]
@@ -272,12 +280,12 @@ def _behind(template: Template, messages: Sequence[Message], word: str, *, promp
 
 def _shows(template: Template, forms: Forms, messages: Sequence[Message], *words: str) -> bool:
     text = _text(template, forms, messages) or ""
-    # A list that is written as such ("[{'type': 'text', …") is not understood.
+    # A template that prints the list itself ("[{'type': 'text', …") does not understand parts.
     return all(word in text for word in words) and not _LIST.search(text)
 
 
 def _text(template: Template, forms: Forms, messages: Sequence[Message]) -> str | None:
     try:
-        return _render(template, [formed(message, forms) for message in messages], None)[0]
+        return _render(template, [_in_form(message, forms) for message in messages], None)[0]
     except TEMPLATE_ERRORS:
         return None

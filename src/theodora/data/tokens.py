@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer, tools_of
 from theodora.data.examples import Examples
-from theodora.data.hidden import HiddenCounts, left_out_of
+from theodora.data.hidden import HiddenCounts
 from theodora.data.left_out import LeftOut, sentences
 from theodora.data.masks import Span, are_sound, extents, learned_by_extent, learned_by_prefix, straddles
 from theodora.data.messages import Message
@@ -28,11 +28,11 @@ from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
 from theodora.data.templates import TEMPLATE_ERRORS
 from theodora.errors import ConfigError, DataError
+from theodora.kernels.cross_entropy import IGNORED
 from theodora.metered import whole_job
 
-__all__ = ["IGNORED", "TrainOn", "left_out_of", "tokenize"]
+__all__ = ["TrainOn", "tokenize"]
 
-IGNORED = -100
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
 
@@ -199,8 +199,8 @@ class _Batches:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
         for ids, labels in self._tokenised([text for text in texts if text is not None]):
-            kept = [self._keep(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
-            self.counts.cut += len(ids) > self.max_length and not self.is_text and any(kept)
+            added = [self._add(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
+            self.counts.cut += len(ids) > self.max_length and not self.is_text and any(added)
         return encoded
 
     def _text(self, index: int, row: dict[str, Any]) -> _Text | None:
@@ -274,14 +274,15 @@ class _Batches:
                 ids,
                 lambda prefix: self.tokenizer(prefix, add_special_tokens=text.special, verbose=False)["input_ids"],
             )
-        return [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+        return [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
 
     def _pieces(self, length: int) -> list[slice]:
         if self.is_text:
             return [slice(start, start + self.max_length) for start in range(0, length, self.max_length)]
         return [slice(0, self.max_length)]
 
-    def _keep(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> bool:
+    def _add(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> bool:
+        """Add one row, unless there is nothing to learn in it; whether it was added."""
         # The first token of a row has nothing before it to be predicted from.
         learned = sum(label != IGNORED for label in labels[1:])
         if not learned:

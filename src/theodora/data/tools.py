@@ -29,7 +29,7 @@ ORDER = (
     "changed to that of `required`, then of the alphabet, as tables have an order of their own; "
     "what is written as JSON text keeps its own",
 )
-"""What happens to every kind of file, and is only worth saying of one that could have kept it."""
+"""These happen to every kind of file, and are only worth saying of one that could have kept it (no table)."""
 
 _NUMBER = re.compile(r"\d\.\d|\d[eE]|\d{10}")
 _LARGEST_EXACT = 2**53
@@ -40,7 +40,7 @@ _KEYS = (
 _RANKS = {key: rank for rank, key in enumerate(_KEYS)}
 # Their keys are names that the writer chose.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
-_MOST_LITERAL = 1 << 20
+_MOST_LITERAL = 1 << 20  # characters of a Python literal, of which a whole syntax tree is built first
 
 Schemas = Mapping[str, Any]
 """What each tool's arguments are, by the tool's name."""
@@ -141,9 +141,9 @@ def storable_calls(
     if not text:
         return calls
     functions = [call["function"] for call in calls]
-    arranged = [arranged_arguments(one["arguments"], schemas.get(one["name"])) for one in functions]
-    kept = json.dumps([one["arguments"] for one in functions]) == json.dumps(arranged)
-    return calls if kept and _NUMBER.search(text) is None else text
+    arranged = [arranged_arguments(function["arguments"], schemas.get(function["name"])) for function in functions]
+    unchanged = json.dumps([function["arguments"] for function in functions]) == json.dumps(arranged)
+    return calls if unchanged and _NUMBER.search(text) is None else text
 
 
 def arranged_tool(value: Any, names: Sequence[str] | None = None) -> Any:
@@ -282,8 +282,8 @@ def _holds_null(value: Any) -> bool:
 
 def _same_order(before: Any, after: Any) -> bool:
     if isinstance(before, dict):
-        kept = [key for key in before if before[key] is not None]
-        return kept == list(after) and all(_same_order(before[key], after[key]) for key in kept)
+        keys = [key for key in before if before[key] is not None]
+        return keys == list(after) and all(_same_order(before[key], after[key]) for key in keys)
     return not isinstance(before, list) or all(_same_order(*pair) for pair in zip(before, after, strict=True))
 
 

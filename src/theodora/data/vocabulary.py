@@ -29,24 +29,24 @@ def model_rows(model: Any) -> int:
 
 
 def missing_rows(rows: Iterable[Sequence[int]], have: int) -> dict[int, int]:
-    """Token id -> how many rows use it, of those beyond the model's."""
-    found: dict[int, int] = {}
+    """Token id -> how many rows use it, of the tokens that the model has no row for."""
+    counts: dict[int, int] = {}
     for row in rows:
         if row and max(row) >= have:
             for token in sorted({token for token in row if token >= have}):
-                found[token] = found.get(token, 0) + 1
-    return dict(sorted(found.items()))
+                counts[token] = counts.get(token, 0) + 1
+    return dict(sorted(counts.items()))
 
 
 def missing_in(datasets: Iterable[Dataset], have: int) -> dict[int, int]:
     """`missing_rows` of tokenised data sets, which are read in full only where there is something to find."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for dataset in datasets:
         chunks: list[Any] = dataset.data.column("input_ids").chunks
         if max((ids.to_numpy().max() for chunk in chunks if len(ids := chunk.flatten())), default=0) >= have:
             for token, count in missing_rows(dataset["input_ids"], have).items():
-                found[token] = found.get(token, 0) + count
-    return dict(sorted(found.items()))
+                counts[token] = counts.get(token, 0) + count
+    return dict(sorted(counts.items()))
 
 
 def safe_padding(model: Any, tokenizer: Any) -> int:
@@ -77,18 +77,18 @@ def check_rows(rows: Iterable[Sequence[int]], model: Any, tokenizer: Any, where:
         ConfigError: naming every token without a row.
     """
     have = model_rows(model)
-    found = missing_rows(rows, have)
-    if found:
-        raise ConfigError(f"{describe_missing(found, have, tokenizer, where)}\n{mend}")
+    missing = missing_rows(rows, have)
+    if missing:
+        raise ConfigError(f"{describe_missing(missing, have, tokenizer, where)}\n{mend}")
 
 
-def describe_missing(found: dict[int, int], have: int, tokenizer: Any, where: str) -> str:
+def describe_missing(missing: dict[int, int], have: int, tokenizer: Any, where: str) -> str:
     """The tokens of `missing_rows` by name."""
     names = [
         f"{tokenizer.convert_ids_to_tokens(token)!r} ({token}) in {count:,} {'row' if count == 1 else 'rows'}"
-        for token, count in found.items()
+        for token, count in missing.items()
     ]
-    what = "a token" if len(found) == 1 else f"{len(found)} tokens"
+    what = "a token" if len(missing) == 1 else f"{len(missing)} tokens"
     return f"{where} uses {what} that the model, whose vocabulary has {have:,} rows, has no row for:" + bullet_list(
         names, _SHOWN
     )

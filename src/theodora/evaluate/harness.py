@@ -48,10 +48,10 @@ def run_harness(
 
     wrapped = wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0)
+        results: Any = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0)
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     return {
-        task: {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
-        for task, figures in found["results"].items()
+        task: {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for task, values in results["results"].items()
     }

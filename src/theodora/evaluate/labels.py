@@ -1,4 +1,4 @@
-"""Which of a closed set of labels a model finds likeliest: a fair question also to a model that was never trained.
+"""Which of a closed set of labels a model finds likeliest: a question that is fair to an untrained model, too.
 
 The likelihood of a label is that of its whole answer, end token included, after the prompt. The prompt runs once; the
 labels follow from its cache, the most promising ones first, until no other can be likelier any more: an answer's
@@ -22,7 +22,8 @@ from theodora.data.masks import agreement
 from theodora.data.prompts import answered_alone
 from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, pad
-from theodora.evaluate.loss import IGNORED, logits_at
+from theodora.evaluate.loss import logits_at
+from theodora.kernels.cross_entropy import IGNORED
 
 _REASONED = "</think>"  # ends reasoning that stands in the answer itself
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -89,16 +90,16 @@ def choices(
             + (", …" if len(strange) > 5 else "")
         )
     # Blanks that set an answer off from its prompt stay, and so does reasoning in front of it.
-    each = [answered_alone(row, _dressed(reference_answer(row), label)) for row in rows for label in labels]
+    labelled = [answered_alone(row, _with_label(reference_answer(row), label)) for row in rows for label in labels]
     # The context window is the limit of one row, so none may be cut: rows and labels would no longer agree.
     tokens = tokenize(
-        examples.with_dataset(Dataset.from_list(each, features=examples.dataset.features)),
+        examples.with_dataset(Dataset.from_list(labelled, features=examples.dataset.features)),
         tokenizer,
         max_length=max_length,
         use_chat_template=use_chat_template,
     )
     ids, marks = list(tokens["input_ids"]), list(tokens["labels"])
-    if len(ids) != len(each) or max(map(len, ids)) >= max_length:
+    if len(ids) != len(labelled) or max(map(len, ids)) >= max_length:
         raise DataError(f"{examples.source}: rows are longer than max_length={max_length} with their labels")
     groups = range(0, len(ids), len(labels))
     return [
@@ -119,10 +120,10 @@ def choose(
     """
     by_cache, checked = True, False
     for batch in batches_by_length([len(q.prefix) for q in questions], batch_size):
-        chosen = [questions[i] for i in batch]
-        found = _from_cache(model, chosen, check=not checked) if by_cache else None
-        by_cache, checked = found is not None, True
-        yield batch, found if found is not None else [_best(_in_full(model, [q])[0]) for q in chosen]
+        part = [questions[i] for i in batch]
+        labels = _from_cache(model, part, check=not checked) if by_cache else None
+        by_cache, checked = labels is not None, True
+        yield batch, labels if labels is not None else [_best(score_in_full(model, [q])[0]) for q in part]
 
 
 def _rows(examples: Examples) -> list[Any]:
@@ -132,11 +133,12 @@ def _rows(examples: Examples) -> list[Any]:
 
 
 def _label(answer: str) -> str:
-    """An answer without its reasoning and the blanks around it."""
+    """The label that an answer gives: without its reasoning and the blanks around it."""
     return answer.rpartition(_REASONED)[2].strip()
 
 
-def _dressed(answer: str, label: str) -> str:
+def _with_label(answer: str, label: str) -> str:
+    """An answer with another label, and its own reasoning and blanks."""
     reasoning, tag, words = answer.rpartition(_REASONED)
     start = len(words) - len(words.lstrip())
     return reasoning + tag + words[:start] + label + words[len(words.rstrip()) :]
@@ -145,7 +147,7 @@ def _dressed(answer: str, label: str) -> str:
 def _choice(ids: list[list[int]], marks: list[list[int]], right: int) -> Choice:
     ends = [max(i for i, mark in enumerate(row) if mark != IGNORED) + 1 for row in marks]
     rows = [row[:end] for row, end in zip(ids, ends, strict=True)]
-    # What the first and the last in order have in common, all have. An ending has a token at least.
+    # What the first and the last row in order have in common, all have. An ending has a token at least.
     shared = max(1, min(agreement(min(rows), max(rows)), *(len(row) - 1 for row in rows)))
     return Choice(
         prefix=rows[0][:shared],
@@ -159,7 +161,7 @@ def _best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _in_full(model: PreTrainedModel, questions: Sequence[Choice], only: int | None = None) -> list[list[float]]:
+def score_in_full(model: PreTrainedModel, questions: Sequence[Choice], only: int | None = None) -> list[list[float]]:
     """log p of every label (or of one) of each question, without a cache."""
     wanted = [(q, i) for q in questions for i in (range(len(q.endings)) if only is None else [only])]
     scores: list[float] = []
@@ -167,8 +169,8 @@ def _in_full(model: PreTrainedModel, questions: Sequence[Choice], only: int | No
         part = wanted[start : start + 32]
         ids_BT = pad([q.prefix + q.endings[i] for q, i in part], 0)
         first = min(len(q.prefix) for q, _ in part) - 1
-        kept = torch.arange(first, ids_BT.shape[1] - 1)
-        log_probs_BKV = logits_at(model, ids_BT.to(model.device), kept.to(model.device)).float().log_softmax(-1)
+        positions = torch.arange(first, ids_BT.shape[1] - 1)
+        log_probs_BKV = logits_at(model, ids_BT.to(model.device), positions.to(model.device)).float().log_softmax(-1)
         nats = log_probs_BKV.gather(2, ids_BT[:, first + 1 :, None].to(log_probs_BKV.device))[..., 0].tolist()
         for (q, i), row in zip(part, nats, strict=True):
             own = row[len(q.prefix) - 1 - first :][: len(q.endings[i])]
@@ -178,27 +180,27 @@ def _in_full(model: PreTrainedModel, questions: Sequence[Choice], only: int | No
 
 
 def _from_cache(model: PreTrainedModel, questions: Sequence[Choice], *, check: bool) -> list[int] | None:
-    """The likeliest label of each question, or None if this model gives something else from a cache."""
+    """The likeliest label of each question; None if this model has no such cache, or scores differently from it."""
     try:
-        search = _Search(model, questions)
-        found = search.run()
+        search = LabelSearch(model, questions)
+        labels = search.run()
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return None  # a model without a cache of this kind
     if check:
-        label = found[0]
+        label = labels[0]
         tolerance = _ROUNDING.get(model.dtype, _ROUNDING_HALF)
-        expected = _in_full(model, questions[:1], only=label)[0][0]
-        # The shortest row of the batch, too: it stands beside the most padding.
-        last = _in_full(model, questions[-1:], only=found[-1])[0][0]
-        pairs = ((search.score[0][label], expected), (search.score[-1][found[-1]], last))
+        expected = score_in_full(model, questions[:1], only=label)[0][0]
+        # Also the shortest row of the batch, which has the most padding beside it.
+        last = score_in_full(model, questions[-1:], only=labels[-1])[0][0]
+        pairs = ((search.score[0][label], expected), (search.score[-1][labels[-1]], last))
         if any(abs(a - b) > tolerance * max(1.0, abs(b)) for a, b in pairs):
             return None
-    return found
+    return labels
 
 
-class _Search:
+class LabelSearch:
     """Best-first search over the labels of a batch of questions."""
 
     def __init__(self, model: PreTrainedModel, questions: Sequence[Choice]) -> None:
@@ -222,7 +224,7 @@ class _Search:
             [float(row[e[0]]) if counts[0] else 0.0 for e, counts in zip(q.endings, q.learned, strict=True)]
             for q, row in zip(questions, log_probs_BV, strict=True)
         ]
-        """log p of each label's first token: it can only become less."""
+        """log p of each label's first token: the most that the whole label can reach."""
         self.score: list[dict[int, float]] = [
             {i: bound[i] for i, ending in enumerate(q.endings) if len(ending) == 1}
             for q, bound in zip(questions, self.bound, strict=True)
@@ -236,9 +238,9 @@ class _Search:
             if not following:
                 return [max(scores, key=lambda i: (scores[i], -i)) for scores in self.score]
             if len(following) < len(active):
-                kept = torch.tensor([active.index(row) for row in following])
-                self._cache.batch_select_indices(kept.to(self._model.device))
-                self._mask_BT = self._mask_BT[kept]
+                rows = torch.tensor([active.index(row) for row in following])
+                self._cache.batch_select_indices(rows.to(self._model.device))
+                self._mask_BT = self._mask_BT[rows]
                 active = list(following)
             self._extend(following)
 

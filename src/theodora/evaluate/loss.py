@@ -1,4 +1,4 @@
-"""Loss per predicted token. Legend: B rows, T tokens, N predicted tokens, V vocabulary."""
+"""Loss per predicted token. Legend: B rows, T tokens, K positions, N predicted tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from theodora.evaluate.batches import pad
+from theodora.kernels.cross_entropy import IGNORED
 
-IGNORED = -100  # the label of tokens that are not predicted, as in torch and transformers
 # Logits are brought to fp32 this many tokens at a time: at a vocabulary of 128,256 that is 131 MB, not gigabytes.
 _CHUNK = 256
 
@@ -32,12 +32,12 @@ def summed_loss(
     # nor position ids are needed, and attention keeps its fastest path.
     ids_BT = pad(input_ids, 0).to(model.device)
     targets_BT = pad(labels, IGNORED)[:, 1:]  # the token at t is predicted from the state at t-1
-    kept = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if kept.numel() == 0:
+    predicted_at = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if predicted_at.numel() == 0:
         return 0.0, 0
-    last = int(kept[-1]) + 1  # what follows the last predicted token of all rows changes nothing
-    logits = logits_at(model, ids_BT[:, :last], kept.to(model.device))
-    targets = targets_BT[:, kept].to(logits.device)
+    last = int(predicted_at[-1]) + 1  # what follows the last predicted token of all rows changes nothing
+    logits = logits_at(model, ids_BT[:, :last], predicted_at.to(model.device))
+    targets = targets_BT[:, predicted_at].to(logits.device)
     predicted = targets != IGNORED
     logits_NV, targets_N = logits[predicted], targets[predicted]
     total = sum(
@@ -47,13 +47,13 @@ def summed_loss(
     return float(total), targets_N.numel()
 
 
-def logits_at(model: PreTrainedModel, ids_BT: Tensor, kept: Tensor | None, **arguments: Any) -> Tensor:
-    """Logits at the kept positions only, or at all: the output head is a quarter of a small model's work.
+def logits_at(model: PreTrainedModel, ids_BT: Tensor, positions: Tensor | None, **arguments: Any) -> Tensor:
+    """Logits at some positions, (B, K, V), or at all: the output head is a quarter of a small model's work.
 
     Args:
         model: any causal language model.
         ids_BT: token ids, on the model's device.
-        kept: the positions, (K,).
+        positions: where, (K,); None: everywhere.
         **arguments: more for the model's forward. Default: no cache.
     """
     parameters = inspect.signature(model.forward).parameters
@@ -61,8 +61,8 @@ def logits_at(model: PreTrainedModel, ids_BT: Tensor, kept: Tensor | None, **arg
         arguments = {"use_cache": False, **arguments}
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments.pop("position_ids", None)  # positions come from the mask then
-    if kept is None:
+    if positions is None:
         return model(input_ids=ids_BT, **arguments).logits
     if "logits_to_keep" in parameters:
-        return model(input_ids=ids_BT, logits_to_keep=kept, **arguments).logits
-    return torch.index_select(model(input_ids=ids_BT, **arguments).logits, 1, kept)
+        return model(input_ids=ids_BT, logits_to_keep=positions, **arguments).logits
+    return torch.index_select(model(input_ids=ids_BT, **arguments).logits, 1, positions)

@@ -25,13 +25,13 @@ from theodora.evaluate.metrics import Metric, mean_score, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
 from theodora.terminal import Terminal
 
-_NO_ROWS = (
+_MEND_VOCABULARY = (
     "Score the model, or an adapter of it, that was trained with these tokens (theodora train --resize-embeddings), or "
     "take the tokenizer that fits this one."
 )
 
 
-class NotFinite(TheodoraError):
+class LossNotFinite(TheodoraError):
     """A model's loss is NaN or infinite, so that there is nothing to report."""
 
 
@@ -64,7 +64,7 @@ class Scores:
         return math.exp(min(self.loss, 700.0))  # exp(710) is beyond a float
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, ready for JSON."""
+        """All scores, ready for JSON."""
         return {**asdict(self), "perplexity": self.perplexity}
 
 
@@ -105,7 +105,7 @@ def evaluate(
     Raises:
         DataError: there is no row, or no row has a token to predict; rows do not fit the labels; a metric gives
             something that is no finite number.
-        NotFinite: the model's loss is NaN or infinite; the message names the model and the rows.
+        LossNotFinite: the model's loss is NaN or infinite; the message names the model and the rows.
     """
     start = time.perf_counter()
     is_text = examples.format == "text"
@@ -150,19 +150,19 @@ def score(
     """`evaluate` on rows that `questions` has made ready. Arguments and errors are the same."""
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
-    check_rows(asked.token_ids(), model, tokenizer, asked.source, _NO_ROWS)
+    check_rows(asked.token_ids(), model, tokenizer, asked.source, _MEND_VOCABULARY)
     with evaluating(model), _progress_bar(shown=progress) as bar:
         total, tokens = _loss(model, asked, batch_size, bar)
         if tokens == 0:
             raise DataError(f"{asked.source}: no row has a token to predict; is every completion empty or cut off?")
         accuracy = _label_accuracy(model, asked, batch_size, bar) if asked.choices else None
-        matches, found = None, dict[str, float]()
+        matches, means = None, dict[str, float]()
         if exact_match or metrics:
             # An answer that is only compared is broken off as soon as it differs.
             answers = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
             right = [a == reference.strip() for a, reference in zip(answers, asked.references, strict=True)]
             matches = sum(right) / len(right) if exact_match else None
-            found = {name: mean_score(metric, name, answers, asked.references) for name, metric in metrics.items()}
+            means = {name: mean_score(metric, name, answers, asked.references) for name, metric in metrics.items()}
     return Scores(
         loss=total / tokens,
         exact_match=matches,
@@ -170,8 +170,8 @@ def score(
         tokens=tokens,
         seconds=time.perf_counter() - start,
         label_accuracy=accuracy,
-        token_f1=found.pop("token_f1", None) if f1 else None,
-        metrics=found,
+        token_f1=means.pop("token_f1", None) if f1 else None,
+        metrics=means,
         left_out=asked.left_out,
     )
 
@@ -228,7 +228,7 @@ def _loss(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progre
     for batch in batches_by_length([len(row) for row in rows], batch_size):
         batch_loss, predicted = summed_loss(model, [rows[i] for i in batch], [labels[i] for i in batch])
         if not math.isfinite(batch_loss):
-            raise NotFinite(_not_finite(model, asked, batch, batch_loss))
+            raise LossNotFinite(_not_finite(model, asked, batch, batch_loss))
         total, tokens = total + batch_loss, tokens + predicted
         bar.advance(task, len(batch))
     return total, tokens
@@ -237,8 +237,8 @@ def _loss(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progre
 def _not_finite(model: PreTrainedModel, asked: Questions, batch: Sequence[int], loss: float) -> str:
     """Which model says what of which rows, and what that usually comes from."""
     alone = [summed_loss(model, [asked.input_ids[i]], [asked.labels[i]])[0] for i in batch]
-    bad = sorted(i + 1 for i, found in zip(batch, alone, strict=True) if not math.isfinite(found))
-    told = in_line(list(map(str, bad)), 5)
+    bad = sorted(i + 1 for i, own in zip(batch, alone, strict=True) if not math.isfinite(own))
+    told = in_line([str(row) for row in bad], 5)
     # A long text is cut into several rows.
     what = "row" if asked.rows == len(asked.input_ids) else "piece of text"
     which = f"{what} {told}" if bad else f"a batch of {len(batch)} rows, though in none of them alone"

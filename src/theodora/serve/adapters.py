@@ -29,10 +29,10 @@ from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors, prepare_s
 from theodora.serve.slotted_group import group_slotted
 
 if TYPE_CHECKING:
-    from theodora.serve.stamp import Stamp
+    from theodora.serve.stamp import FolderStamp
 
 _serials = itertools.count(1)
-_TOGETHER = 2**25  # numbers
+_TOGETHER = 2**25  # numbers of A and B that are computed with at a time: 128 MB in float32
 _LEAST_TEXT, _TEXT_OF_A_MODULE = 2 << 20, 2 << 10  # bytes: some ten times what headers have
 
 
@@ -53,10 +53,10 @@ class ServedAdapter:
     created: int
     """Unix time of loading."""
     serial: int
-    stamp: Stamp | None = None
+    stamp: FolderStamp | None = None
     """Of its files when it was loaded."""
-    told: Mapping[str, bytes] = field(default_factory=dict)
-    """Files of its folder that say how it is asked and ends, as they were then."""
+    format_files: Mapping[str, bytes] = field(default_factory=dict)
+    """The files that its chat format is read from, as they were then (see `read_format_files`)."""
     users: int = 0
     """Requests that run or wait with it."""
     leaving: bool = False
@@ -65,8 +65,8 @@ class ServedAdapter:
     @property
     def bytes(self) -> int:
         """In host memory."""
-        held = (self.modules or {}).values()
-        return sum(t.numel() * t.element_size() for tensors in held for t in tensors.tensors())
+        modules = (self.modules or {}).values()
+        return sum(t.numel() * t.element_size() for tensors in modules for t in tensors.tensors())
 
 
 def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> AdapterFile:
@@ -84,7 +84,7 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     if problems:
         raise CheckpointError(
             f"{file.path} cannot be served beside others, because it replaces weights of the model; merge it and "
-            "serve the merged model:" + bullet_list(problems[:12])
+            "serve the merged model:" + bullet_list(problems, 12)
         )
     rank = rank_of(file)
     if rank > most_rank:
@@ -160,10 +160,10 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
     modules: dict[str, SlotTensors] = {}
     for paths in itertools.chain.from_iterable(_few(paths, file) for paths in alike.values()):
         layers: list[Any] = [model.get_submodule(path) for path in paths]
-        held = [file.modules[path] for path in paths]
-        magnitudes = [t.magnitude for t in held if t.magnitude is not None] or None
-        found = prepare_slots(layers, [t.a for t in held], [t.b for t in held], magnitudes, held[0].scale)
-        modules |= dict(zip(paths, found, strict=True))
+        files = [file.modules[path] for path in paths]
+        magnitudes = [t.magnitude for t in files if t.magnitude is not None] or None
+        prepared = prepare_slots(layers, [t.a for t in files], [t.b for t in files], magnitudes, files[0].scale)
+        modules |= dict(zip(paths, prepared, strict=True))
     _check_finite(file, modules)
     if (first := next(iter(modules.values())).a_RI).is_cuda:
         torch.cuda.current_stream(first.device).synchronize()
@@ -172,8 +172,8 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
 
 def _check_finite(file: AdapterFile, modules: dict[str, SlotTensors]) -> None:
     """Refuse what is finite in the file and not as it runs: in another dtype, times s, on this model's weights."""
-    held = [tensor for tensors in modules.values() for tensor in tensors.tensors()]
-    if all_finite_on_gpu(held) or all(finite(tensor) for tensor in held):
+    tensors = [tensor for tensors in modules.values() for tensor in tensors.tensors()]
+    if all_finite_on_gpu(tensors) or all(finite(tensor) for tensor in tensors):
         return
     for path, (a, b, g) in ((path, (t.a_RI, t.b_RO, t.g_O)) for path, t in modules.items()):
         for what, tensor in (("A", a), ("s·B", b), ("m / ‖W + s·B·A‖", g)):
@@ -206,9 +206,9 @@ def in_host_memory(modules: dict[str, SlotTensors]) -> dict[str, SlotTensors]:
         at += _aligned(tensor)
         return piece.copy_(tensor, non_blocking=True)
 
-    held = {path: tensors.map(to_host) for path, tensors in modules.items()}
+    moved = {path: tensors.map(to_host) for path, tensors in modules.items()}
     torch.cuda.current_stream(first.device).synchronize()
-    return held
+    return moved
 
 
 def _aligned(tensor: Tensor) -> int:

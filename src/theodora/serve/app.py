@@ -16,11 +16,14 @@ from starlette.exceptions import HTTPException
 from theodora import __version__
 from theodora.errors import CheckpointError, ConfigError, TheodoraError
 from theodora.serve.adapters import ServedAdapter
-from theodora.serve.answers import Answers, Desk, Piece
-from theodora.serve.aside import Aside
+from theodora.serve.answers import Answers, Piece
+from theodora.serve.api_keys import read_keys
 from theodora.serve.bodies import body_of
-from theodora.serve.engine import Busy, Engine, Unavailable, UnknownModel
-from theodora.serve.guards import LOOPBACK, Guards, failure, inside, read_keys
+from theodora.serve.daemon_threads import DaemonThreads
+from theodora.serve.engine import Engine
+from theodora.serve.errors import Busy, ErrorReply, Unavailable, UnknownModel, error_reply
+from theodora.serve.guards import LOOPBACK, Guards, inside
+from theodora.serve.intake import Intake
 from theodora.serve.metrics import Metrics
 from theodora.serve.misses import cut
 from theodora.serve.protocol import ChatRequest, Common, CompletionRequest, LoadRequest, UnloadRequest
@@ -29,13 +32,13 @@ from theodora.serve.response_events import ResponseReplies
 from theodora.serve.responses import ResponsesRequest, chat_of
 from theodora.serve.stamp import Changed
 from theodora.serve.tokens import token_routes
-from theodora.serve.watch import NotFinite
+from theodora.serve.watch import OutputNotFinite
 
 T = TypeVar("T")
 _Replies = Replies | ResponseReplies
 _GONE = 499  # nginx's number for a client that hung up; nobody reads it
 _LONGEST_NOTE = 1000
-_HEAVY = 1000  # log-probabilities whose tokens' texts are worth a thread
+_HEAVY = 1000  # log-probabilities from which on their tokens' texts are worth a thread
 
 _Completion = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
 _Chat = Annotated[ChatRequest, Depends(body_of(ChatRequest))]
@@ -54,18 +57,18 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
         try:
             yield
         finally:
-            await Aside(1)(engine.stop)
+            await DaemonThreads(1)(engine.stop)
 
     app = FastAPI(title="theodora", lifespan=lifespan, openapi_url=None)
     hosts = frozenset((*LOOPBACK, "testserver")) if config.host in LOOPBACK else None
     keys = read_keys(config.api_key_file)
     app.add_middleware(Guards, keys=keys, max_body=config.max_body, hosts=hosts, patience=config.client_timeout)
-    desk, metrics = Desk(engine, tokenizer), Metrics(engine)
+    intake, metrics = Intake(engine, tokenizer), Metrics(engine)
     app.state.engine, app.state.metrics = engine, metrics
-    app.state.reading, loading = Aside(2), Aside(2)
+    app.state.reading, loading = DaemonThreads(2), DaemonThreads(2)
     _add_errors(app)
 
-    app.include_router(token_routes(desk))
+    app.include_router(token_routes(intake))
 
     @app.get("/ping")  # as SageMaker asks
     @app.post("/ping")
@@ -88,23 +91,23 @@ def create_app(engine: Engine, tokenizer: Any) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        found = next((entry for entry in _models(engine) if entry["id"] == name), None)
-        if found is None:
+        entry = next((entry for entry in _models(engine) if entry["id"] == name), None)
+        if entry is None:
             raise UnknownModel(f"There is no model {name!r}.")
-        return found
+        return entry
 
     @app.post("/v1/completions")
     async def completions(asked: _Completion, request: Request) -> Response:
-        return await _serve(asked, request, desk, metrics, "completions")
+        return await _serve(asked, request, intake, metrics, "completions")
 
     @app.post("/v1/chat/completions")
     async def chat(asked: _Chat, request: Request) -> Response:
-        return await _serve(asked, request, desk, metrics, "chat")
+        return await _serve(asked, request, intake, metrics, "chat")
 
     @app.post("/v1/responses")
     async def responses(asked: _Responses, request: Request) -> Response:
         return await _serve(
-            await app.state.reading(chat_of, asked), request, desk, metrics, "responses", ResponseReplies(asked)
+            await app.state.reading(chat_of, asked), request, intake, metrics, "responses", ResponseReplies(asked)
         )
 
     @app.post("/v1/load_lora_adapter")
@@ -141,7 +144,7 @@ _STATUS: dict[type[Exception], tuple[int, str]] = {
     Unavailable: (503, "unavailable_error"),
     _Late: (504, "timeout_error"),
     _Forbidden: (403, "permission_error"),
-    NotFinite: (500, "server_error"),
+    OutputNotFinite: (500, "server_error"),
     Changed: (409, "conflict_error"),  # before what it is a kind of
     ConfigError: (400, "invalid_request_error"),
     CheckpointError: (400, "invalid_request_error"),
@@ -165,30 +168,35 @@ def _add_errors(app: FastAPI) -> None:
 
 def _reply(error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such page
-        return _answer(*failure(error.status_code, str(error.detail), "invalid_request_error"))
+        return _response(error_reply(error.status_code, str(error.detail), "invalid_request_error"))
     for kind, (status, name) in _STATUS.items():
         if isinstance(error, kind):
-            return _answer(*failure(status, str(error), name, **_RETRY.get(status, {})))
-    return _answer(*failure(500, "The server failed on this request.", "server_error"))
+            return _response(error_reply(status, str(error), name, **_RETRY.get(status, {})))
+    return _response(error_reply(500, "The server failed on this request.", "server_error"))
 
 
-def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
-    return Response(body, status, headers)
+def _response(reply: ErrorReply) -> Response:
+    return Response(reply.body, reply.status, reply.headers)
 
 
 async def _serve(
-    asked: Common, request: Request, desk: Desk, metrics: Metrics, endpoint: str, replies: ResponseReplies | None = None
+    asked: Common,
+    request: Request,
+    intake: Intake,
+    metrics: Metrics,
+    endpoint: str,
+    replies: ResponseReplies | None = None,
 ) -> Response:
-    known = asked.model if desk.knows(asked.model) else "unknown"
+    known = asked.model if intake.knows(asked.model) else "unknown"
     loop = asyncio.get_running_loop()
-    timeout = desk.engine.config.timeout
+    timeout = intake.engine.config.timeout
     deadline = loop.time() + timeout
 
     def count(status: int) -> None:
         metrics.requests.labels(endpoint, known, status).inc()
 
     try:
-        take = desk.chat if isinstance(asked, ChatRequest) else desk.completion
+        take = intake.chat if isinstance(asked, ChatRequest) else intake.completion
         answers = await _within(timeout, take(asked, loop))  # pyright: ignore[reportArgumentType]
     except TheodoraError as error:
         reply = _reply(error)
@@ -204,7 +212,7 @@ async def _serve(
         if answers.first_token is not None:
             metrics.first_token.observe(answers.first_token)
 
-    teller = replies or Replies(asked, desk.tokenizer)
+    teller = replies or Replies(asked, intake.tokenizer)
     if asked.stream:
         chunks = _stream(asked, answers, teller, deadline, end)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=_notes(answers))
@@ -212,7 +220,7 @@ async def _serve(
 
 
 def _notes(answers: Answers) -> dict[str, str]:
-    """What of a request had no effect, for who looks."""
+    """A header that says what of a request had no effect."""
     notes = cut("; ".join(answers.notes), _LONGEST_NOTE).encode("ascii", "replace").decode()
     return {"x-theodora-note": re.sub(r"[^ -~]", " ", notes)} if notes else {}
 
@@ -270,7 +278,7 @@ async def _read(answers: Answers, replies: _Replies) -> bytes:
         return bytes(JSONResponse(replies.whole(answers)).body)
 
     # Thousands of tokens by name would hold up everybody else's answers.
-    return await answers.aside(write) if answers.weight > _HEAVY else write()
+    return await answers.threads(write) if answers.scores > _HEAVY else write()
 
 
 async def _hung_up(request: Request) -> None:
@@ -283,15 +291,15 @@ async def _stream(
 ) -> AsyncIterator[bytes]:
     status = _GONE
     loop = asyncio.get_running_loop()
-    late = loop.call_at(deadline, answers.close)  # also while a client does not take what it is sent
+    closing = loop.call_at(deadline, answers.close)  # also while a client does not take what it is sent
     try:
         for chunk in replies.opening(answers):
             yield event(chunk)
         arriving = answers.pieces()
         while (pieces := await _next(arriving, deadline, answers)) is not None:
-            heavy = answers.weight > _HEAVY and any(piece.opens for piece in pieces)  # the prompt's
+            heavy = answers.scores > _HEAVY and any(piece.opens for piece in pieces)  # the prompt's
             chunks = replies.chunks(pieces, answers)
-            for chunk in await answers.aside(list, chunks) if heavy else chunks:
+            for chunk in await answers.threads(list, chunks) if heavy else chunks:
                 yield event(chunk)
         status = 200
         if isinstance(replies, Replies):
@@ -304,7 +312,7 @@ async def _stream(
         status = reply.status_code
         yield event(bytes(reply.body).decode())
     finally:
-        late.cancel()
+        closing.cancel()
         end(status)
 
 

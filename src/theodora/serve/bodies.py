@@ -1,4 +1,4 @@
-"""A request's body, from bytes to what was asked: JSON of a bounded shape, its misses few and short."""
+"""A request's body, from bytes to a checked request: JSON of a bounded shape; what is wrong with it is told briefly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
 
 from theodora.errors import ConfigError
-from theodora.serve.aside import LONG
-from theodora.serve.misses import told
+from theodora.serve.daemon_threads import LONG
+from theodora.serve.misses import describe_misses
 
-_DEEPEST = 128
-_MOST_PIECES = 100_000
+_DEEPEST = 128  # lists and objects in each other: readers and templates go down them by recursion
+_MOST_PIECES = 100_000  # lists, objects and keys: megabytes of text can hold millions of them, each an object in memory
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-"""A text, or one that never ends: all of that is one match, or each quote in it would begin another search."""
+"""A text, also one that never ends: were that no match, each quote in it would begin another search to the end."""
 
 _HALF = re.compile("[\ud800-\udfff]|\\\\u[dD][89a-fA-F]")
 """Where half a character may be: no answer that repeats it could be sent."""
@@ -54,18 +54,18 @@ def parsed(body: bytes) -> Any:
     try:
         text = body.decode(json.detect_encoding(body), "surrogatepass")
         check_pieces(text)
-        found = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise _deep() from None
     except ValueError as error:  # of JSON, of UTF-8, or a number of thousands of digits
         raise ConfigError(f"The body is no JSON: {str(error)[:200]}") from None
-    check_depth(found)
+    check_depth(value)
     if _HALF.search(text):
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ConfigError("The body holds half a character; expected whole ones.") from None
-    return found
+    return value
 
 
 def check_pieces(text: str) -> None:
@@ -101,16 +101,16 @@ def check_depth(value: Any) -> None:
         ]
 
 
-def validated(adapter: TypeAdapter[Any], found: Any) -> Any:
+def validated(adapter: TypeAdapter[Any], value: Any) -> Any:
     """What was asked.
 
     Raises:
         ConfigError: it is something else, and where.
     """
     try:
-        return adapter.validate_python(found)
+        return adapter.validate_python(value)
     except ValidationError as error:
-        raise ConfigError(told(error.errors(include_url=False))) from None
+        raise ConfigError(describe_misses(error.errors(include_url=False))) from None
     except UnicodeEncodeError:  # pydantic's
         raise ConfigError("The body holds half a character; expected whole ones.") from None
 

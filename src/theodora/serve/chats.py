@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from theodora.data.templates import as_wanted
+from theodora.data.templates import for_template
 from theodora.errors import ConfigError, in_line
 from theodora.metered import meter_templates
 from theodora.serve.misses import cut
@@ -41,7 +41,7 @@ def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple
     meter_templates()
     try:
         text = tokenizer.apply_chat_template(
-            as_wanted(messages, tokenizer, own, tools),  # as in training
+            for_template(messages, tokenizer, own, tools),  # as in training
             chat_template=own,
             tools=tools,
             documents=asked.documents or None,

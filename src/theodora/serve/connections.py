@@ -1,4 +1,4 @@
-"""HTTP connections that end: with a client that does not finish its request, or does not read its answer."""
+"""HTTP connections with limits of time: a client that does not finish its request, or read its answer, is cut off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from theodora.serve.guards import failure
+from theodora.serve.errors import error_reply
 
 _TICK = 1.0  # seconds between two looks
 _SLACK = 2.0  # seconds in which a body that is late is told so, before its connection is cut
@@ -20,7 +20,7 @@ _AT_ONCE = 16_384  # bytes read at a time, so that no connection keeps the event
 
 @dataclass(frozen=True)
 class Limits:
-    """What all connections have together, and each has."""
+    """What all connections may take together, and each of them."""
 
     connections: int
     """At a time."""
@@ -35,7 +35,7 @@ class Limits:
 class Connection(H11Protocol):
     """uvicorn's, which has a time limit between two requests only.
 
-    It is looked at every second: what it waits for, and since when, stands in its state.
+    Every second it checks how long the client has been waited for, and for what.
     """
 
     limits: ClassVar[Limits]
@@ -97,8 +97,8 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(_TICK, self._look)
 
     def _late(self, now: float) -> bool:
-        told = _SLACK if self.conn.their_state is h11.SEND_BODY else 0.0
-        return self.sending and now - self._since > self.limits.patience + told
+        slack = _SLACK if self.conn.their_state is h11.SEND_BODY else 0.0
+        return self.sending and now - self._since > self.limits.patience + slack
 
     def _stuck(self, now: float) -> bool:
         """Whether the client does not take what was sent."""
@@ -111,19 +111,23 @@ class Connection(H11Protocol):
         return now - self._moved > self.limits.patience or now - self._empty > self.limits.answer
 
     def _make_room(self) -> None:
-        others = [one for one in self.connections if isinstance(one, Connection) and one is not self and one.sending]
+        others = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, Connection) and connection is not self and connection.sending
+        ]
         if not others:
             self._answer(503, "Too many connections; try again soon.", "unavailable_error")
             return
-        first = min(others, key=lambda one: (one.conn.their_state is h11.SEND_BODY, one._since))
+        first = min(others, key=lambda connection: (connection.conn.their_state is h11.SEND_BODY, connection._since))
         self.connections.discard(first)
         first.transport.abort()
 
     def _answer(self, status: int, message: str, kind: str) -> None:
-        code, body, headers = failure(status, message, kind, connection="close")
-        lines = [f"HTTP/1.1 {code} ", *(f"{name}: {value}" for name, value in headers.items())]
-        head = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""])
-        self.transport.write(head.encode() + body)
+        reply = error_reply(status, message, kind, connection="close")
+        lines = [f"HTTP/1.1 {reply.status} ", *(f"{name}: {value}" for name, value in reply.headers.items())]
+        head = "\r\n".join([*lines, f"content-length: {len(reply.body)}", "", ""])
+        self.transport.write(head.encode() + reply.body)
         self.transport.close()
 
 

@@ -29,10 +29,10 @@ def echo_of(tokenizer: Any, prompt: str | list[int], ids: Sequence[int], special
         special: whether the tokenizer added its special tokens.
     """
     if isinstance(prompt, str) and getattr(tokenizer, "is_fast", False):
-        found = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
-        if list(found["input_ids"]) == list(ids):
+        encoded = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
+        if list(encoded["input_ids"]) == list(ids):
             # Tokens that the tokenizer adds stand at (0, 0), also behind the text.
-            return Echo(prompt, list(accumulate((start for start, _ in found["offset_mapping"]), max)))
+            return Echo(prompt, list(accumulate((start for start, _ in encoded["offset_mapping"]), max)))
     writer = Writer(tokenizer, skip_special=False)
     text = writer.write(ids, finished=True)
     return Echo(prompt if isinstance(prompt, str) else text, writer.offsets)

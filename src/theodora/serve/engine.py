@@ -1,4 +1,4 @@
-"""The engine: a model, its adapters, and transformers' worker that runs batches; started anew when it fails.
+"""The engine: a model and its adapters, which takes requests and has a worker run them in batches.
 
 engine = Engine(model, tokenizer, ServeConfig(model="…"))
 engine.start()
@@ -12,17 +12,11 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-from theodora.errors import CheckpointError, ConfigError, TheodoraError
+from theodora.errors import CheckpointError, ConfigError
 from theodora.files.folder import Place
 from theodora.serve.adapters import (
     Registry,
@@ -33,32 +27,19 @@ from theodora.serve.adapters import (
     read_served,
     slot_tensors,
 )
-from theodora.serve.batching import SCHEDULER, NotRun, RoutedManager, Router, route_batches
+from theodora.serve.batching import NotRun, Router, route_batches
+from theodora.serve.chat_formats import read_format_files
 from theodora.serve.config import ServeConfig
-from theodora.serve.manners import read_told
+from theodora.serve.errors import Busy, Unavailable, UnknownModel
 from theodora.serve.requests import Request, Sampling
-from theodora.serve.rows_apart import RowsApart
 from theodora.serve.slots import Slots
 from theodora.serve.slotted import Routing, SlottedLayer, SlotTensors
-from theodora.serve.stamp import Stamp
+from theodora.serve.stamp import FolderStamp
 from theodora.serve.tiers import HostTier
-from theodora.serve.trial import Trial
+from theodora.serve.window import window_of
+from theodora.serve.worker import Worker
 
 log = logging.getLogger("theodora.serve")
-
-_MOST_RESTARTS = 3  # without an answered request in between
-
-
-class Busy(TheodoraError):
-    """As many requests run and wait as may."""
-
-
-class UnknownModel(TheodoraError):
-    """No such model or adapter."""
-
-
-class Unavailable(TheodoraError):
-    """The worker has failed, or the server is stopping."""
 
 
 class Engine:
@@ -69,19 +50,24 @@ class Engine:
         self.device = model.device
         self.adapters = Registry()
         self.routing = Routing(config.slots + 1)
-        self.slots = Slots(config.slots + 1, self._slotted)
-        self.window = _window(model, config)
+        self.slots = Slots(config.slots + 1, self.slotted_layers)
+        self.window = window_of(model, config)
+        """Tokens that prompt and answer may have together."""
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.created = int(time.time())
-        self.restarts = self.answered = 0
-        self.failure: str | None = None
         self._requests: dict[str, Request] = {}
         self._lock, self._loading, self._numbers = threading.Lock(), threading.Lock(), itertools.count()
         self._mover = ThreadPoolExecutor(1, "theodora-mover")
-        self.host = HostTier(config.host_adapters, self._mover, self._read_again, self._wake)
-        self._manager: RoutedManager | None = None
-        self._apart: RowsApart | None = None
-        self._started = self._stopping = False
+        self.host = HostTier(config.host_adapters, self._mover, self._read_again, lambda: self.worker.wake())
+        self.worker = Worker(
+            model,
+            config,
+            slots=self.slots,
+            host=self.host,
+            new_router=lambda: Router(self._requests.get, self._over),
+            submit=self.submit,
+            lock=self._lock,
+        )
         route_batches(model, self.routing)
 
     # Requests
@@ -114,9 +100,9 @@ class Engine:
         """
         self._check(prompt, sampling)
         with self._lock:
-            manager = self._manager
-            if manager is None or self._stopping or self.failure is not None:
-                raise Unavailable(self._why_not())
+            manager = self.worker.manager
+            if manager is None or not self.ready():
+                raise Unavailable(self.worker.why_not_ready())
             if len(self._requests) >= self.config.max_batch + self.config.max_queue:
                 raise Busy(f"{len(self._requests)} requests are under way; try again soon.")
             served = None
@@ -133,26 +119,20 @@ class Engine:
             eos_token_id=list(sampling.stop_ids) or -1,
             request=request,
         )
-        if accepted is None or self._manager is not manager:  # it may have failed after it had told all others
-            self._over(request, answered=False)
-            raise Unavailable(self._why_not())
+        if accepted is None or self.worker.manager is not manager:  # it may have failed after it had told all others
+            self._over(request)
+            raise Unavailable(self.worker.why_not_ready())
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request that nobody waits for any more. Does nothing to one that is over."""
-        manager = self._manager
-        if self._over(request, answered=False) and manager is not None:
+        manager = self.worker.manager
+        if self._over(request) and manager is not None:
             manager.cancel_request(request.id)
 
     def ready(self) -> bool:
         """Whether a request would be taken."""
-        return self._manager is not None and self.failure is None and not self._stopping
-
-    def why_failed(self) -> str:
-        """What to tell whose request was ended by the worker."""
-        if self._stopping:
-            return "The server is stopping."
-        return "The engine failed while it ran this request, and is starting again; try again soon."
+        return self.worker.ready()
 
     def under_way(self) -> int:
         """Requests that run or wait."""
@@ -160,7 +140,8 @@ class Engine:
 
     def running(self) -> int:
         """Requests in the batch."""
-        processor = self._manager and self._manager.batch_processor
+        manager = self.worker.manager
+        processor = manager and manager.batch_processor
         return len(processor.scheduler.active_requests) if processor else 0
 
     def _check(self, prompt: list[int], sampling: Sampling) -> None:
@@ -187,21 +168,15 @@ class Engine:
                 f"The prompt has {prompt} tokens and max_tokens is {most}; together they may be at most {self.window}."
             )
 
-    def _why_not(self) -> str:
-        return self.failure or (
-            "The server is stopping." if self._stopping else "The engine is starting; try again soon."
-        )
-
-    def _over(self, request: Request, answered: bool = True) -> bool:
+    def _over(self, request: Request) -> bool:
+        """Let go of a request and of its adapter; False if that was done before."""
         with self._lock:
             if self._requests.pop(request.id, None) is None:
                 return False
-            if answered:
-                self.answered += 1
         if (adapter := request.adapter) is not None:
             last = self.adapters.release(adapter)
             if not adapter.users:
-                self.host.rest(adapter)
+                self.host.unneeded(adapter)
             if last:
                 self._free(adapter)
         return True
@@ -226,11 +201,11 @@ class Engine:
                 raise ConfigError(f"The name {name!r} is taken; unload it, choose another, or set load_inplace.")
             started = time.perf_counter()
             file = read_served(path, self.model, self.config.max_rank)
-            stamp = Stamp(path if isinstance(path, Place) else Place(file.path), file.stamp)
-            told = read_told(stamp.place)
-            if Stamp.of(stamp.place) != stamp:
+            stamp = FolderStamp(path if isinstance(path, Place) else Place(file.path), file.stamp)
+            format_files = read_format_files(stamp.place)
+            if FolderStamp.of(stamp.place) != stamp:
                 raise CheckpointError(f"{file.path} changed while it was read; load it again.")
-            manager = self._manager
+            manager = self.worker.manager
 
             def change() -> None:
                 changed = True  # also if it fails halfway
@@ -245,13 +220,13 @@ class Engine:
             except NotRun as error:
                 raise Unavailable(f"The adapter was not loaded: {error}; try again soon.") from error
             adapter = prepare(name, file, self.model, started)
-            adapter.stamp, adapter.told = stamp, told
+            adapter.stamp, adapter.format_files = stamp, format_files
             self.host.add(adapter)  # first, because what can be asked for can be unloaded
             before = self.adapters.add(adapter)
             if before is not None and before.users == 0:
                 self._free(before)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
-            self._mover.submit(self._to_host, adapter)
+            self._mover.submit(self.move_to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
         return adapter
 
@@ -272,7 +247,8 @@ class Engine:
         self.slots.forget(adapter.serial)
         self.host.forget(adapter)
 
-    def _to_host(self, adapter: ServedAdapter) -> None:
+    def move_to_host(self, adapter: ServedAdapter) -> None:
+        """Copy what an adapter has on the device to host memory, if there is some."""
         try:
             self.host.move(adapter, in_host_memory)
         except Exception as error:  # there is no more memory to pin, say; it can be served from where it is
@@ -296,12 +272,8 @@ class Engine:
         stamp.compare(file.stamp)
         return in_host_memory(slot_tensors(file, self.model))
 
-    def _wake(self) -> None:
-        manager = self._manager
-        if manager is not None:
-            manager.wake()
-
-    def _slotted(self) -> dict[str, SlottedLayer]:
+    def slotted_layers(self) -> dict[str, SlottedLayer]:
+        """Module path -> the layer, of those that adapters have been loaded for."""
         return {path: module for path, module in self.model.named_modules() if isinstance(module, SlottedLayer)}
 
     # The worker
@@ -313,188 +285,14 @@ class Engine:
             Unavailable: it does not: no memory, say, or a model that cannot be run in batches, or that says something
                 else in them than alone.
         """
-        if self._manager is not None:
-            return
-        if _heads_differ(self.model.config.get_text_config()):
-            raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
-        self._apart = self._apart or RowsApart(self.model)
-        trial = None if self._started or self.window < 2 else Trial.of(self.model, self.window)
-        if trial is not None and not trial.finite:
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise Unavailable(
-                f"{self.config.model} cannot be served: its output is not finite. Its weights hold NaN or infinite "
-                f"values, or what it computes is too large for {dtype}: try another dtype (--dtype)."
-            )
-        self._manager = manager = self._running_manager()
-        if trial is not None:
-            try:
-                with _unlogged():
-                    self._try(manager, trial)
-            except Unavailable:
-                self.stop()
-                raise
-        self._started = True
-
-    def _running_manager(self) -> RoutedManager:
-        attention = self.model.config._attn_implementation
         try:
-            with _unlogged():
-                manager = self._new_manager()
-                if self.model.config._attn_implementation.endswith("eager") and self.model.dtype == torch.float16:
-                    # Its scores are float16: another request's large key makes them infinite, whatever the mask.
-                    raise ValueError(
-                        "attention without a kernel does not keep requests apart in float16, but does in "
-                        "bfloat16 and float32 (--dtype)"
-                    )
-                manager.start()
-                while manager.batch_processor is None:
-                    if not manager.is_running():
-                        raise manager.background_thread_status.fatal_error or RuntimeError("its worker ended")
-                    time.sleep(0.01)
-        except Exception as error:
-            # Paged attention fails outside batches, and transformers takes it off again only where a manager has run.
-            self.model.set_attn_implementation(attention)
-            if isinstance(error, RuntimeError | OSError):  # no memory, say
-                raise Unavailable(f"The engine does not start: {error}") from error
-            raise self._unfit(error) from error  # transformers', for layers it has no cache for
-        return manager
-
-    def _try(self, manager: RoutedManager, trial: Trial) -> None:
-        sampling = Sampling(max_tokens=trial.count, temperature=0.0)
-        try:  # both in one batch
-            requests = manager.run_between_batches(
-                lambda: [self.submit(prompt, sampling, every_token=False) for prompt in trial.prompts]
-            )
-        except NotRun as error:
-            raise self._unfit(error) from error
-        outputs = [request.updates.get() for request in requests]
-        self.answered = 0
-        if error := next((output.error for output in outputs if output.error is not None), None):
-            raise self._unfit(error)
-        distance = trial.distance([(output.generated_tokens, output.logprobs) for output in outputs])
-        if not distance <= trial.bound:
-            raise self._unfit(
-                f"beside another request it says something else than alone (log-probabilities are off by "
-                f"{distance:.2g} on average, where rounding explains {trial.bound:.2g}); transformers' continuous "
-                f"batching does not fit this kind of model"
-            )
-
-    def _unfit(self, error: Any) -> Unavailable:
-        kind = self.model.config.model_type
-        return Unavailable(
-            f"{self.config.model} (model type {kind}) cannot be served in batches: {str(error).rstrip('.')}. "
-            f"`theodora chat` and `theodora evaluate` run it without them."
-        )
+            self.worker.start()
+        except Unavailable:
+            if self.worker.stopping:  # it has been tried out, and is not tried again
+                self.stop()
+            raise
 
     def stop(self, timeout: float = 5.0) -> None:
         """End what runs, and the worker."""
-        self._stopping = True
-        manager, self._manager = self._manager, None
         self._mover.shutdown(wait=False, cancel_futures=True)
-        if manager is not None and manager.is_running():
-            manager.stop(block=True, timeout=timeout, hard_stop=True)
-        if self._apart is not None:
-            self._apart.end()
-
-    def _new_manager(self) -> RoutedManager:
-        config = self.config
-        generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
-        graphs = self.device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
-        # transformers 5.17 calls pages blocks.
-        page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-        pages: Any = {page: config.page_size or (32 if self.device.type == "cpu" else 256)}
-        batching = ContinuousBatchingConfig(
-            **pages,
-            num_blocks=_blocks(config, self.device),
-            # Left to itself, transformers takes what memory allows, and reserves a mask of the square of that.
-            max_batch_tokens=config.max_batch_tokens or (1024 if self.device.type == "cpu" else 2048),
-            max_memory_percent=config.kv_memory,
-            max_requests_per_batch=config.max_batch,
-            use_cuda_graph=graphs,
-            # transformers pads keys and values to 16384 tokens by default, which costs more than more graphs do.
-            kv_padding_interval_size=4096 if graphs else 0,
-            allow_block_sharing=config.prefix_reuse,
-            scheduler_type=SCHEDULER,
-            return_logprobs=True,
-        )
-        return RoutedManager(
-            self.model,
-            generation,
-            batching,
-            slots=self.slots,
-            host=self.host,
-            router=Router(self._requests.get, self._over),
-            failing=self._failing,
-            failed=self._failed,
-        )
-
-    def _failing(self, error: Exception) -> None:
-        """On the worker's thread, before every request is told: take no more."""
-        if self._started:
-            log.error("the worker failed: %s", error)
-        with self._lock:
-            self._manager = None
-            self.restarts += 1
-            if self.restarts > _MOST_RESTARTS:
-                self.failure = f"The worker has failed {self.restarts} times: {error}"
-
-    def _failed(self) -> None:
-        """On the worker's thread, after every request has been told: start another worker."""
-        if self._started and not self._stopping and self.failure is None:
-            threading.Thread(target=self._start_again, daemon=True).start()
-
-    def _start_again(self) -> None:
-        try:
-            self.start()
-        except Unavailable as error:
-            self.failure = str(error)
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without transformers' own report of a worker that fails, which is raised instead."""
-    logger = logging.getLogger("ContinuousBatchingLogger")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _blocks(config: ServeConfig, device: torch.device) -> int | None:
-    page = config.page_size or (32 if device.type == "cpu" else 256)
-    tokens = config.kv_tokens or (32768 if device.type == "cpu" else None)
-    return None if tokens is None else -(-tokens // page)
-
-
-def _window(model: Any, config: ServeConfig) -> int:
-    """Tokens that prompt and answer may have together."""
-    text = model.config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None), config.max_length, _one_rope(text)]
-    if model.device.type == "cpu" or config.kv_tokens:
-        limits.append(config.kv_tokens or 32768)
-    return min(limit for limit in limits if limit)
-
-
-def _one_rope(config: Any) -> int | None:
-    """Tokens up to which LongRoPE has one set of frequencies.
-
-    transformers chooses between the two sets by the longest sequence of a batch, so that a long one would change the
-    short ones beside it, and the keys that are kept of them.
-    """
-    ropes = getattr(config, "rope_parameters", None) or {}
-    found = [
-        rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for rope in (ropes, *ropes.values())  # one for all layers, or one for each type of layer
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
-    ]
-    return min(filter(None, found), default=None)
-
-
-def _heads_differ(config: Any) -> bool:
-    """Whether layers have heads of different sizes (Gemma 4), which transformers says by refusing to name one."""
-    try:
-        getattr(config, "head_dim", None)
-    except Exception:  # its AmbiguousGlobalPerLayerAttributeError, which older versions have not
-        return True
-    return False
+        self.worker.stop(timeout)

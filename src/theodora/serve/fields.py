@@ -1,4 +1,4 @@
-"""Which fields a body may hold: what is not done is refused by name, and whatever asks for nothing is let through."""
+"""Which fields a body may hold: one that nothing here does is refused by name, unless its value asks for nothing."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _INSTEAD = {
 
 
 class Body(BaseModel):
-    """A body, or part of one. Null stands for a field's default; fields that are not done must ask for nothing."""
+    """A body, or part of one. Null stands for a field's default; fields that nothing here does must ask for nothing."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -95,16 +95,16 @@ class Body(BaseModel):
     def _nothing_ignored(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        known, kept, refused = cls.model_fields, {}, []
+        known, given, refused = cls.model_fields, {}, []
         for name, value in data.items():
             if name in known:
                 if value is not None or known[name].is_required():
-                    kept[name] = value
+                    given[name] = value
             elif value is not None and not _asks_for_nothing(name, value):
                 refused.append(_refusal(str(name)))
         if refused:
             raise ValueError(few(refused))
-        return kept
+        return given
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from theodora.errors import ConfigError
@@ -17,12 +18,12 @@ from theodora.serve.calls.families import (
     thinking_of,
 )
 from theodora.serve.calls.forced import calls_format, constant, sequence, thinking_format
+from theodora.serve.chat_formats import ChatFormat
 from theodora.serve.config import ServeConfig
 from theodora.serve.grammar import Grammar, Grammars, format_of
-from theodora.serve.manners import Manner
 from theodora.serve.messages import NamedTool, ToolsAllowed
 from theodora.serve.protocol import ChatRequest, Common
-from theodora.serve.schemas import check_size, kept
+from theodora.serve.schemas import check_size, enforceable
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,8 @@ class Form:
     grammar: Grammar | None = None
     tokenizer: Any = None
     """Turns tokens into the text that is read; None for the model's own."""
-    parsing: tuple[Any, ...] | None = None
-    """Arguments of each answer's parser; None where answers are plain text."""
-
-    def parser(self) -> Parser | None:
-        """A parser of one answer."""
-        return None if self.parsing is None else Parser(*self.parsing)
+    new_parser: Callable[[], Parser] | None = None
+    """Makes a parser for one answer; None where answers are plain text."""
 
 
 @dataclass
@@ -49,8 +46,8 @@ class Forms:
     grammars: Grammars
     _known: dict[str, tuple[Family | None, Thinking | None]] = field(default_factory=dict[str, Any])
 
-    async def of_completion(self, asked: Common, manner: Manner) -> Form:
-        """The form of a completion of the model, or adapter, whose manner it is.
+    async def of_completion(self, asked: Common, chat_format: ChatFormat) -> Form:
+        """The form of a completion of the model, or adapter, whose chat format it is.
 
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
@@ -58,20 +55,20 @@ class Forms:
         form = asked.form
         if form is None:
             return Form()
-        return Form(await self.grammars.grammar(lambda: format_of(form), ends=manner.ends))
+        return Form(await self.grammars.grammar(lambda: format_of(form), ends=chat_format.ends))
 
-    async def of_chat(self, asked: ChatRequest, prompt: str, manner: Manner) -> Form:
+    async def of_chat(self, asked: ChatRequest, prompt: str, chat_format: ChatFormat) -> Form:
         """The form of a chat's answer.
 
         Args:
             asked: the request.
             prompt: as the chat template wrote it.
-            manner: of the model, or adapter, that is asked.
+            chat_format: of the model, or adapter, that is asked.
 
         Raises:
             ConfigError: it makes no sense, or cannot be kept to.
         """
-        family, thinking = self._of_template(asked, manner.template_of(bool(asked.shown_tools)))
+        family, thinking = self._of_template(asked, chat_format.template_of(bool(asked.shown_tools)))
         if thinking is not None and thinking.closed_by(prompt):
             thinking = None
         opened = thinking is not None and thinking.opened_by(prompt)
@@ -81,11 +78,12 @@ class Forms:
             format = await self.grammars.made(self._format, asked, family, thinking, opened)
         read = thinking is not None or (family is not None and (bool(tools) or family.read is not None))
         words = (*(family.tokens if family else ()), *(thinking.tokens if thinking else ()))
-        kept_words = words if read else ()
-        grammar = None if format is None else await self.grammars.grammar(format, kept_words, manner.ends)
+        can_come = words if read else ()
+        grammar = None if format is None else await self.grammars.grammar(format, can_come, chat_format.ends)
         if not read:
             return Form(grammar)
-        return Form(grammar, _keeping(self.tokenizer, words), (family, tools or None, thinking, opened))
+        parser = partial(Parser, family, tools or None, thinking, opened)
+        return Form(grammar, with_visible(self.tokenizer, words), parser)
 
     def _of_template(self, asked: ChatRequest, own: str | None) -> tuple[Family | None, Thinking | None]:
         template = self.tokenizer.get_chat_template(own, [{}] if asked.shown_tools else None)
@@ -112,7 +110,7 @@ class Forms:
             said = format_of(asked.form)
             if family is not None and family.name == "harmony":
                 said = sequence(constant("<|channel|>final<|message|>"), said)
-            # response_format is about what is said, beside which tools can be called; structured_outputs about it all.
+            # response_format is about what is said, beside which tools can be called; structured_outputs about all.
             may_call = tools and family is not None and asked.response_format is not None
             calls = self._calls(asked, family, "required") if may_call and family is not None else None
             form = said if calls is None else {"type": "or", "elements": [said, calls]}
@@ -134,7 +132,7 @@ class Forms:
             schema = tool.function.parameters
             check_size(schema, f"The schema of {tool.function.name}")
             if schema is not None and tool.function.strict:
-                schema = kept(schema, f"The schema of {tool.function.name}")
+                schema = enforceable(schema, f"The schema of {tool.function.name}")
             tools.append((tool.function.name, schema))
         return calls_format(
             family, tools, choice, asked.parallel_tool_calls and not isinstance(asked.tool_choice, NamedTool)
@@ -152,14 +150,14 @@ def _named(name: str, known: dict[str, Any], recognised: Any) -> Any:
     return recognised if name == "auto" else known.get(name)
 
 
-def _keeping(tokenizer: Any, words: Sequence[str]) -> Any:
-    """The tokenizer, or one that keeps those of its special tokens that the format of an answer is made of."""
+def with_visible(tokenizer: Any, words: Sequence[str]) -> Any:
+    """The tokenizer; or, if some of the words are special tokens of its, one whose text always shows these."""
     special = set(tokenizer.all_special_ids)
-    keep = {id for word in words if (id := tokenizer.convert_tokens_to_ids(word)) in special}
-    return _Keeping(tokenizer, special - keep) if keep else tokenizer
+    visible = {id for word in words if (id := tokenizer.convert_tokens_to_ids(word)) in special}
+    return _WithVisible(tokenizer, special - visible) if visible else tokenizer
 
 
-class _Keeping:
+class _WithVisible:
     def __init__(self, tokenizer: Any, hidden: set[int]) -> None:
         self._tokenizer, self._hidden = tokenizer, hidden
 
@@ -167,7 +165,7 @@ class _Keeping:
         return getattr(self._tokenizer, name)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
-        """As the tokenizer, with the special tokens that are kept."""
+        """As the tokenizer, but for the visible special tokens, which are never skipped."""
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in self._hidden]
         return self._tokenizer.decode(tokens, skip_special_tokens=False, **options)

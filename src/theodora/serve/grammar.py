@@ -1,7 +1,7 @@
-"""Answers of a given form: grammars, compiled off the event loop by xgrammar, and which tokens can come next.
+"""Answers of a given form: grammars, compiled beside the event loop by xgrammar, and which tokens can come next.
 
-A grammar comes from a stranger: it has limits of size and time. Special tokens cannot come, except those that end the
-answer, which can where the grammar can stop, and those that the format of the answer is made of.
+A grammar comes from a stranger: its size and its time have limits. Special tokens cannot come, except those that end
+the answer, which can where the grammar can stop, and those that the format of the answer is made of.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import xgrammar
 from torch import Tensor
 
 from theodora.errors import ConfigError, TheodoraError
-from theodora.serve.aside import Aside
 from theodora.serve.calls.forced import json_format
+from theodora.serve.daemon_threads import DaemonThreads
 from theodora.serve.messages import StructuredOutputs
-from theodora.serve.schemas import check_optional, check_size, kept
+from theodora.serve.schemas import check_optional, check_size, enforceable
 
 T = TypeVar("T")
 
@@ -32,9 +32,10 @@ _MOST_STUCK = 4
 """Threads that may be left behind by grammars that took too long: native code cannot be stopped."""
 _MOST_CHARACTERS = 2_000_000
 """Of a whole grammar: the schemas of all tools, say."""
-_MOST_TAGS = 1024
-_CACHE = 256 << 20
-_WHERE = re.compile(r"^\[[\d:]+\] \S+: ")
+_MOST_TAGS = 1024  # structures of a tag: each is compiled
+_CACHE = 256 << 20  # bytes of compiled grammars that a compiler keeps
+_LOG_HEADER = re.compile(r"^\[[\d:]+\] \S+: ")
+"""What xgrammar writes in front of a message: time, and place in its source."""
 
 
 class Unfollowable(TheodoraError):
@@ -70,8 +71,8 @@ class GrammarState:
             raise Unfollowable("no token of the vocabulary can come next")
         if time.perf_counter() - began > _STEP_SECONDS:
             raise Unfollowable("the next token takes too long to find")
-        held = logits_V[: self._size]
-        xgrammar.apply_token_bitmask_inplace(held[None], bits.to(held.device), vocab_size=held.shape[0])
+        own = logits_V[: self._size]
+        xgrammar.apply_token_bitmask_inplace(own[None], bits.to(own.device), vocab_size=own.shape[0])
         logits_V[self._size :] = -torch.inf
 
     def accept(self, token: int) -> None:
@@ -92,7 +93,7 @@ class Grammars:
             ends: tokens that end an answer.
         """
         self._tokenizer, self._size, self._ends = tokenizer, size, frozenset(ends)
-        self._aside = Aside(_MOST_STUCK)
+        self._threads = DaemonThreads(_MOST_STUCK)
         self._compilers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer: adapters have their own
 
     async def grammar(
@@ -105,7 +106,7 @@ class Grammars:
 
         Args:
             format: the format, or what makes it.
-            words: special tokens that the format is made of.
+            words: special tokens that the format is made of: they can come.
             ends: tokens that end the answer, where they are not the model's.
 
         Raises:
@@ -114,8 +115,8 @@ class Grammars:
         stops = tuple(sorted(end for end in (self._ends if ends is None else ends) if end < self._size))
         if not stops:
             raise ConfigError("This model has no token that ends an answer, which a form of the answer needs.")
-        kept_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
-        return await self.made(self._compile, format, kept_ids, stops)
+        visible_ids = frozenset(self._tokenizer.convert_tokens_to_ids(word) for word in words)
+        return await self.made(self._compile, format, visible_ids, stops)
 
     async def made(self, make: Callable[..., T], *args: Any) -> T:
         """What is made of a stranger's form, beside the event loop, and within a time.
@@ -123,10 +124,10 @@ class Grammars:
         Raises:
             ConfigError: it makes no sense, or takes too long.
         """
-        if self._aside.left >= _MOST_STUCK:
+        if self._threads.abandoned >= _MOST_STUCK:
             raise ConfigError(f"{_MOST_STUCK} grammars take too long to compile; none is begun until one of them ends.")
         try:
-            return await asyncio.wait_for(self._aside(make, *args), _COMPILE_SECONDS)
+            return await asyncio.wait_for(self._threads(make, *args), _COMPILE_SECONDS)
         except TimeoutError as error:
             raise ConfigError(
                 f"The grammar takes more than {_COMPILE_SECONDS:g} s to compile; expected a simpler one."
@@ -135,7 +136,7 @@ class Grammars:
     def _compile(
         self,
         format: dict[str, Any] | Callable[[], dict[str, Any]],
-        kept_ids: frozenset[int],
+        visible_ids: frozenset[int],
         stops: tuple[int, ...],
     ) -> Grammar:
         tag = json.dumps({"type": "structural_tag", "format": format() if callable(format) else format})
@@ -151,8 +152,8 @@ class Grammars:
         try:
             compiled = compiler.compile_structural_tag(tag)
         except Exception as error:  # of several kinds
-            raise ConfigError(f"The grammar cannot be compiled: {_WHERE.sub('', str(error)).strip()}") from error
-        hidden = set(self._tokenizer.all_special_ids) - kept_ids - set(stops)
+            raise ConfigError(f"The grammar cannot be compiled: {_LOG_HEADER.sub('', str(error)).strip()}") from error
+        hidden = set(self._tokenizer.all_special_ids) - visible_ids - set(stops)
         return Grammar(compiled, _bits(self._size, hidden), self._size)
 
 
@@ -191,40 +192,38 @@ def _json(schema: Any, compact: bool) -> dict[str, Any]:
     try:
         grammar = xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)
     except Exception as error:
-        raise ConfigError(f"The schema cannot be compiled: {_WHERE.sub('', str(error)).strip()}") from error
+        raise ConfigError(f"The schema cannot be compiled: {_LOG_HEADER.sub('', str(error)).strip()}") from error
     return {"type": "grammar", "grammar": str(grammar)}
 
 
-def tag_format(told: str | dict[str, Any]) -> dict[str, Any]:
+def tag_format(given: str | dict[str, Any]) -> dict[str, Any]:
     """The format within a structural tag, or within the older form of one (structures and triggers).
 
     Raises:
         ConfigError: it is none.
     """
-    check_size(told, "The structural tag")
+    check_size(given, "The structural tag")
     try:
-        found = json.loads(told) if isinstance(told, str) else told
+        tag = json.loads(given) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The structural tag is no JSON: {error}") from error
-    check_size(found, "The structural tag")
-    if isinstance(found, dict) and isinstance(found.get("format"), dict):
-        return found["format"]
-    if not isinstance(found, dict) or not isinstance(found.get("structures"), list):
+    check_size(tag, "The structural tag")
+    if isinstance(tag, dict) and isinstance(tag.get("format"), dict):
+        return tag["format"]
+    if not isinstance(tag, dict) or not isinstance(tag.get("structures"), list):
         raise ConfigError("The structural tag has no format; expected an object with one, or structures and triggers.")
-    if len(found["structures"]) > _MOST_TAGS:
-        raise ConfigError(
-            f"The structural tag has {len(found['structures'])} structures; expected at most {_MOST_TAGS}."
-        )
+    if len(tag["structures"]) > _MOST_TAGS:
+        raise ConfigError(f"The structural tag has {len(tag['structures'])} structures; expected at most {_MOST_TAGS}.")
     tags = [
         {
-            "begin": one.get("begin", ""),
-            "content": json_format(one.get("schema", {})),
-            "end": one.get("end", ""),
+            "begin": structure.get("begin", ""),
+            "content": json_format(structure.get("schema", {})),
+            "end": structure.get("end", ""),
         }
-        for one in found["structures"]
-        if isinstance(one, dict)
+        for structure in tag["structures"]
+        if isinstance(structure, dict)
     ]
-    return {"type": "triggered_tags", "triggers": found.get("triggers") or [], "tags": tags}
+    return {"type": "triggered_tags", "triggers": tag.get("triggers") or [], "tags": tags}
 
 
 def _schema(given: Any) -> Any:
@@ -237,7 +236,7 @@ def _schema(given: Any) -> Any:
     check_size(given, "The schema")
     if not isinstance(given, dict | bool):
         raise ConfigError(f"The schema is {type(given).__name__}; expected an object.")
-    return kept(given)
+    return enforceable(given)
 
 
 def _bits(size: int, without: Iterable[int]) -> Tensor:

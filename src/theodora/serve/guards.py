@@ -1,42 +1,26 @@
-"""What stands before the routes: keys, sizes, and who may be asked for."""
+"""What stands before the routes: keys, sizes and times of bodies, hosts, and the folder that adapters come from."""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import hmac
-import json
-import logging
-import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.errors import CheckpointError
 from theodora.files.folder import LeadsOut, Place
 from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
-from theodora.serve.misses import cut
-
-log = logging.getLogger("theodora.serve")
+from theodora.serve.errors import ErrorReply, error_reply
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-_SHORT_KEY = 8  # characters; what has fewer can be guessed
-
 _OPEN = ("/health", "/ping")
 """Paths that anybody may ask, who brings nothing."""
-_LONGEST = 4000  # characters of an error
-_BODIES = 64  # largest bodies that are held at a time
-_LINGER_SECONDS, _LINGER_BYTES = 1.0, 32_000_000
+_BODIES = 64  # bodies of the largest size that are in memory at a time
+_LINGER_SECONDS, _LINGER_BYTES = 1.0, 32_000_000  # in which a refused client may still send, to read the refusal
 _SMALL = 65_536  # bytes that a connection holds anyway
-
-
-def failure(status: int, message: str, kind: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers of an error, as OpenAI's clients read it."""
-    body = {"error": {"message": cut(message, _LONGEST), "type": kind, "param": None, "code": status}}
-    return status, json.dumps(body).encode(), {"content-type": "application/json", **headers}
 
 
 class Guards:
@@ -59,7 +43,7 @@ class Guards:
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         if (refusal := self._refusal(scope, headers)) is not None:
-            await _answer(send, *refusal, receive if _has_body(headers) else None)
+            await _answer(send, refusal, receive if _has_body(headers) else None)
             return
         reads = _reads(scope)
         share, started = _Share(self._room), False
@@ -80,12 +64,12 @@ class Guards:
             body = await self._body(receive, share)
             await self.app(scope, _given(body, receive, share), noted)
         except _Refused as refused:
-            await _answer(send, *refused.answer, receive)
+            await _answer(send, refused.reply, receive)
         except _Gone:
             pass
         except asyncio.CancelledError:  # by uvicorn, which would log it, when the grace is over
             if not started:
-                await _answer(send, *failure(503, "The server is stopping.", "unavailable_error"))
+                await _answer(send, error_reply(503, "The server is stopping.", "unavailable_error"))
         finally:
             share.give_back()
 
@@ -105,34 +89,34 @@ class Guards:
                         raise _Refused(self._full())
         except TimeoutError:
             late = f"The body took more than {self.patience:g} s to arrive."
-            raise _Refused(failure(408, late, "timeout_error", **{"x-should-retry": "false"})) from None
+            raise _Refused(error_reply(408, late, "timeout_error", **{"x-should-retry": "false"})) from None
         return bytes(parts)
 
-    def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]] | None:
-        if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
+    def _refusal(self, scope: Any, headers: dict[str, str]) -> ErrorReply | None:
+        if self.hosts is not None and host_of(headers.get("host", "")) not in self.hosts:
             # A page in a browser can let its own name point to the loopback.
-            return failure(403, f"Host {headers.get('host', '')!r} is not this server.", "permission_error")
+            return error_reply(403, f"Host {headers.get('host', '')!r} is not this server.", "permission_error")
         if self.keys and scope["path"] not in _OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # Headers are bytes; clients write what is not ASCII as Latin-1 or as UTF-8.
             given = key.strip().encode(), key.strip().encode("latin-1")
             known = [hmac.compare_digest(bytes_, known.encode()) for bytes_ in given for known in self.keys]
             if scheme.lower() != "bearer" or not any(known):
-                return failure(401, "A valid API key is needed: Authorization: Bearer KEY.", "authentication_error")
+                return error_reply(401, "A valid API key is needed: Authorization: Bearer KEY.", "authentication_error")
         if _reads(scope):
             length = headers.get("content-length", "")
             if length.isdigit() and (len(length) > 18 or int(length) > self.max_body):
                 return self._large()
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                return failure(415, "Expected a body of type application/json.", "invalid_request_error")
+                return error_reply(415, "Expected a body of type application/json.", "invalid_request_error")
         return None
 
-    def _full(self) -> tuple[int, bytes, dict[str, str]]:
-        told = "Too many large requests are arriving; try again soon."
-        return failure(429, told, "rate_limit_error", **{"retry-after": "1"})
+    def _full(self) -> ErrorReply:
+        message = "Too many large requests are arriving; try again soon."
+        return error_reply(429, message, "rate_limit_error", **{"retry-after": "1"})
 
-    def _large(self) -> tuple[int, bytes, dict[str, str]]:
-        return failure(413, f"A request may have at most {self.max_body} bytes.", "invalid_request_error")
+    def _large(self) -> ErrorReply:
+        return error_reply(413, f"A request may have at most {self.max_body} bytes.", "invalid_request_error")
 
 
 @dataclass
@@ -167,9 +151,9 @@ class _Share:
 class _Refused(Exception):
     """The body is not taken."""
 
-    def __init__(self, answer: tuple[int, bytes, dict[str, str]]) -> None:
+    def __init__(self, reply: ErrorReply) -> None:
         super().__init__()
-        self.answer = answer
+        self.reply = reply
 
 
 class _Gone(Exception):
@@ -198,14 +182,14 @@ def _given(body: bytes, receive: Any, share: _Share) -> Any:
     return received
 
 
-async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str], receive: Any = None) -> None:
+async def _answer(send: Any, reply: ErrorReply, receive: Any = None) -> None:
     """Answer, and close the connection; `receive`, where the client is sending a body that is not read."""
-    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
-    pairs.append((b"content-length", str(len(body)).encode()))
+    pairs = [(key.encode(), value.encode()) for key, value in reply.headers.items()]
+    pairs.append((b"content-length", str(len(reply.body)).encode()))
     # What the client still sends is not read, so the connection cannot be used again.
     pairs.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body, "more_body": receive is not None})
+    await send({"type": "http.response.start", "status": reply.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": reply.body, "more_body": receive is not None})
     if receive is None:
         return
     # A connection that is closed while something comes is reset, and the client never sees the answer.
@@ -217,66 +201,11 @@ async def _answer(send: Any, status: int, body: bytes, headers: dict[str, str], 
     await send({"type": "http.response.body", "body": b""})
 
 
-def _host(header: str) -> str:
+def host_of(header: str) -> str:
+    """The host that a Host header names, without its port."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0].lower()
-
-
-def read_keys(path: str | None) -> frozenset[str]:
-    """The keys of a file, one on each line.
-
-    Blank lines, blanks around a key, lines that begin with # and a byte order mark are no part of a key, however the
-    lines end.
-
-    Raises:
-        ConfigError: it cannot be read, is no UTF-8, holds no key, or a line that no client could send as a key.
-    """
-    if path is None:
-        return frozenset()
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"api_key_file {path} cannot be read: {error}") from error
-    keys, problems = _keys_in(_text_of(path, data))
-    if problems:
-        raise ConfigError(f"api_key_file {path}:{bullet_list(problems)}")
-    if not keys:
-        raise ConfigError(f"api_key_file {path} holds no key; expected one on each line")
-    if any(len(key) < _SHORT_KEY for key in keys):
-        log.warning("%s has a key of less than %d characters, which can be guessed", path, _SHORT_KEY)
-    if os.name == "posix" and Path(path).expanduser().stat().st_mode & 0o004:
-        log.warning("%s can be read by every user of this machine, keys and all; chmod 600 mends that", path)
-    return frozenset(keys)
-
-
-def _text_of(path: str, data: bytes) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigError(f'api_key_file {path} is UTF-16 (Windows\' "Unicode"); expected UTF-8: save it as that')
-    if b"\0" in data:
-        raise ConfigError(f"api_key_file {path} holds NUL bytes: it is no text; expected UTF-8, a key on each line")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"api_key_file {path} is no UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _keys_in(text: str) -> tuple[list[str], list[str]]:
-    """The keys, and what is wrong with lines; no message shows a key."""
-    keys: list[str] = []
-    problems: list[str] = []
-    # Not splitlines(), which also ends lines where a form feed or U+2028 stands: half a key would be a key.
-    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
-        key = line.strip()
-        if not key or key.startswith("#"):
-            continue
-        if re.search(r"\s#", key):
-            problems.append(f"line {number} has a # after a blank; expected one key, comments on lines of their own")
-        elif not key.isprintable():
-            problems.append(f"line {number} holds characters that are not seen; expected a key alone")
-        else:
-            keys.append(key)
-    return keys, problems
 
 
 def inside(folder: str | Path, asked: str) -> Place:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 MANY = 65_536
-"""Entries of a list that is bounded by what the server can run, which is asked for later."""
+"""Entries of a list whose real limit is what the server can run, and is checked later: no server takes as many."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class AtMost:
     """Entries of a list whose misses are all told."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Pydantic's way to ask: the list's schema, twice."""
+        """The list's schema twice: a long list is read by the one that stops at the first miss."""
         schema: Any = {**handler(source), "max_length": self.most}
 
         def how_many(value: Any) -> str:
@@ -39,8 +39,8 @@ def keys_at_most(most: int) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:  # pyright: ignore[reportUnknownArgumentType]
-            found = {"field_type": "Dictionary", "max_length": most, "actual_length": len(value)}  # pyright: ignore[reportUnknownArgumentType]
-            raise PydanticKnownError("too_long", found)
+            context = {"field_type": "Dictionary", "max_length": most, "actual_length": len(value)}  # pyright: ignore[reportUnknownArgumentType]
+            raise PydanticKnownError("too_long", context)
         return value
 
     return BeforeValidator(check)

@@ -54,12 +54,12 @@ class FunctionCall(Body):
         if not isinstance(value, str):
             return value
         try:
-            found = json.loads(value) if value.strip() else {}
+            arguments = json.loads(value) if value.strip() else {}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"expected an object as JSON text, found {value[:80]!r}: {str(error)[:80]}") from error
-        if not isinstance(found, dict):
+        if not isinstance(arguments, dict):
             raise ValueError(f"expected an object as JSON text, found {value[:80]!r}")
-        return found
+        return arguments
 
 
 class ToolCall(Body):
@@ -144,11 +144,11 @@ class Tool(Body):
     def plain(self) -> dict[str, Any]:
         """As chat templates want it."""
         function = self.function
-        told: dict[str, Any] = {"name": function.name}
+        description: dict[str, Any] = {"name": function.name}
         if function.description is not None:
-            told["description"] = function.description
-        told["parameters"] = function.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": told}
+            description["description"] = function.description
+        description["parameters"] = function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": description}
 
 
 class Named(Body):

@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Metrics:
 
 
 class _EngineState:
-    """Read when somebody looks, so that nothing need be kept up to date."""
+    """The engine's numbers, read when Prometheus asks for them, so that nothing need be kept up to date."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -61,4 +61,4 @@ class _EngineState:
             yield GaugeMetricFamily("theodora_" + name, help, value=value)
         yield CounterMetricFamily("theodora_adapter_swaps", "Adapters put into a slot.", value=engine.slots.swaps)
         yield CounterMetricFamily("theodora_adapter_reads", "Adapters read again from disk.", value=engine.host.reads)
-        yield CounterMetricFamily("theodora_worker_restarts", "Workers that failed.", value=engine.restarts)
+        yield CounterMetricFamily("theodora_worker_restarts", "Workers that failed.", value=engine.worker.restarts)

@@ -44,7 +44,7 @@ _EXPECTED = {
 }
 
 
-def told(errors: Iterable[Mapping[str, Any]]) -> str:
+def describe_misses(errors: Iterable[Mapping[str, Any]]) -> str:
     """Pydantic's errors, each place once: a value that may be of several kinds has an error for each of them.
 
     Args:
@@ -68,12 +68,12 @@ def told(errors: Iterable[Mapping[str, Any]]) -> str:
         others.append((place, f"expected {' or '.join(dict.fromkeys(wanted))}, found {found}"))
     places = {place for place, _ in others}
     # Where something within a value is wrong, it is of the kind that has such things.
-    kept = [
+    sentences = [
         cut(f"{place or 'The body'}: {what}" if place or what.startswith("expected") else what, _LONGEST)
         for place, what in dict.fromkeys(others)
         if not place or not any(other.startswith(f"{place}.") for other in places)
     ]
-    return few(kept)
+    return few(sentences)
 
 
 def _context(error: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -91,9 +91,9 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
-def few(told: Sequence[str], most: int = _MOST) -> str:
+def few(sentences: Sequence[str], most: int = _MOST) -> str:
     """The first of several, and how many more there are."""
-    return "; ".join(first_of(told, most))
+    return "; ".join(first_of(sentences, most))
 
 
 def _found(value: Any) -> str:

@@ -1,5 +1,6 @@
-"""What stands in the place of transformers' logits processors: takes each sequence's slot and sampling along with a
-batch, picks tokens, and keeps what else was asked for (`batching.py` puts it in).
+"""In the place of transformers' logits processors: picks each sequence's next token as its request asks.
+
+Slots and sampling travel with a batch in the rows of arguments that logits processors have. `batching.py` puts this in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ KEY = "request"
 MOST_TOP_LOGPROBS = 20
 
 _GREEDY = Sampling(max_tokens=1, temperature=0.0)  # what transformers warms up with
-_ROWS = 7  # slot, temperature, random bits, top_p, top_k, min_p, sequence
+_ROWS = 7
+SLOT, _TEMPERATURE, _CHANCE, _TOP_P, _TOP_K, _MIN_P, _SEQUENCE = range(_ROWS)
+"""The rows of a batch's arguments, int32, one column for each sequence; those of floats hold float32's bits."""
 
 
 def request_of(state: Any) -> Request | None:
@@ -91,20 +94,19 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         self.filters = any(sampling.filters for sampling in samplings)
         self.tops = any(sampling.top_logprobs > 0 for sampling in samplings)
         chances = [sampling.chance(place) if sampling.temperature > 0 else 0 for sampling, place in new]
-        columns = (
-            torch.tensor([sampling.temperature for sampling in samplings]).view(torch.int32),
-            torch.tensor(chances, dtype=torch.int32),
-            torch.tensor([sampling.top_p for sampling in samplings]).view(torch.int32),
-            torch.tensor([sampling.top_k for sampling in samplings], dtype=torch.int32),
-            torch.tensor([sampling.min_p for sampling in samplings]).view(torch.int32),
-        )
         rows = torch.zeros(_ROWS, len(slots), dtype=torch.int32)
-        rows[0] = torch.tensor(slots, dtype=torch.int32)
-        for row, column in enumerate(columns, start=1):
-            rows[row, : len(new)] = column
+        rows[SLOT] = torch.tensor(slots, dtype=torch.int32)
+        for row, values in (
+            (_TEMPERATURE, torch.tensor([sampling.temperature for sampling in samplings]).view(torch.int32)),
+            (_CHANCE, torch.tensor(chances, dtype=torch.int32)),
+            (_TOP_P, torch.tensor([sampling.top_p for sampling in samplings]).view(torch.int32)),
+            (_TOP_K, torch.tensor([sampling.top_k for sampling in samplings], dtype=torch.int32)),
+            (_MIN_P, torch.tensor([sampling.min_p for sampling in samplings]).view(torch.int32)),
+        ):
+            rows[row, : len(new)] = values
         # Without a new token there are no logits to look at: ~sequence.
         sequences = [n if future.has_new_token else ~n for n, future in enumerate(requests_in_batch)]
-        rows[6, outputs_of(requests_in_batch)] = torch.tensor(sequences, dtype=torch.int32)
+        rows[_SEQUENCE, outputs_of(requests_in_batch)] = torch.tensor(sequences, dtype=torch.int32)
         arg_storage[:_ROWS, : len(slots)] = rows.to(arg_storage.device)
         return arg_storage
 
@@ -130,20 +132,28 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         shaped = shape(logits, self.shapers) if self.shapers else logits
         if self.samples or logits.is_cuda:  # a graph is captured for all batches that are not `eager`
             floats = args.view(torch.float32)
-            tokens = pick(shaped, floats[1], args[2], floats[3], args[4], floats[5], self.filters)
+            tokens = pick(
+                shaped,
+                floats[_TEMPERATURE],
+                args[_CHANCE],
+                floats[_TOP_P],
+                args[_TOP_K],
+                floats[_MIN_P],
+                self.filters,
+            )
         else:
             tokens = shaped.argmax(-1)
         for row, shaper in self.shapers:
             shaper.took(tokens[row])
         whole = logits.logsumexp(-1)
         output_ids[0, :count].copy_(tokens)
-        logprobs, sequence = logits.gather(1, tokens[:, None])[:, 0] - whole, args[6].long()
+        logprobs, sequence = logits.gather(1, tokens[:, None])[:, 0] - whole, args[_SEQUENCE].long()
         new = sequence >= 0
-        ruined = self.watch.ruined()[torch.where(new, sequence, ~sequence).clamp_max(count - 1)]
-        ruined |= new & ~whole.isfinite()
+        not_finite = self.watch.not_finite()[torch.where(new, sequence, ~sequence).clamp_max(count - 1)]
+        not_finite |= new & ~whole.isfinite()
         # (What stands in the rows without a new token is another sequence's, and may be NaN.)
-        told = logprobs.masked_fill(~new, 0).masked_fill(ruined, torch.nan)
-        output_ids[1, :count].copy_(told.view(torch.int32))
+        logprobs = logprobs.masked_fill(~new, 0).masked_fill(not_finite, torch.nan)
+        output_ids[1, :count].copy_(logprobs.view(torch.int32))
         if self.tops:
             # Beside the batch's other outputs: two batches can be under way.
             self.current_io().tops = likeliest(logits, whole, MOST_TOP_LOGPROBS)
@@ -159,21 +169,20 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
 
         return scored
 
-    def keep(self, requests: Sequence[Any], io: Any) -> None:
-        """Hand what a finished batch found beside its tokens to the requests that asked."""
+    def hand_out(self, requests: Sequence[Any], io: Any) -> None:
+        """Hand what a finished batch has beside its tokens to the requests that asked for it."""
         if io.scores is not None:
             io.scores.tell()
         if io.tops is not None:
-            self._keep_tops(requests, io.tops)
+            self._hand_out_tops(requests, io.tops)
         io.scores = io.tops = None
 
-    def _keep_tops(self, requests: Sequence[Any], tops: tuple[Tensor, Tensor]) -> None:
+    def _hand_out_tops(self, requests: Sequence[Any], tops: tuple[Tensor, Tensor]) -> None:
         tokens, values = (both.cpu() for both in tops)
         for row, future in enumerate(future for future in requests if future.has_new_token):
             request = request_of(future.state)
             if request is not None and (count := request.sampling.top_logprobs):
-                found = tokens[row, :count].tolist(), values[row, :count].tolist()
-                request.tops[len(future.state.logprobs)] = found
+                request.tops[len(future.state.logprobs)] = tokens[row, :count].tolist(), values[row, :count].tolist()
 
 
 def outputs_of(requests: Sequence[Any]) -> list[int]:

@@ -53,11 +53,11 @@ class Replies:
                 if choice.echo or self.asked.return_token_ids:
                     prompt = self._prompt_logprobs(choice) if choice.echo and self.logprobs else None
                     yield self._chunk([self._choice(choice.index, what, prompt)], answers)
-            told = bool(piece.text) if piece.choice.parser is None else bool(piece.events)
+            has_content = bool(piece.text) if piece.choice.parser is None else bool(piece.events)
             # No token goes out without its text; the markup of calls is nobody's text, but its tokens are told, and so
             # are those of a text that is held back, because it may be the beginning of a call.
             counted = (self.logprobs or self.asked.return_token_ids) and piece.stop > piece.first
-            if told or piece.choice.finish or counted:
+            if has_content or piece.choice.finish or counted:
                 yield self._chunk([self._part(piece)], answers)
 
     def last(self, answers: Answers) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Replies:
         if draws == n:
             return choices
         drawn = [choices[first : first + draws] for first in range(0, len(choices), draws)]
-        return [choice for some in drawn for choice in sorted(some, key=lambda one: -one.mean_logprob)[:n]]
+        return [choice for answers in drawn for choice in sorted(answers, key=lambda choice: -choice.mean_logprob)[:n]]
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
@@ -83,8 +83,8 @@ class Replies:
         if options and (options.include_usage or options.continuous_usage_stats):
             chunk["usage"] = usage(answers) if options.continuous_usage_stats else None
         if options and options.include_obfuscation:
-            told = sum(len(json.dumps(choice, ensure_ascii=False).encode()) for choice in choices)
-            chunk["obfuscation"] = secrets.token_urlsafe(_BLOCK)[: _BLOCK - told % _BLOCK]
+            size = sum(len(json.dumps(choice, ensure_ascii=False).encode()) for choice in choices)
+            chunk["obfuscation"] = secrets.token_urlsafe(_BLOCK)[: _BLOCK - size % _BLOCK]
         return chunk
 
     def _choice(
@@ -97,11 +97,11 @@ class Replies:
         what: dict[str, Any] = {"text": text} | ({} if self.chat else self._of_prompt(choice, True))
         if self.chat:
             what = {"message": self._message(choice, text)}
-        logprobs = self._logprobs(choice, 0, choice.told)
+        logprobs = self._logprobs(choice, 0, choice.sent)
         if choice.echo and logprobs and not self.chat:
             before = self._prompt_logprobs(choice)
             logprobs = {name: [*before[name], *logprobs[name]] for name in logprobs}
-        ids = self._ids(choice, 0, choice.told, True)
+        ids = self._ids(choice, 0, choice.sent, True)
         return self._choice(index, what, logprobs, choice.finish) | {"stop_reason": choice.stop_reason} | ids
 
     def _part(self, piece: Piece) -> dict[str, Any]:
@@ -115,19 +115,19 @@ class Replies:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if choice.parser is None:
             return message
-        found = gather(choice.events)
-        content = (choice.echo.text if choice.echo else "") + found.content
-        message["content"] = content or (None if found.calls or found.reasoning else "")
-        if found.reasoning:
-            message |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
-        if found.calls:
+        parsed = gather(choice.events)
+        content = (choice.echo.text if choice.echo else "") + parsed.content
+        message["content"] = content or (None if parsed.calls or parsed.reasoning else "")
+        if parsed.reasoning:
+            message |= {"reasoning_content": parsed.reasoning, "reasoning": parsed.reasoning}
+        if parsed.calls:
             message["tool_calls"] = [
                 {
-                    "id": id or self._call_id(choice, index),
+                    "id": call.id or self._call_id(choice, index),
                     "type": "function",
-                    "function": {"name": name, "arguments": arguments},
+                    "function": {"name": call.name, "arguments": call.arguments},
                 }
-                for index, (name, arguments, id) in enumerate(found.calls)
+                for index, call in enumerate(parsed.calls)
             ]
         return message
 
@@ -137,18 +137,18 @@ class Replies:
             return {"content": piece.text} if piece.text else {}
         new = gather(piece.events)
         before = sum(isinstance(event, Call) for event in choice.events) - sum(
-            call[0] is not None for call in new.calls
+            call.name is not None for call in new.calls
         )
         delta: dict[str, Any] = {"content": new.content} if new.content else {}
         if new.reasoning:
             delta |= {"reasoning_content": new.reasoning, "reasoning": new.reasoning}
         calls: list[dict[str, Any]] = []
-        for name, arguments, id in new.calls:
-            if name is None:  # the last of before goes on
-                calls.append({"index": before - 1, "function": {"arguments": arguments}})
+        for call in new.calls:
+            if call.name is None:  # the last of before goes on
+                calls.append({"index": before - 1, "function": {"arguments": call.arguments}})
                 continue
-            told = {"id": id or self._call_id(choice, before), "type": "function"}
-            calls.append({"index": before, **told, "function": {"name": name, "arguments": arguments}})
+            head = {"id": call.id or self._call_id(choice, before), "type": "function"}
+            calls.append({"index": before, **head, "function": {"name": call.name, "arguments": call.arguments}})
             before += 1
         return delta | ({"tool_calls": calls} if calls else {})
 
@@ -164,28 +164,28 @@ class Replies:
 
     def _of_prompt(self, choice: Choice, here: bool) -> dict[str, Any]:
         """What is told of the prompt: beside a completion's text, and beside a chat's choices."""
-        told: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if here and self.asked.return_token_ids:
-            told["prompt_token_ids"] = choice.request.prompt
+            fields["prompt_token_ids"] = choice.request.prompt
         if here and self.asked.prompt_logprobs is not None:
-            told["prompt_logprobs"] = self._scores(choice, self.asked.prompt_logprobs)
-        return told
+            fields["prompt_logprobs"] = self._scores(choice, self.asked.prompt_logprobs)
+        return fields
 
     def _scores(self, choice: Choice, count: int) -> list[dict[str, Any] | None]:
         """vLLM's form: for each token of the prompt, by number, itself and the likeliest."""
-        found: list[dict[str, Any] | None] = []
+        scored: list[dict[str, Any] | None] = []
         prompt = choice.request.prompt
         for at, (token, score) in enumerate(zip(prompt, _scores_of(choice), strict=True)):
             if score is None:
-                found.append(None)
+                scored.append(None)
                 continue
             ranks = [(token, score.logprob, score.rank)]
             ranks += [(other, its, rank) for rank, (other, its) in enumerate(_tops(score.tops, count), start=1)]
-            found.append({})
+            scored.append({})
             for other, logprob, rank in ranks:
                 name = token_text(self.tokenizer, other, prompt[max(0, at - CONTEXT) : at])
-                found[-1].setdefault(str(other), {"logprob": _told(logprob), "rank": rank, "decoded_token": name})  # pyright: ignore[reportOptionalMemberAccess]
-        return found
+                scored[-1].setdefault(str(other), {"logprob": _as_json(logprob), "rank": rank, "decoded_token": name})  # pyright: ignore[reportOptionalMemberAccess]
+        return scored
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
         """A completion's form, of the prompt that is told in front of it."""
@@ -194,7 +194,7 @@ class Replies:
         befores = [prompt[max(0, at - CONTEXT) : at] for at in range(len(prompt))]
         return {
             "tokens": [self._name(token, before) for token, before in zip(prompt, befores, strict=True)],
-            "token_logprobs": [None if score is None else _told(score.logprob) for score in scores],
+            "token_logprobs": [None if score is None else _as_json(score.logprob) for score in scores],
             "top_logprobs": [
                 None if score is None else self._named(token, score.logprob, _tops(score.tops, count), before)
                 for token, score, before in zip(prompt, scores, befores, strict=True)
@@ -223,34 +223,34 @@ class Replies:
         shift = len(choice.echo.text) if choice.echo else 0
         return {
             "tokens": [self._name(token, before) for token, _, _, before in rows],
-            "token_logprobs": [_told(value) for value in values],
+            "token_logprobs": [_as_json(value) for value in values],
             "top_logprobs": [self._named(token, value, top, before) for token, value, top, before in rows],
             "text_offset": [shift + offset for offset in offsets[first:stop]],
         }
 
     def _named(self, token: int, logprob: float, tops: list[tuple[int, float]], before: list[int]) -> dict[str, float]:
         """The likeliest tokens and the one that came, by name; a name that is taken gives way to a number."""
-        named = {self._name(token, before): _told(logprob)}
-        found: dict[str, float] = {}
+        named = {self._name(token, before): _as_json(logprob)}
+        others: dict[str, float] = {}
         for other, its in tops:
             if other != token:
                 name = self._name(other, before)
-                found[f"token_id:{other}" if name in found or name in named else name] = _told(its)
-        return found | named
+                others[f"token_id:{other}" if name in others or name in named else name] = _as_json(its)
+        return others | named
 
     def _entry(self, token: int, logprob: float, before: list[int]) -> dict[str, Any]:
         text = token_text(self.tokenizer, token, before)
-        found = token_bytes(self.tokenizer, token) if BROKEN in text else text.encode()
+        encoded = token_bytes(self.tokenizer, token) if BROKEN in text else text.encode()
         name = f"token_id:{token}" if self.asked.return_tokens_as_token_ids else text
-        return {"token": name, "logprob": _told(logprob), "bytes": None if found is None else list(found)}
+        return {"token": name, "logprob": _as_json(logprob), "bytes": None if encoded is None else list(encoded)}
 
     def _name(self, token: int, before: list[int]) -> str:
         """As completions write tokens: parts of characters by their bytes, because each is a key of its own."""
         if self.asked.return_tokens_as_token_ids:
             return f"token_id:{token}"
         text = token_text(self.tokenizer, token, before)
-        found = token_bytes(self.tokenizer, token) if BROKEN in text else None
-        return text if found is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+        encoded = token_bytes(self.tokenizer, token) if BROKEN in text else None
+        return text if encoded is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in encoded)
 
     def _before(self, choice: Choice, at: int) -> list[int]:
         before = choice.tokens[max(0, at - CONTEXT) : at]
@@ -267,7 +267,7 @@ def _tops(tops: tuple[list[int], list[float]], count: int) -> list[tuple[int, fl
     return list(zip(*tops, strict=True))[:count]
 
 
-def _told(logprob: float) -> float:
+def _as_json(logprob: float) -> float:
     """A log-probability as JSON can write it; vLLM's number stands for minus infinity, and for what is no number."""
     return logprob if logprob > -9999.0 else -9999.0  # NaN is not more than anything
 

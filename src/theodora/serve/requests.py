@@ -147,7 +147,7 @@ class Request:
     """What changes its logits; made by the worker."""
     problem: TheodoraError | None = None
     """Why it failed, if that is its own affair rather than the worker's."""
-    ruined: bool = False
+    not_finite: bool = False
     """Whether a log-probability of its prompt is no number."""
     asked: float = field(default_factory=time.monotonic)
     tops: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from theodora.errors import ConfigError
 from theodora.serve.fields import Body
 from theodora.serve.lists import AtMost, keys_at_most
 from theodora.serve.messages import Text
-from theodora.serve.misses import cut, told
+from theodora.serve.misses import cut, describe_misses
 from theodora.serve.protocol import MOST_MESSAGES, MOST_TOOLS, ChatRequest, Metadata, StreamOptions, Tag
 
 
@@ -74,8 +74,8 @@ class ResponsesRequest(Body):
     structured_outputs: dict[str, Any] | None = None
 
 
-_MOST_TOLD = 1_000_000
-_HERE: dict[Any, tuple[str, ...]] = {
+_MOST_TOOLS_TEXT = 1_000_000  # characters of all tools, which every reply repeats
+_NAMED_HERE: dict[Any, tuple[str, ...]] = {
     "messages": ("input",),
     "max_completion_tokens": ("max_output_tokens",),
     "reasoning_effort": ("reasoning", "effort"),
@@ -103,8 +103,8 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
     Raises:
         ConfigError: it asks for what is not done, by name.
     """
-    if sum(len(json.dumps(tool)) for tool in asked.tools) > _MOST_TOLD:  # the reply repeats them
-        raise ConfigError(f"tools: expected at most {_MOST_TOLD} characters together")
+    if sum(len(json.dumps(tool)) for tool in asked.tools) > _MOST_TOOLS_TEXT:
+        raise ConfigError(f"tools: expected at most {_MOST_TOOLS_TEXT} characters together")
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     given = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else asked.input
     body: dict[str, Any] = {
@@ -121,7 +121,7 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
         return ChatRequest.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(
-            told({**miss, "loc": _loc(miss["loc"])} for miss in error.errors(include_url=False))
+            describe_misses({**miss, "loc": _loc(miss["loc"])} for miss in error.errors(include_url=False))
         ) from error
     except UnicodeEncodeError:  # pydantic's
         raise ConfigError("The body holds half a character; expected whole ones.") from None
@@ -133,7 +133,7 @@ def _loc(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
         case ("messages", int(), *rest):
             return ("input", *(part for part in rest if not isinstance(part, int)))
         case (first, *rest):
-            return (*_HERE.get(first, (first,)), *rest)
+            return (*_NAMED_HERE.get(first, (first,)), *rest)
         case same:
             return same
 

@@ -1,4 +1,4 @@
-"""JSON schemas of strangers: how large they may be, and what of them would not be kept to."""
+"""JSON schemas of strangers: how large they may be, and what of them would not be enforced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from theodora.errors import ConfigError
 
 MOST_CHARACTERS = 200_000
-"""Of a schema, an expression or a grammar."""
+"""Of a schema, an expression or a grammar: longer ones take long to compile."""
 MOST_OPTIONAL = 5000
 """Optional parts of an expression or a grammar: a row of them takes memory by its square. (50,000 took 10 GB.)"""
 _OPTIONAL = re.compile(r"""[?*{]|\|\s*[|)]|\(\s*\||""|''""")
-_DEEPEST, _MOST_REFERENCES = 64, 500
+_DEEPEST, _MOST_REFERENCES = 64, 500  # levels, and references: each level and reference is compiled by recursion
 
-# What xgrammar reads over, which would be a promise that is not kept.
-_UNKEPT = (
+# What xgrammar reads over: to take it would be a promise that is not kept.
+_UNENFORCED = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains"),
     *("dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef", "unevaluatedItems"),
 )
@@ -39,7 +39,8 @@ _OF_TYPE = {
     "array": ("items", "prefixItems", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties"),
 }
-# xgrammar writes a pattern's letters into the JSON as they are; from classes of letters it takes what must be escaped.
+# xgrammar writes the letters of a pattern into the JSON as they are, unescaped; out of a class of letters it leaves
+# those that would have to be escaped.
 _CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 _UNWRITTEN = re.compile(r'"|\\\\|\\[ntrfv0]|\\x([01]|22|5[cC])|\\u00([01]|22|5[cC])|[\x00-\x1f]')
 _INNER = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties")
@@ -89,8 +90,8 @@ def _expressions(value: Any) -> Iterator[str]:
         if isinstance(named := value.get("patternProperties"), Mapping):
             yield from named
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for one in inner:
-        yield from _expressions(one)
+    for item in inner:
+        yield from _expressions(item)
 
 
 def _depth(value: Any) -> int:
@@ -99,17 +100,17 @@ def _depth(value: Any) -> int:
         deep += 1
         level = [
             inner
-            for one in level
-            for inner in (one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ())
+            for item in level
+            for inner in (item.values() if isinstance(item, Mapping) else item if isinstance(item, list) else ())
         ]
     return deep - 1
 
 
-def kept(schema: Any, what: str = "The schema") -> Any:
-    """The schema in words that are kept to, which may allow less than before, and never more.
+def enforceable(schema: Any, what: str = "The schema") -> Any:
+    """The schema in words that xgrammar enforces, which may allow less than before, and never more.
 
     Raises:
-        ConfigError: it asks for something that would not be kept to, with its place.
+        ConfigError: it asks for something that would not be enforced, with its place.
     """
     problems = [f"{place or 'the schema itself'}: {problem}" for place, problem in _problems(schema, "")]
     if problems:
@@ -118,7 +119,7 @@ def kept(schema: Any, what: str = "The schema") -> Any:
 
 
 def narrowed(schema: Any) -> Any:
-    """The schema with what it leaves unsaid said, where xgrammar would read over it otherwise."""
+    """The schema with implied types and properties written out: without these xgrammar reads over parts of it."""
     if not isinstance(schema, Mapping):
         return schema
     new: dict[str, Any] = {}
@@ -153,7 +154,7 @@ def narrowed(schema: Any) -> Any:
 def _problems(schema: Any, place: str) -> Iterator[tuple[str, str]]:
     if not isinstance(schema, Mapping):
         return
-    for word in _UNKEPT:
+    for word in _UNENFORCED:
         if word in schema:
             yield place, f"{word!r} is not supported"
     if schema.get("uniqueItems"):

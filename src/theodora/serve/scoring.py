@@ -59,7 +59,7 @@ class Scores:
             for place in range(part.first, part.first + part.count):
                 tops = tokens[row, :top].tolist(), values[row, :top].tolist()
                 request.scores[place] = Score(logprobs[row], ranks[row], tops)
-                request.ruined |= math.isnan(logprobs[row])
+                request.not_finite |= math.isnan(logprobs[row])
                 row += 1
 
 
@@ -90,8 +90,8 @@ class ScoringModel:
     def _scores(self, logits_MV: Tensor) -> Scores:
         targets = [token for part in self.parts for token in part.request.prompt[part.first : part.first + part.count]]
         targets_M = torch.tensor(targets, device=logits_MV.device)
-        found = [_score(*rows, self.most) for rows in zip(logits_MV.split(_ROWS), targets_M.split(_ROWS), strict=True)]
-        logprobs, ranks, tokens, values = (torch.cat(column) for column in zip(*found, strict=True))
+        parts = [_score(*rows, self.most) for rows in zip(logits_MV.split(_ROWS), targets_M.split(_ROWS), strict=True)]
+        logprobs, ranks, tokens, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return Scores(self.parts, logprobs, ranks, (tokens, values))
 
 

@@ -134,10 +134,10 @@ class Shaper:
 
 def _spread(values: Mapping[int, float], logits_V: Tensor) -> Tensor:
     """Values of some tokens among zeros for the others; tokens without a logit are left out."""
-    held = {token: value for token, value in values.items() if token < logits_V.shape[0]}
+    known = {token: value for token, value in values.items() if token < logits_V.shape[0]}
     spread_V = torch.zeros_like(logits_V)
-    at = torch.tensor(list(held), dtype=torch.long, device=logits_V.device)
-    spread_V[at] = torch.tensor(list(held.values()), dtype=logits_V.dtype, device=logits_V.device)
+    at = torch.tensor(list(known), dtype=torch.long, device=logits_V.device)
+    spread_V[at] = torch.tensor(list(known.values()), dtype=logits_V.dtype, device=logits_V.device)
     return spread_V
 
 

@@ -63,9 +63,9 @@ class Slots:
         return None if victim is None else self._slot_of.pop(victim)
 
     def _fill(self, slot: int, modules: dict[str, SlotTensors]) -> None:
-        layers, held = self._layers(), self._filled.get(slot, set())
-        self._filled[slot] = held | modules.keys()  # if this fails halfway, any of them may hold something
-        for path in held - modules.keys():
+        layers, filled = self._layers(), self._filled.get(slot, set())
+        self._filled[slot] = filled | modules.keys()  # if this fails halfway, any of them may hold something
+        for path in filled - modules.keys():
             layers[path].fill(slot, None)
         for path, tensors in modules.items():
             layers[path].fill(slot, tensors)

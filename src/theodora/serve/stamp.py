@@ -15,7 +15,7 @@ class Changed(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FolderStamp:
     """What tells an adapter's files, as they were read, from changed ones."""
 
     place: Place
@@ -23,7 +23,7 @@ class Stamp:
     """Of the configuration and of the tensors; None for a file that is not there."""
 
     @classmethod
-    def of(cls, place: Place) -> Stamp:
+    def of(cls, place: Place) -> FolderStamp:
         """The stamp of a folder as it is now.
 
         Raises:
@@ -39,7 +39,7 @@ class Stamp:
 
     def check(self) -> None:
         """Raise `Changed` if the files are others now."""
-        self.compare(Stamp.of(self.place).files)
+        self.compare(FolderStamp.of(self.place).files)
 
     def compare(self, files: AdapterStamp) -> None:
         """Raise `Changed` if these are other files."""

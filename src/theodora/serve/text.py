@@ -9,7 +9,7 @@ from typing import Any
 
 BROKEN = "�"
 """What decoding gives for part of a character."""
-_BYTES = 32
+_BYTES = 32  # tokens that may each be one byte of a character: no character has as many
 CONTEXT = 5
 """Tokens before a token on which its text may depend: more than any decoder looks at."""
 
@@ -106,9 +106,9 @@ class Writer:
 
     def _stop(self) -> bool:
         """Cut the text at the first stop text; whether there is one. What was given out holds none."""
-        found = [(at, stop) for stop in self._stops if (at := self._decoded.find(stop, self._from(stop))) >= 0]
-        if found:
-            at, self.stop = min(found, key=lambda one: one[0])
+        hits = [(at, stop) for stop in self._stops if (at := self._decoded.find(stop, self._from(stop))) >= 0]
+        if hits:
+            at, self.stop = min(hits, key=lambda hit: hit[0])
             self._decoded = self._decoded[: at + len(self.stop) * self._keep_stop]
         return self.stopped
 
@@ -120,15 +120,15 @@ class Writer:
 
     def _held(self) -> int:
         """Characters at the end that could become a stop text."""
-        held = 0
+        longest = 0
         if self._keep_stop:
-            return held
+            return longest
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._decoded)), held, -1):
+            for size in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
                 if self._decoded.endswith(stop[:size]):
-                    held = size
+                    longest = size
                     break
-        return held
+        return longest
 
 
 def token_text(tokenizer: Any, token: int, before: Sequence[int]) -> str:

@@ -73,7 +73,7 @@ class HostTier:
     def take(self, adapter: ServedAdapter) -> Tensors | None:
         """An adapter's tensors; None if they have to be read first, which begins here if memory allows.
 
-        What was asked for stays in memory until it is `placed`, or nobody asks any more (`rest`).
+        What was asked for stays in memory until it is `placed`, or nobody asks any more (`unneeded`).
 
         Raises:
             CheckpointError: they could not be read.
@@ -99,7 +99,7 @@ class HostTier:
         with self._lock:
             self._wanted.discard(adapter.serial)
 
-    def rest(self, adapter: ServedAdapter) -> None:
+    def unneeded(self, adapter: ServedAdapter) -> None:
         """No request asks for an adapter any more: it may give way, and later requests are not told of a failure."""
         with self._lock:
             self._failed.pop(adapter.serial, None)

@@ -25,7 +25,7 @@ _log = logging.getLogger("vllm.theodora")  # a child of vLLM's own logger: its l
 
 
 def register() -> None:
-    """Put the plug-in into vLLM. vLLM calls this in every process, sometimes more than once; again does nothing.
+    """Put the plug-in into vLLM. vLLM calls this in every process, sometimes twice; a second call does nothing.
 
     Raises nothing for a version that was not tested: vLLM stays as it is, and a line in its log says so.
     """
@@ -37,17 +37,17 @@ def register() -> None:
         own = version("theodora")
     except PackageNotFoundError:
         own = "from source"
-    found = vllm.__version__.split("+")[0]
-    if found not in TESTED and os.environ.get(ANY_VERSION) != "1":
+    installed = vllm.__version__.split("+")[0]
+    if installed not in TESTED and os.environ.get(ANY_VERSION) != "1":
         _log.warning(
             "Theodora's DoRA plug-in was tested with vLLM %s; this is %s, which stays as it is and refuses DoRA "
             "adapters. %s=1 uses the plug-in all the same.",
             ", ".join(TESTED),
-            found,
+            installed,
             ANY_VERSION,
         )
         return
-    from theodora.vllm_plugin.install import install
+    from theodora.vllm_plugin.patches import patch_vllm
 
-    if install():
-        _log.info("Theodora %s serves DoRA adapters in vLLM %s.", own, found)
+    if patch_vllm():
+        _log.info("Theodora %s serves DoRA adapters in vLLM %s.", own, installed)

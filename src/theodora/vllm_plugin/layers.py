@@ -16,15 +16,15 @@ from torch import Tensor
 
 from theodora.functional import CANCELLED, dora_norm, dora_scale, factored_norm_squared, row_norm_squared
 
-_NORMS = "theodora_row_norm_sq"
-_PROBE = 1024  # rows of the identity with which a packed weight is read back
+_ROW_NORMS = "theodora_row_norm_sq"
+_UNIT_ROWS = 1024  # unit vectors that are multiplied at a time, to read a packed weight back
 
 
 def note_row_norms(layer: Any) -> None:
     """Keep ‖W‖² of each output row with a layer whose weight is about to be packed away."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.ndim == 2 and weight.numel():
-        setattr(layer, _NORMS, row_norm_squared(weight.detach()))
+        setattr(layer, _ROW_NORMS, row_norm_squared(weight.detach()))
 
 
 def with_dora(classes: Sequence[type]) -> tuple[type, ...]:
@@ -64,7 +64,7 @@ class DoraLayer:
     """g of every slot, (slots + 1, O), float32; ones where there is no DoRA."""
 
     def create_lora_weights(self, max_loras: int, *args: Any, **kwargs: Any) -> None:
-        """As vLLM, and the scales."""
+        """As vLLM does, and make the scales."""
         # vLLM 0.32's operators for the CPU look tokens without an adapter up in slot -1. Where the last slot was taken,
         # they got its adapter; one more slot, never taken, is there for them.
         spare = 1 if torch.device(self.device).type == "cpu" else 0
@@ -75,7 +75,7 @@ class DoraLayer:
         )
 
     def reset_lora(self, index: int) -> None:
-        """As vLLM, and ones."""
+        """As vLLM does, and put ones into the slot's scales."""
         super().reset_lora(index)  # pyright: ignore[reportAttributeAccessIssue]
         self.dora_scales[index] = 1
 
@@ -123,7 +123,7 @@ class DoraLayer:
             if m is None:
                 scales.append(None)
             else:
-                norm = self._norm(slice(start, start + rows), number, index, lora_id)
+                norm = self.adapted_norm(slice(start, start + rows), number, index, lora_id)
                 scales.append(dora_scale(m.to(norm), norm))
             start += rows
         return scales
@@ -152,8 +152,18 @@ class DoraLayer:
         columns = [columns] if isinstance(columns, Tensor) else columns
         return [None if column is None else column[:, 0] for column in columns]
 
-    def _norm(self, rows: slice, number: int, index: int, lora_id: int) -> Tensor:
-        """‖W + s·B·A‖ of some output rows, float32; s is in B already. Of a row-parallel layer: over all ranks."""
+    def adapted_norm(self, rows: slice, number: int, index: int, lora_id: int) -> Tensor:
+        """‖W + s·B·A‖ of some output rows, float32; s is in B already. Of a row-parallel layer: over all ranks.
+
+        Args:
+            rows: of this rank's part of W.
+            number: of the slice that they are.
+            index: the slot.
+            lora_id: the adapter's number in vLLM.
+
+        Raises:
+            RuntimeError: another rank is loading another adapter.
+        """
         from vllm.distributed import tensor_model_parallel_all_reduce
         from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -173,7 +183,7 @@ class DoraLayer:
     def _packed_norm(self, rows: slice, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """The same where W is packed away: W Aᵀ is what the layer gives for A as its input."""
         w_a = self._through_base(a_RI).T[rows]
-        norm_sq, terms = factored_norm_squared(getattr(self.base_layer, _NORMS)[rows], w_a, a_RI, b_OR, 1.0)
+        norm_sq, terms = factored_norm_squared(getattr(self.base_layer, _ROW_NORMS)[rows], w_a, a_RI, b_OR, 1.0)
         lost = norm_sq < CANCELLED * terms
         if bool(lost.any()):
             w = self._read_back(rows)[lost]
@@ -184,7 +194,7 @@ class DoraLayer:
         """Rows of a packed W, (O, I): the layer's outputs for unit vectors are its columns."""
         size = self.lora_a_stacked[0].shape[-1]
         units = torch.eye(size)
-        return torch.cat([self._through_base(part).T[rows] for part in units.split(_PROBE)], dim=1)
+        return torch.cat([self._through_base(part).T[rows] for part in units.split(_UNIT_ROWS)], dim=1)
 
     def _through_base(self, x_TI: Tensor) -> Tensor:
         dtype = self.lora_a_stacked[0].dtype

@@ -55,7 +55,7 @@ def split(
     return magnitudes, {name: tensor for name, tensor in tensors.items() if not is_magnitude(name)}
 
 
-def keep(lora: Any, magnitudes: dict[str, Tensor], peft_helper: Any) -> None:
+def attach_magnitudes(lora: Any, magnitudes: dict[str, Tensor], peft_helper: Any) -> None:
     """Attach the magnitudes to vLLM's adapter.
 
     Raises:
@@ -81,7 +81,7 @@ def keep(lora: Any, magnitudes: dict[str, Tensor], peft_helper: Any) -> None:
 
 
 def check(lora: Any, manager: Any, lora_config: Any, path: str) -> None:
-    """Whether every magnitude has a layer here that scales by it.
+    """Refuse an adapter of which some magnitude has no layer here that scales by it.
 
     Raises:
         ValueError: listing all that have not, and why.
@@ -93,13 +93,13 @@ def check(lora: Any, manager: Any, lora_config: Any, path: str) -> None:
     if lora_config.fully_sharded_loras:
         problems.append("fully sharded LoRA (--fully-sharded-loras) has no DoRA: start vLLM without it")
     holders = {part: holder for holder, parts in manager.packed_modules.items() for part in parts}
-    for name, magnitude in magnitudes.items():
+    for name in magnitudes:
         holder = name if name in manager.modules else holders.get(name)
         if holder is None:
             if not _pipelined():  # another stage holds it
                 problems.append(f"{name}: this server adapts no such layer (--lora-target-modules?)")
         else:
-            problem = _unfit(manager.modules.get(holder), magnitude, single=holder == name)
+            problem = _why_unfit(manager.modules.get(holder))
             if problem:
                 problems.append(f"{name}: {problem}")
     if problems:
@@ -107,25 +107,26 @@ def check(lora: Any, manager: Any, lora_config: Any, path: str) -> None:
 
 
 def fill_slot(manager: Any, lora: Any, index: int) -> None:
-    """Put an adapter's g into slot `index` of every layer; computed the first time, and kept with the adapter."""
+    """Put an adapter's g into slot `index` of every layer; computed the first time, and cached with the adapter."""
     magnitudes: dict[str, Tensor] = getattr(lora, "theodora_magnitudes", {})
     if not magnitudes:
         return
     for name, module in manager.modules.items():
         if not isinstance(module, DoraLayer):
             continue
-        kept = lora.theodora_scales.get(name)
-        if kept is None:
+        scales = lora.theodora_scales.get(name)
+        if scales is None:
             own = magnitudes.get(name)
             parts = [magnitudes.get(part) for part in manager.packed_modules.get(name, ())]
             if own is None and not any(part is not None for part in parts):
                 continue
-            kept = module.compute_scales(index, own if own is not None else parts, lora.id)
-            lora.theodora_scales[name] = [None if g is None else g.cpu() for g in kept]
-        module.set_scales(index, kept)
+            scales = module.compute_scales(index, own if own is not None else parts, lora.id)
+            lora.theodora_scales[name] = [None if g is None else g.cpu() for g in scales]
+        module.set_scales(index, scales)
 
 
-def _unfit(module: Any, magnitude: Tensor, *, single: bool) -> str | None:
+def _why_unfit(module: Any) -> str | None:
+    """Why a layer cannot serve DoRA; None if it can."""
     if not isinstance(module, DoraLayer):
         kind = type(getattr(module, "base_layer", module)).__name__
         return f"DoRA on {kind} (embeddings, output heads, experts) is not supported: merge the adapter instead"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from theodora.serve.calls import harmony, styles
 from theodora.serve.calls.source import Arguments, Call, Event, Reader, Reasoning, Source, Text
@@ -61,7 +61,7 @@ class Thinking:
 
 
 _TAG = (("<tool_call>", styles.tagged),)
-# In the order in which they are looked for: what is more special comes first.
+# In the order in which they are looked for: a family whose signs another one has too comes before that one.
 FAMILIES = (
     Family("harmony", (("<|channel|>", "<|message|>"),), read=harmony.read, words=harmony.MARKERS),
     Family(
@@ -191,7 +191,7 @@ def thinking_of(template: str) -> Thinking | None:
 
 
 class Parser:
-    """Tells an answer's text apart while it arrives.
+    """Parts an answer's text into what is said, reasoning and calls, while it arrives.
 
     Example:
         `parser.feed("Hel")` gives what is new; `parser.feed("lo", ended=True)` the rest.
@@ -271,28 +271,38 @@ def _reasoning(source: Source, thinking: Thinking, opened: bool) -> Reader:
         source.at = len(source.text)
 
 
+class ParsedCall(NamedTuple):
+    """A call, or what came new of one."""
+
+    name: str | None
+    """None where the call of before goes on."""
+    arguments: str = ""
+    """JSON, when they are whole."""
+    id: str | None = None
+    """Where the format has one."""
+
+
 @dataclass
 class Parsed:
     """An answer, or what came new of one."""
 
     content: str = ""
     reasoning: str = ""
-    calls: list[tuple[str | None, str, str | None]] = field(default_factory=list[Any])
-    """Name, arguments, and id if the format has one; no name where a call of before goes on."""
+    calls: list[ParsedCall] = field(default_factory=list[ParsedCall])
 
 
 def gather(events: Sequence[Event]) -> Parsed:
     """Events together."""
-    found = Parsed()
+    parsed = Parsed()
     for event in events:
         match event:
             case Text(text):
-                found.content += text
+                parsed.content += text
             case Reasoning(text):
-                found.reasoning += text
+                parsed.reasoning += text
             case Call(name, id):
-                found.calls.append((name, "", id))
+                parsed.calls.append(ParsedCall(name, id=id))
             case Arguments(text):
-                name, arguments, id = found.calls.pop() if found.calls else (None, "", None)
-                found.calls.append((name, arguments + text, id))
-    return found
+                last = parsed.calls.pop() if parsed.calls else ParsedCall(None)
+                parsed.calls.append(last._replace(arguments=last.arguments + text))
+    return parsed

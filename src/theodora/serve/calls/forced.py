@@ -58,7 +58,7 @@ def calls_format(family: Family, tools: Sequence[tuple[str, Any]], choice: Choic
         format = tag.model_dump(mode="json", exclude_none=True)["format"]
         if family.name == "harmony" and choice == "required":
             # <|call|> ends the answer: it is the model's end token, and no part of the text.
-            format |= {"tags": [{**one, "end": ""} for one in format["tags"]], "stop_after_first": True}
+            format |= {"tags": [{**tag, "end": ""} for tag in format["tags"]], "stop_after_first": True}
         return format
     opening, separator, closing = _FRAMES.get(family.name, ("", "\n", ""))
     tags = [_tag(family.name, name, narrowed(schema) or _NO_ARGUMENTS) for name, schema in tools]
@@ -164,10 +164,10 @@ def json_format(schema: Any) -> Format:
 
 def sequence(*formats: Format) -> Format:
     """One after the other."""
-    kept = [one for one in formats if one.get("value") != ""]
-    if not kept:
+    parts = [format for format in formats if format.get("value") != ""]
+    if not parts:
         return constant("")
-    return kept[0] if len(kept) == 1 else {"type": "sequence", "elements": kept}
+    return parts[0] if len(parts) == 1 else {"type": "sequence", "elements": parts}
 
 
 def constant(text: str) -> Format:

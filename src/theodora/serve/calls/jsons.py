@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 from theodora.serve.calls.source import Reader, Source, compiled
@@ -51,14 +52,13 @@ def json_call(source: Source, known: frozenset[str] | None = None) -> Generator[
     source.at = start
     if key is None or key[1] not in _FIRST_KEYS:
         return False
-    found = yield from whole_object(source)
-    call = None if found is None else _call_of(found)
-    if call is None or (known is not None and call[0] not in known):
+    entry = yield from whole_object(source)
+    call = None if entry is None else _call_of(entry)
+    if call is None or (known is not None and call.name not in known):
         source.at = start
         return False
-    name, arguments, id = call
-    source.call(name, id)
-    source.argue(arguments)
+    source.call(call.name, call.id)
+    source.argue(call.arguments)
     return True
 
 
@@ -114,10 +114,10 @@ def whole_object(source: Source) -> Generator[None, None, dict[str, Any] | None]
         yield
     source.at = end
     try:
-        found = json.loads(source.text[begin:end])
+        value = json.loads(source.text[begin:end])
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _rest_of_object(source: Source) -> Reader:
@@ -131,21 +131,29 @@ def _rest_of_object(source: Source) -> Reader:
         source.at = len(source.text) if end is None else end
 
 
-def _call_of(found: dict[str, Any]) -> tuple[str, str, str | None] | None:
-    """Name, arguments and id."""
-    inner = found.get("function")
-    id = next((str(found[key]) for key in _IDS if isinstance(found.get(key), str | int)), None)
+@dataclass(frozen=True)
+class _WholeCall:
+    name: str
+    arguments: str
+    """As JSON."""
+    id: str | None
+
+
+def _call_of(entry: dict[str, Any]) -> _WholeCall | None:
+    """The call that an object is; None if it is none."""
+    inner = entry.get("function")
+    id = next((str(entry[key]) for key in _IDS if isinstance(entry.get(key), str | int)), None)
     if isinstance(inner, dict):  # as OpenAI's protocol nests it
-        found = inner
-    name = next((found[key] for key in _NAMES if isinstance(found.get(key), str)), None)
+        entry = inner
+    name = next((entry[key] for key in _NAMES if isinstance(entry.get(key), str)), None)
     if not name:
         return None
-    arguments = next((found[key] for key in _ARGUMENTS if key in found), {})
+    arguments = next((entry[key] for key in _ARGUMENTS if key in entry), {})
     if isinstance(arguments, str):
-        return name, arguments, id
+        return _WholeCall(name, arguments, id)
     if not isinstance(arguments, dict | None):
         return None
-    return name, json.dumps(arguments or {}, ensure_ascii=False), id
+    return _WholeCall(name, json.dumps(arguments or {}, ensure_ascii=False), id)
 
 
 def _unescaped(text: str) -> str | None:

@@ -150,12 +150,12 @@ class Source:
         The pattern must end in something definite, since the first match is taken.
         """
         while True:
-            found = pattern.match(self.text, self.at, partial=not self.ended)
-            if found is None:
+            match = pattern.match(self.text, self.at, partial=not self.ended)
+            if match is None:
                 return None
-            if not found.partial:
-                self.at = found.end()
-                return found
+            if not match.partial:
+                self.at = match.end()
+                return match
             yield
 
     def until(self, *markers: str) -> Generator[None, None, tuple[str, str | None]]:
@@ -163,8 +163,8 @@ class Source:
         searched = self.at
         longest = max(map(len, markers))
         while True:
-            if (found := _first(self.text, markers, searched)) is not None:
-                where, marker = found
+            if (first := _first(self.text, markers, searched)) is not None:
+                where, marker = first
                 before = self.text[self.at : where]
                 self.at = where + len(marker)
                 return before, marker
@@ -186,8 +186,8 @@ class Source:
         """
         bring = bring or self.say
         while True:
-            if (found := _first(self.text, markers, self.at)) is not None:
-                where, marker = found
+            if (first := _first(self.text, markers, self.at)) is not None:
+                where, marker = first
                 bring(self.text[self.at : where])
                 self.at = where + len(marker)
                 return marker
@@ -204,10 +204,10 @@ class Source:
 
 
 def _first(text: str, markers: tuple[str, ...], start: int) -> tuple[int, str] | None:
-    found = [(where, -len(marker), marker) for marker in markers if (where := text.find(marker, start)) >= 0]
-    if not found:
+    places = [(where, -len(marker), marker) for marker in markers if (where := text.find(marker, start)) >= 0]
+    if not places:
         return None
-    where, _, marker = min(found)  # the longest of those at one place
+    where, _, marker = min(places)  # the longest of those at one place
     return where, marker
 
 

@@ -41,22 +41,22 @@ def tagged(source: Source, offer: Offer) -> Found:
     yield from source.space()
     start = yield from source.peek()
     if start in ("{", "["):
-        found = yield from json_calls(source)
+        is_call = yield from json_calls(source)
     elif start == "<":
-        found = (yield from source.literal("<function=")) is not None and (yield from function_tag(source, offer))
+        is_call = (yield from source.literal("<function=")) is not None and (yield from function_tag(source, offer))
     else:
-        found = yield from _arg_keys(source, offer)
-    if found:
+        is_call = yield from _arg_keys(source, offer)
+    if is_call:
         yield from _closing(source, "</tool_call>")
-    return found
+    return is_call
 
 
 def json_list(source: Source, offer: Offer) -> Found:
     """After a marker: [{"name": …}, …] (Granite, Phi, Cohere)."""
-    found = yield from json_calls(source)
-    if found:
+    is_call = yield from json_calls(source)
+    if is_call:
         yield from _closing(source, "<|/tool_call|>", "<|END_ACTION|>")
-    return found
+    return is_call
 
 
 def bare_json(source: Source, offer: Offer) -> Found:
@@ -113,20 +113,20 @@ def _arg_keys(source: Source, offer: Offer) -> Found:
 
 def invoked(source: Source, offer: Offer) -> Found:
     """After <｜DSML｜function_calls> (DeepSeek 3.2) or <minimax:tool_call>: <invoke name="f"> and its parameters."""
-    found = False
+    any_call = False
     while (head := (yield from source.pattern(_INVOKE))) is not None:
-        found, prefix, name = True, head[1] or "", head[2]
+        any_call, prefix, name = True, head[1] or "", head[2]
         source.call(name)
         inner = f"<{prefix}parameter"
         closing = (f"</{prefix}parameter>",)
         if not (yield from _parameters(source, offer, name, _NAMED, closing, inner, (f"</{prefix}invoke>",))):
             return True
         source.argue("}")
-    if found:
+    if any_call:
         yield from _closing(
             source, "</｜DSML｜function_calls>", "</｜DSML｜tool_calls>", "</｜DSML｜ calls>", "</minimax:tool_call>"
         )
-    return found
+    return any_call
 
 
 def _parameters(
@@ -166,10 +166,10 @@ def _parameters(
 
 def _member(count: int, key: str, value: Any, marker: str | None) -> str:
     """One member of the arguments' object. Without an end, a text is left open, as JSON that is cut."""
-    told = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
     if marker is None and isinstance(value, str):
-        told = told[:-1]
-    return ("{" if count == 0 else ", ") + json.dumps(key, ensure_ascii=False) + ": " + told
+        text = text[:-1]
+    return ("{" if count == 0 else ", ") + json.dumps(key, ensure_ascii=False) + ": " + text
 
 
 def mistral(source: Source, offer: Offer) -> Found:
@@ -192,46 +192,46 @@ def gemma(source: Source, offer: Offer) -> Found:
         return False
     source.call(head[1])
     body, _ = yield from source.until("<tool_call|>")
-    found = gemma_object(body)
+    arguments = gemma_object(body)
     # What is not as it should be, or cut, is for the client to see.
-    source.argue(body if found is None else json.dumps(found, ensure_ascii=False))
+    source.argue(body if arguments is None else json.dumps(arguments, ensure_ascii=False))
     return True
 
 
 def deepseek(source: Source, offer: Offer) -> Found:
     """After <｜tool▁calls▁begin｜>: calls between <｜tool▁call▁begin｜> and <｜tool▁call▁end｜> (V3, R1, V3.1)."""
-    found = False
+    any_call = False
     while (head := (yield from source.pattern(_DEEPSEEK))) is not None:
-        found = True
+        any_call = True
         source.call((head[1] or head[2]).strip())
         if not (yield from stream_object(source)):
             return True
         yield from source.pattern(_DEEPSEEK_END)
-    if found:
+    if any_call:
         yield from _closing(source, "<｜tool▁calls▁end｜>")
-    return found
+    return any_call
 
 
 def kimi(source: Source, offer: Offer) -> Found:
     """After <|tool_calls_section_begin|>: functions.f:0 and the arguments, each between markers."""
-    found = False
+    any_call = False
     while (head := (yield from source.pattern(_KIMI))) is not None:
-        found = True
+        any_call = True
         source.call(head[2], head[1])
         if not (yield from stream_object(source)):
             return True
         yield from _closing(source, "<|tool_call_end|>")
-    if found:
+    if any_call:
         yield from _closing(source, "<|tool_calls_section_end|>")
-    return found
+    return any_call
 
 
 def pythonic(source: Source, offer: Offer) -> Found:
     """After a marker: [f(a=1), g()] (Llama 4, LFM2)."""
-    found = yield from _python_calls(source, offer)
-    if found:
+    is_call = yield from _python_calls(source, offer)
+    if is_call:
         yield from _closing(source, "<|python_end|>", "<|tool_call_end|>")
-    return found
+    return is_call
 
 
 def bare_pythonic(source: Source, offer: Offer) -> Found:
@@ -243,7 +243,7 @@ def _python_calls(source: Source, offer: Offer, known: frozenset[str] | None = N
     start = source.at
     if listed and (yield from source.pattern(_BRACKET)) is None:
         return False
-    any_found = False
+    any_call = False
     while (name := (yield from source.pattern(_PYTHON_NAME))) is not None:
         begin = name.start(1)
         if known is not None and name[1] not in known:
@@ -253,7 +253,7 @@ def _python_calls(source: Source, offer: Offer, known: frozenset[str] | None = N
         if end is None or call is None:
             break
         source.at = end
-        any_found = True
+        any_call = True
         source.call(call[0].removesuffix(".call") if not listed else call[0])
         source.argue(json.dumps(call[1], ensure_ascii=False))
         start = source.at
@@ -263,7 +263,7 @@ def _python_calls(source: Source, offer: Offer, known: frozenset[str] | None = N
                 yield from source.literal("]")
             return True
     source.at = start
-    return any_found
+    return any_call
 
 
 def _closing_bracket(source: Source) -> Generator[None, None, int | None]:

@@ -24,12 +24,12 @@ def text_value(text: str, tool: str, key: str, schemas: Schemas) -> Any:
     if kinds == {"string"}:
         return text
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        found = _python_word(text)
-    if isinstance(found, str) or (kinds and "string" in kinds and _kind(found) not in kinds):
+        value = _python_word(text)
+    if isinstance(value, str) or (kinds and "string" in kinds and _kind(value) not in kinds):
         return text
-    return found
+    return value
 
 
 def _property(schema: Mapping[str, Any] | None, key: str) -> Any:
@@ -45,13 +45,13 @@ def _kinds(schema: Any) -> set[str]:
     if isinstance(kind, str):
         return {kind}
     if isinstance(kind, list):
-        return {str(one) for one in kind}
+        return {str(name) for name in kind}
     if isinstance(values := schema.get("enum"), list):
         return {_kind(value) for value in values}
     for word in ("anyOf", "oneOf"):
         if isinstance(choices := schema.get(word), list):
-            found = [_kinds(choice) for choice in choices]
-            return set().union(*found) if all(found) else set()
+            kinds = [_kinds(choice) for choice in choices]
+            return set().union(*kinds) if all(kinds) else set()
     return set()
 
 

@@ -9,9 +9,9 @@ import pytest
 from calling import CALL, SCHEMA, SILENT, TEMPLATE, written
 from serving import Server
 from theodora.files.folder import Place
+from theodora.serve.chat_formats import chat_format_of, read_format_files, warn_of_unknown_tokens
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
-from theodora.serve.manners import manner_of, read_told, tell_unknown_tokens
 from tiny import CHATML, tiny_model, tiny_tokenizer
 
 SETTINGS = {"eos_token_id": 0}
@@ -24,43 +24,43 @@ def tokenizer(tiny_tokenizer):
     return tiny_tokenizer
 
 
-def manner(folder, tokenizer):
-    return manner_of(read_told(Place(folder)), tokenizer, SETTINGS)
+def chat_format(folder, tokenizer):
+    return chat_format_of(read_format_files(Place(folder)), tokenizer, SETTINGS)
 
 
 def test_the_base_ends_where_its_template_does(tokenizer):
-    assert manner_of(None, tokenizer, SETTINGS).ends == {0}
+    assert chat_format_of(None, tokenizer, SETTINGS).ends == {0}
     tokenizer.chat_template = CHATML
-    assert manner_of(None, tokenizer, SETTINGS).ends == {0, 2}
+    assert chat_format_of(None, tokenizer, SETTINGS).ends == {0, 2}
 
 
 def test_an_adapter_that_says_nothing_is_like_its_base(tokenizer, tmp_path):
-    assert manner(tmp_path, tokenizer) == manner_of(None, tokenizer, SETTINGS)
+    assert chat_format(tmp_path, tokenizer) == chat_format_of(None, tokenizer, SETTINGS)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    assert manner(tmp_path, tokenizer) == manner_of(None, tokenizer, SETTINGS)
+    assert chat_format(tmp_path, tokenizer) == chat_format_of(None, tokenizer, SETTINGS)
 
 
 def test_an_adapter_brings_its_template_and_its_ends(tokenizer, tmp_path):
     own = tiny_tokenizer()
     own.save_pretrained(tmp_path)
-    found = manner(tmp_path, tokenizer)
+    found = chat_format(tmp_path, tokenizer)
     assert found.template == CHATML
     assert found.ends == {0, 2}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7]}))
-    assert manner(tmp_path, tokenizer).ends == {0, 2, 7}
+    assert chat_format(tmp_path, tokenizer).ends == {0, 2, 7}
     tokenizer.chat_template = CHATML
-    assert manner(tmp_path, tokenizer).template is None
+    assert chat_format(tmp_path, tokenizer).template is None
 
 
 def test_an_adapter_may_have_a_template_for_tools(tokenizer, tmp_path):
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    found = manner(tmp_path, tokenizer)
+    found = chat_format(tmp_path, tokenizer)
     assert (found.template_of(False), found.template_of(True)) == ("a", "b")
     own = tiny_tokenizer()
     own.chat_template = {"default": "c", "tool_use": "d"}
     own.save_pretrained(tmp_path)
-    found = manner(tmp_path, tokenizer)
+    found = chat_format(tmp_path, tokenizer)
     assert (found.template_of(False), found.template_of(True)) == ("c", "d")
 
 
@@ -75,13 +75,13 @@ def test_an_adapter_may_have_a_template_for_tools(tokenizer, tmp_path):
 )
 def test_what_means_nothing_is_passed_by(tokenizer, tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
-    assert manner(tmp_path, tokenizer) == manner_of(None, tokenizer, SETTINGS)
+    assert chat_format(tmp_path, tokenizer) == chat_format_of(None, tokenizer, SETTINGS)
 
 
 def test_a_vocabulary_that_means_nothing_is_passed_by(tokenizer, tmp_path, caplog):
     for text in ("[" * 9000, '{"added_tokens": [3, {"content": [1], "id": {}}]}', '{"added_tokens": 3}', "\udcff"):
         (tmp_path / "tokenizer.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-        tell_unknown_tokens(Place(tmp_path), tokenizer)
+        warn_of_unknown_tokens(Place(tmp_path), tokenizer)
 
 
 def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplog):
@@ -89,7 +89,7 @@ def test_tokens_that_the_server_does_not_cut_are_said(tokenizer, tmp_path, caplo
     own.add_tokens(["<new>"])
     own.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "theodora.serve"):
-        tell_unknown_tokens(Place(tmp_path), tokenizer)
+        warn_of_unknown_tokens(Place(tmp_path), tokenizer)
     assert "<new>" in caplog.text
 
 

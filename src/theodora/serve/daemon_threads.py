@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LONG = 20_000
-"""Characters, or entries, of what is worth a thread: less of it is done sooner than a thread starts."""
+"""Characters, or entries, from which on work is worth a thread: less of it is done before a thread has started."""
 
 
-class Aside:
+class DaemonThreads:
     """Runs functions in threads of their own, a few at a time; the others wait for their turn.
 
     An executor's threads are waited for when the process ends, and work that hangs would keep it: these are not. Each
@@ -22,13 +22,13 @@ class Aside:
     until it ends.
 
     Example:
-        `ids = await Aside(4)(tokenizer.encode, text)`.
+        `ids = await DaemonThreads(4)(tokenizer.encode, text)`.
     """
 
     def __init__(self, most: int) -> None:
         self._free = asyncio.Semaphore(most)
-        self.left = 0
-        """Functions that still run, whose callers have gone."""
+        self.abandoned = 0
+        """Functions that still run and whose callers have gone."""
 
     async def __call__(self, work: Callable[..., T], *args: Any) -> T:
         """What `work(*args)` returns, or raises."""
@@ -39,7 +39,7 @@ class Aside:
         def settle(result: Any, error: BaseException | None) -> None:
             self._free.release()
             if outcome.cancelled():
-                self.left -= 1
+                self.abandoned -= 1
                 return
             if error is None:
                 outcome.set_result(result)
@@ -55,9 +55,9 @@ class Aside:
             with suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(settle, result, error)
 
-        threading.Thread(target=run, name="theodora-aside", daemon=True).start()
+        threading.Thread(target=run, name="theodora-daemon", daemon=True).start()
         try:
             return await outcome
         except asyncio.CancelledError:
-            self.left += outcome.cancelled()
+            self.abandoned += outcome.cancelled()
             raise

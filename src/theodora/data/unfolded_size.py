@@ -22,7 +22,7 @@ VALUE = 16
 """Bytes that a number, or an empty text, counts for."""
 
 
-class Unfolded:
+class UnfoldedSize:
     """Counts what rows of a source unfold to, against what it has on disk.
 
     Args:
@@ -31,8 +31,8 @@ class Unfolded:
     """
 
     def __init__(self, name: str, on_disk: int) -> None:
-        self.allowed = _told() or ANY_FILE + MOST_COMPRESSED * on_disk
-        self._name, self._on_disk, self._found = name, on_disk, 0
+        self.allowed = _allowed_by_user() or ANY_FILE + MOST_COMPRESSED * on_disk
+        self._name, self._on_disk, self._size = name, on_disk, 0
 
     def add(self, size: int) -> None:
         """Count some more bytes.
@@ -40,17 +40,17 @@ class Unfolded:
         Raises:
             DataError: they are too many.
         """
-        self._found += size
-        if self._found > self.allowed:
+        self._size += size
+        if self._size > self.allowed:
             raise DataError(self.complaint())
 
-    def complaint(self, found: int | None = None) -> str:
-        """What to say of a file that unfolds to `found` bytes, or more than is allowed."""
-        size = f"{found:,} bytes" if found else f"more than {self.allowed:,} bytes"
+    def complaint(self, size: int | None = None) -> str:
+        """What to say of a file that unfolds to `size` bytes; None: to more than is allowed."""
+        told = f"{size:,} bytes" if size else f"more than {self.allowed:,} bytes"
         return (
-            f"{self._name} has {self._on_disk:,} bytes and unfolds to {size} of rows; expected at most "
+            f"{self._name} has {self._on_disk:,} bytes and unfolds to {told} of rows; expected at most "
             f"{self.allowed:,}. A file may be made to fill a disk. If the data are really so, write them as JSON "
-            f"lines, or say how much room they may take: {VARIABLE}={max(8, 2 * (found or self.allowed) >> 30)}"
+            f"lines, or say how much room they may take: {VARIABLE}={max(8, 2 * (size or self.allowed) >> 30)}"
         )
 
 
@@ -69,15 +69,15 @@ def size_of(value: Any) -> int:
     return size
 
 
-def _told() -> int:
-    """What the user allows, in bytes; 0 if nothing is said."""
+def _allowed_by_user() -> int:
+    """Bytes that the environment variable allows; 0 if it is not set."""
     said = os.environ.get(VARIABLE)
     if not said:
         return 0
     try:
-        found = float(said)
+        gigabytes = float(said)
     except ValueError:
-        found = 0.0
-    if not 0 < found < 1e9:
+        gigabytes = 0.0
+    if not 0 < gigabytes < 1e9:
         raise DataError(f"{VARIABLE} is {said!r}; expected a number of gigabytes, such as 8")
-    return int(found * (1 << 30))
+    return int(gigabytes * (1 << 30))

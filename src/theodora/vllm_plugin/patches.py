@@ -1,4 +1,4 @@
-"""Where vLLM is changed: the whole list, with the reason for each place. Written for vLLM 0.32.0."""
+"""Which methods of vLLM are replaced: the whole list, with the reason for each. Written for vLLM 0.32.0."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from theodora.vllm_plugin import layers, loading
 _MARK = "_theodora_dora"
 
 
-def install() -> bool:
-    """Replace what has to be replaced, once.
+def patch_vllm() -> bool:
+    """Replace these methods, once in a process.
 
     Returns:
         False if it was done before.
@@ -46,10 +46,10 @@ def install() -> bool:
         return parse(loading.as_lora_b(name), weights_mapper)
 
     def from_lora_tensors(cls: Any, lora_model_id: int, tensors: Any, peft_helper: Any, **options: Any) -> Any:
-        """Take the magnitudes out of the file, and keep them with the adapter."""
+        """Take the magnitudes out of the file, and attach them to the adapter."""
         magnitudes, others = loading.split(tensors, parse_name, peft_helper, options)
         lora = from_tensors(cls, lora_model_id, others, peft_helper, **options)
-        loading.keep(lora, magnitudes, peft_helper)
+        loading.attach_magnitudes(lora, magnitudes, peft_helper)
         return lora
 
     def load_adapter(self: Any, lora_request: Any) -> Any:

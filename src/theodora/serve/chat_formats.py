@@ -1,4 +1,4 @@
-"""How an adapter was taught to be asked and to end, where its folder says so: its own chat template and EOS.
+"""The chat template and the end tokens that an adapter was trained with, where its folder says so.
 
 The server has one tokenizer, the base model's. An adapter that was trained with another template (a fallback for a base
 without one, say) is asked with that template, and ends where that ends its turns.
@@ -27,8 +27,8 @@ _LARGEST_VOCABULARY = 128 << 20  # four times the largest
 
 
 @dataclass(frozen=True)
-class Manner:
-    """Of one adapter, or of the base model."""
+class ChatFormat:
+    """How one adapter, or the base model, is asked, and where its answers end."""
 
     template: str | None
     """The chat template; None for the tokenizer's own."""
@@ -42,33 +42,33 @@ class Manner:
         return (self.with_tools if tools else None) or self.template
 
 
-def read_told(place: Place) -> dict[str, bytes]:
-    """The files of an adapter's folder that say how it is asked and ends, by their names.
+def read_format_files(place: Place) -> dict[str, bytes]:
+    """The files of an adapter's folder that its chat format is read from, by their names.
 
     Raises:
         CheckpointError: one is no file, far too large, or leads out of the folder that it may be in.
     """
     try:
         with place.open() as folder:
-            found = {name: folder.read(name, _LARGEST) for name in (_SETTINGS, _GENERATION, *_TEMPLATES.values())}
+            contents = {name: folder.read(name, _LARGEST) for name in (_SETTINGS, _GENERATION, *_TEMPLATES.values())}
     except OSError:
         return {}
-    return {name: content for name, content in found.items() if content is not None}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
-def manner_of(told: Mapping[str, bytes] | None, tokenizer: Any, generation_config: Any) -> Manner:
-    """How an adapter is asked, and where it ends; that of the base model where it says nothing else.
+def chat_format_of(files: Mapping[str, bytes] | None, tokenizer: Any, generation_config: Any) -> ChatFormat:
+    """The chat format of an adapter: the base model's, where its files say nothing else.
 
     Args:
-        told: what its folder says (see `read_told`); None for the base model.
+        told: what its folder says (see `read_format_files`); None for the base model.
         tokenizer: the base model's, by which all requests are cut into tokens.
         generation_config: the base model's.
     """
     base = frozenset(end_token_ids(generation_config, tokenizer))
-    if told is None:
-        return Manner(None, base)
-    settings = _object(told.get(_SETTINGS))
-    template, with_tools = _templates(told, settings)
+    if files is None:
+        return ChatFormat(None, base)
+    settings = _object(files.get(_SETTINGS))
+    template, with_tools = _templates(files, settings)
     if template == getattr(tokenizer, "chat_template", None):
         template = None
     own = copy.copy(tokenizer)
@@ -76,26 +76,26 @@ def manner_of(told: Mapping[str, bytes] | None, tokenizer: Any, generation_confi
     eos = settings.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     known = tokenizer.get_vocab()
-    ends = [*end_token_ids(_object(told.get(_GENERATION)), own), *base]
+    ends = [*end_token_ids(_object(files.get(_GENERATION)), own), *base]
     ends += as_ids(known.get(eos)) if isinstance(eos, str) else []
-    return Manner(template, frozenset(ends), with_tools)
+    return ChatFormat(template, frozenset(ends), with_tools)
 
 
-def _templates(told: Mapping[str, bytes], settings: dict[str, Any]) -> tuple[str | None, str | None]:
+def _templates(files: Mapping[str, bytes], settings: dict[str, Any]) -> tuple[str | None, str | None]:
     """The chat template, and the one for tools: in files of their own, or, in older folders, among the settings."""
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+    setting = settings.get("chat_template")
+    if isinstance(setting, list):  # several, by name
+        named = {str(entry.get("name")): entry.get("template") for entry in setting if isinstance(entry, dict)}
     else:
-        named = {"default": found}
+        named = {"default": setting}
     for name, file in _TEMPLATES.items():
         with suppress(KeyError, UnicodeDecodeError):
-            named[name] = told[file].decode("utf-8")
+            named[name] = files[file].decode("utf-8")
     default, with_tools = (named.get(name) if isinstance(named.get(name), str) else None for name in _TEMPLATES)
     return default, with_tools
 
 
-def tell_unknown_tokens(place: Place, tokenizer: Any) -> None:
+def warn_of_unknown_tokens(place: Place, tokenizer: Any) -> None:
     """Log the tokens that an adapter was trained with, and that the server does not cut its requests into."""
     try:
         with place.open() as folder:
@@ -117,7 +117,7 @@ def tell_unknown_tokens(place: Place, tokenizer: Any) -> None:
 def _object(content: bytes | None) -> dict[str, Any]:
     """A JSON object; an empty one where there is none. What is wrong with an adapter's own files was said before."""
     try:
-        found = parse_json((content or b"").decode("utf-8"))
+        value = parse_json((content or b"").decode("utf-8"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

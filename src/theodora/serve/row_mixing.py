@@ -1,4 +1,4 @@
-"""Products that mix the rows of a batch, found out before anything is served, and not used.
+"""Products that mix the rows of a batch: looked for before anything is served, and not used.
 
 A row of x Wᵀ depends on no other row of x. oneDNN's bfloat16 products on CPUs with AMX (torch 2.11) read the features
 of a row in blocks, past its end into the next one's, against zeros: with 0 · NaN, one request's NaN is its neighbour's.
@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 _log = logging.getLogger("theodora.serve")
-_ROWS = 40  # few are multiplied one by one
+_ROWS = 40  # of fewer, each is multiplied by itself
 
 
-class RowsApart:
+class NoRowMixing:
     """While it lasts, no product of a model's layers mixes rows: on a CPU where some would, oneDNN is not used.
 
     The switch is the whole process's; `end` puts it back.
@@ -45,10 +45,11 @@ def mixing_widths(model: nn.Module) -> list[int]:
     dtype = _dtype(model)
     widths = {module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return sorted(width for width in widths if on_cpu and dtype.itemsize == 2 and _mixes(width, dtype))
+    return sorted(width for width in widths if on_cpu and dtype.itemsize == 2 and mixes(width, dtype))
 
 
-def _mixes(width: int, dtype: torch.dtype) -> bool:
+def mixes(width: int, dtype: torch.dtype) -> bool:
+    """Whether a product over so many features gives NaN to rows beside a NaN."""
     x = torch.ones(_ROWS, width, dtype=dtype)
     x[::2] = torch.nan
     return not bool(F.linear(x, torch.ones(_ROWS, width, dtype=dtype))[1::2].isfinite().all())

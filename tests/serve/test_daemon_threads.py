@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from theodora.serve.aside import Aside
+from theodora.serve.daemon_threads import DaemonThreads
 
 
 def test_outcomes_come_back():
     async def both():
-        aside = Aside(1)
+        aside = DaemonThreads(1)
         assert await aside(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):
             await aside(divmod, 7, 0)
@@ -32,7 +32,7 @@ def test_a_few_at_a_time():
             running -= 1
 
     async def all_of_them():
-        aside = Aside(2)
+        aside = DaemonThreads(2)
         await asyncio.gather(*(aside(work) for _ in range(6)))
 
     asyncio.run(all_of_them())
@@ -43,7 +43,7 @@ def test_what_hangs_keeps_its_place_and_holds_up_nobody_else():
     free = threading.Event()
 
     async def hang():
-        aside = Aside(1)
+        aside = DaemonThreads(1)
         for _ in range(2):  # the second has no place
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(aside(free.wait), 0.05)
@@ -61,7 +61,7 @@ def test_a_loop_that_has_ended_is_not_told():
         over.set()
 
     async def leave():
-        asyncio.ensure_future(Aside(1)(work))  # noqa: RUF006
+        asyncio.ensure_future(DaemonThreads(1)(work))  # noqa: RUF006
         await asyncio.sleep(0.01)
 
     asyncio.run(leave())
