@@ -14,15 +14,12 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel
-from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
-from theodora.data.vocabulary import safe_padding
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
@@ -33,12 +30,11 @@ from theodora.parse import to_yaml
 from theodora.shown import plain, quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
-from theodora.train.arguments import sft_arguments
+from theodora.train.arguments import finish_arguments, sft_arguments
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
-from theodora.train.graphed import draws_at_random
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.loss_figure import draw_losses
@@ -136,7 +132,16 @@ def _train(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
     )
     view, updates = ProgressView(console), CountUpdates()
-    arguments.eval_on_start = checkpoint is None or files.owes_evaluation(checkpoint)
+    arguments = finish_arguments(
+        arguments,
+        prepared.config,
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
+        precision=prepared.precision,
+        balances_experts=prepared.balances_experts,
+        evaluates=prepared.held_out_rows is not None,
+        evaluates_first=checkpoint is None or files.owes_evaluation(checkpoint),
+    )
     if arguments.world_size > 1:
         stop.alone, stop.agree = False, Agreement(arguments.device)
     inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, arguments.world_size)
@@ -196,27 +201,9 @@ def _train(
 
 def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
     config = prepared.config
-    if prepared.held_out_rows is None:
-        arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.NO, False
     if config.early_stopping_patience is not None:
         callbacks = [EarlyStoppingCallback(config.early_stopping_patience), *callbacks]
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if hasattr(arguments, name):
-            setattr(arguments, name, bool(config.gradient_checkpointing))
-            if not getattr(arguments, f"{name}_kwargs") and not draws_at_random(prepared.model):
-                # Nor is a random state kept then, which the host would have to read, and cannot in a CUDA graph.
-                setattr(arguments, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
-    # Without an accelerator torch warns at every data loader.
-    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type != "cpu"
-    if arguments.dataloader_pin_memory and isinstance(arguments.accelerator_config, AcceleratorConfig):
-        arguments.accelerator_config.non_blocking = True
-    # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     own_padding = prepared.tokenizer.pad_token
-    # TRL pads with the tokenizer's token, whether the model has a row for it or not.
-    safe = safe_padding(prepared.model, prepared.tokenizer)
-    if prepared.tokenizer.pad_token_id != safe:
-        arguments.pad_token = str(prepared.tokenizer.convert_ids_to_tokens(safe))
     try:
         return AdapterTrainer(
             model=prepared.model,
