@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
+from theodora.train.processes import is_spread
 
 # Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
 _MOST_LOGITS = 2**26
@@ -33,7 +34,7 @@ def trl_reads_logits(trainer: Any) -> bool:
     keeps its backbone. Not where the model is spread over processes.
     """
     model = trainer.model
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
+    if is_spread(trainer):
         return True
     vocabulary = model.config.get_text_config().vocab_size
     ids_1T = (torch.arange(8) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None].to(model.device) % vocabulary

@@ -57,7 +57,7 @@ class Outcome:
             return
         bad = list(self._not_finite())
         reason = f"{bad[0]} is not finite" if bad else self._reason()
-        if self._any_process(reason is not None):
+        if self.trainer.processes.any(reason is not None, self.trainer.args.device):
             reason = reason or "the loss is not finite in another process"
             raise Diverged(
                 f"Training diverged: {reason} after step {step}, and nothing of that was saved. {self.hint}"
@@ -88,13 +88,6 @@ class Outcome:
         if self.max_loss is not None and value > self.max_loss:
             return f"loss is {value:.4g} on its own rows, more than max_loss ({self.max_loss:.4g}),"
         return None
-
-    def _any_process(self, here: bool) -> bool:
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return here
-        flag = torch.tensor([float(here)], device=self.trainer.args.device)
-        return bool(accelerator.reduce(flag, "sum").item())
 
 
 def loss_now(trainer: Any, batch: dict[str, Any]) -> Tensor | None:

@@ -149,7 +149,7 @@ def change_notes(config: TrainConfig, past: Past) -> list[str]:
     ]
 
 
-def check_options(config: TrainConfig, arguments: SFTConfig, checkpoint: Path, past: Past) -> None:
+def check_options(config: TrainConfig, processes: int, checkpoint: Path, past: Past) -> None:
     """Refuse options that a run cannot go on with from a checkpoint, before anything is loaded.
 
     Raises:
@@ -168,7 +168,7 @@ def check_options(config: TrainConfig, arguments: SFTConfig, checkpoint: Path, p
         for name, why in _reasons(now, past).items()
         if _differs(name, now, past)
     ]
-    problems += _batches(now, past, arguments.world_size)
+    problems += _batches(now, past, processes)
     if problems:
         raise ConfigError(
             f"{checkpoint} was trained with other options, and a run cannot go on from it with these:"

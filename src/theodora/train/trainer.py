@@ -35,6 +35,7 @@ from theodora.train.order import SeededByEpoch
 from theodora.train.out_of_memory import Pieces
 from theodora.train.outcome import Outcome
 from theodora.train.packed_rows import keeps_apart
+from theodora.train.processes import Processes, is_spread
 from theodora.train.resumed import OPTIONS_FILE, AsAsked, UseOptions
 from theodora.train.step_state import RestoreUnlogged, StepState, write_unlogged
 from theodora.train.wholeness import list_in_place, list_when_all_have_written
@@ -67,6 +68,7 @@ class AdapterTrainer(SFTTrainer):
         self._eval_nats = self._eval_tokens = 0.0
         self._parameters_that_multiply: int | None = None
         super().__init__(*args, **kwargs)
+        self.processes = Processes.of(self.args)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RestoreUnlogged(self))
@@ -76,7 +78,7 @@ class AdapterTrainer(SFTTrainer):
         self.outcome: Outcome | None = None
         self.say: Callable[[str], None] = print
         self.pieces = Pieces(self._one_pass, self._start_step_over, lambda text: self.say(text))
-        self.pieces.halves = self.args.world_size == 1
+        self.pieces.halves = self.processes.alone
         self.adapts_head = is_adapted(self.model.get_output_embeddings()) or not trl_reads_logits(self)
         self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         if self.adapts_head and not self._plain_loss:
@@ -117,7 +119,7 @@ class AdapterTrainer(SFTTrainer):
             return f"not on {self.args.device.type}"
         if not self._plain_loss:
             return "the loss is not the plain one"
-        if self.accelerator.parallelism_config is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if is_spread(self):
             return "the model or its batches are spread over processes"
         return fused_head(self.model)
 
@@ -160,7 +162,7 @@ class AdapterTrainer(SFTTrainer):
         loss = found.nats / torch.as_tensor(items).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The number counts the tokens of all processes, whose gradients are averaged.
-            loss = loss * self.accelerator.num_processes
+            loss = loss * self.processes.count
         return loss
 
     def _chooses_positions(self, labels: Tensor) -> bool:
@@ -174,10 +176,9 @@ class AdapterTrainer(SFTTrainer):
         """Keep the metrics that TRL keeps, on the device; `log` fetches them. `sums` are `_stats`."""
         mode = "train" if self.model.training else "eval"
         metrics: dict[str, list[Any]] = self._metrics[mode]
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, "sum")
-            tokens = torch.as_tensor(tokens, device=sums.device)
-            tokens = self.accelerator.reduce(tokens, "sum")  # pyright: ignore[reportAssignmentType]
+        if not self.processes.alone:
+            sums = self.processes.sum(sums)
+            tokens = self.processes.sum(torch.as_tensor(tokens, device=sums.device))
         entropy, correct, count = sums
         metrics["entropy"].append(entropy / count.clamp(min=1))
         metrics["mean_token_accuracy"].append(correct / count.clamp(min=1))
@@ -316,12 +317,12 @@ class AdapterTrainer(SFTTrainer):
 
     def note_step(self) -> None:
         """Take down the state at the end of a step."""
-        accumulates = self.args.gradient_accumulation_steps > 1 and self.args.world_size == 1
+        accumulates = self.args.gradient_accumulation_steps > 1 and self.processes.alone
         self._last_step = StepState.of(self, with_random_states=accumulates)
 
     def _send_for_figures(self, tr_loss: Tensor, grad_norm: Any, learning_rate: float | None) -> None:
         step, metrics = self.state.global_step, self._metrics["train"]
-        loss: Any = self.accelerator.reduce(tr_loss.clone(), "mean")
+        loss = self.processes.mean(tr_loss.clone())
         tr_loss.zero_()
         figures: dict[str, Any] = {**metrics, "loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]}
         figures["learning_rate"] = [self._get_learning_rate() if learning_rate is None else learning_rate]
@@ -387,8 +388,7 @@ class AdapterTrainer(SFTTrainer):
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
-        reduced: Any = self.accelerator.reduce(sums, "sum")
-        nats, tokens = reduced.tolist()
+        nats, tokens = self.processes.sum(sums).tolist()
         if tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
         return output
@@ -457,7 +457,7 @@ class AdapterTrainer(SFTTrainer):
         if self.outcome is not None:
             self.outcome.check()
         folder = self.folder / f"checkpoint-{self.state.global_step}"
-        if not self.args.should_save or self.args.world_size > 1:
+        if not self.processes.alone:
             # Several processes write into one folder; there is no moment at which one of them could rename it.
             super()._save_checkpoint(model, trial)
             self._write_options(folder)
@@ -475,7 +475,7 @@ class AdapterTrainer(SFTTrainer):
         rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _write_options(self, folder: Path) -> None:
-        if self.options is not None and self.args.should_save:
+        if self.options is not None and self.processes.writes:
             write_text(folder / OPTIONS_FILE, self.options)
 
     def _name_best_checkpoint(self, current: Path) -> None:

@@ -35,8 +35,8 @@ def faults(checkpoint: Path) -> list[str]:
 
 def list_when_all_have_written(trainer: Any, checkpoint: Path) -> None:
     """List the files of a checkpoint into which several processes write; each of them calls this."""
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
+    trainer.processes.wait()
+    if trainer.processes.writes:
         write_inputs(trainer, checkpoint)
         read_back(trainer, checkpoint)
         mark_written(checkpoint, CHECKPOINT)
