@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
 from theodora.train.processes import is_spread
@@ -27,13 +28,13 @@ def can_choose_positions(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def trl_reads_logits(trainer: Any) -> bool:
+def trl_reads_logits(trainer: Trainer) -> bool:
     """Whether TRL's loss, which it computes from the states before the head, is that of the model's own logits.
 
     Tried out, because TRL knows only some of what models do to their logits (scales, soft caps), and not where each
     keeps its backbone. Not where the model is spread over processes.
     """
-    model = trainer.model
+    model: Any = trainer.model
     if is_spread(trainer):
         return True
     vocabulary = model.config.get_text_config().vocab_size

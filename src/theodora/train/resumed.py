@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import AdapterConfig, TrainConfig
@@ -291,7 +298,7 @@ class AsAsked:
 class UseOptions(TrainerCallback):
     """Sets again what a checkpoint's trainer state brings back of the options of old."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.patience: int | None = next((c.early_stopping_patience for c in self._early_stops()), None)
 

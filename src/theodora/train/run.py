@@ -161,8 +161,8 @@ def _train(
     )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
-        trainer.tokens_seen = _tokens_at(checkpoint)
-        view.count_tokens_from(trainer.tokens_seen)
+        trainer.tokens = _tokens_at(checkpoint)
+        view.count_tokens_from(trainer.tokens)
     print_plan(console, plan)
     if processes.writes:
         _begin_record(prepared, plan, output)
@@ -242,7 +242,7 @@ def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) 
     # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
     guessing = math.log(model.config.get_text_config().vocab_size)
     bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
-    return Outcome(trainer, bound, guard.hint)
+    return Outcome(trainer, trainer.processes, trainer.loss_now, bound, guard.hint)
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
