@@ -23,7 +23,7 @@ from theodora.config import TrainConfig
 from theodora.demo import model as demo_model
 from theodora.merging.checkpoint import merge_checkpoint
 from theodora.train import callbacks, train
-from theodora.train.stop import Agreement
+from theodora.train.processes import Agreement
 
 # All runs stop and go on in the middle of an epoch and at its end (10 rows of sums in steps of 4 or fewer rows).
 KINDS: dict[str, dict[str, Any]] = {

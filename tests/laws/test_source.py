@@ -87,3 +87,26 @@ def test_foreign_text_reaches_a_terminal_by_one_way(module):
         if called == "print" and name_of(module) not in {"cli/main.py", "cli/console.py"}:
             wrong.append((call.lineno, "prints past the Terminal"))
     assert not wrong, f"{module}: {wrong}"
+
+
+def sets_arguments(tree: ast.AST) -> list[int]:
+    """Lines that set a field of something called `args` or `arguments`."""
+    lines = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            targets = [ast.Attribute(node.args[0], "any")]
+        for target in targets:
+            for part in ast.walk(target) if target is not None else ():
+                if isinstance(part, ast.Attribute) and ast.unparse(part.value).split(".")[-1] in {"args", "arguments"}:
+                    lines.append(node.lineno)
+    return lines
+
+
+def test_arguments_of_a_run_are_finished_in_one_place():
+    """Whoever wonders why the trainer has a setting reads train/arguments.py, and no file after it."""
+    wrong = {name_of(module): sets_arguments(TREES[module]) for module in MODULES if module.parent.name == "train"}
+    assert {name: lines for name, lines in wrong.items() if lines and name != "train/arguments.py"} == {}
+    assert sets_arguments(ast.parse("a.args.b = 1\nself.args.b += 1\nx, arguments.c = y\nsetattr(args, n, v)")) == [
+        1, 2, 3, 4,
+    ]  # fmt: skip

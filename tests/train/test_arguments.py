@@ -2,9 +2,10 @@
 
 import pytest
 
+import tiny
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
-from theodora.train.arguments import sft_arguments
+from theodora.train.arguments import choose_precision, finish_arguments, sft_arguments
 
 
 def arguments(tmp_path, **options):
@@ -47,3 +48,31 @@ def test_what_torch_would_refuse_later(options, says, tmp_path):
 def test_what_it_takes(options, tmp_path):
     found = arguments(tmp_path, **options)
     assert found.lr_scheduler_kwargs == options.get("lr_scheduler_kwargs", found.lr_scheduler_kwargs)
+
+
+def test_what_the_loaded_model_tells_goes_into_a_copy(tmp_path):
+    options = {"model": "m", "data": "d", "output": "o", "held_out": 1, "modules_to_save": ["lm_head"], "bf16": True}
+    options |= {"trainer": {"use_cpu": True, "model_init_kwargs": {"attn_implementation": "eager"}}}
+    config = TrainConfig.from_options(options)
+    given = sft_arguments(config, tmp_path)
+    before = dict(vars(given))
+
+    def finish(**known):
+        return finish_arguments(
+            given,
+            config,
+            model=tiny.tiny_model(),
+            tokenizer=tiny.tiny_tokenizer(),
+            precision=choose_precision(config, given),
+            **({"balances_experts": True, "evaluates": True, "evaluates_first": True} | known),
+        )
+
+    finished = finish()
+    assert (finished.bf16, finished.mixed_precision, finished.model_init_kwargs) == (True, "bf16", None)
+    assert finished.eval_on_start
+    assert finished.router_aux_loss_coef is None
+    assert finish(balances_experts=False).router_aux_loss_coef == 0.0
+    assert not finish(evaluates_first=False).eval_on_start
+    without = finish(evaluates=False)
+    assert (without.eval_on_start, without.eval_strategy) == (False, "no")
+    assert vars(given) == before

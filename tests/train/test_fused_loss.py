@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from trl.trainer.sft_trainer import SFTTrainer
 
 import tiny
 from theodora import AdapterConfig, inject_adapter
-from theodora.train import fused_loss, trainer
+from theodora.train import fused_loss, trainer, trainer_logs, trainer_loss
 from theodora.train.fused_loss import Head, SelectLearned, add_fused_loss, fused_head, select_learned
 
 MORE = {
@@ -139,13 +140,13 @@ def fused_run(run, monkeypatch):
 
     def start(late=True, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "fused_loss_pays", lambda device: True)
+            patch.setattr(trainer_loss, "fused_loss_pays", lambda device: True)
             made = trainer.AdapterTrainer.__init__
 
             def init(self, *args, **kwargs):
                 made(self, *args, **kwargs)
                 assert isinstance(self.head, Head) or options.get("kernels") == "reference"
-                self._defers_logs = late
+                self.defers_logs = late
 
             patch.setattr(trainer.AdapterTrainer, "__init__", init)
             return run(**options)
@@ -160,8 +161,8 @@ NAMES = ("loss", "eval_loss", "entropy", "mean_token_accuracy", "num_tokens", "g
 def test_a_run_has_the_record_of_trls_loss(others, run, fused_run, tmp_path, losses, monkeypatch):
     settings = {"max_steps": 7, "eval_steps": 3, "save_steps": 2, **others}
     fused_run(output=str(tmp_path / "ours"), **settings)
-    monkeypatch.setattr(trainer, "fused_loss_pays", lambda device: False)
-    monkeypatch.setattr(trainer.AdapterTrainer, "_chooses_positions", lambda self, labels: False)
+    monkeypatch.setattr(trainer_loss, "fused_loss_pays", lambda device: False)
+    monkeypatch.setattr(trainer.AdapterTrainer, "chooses_positions", lambda self, labels: False)
     run(output=str(tmp_path / "trl"), **settings)
     for name in NAMES:
         found, expected = losses(tmp_path / "ours", name), losses(tmp_path / "trl", name)
@@ -179,7 +180,7 @@ def test_a_run_has_the_record_of_trls_loss(others, run, fused_run, tmp_path, los
 def test_what_comes_late_is_complete_and_in_order(fused_run, tmp_path, losses, monkeypatch):
     """Also if nothing has arrived before somebody waits for it."""
     fused_run(late=False, output=str(tmp_path / "at once"), max_steps=9, save_steps=5)
-    monkeypatch.setattr(trainer.Figures, "ready", lambda self: False)
+    monkeypatch.setattr(trainer_logs.Figures, "ready", lambda self: False)
     fused_run(output=str(tmp_path / "late"), max_steps=9, save_steps=5)
     for name in NAMES:
         assert losses(tmp_path / "late", name) == losses(tmp_path / "at once", name), name
@@ -199,14 +200,14 @@ def test_a_run_leaves_the_model_as_it_was(fused_run):
 
 def test_a_wrapper_does_not_hide_that_the_model_is_in_evaluation_mode(monkeypatch):
     """DDP is made in training mode, around a model that an evaluation has left in the other."""
-    monkeypatch.setattr(trainer.SFTTrainer, "training_step", lambda self, model, *_: model.train())
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda self, model, *_: model.train())
     made = object.__new__(trainer.AdapterTrainer)
     made.model = nn.Linear(2, 2).eval()
     wrapper = nn.Sequential(made.model)
     made.model.eval()
     assert wrapper.training
     made.why_no_graph, made.guard, made.outcome = "not here", None, None
-    made.pieces = lambda inputs, *args: made._one_pass(inputs, *args)
+    made.pieces = lambda inputs, *args: made.one_pass(inputs, *args)
     made.training_step(wrapper, {})
     assert made.model.training
     calls = []

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import masking_utils
+from trl.trainer.sft_trainer import SFTTrainer
 
 import recorder
 from formula import DEVICE
 from theodora.data.packing import packed_batch
 from theodora.fastpath import packed_attention
 from theodora.fastpath.masks import packed_rows, whole_rows
-from theodora.train import trainer
+from theodora.train import trainer, trainer_loss, trainer_passes
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
 from theodora.train.packed_rows import keeps_apart, sequences_apart
@@ -30,17 +31,17 @@ def made(monkeypatch):
         self.steps = None
         found.append(self)
 
-    release = trainer.GraphedStep.release
+    release = trainer_passes.GraphedStep.release
 
     def released(self, why_not):
         found[-1].steps = self
         return release(self, why_not)
 
     recorder.install(monkeypatch)
-    monkeypatch.setattr(trainer.GraphedStep, "release", released)
+    monkeypatch.setattr(trainer_passes.GraphedStep, "release", released)
     monkeypatch.setattr(trainer.AdapterTrainer, "__init__", remember)
-    monkeypatch.setattr(trainer, "fused_loss_pays", lambda device: True)
-    monkeypatch.setattr(trainer, "graphs_pay", lambda device: True)
+    monkeypatch.setattr(trainer_loss, "fused_loss_pays", lambda device: True)
+    monkeypatch.setattr(trainer_passes, "graphs_pay", lambda device: True)
     return found
 
 
@@ -82,7 +83,7 @@ def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_
     settings = {**SETTINGS, "data": same_rows, **others}
     settings["data"] = settings["data"] or str(sums)
     run(output=str(tmp_path / "graphed"), **settings)
-    monkeypatch.setattr(trainer, "graph_inputs", lambda *_: None)
+    monkeypatch.setattr(trainer_passes, "graph_inputs", lambda *_: None)
     run(output=str(tmp_path / "plain"), **settings)
     assert made[0].why_no_graph is None
     assert made[0].steps.replays >= 3
@@ -114,7 +115,7 @@ def test_packed_rows_are_filled_up_without_a_trace(run, made, same_rows, tmp_pat
     settings = {**SETTINGS, "data": same_rows, "packing": True, "max_length": 101, "per_device_train_batch_size": 2}
     run(output=str(tmp_path / "filled"), **settings)
     filled, trained = made[0].data_collator.full, made[0].steps.replays
-    monkeypatch.setattr(trainer, "reads_bounds", lambda model: True)
+    monkeypatch.setattr(trainer_passes, "reads_bounds", lambda model: True)
     run(output=str(tmp_path / "as they are"), **settings)
     assert (filled, made[1].data_collator.full) == (101, None)
     assert [t.keeps_apart for t in made] == [DEVICE == "cpu", False]  # flash attention does not take float32
@@ -136,7 +137,7 @@ def test_bounds_say_what_masks_say(checkpointing, run, made, same_rows, tmp_path
     run(output=str(tmp_path / "bounds"), **settings)
     assert made[0].keeps_apart
     assert calls
-    monkeypatch.setattr(trainer, "keeps_apart", lambda *_: False)
+    monkeypatch.setattr(trainer_passes, "keeps_apart", lambda *_: False)
     calls.clear()
     run(output=str(tmp_path / "masks"), **settings)
     assert not calls
@@ -228,7 +229,7 @@ def test_random_states_are_kept_for_those_who_draw(run, tiny_model):
 def test_graphs_make_room_for_an_evaluation(run, made, same_rows, tmp_path, losses, monkeypatch):
     settings = {**SETTINGS, "data": same_rows}
     run(output=str(tmp_path / "roomy"), **settings)
-    predict, full = trainer.SFTTrainer.prediction_step, iter([True])
+    predict, full = SFTTrainer.prediction_step, iter([True])
 
     def short_of_memory(self, *args):
         found = predict(self, *args)
@@ -236,7 +237,7 @@ def test_graphs_make_room_for_an_evaluation(run, made, same_rows, tmp_path, loss
             raise torch.OutOfMemoryError("out of memory")
         return found
 
-    monkeypatch.setattr(trainer.SFTTrainer, "prediction_step", short_of_memory)
+    monkeypatch.setattr(SFTTrainer, "prediction_step", short_of_memory)
     run(output=str(tmp_path / "tight"), **settings)
     assert made[1].why_no_graph == "evaluation needs the memory"
     assert 0 < made[1].graph_replays < made[0].graph_replays

@@ -12,7 +12,7 @@ from torch import nn
 
 from theodora.config import TrainConfig
 from theodora.errors import TheodoraError
-from theodora.train import train, trainer
+from theodora.train import train, trainer, trainer_passes
 from theodora.train.guard import rows_of
 from theodora.train.movement import EarlyGradients
 
@@ -21,7 +21,7 @@ from theodora.train.movement import EarlyGradients
 def spoil(monkeypatch):
     """Make the loss of some batches bad: `spoil(torch.nan, 5)` the fifth."""
     plain = trainer.AdapterTrainer.compute_loss
-    monkeypatch.setattr(trainer, "graphs_pay", lambda device: False)  # a graph does not come by here
+    monkeypatch.setattr(trainer_passes, "graphs_pay", lambda device: False)  # a graph does not come by here
 
     def at(value, *passes):
         seen = []

@@ -52,7 +52,7 @@ def test_logits_are_held_at_once_up_to_a_limit():
 
 def test_a_run_traces_trls_own_loss(run, tmp_path, losses, monkeypatch):
     run(output=str(tmp_path / "ours"))
-    monkeypatch.setattr(AdapterTrainer, "_chooses_positions", lambda self, labels: False)
+    monkeypatch.setattr(AdapterTrainer, "chooses_positions", lambda self, labels: False)
     run(output=str(tmp_path / "trl"))
     for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
         torch.testing.assert_close(

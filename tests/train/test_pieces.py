@@ -19,7 +19,7 @@ GRADIENTS = ("loss", "grad_norm", "num_tokens", "learning_rate")
 @pytest.fixture
 def short_of_memory(monkeypatch):
     """A GPU on which no more than so many tokens fit; the pass runs before it fails, and leaves its gradients."""
-    plain = trainer.AdapterTrainer._one_pass
+    plain = trainer.AdapterTrainer.one_pass
 
     def fits(tokens):
         def one_pass(self, inputs, *args):
@@ -29,7 +29,7 @@ def short_of_memory(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
             return loss
 
-        monkeypatch.setattr(trainer.AdapterTrainer, "_one_pass", one_pass)
+        monkeypatch.setattr(trainer.AdapterTrainer, "one_pass", one_pass)
 
     return fits
 

@@ -21,7 +21,8 @@ from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import callbacks, train
 from theodora.train import stop as stopping
-from theodora.train.stop import Agreement, StopOnSignal, TrainingInterrupted
+from theodora.train.processes import Agreement
+from theodora.train.stop import StopOnSignal, TrainingInterrupted
 
 ALL = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
 

@@ -1,24 +1,33 @@
-"""`TrainConfig` -> `trl.SFTConfig`, and what the hardware decides."""
+"""`TrainConfig` -> `trl.SFTConfig`, in two steps; nothing else in Theodora sets one of its fields.
+
+`sft_arguments` checks all that can be checked before anything is loaded, so that a mistake costs a second.
+`finish_arguments` adds what only the loaded model, its tokenizer and its rows tell, and the trainer gets that.
+"""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, TrainConfig
+from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
+from theodora.train.graphed import draws_at_random
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
 _ELSEWHERE = {
@@ -60,7 +69,7 @@ _CODE_OF_LOADING = ("use_kernels", "kernel_config", "allow_all_kernels", "code_r
 
 
 def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
-    """TRL's configuration of this run, whose precision is still to be chosen (`choose_precision`).
+    """TRL's configuration of this run as far as the options alone tell it.
 
     Args:
         config: the run.
@@ -228,8 +237,20 @@ def _check_reporters(config: TrainConfig) -> None:
         )
 
 
-def choose_precision(config: TrainConfig, arguments: SFTConfig) -> tuple[str, bool]:
-    """The dtype to load the base model in, and whether bf16 is wanted; sets the trainer's autocast to match.
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In which precision a run computes."""
+
+    dtype: str
+    """Of the base model's weights."""
+    bf16: bool
+    """Whether products are in bfloat16."""
+    autocast: bool
+    """Whether the trainer casts to bfloat16 for that, because the weights are wider."""
+
+
+def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
+    """What the options ask for, or what the device is good at.
 
     Adapters are float32 beside a base model of any dtype and do the casts themselves, so no autocast is needed. Modules
     that are trained in full are weights of the base model: bfloat16 would swallow their small updates, so there the
@@ -237,11 +258,10 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> tuple[str, bo
     """
     trains_base_weights = bool(config.adapter.modules_to_save)
     if arguments.fp16:
-        return "float32" if trains_base_weights else "float16", False
+        return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16
-    arguments.bf16 = bf16 and trains_base_weights
-    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
-    return "bfloat16" if bf16 and not trains_base_weights else "float32", bf16
+    dtype = "bfloat16" if bf16 and not trains_base_weights else "float32"
+    return Precision(dtype=dtype, bf16=bf16, autocast=bf16 and trains_base_weights)
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -252,3 +272,56 @@ def computes_in_bf16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type in ("xpu", "npu", "hpu")
+
+
+def finish_arguments(
+    arguments: SFTConfig,
+    config: TrainConfig,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    balances_experts: bool,
+    evaluates: bool,
+    evaluates_first: bool,
+) -> SFTConfig:
+    """What the trainer is given: the arguments with what is known once all is loaded. `arguments` stay as they are.
+
+    Args:
+        arguments: of `sft_arguments`.
+        config: the run, with every choice made.
+        model: with its adapter.
+        tokenizer: pads the rows.
+        precision: `choose_precision` of the same run.
+        balances_experts: whether the model returns what the loss that keeps experts balanced is computed from.
+        evaluates: whether there are held-out rows.
+        evaluates_first: whether these are looked at before the first step.
+    """
+    finished = copy(arguments)
+    # What of them concerned the loading is done, and TRL refuses it for a model that is loaded already.
+    finished.model_init_kwargs = finished.chat_template_path = None
+    if not finished.fp16:
+        finished.bf16 = precision.autocast
+        finished.mixed_precision = "bf16" if precision.autocast else "no"
+    if not balances_experts:
+        finished.router_aux_loss_coef = 0.0
+    finished.eval_on_start = evaluates and evaluates_first
+    if not evaluates:
+        finished.eval_strategy = IntervalStrategy.NO
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(finished, name):
+            setattr(finished, name, bool(config.gradient_checkpointing))
+            if not getattr(finished, f"{name}_kwargs") and not draws_at_random(model):
+                # Nor is a random state kept then, which the host would have to read, and cannot in a CUDA graph.
+                setattr(finished, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
+    # Without an accelerator torch warns at every data loader.
+    finished.dataloader_pin_memory = finished.dataloader_pin_memory and finished.device.type != "cpu"
+    if finished.dataloader_pin_memory and isinstance(finished.accelerator_config, AcceleratorConfig):
+        finished.accelerator_config = replace(finished.accelerator_config, non_blocking=True)
+    # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
+    finished._n_gpu = min(finished.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+    # TRL pads with the tokenizer's token, whether the model has a row for it or not.
+    safe = safe_padding(model, tokenizer)
+    if tokenizer.pad_token_id != safe:
+        finished.pad_token = str(tokenizer.convert_ids_to_tokens(safe))
+    return finished

@@ -22,17 +22,15 @@ def name_experts(config: Any) -> None:
             setattr(config, wanted, found)
 
 
-def check_balance(model: Any, arguments: SFTConfig) -> str | None:
-    """Turn the balancing loss off where the model does not return what it is computed from, unless it was asked for.
+def why_unbalanced(model: Any, arguments: SFTConfig) -> str | None:
+    """What to say where the balancing loss has to be off, because the model does not return what it is computed from.
 
-    Returns:
-        What to say of it, if it was turned off.
+    None where it can be on, where there is none, and where it was asked for.
     """
     config = model.config.get_text_config()
     wanted = hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0)
     if not wanted or arguments.router_aux_loss_coef is not None or _returns_router_logits(model, config):
         return None
-    arguments.router_aux_loss_coef = 0.0
     return "the loss that keeps experts balanced is off: the model does not return what it is computed from"
 
 

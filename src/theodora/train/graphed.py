@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from theodora.data.packing import packed_batch
 from theodora.train.fused_loss import LEARNED, Head, Learned
+from theodora.train.processes import Processes
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TARGETS, _POSITIONS, _ITEMS = "learned.targets", "learned.positions", "num_items_in_batch"
@@ -33,7 +34,7 @@ def why_no_graph(trainer: Trainer) -> str | None:
     model: Any = trainer.model
     config = model.config.get_text_config()
     reasons = {
-        "several processes or GPUs": arguments.world_size > 1 or arguments.n_gpu > 1,
+        "several processes or GPUs": not Processes.of(arguments).alone,
         "the model is not on one device": any(p.device != arguments.device for p in model.parameters()),
         "torch.compile": arguments.torch_compile,
         "fp16 scales its losses": accelerator.scaler is not None,

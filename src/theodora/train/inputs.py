@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from theodora.config import TrainConfig
 from theodora.data import Examples
@@ -65,7 +65,7 @@ class KeepInputs(TrainerCallback):
         self.inputs = inputs
 
 
-def write_inputs(trainer: Any, checkpoint: Path) -> None:
+def write_inputs(trainer: Trainer, checkpoint: Path) -> None:
     """Write what a trainer's run is made from into a checkpoint that is being made."""
     inputs = next((c.inputs for c in trainer.callback_handler.callbacks if isinstance(c, KeepInputs)), None)
     if inputs is not None:

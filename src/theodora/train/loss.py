@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
+from theodora.train.processes import is_spread
 
 # Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
 _MOST_LOGITS = 2**26
@@ -26,14 +28,14 @@ def can_choose_positions(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def trl_reads_logits(trainer: Any) -> bool:
+def trl_reads_logits(trainer: Trainer) -> bool:
     """Whether TRL's loss, which it computes from the states before the head, is that of the model's own logits.
 
     Tried out, because TRL knows only some of what models do to their logits (scales, soft caps), and not where each
     keeps its backbone. Not where the model is spread over processes.
     """
-    model = trainer.model
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.parallelism_config is not None:
+    model: Any = trainer.model
+    if is_spread(trainer):
         return True
     vocabulary = model.config.get_text_config().vocab_size
     ids_1T = (torch.arange(8) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None].to(model.device) % vocabulary

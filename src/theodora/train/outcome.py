@@ -8,17 +8,17 @@ forward alone, on the weights that would be saved; these and the optimizer's sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import Trainer
 
 from theodora.adapters.state import trained_tensors
 from theodora.errors import bullet_list
 from theodora.files.finite import finite
 from theodora.train.callbacks import Diverged
-from theodora.train.out_of_memory import split
+from theodora.train.processes import Processes
 
 _SHOWN = 12
 
@@ -27,13 +27,23 @@ class Outcome:
     """Looks at the weights that a step has left.
 
     Args:
-        trainer: whose model, optimizer and last rows are looked at.
+        trainer: whose model and optimizer are looked at.
+        processes: which all have to find the same.
+        loss_now: the loss of a batch on the weights of now, if there is memory for it.
         max_loss: the loss from which on the weights count as ruined; None for no bound.
         hint: what may help, for the message.
     """
 
-    def __init__(self, trainer: Any, max_loss: float | None, hint: str = "") -> None:
-        self.trainer, self.max_loss, self.hint = trainer, max_loss, hint
+    def __init__(
+        self,
+        trainer: Trainer,
+        processes: Processes,
+        loss_now: Callable[[dict[str, Any]], Tensor | None],
+        max_loss: float | None,
+        hint: str = "",
+    ) -> None:
+        self.trainer, self.processes, self.max_loss, self.hint = trainer, processes, max_loss, hint
+        self._loss_now = loss_now
         self._noted: dict[str, Any] | None = None
         self._taken: dict[str, Any] | None = None
         self._good_at = 0
@@ -57,7 +67,7 @@ class Outcome:
             return
         bad = list(self._not_finite())
         reason = f"{bad[0]} is not finite" if bad else self._reason()
-        if self._any_process(reason is not None):
+        if self.processes.any(reason is not None, self.trainer.args.device):
             reason = reason or "the loss is not finite in another process"
             raise Diverged(
                 f"Training diverged: {reason} after step {step}, and nothing of that was saved. {self.hint}"
@@ -79,7 +89,7 @@ class Outcome:
                     yield f"the optimizer's {name} of a tensor of {tuple(value.shape)}"
 
     def _reason(self) -> str | None:
-        loss = None if self._taken is None else loss_now(self.trainer, self._taken)
+        loss = None if self._taken is None else self._loss_now(self._taken)
         if loss is None:
             return None
         value = float(loss)
@@ -88,31 +98,3 @@ class Outcome:
         if self.max_loss is not None and value > self.max_loss:
             return f"loss is {value:.4g} on its own rows, more than max_loss ({self.max_loss:.4g}),"
         return None
-
-    def _any_process(self, here: bool) -> bool:
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return here
-        flag = torch.tensor([float(here)], device=self.trainer.args.device)
-        return bool(accelerator.reduce(flag, "sum").item())
-
-
-def loss_now(trainer: Any, batch: dict[str, Any]) -> Tensor | None:
-    """The loss of a batch on the weights of now, which leaves no trace in the trainer's figures.
-
-    Of its first piece where memory asks for pieces; None where memory does not last even so.
-    """
-    figures = {mode: {name: list(values) for name, values in found.items()} for mode, found in trainer._metrics.items()}
-    training, pieces = trainer.model.training, trainer.pieces.count
-    trainer.model.eval()
-    try:
-        inputs = trainer._prepare_inputs(dict(batch) if pieces == 1 else split(dict(batch), pieces)[0])
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            return trainer.compute_loss(trainer.model, dict(inputs)).detach()
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        trainer.model.train(training)
-        for mode, kept in figures.items():
-            trainer._metrics[mode].clear()
-            trainer._metrics[mode].update(kept)

@@ -30,9 +30,9 @@ from theodora.errors import ConfigError
 from theodora.files.model_folder import has_tokenizer
 from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.float8 import multiplies_float8
-from theodora.train.arguments import choose_precision
+from theodora.train.arguments import Precision, choose_precision
 from theodora.train.continued import load_continued
-from theodora.train.experts import check_balance, name_experts
+from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.inputs import hash_of_weights
 from theodora.train.resumed import Past
@@ -55,6 +55,10 @@ class Prepared:
     train_rows: Dataset
     held_out_rows: Dataset | None
     dtype: str
+    """Of the base model's weights, in words."""
+    precision: Precision
+    balances_experts: bool
+    """Whether the loss that keeps experts balanced can be computed."""
     notes: list[str]
     sources: dict[str, Examples]
     """What was read, by the name of its option."""
@@ -94,7 +98,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
     if held_out is not None and held_out_rows is not None:
         left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
-    dtype, bf16 = choose_precision(config, arguments)
+    precision = choose_precision(config, arguments)
+    dtype = precision.dtype
     model = load_model(
         config.model,
         dtype=dtype,
@@ -102,17 +107,16 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         revision=config.revision,
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
     )
-    arguments.model_init_kwargs = None
     base_hash = hash_of_weights(model)
     check_continues_text(model)
     name_backbone(model)
     name_experts(model.config.get_text_config())
-    if (unbalanced := check_balance(model, arguments)) is not None:
-        notes.append(unbalanced)
+    unbalanced = why_unbalanced(model, arguments)
+    notes += [unbalanced] if unbalanced is not None else []
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += end_as_taught(model, tokenizer)
-    config = replace(config, bf16=bf16, gradient_checkpointing=_recompute(config, model, notes))
+    config = replace(config, bf16=precision.bf16, gradient_checkpointing=_recompute(config, model, notes))
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
             f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
@@ -141,6 +145,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         train_rows,
         held_out_rows,
         dtype,
+        precision,
+        unbalanced is None,
         notes,
         sources,
         base_hash,
@@ -181,7 +187,6 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
         if not path.is_file():
             raise ConfigError(f"chat_template_path is {path}; expected a file with a Jinja template")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-        arguments.chat_template_path = None
     conversational = not isinstance(examples.dataset[0].get("prompt", examples.dataset[0].get("text", [])), str)
     if conversational and tokenizer.chat_template is None and config.use_chat_template is None:
         # Saved with the adapter, so that whoever prompts the model does it the same way.

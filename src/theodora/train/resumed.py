@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import AdapterConfig, TrainConfig
@@ -149,7 +156,7 @@ def change_notes(config: TrainConfig, past: Past) -> list[str]:
     ]
 
 
-def check_options(config: TrainConfig, arguments: SFTConfig, checkpoint: Path, past: Past) -> None:
+def check_options(config: TrainConfig, processes: int, checkpoint: Path, past: Past) -> None:
     """Refuse options that a run cannot go on with from a checkpoint, before anything is loaded.
 
     Raises:
@@ -168,7 +175,7 @@ def check_options(config: TrainConfig, arguments: SFTConfig, checkpoint: Path, p
         for name, why in _reasons(now, past).items()
         if _differs(name, now, past)
     ]
-    problems += _batches(now, past, arguments.world_size)
+    problems += _batches(now, past, processes)
     if problems:
         raise ConfigError(
             f"{checkpoint} was trained with other options, and a run cannot go on from it with these:"
@@ -291,7 +298,7 @@ class AsAsked:
 class UseOptions(TrainerCallback):
     """Sets again what a checkpoint's trainer state brings back of the options of old."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.patience: int | None = next((c.early_stopping_patience for c in self._early_stops()), None)
 

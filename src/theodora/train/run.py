@@ -11,18 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel
-from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
-from theodora.data.vocabulary import safe_padding
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
@@ -33,25 +29,25 @@ from theodora.parse import to_yaml
 from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
-from theodora.train.arguments import sft_arguments
+from theodora.train.arguments import finish_arguments, sft_arguments
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
-from theodora.train.graphed import draws_at_random
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, prepare
+from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import change_notes, check_options, history, history_lines, past_of, record_of
-from theodora.train.stop import Agreement, StepAbandoned, StopOnSignal, TrainingInterrupted
+from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer
 from theodora.train.wholeness import note_divergence, read_state
@@ -91,18 +87,19 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / files.CHECKPOINTS)
-    console = Terminal.over(console or Terminal()) if arguments.process_index == 0 else Terminal(quiet=True)
+    processes = Processes.of(arguments)
+    console = Terminal.over(console or Terminal()) if processes.first else Terminal(quiet=True)
     with ExitStack() as held:
-        said = held.enter_context(alone_in(output)) if arguments.should_save else []
+        said = held.enter_context(alone_in(output)) if processes.writes else []
         files.check_output(output, overwrite=config.overwrite, resume=config.resume)
         read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
         files.check_inputs(output, read, overwrite=config.overwrite)
         checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
         past = None if checkpoint is None else past_of(checkpoint)
         if checkpoint is not None and past is not None:
-            check_options(config, arguments, checkpoint, past)
-        PartialState().wait_for_everyone()  # no process writes before all have looked
-        if arguments.should_save and checkpoint is None:
+            check_options(config, processes.count, checkpoint, past)
+        processes.wait()  # no process writes before all have looked
+        if processes.writes and checkpoint is None:
             held.enter_context(files.marked(output))
         with quiet_libraries():
             with console.status("Loading the data and the model …"):
@@ -129,20 +126,29 @@ def _train(
     stop: StopOnSignal,
 ) -> tuple[TrainResult, list[str]]:
     """The run itself; also what the user should be told beside the result."""
-    output = Path(prepared.config.output)
+    output, processes = Path(prepared.config.output), Processes.of(arguments)
     tensors = trained_tensors(prepared.model)
     before = fingerprints(tensors)
     files.check_space(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
     )
     view, updates = ProgressView(console), CountUpdates()
-    arguments.eval_on_start = checkpoint is None or files.owes_evaluation(checkpoint)
-    if arguments.world_size > 1:
+    arguments = finish_arguments(
+        arguments,
+        prepared.config,
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
+        precision=prepared.precision,
+        balances_experts=prepared.balances_experts,
+        evaluates=prepared.held_out_rows is not None,
+        evaluates_first=checkpoint is None or files.owes_evaluation(checkpoint),
+    )
+    if not processes.alone:
         stop.alone, stop.agree = False, Agreement(arguments.device)
-    inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, arguments.world_size)
+    inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, processes.count)
     if checkpoint is not None:
         prepared.notes += changes_since(checkpoint, inputs)
-        prepared.notes += missing_random_state(checkpoint, arguments.world_size, arguments.process_index)
+        prepared.notes += missing_random_state(checkpoint, processes.count, processes.index)
     early, keeps = EarlyGradients(tensors), KeepInputs(inputs)
     callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, view]
     trainer = _build_trainer(prepared, arguments, callbacks)
@@ -151,17 +157,17 @@ def _train(
     trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     trainer.options = record_of(
-        prepared.config, prepared.given or prepared.config, arguments.world_size, prepared.past, plan.resume_at or 0
+        prepared.config, prepared.given or prepared.config, processes.count, prepared.past, plan.resume_at or 0
     )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
-        trainer.tokens_seen = _tokens_at(checkpoint)
-        view.count_tokens_from(trainer.tokens_seen)
+        trainer.tokens = _tokens_at(checkpoint)
+        view.count_tokens_from(trainer.tokens)
     print_plan(console, plan)
-    if arguments.should_save:
+    if processes.writes:
         _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
-        metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at)
+        metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at, appends=processes.first)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
     _run(trainer, checkpoint, stop, view, prepared.config)
@@ -173,9 +179,9 @@ def _train(
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds, moved)
-    stops = _count_stops(prepared, arguments)
+    stops = _count_stops(prepared) if processes.alone else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
-    if arguments.should_save:
+    if processes.writes:
         _end_record(prepared, plan, result)
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
@@ -196,27 +202,9 @@ def _train(
 
 def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
     config = prepared.config
-    if prepared.held_out_rows is None:
-        arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.NO, False
     if config.early_stopping_patience is not None:
         callbacks = [EarlyStoppingCallback(config.early_stopping_patience), *callbacks]
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if hasattr(arguments, name):
-            setattr(arguments, name, bool(config.gradient_checkpointing))
-            if not getattr(arguments, f"{name}_kwargs") and not draws_at_random(prepared.model):
-                # Nor is a random state kept then, which the host would have to read, and cannot in a CUDA graph.
-                setattr(arguments, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
-    # Without an accelerator torch warns at every data loader.
-    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type != "cpu"
-    if arguments.dataloader_pin_memory and isinstance(arguments.accelerator_config, AcceleratorConfig):
-        arguments.accelerator_config.non_blocking = True
-    # Several GPUs in one process would mean nn.DataParallel, which TRL refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     own_padding = prepared.tokenizer.pad_token
-    # TRL pads with the tokenizer's token, whether the model has a row for it or not.
-    safe = safe_padding(prepared.model, prepared.tokenizer)
-    if prepared.tokenizer.pad_token_id != safe:
-        arguments.pad_token = str(prepared.tokenizer.convert_ids_to_tokens(safe))
     try:
         return AdapterTrainer(
             model=prepared.model,
@@ -234,15 +222,14 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
 
 
 def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
-    config, arguments = prepared.config, trainer.args
-    rank = f"-{arguments.process_index}" if arguments.process_index else ""
-    name = files.BAD_BATCHES_FILE.replace(".", f"{rank}.")
+    config, arguments, processes = prepared.config, trainer.args, trainer.processes
+    name = files.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
     guessing = math.log(prepared.model.config.get_text_config().vocab_size)
     return StepGuard(
         output / name,
         config.on_nan,
         # Several processes have to decide alike. Each has a loss of its own, and all have the same gradient.
-        None if arguments.world_size > 1 else config.max_loss or 3 * guessing,
+        config.max_loss or 3 * guessing if processes.alone else None,
         lambda ids: str(prepared.tokenizer.decode(ids)),
         waits=arguments.device.type == "cpu",
         looks_at_norm=not arguments.fp16,
@@ -255,14 +242,14 @@ def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) 
     # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
     guessing = math.log(model.config.get_text_config().vocab_size)
     bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
-    return Outcome(trainer, bound, guard.hint)
+    return Outcome(trainer, trainer.processes, trainer.loss_now, bound, guard.hint)
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
-    rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows_at_once = arguments.per_device_train_batch_size * trainer.processes.count
     rows: Any = trainer.train_dataset  # packed, perhaps
-    batches = math.ceil(len(rows) / (arguments.per_device_train_batch_size * arguments.world_size))
+    batches = math.ceil(len(rows) / rows_at_once)
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     labels = prepared.train_rows["labels"]
@@ -281,7 +268,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         learned=sum(label != -100 for row in labels for label in row),
         held_out_rows=len(prepared.held_out_rows) if prepared.held_out_rows is not None else 0,
         steps=steps,
-        rows_per_step=rows_per_step,
+        rows_per_step=rows_at_once * arguments.gradient_accumulation_steps,
         epochs=steps / steps_per_epoch,
         warmup_steps=arguments.get_warmup_steps(steps),
         resume_at=resume_at,
@@ -289,7 +276,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         path=None if path is None else ", ".join([path, *trainer.fast_notes]),
         notes=[
             *prepared.notes,
-            *_device_notes(),
+            *_device_notes(trainer.processes),
             *missing_parts(arguments.device),
             *(files.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
@@ -301,10 +288,12 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     )
 
 
-def _device_notes() -> list[str]:
-    count, processes = torch.cuda.device_count(), PartialState().num_processes
-    if count > processes:
-        return [f"{processes} of {count} GPUs at work; torchrun --nproc-per-node {count} -m theodora train … uses all"]
+def _device_notes(processes: Processes) -> list[str]:
+    count = torch.cuda.device_count()
+    if count > processes.count:
+        return [
+            f"{processes.count} of {count} GPUs at work; torchrun --nproc-per-node {count} -m theodora train … uses all"
+        ]
     return []
 
 
@@ -366,7 +355,7 @@ def _run(
         raise TrainingInterrupted(_interrupted(config)) from None
     except Diverged as error:
         _check_base(trainer, error)
-        if trainer.args.should_save and error.in_doubt is not None:
+        if trainer.processes.writes and error.in_doubt is not None:
             note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
@@ -434,10 +423,8 @@ def _result(
     )
 
 
-def _count_stops(prepared: Prepared, arguments: SFTConfig) -> Stops | None:
-    """Ask a few held-out rows, or rows trained on; one process of one."""
-    if arguments.world_size > 1:
-        return None
+def _count_stops(prepared: Prepared) -> Stops | None:
+    """Ask a few held-out rows, or rows trained on."""
     examples = prepared.held_out if prepared.held_out is not None else prepared.training
     return count_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 

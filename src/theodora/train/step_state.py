@@ -3,6 +3,8 @@
 Losses and metrics since the last line of the log, and the count of tokens, go into a file of the checkpoint, so that a
 resumed run writes the lines that the uninterrupted one would have written. The random states let a step that was left
 in its middle be taken again as if it had never begun.
+
+transformers and TRL keep all of that in private fields. `CountingTrainer` gives them names; no other file touches them.
 """
 
 from __future__ import annotations
@@ -11,18 +13,26 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.files.read_back import write_text
 from theodora.train.deferred_metrics import Figures
+from theodora.train.guard import StepGuard
 from theodora.train.inputs import write_inputs
+from theodora.train.outcome import Outcome
+from theodora.train.processes import Processes
 
 UNLOGGED_FILE = "unlogged.json"
+
+Metrics = dict[str, list[Any]]
+"""Name -> values since the last line of the log, numbers or scalars on the device."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +41,24 @@ class StepState:
 
     loss: Tensor
     """Sum of the losses of the steps since the last log."""
-    metrics: dict[str, list[Any]]
+    metrics: Metrics
     tokens: Any
     random_states: tuple[Any, ...] | None
 
     @staticmethod
-    def of(trainer: Any, *, with_random_states: bool) -> StepState:
+    def of(trainer: CountingTrainer, *, with_random_states: bool) -> StepState:
         """Take down the state of now."""
-        metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
         states = _random_states() if with_random_states else None
-        return StepState(trainer._tr_loss.clone(), metrics, trainer._total_train_tokens, states)
+        return StepState(trainer.loss_sum.clone(), copied(trainer.metrics_of("train")), trainer.tokens, states)
 
-    def restore_metrics_to(self, trainer: Any) -> None:
+    def restore_metrics_to(self, trainer: CountingTrainer) -> None:
         """Forget the metrics and tokens counted since."""
-        trainer._metrics["train"].clear()
-        trainer._metrics["train"].update({name: list(values) for name, values in self.metrics.items()})
-        trainer._total_train_tokens = self.tokens
+        replace_metrics(trainer.metrics_of("train"), copied(self.metrics))
+        trainer.tokens = self.tokens
 
-    def restore_to(self, trainer: Any) -> None:
+    def restore_to(self, trainer: CountingTrainer) -> None:
         """Forget what has been counted since, and what was drawn."""
-        trainer._tr_loss.copy_(self.loss)
+        trainer.loss_sum.copy_(self.loss)
         self.restore_metrics_to(trainer)
         if self.random_states is not None:
             python, numpy, cpu, cuda = self.random_states
@@ -66,23 +74,127 @@ def _random_states() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def write_unlogged(trainer: Any, folder: Path) -> None:
+def copied(metrics: Metrics) -> Metrics:
+    """The metrics of now, whatever is added to them."""
+    return {name: list(values) for name, values in metrics.items()}
+
+
+def replace_metrics(metrics: Metrics, others: Metrics) -> None:
+    """Give a trainer's metrics, which is a mapping that makes lists by itself, other contents."""
+    metrics.clear()
+    metrics.update(others)
+
+
+class CountingTrainer(SFTTrainer):
+    """What all groups of overrides share: the run's collaborators, and the private fields, by these names.
+
+    | here | there | what it is (transformers 5.17 to 5.23, TRL 1.16) |
+    |---|---|---|
+    | `loss_sum` | transformers' `_tr_loss` | sum of the losses since the last line of the log, a scalar on the device |
+    | `logged_at` | transformers' `_globalstep_last_logged` | step of that line |
+    | `loss_logged` | transformers' `_total_loss_scalar` | sum of the losses up to that line |
+    | `metrics_of` | TRL's `_metrics` | `Metrics` of training, and of evaluation |
+    | `tokens` | TRL's `_total_train_tokens` | tokens trained on, a number or a scalar on the device |
+    """
+
+    args: SFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: PreTrainedModel
+    processes: Processes
+    guard: StepGuard | None = None
+    outcome: Outcome | None = None
+    resumed_from: str | None = None
+    """The checkpoint that the run goes on from."""
+    last_step: StepState | None = None
+    """The state at the end of the last step that was finished."""
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """To be changed in place: transformers holds the same tensor in a variable."""
+        return self._tr_loss
+
+    @property
+    def logged_at(self) -> int:
+        """The step of the last line of the log."""
+        return self._globalstep_last_logged
+
+    @logged_at.setter
+    def logged_at(self, step: int) -> None:
+        self._globalstep_last_logged = step
+
+    @property
+    def loss_logged(self) -> float:
+        """The sum of the losses up to the last line of the log."""
+        return self._total_loss_scalar
+
+    @loss_logged.setter
+    def loss_logged(self, loss: float) -> None:
+        self._total_loss_scalar = loss
+
+    def metrics_of(self, mode: Literal["train", "eval"]) -> Metrics:
+        """What is recorded of the steps since the last line of the log; `log` writes the means and clears it."""
+        metrics: Metrics = self._metrics[mode]
+        return metrics
+
+    @property
+    def mode(self) -> Literal["train", "eval"]:
+        """Whose metrics a forward pass adds to: TRL goes by the model's mode."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def tokens(self) -> Any:
+        """Tokens trained on so far, prompts included, padding not; perhaps still on the device."""
+        return self._total_train_tokens
+
+    @tokens.setter
+    def tokens(self, tokens: Any) -> None:
+        self._total_train_tokens = tokens
+
+    @property
+    def tokens_seen(self) -> int:
+        """The same as a number."""
+        return int(self.tokens)
+
+    def record(self, sums: Tensor, tokens: Tensor | int) -> None:
+        """Keep the metrics that TRL keeps, on the device; `log` fetches them.
+
+        Args:
+            sums: entropy, correct predictions and learned tokens of a pass, (3,) float32.
+            tokens: in its batch, padding not.
+        """
+        metrics = self.metrics_of(self.mode)
+        if not self.processes.alone:
+            sums = self.processes.sum(sums)
+            tokens = self.processes.sum(torch.as_tensor(tokens, device=sums.device))
+        entropy, correct, count = sums
+        metrics["entropy"].append(entropy / count.clamp(min=1))
+        metrics["mean_token_accuracy"].append(correct / count.clamp(min=1))
+        if self.mode == "train":
+            self.tokens = self.tokens + tokens
+        metrics["num_tokens"] = [self.tokens]
+
+    def note_step(self) -> None:
+        """Take down the state at the end of a step."""
+        accumulates = self.args.gradient_accumulation_steps > 1 and self.processes.alone
+        self.last_step = StepState.of(self, with_random_states=accumulates)
+
+
+def write_unlogged(trainer: CountingTrainer, folder: Path) -> None:
     """Write what has not been logged yet into a checkpoint."""
-    metrics = Figures(trainer._metrics["train"]).read()
-    found = {
-        "step": trainer._globalstep_last_logged,
-        "loss": trainer._tr_loss.item(),
-        "tokens": int(trainer._total_train_tokens),
+    metrics = Figures(trainer.metrics_of("train")).read()
+    unlogged = {
+        "step": trainer.logged_at,
+        "loss": trainer.loss_sum.item(),
+        "tokens": trainer.tokens_seen,
         "metrics": {name: values for name, values in metrics.items() if values},
     }
-    write_text(folder / UNLOGGED_FILE, json.dumps(found))
+    write_text(folder / UNLOGGED_FILE, json.dumps(unlogged))
     write_inputs(trainer, folder)
 
 
 class RestoreUnlogged(TrainerCallback):
     """Reads it back when a run goes on; the trainer has just set everything to zero then."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: CountingTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -90,10 +202,9 @@ class RestoreUnlogged(TrainerCallback):
         trainer = self.trainer
         file = None if trainer.resumed_from is None else Path(trainer.resumed_from) / UNLOGGED_FILE
         if file is not None and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            trainer._globalstep_last_logged = found["step"]
-            trainer._tr_loss += found["loss"]
-            trainer._total_train_tokens = found["tokens"]
-            trainer._metrics["train"].clear()
-            trainer._metrics["train"].update(found["metrics"])
+            unlogged = json.loads(file.read_text(encoding="utf-8"))
+            trainer.logged_at = unlogged["step"]
+            trainer.loss_sum.add_(unlogged["loss"])
+            trainer.tokens = unlogged["tokens"]
+            replace_metrics(trainer.metrics_of("train"), unlogged["metrics"])
         trainer.note_step()

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from theodora.train.checkpoints import newest_checkpoint
@@ -35,30 +33,6 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 class StepAbandoned(Exception):
     """The optimizer step at hand will not be finished; the state is still that of the step before it."""
-
-
-class Agreement:
-    """Several processes decide alike whether to stop: one step after the first of them was told to.
-
-    The step in between spares the hosts from waiting for their devices.
-
-    Args:
-        device: where the processes' messages travel.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._before: tuple[Any, Tensor] | None = None
-
-    def __call__(self, stop: bool) -> bool:
-        """Whether all stop now. Every process has to call this in every step."""
-        flag = torch.tensor([int(stop)], dtype=torch.int32, device=self.device)
-        sent = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
-        before, self._before = self._before, (sent, flag)
-        if before is None:
-            return False
-        before[0].wait()
-        return bool(before[1].item())
 
 
 class StopOnSignal(TrainerCallback):

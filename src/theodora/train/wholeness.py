@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
 from theodora.files.atomic import atomic_write, flush
 from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
 from theodora.files.read_back import check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE, write_inputs
+from theodora.train.processes import Processes
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
@@ -33,16 +34,16 @@ def faults(checkpoint: Path) -> list[str]:
     return list(_faults(checkpoint, _stamp(checkpoint)))
 
 
-def list_when_all_have_written(trainer: Any, checkpoint: Path) -> None:
+def list_when_all_have_written(trainer: Trainer, processes: Processes, checkpoint: Path) -> None:
     """List the files of a checkpoint into which several processes write; each of them calls this."""
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
+    processes.wait()
+    if processes.writes:
         write_inputs(trainer, checkpoint)
         read_back(trainer, checkpoint)
         mark_written(checkpoint, CHECKPOINT)
 
 
-def list_in_place(trainer: Any, inner: Path) -> None:
+def list_in_place(trainer: Trainer, inner: Path) -> None:
     """Move a checkpoint's files into the folder above, in which it is prepared, and list them there."""
     read_back(trainer, inner)
     for file in inner.iterdir():
@@ -51,7 +52,7 @@ def list_in_place(trainer: Any, inner: Path) -> None:
     mark_written(inner.parent, CHECKPOINT)
 
 
-def read_back(trainer: Any, checkpoint: Path) -> None:
+def read_back(trainer: Trainer, checkpoint: Path) -> None:
     """Look at what was just written, before its list vouches for it. (The adapter was compared when it was saved.)
 
     Raises:

@@ -1,0 +1,140 @@
+"""The trainer's overrides that compute a loss: that of a batch in training, and that of the held-out rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from theodora.errors import ConfigError
+from theodora.kernels.cross_entropy import LossSums
+from theodora.layers.token_rows import is_adapted
+from theodora.train.fused_loss import LEARNED, Head, add_fused_loss, fused_head, fused_loss_pays
+from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
+from theodora.train.processes import is_spread
+from theodora.train.step_state import CountingTrainer
+
+
+class LossOverrides(CountingTrainer):
+    """Sees to it that an adapted output head is in the loss, and that the held-out loss is a mean over tokens."""
+
+    head: Head | str = "not looked at yet"
+    """How the fused loss reads the model's head, or why it is not used."""
+    adapts_head = False
+    """Whether TRL's loss would not be that of the model's own logits."""
+    _plain_loss = _takes_positions = False
+    _eval_nats = _eval_tokens = 0.0
+
+    def choose_loss(self, kernels: str) -> None:
+        """Find out how the loss can be computed; the model's forward learns to give it, where that pays.
+
+        Raises:
+            ConfigError: an adapted head was asked for, together with a loss that it cannot be in.
+        """
+        self.adapts_head = is_adapted(self.model.get_output_embeddings()) or not trl_reads_logits(self)
+        self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        if self.adapts_head and not self._plain_loss:
+            raise ConfigError(
+                "An adapter on the output head, or a head that TRL cannot read, trains with the plain loss alone. "
+                "Leave it out of targets, or set loss_type: nll, label_smoothing_factor: 0 and router_aux_loss_coef: 0."
+            )
+        self._takes_positions = can_choose_positions(self.model)
+        # All ways to compute the loss scale it by the tokens of all micro-batches, whatever the model itself accepts.
+        self.model_accepts_loss_kwargs = True
+        self.head = self._fused_head(kernels)
+        if isinstance(self.head, Head):
+            add_fused_loss(self.model, self.head)
+
+    def _fused_head(self, kernels: str) -> Head | str:
+        if kernels == "reference":
+            return "kernels: reference"
+        if not fused_loss_pays(self.args.device):
+            return f"not on {self.args.device.type}"
+        if not self._plain_loss:
+            return "the loss is not the plain one"
+        if is_spread(self):
+            return "the model or its batches are spread over processes"
+        return fused_head(self.model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Overrides TRL 1.16's `SFTTrainer.compute_loss`, which passes an adapted head by and waits for the GPU.
+
+        The loss per token: ours from the hidden states, the model's own at the learned positions, or TRL's.
+        """
+        learned = inputs.pop(LEARNED, None)
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if learned is not None:
+            labels = inputs.pop("labels")
+            sums, tokens = model(**inputs, **{LEARNED: learned}), learned["tokens"]
+            inputs["labels"] = labels
+        elif self.chooses_positions(inputs["labels"]):
+            mask = inputs.get("attention_mask")
+            sums = token_losses(model, inputs, self._takes_positions)
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        else:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.record(recorded(sums), tokens)
+        return self.mean_of_step(sums, num_items_in_batch)
+
+    def chooses_positions(self, labels: Tensor) -> bool:
+        """Whether the model itself is asked for the logits at the learned positions."""
+        if self.adapts_head:
+            return True
+        vocabulary = self.model.config.get_text_config().vocab_size
+        faster = self.args.device.type == "cpu" and logits_fit(labels, vocabulary)
+        return faster and self._plain_loss and self._takes_positions
+
+    def mean_of_step(self, sums: LossSums, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """A batch's share of the loss per token of the whole step."""
+        items = num_items_in_batch if num_items_in_batch is not None else sums.count
+        loss = sums.nats / torch.as_tensor(items).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The number counts the tokens of all processes, whose gradients are averaged.
+            loss = loss * self.processes.count
+        return loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Overrides transformers 5.17 to 5.23's `Trainer.evaluation_loop`, whose loss is the mean over batches.
+
+        Here it is the mean over tokens, which does not depend on the batch size. (With several processes a few rows may
+        count twice: accelerate gives each of them equally many.)
+        """
+        self._eval_nats = self._eval_tokens = 0.0
+        # A data loader draws a seed for its workers: an evaluation must not change what training draws after it.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
+        nats, tokens = self.processes.sum(sums).tolist()
+        if tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Overrides TRL 1.16's `SFTTrainer.prediction_step`: also adds up the loss over tokens."""
+        # (A copy, because the loss takes things out.)
+        loss, logits, labels = super().prediction_step(model, dict(inputs), prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][..., 1:] != -100).sum().item()
+        if loss is not None and tokens:
+            self._eval_nats += loss.item() * tokens
+            self._eval_tokens += tokens
+        return loss, logits, labels
+
+
+def recorded(sums: LossSums) -> Tensor:
+    """What `record` takes of the sums: entropy, correct and count, (3,) float32."""
+    return torch.stack([value.detach().float() for value in (sums.entropy, sums.correct, sums.count)])

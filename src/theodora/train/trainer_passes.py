@@ -1,0 +1,101 @@
+"""The trainer's forward and backward pass of a batch: a CUDA graph where one fits, or TRL's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.kernels.graph import GraphedStep
+from theodora.train.fused_loss import LEARNED, Head, SelectLearned
+from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
+from theodora.train.packed_rows import keeps_apart
+from theodora.train.trainer_loss import LossOverrides, recorded
+
+
+class PassOverrides(LossOverrides):
+    """Runs one pass of a micro-batch; graphs hold memory, which they let go of when it is needed otherwise."""
+
+    why_no_graph: str | None = "not looked at yet"
+    """Why passes are no CUDA graphs, or no longer."""
+    graph_replays = 0
+    keeps_apart = False
+    """Whether packed rows come with the bounds of their sequences instead of a mask."""
+    _graphed: GraphedStep | None = None
+    _reads_bounds = True
+
+    def choose_graphs(self) -> None:
+        """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
+        self.why_no_graph = self._why_no_graph()
+        self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
+        self.keeps_apart = not self._reads_bounds and self._keeps_apart()
+        if isinstance(self.head, Head):
+            full = None if self._reads_bounds or not self.args.packing else self.args.max_length
+            self.data_collator = SelectLearned(self.data_collator, full, self.keeps_apart)
+
+    def _why_no_graph(self) -> str | None:
+        if not isinstance(self.head, Head):
+            return "TRL's loss"
+        return why_no_graph(self) if graphs_pay(self.args.device) else f"not on {self.args.device.type}"
+
+    def _keeps_apart(self) -> bool:
+        with self.compute_loss_context_manager():
+            return keeps_apart(self.model, self.args.max_length)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._graphed is not None:
+                self.graph_replays, self.why_no_graph = self._graphed.replays, self._graphed.why_not
+                self._graphed.release("training has ended")
+                self._graphed = None
+
+    def one_pass(self, inputs: dict[str, Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
+        """The forward and backward pass of a batch, or of a piece of one: its share of the step's loss."""
+        tensors = self._graph_inputs(inputs, num_items_in_batch)
+        if tensors is None or self._graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if callable(getattr(self.optimizer, "train", None)):  # some keep other weights for evaluation
+            self.optimizer.train()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        loss, sums = self._graphed(tensors)
+        self.record(sums.clone(), inputs[LEARNED]["tokens"])  # the next replay writes there again
+        return loss.clone()
+
+    def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
+        if self.why_no_graph is not None or not isinstance(self.head, Head):
+            return None
+        if self._graphed is None:
+            self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()))
+        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
+
+    def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is captured, on tensors alone: the loss, and what is recorded of it."""
+        inputs, num_items_in_batch = batch_of(tensors, self.args.max_length)
+        with self.compute_loss_context_manager():
+            sums = self.model(**inputs)
+            loss = self.mean_of_step(sums, num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach(), recorded(sums)
+
+    def release_graphs(self, why: str) -> bool:
+        """Let go of the graphs and their memory, for good; whether there were any."""
+        return self._graphed is not None and self._graphed.release(why)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it."""
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        except torch.OutOfMemoryError:
+            if not self.release_graphs("evaluation needs the memory"):
+                raise
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

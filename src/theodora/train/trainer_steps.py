@@ -1,0 +1,113 @@
+"""The trainer's overrides that take steps: which rows, a batch at a time, and whether the optimizer may take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from theodora.train.order import SeededByEpoch
+from theodora.train.out_of_memory import Pieces, split
+from theodora.train.step_state import copied, replace_metrics
+from theodora.train.trainer_passes import PassOverrides
+
+
+class StepOverrides(PassOverrides):
+    """Runs batches in pieces where memory asks for it, and leaves out steps that the guard refuses."""
+
+    pieces: Pieces
+    say: Callable[[str], None]
+    """Tells the user."""
+    _parameters_that_multiply: int | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer._get_train_sampler`: rows grouped by length come in the same
+        order in a resumed run."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_decay_parameter_names`, which leaves out biases and norms.
+
+        DoRA's magnitudes do not decay either: that would shrink the base weight itself.
+        """
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".magnitude")]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Overrides TRL 1.16's `SFTTrainer.training_step`: the batch in pieces, and noted for guard and outcome.
+
+        Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
+        at their weights for changes.
+        """
+        if not (model.training and self.model.training):  # a wrapper for several processes has a mode of its own
+            model.train()
+        model.__dict__["train"] = lambda mode=True: model
+        try:
+            whole = dict(inputs)  # computing a loss takes things out
+            loss = self.pieces(inputs, model, num_items_in_batch)
+            if self.guard is not None:
+                self.guard.note(whole, loss)
+            if self.outcome is not None:
+                self.outcome.note(whole)
+            return loss
+        finally:
+            model.__dict__.pop("train", None)
+
+    def start_step_over(self) -> None:
+        """Forget what the step at hand has done so far, and let go of memory."""
+        self.release_graphs("batches do not fit into memory as they are")
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.last_step is not None:
+            self.last_step.restore_metrics_to(self)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Overrides transformers 5.17 to 5.23's `Trainer.floating_point_ops`, which walks through the parameters each
+        time: the same count, walking once."""
+        if self._parameters_that_multiply is None:
+            self._parameters_that_multiply = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._parameters_that_multiply
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer._get_grad_norm`, the last call before the optimizer's step.
+
+        The guard looks at the step here, and a bad one leaves no trace.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.pieces.end_step()
+        if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
+            if self.outcome is not None:
+                self.outcome.take()
+            return grad_norm
+        if self.accelerator.scaler is None:  # which leaves such steps out by itself
+            model.zero_grad()
+        if self.last_step is not None:
+            self.last_step.restore_metrics_to(self)
+            self.loss_sum.copy_(self.last_step.loss)
+        self.logged_at += 1  # losses are means over the steps that were taken
+        self.say(f"Step {self.state.global_step + 1} was skipped; its rows are in {self.guard.file}.")
+        return None
+
+    def loss_now(self, batch: dict[str, Any]) -> Tensor | None:
+        """The loss of a batch on the weights of now, which leaves no trace in the metrics.
+
+        Of its first piece where memory asks for pieces; None where memory does not last even so.
+        """
+        before = {mode: copied(self.metrics_of(mode)) for mode in ("train", "eval")}
+        training, pieces = self.model.training, self.pieces.count
+        self.model.eval()
+        try:
+            inputs = self._prepare_inputs(dict(batch) if pieces == 1 else split(dict(batch), pieces)[0])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.compute_loss(self.model, dict(inputs)).detach()
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self.model.train(training)
+            for mode in ("train", "eval"):
+                replace_metrics(self.metrics_of(mode), before[mode])
