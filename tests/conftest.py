@@ -11,6 +11,7 @@ import gc
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -32,8 +33,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",  # tiny products are slower on two threads than on one
 }
 
-# Collections of garbage go through every object that there is: imports and the list of tests make some 700,000,
-# all of which stay. They are set aside once (`pytest_collection_finish`), and none is looked through before.
+# Collections of garbage go through every object that there is, and each training run asks for one. Imports and the list
+# of tests make some 700,000 objects, all of which stay: `set_aside` takes them out, and none is looked through before.
 gc.disable()
 
 import numpy as np
@@ -72,9 +73,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    set_aside()
+    gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    if len(sys.modules) > _modules_set_aside + 100:  # what tests import stays, too
+        set_aside()
+
+
+_modules_set_aside = 0
+
+
+def set_aside() -> None:
+    """Have collections of garbage look through nothing that is here now."""
+    global _modules_set_aside
     gc.collect()
     gc.freeze()
-    gc.enable()
+    _modules_set_aside = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
