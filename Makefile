@@ -11,6 +11,9 @@ INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/se
 # One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 
+# Where this is set, each of the processes that the tests start would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input

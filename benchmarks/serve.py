@@ -46,13 +46,17 @@ SHAPES = {
 
 def main() -> None:
     args = parse_args()
+    with tempfile.TemporaryDirectory(prefix="theodora-serve-") as folder:
+        measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, path: Path) -> None:
+    """Serve from adapters in the folder `path`, and report."""
     import torch
 
     torch.set_grad_enabled(False)
     model = build(args)
     adapted = twin(model)
-    folder = tempfile.TemporaryDirectory(prefix="theodora-serve-")
-    path = Path(folder.name)
     save_random_adapter(copy.deepcopy(model) if args.shape is None else model, path / "one", args)
     load_seconds, engine = served(adapted, path / "one", args)
     base = started(model, args)

@@ -9,14 +9,15 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
+import scripts
 from theodora.cli.main import main
+from undrawn import leave_losses_blank
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +36,7 @@ SHORTER = {
     "theodora conformance": "--workers 1",
     "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --max-length 128 --eval-steps 1 --save-steps 2",
     "theodora bench": "--rounds 1 --batch 1 --length 16 --methods lora",
+    "theodora chat": "--max-new-tokens 4",
     "theodora evaluate": "--batch-size 4 --max-new-tokens 4",
     "theodora compare": "--dry-run",
     "python recipes/sft_loop.py": "--steps 2 --batch-size 2",
@@ -64,6 +66,8 @@ def reader(tmp_path, tiny_model_dir, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:torch")  # TRL 1.16
 def test_the_blocks_run_in_order(reader, monkeypatch, capsys):
+    scripts.measure_here(monkeypatch)
+    leave_losses_blank(monkeypatch)
     namespace: dict[str, object] = {}
     for language, text in BLOCKS:
         if language == "python":
@@ -77,7 +81,7 @@ def test_the_blocks_run_in_order(reader, monkeypatch, capsys):
 
 
 def run(command: str, monkeypatch, capsys) -> None:
-    """Run one command line: ours in this process, because every new one costs seconds of imports."""
+    """Run one command line in this process, because every new one costs seconds of imports."""
     words = shlex.split(command)
     words += next((shlex.split(more) for start, more in SHORTER.items() if command.startswith(start)), [])
     if words[0] == "theodora":
@@ -94,9 +98,7 @@ def run(command: str, monkeypatch, capsys) -> None:
     elif words[:2] == ["pip", "install"]:
         check_pip_arguments(words[2:])
     elif words[0] == "python":
-        script = ROOT / words[1]
-        result = subprocess.run([sys.executable, script, *words[2:]], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        scripts.run(monkeypatch, *words[1:])
     else:
         pytest.fail(f"README.md has a command that this test does not know how to run: {command}")
 

@@ -14,6 +14,12 @@ import pytest
 import tiny
 from serving import trained
 from theodora import save_adapter
+from undrawn import leave_losses_blank
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_losses_blank(monkeypatch)
 
 
 @pytest.fixture(scope="session")

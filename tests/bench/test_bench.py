@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from scripts import measure_here
 from theodora.bench import VARIANTS, Job, Runner, Variant, Workload, make_rows, step_table
 from theodora.bench import runner as runner_module
 from theodora.bench.build import build, decoder_blocks, load_base, matmul_flops, shifted_labels
@@ -246,7 +247,8 @@ def test_ratios_are_taken_within_a_round():
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_measures_a_bare_configuration(tmp_path, capsys):
+def test_the_command_measures_a_bare_configuration(tmp_path, monkeypatch, capsys):
+    measure_here(monkeypatch)
     load_base(workload()).config.save_pretrained(tmp_path)
     output = tmp_path / "results" / "bench.json"
     options = ["--batch", "2", "--length", "8", "--rank", "4", "--rounds", "2", "--layers", "1", "--dtype", "fp32"]

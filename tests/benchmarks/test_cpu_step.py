@@ -2,22 +2,18 @@
 
 import json
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "cpu_step.py"
+import scripts
 
 
-def test_it_runs_and_reports(tiny_model_dir, tmp_path):
+def test_it_runs_and_reports(tiny_model_dir, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "cpu_step.json"
-    model = tiny_model_dir("llama")
     options = shlex.split("--dtype float32 --rounds 2 --batch 2 --length 16 --rank 4 --variants peft-lora dora")
-    command = [sys.executable, BENCHMARK, "--model", model, "--output", output, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "PEFT LoRA" in result.stdout
-    assert "Theodora DoRA" in result.stdout
+    scripts.measure_here(monkeypatch)
+    scripts.run(monkeypatch, "benchmarks/cpu_step.py", "--model", tiny_model_dir("llama"), "--output", output, *options)
+    shown = capsys.readouterr().out
+    assert "PEFT LoRA" in shown
+    assert "Theodora DoRA" in shown
     report = json.loads(output.read_text(encoding="utf-8"))
     assert {"cpu", "cores", "versions", "command", "commit"} <= report["machine"].keys()
     assert {"rank", "dtype"} <= report["setting"].keys()

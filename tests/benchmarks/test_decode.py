@@ -4,16 +4,40 @@ import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode.py"
+import pytest
+import torch
+
+import scripts
+
+SCRIPT = "benchmarks/decode.py"
+SMALL = "--tiny --device cpu --layers 1 --rank 4 --batches 1 2 --prompt 4 --tokens 3 --rounds 2 --modes eager"
 
 
+@torch.no_grad()
+def test_each_variant_does_the_same_work_and_has_a_row(monkeypatch, capsys):
+    """What the processes do, one after the other."""
+    script = scripts.load(SCRIPT)
+    monkeypatch.setattr(sys, "argv", ["decode.py", *shlex.split(SMALL)])
+    args = script.parse_args()
+    models = {name: script.build(name, args) for name in script.VARIANTS}
+    differences = script.check_same_work({name: script.first_logits(model, args) for name, model in models.items()})
+    assert len(differences) == 3
+    assert differences["difference of merged and dora"] < 0.1
+    run = script.key("eager", 2)
+    seconds = {run: {name: [script.run_eager(model, 2, args)] for name, model in models.items()}}
+    assert all(times[0] > 0 for times in seconds[run].values())
+    rows = [script.row(name, seconds) for name in models]
+    assert rows[0][run]["ratio"] == 1
+    script.show(rows, seconds, args)
+    assert "theodora DoRA, merged" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_it_runs_and_reports(tmp_path):
     output = tmp_path / "results" / "decode.json"
-    options = "--tiny --device cpu --layers 1 --rank 4 --batches 1 2 --prompt 4 --tokens 3 --rounds 2 --modes eager"
-    variants = "--variants base merged dora"
-    command = [sys.executable, BENCHMARK, "--output", output, *shlex.split(f"{options} {variants}")]
+    words = shlex.split(f"{SMALL} --variants base merged dora")
+    command = [sys.executable, scripts.ROOT / SCRIPT, "--output", output, *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "theodora DoRA, merged" in result.stdout

@@ -1,6 +1,5 @@
 """The comparison of loss curves at a size that a CPU bears, and its judgement on made-up curves."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,17 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import scripts
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fp8_curve.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fp8_curve", BENCHMARK)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("benchmarks/fp8_curve.py")
 
 
 def made_up(offset):

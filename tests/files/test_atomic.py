@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,19 @@ def exchange(request, monkeypatch):
     if not request.param:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     return request.param
+
+
+def test_what_a_file_holds_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        flushed.append(("folder" if folder else "file", (tmp_path / "a").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert flushed == [("file", False), ("folder", True)]
 
 
 @linux

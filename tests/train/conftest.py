@@ -10,6 +10,12 @@ from rich.console import Console
 
 from theodora.config import TrainConfig
 from theodora.train import TrainResult, train
+from undrawn import leave_losses_blank
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_losses_blank(monkeypatch)  # test_run.py has the figure
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train import train
+from theodora.train.loss_figure import draw_losses
 
 
-def test_a_run_leaves_an_adapter_and_its_record(run, options, tmp_path, losses):
+def test_a_run_leaves_an_adapter_and_its_record(run, options, tmp_path, losses, monkeypatch):
+    monkeypatch.setattr(import_module("theodora.train.run"), "draw_losses", draw_losses)
     result = run()
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
