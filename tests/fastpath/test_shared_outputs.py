@@ -1,5 +1,6 @@
 """Magnitudes of q, k and v learn from what attention keeps, and from nothing else where that could be wrong."""
 
+import gc
 import sys
 import weakref
 
@@ -14,6 +15,7 @@ from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath import attention as attention_file
 from theodora.fastpath.accelerate import install, uninstall
+from theodora.fastpath.attention import keep_attention
 from theodora.kernels import fused, rotary
 from theodora.layers.linear import GROUP
 from tiny import tiny_model
@@ -141,8 +143,10 @@ def test_what_was_turned_and_then_written_to_is_kept(from_outputs, monkeypatch):
 def test_attention_is_as_before_once_undone(attention):
     model = adapted()
     model.config._attn_implementation = attention
+    keep_attention.cache_clear()
+    gc.collect()  # models of other tests, which count as users until then
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
     install(model)
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"].__theodora__
     wanted = expected(model)
     same(step(model), wanted)
     uninstall(model)
@@ -166,7 +170,7 @@ def test_an_output_that_a_stranger_wrote_to_is_not_trusted(from_outputs, monkeyp
     model = adapted()
     install(model)
     file = sys.modules[type(attention(model)).__module__]
-    own = file.apply_rotary_pos_emb.__theodora__
+    own = file.apply_rotary_pos_emb.__wrapped__
 
     class InPlace(torch.autograd.Function):
         @staticmethod

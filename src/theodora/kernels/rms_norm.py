@@ -6,7 +6,7 @@
 Models differ in two points. `offset` is 1 where the weight is kept as its distance from one (Gemma). `cast` says where
 half precision begins: "llama" rounds h before it meets the weight, "gemma" rounds y alone.
 
-Only x and r are kept for the backward pass. Layers that read y can find them on it, see `fast_forward`.
+Only x and r are kept for the backward pass. Layers that read y find them by a note on it, see `fast_forward`.
 Legend: T tokens (rows), I features.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from theodora.functional import wide_dtype
+from theodora.kernels.notes import Norm, note_norm
 from theodora.kernels.operators import operator, runs_triton
 
 Cast = Literal["llama", "gemma"]
@@ -200,8 +201,8 @@ def _distance(module: nn.Module, style: NormStyle, x: Tensor, weight: Tensor) ->
 def fast_forward(module: nn.Module, style: NormStyle, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """What the forward of a module of this style returns, by `rms_norm`; `original(x)` where that does not fit.
 
-    Where gradients are recorded the result carries `_theodora_norm` = (x (T, I), r (T,), weight (I,), offset), so that
-    a layer that reads y need not keep it: yᵀ·d = ((x ⊙ r)ᵀ·d) ⊙ (offset + weight).
+    Where gradients are recorded a note on the result says how it was made (`notes.Norm`), so that a layer that reads y
+    need not keep it: yᵀ·d = ((x ⊙ r)ᵀ·d) ⊙ (offset + weight).
     """
     weight: Any = module.weight
     if weight.requires_grad or type(x) is not Tensor or type(weight) is not nn.Parameter:
@@ -209,5 +210,5 @@ def fast_forward(module: nn.Module, style: NormStyle, x: Tensor, original: Calla
     x = x.contiguous()
     y, rstd = rms_norm(x, weight, style.eps, style.offset, style.cast)
     if y.requires_grad and not torch.compiler.is_compiling():
-        y._theodora_norm = x.detach().view(-1, x.shape[-1]), rstd, weight, style.offset  # pyright: ignore[reportAttributeAccessIssue]
+        note_norm(y, Norm(x.detach().view(-1, x.shape[-1]), rstd, weight, style.offset))
     return y

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from theodora.data.packing import packed_batch
-from theodora.fastpath.attention import replace_attention
+from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
 
@@ -34,7 +34,7 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 @contextmanager
 def sequences_apart() -> Iterator[None]:
     """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
-    replace_attention()
+    keep_attention()
     masks, under_way = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = lambda *_, **__: None, True
     try:
