@@ -16,6 +16,7 @@ from theodora.data.packing import packed_batch
 from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
+from theodora.patches import Registered, replaced
 
 
 def bounds_of(positions_1T: Tensor) -> Tensor:
@@ -35,13 +36,12 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 def sequences_apart() -> Iterator[None]:
     """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
     keep_attention()
-    masks, under_way = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = lambda *_, **__: None, True
+    build_masks_again = Registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa").put(lambda *_, **__: None)
     try:
-        with whole_rows():
+        with whole_rows(), replaced(Maskless, under_way=True):
             yield
     finally:
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = masks, under_way
+        build_masks_again()
 
 
 def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
