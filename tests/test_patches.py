@@ -3,12 +3,15 @@
 import functools
 import gc
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from transformers.utils.generic import GeneralInterface
 
+import theodora
 from theodora.patches import Attribute, Patch, Registered, replaced, wrap_once
 
 
@@ -137,3 +140,17 @@ def test_wrapped_once():
     for _ in range(2):
         wrap_once(owner, "greet", lambda original: lambda: f"<{original()}>")
     assert owner.greet() == "<theirs>"
+
+
+def test_the_list_names_every_file_that_replaces_something():
+    source = Path(theodora.__file__).parent
+    text = (source.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.split("| replaced | where |")[1].split("\n\n")[0]
+    listed = {path for row in table.splitlines() for path in re.findall(r"`([\w/]+)`", row.split("|")[2:3].pop())}
+    assert [path for path in listed if not (source / f"{path}.py").is_file()] == []
+    replacing = {
+        str(file.relative_to(source).with_suffix(""))
+        for file in source.rglob("*.py")
+        if "from theodora.patches import" in file.read_text(encoding="utf-8")
+    }
+    assert replacing <= listed

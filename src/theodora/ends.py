@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from theodora.metered import install
+from theodora.metered import meter_templates
 
 _MARK = "\ue000"  # a character for private use, which templates do not hold
 _CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"a": _MARK}}}
@@ -92,7 +92,7 @@ def _rendered(tokenizer: Any, answer: dict[str, Any]) -> str:
     for question in ("a", [{"type": "text", "text": "a"}]):
         turns = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
         try:
-            install()
+            meter_templates()
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception:  # a template raises what it likes, over conversations that it was not written for
             continue

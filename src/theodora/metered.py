@@ -4,7 +4,8 @@ Jinja's sandbox keeps templates from touching anything, but not from working for
 each step of a loop, each call and each filter, and every byte that is made, compared or written counts against one
 allowance, which grows with what the template is given. Nothing depends on the clock, so that a template is refused
 everywhere or nowhere. The rendering is transformers' own: the environment that it makes for each template is replaced
-by one with a meter (`install`), in which the template's tree is changed so that loops and comparisons pass the meter.
+by one with a meter (`meter_templates`), in which the template's tree is changed so that loops and comparisons pass the
+meter.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def whole_job() -> Iterator[None]:
 
 
 @cache
-def install() -> None:
-    """Let transformers render all chat templates of this process with a meter."""
+def meter_templates() -> None:
+    """Let transformers render all chat templates of this process with a meter, from now on and for good."""
     from transformers.utils import chat_template_utils
 
     module: Any = chat_template_utils

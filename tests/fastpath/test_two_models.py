@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steps import IDS, adapted, expected, needs_triton, same, step
 from theodora import accelerate, accelerate_peft, restore_peft
 from theodora.fastpath import attention as attention_file
-from theodora.fastpath.accelerate import install, off_the_fast_path, uninstall
+from theodora.fastpath.accelerate import off_the_fast_path, restore_model, speed_up_model
 from theodora.fastpath.attention import keep_attention
 from theodora.kernels import fused
 from tiny import tiny_model
@@ -60,7 +60,7 @@ def test_any_order(families):
     models = dict(zip("ab", map(tiny_model, families), strict=True))
     places, on = Places(*models.values()), set()
     for sign, name in itertools.chain(*ORDERS):
-        (install if sign == "+" else uninstall)(models[name])
+        (speed_up_model if sign == "+" else restore_model)(models[name])
         (on.add if sign == "+" else on.remove)(name)
         assert places.are_ours(*(models[name] for name in on))
 
@@ -69,20 +69,20 @@ def test_any_order(families):
 def test_a_copy_counts_for_itself(copied):
     model = tiny_model()
     places = Places(model)
-    install(model)
+    speed_up_model(model)
     other = copied(model)
-    uninstall(model)
+    restore_model(model)
     assert places.are_ours(other)
-    uninstall(other)
+    restore_model(other)
     assert places.are_ours()
 
 
 def test_a_model_that_is_deleted_does_not_count():
     model, other = tiny_model(), tiny_model()
     places = Places(model)
-    install(model)
-    install(other)
-    uninstall(other)
+    speed_up_model(model)
+    speed_up_model(other)
+    restore_model(other)
     del model
     gc.collect()
     assert places.are_ours()
@@ -92,23 +92,23 @@ def test_twice_is_once():
     model = tiny_model()
     places = Places(model)
     for _ in range(2):
-        install(model)
+        speed_up_model(model)
     assert places.are_ours(model)
-    uninstall(model)
+    restore_model(model)
     assert places.are_ours()
 
 
 def test_a_model_that_is_off_for_a_while():
     model, other = adapted(), adapted()
     places = Places(model)
-    install(model)
-    install(other)
+    speed_up_model(model)
+    speed_up_model(other)
     with off_the_fast_path(model):
         assert places.are_ours(other)
-        uninstall(other)
+        restore_model(other)
         assert places.are_ours()
     assert places.are_ours(model)
-    uninstall(model)
+    restore_model(model)
     assert places.are_ours()
 
 
@@ -118,7 +118,7 @@ def test_beside_a_model_of_pefts(first):
     places = Places(ours)
     accelerate(ours)
     accelerate_peft(pefts)
-    off = [lambda: uninstall(ours), lambda: restore_peft(pefts)]
+    off = [lambda: restore_model(ours), lambda: restore_peft(pefts)]
     for leave in off if first == "ours" else reversed(off):
         assert places.are_ours(ours)
         leave()
@@ -141,9 +141,9 @@ def test_the_other_model_is_as_fast_as_alone(monkeypatch):
     monkeypatch.setattr(fused, "compose_backward_from_output", counted("from outputs", own[1]))
     model, other = adapted(), adapted()
     wanted = expected(other)
-    install(model)
-    install(other)
-    uninstall(model)
+    speed_up_model(model)
+    speed_up_model(other)
+    restore_model(model)
     counts.update(dict.fromkeys(counts, 0))
     same(step(other), wanted)
     assert counts == {"turned": 4, "from outputs": 6}
@@ -153,11 +153,11 @@ def test_the_other_model_is_as_fast_as_alone(monkeypatch):
 def test_what_somebody_has_put_on_top_stays_and_goes_through(monkeypatch):
     model = adapted()
     places = Places(model)
-    install(model)
+    speed_up_model(model)
     ours = file_of(model).apply_rotary_pos_emb
     monkeypatch.setattr(file_of(model), "apply_rotary_pos_emb", lambda *args, **kwargs: ours(*args, **kwargs))
     theirs = file_of(model).apply_rotary_pos_emb
-    uninstall(model)
+    restore_model(model)
     assert file_of(model).apply_rotary_pos_emb is theirs
     monkeypatch.setattr(attention_file, "rotate", lambda *_: pytest.fail("no model is on the fast path"))
     with_theirs = model(input_ids=IDS).logits

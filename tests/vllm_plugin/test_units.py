@@ -172,16 +172,16 @@ def test_fully_sharded_lora_and_experts_are_refused():
 def test_another_version_stays_as_it_is(monkeypatch, caplog):
     import vllm
 
-    from theodora.vllm_plugin import install
+    from theodora.vllm_plugin import patches
 
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    monkeypatch.setattr(install, "install", lambda: pytest.fail("it was changed"))
+    monkeypatch.setattr(patches, "patch_vllm", lambda: pytest.fail("it was changed"))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     vllm_plugin.register()
     assert "0.99.1" in caplog.text
     assert vllm_plugin.TESTED[0] in caplog.text
     called = []
-    monkeypatch.setattr(install, "install", lambda: called.append(1))
+    monkeypatch.setattr(patches, "patch_vllm", lambda: called.append(1))
     monkeypatch.setenv(vllm_plugin.ANY_VERSION, "1")
     vllm_plugin.register()
     assert called

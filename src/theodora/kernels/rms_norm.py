@@ -178,23 +178,24 @@ def is_rms_norm(module: nn.Module) -> NormStyle | None:
 
 
 def _eps(module: nn.Module) -> float | None:
-    found = [v for name, v in vars(module).items() if "eps" in name.lower() and isinstance(v, float) and 0 < v < 0.1]
-    return found[0] if len(found) == 1 else None
+    values = [v for name, v in vars(module).items() if "eps" in name.lower() and isinstance(v, float) and 0 < v < 0.1]
+    return values[0] if len(values) == 1 else None
 
 
 def _distance(module: nn.Module, style: NormStyle, x: Tensor, weight: Tensor) -> float:
     """The largest relative difference of a row of the module's output from that of the style; infinite if none."""
-    probe = copy.copy(module)  # shares nothing that is written to: its own dictionary of parameters, and no hooks run
-    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    # The copy shares nothing that is written to: it has a dictionary of parameters of its own, and no hooks run.
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
     with torch.no_grad():
         try:
-            found: Any = type(module).forward(probe, x)
+            y: Any = type(module).forward(copied, x)
         except Exception:  # whatever a stranger's forward raises: it is no RMSNorm
             return float("inf")
         expected, _ = rms_norm_reference(x, weight, style.eps, style.offset, style.cast)
-        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
             return float("inf")
-        difference = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+        difference = (y.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
         return float(difference.nan_to_num(float("inf")).max())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from theodora.data.templates import as_wanted
 from theodora.errors import ConfigError
-from theodora.metered import install
+from theodora.metered import meter_templates
 from theodora.serve.misses import cut
 from theodora.serve.protocol import ChatRequest, Templated
 
@@ -38,7 +38,7 @@ def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple
     for message in messages:
         if message["role"] == "developer" and not _names(template, "developer"):
             message["role"] = "system"  # as it was called before; templates leave out roles that they do not know
-    install()
+    meter_templates()
     try:
         text = tokenizer.apply_chat_template(
             as_wanted(messages, tokenizer, own, tools),  # as in training

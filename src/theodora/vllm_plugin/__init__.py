@@ -47,7 +47,7 @@ def register() -> None:
             ANY_VERSION,
         )
         return
-    from theodora.vllm_plugin.install import install
+    from theodora.vllm_plugin.patches import patch_vllm
 
-    if install():
+    if patch_vllm():
         _log.info("Theodora %s serves DoRA adapters in vLLM %s.", own, found)

@@ -10,7 +10,7 @@ from theodora.vllm_plugin import layers, loading
 _MARK = "_theodora_dora"
 
 
-def install() -> bool:
+def patch_vllm() -> bool:
     """Replace what has to be replaced, once.
 
     Returns:
