@@ -29,7 +29,8 @@ from theodora.functional import dora_norm, wide_dtype
 from theodora.kernels import Parts
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.adapt import cannot_adapt
-from theodora.layers.base import FLOATS, drops
+from theodora.layers.base import drops
+from theodora.layers.base_weights import FLOATS
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kinds import is_conv1d
 from theodora.layers.linear import GROUP, in_dtype

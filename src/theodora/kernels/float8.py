@@ -73,6 +73,11 @@ def float8_linear_backward(dz_TO: Tensor, w8_OI: Tensor, w_scale_O: Tensor) -> T
     return _linear_backward_op(dz_TO, w8_OI, w_scale_O)
 
 
+def dequantized(w8_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that W8 and its scales stand for, (O, I), rounded once, to `dtype`."""
+    return (w8_OI.float() * w_scale_O[:, None]).to(dtype)
+
+
 def reference_quantize_rows(x_TI: Tensor, times_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain torch."""
     x = x_TI.float() if times_I is None else x_TI.float() * times_I.float()

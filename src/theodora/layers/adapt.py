@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from theodora.layers.base import FLOATS, AdapterLayer
+from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import FLOATS
 from theodora.layers.embedding import EmbeddingAdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear

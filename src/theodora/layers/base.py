@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.functional import dora_norm, merged_weight, row_norm_squared
 from theodora.kernels.base_product import dequantized
+from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.recompute import once_in_a_block
+from theodora.layers.base_weights import weight_in
 from theodora.layers.float8 import Float8Layer, move, weight_scale
 from theodora.layers.kinds import is_conv1d, is_embedding
 from theodora.layers.norm_cache import Kept, content, remember, versions
 from theodora.layers.swap import Swapped
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LowRank(nn.Module):
@@ -100,6 +100,11 @@ class AdapterLayer(Swapped):
     adapters: nn.ModuleDict
     active_adapter: str | None
     merged_adapter: str | None
+
+    @property
+    def frozen_weight(self) -> BaseWeight:
+        """What `forward` multiplies by: the base weight, or while an adapter is merged the merged one."""
+        return weight_in(self, self.weight, self.stored_transposed)
 
     @property
     def weight_OI(self) -> Tensor:

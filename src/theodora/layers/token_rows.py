@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theodora.layers.base import FLOATS, AdapterLayer
+from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import FLOATS
 from theodora.layers.kinds import is_embedding, is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
