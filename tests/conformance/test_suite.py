@@ -87,9 +87,9 @@ def scale_the_bias(monkeypatch):
         outputs = []
         for part in layers:
             if part.a_RI is None:
-                outputs.append(F.linear(x, part.weight_OI, part.bias_O))
+                outputs.append(F.linear(x, part.weight.dense(), part.bias_O))
                 continue
-            z = functional.lora_linear(x, part.weight_OI, part.bias_O, part.a_RI, part.b_OR, part.scale)
+            z = functional.lora_linear(x, part.weight.dense(), part.bias_O, part.a_RI, part.b_OR, part.scale)
             if part.magnitude_O is not None:
                 z = (z * functional.dora_scale(part.magnitude_O, part.norm_O)).to(x.dtype)
             outputs.append(z)
@@ -119,7 +119,7 @@ def norm_over_columns(monkeypatch):
 
     def norm(self, a, b, scale):
         wrong = (self.base_weight_OI.float() + scale * b @ a).norm(dim=0)
-        rows = self.weight_OI.shape[0]
+        rows = self.current_weight.shape[0]
         return torch.cat([wrong, wrong, wrong, wrong, wrong])[:rows].detach()
 
     monkeypatch.setattr(AdapterLayer, "new_norm", norm)

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_norm, wide_dtype
-from theodora.kernels import Parts
+from theodora.kernels import BaseWeight, Parts
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.adapt import cannot_adapt
 from theodora.layers.base import drops
-from theodora.layers.base_weights import FLOATS
+from theodora.layers.base_weights import FLOATS, weight_in
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kinds import is_conv1d
 from theodora.layers.linear import GROUP, in_dtype
@@ -63,7 +63,7 @@ class FastLinear(Linear):
         """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
         why = "arguments beside its input (`adapter_names`, say)" if args or kwargs else self.slow_because()
         dtype = autocast_dtype(x)
-        if why is None and dtype is None and x.dtype != self.base_layer.weight.dtype:
+        if why is None and dtype is None and not self._weight().takes(x.dtype):
             why = "an input of another dtype than its weight"
         if why is not None:
             if why not in _IDLE and not torch.compiler.is_compiling():
@@ -103,12 +103,12 @@ class FastLinear(Linear):
         return None if drops and name in self.lora_variant else self._parts(name, drops)  # see `_product`
 
     def _parts(self, name: str, drops: bool, one_token: bool = False) -> Parts:
-        w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
+        weight, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
-            return Parts(w, bias, a, b, scale, drops=drops)
+            return Parts(weight, bias, a, b, scale, drops=drops)
         norm = self._norm(name, one_token)
-        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
+        return Parts(weight, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
 
     def _adapted(self, x: Tensor) -> Tensor:
         (name,) = self._active_here()
@@ -120,13 +120,13 @@ class FastLinear(Linear):
         return with_value_of(base_output(x, parts), y) if fresh else y
 
     def _product(self, x: Tensor, dropped: Tensor | None, parts: Parts, drops_base: bool) -> Tensor:
-        w, bias = parts.weight_OI, parts.bias_O
+        weight, bias = parts.weight, parts.bias_O
         if self._trained_bias():
             parts = replace(parts, bias_O=None)
         if dropped is not None and drops_base:
             # PEFT's DoRA drops the base weight's input, too, where it changes the product:
             #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
-            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, w)
+            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, weight.dense())
         else:
             y = kernels.adapted_linears(x, [parts], dropped)[0]
         return y if bias is None or not self._trained_bias() else y + bias
@@ -141,10 +141,10 @@ class FastLinear(Linear):
             dora._cache_clear()  # as PEFT does in a pass that does not cache
         w_norm_sq = self._weight_norm_squared(a_RI.dtype, one_token)
         if not kernels.fast():
-            return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
+            return dora_norm(self._weight().dense(), a_RI, b_OR, scale, w_norm_sq)
         with torch.no_grad():
-            w, a, b = self._weight(), a_RI.detach(), b_OR.detach()
-            return once_in_a_block(("norm", id(self)), lambda: kernels.dora_norm(w, a, b, scale, w_norm_sq, None))
+            weight = self._weight()
+            return once_in_a_block(("norm", id(self)), lambda: weight.dora_norm(a_RI, b_OR, scale, w_norm_sq))
 
     def _cached_norm(self, name: str) -> Tensor:
         """By PEFT's methods, which fill its cache and read it (`peft.helpers.DoraCaching`)."""
@@ -196,9 +196,9 @@ class FastLinear(Linear):
         """Whether dropout changes the adapter's input in this pass."""
         return drops(self.lora_dropout[name])
 
-    def _weight(self) -> Tensor:
-        weight = self.base_layer.weight
-        return weight.T if self.is_target_conv_1d_layer else weight
+    def _weight(self) -> BaseWeight:
+        base = self.base_layer
+        return weight_in(base, base.weight, self.is_target_conv_1d_layer)
 
     def _trained_bias(self) -> bool:
         bias = self.base_layer.bias
@@ -214,11 +214,11 @@ class FastLinear(Linear):
         """
         kept, w = self._theodora_norm_sq, self.base_layer.weight
         if torch.compiler.is_compiling():
-            return _row_norm_squared(self._weight(), dtype) if kept is None else kept[1]
+            return _row_norm_squared(self._weight().dense(), dtype) if kept is None else kept[1]
         version, look = (*versions(w), dtype), not (one_token or torch.is_grad_enabled())
         if kept is None or kept[0][0] != version or (look and kept[0][1] != content(w)):
             with torch.inference_mode(False), torch.no_grad():
-                self._theodora_norm_sq = kept = (version, content(w)), _row_norm_squared(self._weight(), dtype)
+                self._theodora_norm_sq = kept = (version, content(w)), _row_norm_squared(self._weight().dense(), dtype)
         return kept[1]
 
     # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.

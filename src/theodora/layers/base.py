@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from theodora import kernels
 from theodora.functional import dora_norm, merged_weight, row_norm_squared
-from theodora.kernels.base_product import dequantized
 from theodora.kernels.base_weight import BaseWeight
-from theodora.kernels.float8 import FLOAT8
+from theodora.kernels.float8 import FLOAT8, dequantized
 from theodora.kernels.recompute import once_in_a_block
+from theodora.kernels.weight_norm import dora_norm as kernel_dora_norm
 from theodora.layers.base_weights import weight_in
 from theodora.layers.float8 import Float8Layer, move, weight_scale
 from theodora.layers.kinds import is_conv1d, is_embedding
@@ -102,7 +102,7 @@ class AdapterLayer(Swapped):
     merged_adapter: str | None
 
     @property
-    def frozen_weight(self) -> BaseWeight:
+    def current_weight(self) -> BaseWeight:
         """What `forward` multiplies by: the base weight, or while an adapter is merged the merged one."""
         return weight_in(self, self.weight, self.stored_transposed)
 
@@ -329,7 +329,7 @@ def _norm(module: nn.Module, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: fl
         return dora_norm(_plain(module, w_OI), a_RI, b_OR, scale, w_norm_sq_O)
     with torch.no_grad():
         row_scale = weight_scale(module) if w_OI.dtype == FLOAT8 else None
-        return kernels.dora_norm(w_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, row_scale)
+        return kernel_dora_norm(w_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, row_scale)
 
 
 def _weight_norm_squared(module: nn.Module, w_OI: Tensor) -> Tensor:
