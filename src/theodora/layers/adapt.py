@@ -1,4 +1,4 @@
-"""Which modules can be adapted, giving them their adapter layer, and taking it away."""
+"""Which modules can be adapted, and giving them their adapter layer; `AdapterLayer.end` takes it away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from theodora.layers.embedding import EmbeddingAdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer
-from theodora.layers.swap import swap_back, swap_class
+from theodora.layers.swap import swap_class
 
 
 def adapt(module: nn.Module) -> AdapterLayer:
@@ -28,14 +28,6 @@ def adapt(module: nn.Module) -> AdapterLayer:
     assert isinstance(module, AdapterLayer)
     module.begin()
     return module
-
-
-def restore(layer: AdapterLayer) -> None:
-    """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
-    layer.unmerge()
-    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
-        delattr(layer, name)
-    swap_back(layer)
 
 
 def cannot_adapt(module: nn.Module) -> str | None:

@@ -24,7 +24,7 @@ from theodora.kernels.routed import Routes, routed_together, routes
 from theodora.layers.adapt import cannot_adapt
 from theodora.layers.base import AdapterLayer
 from theodora.layers.kinds import is_conv1d, is_linear
-from theodora.layers.swap import swap_back, swap_class
+from theodora.layers.swap import swap_class
 
 if TYPE_CHECKING:
     from theodora.serve.slotted_group import SlottedGroup
@@ -90,6 +90,12 @@ class SlottedLayer(AdapterLayer):
         self.routing, self.is_head = routing, is_head
         self._a_SRI = self._b_SRO = self._g_SO = None
         self.set_rank(rank)
+
+    def end(self) -> None:
+        """Undo `slot`."""
+        super().end()
+        for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
+            delattr(self, name)
 
     def set_rank(self, rank: int) -> None:
         """Make room for adapters of this rank."""
@@ -215,6 +221,11 @@ class SlottedLinear(SlottedLayer):
         self.group = None
         super().begin_slots(routing, rank, is_head)
 
+    def end(self) -> None:
+        """Undo `slot`."""
+        super().end()
+        del self.group
+
     def forward(self, x: Tensor) -> Tensor:
         """The product of each token with its own adapter; the module's own outside a batch."""
         to = self._routes()
@@ -292,17 +303,6 @@ def slot(module: nn.Module, routing: Routing, rank: int, is_head: bool = False) 
     try:
         module.begin_slots(routing, rank, is_head)
     except BaseException:  # no memory, say: what has no slots must not be asked for them
-        unslot(module)
+        module.end()
         raise
     return module
-
-
-def unslot(layer: SlottedLayer) -> None:
-    """Undo `slot`."""
-    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
-        delattr(layer, name)
-    for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
-        delattr(layer, name)
-    if isinstance(layer, SlottedLinear):
-        del layer.group
-    swap_back(layer)
