@@ -100,11 +100,11 @@ def fuse_mlp(module: nn.Module) -> bool:
 
 def unfuse_mlp(module: GatedMLP) -> None:
     """Undo `fuse_mlp`."""
+    swap_back(module, GatedMLP)
     for stack in module._theodora_stacks:  # pyright: ignore[reportPrivateUsage]
         if stack is not None:
             stack.dissolve()
     del module._theodora_gated, module._theodora_stacks  # pyright: ignore[reportPrivateUsage]
-    swap_back(module)
 
 
 @torch.no_grad()

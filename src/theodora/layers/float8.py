@@ -106,11 +106,6 @@ def quantize(module: nn.Module, stored_transposed: bool = False) -> None:
     module.weight = nn.Parameter(w8, requires_grad=False)
 
 
-def weight_scale(module: nn.Module) -> Tensor | None:
-    """The scales of the module's float8 weight, (O,); None where the weight is a plain one."""
-    return module.weight_scale if isinstance(module, Float8Layer) and module.weight.dtype == FLOAT8 else None
-
-
 def plain_weight(module: Float8Layer, dtype: torch.dtype) -> Tensor:
     """The weight that the module computes with, as it is stored: (O, I), or (I, O)."""
     w_OI = module.float8_weight.dense(dtype)
