@@ -29,7 +29,7 @@ from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
-from theodora.train.light import Diverged, LightSettings, train_light
+from theodora.train.light import LightRunDiverged, LightSettings, train_light
 from theodora.train.memory import peak_of, start_counting
 
 _CURVE_POINTS = 60  # of the training loss
@@ -67,7 +67,7 @@ class Bench:
                 self._score_base(record)
             else:
                 self._train_and_score(cell, record)
-        except Diverged as error:
+        except LightRunDiverged as error:
             record.status, record.message = "diverged", str(error)
         except LossNotFinite as error:
             # The base model has not been trained here: it came so.

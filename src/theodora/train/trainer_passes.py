@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from theodora.kernels.graph import GraphedStep
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
-from theodora.train.packed_rows import keeps_apart
+from theodora.train.packed_rows import takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -21,7 +21,7 @@ class PassOverrides(LossOverrides):
     why_no_graph: str | None = "not looked at yet"
     """Why passes are no CUDA graphs, or no longer."""
     graph_replays = 0
-    keeps_apart = False
+    sends_bounds = False
     """Whether packed rows come with the bounds of their sequences instead of a mask."""
     _graphed: GraphedStep | None = None
     _reads_bounds = True
@@ -30,19 +30,19 @@ class PassOverrides(LossOverrides):
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
-        self.keeps_apart = not self._reads_bounds and self._keeps_apart()
+        self.sends_bounds = not self._reads_bounds and self._takes_bounds()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
-            self.data_collator = SelectLearned(self.data_collator, full, self.keeps_apart)
+            self.data_collator = SelectLearned(self.data_collator, full, self.sends_bounds)
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
             return "TRL's loss"
         return why_no_graph(self) if graphs_pay(self.args.device) else f"not on {self.args.device.type}"
 
-    def _keeps_apart(self) -> bool:
+    def _takes_bounds(self) -> bool:
         with self.compute_loss_context_manager():
-            return keeps_apart(self.model, self.args.max_length)
+            return takes_bounds(self.model, self.args.max_length)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
