@@ -32,8 +32,8 @@ PER_BYTE = 64
 WHOLE = 4 << 30
 """What all renderings of one job may make beyond an honest pace: a thousand rows, each nearly at its limit."""
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some ten thousand
-_STEP = 400  # bytes that a step counts as: about the time that making so many takes
-_VALUE = 16  # bytes that a value counts as beside its text
+_STEP = 400  # bytes that a step of a loop, a call or a filter counts as
+_VALUE = 16  # bytes that a value counts as, beside its text
 _HONEST, _HONEST_PER_BYTE = 1 << 20, 512
 """Bytes that a rendering may make without counting against `WHOLE`, and how many more for each byte it is given."""
 _WIDEST = 1000

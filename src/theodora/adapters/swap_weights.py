@@ -1,4 +1,4 @@
-"""Another adapter's weights in a running model: same modules, same memory, nothing compiled or recorded anew."""
+"""Another adapter's weights in the memory of one that runs: nothing has to be compiled or recorded anew."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def swap_adapter_weights(
             problems.append(f"{key}: trained in full in this adapter, not in the other one")
         else:
             writes.append((parameter, file.full.get(key, state.originals[key])))
-    writes += rows_to_write(model, name, file.token_rows, problems, "in the other adapter than in this one")
+    row_writes, row_problems = rows_to_write(model, name, file.token_rows, "in the other adapter than in this one")
+    writes, problems = writes + row_writes, problems + row_problems
     problems += [
         f"a tensor of {tuple(mine.shape)}: values that are not finite in {mine.dtype}"
         for mine, theirs in writes

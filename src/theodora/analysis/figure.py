@@ -1,4 +1,4 @@
-"""A heat map of an adapter: layers across, kinds of layers down, colour for how far the rows moved."""
+"""A heat map of an adapter: one column for each layer, one row for each kind, colour for how far the rows moved."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from theodora.errors import CheckpointError, bullet_list, shown
 from theodora.files.names import KEY_PREFIX
 from theodora.synonyms import bare_name
 
-# Path in transformers' model ↔ path in mlx-lm's, where they differ: (ours, theirs), first match, both ways.
+# Where paths in transformers' model and in mlx-lm's differ: (transformers', mlx-lm's). The first match counts, and
+# each pair is read both ways.
 _NAMES = (
     (r"transformer\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)", r"model\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)"),
     (r"gpt_neox\.layers\.(\d+\.(?:attention|mlp)\.\w+)", r"model\.h\.(\d+\.(?:attention|mlp)\.\w+)"),
@@ -93,16 +94,16 @@ def to_mlx_name(path: str, model_type: str = "") -> str:
         # The head is a child of what wraps, not of the layers' model.
         return f"{within.removesuffix('.model')}.{bare}" if bare == "lm_head" else f"{within}.{bare}"
     for ours, theirs in _NAMES:
-        if found := re.fullmatch(ours, path):
-            return theirs[: theirs.index("(")].replace("\\", "") + found[1]
+        if match := re.fullmatch(ours, path):
+            return theirs[: theirs.index("(")].replace("\\", "") + match[1]
     return path
 
 
 def from_mlx_name(path: str) -> str:
     """A module's path in transformers' model."""
     for ours, theirs in _NAMES:
-        if found := re.fullmatch(theirs, path):
-            return ours[: ours.index("(")].replace("\\", "") + found[1]
+        if match := re.fullmatch(theirs, path):
+            return ours[: ours.index("(")].replace("\\", "") + match[1]
     return path
 
 
