@@ -99,7 +99,7 @@ def whole_job() -> Iterator[None]:
 
 @cache
 def meter_templates() -> None:
-    """Let transformers render all chat templates of this process with a meter."""
+    """Let transformers render all chat templates of this process with a meter, from now on and for good."""
     from transformers.utils import chat_template_utils
 
     module: Any = chat_template_utils

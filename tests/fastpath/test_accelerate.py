@@ -26,7 +26,7 @@ from theodora import (
     unmerge_adapter,
 )
 from theodora.adapters.state import trained_tensors
-from theodora.fastpath.accelerate import install, recompute_less, uninstall
+from theodora.fastpath.accelerate import recompute_less, restore_model, speed_up_model
 from theodora.fastpath.gated_mlp import GatedMLP, fuse_mlp
 from theodora.layers.float8 import quantize
 from tiny import FAMILIES, tiny_model
@@ -37,7 +37,7 @@ from tiny import FAMILIES, tiny_model
 def test_a_step_is_the_references(family, method):
     model = adapted(family, method)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
     same(step(model), wanted)
 
@@ -57,7 +57,7 @@ def test_some_layers_dropout_and_start_factors(config):
     model = adapted(**config)
     torch.manual_seed(1)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     torch.manual_seed(1)
     same(step(model), wanted)
 
@@ -67,7 +67,7 @@ def test_inference_mode_is_as_before():
     model = adapted().eval()
     with torch.inference_mode():
         wanted = model(input_ids=IDS).logits
-        install(model)
+        speed_up_model(model)
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted)
 
 
@@ -77,11 +77,11 @@ def test_what_is_found():
         "2 activations": adapted("gpt2"),
         "nothing": nn.Linear(2, 2),
     }
-    assert [str(install(model)) for model in models.values()] == [*models]
+    assert [str(speed_up_model(model)) for model in models.values()] == [*models]
     for model in models.values():
-        uninstall(model)
+        restore_model(model)
     with other_defaults():
-        assert [str(install(model)) for model in models.values()] == [*models]
+        assert [str(speed_up_model(model)) for model in models.values()] == [*models]
 
 
 @needs_triton
@@ -92,14 +92,14 @@ def test_gate_and_up_in_one_layer(config):
     model = tiny_model("phi3").to(DEVICE)
     model = moved(inject_adapter(model, AdapterConfig(**{"method": "dora", "rank": 3} | config)))
     wanted = expected(model)
-    assert install(model).mlps == 2
+    assert speed_up_model(model).mlps == 2
     mlp = model.model.layers[0].mlp
     stack = mlp._theodora_stacks[0]
     calls = []
     whole, stack.fits = stack.fits, lambda layers: calls.append(whole(layers)) or calls[-1]
     same(step(model), wanted)
     assert calls == [True]
-    uninstall(model)
+    restore_model(model)
     same(step(model), wanted)
 
 
@@ -127,7 +127,7 @@ def test_cross_attention_reads_another_tensor(kind):
     model = moved(inject_adapter(other_model(kind).to(DEVICE), AdapterConfig(rank=3, targets=targets)))
     inputs = {"input_ids": IDS} if kind == "t5" else {"input_features": torch.randn(2, 8, 20, device=DEVICE)}
     wanted = expected(model, **inputs)
-    assert install(model).groups == 6
+    assert speed_up_model(model).groups == 6
     for _ in range(2):
         same(step(model, **inputs), wanted)
 
@@ -148,7 +148,7 @@ def test_experts():
 
     with kernels.reference():
         wanted = outputs()
-    install(model)
+    speed_up_model(model)
     same(outputs(), wanted)
 
 
@@ -167,12 +167,12 @@ def test_undone_it_leaves_no_trace(tied):
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
     wanted = expected(model)
     for _ in range(2):
-        install(model)
+        speed_up_model(model)
         step(model)
         assert state(model)[1] == parameters
         assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
         assert model.state_dict().keys() == tensors.keys()
-    uninstall(model)
+    restore_model(model)
     assert state(model)[:2] == (modules, parameters)
     assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
@@ -183,7 +183,7 @@ def test_undone_it_leaves_no_trace(tied):
 
 def test_adapters_come_and_go():
     model = adapted()
-    install(model)
+    speed_up_model(model)
     step(model)
     remove_adapter(model)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_adapters_come_and_go():
 
 def test_two_adapters_of_which_one_is_active():
     model = adapted()
-    install(model)
+    speed_up_model(model)
     inject_adapter(model, AdapterConfig(method="lora", rank=20, targets=["k_proj", "up_proj"]), name="other")
     moved(model)
     for name in ("other", "default", "other"):
@@ -210,7 +210,7 @@ def test_two_adapters_of_which_one_is_active():
 def test_merged_and_unmerged():
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     tensors = state(model)[2]
     with torch.no_grad():
         logits = model(IDS).logits
@@ -224,7 +224,7 @@ def test_merged_and_unmerged():
 def test_files(tmp_path):
     model = adapted()
     weights = {name: t.clone() for name, t in model.state_dict().items()}
-    install(model)
+    speed_up_model(model)
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(tiny_model("llama").to(DEVICE), tmp_path / "adapter", trainable=True).train()
     same(step(again), step(model))
@@ -244,7 +244,7 @@ def test_files(tmp_path):
 def test_copies_stand_alone(copied):
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     step(model)
     other = copied(model)
     pointers = {p.data_ptr() for p in model.parameters()}
@@ -254,14 +254,14 @@ def test_copies_stand_alone(copied):
             p.mul_(1.5)
     same(step(model), wanted)
     same(step(other), expected(other))
-    uninstall(other)
+    restore_model(other)
     same(step(model), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_moved_to_another_dtype(dtype):
     model = adapted()
-    install(model)
+    speed_up_model(model)
     step(model)
     model.to(dtype)
     same(step(model), expected(model), within=0.1 if dtype == torch.bfloat16 else 1e-6)
@@ -273,7 +273,7 @@ def test_half_precision_is_as_good_as_the_reference(dtype):
     for _ in range(4):  # one model's errors are one draw
         model = adapted(dtype=dtype)
         exact, plain = expected(copy.deepcopy(model).double()), expected(model)
-        install(model)
+        speed_up_model(model)
         found = step(model)
         assert found["loss"].item() == pytest.approx(exact["loss"].item(), abs=0.05)
         names = [name for name in exact if name != "loss"]
@@ -287,7 +287,7 @@ def test_autocast(dtype):
     model = adapted(dtype=dtype)
     with torch.autocast(DEVICE, torch.bfloat16):
         wanted = expected(model)
-        install(model)
+        speed_up_model(model)
         same(step(model), wanted, within=0.1)
 
 
@@ -303,7 +303,7 @@ def test_hooks_fire(name):
         calls.append(name)
         return 2 * output
 
-    install(model)
+    speed_up_model(model)
     step(model)
     hook = model.get_submodule(f"model.layers.0.{name}").register_forward_hook(double)
     wanted = expected(model)
@@ -323,7 +323,7 @@ def test_hooks_that_write_and_backward_hooks():
     second.self_attn.k_proj.register_full_backward_hook(lambda *_: calls.append("k"))
     second.mlp.up_proj.register_full_backward_hook(lambda *_: calls.append("up"))
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     calls.clear()
     same(step(model), wanted)
     assert sorted(calls) == ["k", "up"]
@@ -334,7 +334,7 @@ def test_a_forward_that_was_replaced():
     for layer in (model.model.layers[0].self_attn.v_proj, model.model.layers[0].mlp.up_proj):
         layer.forward = lambda x, own=layer.forward: 2 * own(x)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
 
 
@@ -342,7 +342,7 @@ def test_a_forward_that_was_replaced():
 def test_activation_checkpointing(reentrant):
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
     else:  # its name in older versions of transformers
@@ -356,7 +356,7 @@ def test_activation_checkpointing(reentrant):
 def test_blocks_that_recompute_less(method, monkeypatch):
     model = adapted(method=method)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     norms = []
     monkeypatch.setattr(kernels, "dora_norm", lambda *args, own=kernels.dora_norm: norms.append(1) or own(*args))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -398,7 +398,7 @@ def test_what_a_checkpointed_block_keeps():
 def test_checkpointed_mlps_alone_and_saved_tensors_elsewhere():
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         same(step(model), wanted)
     for layer in model.model.layers:
@@ -412,7 +412,7 @@ def test_checkpointed_mlps_alone_and_saved_tensors_elsewhere():
 def test_compiled_blocks(method):
     model = adapted(method=method)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     step(model)
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")
@@ -425,7 +425,7 @@ def test_made_and_used_without_gradients_and_then_trained():
     with kernels.reference(), torch.no_grad():
         logits = model(IDS).logits
     with torch.inference_mode():
-        install(model)
+        speed_up_model(model)
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     same(step(model), wanted)
     with torch.no_grad():
@@ -436,7 +436,7 @@ def test_generation_is_the_references():
     model = adapted().eval()
     with kernels.reference():
         wanted = model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False)
-    install(model)
+    speed_up_model(model)
     assert torch.equal(model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False), wanted)
 
 
@@ -447,7 +447,7 @@ def test_biases_and_norms_that_train():
             parameter.requires_grad_()
     wanted = expected(model)
     assert any(name.endswith("k_proj.bias") for name in wanted)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
 
 
@@ -455,7 +455,7 @@ def test_biases_and_norms_that_train():
 def test_readers_that_take_turns_get_their_own():
     """Threads that share a model, or replicas of it, which share groups and stacks."""
     attention = adapted().model.layers[0].self_attn
-    install(attention)
+    speed_up_model(attention)
     other = copy.copy(attention)
     other.__dict__["_modules"] = {name: copy.copy(child) for name, child in attention._modules.items()}
     xs = torch.randn(2, 3, 32, device=DEVICE).unbind()
@@ -523,7 +523,7 @@ def test_a_fused_mlp_of_which_one_layer_has_an_adapter(float8, monkeypatch):
 @needs_triton
 def test_memory_of_stacked_weights_is_free_when_they_move():
     model = adapted()
-    install(model)
+    speed_up_model(model)
     stack = model.model.layers[0].mlp._theodora_stacks[0]
     storage = stack.weight.untyped_storage()
     seen = storage._weak_ref()

@@ -6,14 +6,14 @@ import torch
 from formula import DEVICE
 from steps import FAST, adapted, needs_triton
 from theodora import kernels
-from theodora.fastpath.accelerate import install
+from theodora.fastpath.accelerate import speed_up_model
 from theodora.layers.linear import GROUP
 
 
 @needs_triton
 def test_one_step_computes_all_and_leaves_nothing(monkeypatch):
     attention = adapted().model.layers[0].self_attn
-    install(attention)
+    speed_up_model(attention)
     group, steps, own = attention.q_proj.__dict__[GROUP], [], kernels.adapted_linears
     monkeypatch.setattr(kernels, "adapted_linears", lambda *args, **how: steps.append(how) or own(*args, **how))
     x = torch.randn(2, 3, 32, device=DEVICE)
@@ -29,7 +29,7 @@ def test_one_step_computes_all_and_leaves_nothing(monkeypatch):
 @pytest.mark.parametrize(("tokens", "layers"), [(64, [1, 1, 1]), (65, [3])])
 def test_few_tokens_without_gradients_are_decoded_layer_by_layer(tokens, layers, monkeypatch):
     attention = adapted().model.layers[0].self_attn
-    install(attention)
+    speed_up_model(attention)
     steps, own = [], kernels.adapted_linears
     monkeypatch.setattr(
         kernels, "adapted_linears", lambda x, found, *a, **k: steps.append(len(found)) or own(x, found, *a, **k)
@@ -45,6 +45,6 @@ def test_few_tokens_without_gradients_are_decoded_layer_by_layer(tokens, layers,
 def test_weights_move_only_where_kernels_can_use_it(dtype):
     attention = adapted(dtype=dtype).model.layers[0].self_attn
     before = attention.k_proj.weight.data_ptr()
-    install(attention)
+    speed_up_model(attention)
     moved = attention.k_proj.weight.data_ptr() != before
     assert moved is (FAST and dtype == torch.float32)

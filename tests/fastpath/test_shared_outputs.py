@@ -1,5 +1,6 @@
 """Magnitudes of q, k and v learn from what attention keeps, and from nothing else where that could be wrong."""
 
+import gc
 import sys
 import weakref
 
@@ -13,7 +14,8 @@ from steps import IDS, adapted, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath import attention as attention_file
-from theodora.fastpath.accelerate import install, uninstall
+from theodora.fastpath.accelerate import restore_model, speed_up_model
+from theodora.fastpath.attention import keep_attention
 from theodora.kernels import fused, rotary
 from theodora.layers.linear import GROUP
 from tiny import tiny_model
@@ -42,7 +44,7 @@ def attention(model):
 def test_outputs_stand_in_where_there_is_no_bias(family, layers, from_outputs):
     model = adapted(family)
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
     assert from_outputs[0] == layers
 
@@ -50,7 +52,7 @@ def test_outputs_stand_in_where_there_is_no_bias(family, layers, from_outputs):
 def test_only_layers_with_an_adapter_count(from_outputs):
     model = adapted(targets=["q_proj", "v_proj"])
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
     assert from_outputs[0] == 4
 
@@ -60,7 +62,7 @@ def test_outputs_that_are_not_turned_as_they_are(family, settings, from_outputs)
     """Qwen3 turns normed copies, OLMo clamps q, k and v where they lie; the first step has to find out."""
     model = moved(inject_adapter(tiny_model(family, **settings).to(DEVICE), AdapterConfig(rank=3)))
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     for _ in range(2):
         same(step(model), wanted)
     assert from_outputs[0] == 0
@@ -74,7 +76,7 @@ def test_rows_whose_magnitude_is_zero(from_outputs):
             if "magnitude" in name and ("q_proj" in name or "v_proj" in name):
                 tensor[[0, 2]] = 0
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     same(step(model), wanted)
     assert from_outputs[0] == 6
 
@@ -88,7 +90,7 @@ def test_rows_whose_magnitude_is_small(factor, from_outputs):
             if "magnitude" in name and ("q_proj" in name or "k_proj" in name):
                 tensor[0] *= factor
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     found = step(model)
     same(found, wanted)
     magnitudes = [name for name in wanted if "magnitude" in name and ("q_proj" in name or "k_proj" in name)]
@@ -109,7 +111,7 @@ def test_attention_keeps_nothing_that_was_turned(from_outputs, monkeypatch):
 
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     monkeypatch.setattr(attention_file, "turn", counted)
     monkeypatch.setattr(rotary, "turn", counted)
     model.zero_grad()
@@ -124,7 +126,7 @@ def test_attention_keeps_nothing_that_was_turned(from_outputs, monkeypatch):
 def test_what_was_turned_and_then_written_to_is_kept(from_outputs, monkeypatch):
     """As a model does that scales its queries in place."""
     model = adapted()
-    install(model)
+    speed_up_model(model)
     file = sys.modules[type(attention(model)).__module__]
     own = file.apply_rotary_pos_emb
 
@@ -141,11 +143,13 @@ def test_what_was_turned_and_then_written_to_is_kept(from_outputs, monkeypatch):
 def test_attention_is_as_before_once_undone(attention):
     model = adapted()
     model.config._attn_implementation = attention
-    install(model)
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"].__theodora__
+    keep_attention.cache_clear()
+    gc.collect()  # models of other tests, which count as users until then
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    speed_up_model(model)
     wanted = expected(model)
     same(step(model), wanted)
-    uninstall(model)
+    restore_model(model)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
     same(step(model), wanted)
 
@@ -156,7 +160,7 @@ def test_a_hook_that_writes_in_place(where, from_outputs):
     for block in model.model.layers:
         getattr(block.self_attn, where).register_forward_hook(lambda module, inputs, y: y.mul_(2))
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     for _ in range(2):
         same(step(model), wanted)
 
@@ -164,9 +168,9 @@ def test_a_hook_that_writes_in_place(where, from_outputs):
 def test_an_output_that_a_stranger_wrote_to_is_not_trusted(from_outputs, monkeypatch):
     """As a patched attention does that turns q and k in place by a kernel of its own, which autograd does not see."""
     model = adapted()
-    install(model)
+    speed_up_model(model)
     file = sys.modules[type(attention(model)).__module__]
-    own = file.apply_rotary_pos_emb.__theodora__
+    own = file.apply_rotary_pos_emb.__wrapped__
 
     class InPlace(torch.autograd.Function):
         @staticmethod
@@ -195,7 +199,7 @@ def test_saved_tensors_that_travel(from_outputs):
     """Copies made when they were saved are from before q and k were turned."""
     model = adapted()
     wanted = expected(model)
-    install(model)
+    speed_up_model(model)
     with save_on_cpu():
         found = step(model)
     same(found, wanted)
@@ -204,12 +208,12 @@ def test_saved_tensors_that_travel(from_outputs):
 
 def test_an_output_nobody_used(from_outputs):
     model = adapted()
-    install(model)
+    speed_up_model(model)
     layer, x = attention(model), torch.randn(2, 5, model.config.hidden_size, device=DEVICE)
     found = {}
     for name, fast in (("fast", True), ("slow", False)):
         if not fast:
-            uninstall(model)
+            restore_model(model)
         model.zero_grad()
         q, k, _ = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
         (q.sum() + k.square().sum()).backward()

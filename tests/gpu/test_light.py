@@ -9,7 +9,7 @@ from transformers import set_seed
 from theodora.adapters import inject_adapter
 from theodora.compare.worker import full_weights
 from theodora.config import AdapterConfig
-from theodora.fastpath.accelerate import install, uninstall
+from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.train.fused_loss import fused_head
 from theodora.train.light import LightSettings, Row, train_light
 
@@ -28,11 +28,11 @@ def losses(model, method, graphed, monkeypatch):
         with full_weights(model):
             return train_light(model, ROWS, settings, head=head, autocast=torch.bfloat16)
     inject_adapter(model, AdapterConfig(method=method, rank=4))
-    install(model)
+    speed_up_model(model)
     try:
         return train_light(model, ROWS, settings, head=head)
     finally:
-        uninstall(model)
+        restore_model(model)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])

@@ -7,7 +7,7 @@ import formula
 from formula import DEVICE
 from theodora import AdapterConfig, inject_adapter, kernels
 from theodora.adapters.state import trained_tensors
-from theodora.fastpath.accelerate import install
+from theodora.fastpath.accelerate import speed_up_model
 from theodora.kernels.operators import interpreted
 from tiny import tiny_model
 
@@ -19,7 +19,7 @@ def losses(method, dtype, fast):
     model = tiny_model(dtype=torch.bfloat16).to(DEVICE, dtype)  # the same weights in either dtype
     model = inject_adapter(model, AdapterConfig(method=method, rank=4)).train()
     if fast:
-        install(model)
+        speed_up_model(model)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=5e-3)
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(3, 272, (4, 2, 12), generator=generator).to(DEVICE)

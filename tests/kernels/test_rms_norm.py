@@ -8,6 +8,7 @@ from torch import nn
 
 import formula
 from theodora import kernels
+from theodora.kernels.notes import norm_of
 from theodora.kernels.operators import interpreted
 from theodora.kernels.rms_norm import NormStyle, fast_forward, is_rms_norm, rms_norm, rms_norm_reference
 from tiny import FAMILIES
@@ -192,11 +193,11 @@ def test_a_module_gives_the_same_by_the_fast_forward(family, dtype, tiny_model):
     y = fast_forward(norm, style, x, lambda _: pytest.fail("it fits"))
     rounding = 2 * budget(dtype) * torch.finfo(dtype).eps  # of a reciprocal root, a sum and two products, both ways
     torch.testing.assert_close(y, norm(x), rtol=rounding, atol=0)
-    x_flat, rstd, weight, offset = y._theodora_norm
+    x_flat, rstd, weight, offset = norm_of(y)
     rebuilt = x_flat.float() * rstd[:, None] * (weight.float() + offset)
     torch.testing.assert_close(rebuilt.to(dtype).view_as(y), y, rtol=rounding, atol=1e-6)
     with torch.no_grad():
-        assert not hasattr(fast_forward(norm, style, x, norm), "_theodora_norm")
+        assert norm_of(fast_forward(norm, style, x, norm)) is None
 
 
 def test_a_weight_that_trains_goes_through_the_module_itself():

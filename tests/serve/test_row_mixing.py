@@ -19,7 +19,11 @@ def test_products_that_mix_rows_are_not_used_while_an_engine_runs(monkeypatch, c
     no_mixing = NoRowMixing(model)
     assert not torch.backends.mkldnn.enabled
     assert f"products of {model.config.intermediate_size} features in bfloat16" in caplog.text
+    monkeypatch.setattr(row_mixing, "mixes", lambda width, dtype: False)  # as it looks without oneDNN
+    another = NoRowMixing(model)
     no_mixing.end()
+    assert not torch.backends.mkldnn.enabled
+    another.end()
     assert torch.backends.mkldnn.enabled
 
 

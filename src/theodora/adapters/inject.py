@@ -23,7 +23,7 @@ from theodora.adapters.state import (
 )
 from theodora.adapters.targets import find_targets
 from theodora.adapters.token_rows import add_token_rows, new_rows
-from theodora.adapters.trainer_hooks import install
+from theodora.adapters.trainer_hooks import add_hooks
 from theodora.adapters.trainers import teach_trainers
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
@@ -93,7 +93,7 @@ def add_adapter(
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full
     state.configs[name] = config
-    install(model)
+    add_hooks(model)
     teach_trainers(model)
 
 

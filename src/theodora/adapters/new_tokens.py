@@ -65,8 +65,8 @@ def new_token_indices(model: Any, config: AdapterConfig, adapted: Sequence[str])
 class Resizer:
     """Takes the place of `model.resize_token_embeddings` while the model carries adapters, which train the new rows."""
 
-    def __init__(self, model: Any, install: Callable[[nn.Module], None]) -> None:
-        self.model, self.install = model, install
+    def __init__(self, model: Any, add_hooks: Callable[[nn.Module], None]) -> None:
+        self.model, self.add_hooks = model, add_hooks
 
     def __call__(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -96,7 +96,7 @@ class Resizer:
             resized = _rows_after_resize(model, rows, before, state.configs[name])
             add_token_rows(model, name, resized, state.full[name])
         state.resized |= len(model.get_input_embeddings().weight) != before
-        self.install(model)
+        self.add_hooks(model)
         set_adapter(model, active)
         for name, asks in trained.items():
             for rows in own_rows(model, name).values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from theodora.adapters.merge import unmerge_adapter
 from theodora.adapters.state import STATE, Model, adapter_layers, require_state, set_adapter
 from theodora.adapters.token_rows import drop_token_rows
-from theodora.adapters.trainer_hooks import uninstall
+from theodora.adapters.trainer_hooks import remove_hooks
 from theodora.fastpath.accelerate import off_the_fast_path
 from theodora.layers import restore
 
@@ -37,7 +37,7 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
             if not layer.adapters:
                 restore(layer)
     if not state.configs:
-        uninstall(model)
+        remove_hooks(model)
         delattr(model, STATE)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in state.trainable_before)

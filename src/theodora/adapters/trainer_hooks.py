@@ -1,10 +1,12 @@
-"""What makes an injected transformers model behave in other people's loops; trainers themselves: `trainers.py`.
+"""What makes an injected transformers model behave in other people's loops. (`trainers.py` teaches trainers.)
 
 - `model.save_pretrained`, and so every Trainer checkpoint, saves the adapter instead of the model. (While an adapter
   is merged it saves the merged model, as a plain one.)
 - `model.resize_token_embeddings` gives each adapter rows for the new tokens (`new_tokens.py`).
-- TRL's SFTTrainer computes its loss from `lm_head.weight` alone (its fused head, since TRL 1.x). An adapter on the
-  output head would be passed by in silence, so that combination is refused.
+- TRL's SFTTrainer computes its loss from `lm_head.weight` alone (its fused head, since TRL 1.x). It would leave an
+  adapter on the output head out in silence, so that combination is refused.
+
+All this hangs on the model itself: nothing here is replaced for the whole process.
 """
 
 from __future__ import annotations
@@ -29,22 +31,22 @@ _PEFT_METHODS = ("add_adapter", "load_adapter")
 """transformers' own, which put PEFT's layers on a model."""
 
 
-def install(model: nn.Module) -> None:
-    """Prepare a model that has just received an adapter."""
+def add_hooks(model: nn.Module) -> None:
+    """Hang them on a model that has just received an adapter."""
     if not isinstance(model, PreTrainedModel):
         return
     model.__dict__.setdefault("save_pretrained", AdapterSaver(model))
     for name in _PEFT_METHODS:
         model.__dict__.setdefault(name, refuse_pefts)
-    model.__dict__.setdefault("resize_token_embeddings", Resizer(model, install))
+    model.__dict__.setdefault("resize_token_embeddings", Resizer(model, add_hooks))
     head = model.get_output_embeddings()
     if is_adapted(head) and _GUARD not in model.__dict__:
         before = model.register_forward_pre_hook(_fused_head, with_kwargs=True)
         setattr(model, _GUARD, (before, model.register_forward_hook(_own_head, always_call=True)))
 
 
-def uninstall(model: nn.Module) -> None:
-    """Undo `install` on a model that has lost its last adapter."""
+def remove_hooks(model: nn.Module) -> None:
+    """Undo `add_hooks`, on a model that has lost its last adapter."""
     for name in ("save_pretrained", "resize_token_embeddings", *_PEFT_METHODS):
         model.__dict__.pop(name, None)
     guard = model.__dict__.pop(_GUARD, None)
@@ -100,7 +102,7 @@ def refuse_pefts(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _fused_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what would pass an adapter on the head by; rows of single tokens are put into the weight that is read."""
+    """Refuse an adapter on a head whose weight alone is read; put trained rows of single tokens into that weight."""
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if kwargs.get("fused_lm_head") and isinstance(head, TokenRowsLayer) and head.active_token_rows is not None:
         head.__dict__["weight"] = head.active_token_rows.put_into(head.weight)

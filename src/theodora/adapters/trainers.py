@@ -13,12 +13,11 @@ them, and what cannot be right is refused before a step is taken.
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +29,7 @@ from theodora.adapters.reference import reference_model, shares_training
 from theodora.adapters.state import find_state, require_state
 from theodora.adapters.trainer_hooks import refuse_pefts
 from theodora.errors import ConfigError
+from theodora.patches import replaced, wrap_once
 
 _MAKE = "create_model_from_path"
 # Trainers that make their reference (or teacher) in any case; the others take a `ref_model`.
@@ -37,47 +37,42 @@ _MAKE_THEIR_OWN = ("GRPOTrainer", "RLOOTrainer", "SDFTTrainer", "SDPOTrainer")
 _USE = "Pass ref_model=theodora.reference_model(model, ADAPTER), a frozen twin on the same weights."
 
 
-def teach_trl(trainer: Any) -> None:
+def _teach_trl(trainer: Any) -> None:
     """Let TRL's trainers be met when the first of them is made: they all are `trainer`s of transformers."""
 
-    own = trainer.__new__
+    def meeting_trl(own: Any) -> Any:
+        def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            for parent in cls.__mro__:
+                if parent.__module__.startswith("trl.") and "__init__" in vars(parent):
+                    wrap_once(parent, "__init__", _with_reference)
+            return object.__new__(cls) if own is object.__new__ else own(cls, *args, **kwargs)
 
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        for parent in cls.__mro__:
-            made = vars(parent).get("__init__")
-            if parent.__module__.startswith("trl.") and made is not None and not hasattr(made, "__theodora__"):
-                parent.__init__ = _with_reference(made)
-        return object.__new__(cls) if own is object.__new__ else own(cls, *args, **kwargs)
+        return new
 
-    new_method: Any = new
-    new_method.__theodora__ = True
-    if not hasattr(trainer.__new__, "__theodora__"):
-        trainer.__new__ = new_method
+    wrap_once(trainer, "__new__", meeting_trl)
 
 
-def _with_reference(made: Any) -> Any:
+def _with_reference(make: Any) -> Any:
     """The `__init__` of a trainer, which gets an injected model's own reference."""
-    signature = inspect.signature(made)
+    signature = inspect.signature(make)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             given = signature.bind(self, *args, **kwargs)
         except TypeError:  # which the trainer says better
-            return made(self, *args, **kwargs)
+            return make(self, *args, **kwargs)
         policy = given.arguments.get("model")
         if not isinstance(policy, nn.Module) or find_state(policy) is None:
-            return made(self, *args, **kwargs)
+            return make(self, *args, **kwargs)
         _check(type(self).__name__, policy, given.arguments)
         takes_one = "ref_model" in signature.parameters
         if takes_one and given.arguments.get("ref_model") is None and _own_reference_pays(type(self)):
             given.arguments["ref_model"] = _reference(policy, given.arguments.get("args"))
-        with _made_of(type(self), policy, given.arguments.get("args")):
-            made(*given.args, **given.kwargs)
+        with _loading_reference(type(self), policy, given.arguments.get("args")):
+            make(*given.args, **given.kwargs)
         _check_reference(self, given.arguments)
 
-    wrapper: Any = functools.wraps(made)(init)
-    wrapper.__theodora__ = True
-    return wrapper
+    return init
 
 
 def _check(name: str, policy: nn.Module, given: dict[str, Any]) -> None:
@@ -120,23 +115,20 @@ def _maker(trainer: type) -> type:
 
 
 @contextmanager
-def _made_of(trainer: type, policy: nn.Module, args: Any) -> Iterator[None]:
+def _loading_reference(trainer: type, policy: nn.Module, args: Any) -> Iterator[None]:
     """Hand the policy's reference to a trainer that loads the policy's folder for one."""
     module: Any = sys.modules[_maker(trainer).__module__]
     if not any(parent.__name__ in _MAKE_THEIR_OWN for parent in trainer.__mro__) or not hasattr(module, _MAKE):
         yield
         return
-    loads = getattr(module, _MAKE)
+    load_model = getattr(module, _MAKE)
     folder = getattr(policy.config, "_name_or_path", "")
 
     def load(model_id: str, *more: Any, **kwargs: Any) -> Any:
-        return loads(model_id, *more, **kwargs) if model_id != folder or more else _reference(policy, args)
+        return load_model(model_id, *more, **kwargs) if model_id != folder or more else _reference(policy, args)
 
-    setattr(module, _MAKE, load)
-    try:
+    with replaced(module, **{_MAKE: load}):
         yield
-    finally:
-        setattr(module, _MAKE, loads)
 
 
 def _reference(policy: nn.Module, args: Any) -> nn.Module:
@@ -149,9 +141,9 @@ def _reference(policy: nn.Module, args: Any) -> nn.Module:
 
 def _check_reference(trainer: Any, given: dict[str, Any]) -> None:
     """Raise a ConfigError if a trainer that is not known here has loaded the base as its reference after all."""
-    found = getattr(trainer, "ref_model", None)
-    found = getattr(found, "module", found)
-    if found is None or given.get("ref_model") is not None or find_state(found) is not None:
+    reference = getattr(trainer, "ref_model", None)
+    reference = getattr(reference, "module", reference)
+    if reference is None or given.get("ref_model") is not None or find_state(reference) is not None:
         return
     if find_state(given["model"]).active is not None:  # pyright: ignore[reportOptionalMemberAccess]
         raise ConfigError(
@@ -161,22 +153,17 @@ def _check_reference(trainer: Any, given: dict[str, Any]) -> None:
 
 
 def teach_trainers(model: nn.Module) -> None:
-    """Wrap the two methods of `transformers.Trainer` that load model weights, and its making, once."""
+    """Wrap, once and for good, what trainers of transformers and TRL and PEFT's tuners do with an injected model."""
     if not isinstance(model, PreTrainedModel) or importlib.util.find_spec("accelerate") is None:
         return
     trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
     trainer: Any = trainer_module.Trainer
-    for name, find_folder in (
-        ("_load_from_checkpoint", lambda self, folder, *_: folder),
-        ("_load_best_model", lambda self: self.state.best_model_checkpoint),
-    ):
-        original = getattr(trainer, name)
-        if not hasattr(original, "__theodora__"):
-            setattr(trainer, name, _loading_adapters(original, find_folder))
-    teach_trl(trainer)
+    wrap_once(trainer, "_load_from_checkpoint", _loading_adapters(lambda self, folder, *_: folder))
+    wrap_once(trainer, "_load_best_model", _loading_adapters(lambda self: self.state.best_model_checkpoint))
+    _teach_trl(trainer)
     tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # transformers' trainer has imported it, if it is there
-    if tuners is not None and not hasattr(tuners.BaseTuner.inject_adapter, "__theodora__"):
-        tuners.BaseTuner.inject_adapter = _refusing_ours(tuners.BaseTuner.inject_adapter)
+    if tuners is not None:
+        wrap_once(tuners.BaseTuner, "inject_adapter", _refusing_ours)
 
 
 def _refusing_ours(original: Any) -> Any:
@@ -187,18 +174,19 @@ def _refusing_ours(original: Any) -> Any:
             refuse_pefts()
         return original(self, model, *args, **kwargs)
 
-    wrapper: Any = functools.wraps(original)(inject_adapter)
-    wrapper.__theodora__ = True
-    return wrapper
+    return inject_adapter
 
 
-def _loading_adapters(original: Any, find_folder: Any) -> Any:
-    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if find_state(model) is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return original(self, *args, **kwargs)
-        return load_weights(model, find_folder(self, *args, *kwargs.values()))
+def _loading_adapters(find_folder: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A trainer's way to load weights, which loads an injected model's from the adapter in the folder that is found."""
 
-    wrapper: Any = functools.wraps(original)(load)
-    wrapper.__theodora__ = True
-    return wrapper
+    def wrap(original: Any) -> Any:
+        def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if find_state(model) is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                return original(self, *args, **kwargs)
+            return load_weights(model, find_folder(self, *args, *kwargs.values()))
+
+        return load
+
+    return wrap

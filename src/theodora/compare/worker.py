@@ -25,7 +25,7 @@ from theodora.evaluate import Scores
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions
 from theodora.evaluate.scores import LossNotFinite, score
-from theodora.fastpath.accelerate import install, uninstall
+from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
@@ -128,10 +128,10 @@ class Bench:
                 for name, tensor in trained_tensors(self.model).items():
                     tensor.requires_grad_(name.endswith(tuple(f".{part}" for part in variant.trains)))
             if self.device.type == "cuda":
-                install(self.model)
+                speed_up_model(self.model)
             yield None
         finally:
-            uninstall(self.model)
+            restore_model(self.model)
             remove_adapter(self.model)
 
     def _train(self, cell: Cell, variant: Variant, record: Record, autocast: torch.dtype | None) -> None:

@@ -46,8 +46,8 @@ class FastPath:
             "norms": self.norms,
             "activations": self.activations,
         }
-        found = [f"{n} {what}" for what, n in counts.items() if n]
-        return ", ".join([*found, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
+        named = [f"{n} {what}" for what, n in counts.items() if n]
+        return ", ".join([*named, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
 
 
 def accelerate(model: Model) -> Model:
@@ -58,18 +58,20 @@ def accelerate(model: Model) -> Model:
     Returns:
         The same model.
     """
-    install(model)
+    speed_up_model(model)
     return model
 
 
-def install(model: nn.Module) -> FastPath:
-    """`accelerate`, and what was found."""
-    uninstall(model)
+def speed_up_model(model: nn.Module) -> FastPath:
+    """Do what `accelerate` does, and say what of the model is on the fast path now."""
+    restore_model(model)
     modules = list(model.modules())
     mlps = sum(fuse_mlp(module) for module in modules)
     groups = sum(_group(module) for module in modules if not isinstance(module, GatedMLP))
     fused = {id(child) for module in modules if isinstance(module, GatedMLP) for child in module.children()}
-    for module in modules:  # a layer that reads its x alone gets a group of its own, for the weight's spare rows
+    for (
+        module
+    ) in modules:  # a layer that nobody shares x with gets a group of its own: its weight needs spare rows, too
         if hasattr(module, "parts") and GROUP not in module.__dict__ and id(module) not in fused:
             module.__dict__[GROUP] = Group([module])  # pyright: ignore[reportArgumentType]
     norms = sum(speed_up_norm(module) for module in modules)
@@ -78,7 +80,7 @@ def install(model: nn.Module) -> FastPath:
     return FastPath(groups, mlps, norms, activations, any(rotary))
 
 
-def uninstall(model: nn.Module) -> None:
+def restore_model(model: nn.Module) -> None:
     """Undo `accelerate`."""
     for module in model.modules():
         group = module.__dict__.pop(GROUP, None)
@@ -94,22 +96,22 @@ def uninstall(model: nn.Module) -> None:
 
 
 def recompute_less(model: Model) -> Model:
-    """Let activation checkpointing, which is on by now, keep what is dear to compute and small, in place.
+    """Let activation checkpointing, which must be on already, keep what is dear to compute and small, in place.
 
     These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
-    the block's input, for a third of an MLP's forward pass. In a trainer of transformers, the same is
-    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}`. Blocks that
-    are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
+    the block's input, for a third of an MLP's forward pass. In a trainer of transformers,
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}` does the same.
+    Blocks that are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
 
     Returns:
         The same model.
     """
     for module in model.modules():
-        found: Any = module.__dict__.get("_gradient_checkpointing_func")
-        if not isinstance(found, partial) or found.func is not checkpoint or "context_fn" in found.keywords:
+        function: Any = module.__dict__.get("_gradient_checkpointing_func")
+        if not isinstance(function, partial) or function.func is not checkpoint or "context_fn" in function.keywords:
             continue
-        if found.keywords.get("use_reentrant") is False:
-            module.__dict__["_gradient_checkpointing_func"] = partial(found, context_fn=checkpoint_contexts)
+        if function.keywords.get("use_reentrant") is False:
+            module.__dict__["_gradient_checkpointing_func"] = partial(function, context_fn=checkpoint_contexts)
     return model
 
 
@@ -118,15 +120,15 @@ def off_the_fast_path(model: nn.Module) -> Iterator[None]:
     """Take the model off the fast path while its layers change, and put it back on if it was there."""
     was_on = any(isinstance(m, GatedMLP | FastRMSNorm | FastGELU) or GROUP in m.__dict__ for m in model.modules())
     if was_on:
-        uninstall(model)
+        restore_model(model)
     yield
     if was_on and any(hasattr(m, "parts") for m in model.modules()):
-        install(model)
+        speed_up_model(model)
 
 
 def _group(parent: nn.Module) -> int:
-    """Join the adapted layers among the children of `parent` that read the same tensor; the number of groups."""
-    found = 0
+    """Join the adapted layers among the children of `parent` that read the same tensor; return how many groups."""
+    count = 0
     for names in SIBLINGS:
         layers: dict[str, Any] = {n: child for n in names if hasattr(child := parent._modules.get(n), "parts")}  # pyright: ignore[reportPrivateUsage]
         if len(layers) > 1:
@@ -135,5 +137,5 @@ def _group(parent: nn.Module) -> int:
             group = Group(list(layers.values()), shared)
             for layer in layers.values():
                 layer.__dict__[GROUP] = group
-            found += 1
-    return found
+            count += 1
+    return count

@@ -1,8 +1,9 @@
 """Attention in models: rotary embeddings by our kernel, and one copy of q and k instead of two.
 
 Attention modules call `apply_rotary_pos_emb` of the file they stand in, and then the attention function of
-transformers' registry. There are no hooks, so both are replaced, once in a process; what ours are not for goes to the
-originals. Where a packed row comes with the bounds of its sequences, attention goes by them (`packed_attention.py`).
+transformers' registry. There are no hooks, so both are replaced for the whole process, as long as any attention module
+is on the fast path; what ours are not for goes to the originals. Where a packed row comes with the bounds of its
+sequences, attention goes by them (`packed_attention.py`).
 
 Turned q and k are new tensors, and torch's attention would keep them for its gradient. Where they are saved they are
 replaced by the way to make them again: one pass over them in the backward pass, instead of their memory from the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,72 +25,97 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from theodora.fastpath.packed_attention import attend
+from theodora.kernels.notes import Remake, note_turned, output_of, turned_again
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.rotary import rotate, rotate_reference, turn
-from theodora.kernels.shared_outputs import marked, saves_through_hooks
+from theodora.kernels.shared_outputs import saves_through_hooks
+from theodora.patches import Attribute, Patch, Registered, Use
 
 _ROTARY, _ATTENTION = "apply_rotary_pos_emb", "sdpa"
-_TURNED = "_theodora_turned"
+_USER = "_theodora_attention"
 
-_Again = Callable[[], Tensor]
+
+class _User:
+    """Held by an attention module on the fast path, which counts as a user of both patches as long as it does.
+
+    A copy of the module counts for itself.
+    """
+
+    def __init__(self, file: str, *uses: Use) -> None:
+        self.file, self.uses = file, uses
+
+    def __reduce__(self) -> Any:
+        return _new_user, (self.file,)
+
+
+def _new_user(file: str) -> _User | None:
+    """A user of the rotary embeddings in this file (a module's name), or None if they are of another kind."""
+    module = sys.modules.get(file)
+    if not hasattr(module, _ROTARY):
+        return None
+    rotary = _rotary_of(module)
+    if not rotary.is_reached() and not _computes_the_usual(rotary.original()):
+        return None
+    return _User(file, rotary.use(), _SDPA.use())
+
+
+@functools.cache
+def _rotary_of(file: ModuleType) -> Patch:
+    return Patch(Attribute(file, _ROTARY), _dispatching)
 
 
 def speed_up_rotary(module: nn.Module) -> bool:
     """Give the file of an attention module the faster function, if it is for its kind; say whether it has it now."""
-    file = sys.modules.get(type(module).__module__)
-    original = getattr(file, _ROTARY, None)
-    if original is None or "ttention" not in type(module).__name__:
+    if "ttention" not in type(module).__name__:
         return False
-    if hasattr(original, "__theodora__"):
-        return True
-    if not _computes_the_usual(original):
+    user = module.__dict__.get(_USER) or _new_user(type(module).__module__)
+    if user is None:
         return False
-    setattr(file, _ROTARY, _dispatching(original))
-    replace_attention()
+    module.__dict__[_USER] = user
     return True
 
 
-def replace_attention() -> None:
-    """Give transformers' registry our attention, if it has not got it yet."""
-    if not hasattr(attention := ALL_ATTENTION_FUNCTIONS[_ATTENTION], "__theodora__"):
-        ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _turning_again(attention)
-
-
 def restore_rotary(module: nn.Module) -> None:
-    """Put the file's own function back, and transformers' own attention."""
-    file = sys.modules.get(type(module).__module__)
-    own = getattr(getattr(file, _ROTARY, None), "__theodora__", None)
-    if own is not None:
-        setattr(file, _ROTARY, own)
-        if hasattr(ALL_ATTENTION_FUNCTIONS[_ATTENTION], "__theodora__"):
-            del ALL_ATTENTION_FUNCTIONS[_ATTENTION]  # what was set hid the registry's own
+    """Undo `speed_up_rotary`: if no other module is on the fast path, the file and the registry get their own back."""
+    module.__dict__.pop(_USER, None)
+
+
+@functools.cache
+def keep_attention() -> Use:
+    """Give transformers' registry our attention for good, from the first packed row without a mask on.
+
+    For good, because checkpointing runs a block once more in the backward pass, when nobody can say that it is over.
+    """
+    return _SDPA.use()
 
 
 def _computes_the_usual(function: Callable[..., Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    made: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
-    q, k = (torch.randn(1, heads, 3, 8, **made) for heads in (4, 2))
-    angles = torch.randn(1, 3, 4, **made).repeat(1, 1, 2)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+    q, k = (torch.randn(1, heads, 3, 8, **options) for heads in (4, 2))
+    angles = torch.randn(1, 3, 4, **options).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     try:
-        found = function(q.clone(), k.clone(), cos, sin)
+        turned = function(q.clone(), k.clone(), cos, sin)
     except Exception:  # whatever a stranger's function raises: it is another one
         return False
     expected = (rotate_reference(q, cos, sin), rotate_reference(k, cos, sin))
-    return len(found) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    return len(turned) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(turned, expected, strict=True))
 
 
-def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatching(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or torch.compiler.is_compiling() or not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+        # (torch.compile need not know about the patch, and is asked first)
+        if args or kwargs or torch.compiler.is_compiling() or not patch.on:
             return original(q, k, cos, sin, *args, **kwargs)
+        if not (_fits(q, cos, sin) and _fits(k, cos, sin)):
+            return original(q, k, cos, sin)
         turned = rotate(q, cos, sin), rotate(k, cos, sin)
         for before, after in zip((q, k), turned, strict=True):
             _note_turned(before, after, cos, sin)
         return turned
 
-    apply.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
     return apply
 
 
@@ -101,49 +128,46 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def _note_turned(before: Tensor, after: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Let attention find out how `after` was made, if it was made of a layer's whole output."""
-    output = marked(before)
+    output = output_of(before)
     if output is None:
         return
     output.was_read()
     if not output.known:  # then DoRA keeps something else, and there would be nothing to spare
         return
-    kept = before.detach()
+    x = before.detach()
 
     def again() -> Tensor:
         if not output.known:
             raise RuntimeError("An output of q_proj or k_proj was modified in place after it had been turned")
-        return turn(kept, cos, sin, False)
+        return turn(x, cos, sin, False)
 
-    setattr(after, _TURNED, (again, after._version))
+    note_turned(after, again)
 
 
-def _turning_again(original: Callable[..., Any]) -> Callable[..., Any]:
+def _turning_again(original: Callable[..., Any], _: Patch) -> Callable[..., Any]:
+    """Attention that keeps, of what was turned, the way to make it again; of anything else what `original` keeps."""
+
     @functools.wraps(original)
     def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # No tensor in here: what is saved keeps `pack`, and that keeps these.
-        ways: dict[Any, _Again] = {}
+        # No tensor in here: it would stay as long as the graph, which keeps `pack`, which keeps `ways`.
+        ways: dict[Any, Remake] = {}
         for tensor in (query, key):
-            if (again := _way(tensor)) is not None:
+            if (again := turned_again(tensor)) is not None:
                 ways[_place(tensor)] = again
                 ways[_place(tensor.transpose(1, 2)[0])] = lambda again=again: again().transpose(1, 2)[0]
         if not ways or not torch.is_grad_enabled() or torch.compiler.is_compiling() or saves_through_hooks():
             return attend(original, module, query, key, *args, **kwargs)
 
-        def pack(tensor: Tensor) -> Tensor | _Again:
+        def pack(tensor: Tensor) -> Tensor | Remake:
             return ways.get(_place(tensor)) or tensor.detach()
 
         with saved_tensors_hooks(pack, _unpack):
             return attend(original, module, query, key, *args, **kwargs)
 
-    attention.__theodora__ = original  # pyright: ignore[reportAttributeAccessIssue]
     return attention
 
 
-def _way(tensor: Tensor) -> _Again | None:
-    """How to make a tensor again that was turned, and not written to since."""
-    # (tensors of inference mode have no version; they were not turned with gradients either)
-    again, version = getattr(tensor, _TURNED, (None, None))
-    return again if again is not None and version == tensor._version else None
+_SDPA = Patch(Registered(ALL_ATTENTION_FUNCTIONS, _ATTENTION), _turning_again)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -151,5 +175,5 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _unpack(kept: Tensor | _Again) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept()
+def _unpack(packed: Tensor | Remake) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 from transformers import masking_utils
+
+from theodora.patches import replaced
 
 
 @contextmanager
@@ -18,7 +19,8 @@ def whole_rows() -> Iterator[None]:
     (packing), for which the host waits for the GPU. While a CUDA graph is captured, where it cannot look, it assumes
     so and builds a full mask, with which attention takes twice as long. Nothing public says "no".
     """
-    with _replaced(find_packed_sequence_indices=lambda position_ids: None, is_tracing=lambda tensor=None: False):
+    no_search = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
+    with replaced(masking_utils, **no_search):
         yield
 
 
@@ -30,21 +32,9 @@ def packed_rows() -> Iterator[None]:
     """
     search = masking_utils.find_packed_sequence_indices
 
-    def found(position_ids: Tensor) -> Tensor | None:
-        with _replaced(is_tracing=lambda tensor=None: True):
+    def search_unasked(position_ids: Tensor) -> Tensor | None:
+        with replaced(masking_utils, is_tracing=lambda tensor=None: True):
             return search(position_ids)
 
-    with _replaced(find_packed_sequence_indices=found):
+    with replaced(masking_utils, find_packed_sequence_indices=search_unasked):
         yield
-
-
-@contextmanager
-def _replaced(**functions: Any) -> Iterator[None]:
-    before: dict[str, Any] = {name: getattr(masking_utils, name) for name in functions}
-    for name, function in functions.items():
-        setattr(masking_utils, name, function)
-    try:
-        yield
-    finally:
-        for name, own in before.items():
-            setattr(masking_utils, name, own)

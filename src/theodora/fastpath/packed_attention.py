@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEQUENCES = "theodora_sequences"
-"""An argument of a model's forward, which hands it on to attention: `Sequences`. Not `cu_seq_lens_q`, which flash
-attention has of transformers: batches may carry that where there are masks."""
-# What would change the result, and is not computed here.
+"""The name of an argument of a model's forward, which hands it on to attention: `Sequences`. transformers' own
+`cu_seq_lens_q` would not do: batches may carry it beside a mask, which then counts."""
+# Arguments of attention that would change its result, and that are not computed here.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -44,7 +44,7 @@ def attention_apart(
     """
     if not query_1HTD.is_cuda:
         return attention_apart_reference(query_1HTD, key_1HTD, value_1HTD, bounds_N, longest, scale, window, dropout)
-    longest = max(longest, 2)  # torch takes 1 for decoding, and then counts tokens by the number of sequences
+    longest = max(longest, 2)  # for 1 torch assumes decoding, and takes the number of sequences for that of tokens
     output, *_ = torch.ops.aten._flash_attention_forward(
         *(t.transpose(1, 2)[0] for t in (query_1HTD, key_1HTD, value_1HTD)),
         bounds_N,
@@ -125,7 +125,7 @@ def attend(
     if not causal or foreign or query.shape[0] != 1 or attention_mask is not None:
         raise RuntimeError(f"Attention in packed rows knows no {', '.join(foreign) or 'other than causal attention'}")
     Maskless.calls += 1
-    found = attention_apart(
+    output = attention_apart(
         query,
         key,
         value,
@@ -134,4 +134,4 @@ def attend(
         options.get("sliding_window"),
         options.get("dropout", 0.0),
     )
-    return found, None
+    return output, None

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from theodora.errors import ConfigError, bullet_list, in_line
-from theodora.fastpath.accelerate import FastPath, install, uninstall
+from theodora.fastpath.accelerate import FastPath, restore_model, speed_up_model
 from theodora.layers import AdapterLayer
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
                 left_alone[path] = reason
     if not fast and not left_alone:
         raise ConfigError(_nothing_found(model))
-    report = Acceleration(tuple(fast), left_alone, install(model) if fast else FastPath())
+    report = Acceleration(tuple(fast), left_alone, speed_up_model(model) if fast else FastPath())
     if left_alone:
         _log.warning("%s", report)
     return report
@@ -109,7 +109,7 @@ def restore_peft(model: nn.Module) -> None:
             "dict and its files are PEFT's."
         )
     if layers or not any(hasattr(module, "parts") for module in model.modules()):
-        uninstall(model)
+        restore_model(model)
     for layer in layers:
         peft_layer.restore_layer(layer)
 

@@ -31,9 +31,10 @@ from theodora.kernels.compose import (
     compose_in_place,
     zero_scale_gradient,
 )
+from theodora.kernels.notes import Output, norm_of, note_output
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
-from theodora.kernels.shared_outputs import Output, SharedOutputs, mark
+from theodora.kernels.shared_outputs import SharedOutputs
 from theodora.kernels.stack import Stack
 
 _PER_LAYER = 7  # tensors: weight, weight_scale, bias, A, B, magnitude, norm
@@ -96,7 +97,7 @@ class _AdaptedLinears(torch.autograd.Function):
         if shared is not None:  # not among what is saved, where a stranger's writing to them would be an error
             ctx.outputs = [Output(y, read_by_rotary=turned) for y, turned in zip(ys, shared.turned, strict=True)]
             for y, output in zip(ys, ctx.outputs, strict=True):
-                mark(y, output)
+                note_output(y, output)
         ctx.set_materialize_grads(False)
         save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
         return tuple(ys)
@@ -163,10 +164,10 @@ class NormedInput:
     @classmethod
     def of(cls, x: Tensor) -> NormedInput | None:
         """Where x came from, if our RMSNorm made it (see `rms_norm.fast_forward`)."""
-        found = getattr(x, "_theodora_norm", None)
-        if found is None or x._version:  # written to since, by a hook perhaps
+        norm = norm_of(x)
+        if norm is None:
             return None
-        h_TI, rstd_T, weight_I, offset = found
+        h_TI, rstd_T, weight_I, offset = norm
         if h_TI.dtype == torch.float16:  # gradients times rstd leave its range
             return None
         return cls(h_TI, rstd_T, weight_I + offset if offset else weight_I)

@@ -6,7 +6,7 @@
 Models differ in two points. `offset` is 1 where the weight is kept as its distance from one (Gemma). `cast` says where
 half precision begins: "llama" rounds h before it meets the weight, "gemma" rounds y alone.
 
-Only x and r are kept for the backward pass. Layers that read y can find them on it, see `fast_forward`.
+Only x and r are kept for the backward pass. Layers that read y find them by a note on it, see `fast_forward`.
 Legend: T tokens (rows), I features.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from theodora.functional import wide_dtype
+from theodora.kernels.notes import Norm, note_norm
 from theodora.kernels.operators import operator, runs_triton
 
 Cast = Literal["llama", "gemma"]
@@ -177,31 +178,32 @@ def is_rms_norm(module: nn.Module) -> NormStyle | None:
 
 
 def _eps(module: nn.Module) -> float | None:
-    found = [v for name, v in vars(module).items() if "eps" in name.lower() and isinstance(v, float) and 0 < v < 0.1]
-    return found[0] if len(found) == 1 else None
+    values = [v for name, v in vars(module).items() if "eps" in name.lower() and isinstance(v, float) and 0 < v < 0.1]
+    return values[0] if len(values) == 1 else None
 
 
 def _distance(module: nn.Module, style: NormStyle, x: Tensor, weight: Tensor) -> float:
     """The largest relative difference of a row of the module's output from that of the style; infinite if none."""
-    probe = copy.copy(module)  # shares nothing that is written to: its own dictionary of parameters, and no hooks run
-    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    # The copy shares nothing that is written to: it has a dictionary of parameters of its own, and no hooks run.
+    copied = copy.copy(module)
+    copied.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
     with torch.no_grad():
         try:
-            found: Any = type(module).forward(probe, x)
+            y: Any = type(module).forward(copied, x)
         except Exception:  # whatever a stranger's forward raises: it is no RMSNorm
             return float("inf")
         expected, _ = rms_norm_reference(x, weight, style.eps, style.offset, style.cast)
-        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
             return float("inf")
-        difference = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+        difference = (y.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
         return float(difference.nan_to_num(float("inf")).max())
 
 
 def fast_forward(module: nn.Module, style: NormStyle, x: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """What the forward of a module of this style returns, by `rms_norm`; `original(x)` where that does not fit.
 
-    Where gradients are recorded the result carries `_theodora_norm` = (x (T, I), r (T,), weight (I,), offset), so that
-    a layer that reads y need not keep it: yᵀ·d = ((x ⊙ r)ᵀ·d) ⊙ (offset + weight).
+    Where gradients are recorded a note on the result says how it was made (`notes.Norm`), so that a layer that reads y
+    need not keep it: yᵀ·d = ((x ⊙ r)ᵀ·d) ⊙ (offset + weight).
     """
     weight: Any = module.weight
     if weight.requires_grad or type(x) is not Tensor or type(weight) is not nn.Parameter:
@@ -209,5 +211,5 @@ def fast_forward(module: nn.Module, style: NormStyle, x: Tensor, original: Calla
     x = x.contiguous()
     y, rstd = rms_norm(x, weight, style.eps, style.offset, style.cast)
     if y.requires_grad and not torch.compiler.is_compiling():
-        y._theodora_norm = x.detach().view(-1, x.shape[-1]), rstd, weight, style.offset  # pyright: ignore[reportAttributeAccessIssue]
+        note_norm(y, Norm(x.detach().view(-1, x.shape[-1]), rstd, weight, style.offset))
     return y

@@ -16,34 +16,12 @@ and what is done about it:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
-
-_MARK = "_theodora_output"
-
-
-class Output:
-    """One output, and whether it is still what it was."""
-
-    __slots__ = ("_read", "_version", "y_TO")
-
-    def __init__(self, y_TO: Tensor, *, read_by_rotary: bool) -> None:
-        self.y_TO, self._version = y_TO.detach(), y_TO._version
-        self._read = not read_by_rotary
-
-    def was_read(self) -> None:
-        """Rotary embeddings that write to nothing have read it."""
-        self._read = True
-
-    @property
-    def known(self) -> bool:
-        """Whether nobody can have written to it."""
-        return self._read and self.y_TO._version == self._version
 
 
 class SharedOutputs:
@@ -61,18 +39,6 @@ class SharedOutputs:
         fits = self.possible and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         fits = fits and x_TI.dtype != torch.float16 and runs_triton(x_TI) and not saves_through_hooks()
         return fits and all(map(_invertible, layers))
-
-
-def mark(y_TO: Tensor, output: Output) -> None:
-    """Let whoever reads (a view of) y find its record."""
-    setattr(y_TO, _MARK, output)
-
-
-def marked(view: Tensor) -> Output | None:
-    """The record of the output that this is a view of, all of it."""
-    base: Any = view._base
-    output: Output | None = getattr(base, _MARK, None)
-    return output if output is not None and view.numel() == base.numel() else None
 
 
 def saves_through_hooks() -> bool:

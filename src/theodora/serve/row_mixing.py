@@ -14,30 +14,34 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from theodora.patches import Attribute, Patch, Use
+
 _log = logging.getLogger("theodora.serve")
 _ROWS = 40  # of fewer, each is multiplied by itself
+_ONEDNN = Patch(Attribute(torch.backends.mkldnn, "enabled"), lambda enabled, patch: False)
 
 
 class NoRowMixing:
     """While it lasts, no product of a model's layers mixes rows: on a CPU where some would, oneDNN is not used.
 
-    The switch is the whole process's; `end` puts it back.
+    The switch is the whole process's, and the last of them to `end` puts it back.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._enabled = bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()
-        widths = mixing_widths(model) if self._enabled else []
-        if widths:
+        # (off because of another model, it cannot be looked at: then this one may need it, too)
+        self._use: Use | None = _ONEDNN.use() if _ONEDNN.on else None
+        usable = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+        if usable and (widths := mixing_widths(model)):
             _log.warning(
                 "On this CPU, torch %s mixes the requests of a batch in products of %s features in %s, if one of them "
                 "is not finite. oneDNN's products are switched off, which is slower; --dtype float32 is not touched.",
                 torch.__version__, ", ".join(map(str, widths)), str(_dtype(model)).removeprefix("torch."),
             )  # fmt: skip
-            _set_onednn(False)
+            self._use = _ONEDNN.use()
 
     def end(self) -> None:
         """Use again what was used before."""
-        _set_onednn(self._enabled)
+        self._use = None
 
 
 def mixing_widths(model: nn.Module) -> list[int]:
@@ -57,7 +61,3 @@ def mixes(width: int, dtype: torch.dtype) -> bool:
 
 def _dtype(model: Any) -> torch.dtype:
     return model.dtype
-
-
-def _set_onednn(enabled: bool) -> None:
-    setattr(torch.backends.mkldnn, "enabled", enabled)  # noqa: B010 - a property, which type checkers do not see

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from theodora import kernels
 from theodora.config import TrainConfig
-from theodora.fastpath.accelerate import install, recompute_less, uninstall
+from theodora.fastpath.accelerate import recompute_less, restore_model, speed_up_model
 
 
 @contextmanager
@@ -29,11 +29,11 @@ def fast_path(model: PreTrainedModel, config: TrainConfig, device: torch.device)
     if device.type != "cuda":
         yield None
         return
-    found = install(model)
+    found = speed_up_model(model)
     try:
         yield str(found)
     finally:
-        uninstall(model)
+        restore_model(model)
 
 
 class RecomputeLess(TrainerCallback):

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from theodora.data.packing import packed_batch
-from theodora.fastpath.attention import replace_attention
+from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
+from theodora.patches import Registered, replaced
 
 
 def bounds_of(positions_1T: Tensor) -> Tensor:
@@ -34,14 +35,13 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 @contextmanager
 def sequences_apart() -> Iterator[None]:
     """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
-    replace_attention()
-    masks, under_way = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = lambda *_, **__: None, True
+    keep_attention()
+    build_masks_again = Registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa").put(lambda *_, **__: None)
     try:
-        with whole_rows():
+        with whole_rows(), replaced(Maskless, under_way=True):
             yield
     finally:
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], Maskless.under_way = masks, under_way
+        build_masks_again()
 
 
 def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
