@@ -315,7 +315,7 @@ def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter
     assert begun.wait(30)
     with pytest.raises(NotRun, match=r"the worker was busy for 0\.05 s"):
         manager.run_between_batches(lambda: None, timeout=0.05)
-    assert not manager._tasks  # nor is it run later
+    assert not manager.tasks  # nor is it run later
     go.set()
     busy.join(30)
 
@@ -324,7 +324,7 @@ def test_loading_while_the_worker_is_busy_or_fails_or_is_gone(engine_of, adapter
     def fails(*_):
         entered.set()
         deadline = time.monotonic() + 30
-        while not manager._tasks and time.monotonic() < deadline:
+        while not manager.tasks and time.monotonic() < deadline:
             time.sleep(0.01)
         raise RuntimeError("out of memory, say")
 

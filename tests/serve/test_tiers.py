@@ -58,13 +58,13 @@ def test_requests_of_the_base_and_of_slotted_adapters_do_not_wait_for_the_disk(e
     engine = engine_of("llama", "dora4", "lora8", "dora3", slots=2, host_adapters=1)
     answer(ask(engine, "dora3", [5, 6]))  # into a slot, from memory
     reading = threading.Event()
-    read = engine.host._read
+    read = engine.host.read
 
     def slowly(adapter):
         reading.wait(30)
         return read(adapter)
 
-    monkeypatch.setattr(engine.host, "_read", slowly)
+    monkeypatch.setattr(engine.host, "read", slowly)
     cold = ask(engine, "dora4", [5, 6, 7])
     for name in (None, "dora3"):
         answer(ask(engine, name, [5, 6, 7]))
@@ -287,10 +287,11 @@ def test_what_waits_for_a_slot_stays():
 
 
 def test_after_the_end_nothing_is_read():
-    host, _ = tier(1)
+    executor = ThreadPoolExecutor(1)
+    host = HostTier(1, executor, lambda _: pytest.fail("it was read"), lambda: None)
     a, b = Fake(0), Fake(1)
     host.add(a), host.add(b)
-    host._executor.shutdown()
+    executor.shutdown()
     assert host.take(a) is None
 
 
@@ -357,8 +358,8 @@ def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
 
 def slowed(engine, monkeypatch):
     """Adapters are read when the event that this gives is set."""
-    go, read = threading.Event(), engine.host._read
-    monkeypatch.setattr(engine.host, "_read", lambda adapter: read(adapter) if go.wait(30) else None)
+    go, read = threading.Event(), engine.host.read
+    monkeypatch.setattr(engine.host, "read", lambda adapter: read(adapter) if go.wait(30) else None)
     return go
 
 
@@ -367,7 +368,7 @@ def test_a_client_that_hangs_up_while_its_adapter_is_read_holds_up_nobody(engine
     go = slowed(engine, monkeypatch)
     gone = ask(engine, "dora4", [5, 6])
     deadline = time.monotonic() + 10
-    while not engine.host._wanted and time.monotonic() < deadline:
+    while not engine.host.wanted and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.cancel(gone)
     go.set()
