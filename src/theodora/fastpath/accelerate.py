@@ -81,7 +81,7 @@ def speed_up_model(model: nn.Module) -> FastPath:
 
 
 def restore_model(model: nn.Module) -> None:
-    """Undo `accelerate`."""
+    """Undo `accelerate`. Other models stay on the fast path, whichever of them came first."""
     for module in model.modules():
         group = module.__dict__.pop(GROUP, None)
         if group is not None:
