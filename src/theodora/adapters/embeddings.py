@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from theodora.files.adapter import AdapterFile
 from theodora.layers import AdapterLayer
-from theodora.layers.base import FLOATS
+from theodora.layers.base_weights import FLOATS
 
 
 def grown_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:

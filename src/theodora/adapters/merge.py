@@ -79,7 +79,7 @@ def _check_finite(model: nn.Module, name: str) -> None:
     if not bad:
         return
     dtype = str(merged[bad[0]].weight.dtype).removeprefix("torch.")
-    own = not_finite((path, merged[path]._base_weight[0]) for path in bad)
+    own = not_finite((path, merged[path].base_parameter) for path in bad)
     if own:
         raise CheckpointError("The base model's own weights hold NaN or infinite values:" + bullet_list(own))
     raise CheckpointError(

@@ -60,7 +60,7 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
         )
     for path in paths:
         module = model.get_submodule(path)
-        sample = sample_weight(base_weight(module))
+        sample = sample_weight(base_weight(module).dense())
         quantize(module, stored_transposed=is_conv1d(module))
         setattr(module, _SAMPLE, sample)
     return model
@@ -69,7 +69,7 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
 def sample_base(module: nn.Module) -> list[float]:
     """`sample_weight` of the base weight; that of the original where the weight was put into float8 since."""
     original = module.__dict__.get(_SAMPLE)
-    return sample_weight(base_weight(module)) if original is None else original
+    return sample_weight(base_weight(module).dense()) if original is None else original
 
 
 def _quantizable(model: nn.Module, exclude: tuple[str, ...]) -> list[str]:

@@ -31,6 +31,7 @@ from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.files.read_back import save_tensors, write_text
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import own_weight
 
 
 def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -125,18 +126,13 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
             return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"
         if is_tied(model, layer):
             return "MLX would adapt the output head with it, whose weight it shares"
-    elif layer is head and embedding is not None and _base(layer) is _base(embedding):
+    elif layer is head and embedding is not None and own_weight(layer) is own_weight(embedding):
         return "its weight is the embedding's, and MLX then has no such layer"
     if adapter.magnitude is not None:
         a, b = adapter.factors()
         if bool((dora_norm(layer.base_weight_OI, a, b, adapter.scale) == 0).any()):
             return "an adapted row is all zeros, for which MLX divides by zero"
     return None
-
-
-def _base(module: Any) -> Tensor:
-    kept = module.__dict__.get("_base_weight")
-    return module.weight if kept is None else kept[0]
 
 
 def _tensors(path: str, adapter: Any, rank: int, scale: float) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.files.token_rows import RowTensors
-from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows
+from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, own_weight
 from theodora.paths import matches
 
 
@@ -190,13 +190,13 @@ def tied_to(model: nn.Module, path: str, *, towards_embedding: bool = False) -> 
     module: Any = model.get_submodule(path)
     if embedding is None or (module is embedding) is towards_embedding:
         return []
-    weight = _own_weight(module)
+    weight = own_weight(module)
     return [
         other
         for other, candidate in model.named_modules()
         if candidate is not module
         and isinstance(candidate, nn.Embedding | nn.Linear)
-        and _own_weight(candidate) is weight
+        and own_weight(candidate) is weight
         and (candidate is embedding or not towards_embedding)
     ]
 
@@ -237,8 +237,3 @@ def _rows(module: Any, ids: Sequence[int], rows_NO: Tensor, config: AdapterConfi
     weight: Tensor = module.weight
     dtype = weight.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
     return TokenRows(torch.tensor(ids, device=weight.device), rows_NO.detach().to(weight.device, dtype, copy=True))
-
-
-def _own_weight(module: Any) -> Any:
-    base = getattr(module, "_base_weight", None)
-    return module.weight if base is None else base[0]

@@ -25,8 +25,12 @@ from theodora.fastpath.norm import FastRMSNorm, restore_norm, speed_up_norm
 from theodora.kernels import SharedOutputs
 from theodora.kernels.recompute import checkpoint_contexts
 from theodora.layers.linear import GROUP
+from theodora.layers.swap import check_reachable
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SWAPPED = (GatedMLP, FastRMSNorm, FastGELU)
+"""The classes that modules of a model on the fast path are given."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,11 @@ def accelerate(model: Model) -> Model:
 
 
 def speed_up_model(model: nn.Module) -> FastPath:
-    """Do what `accelerate` does, and say what of the model is on the fast path now."""
+    """Do what `accelerate` does, and say what of the model is on the fast path now.
+
+    Raises:
+        ConfigError: see `restore_model`.
+    """
     restore_model(model)
     modules = list(model.modules())
     mlps = sum(fuse_mlp(module) for module in modules)
@@ -81,7 +89,12 @@ def speed_up_model(model: nn.Module) -> FastPath:
 
 
 def restore_model(model: nn.Module) -> None:
-    """Undo `accelerate`. Other models stay on the fast path, whichever of them came first."""
+    """Undo `accelerate`. Other models stay on the fast path, whichever of them came first.
+
+    Raises:
+        ConfigError: another library has put a class on top of one of ours; nothing was changed.
+    """
+    check_fast_path(model)
     for module in model.modules():
         group = module.__dict__.pop(GROUP, None)
         if group is not None:
@@ -115,10 +128,19 @@ def recompute_less(model: Model) -> Model:
     return model
 
 
+def check_fast_path(model: nn.Module) -> None:
+    """Raise a ConfigError if the model cannot be taken off the fast path, see `restore_model`."""
+    check_reachable(model.named_modules(), *SWAPPED)
+
+
 @contextmanager
 def off_the_fast_path(model: nn.Module) -> Iterator[None]:
-    """Take the model off the fast path while its layers change, and put it back on if it was there."""
-    was_on = any(isinstance(m, GatedMLP | FastRMSNorm | FastGELU) or GROUP in m.__dict__ for m in model.modules())
+    """Take the model off the fast path while its layers change, and put it back on if it was there.
+
+    Raises:
+        ConfigError: see `restore_model`.
+    """
+    was_on = any(isinstance(m, SWAPPED) or GROUP in m.__dict__ for m in model.modules())
     if was_on:
         restore_model(model)
     yield
