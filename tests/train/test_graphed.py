@@ -93,11 +93,10 @@ def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_
 
 
 def test_resumed_equals_uninterrupted(run, made, same_rows, tmp_path, losses):
-    settings = {**SETTINGS, "data": same_rows}
+    settings = {**SETTINGS, "data": same_rows, "lr_scheduler_type": "constant"}
     run(output=str(tmp_path / "whole"), **settings)
-    run(output=str(tmp_path / "parts"), **settings | {"max_steps": 7, "lr_scheduler_type": "constant"})
-    run(output=str(tmp_path / "whole"), **settings | {"lr_scheduler_type": "constant"}, overwrite=True)
-    run(output=str(tmp_path / "parts"), **settings | {"lr_scheduler_type": "constant"}, resume="auto")
+    run(output=str(tmp_path / "parts"), **settings | {"max_steps": 7})
+    run(output=str(tmp_path / "parts"), **settings, resume="auto")
     assert made[-1].steps.replays
     for name in ("loss", "grad_norm", "num_tokens"):
         assert losses(tmp_path / "parts", name) == losses(tmp_path / "whole", name), name
