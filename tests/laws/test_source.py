@@ -109,7 +109,7 @@ def sets_arguments(tree: ast.AST) -> list[int]:
 
 def test_arguments_of_a_run_are_finished_in_one_place():
     """Whoever wonders why the trainer has a setting reads train/arguments.py, and no file after it."""
-    wrong = {name_of(module): sets_arguments(TREES[module]) for module in MODULES if module.parent.name == "train"}
+    wrong = {name_of(module): sets_arguments(trees()[module]) for module in MODULES if module.parent.name == "train"}
     assert {name: lines for name, lines in wrong.items() if lines and name != "train/arguments.py"} == {}
     assert sets_arguments(ast.parse("a.args.b = 1\nself.args.b += 1\nx, arguments.c = y\nsetattr(args, n, v)")) == [
         1, 2, 3, 4,
