@@ -596,7 +596,10 @@ def test_parts_are_the_layer(family, method):
     assert parts is not None
     if parts.drops:
         layer.eval()
-    y = torch.nn.functional.linear(x, parts.weight_OI, parts.bias_O) + parts.scale * (x @ parts.a_RI.T) @ parts.b_OR.T
+    y = (
+        torch.nn.functional.linear(x, parts.weight.dense(), parts.bias_O)
+        + parts.scale * (x @ parts.a_RI.T) @ parts.b_OR.T
+    )
     if parts.magnitude_O is not None:
         bias = 0 if parts.bias_O is None else parts.bias_O
         y = (y - bias) * parts.magnitude_O / parts.norm_O + bias
@@ -604,9 +607,11 @@ def test_parts_are_the_layer(family, method):
     with model.disable_adapter():
         base = layer.parts()
         assert base.a_RI is None
-        assert base.weight_OI.data_ptr() == layer.base_layer.weight.data_ptr()
+        assert base.weight.plain().data_ptr() == layer.base_layer.weight.data_ptr()
     model.merge_adapter()
     merged = layer.parts()
-    torch.testing.assert_close(torch.nn.functional.linear(x, merged.weight_OI, merged.bias_O), y, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(x, merged.weight.dense(), merged.bias_O), y, atol=1e-4, rtol=1e-4
+    )
     with model.disable_adapter():
         assert layer.parts() is None

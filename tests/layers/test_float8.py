@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import formula
 from theodora import AdapterConfig, inject_adapter, kernels
-from theodora.kernels.base_product import dequantized
-from theodora.kernels.float8 import FLOAT8, quantize_rows
+from theodora.kernels.float8 import FLOAT8, dequantized, quantize_rows
 from theodora.layers.float8 import Float8Layer, plain_weight, quantize
 
 F64 = torch.float64

@@ -130,7 +130,7 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
         return "its weight is the embedding's, and MLX then has no such layer"
     if adapter.magnitude is not None:
         a, b = adapter.factors()
-        if bool((dora_norm(layer.base_weight_OI, a, b, adapter.scale) == 0).any()):
+        if bool((dora_norm(layer.base_weight.dense(), a, b, adapter.scale) == 0).any()):
             return "an adapted row is all zeros, for which MLX divides by zero"
     return None
 

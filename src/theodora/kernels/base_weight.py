@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from theodora import functional
 from theodora.functional import row_norm_squared, wide_dtype
+from theodora.kernels import weight_norm
 from theodora.kernels.float8 import (
     dequantized,
     float8_linear,
@@ -30,7 +31,6 @@ from theodora.kernels.float8 import (
     float8_product,
     quantize_rows,
 )
-from theodora.kernels.weight_norm import dora_norm, dora_norms
 
 _ALIGNED = 16  # columns; what the tensor cores read at once
 
@@ -120,6 +120,10 @@ class BaseWeight(ABC):
         return torch.stack([weight.dora_norm(a, b, scale, norm_sq) for weight, a, b, norm_sq in each])
 
     @abstractmethod
+    def split(self, outputs: int) -> list[BaseWeight]:
+        """The weight cut after each `outputs` rows, as weights of their own that share its memory."""
+
+    @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as one tensor, (O, I); a plain one of that dtype is given itself. Without a dtype no number is rounded."""
 
@@ -193,14 +197,18 @@ class _TensorWeight(BaseWeight):
 
     def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
         """By a kernel that reads W once."""
-        return dora_norm(self.weight_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
+        return weight_norm.dora_norm(self.weight_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
 
     @classmethod
     def dora_norms(
         cls, weights: Sequence[_TensorWeight], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor
     ) -> Tensor:
         """On a GPU in few launches."""
-        return dora_norms([weight.weight_OI for weight in weights], a_NRI, b_NOR, scale, w_norm_sq_NO)
+        return weight_norm.dora_norms([weight.weight_OI for weight in weights], a_NRI, b_NOR, scale, w_norm_sq_NO)
+
+    def split(self, outputs: int) -> list[BaseWeight]:
+        """Views."""
+        return [PlainWeight(rows) for rows in self.weight_OI.split(outputs)]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor itself, or rounded."""
@@ -310,7 +318,7 @@ class Float8Weight(BaseWeight):
 
     def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
         """By a kernel that reads W8 once."""
-        return dora_norm(self.w8_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, self.scale_O)
+        return weight_norm.dora_norm(self.w8_OI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, self.scale_O)
 
     @classmethod
     def dora_norms(
@@ -318,7 +326,12 @@ class Float8Weight(BaseWeight):
     ) -> Tensor:
         """On a GPU in few launches."""
         scale_NO = torch.stack([weight.scale_O for weight in weights])
-        return dora_norms([weight.w8_OI for weight in weights], a_NRI, b_NOR, scale, w_norm_sq_NO, scale_NO)
+        return weight_norm.dora_norms([weight.w8_OI for weight in weights], a_NRI, b_NOR, scale, w_norm_sq_NO, scale_NO)
+
+    def split(self, outputs: int) -> list[BaseWeight]:
+        """Views, of W8 and of the scales."""
+        each = zip(self.w8_OI.split(outputs), self.scale_O.split(outputs), strict=True)
+        return [Float8Weight(w8_OI, scale_O, self.plain_dtype) for w8_OI, scale_O in each]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dequantised, in float32 if no dtype is given, which holds every product of W8 and scale closely enough."""
@@ -426,6 +439,13 @@ def products(
             shared[kind] = kind.shared_input(x_TI)
     each = zip(weights, [None] * len(weights) if biases is None else biases, strict=True)
     return [weight.product(x_TI, bias, shared.get(type(weight))) for weight, bias in each]
+
+
+def dora_norms(
+    weights: Sequence[BaseWeight], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor
+) -> Tensor:
+    """`dora_norm` of several weights of one kind and shape, (N, O), without gradient: on a GPU in few launches."""
+    return type(weights[0]).dora_norms(weights, a_NRI, b_NOR, scale, w_norm_sq_NO)
 
 
 def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:

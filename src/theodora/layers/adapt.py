@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from theodora.layers.base import AdapterLayer
-from theodora.layers.base_weights import FLOATS
+from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.embedding import EmbeddingAdapterLayer
-from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer
 from theodora.layers.swap import swap_class
@@ -41,16 +40,8 @@ def cannot_adapt(module: nn.Module) -> str | None:
         return f"{kind} is no linear layer or embedding{_instead(module)}"
     if "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
-    weight = module.weight
-    if isinstance(module, Float8Layer):
-        return None
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
-        return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
-    if weight.is_meta:
-        return "its weight is not loaded yet (it is on the meta device)"
-    if getattr(module, "max_norm", None) is not None:
-        return f"{kind} with max_norm rescales its weight while it is used"
-    return None
+    weight = base_weight_of(module)
+    return weight.reason if isinstance(weight, Unfit) else None
 
 
 def _instead(module: nn.Module) -> str:

@@ -42,21 +42,19 @@ class LinearAdapterLayer(AdapterLayer):
         """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""
         adapter = self.active
         if adapter is None:
-            return Parts(self.weight_OI, self.bias, weight_scale_O=self.weight_scale_O)
+            return Parts(self.current_weight, self.bias)
         a, b = adapter.factors()
-        norm = None
+        weight, norm = self.current_weight, None
         if adapter.magnitude is not None:
             norm = self.norm(adapter, one_token)
-        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(self.weight_OI):
+        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(weight):
             self.inference_tensors(adapter, one_token)  # for the steps to come
-        return Parts(
-            self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops, self.weight_scale_O
-        )
+        return Parts(weight, self.bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops)
 
     def _decoded(self, x: Tensor, one_token: bool) -> Tensor | None:
         """The output for a few tokens, without gradients, if the kernel for that can take them."""
-        adapter = self.active
-        if adapter is None or not kernels.decode.fits(x, self.weight_OI) or adapter.drops:
+        adapter, w_OI = self.active, self.current_weight.plain()
+        if adapter is None or w_OI is None or not kernels.decode.fits(x, w_OI) or adapter.drops:
             return None
         if autocast_dtype(x) is not None or not kernels.fast():
             return None
@@ -64,14 +62,15 @@ class LinearAdapterLayer(AdapterLayer):
         if ready is None or ready.decode is None:
             return None
         a, b, g = ready.decode.a_RI, ready.decode.b_OR, ready.decode.g_O
-        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), self.weight_OI, a, b, g, self.bias)
+        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), w_OI, a, b, g, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> DecodeTensors | None:
-        if not kernels.decode.runs(self.weight_OI):
+        weight = self.current_weight
+        if not kernels.decode.runs(weight):
             return None
-        kernels.decode.prepare(self.weight.device)
-        dtype, (a, b) = self.weight.dtype, adapter.factors()
+        kernels.decode.prepare(weight.device)
+        dtype, (a, b) = weight.dtype, adapter.factors()
         g = None
         if adapter.magnitude is not None and norm_O is not None:
             g = dora_scale(adapter.magnitude.detach(), norm_O)
@@ -97,5 +96,4 @@ def _adapted(x: Tensor, parts: Parts, adapter: LowRank) -> Tensor:
 def in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
     """The layer as it runs under autocast; adapter, magnitude and norm keep their own dtypes."""
     bias = None if parts.bias_O is None else parts.bias_O.to(dtype)
-    weight = parts.weight_OI if parts.weight_scale_O is not None else parts.weight_OI.to(dtype)
-    return replace(parts, weight_OI=weight, bias_O=bias)
+    return replace(parts, weight=parts.weight.to(dtype), bias_O=bias)
