@@ -148,11 +148,10 @@ class AdapterLayer(Swapped):
 
         A new Parameter takes the place, so that a weight tied to this one is left as it was.
         """
-        merged = self.merged_weight(name).to(self.base_weight.dtype)
+        merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
-        self._set_aside = (self.weight,)
         self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
-        self.merged_adapter = name
+        self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:
         """Put the very base weight back."""

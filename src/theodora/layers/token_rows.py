@@ -82,8 +82,8 @@ class TokenRowsLayer(Swapped):
 
     def merge_rows(self, weight: nn.Parameter) -> None:
         """Use `weight` in place of the base weight, which is set aside for `unmerge_rows`."""
-        self._set_aside = (self.weight,)
-        self.weight, self.rows_merged = weight, True
+        base, self.weight = self.weight, weight
+        self._set_aside, self.rows_merged = (base,), True
 
     def unmerge_rows(self) -> None:
         """Put the very base weight back."""
