@@ -31,8 +31,8 @@ def moved(dtype=torch.float32, family="llama", size=0.1, **config):
 def excesses(monkeypatch):
     """What the check found, as a share of what it allows."""
     found = []
-    check = merge.check_probes
-    monkeypatch.setattr(merge, "check_probes", lambda e: (found.extend(map(float, e.values())), check(e)))
+    check = merge.check_excess
+    monkeypatch.setattr(merge, "check_excess", lambda e: (found.extend(map(float, e.values())), check(e)))
     return found
 
 

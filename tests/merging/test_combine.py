@@ -23,7 +23,7 @@ from theodora import (
 )
 from theodora.adapters.state import adapter_layers, find_state
 from theodora.merging import fit
-from theodora.merging.ties_dare import drop_and_rescale, kept_by_dare, merge_by_sign, trim, weighted_sum
+from theodora.merging.ties_dare import dare_mask, drop_and_rescale, merge_by_sign, trim, weighted_sum
 from tiny import FAMILIES, tiny_model
 
 INPUT = {"gpt2": "wte", "gpt_neox": "embed_in"}
@@ -78,7 +78,7 @@ def wanted(method, path, found, density=0.6, seed=0, given=WEIGHTS):
     """The combined change of one weight, by the formula."""
     names, weights = list(found), [given[name] for name in found]
     if "dare" in method:
-        found = {n: d * kept_by_dare(d.shape, density, seed, f"{n}/{path}") / density for n, d in found.items()}
+        found = {n: d * dare_mask(d.shape, density, seed, f"{n}/{path}") / density for n, d in found.items()}
     if method == "ties":
         found = {n: trim(d, density) for n, d in found.items()}
     if not method.endswith("ties"):
@@ -387,7 +387,7 @@ def test_the_rules_alone():
     assert merge_by_sign([one, two], [1, 1]).tolist() == [3.0, -1.5, 4.0, 0.5]
     assert merge_by_sign([one, two], [1, -1]).tolist() == [2.0, 2.0, -4.0, 0.5]
     # A seed goes on giving what it gave, in other versions and on other devices.
-    drawn = kept_by_dare((4, 6), 0.5, 0, "a/q").int().flatten().tolist()
+    drawn = dare_mask((4, 6), 0.5, 0, "a/q").int().flatten().tolist()
     assert "".join(map(str, drawn)) == "011111111001111111011010"
     kept = drop_and_rescale(torch.ones(200, 200), 0.25, 0, "k")
     assert set(kept.unique().tolist()) == {0.0, 4.0}

@@ -119,7 +119,7 @@ def test_a_folder_is_converted_as_the_model_is(family, rank, tied, tiny_model_di
     assert on_disk.errors == pytest.approx(in_memory.errors, abs=1e-6)
     loaded = load_adapter(tiny_model(family, tied=tied), tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
-    assert read_adapter(tmp_path / "out").probe == read_adapter(tmp_path / "a").probe
+    assert read_adapter(tmp_path / "out").fingerprint == read_adapter(tmp_path / "a").fingerprint
 
 
 def test_a_converted_folder_is_pefts(tiny_model_dir, tmp_path):

@@ -1,12 +1,12 @@
 """A merge checks itself: the merged layer and the unmerged one do the same to random inputs.
 
 The unmerged output comes from the layer's own forward pass, by whatever kernels it runs, through the factored norm; the
-merged one from the dense weight. They may differ by rounding alone: a magnitude left out, a scale applied twice or a
-kernel gone wrong is far beyond it.
+merged one from the dense weight. Rounding is all that may differ. A magnitude left out, a scale applied twice or a
+kernel gone wrong makes a difference far beyond it.
 
-Every output feature is held by itself (for an embedding, every token), over T random inputs: the difference may be
-8 u times the larger of the merged output and g·‖W‖, what the base adds to it, with u half the spacing of the weight's
-dtype at 1. Rounding makes one to two u of it.
+Every output feature (of an embedding, every token) is compared by itself, over T random inputs. The norm of its
+difference may be 8 u times the larger of two norms: that of the merged output, and g·‖W‖, the base's share of it. Here
+u is half the spacing of the weight's dtype at 1, and rounding makes one to two u.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from theodora.layers import AdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.linear import GROUP
 
-_TOKENS = 16
-_UNITS = 8.0
+_TOKENS = 16  # T
+_UNITS = 8.0  # of u, see above
 
 
-class Probe:
-    """Random inputs of one layer, and what the unmerged layer makes of them."""
+class Unmerged:
+    """What an unmerged layer makes of random inputs: the merged layer is held against it."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
@@ -54,10 +54,10 @@ class Probe:
         return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else 0)
 
 
-def check_probes(excess: dict[str, Tensor]) -> None:
+def check_excess(excess: dict[str, Tensor]) -> None:
     """Raise a CheckpointError with every layer that does something else when it is merged."""
-    found = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
-    wrong = {path: value for path, value in zip(excess, found, strict=True) if not value <= 1}
+    values = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
+    wrong = {path: value for path, value in zip(excess, values, strict=True) if not value <= 1}
     if wrong:
         raise CheckpointError(
             "The merged weights do not do what base and adapter do together, so nothing was merged. This is a fault of "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.autocast import autocast_dtype
-from theodora.errors import ConfigError, bullet_list, some
+from theodora.errors import ConfigError, bullet_list
 
 CHANGED = "_theodora_autocast"
 """Where a module notes what `autocast_changes` has found."""
@@ -75,7 +75,7 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
             "Since Theodora changed the class of these modules, another library has put a class of its own on top, "
             "from under which Theodora's cannot be taken; nothing was changed. Undo its change first (that of "
             "torch.nn.utils.parametrize by remove_parametrizations). FSDP2's fully_shard cannot be undone: do this "
-            "before it, or save the adapter and load it onto a new model:" + bullet_list(some(out_of_reach))
+            "before it, or save the adapter and load it onto a new model:" + bullet_list(out_of_reach, 20)
         )
 
 

@@ -135,7 +135,7 @@ def is_adapted(module: Any) -> bool:
     return isinstance(module, AdapterLayer | TokenRowsLayer)
 
 
-def own_weight(module: Any) -> Any:
+def unmerged_weight(module: Any) -> Any:
     """The module's own weight, also while something is merged into it; by it modules are known to be tied."""
     return module.base_parameter if isinstance(module, AdapterLayer | TokenRowsLayer) else module.weight
 
