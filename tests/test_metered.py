@@ -8,13 +8,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from theodora import metered
 from theodora.errors import ConfigError
-from theodora.metered import MeteredEnvironment, install, whole_job
+from theodora.metered import MeteredEnvironment, meter_templates, whole_job
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
 
 
 def render(template: str, messages=MESSAGES, **more) -> str:
-    install()
+    meter_templates()
     return render_jinja_template(conversations=[messages], chat_template=template, **more)[0][0]
 
 
@@ -140,7 +140,7 @@ def test_a_long_conversation_is_no_bomb():
 
 
 def test_generation_marks_are_found():
-    install()
+    meter_templates()
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     texts, spans = render_jinja_template(
         conversations=[MESSAGES], chat_template=template, return_assistant_tokens_mask=True

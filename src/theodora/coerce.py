@@ -47,7 +47,7 @@ _EXPECTED = {
 def coerce(value: Any, hint: Any) -> Any:
     """Turn what YAML or a command line gave into the type of a field, without guessing.
 
-    YAML reads `1e-3` as text, flags are all text, and lists arrive where tuples are kept.
+    YAML reads `1e-3` as text, flags are all text, and lists arrive for fields that are tuples.
 
     Args:
         value: the value.

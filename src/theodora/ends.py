@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from theodora.metered import install
+from theodora.metered import meter_templates
 
 _MARK = "\ue000"  # a character for private use, which templates do not hold
 _CALL = {"type": "function", "function": {"name": _MARK, "arguments": {"a": _MARK}}}
@@ -42,15 +42,15 @@ def as_ids(eos_token_id: Any) -> list[int]:
 def template_end_ids(tokenizer: Any) -> tuple[int, ...]:
     """The ids with which the tokenizer's chat template ends the model's last turn: one of text, and one with a call.
 
-    Found by what follows the words of an answer that nothing follows: in gpt-oss's template an answer before others
-    ends with `<|end|>`, as its reasoning does, and only the last one with `<|return|>`. None where the template writes
-    none, or writes it in letters.
+    A turn is rendered, and what the template writes behind its words is read. It is the last turn of its conversation,
+    because gpt-oss's template ends the others with `<|end|>`, as it ends reasoning, and only the last with
+    `<|return|>`. None where the template writes none, or writes it in letters.
     """
     if not getattr(tokenizer, "chat_template", None):
         return ()
     control = _control_tokens(tokenizer)
-    found = [*_ends_of_text(tokenizer, control), *_end_of_call(tokenizer, control)] if control else []
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in found]
+    ends = [*_ends_of_text(tokenizer, control), *_end_of_call(tokenizer, control)] if control else []
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
     return tuple(dict.fromkeys(id for id in ids if isinstance(id, int)))
 
 
@@ -72,7 +72,7 @@ def _ends_of_text(tokenizer: Any, control: re.Pattern[str]) -> list[str]:
             tail = text.rpartition(_MARK)[2]
             whole = _rendered(tokenizer, {"content": content, "reasoning_content": "b", "tool_calls": [_CALL]})
             inside = whole.partition(_MARK)[2].removesuffix(tail)
-            ends = _run(control, tail)
+            ends = _leading_tokens(control, tail)
             return [end for end in ends if end == ends[-1] or end not in inside]
     return []
 
@@ -92,17 +92,17 @@ def _rendered(tokenizer: Any, answer: dict[str, Any]) -> str:
     for question in ("a", [{"type": "text", "text": "a"}]):
         turns = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
         try:
-            install()
+            meter_templates()
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception:  # a template raises what it likes, over conversations that it was not written for
             continue
     return ""
 
 
-def _run(control: re.Pattern[str], text: str) -> list[str]:
-    """The control tokens that `text` begins with, blanks between them aside."""
-    found: list[str] = []
+def _leading_tokens(control: re.Pattern[str], text: str) -> list[str]:
+    """The control tokens that `text` begins with; blanks between them do not count."""
+    tokens: list[str] = []
     while match := control.match(text := text.lstrip()):
-        found.append(match[0])
+        tokens.append(match[0])
         text = text[match.end() :]
-    return found
+    return tokens

@@ -1,9 +1,21 @@
-"""Every error a user can meet: what was found, what was expected, and how to mend it.
+"""Every error that a user can meet, and how its message is put together.
 
-`UsageError`s are the caller's to mend (the command line exits with 2); the other errors are failures (exit code 1).
+    TheodoraError                     a failure: the command line exits with 1
+    ├── UsageError                    the caller asked for what cannot be done, and can mend it: exits with 2
+    │   └── ConfigError               a value, or a combination of values, that makes no sense for this model
+    ├── DataError                     a data file that cannot be used
+    └── CheckpointError               an adapter or model folder that is missing, damaged, or of another base
+        ├── LeadsOut                  files/folder.py: a link leads out of the folder that may be read
+        ├── Changed                   serve/stamp.py: the files changed while they were read
+        ├── UnreadArchitecture        export/gguf_files.py: a GGUF file that transformers cannot read
+        └── VerificationFailed        export/exporting.py: an export does something else than its adapter
+
+Errors that one part raises for itself to catch (a server that is busy, a run that diverged) stand in that part.
+A message says what was found, what was expected and how to mend it, and lists every miss at once.
 """
 
 import reprlib
+from collections.abc import Sequence
 
 
 class TheodoraError(Exception):
@@ -46,11 +58,16 @@ def shown(value: object, most: int = 100) -> str:
     return text if len(text) <= 2 * most else text[: 2 * most] + "…"
 
 
-def bullet_list(items: list[str]) -> str:
-    """Join several misses into the indented list that errors end with."""
-    return "".join(f"\n  - {item}" for item in items)
+def bullet_list(items: Sequence[str], most: int | None = None) -> str:
+    """Misses as the indented list that errors end with; of more than `most` the first, and how many more there are."""
+    return "".join(f"\n  - {item}" for item in (items if most is None else first_of(items, most)))
 
 
-def some(problems: list[str], most: int = 20) -> list[str]:
-    """The first of many problems, and how many more there are."""
-    return problems if len(problems) <= most else [*problems[:most], f"and {len(problems) - most} more"]
+def first_of(items: Sequence[str], most: int) -> list[str]:
+    """All items, or the first `most` of them and one line that says how many more there are."""
+    return list(items) if len(items) <= most else [*items[:most], f"and {len(items) - most} more"]
+
+
+def in_line(items: Sequence[str], most: int) -> str:
+    """The items within a sentence: `a, b, c`, or `a, b and 7 more`."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -34,7 +34,7 @@ _OWNER = ".theodora-owner.json"
 _BEGUN = ".theodora-begun-"
 _TEMPORARY = re.compile(r"theodora-[a-z]+-[a-z0-9_]{8}")
 SECONDS_TO_LOCK = 60
-"""In which whatever has been begun is locked and named, or its process is dead."""
+"""A process locks and names what it has begun within this time; what is older and has neither is a dead one's."""
 
 
 def try_lock(descriptor: int) -> bool | None:
@@ -94,10 +94,10 @@ def read_owner(descriptor: int) -> dict[str, Any] | None:
     """What `this_process` wrote into an open file; None if it holds nothing like it."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        found = json.loads(os.read(descriptor, 4096))
+        owner = json.loads(os.read(descriptor, 4096))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return owner if isinstance(owner, dict) else None
 
 
 def write_owner(descriptor: int) -> None:

@@ -1,10 +1,10 @@
 """Chat templates with a meter: what a stranger's template may compute and write is bounded, wherever it is rendered.
 
 Jinja's sandbox keeps templates from touching anything, but not from working for ever: it bounds `range` alone. Here
-each step of a loop, each call and each filter, and every byte that is made, compared or written counts against one
-allowance, which grows with what the template is given. Nothing depends on the clock, so that a template is refused
-everywhere or nowhere. The rendering is transformers' own: the environment that it makes for each template is replaced
-by one with a meter (`install`), in which the template's tree is changed so that loops and comparisons pass the meter.
+each step of a loop, each call, each filter, and every byte that is made, compared or written counts against one
+allowance, which grows with what the template is given. No clock is read: a template that is refused on one machine is
+refused on all. transformers goes on rendering; `meter_templates` replaces the environment that it makes for each
+template by one with a meter, which rewrites the template's tree so that loops and comparisons count, too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ PER_BYTE = 64
 """What it may make more for each byte that it is given."""
 WHOLE = 4 << 30
 """What all renderings of one job may make beyond an honest pace: a thousand rows, each nearly at its limit."""
-LONGEST_TEMPLATE = 1 << 20
-_STEP = 400
-_VALUE = 16
+LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some ten thousand
+_STEP = 400  # bytes that a step of a loop, a call or a filter counts as
+_VALUE = 16  # bytes that a value counts as, beside its text
 _HONEST, _HONEST_PER_BYTE = 1 << 20, 512
-"""What a rendering may make, and for each byte that it is given, without counting for the whole."""
+"""Bytes that a rendering may make without counting against `WHOLE`, and how many more for each byte it is given."""
 _WIDEST = 1000
 """Columns, digits or spaces that a format may ask for."""
 _LONGEST_NUMBER = 1 << 16  # bits
 _PLAIN = (int, float, bool, type(None), Undefined)
 _SPACES = {"ljust", "rjust", "center", "zfill", "expandtabs"}
-# Filters that repeat something so many times over, and those whose work grows faster than the text.
+# Filters whose argument says how often something is repeated, and filters whose work grows faster than the text.
 _COUNTING = {"center", "indent", "wordwrap", "batch", "slice", "tojson", "round", "truncate"}
 _SLOW = {"urlize", "striptags", "wordwrap", "xmlattr", "title", "pprint", "wordcount"}
 _LONGEST_OF_SLOW = 1 << 20
@@ -98,7 +98,7 @@ def whole_job() -> Iterator[None]:
 
 
 @cache
-def install() -> None:
+def meter_templates() -> None:
     """Let transformers render all chat templates of this process with a meter."""
     from transformers.utils import chat_template_utils
 
@@ -108,7 +108,7 @@ def install() -> None:
 
 
 def size_of(value: Any) -> int:
-    """Bytes that a value takes if it is written out: each part as often as it is met, but looked at once."""
+    """Bytes that a value takes when written out: a part that occurs n times counts n times, and is measured once."""
     if isinstance(value, str | bytes):
         return _VALUE + len(value)
     return _VALUE if isinstance(value, _PLAIN) else _size(value, {}, 0)

@@ -10,7 +10,7 @@ _NAME = re.compile(r"[A-Za-z0-9_+-]+")
 _LONGEST = 64  # characters; several stand in one file's name, which may have 255 bytes
 _LONGEST_PART = 255  # bytes of one name on nearly all file systems
 _LONGEST_PATH = 4095  # bytes, on Linux
-_ROOM = 120  # bytes of the names within a folder that is written
+_ROOM = 120  # bytes that the names of files within a folder add to its path
 
 
 def name_problem(name: object) -> str | None:

@@ -1,7 +1,7 @@
 """What recipes of other tools call our options: Axolotl, LLaMA-Factory, Unsloth, ms-swift, torchtune, mlx-lm, PEFT.
 
-Nothing is translated in silence: each is told with the line to write instead. Here are only names that neither we nor
-`trl.SFTConfig` have.
+Nothing is translated in silence: the error for such a name says which line to write instead. Only names that neither
+we nor `trl.SFTConfig` have are listed.
 """
 
 from __future__ import annotations

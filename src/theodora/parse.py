@@ -111,15 +111,16 @@ def to_json(value: Any, *, indent: int | None = None, readable: bool = False) ->
         indent: blanks for each level; None: all on one line.
         readable: letters as they are, for a file; else ASCII alone, for a stream of any encoding.
     """
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=not readable, allow_nan=False)
+    return json.dumps(finite_values(value), indent=indent, ensure_ascii=not readable, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite_values(value: Any) -> Any:
+    """The same plain values, with None for numbers that are not finite, as JSON has no others."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {_finite_key(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_finite_key(key): finite_values(item) for key, item in value.items()}
+    return [finite_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _finite_key(key: Any) -> Any:

@@ -29,7 +29,7 @@ LONGEST_TOGETHER = 100_000
 MOST_NAMES = 100_000
 """Names and keys of one file."""
 _MOST_REPEATED = 100_000
-"""What counted repetitions, nested in the worst way, may unfold to: `regex` writes them out."""
+"""Product of all counts in an expression (`{10}`): `regex` writes repetitions out, and nested ones multiply."""
 
 _PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
 _COUNTED = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
@@ -46,7 +46,7 @@ class Expressions:
         self._seconds = PATIENCE if seconds is None else seconds
         self._left = self._seconds
         self._compiled: dict[str, Any] = {}
-        self._found: dict[tuple[str, str], bool] = {}
+        self._matched: dict[tuple[str, str], bool] = {}
 
     def match(self, expression: str, path: str) -> bool:
         """Whether an expression matches a whole path.
@@ -54,7 +54,7 @@ class Expressions:
         Raises:
             ConfigError: it is none, or the time is over.
         """
-        known = self._found.get((expression, path))
+        known = self._matched.get((expression, path))
         if known is not None:
             return known
         if self._left <= 0:
@@ -67,7 +67,7 @@ class Expressions:
             raise self._too_long(expression) from error
         finally:
             self._left -= time.thread_time() - began
-        self._found[expression, path] = matched
+        self._matched[expression, path] = matched
         return matched
 
     def _compile(self, expression: str) -> Any:
@@ -119,7 +119,7 @@ class PathPattern(Generic[T]):
         return otherwise if place < 0 else self._values[place]
 
     def idle(self, paths: list[str]) -> list[str]:
-        """The keys that match none of these paths, be it that another matches first."""
+        """The keys that match none of these paths. (One that matches, but after another key, is not idle.)"""
         used = {place for path in paths for place in self._named(path)}
         used |= {place for place, expression in self._others if any(self._ends(expression, path) for path in paths)}
         return [key for place, key in enumerate(self._keys) if place not in used]
@@ -134,15 +134,15 @@ class PathPattern(Generic[T]):
         return self._expressions.match(expression, path)
 
     def _named(self, path: str) -> list[int]:
-        found: list[int] = []
+        places: list[int] = []
         for ending in endings(path):
             for dots, names in self._names.get(len(ending), {}).items():
                 letters = list(ending)
                 for at in dots:
                     letters[at] = "."
                 if (place := names.get("".join(letters))) is not None:
-                    found.append(place)
-        return found
+                    places.append(place)
+        return places
 
 
 def _bare_dots(key: str) -> tuple[int, ...]:
@@ -164,7 +164,7 @@ def why_not(expression: str) -> str:
 
 def problems_of(expressions: Mapping[str, list[str]]) -> list[str]:
     """What is wrong with a file's expressions, by where they stand, without running them."""
-    found: list[str] = []
+    problems: list[str] = []
     real = {where: [one for one in keys if not _PLAIN.fullmatch(one)] for where, keys in expressions.items()}
     if (count := sum(map(len, expressions.values()))) > MOST_NAMES:
         return [f"{' and '.join(expressions)} have {count:,} names together; expected at most {MOST_NAMES:,}"]
@@ -177,13 +177,13 @@ def problems_of(expressions: Mapping[str, list[str]]) -> list[str]:
     for where, keys in real.items():
         for key in keys:
             if problem := why_not(key):
-                found.append(f"{where}: {shown(key)} {problem}")
+                problems.append(f"{where}: {shown(key)} {problem}")
                 continue
             try:
                 re.compile(key)
             except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"{where}: {shown(key)} is no regular expression ({error})")
-    return found
+                problems.append(f"{where}: {shown(key)} is no regular expression ({error})")
+    return problems
 
 
 def matches(wanted: str | tuple[str, ...], path: str, expressions: Expressions | None = None) -> bool:
@@ -236,5 +236,5 @@ def layer_kinds(paths: Iterable[str]) -> dict[str, str]:
 
 def layer_index(path: str) -> int | None:
     """Number of the block that a module stands in; None for embeddings, heads and other modules outside."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(found.group(1)) if found else None
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(number.group(1)) if number else None

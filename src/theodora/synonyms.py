@@ -66,5 +66,5 @@ class Names:
         """The model's own name of what another program calls `name`; None if there is none, or more than one."""
         if name in self._names:
             return name
-        found = self._bare.get(bare_name(name), [])
-        return found[0] if len(found) == 1 else None
+        candidates = self._bare.get(bare_name(name), [])
+        return candidates[0] if len(candidates) == 1 else None

@@ -2,8 +2,8 @@
 
 Rich reads `[bold]` and `:smile:` in strings as markup, and passes escape sequences on. Names come from files, so here
 strings stand as they are; what is to be styled is a `Text`, or has a `style`. What a terminal would obey is shown as an
-escape, before the layout where it can be, and once more at the border. A stream without the characters for it gets
-other ones, and a pipe that nobody reads any more gets nothing, and ends nothing.
+escape: before the layout where possible, so that widths are right, and once more when it is written. A stream that
+lacks a character gets another one. A pipe that nobody reads any more gets nothing, and does not end the program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from theodora.shown import for_stream
+from theodora.safe_text import for_stream
 
 _LEAST_WIDTH = 40  # columns; of a table in fewer nothing is left, and a terminal may report 1, or none
 
@@ -46,8 +46,8 @@ class Terminal(Console):
     @property
     def size(self) -> ConsoleDimensions:
         """Columns and lines; a terminal narrower than any table could be wraps what it gets."""
-        found = super().size
-        return ConsoleDimensions(max(found.width, _LEAST_WIDTH), found.height)
+        actual = super().size
+        return ConsoleDimensions(max(actual.width, _LEAST_WIDTH), actual.height)
 
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:

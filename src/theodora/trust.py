@@ -1,7 +1,7 @@
 """What a file cannot grant: that code of others runs, or that a run is reported to other machines.
 
-Recipes come from strangers. What they ask for here counts only if the user says it as well, on the command line or in
-Python; a run's own record is a file like any other, and the command that goes on from it has the flags.
+Recipes come from strangers. What they ask for counts only if the user says it as well, on the command line or in
+Python. The record of a run is such a file, too: the command that resumes the run repeats the flags.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from theodora.errors import ConfigError, bullet_list, shown
-from theodora.shown import quoted
+from theodora.safe_text import quoted
 
 # Integrations of transformers that write files on this machine alone.
 _LOCAL_REPORTS = ("tensorboard", "none", "", None)

@@ -31,8 +31,8 @@ def moved(dtype=torch.float32, family="llama", size=0.1, **config):
 def excesses(monkeypatch):
     """What the check found, as a share of what it allows."""
     found = []
-    check = merge.check_probes
-    monkeypatch.setattr(merge, "check_probes", lambda e: (found.extend(map(float, e.values())), check(e)))
+    check = merge.check_excess
+    monkeypatch.setattr(merge, "check_excess", lambda e: (found.extend(map(float, e.values())), check(e)))
     return found
 
 
@@ -76,7 +76,7 @@ def test_a_wrong_merge_is_refused(dtype, wrong, monkeypatch):
         weight = right(layer, name)
         adapter = layer.adapters[name]
         if wrong == "no magnitude":
-            return layer.base_weight_OI.to(weight) + adapter.scale * (adapter.lora_B @ adapter.lora_A).detach()
+            return layer.base_weight.dense().to(weight) + adapter.scale * (adapter.lora_B @ adapter.lora_A).detach()
         if wrong == "scale twice":
             return weight + adapter.scale * (adapter.lora_B @ adapter.lora_A).detach()
         weight[1] *= 1.1

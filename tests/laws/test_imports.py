@@ -19,7 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
     {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "locks"}
-    | {"shown", "synonyms", "terminal"},
+    | {"safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},
@@ -33,12 +33,12 @@ FLOORS = [
 BESIDE = {
     "coerce": {"errors"},
     "other_words": {"errors"},
-    "trust": {"errors", "shown"},
+    "trust": {"errors", "safe_text"},
     "paths": {"errors"},
     "metered": {"errors"},
     "ends": {"metered"},
     "config": {"errors", "coerce", "other_words", "trust", "naming", "paths"},
-    "terminal": {"shown"},
+    "terminal": {"safe_text"},
     "functional": {"autocast"},
     "conformance": {"serve"},  # what is served is held to the formula, too
     "train": {"evaluate"},  # the run's report scores the held-out rows

@@ -1,5 +1,4 @@
-"""Biases of the base that an adapter trains or adds to: PEFT's `bias` and `lora_bias`. Here each is a parameter trained
-in full."""
+"""Biases of the base that an adapter trains (PEFT's `bias`) or adds to (`lora_bias`): here they are trained in full."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from theodora.files.adapter import AdapterFile
 
 
 def trained_biases(full: Iterable[str]) -> set[str]:
-    """Those of the parameters trained in full that are biases by themselves, and part of no module trained in full."""
+    """Biases among the parameters trained in full whose weight is not trained in full, too."""
     paths = set(full)
     return {path for path in paths if path.endswith(".bias") and f"{path.removesuffix('.bias')}.weight" not in paths}
 
@@ -24,7 +23,7 @@ def bias_key(path: str, adapted: Container[str]) -> str:
 
 
 def sums_of_biases(model: nn.Module, file: AdapterFile) -> Mapping[str, Tensor]:
-    """Parameter path → the base's bias plus what a file adds to it; the base's own have to be in place."""
+    """Parameter path → the base's bias plus what a file adds to it (within `originals_in_place`)."""
     return {
         (path := f"{module}.bias"): base_parameter(model, path)
         + file.modules[module].scale * bias.to(base_parameter(model, path))
@@ -37,9 +36,9 @@ def bias_problems(model: nn.Module, file: AdapterFile) -> list[str]:
     problems: list[str] = []
     modules = dict(model.named_modules())
     for module, bias in file.added_biases.items():
-        found = getattr(modules.get(module), "bias", None)
-        if not isinstance(found, Tensor):
+        own = getattr(modules.get(module), "bias", None)
+        if not isinstance(own, Tensor):
             problems.append(f"{module}: lora_bias adds a bias to it, and it has none to add to: only PEFT runs this")
-        elif module not in file.modules or found.shape != bias.shape:
-            problems.append(f"{module}: a bias of {tuple(bias.shape)} for one of {tuple(found.shape)}")
+        elif module not in file.modules or own.shape != bias.shape:
+            problems.append(f"{module}: a bias of {tuple(bias.shape)} for one of {tuple(own.shape)}")
     return problems

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from theodora.adapters.biases import bias_problems
 from theodora.adapters.embeddings import changed_copies, end_weights
 from theodora.adapters.heads import task_type
-from theodora.adapters.quantize import sample_base
+from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.state import active_name, adapter_layers, new_low_rank, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_problems, rows_to_write
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full, read_adapter
-from theodora.files.base_probe import check_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.finite import finite
 from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
 from theodora.paths import layer_index, matches, nearest
 from theodora.synonyms import of_another_part
 
-_SHOWN = 12
+_MISSES_TOLD = 12
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -50,8 +50,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
         theirs = dict(loaded[module].named_parameters()) | dict(loaded[module].named_buffers())
         for part, tensor in (dict(mine.named_parameters()) | dict(mine.named_buffers())).items():
             if part not in theirs or theirs[part].shape != tensor.shape:
-                found = tuple(theirs[part].shape) if part in theirs else "nothing"
-                problems.append(f"{module}.{part}: {found} in the file, {tuple(tensor.shape)} in the model")
+                theirs_shape = tuple(theirs[part].shape) if part in theirs else "nothing"
+                problems.append(f"{module}.{part}: {theirs_shape} in the file, {tuple(tensor.shape)} in the model")
             else:
                 pairs.append((tensor, theirs[part]))
         if mine.scale != loaded[module].scale:
@@ -61,7 +61,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
             problems.append(f"{key}: trained in full here, not in the file")
         else:
             pairs.append((parameter, file.full[key]))
-    pairs += rows_to_write(model, name, file.token_rows, problems, "here than in the file")
+    row_pairs, row_problems = rows_to_write(model, name, file.token_rows, "here than in the file")
+    pairs, problems = pairs + row_pairs, problems + row_problems
     problems += [
         f"a tensor of {tuple(mine.shape)}: values that {mine.dtype} has no finite numbers for"
         for mine, theirs in pairs
@@ -76,68 +77,44 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
 
 def low_rank_of(model: nn.Module, module: str, file: AdapterFile, config: AdapterConfig) -> LowRank:
     """A file's low-rank tensors as the adapter that `module` of the model will hold."""
-    found: AdapterTensors = file.modules[module]
-    a, b, start = found.a, found.b, None
+    tensors: AdapterTensors = file.modules[module]
+    a, b, start = tensors.a, tensors.b, None
     if file.starts:
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
     if file.starts_from is not None:  # as PEFT does whenever it loads such a file
         w_OI = base_weight(model.get_submodule(module)).dense()
-        start = start_values(file.starts_from, w_OI, a.shape[0], found.scale, found.embedding)[2]
-    return new_low_rank(model.get_submodule(module), a, b, found.magnitude, found.scale, config, start)
+        start = start_values(file.starts_from, w_OI, a.shape[0], tensors.scale, tensors.embedding)[2]
+    return new_low_rank(model.get_submodule(module), a, b, tensors.magnitude, tensors.scale, config, start)
 
 
-def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] | None = None) -> float:
+def check_fit(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor] | None = None) -> float:
     """Check that a file is for this model; how far the base weights are from those it was trained on, relative.
 
     Args:
         model: the base model, with its own parameters in place.
         file: the adapter.
-        grown: parameter path → weight that the model is going to have there instead; see `grown_embeddings`.
+        resized: parameter path → the weight that will take its place; see `resized_embeddings`.
 
     Raises:
         CheckpointError: with every module that is missing in the model or in the file, of another shape, or that
             cannot be adapted.
     """
-    modules, grown = dict(model.named_modules()), grown or {}
-    problems: list[str] = []
-    for path, tensors in file.modules.items():
-        module = modules.get(path)
-        if module is None:
-            close = nearest(path, modules) if len(problems) < _SHOWN else []
-            problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
-        elif (reason := cannot_adapt(module)) is not None:
-            problems.append(f"{path}: {reason}")
-        elif isinstance(module, nn.Embedding) != tensors.embedding:
-            problems.append(f"{path}: the file and the model disagree whether this is an embedding")
-        else:
-            weight = grown.get(f"{path}.weight")
-            stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
-            expected = tuple(stored.shape)
-            found = (tensors.b.shape[0], tensors.a.shape[1])
-            if found != expected:
-                problems.append(f"{path}: made for a weight of {found} (out, in); here it is {expected}")
-            elif file.mlx and tensors.embedding and is_tied(model, module):
-                problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
+    modules, resized = dict(model.named_modules()), resized or {}
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **resized}
+    problems = _module_problems(model, modules, file, resized)
     problems += [
         f"{path}: named by the targets, but the file holds nothing for it" for path in _left_out(modules, file)
     ]
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **grown}
-    for key, tensor in {**file.base_copies, **file.full}.items():
-        if key not in parameters:
-            problems.append(f"{key}: no such parameter")
-        elif parameters[key].shape != tensor.shape:
-            problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
-            if key in end_weights(model):
-                problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
-    sizes = {path: len(weight) for path, weight in grown.items()}
+    problems += _parameter_problems(model, parameters, file)
+    sizes = {path: len(weight) for path, weight in resized.items()}
     problems += rows_problems(model, file.token_rows, sizes)
     problems += missing_in_full(file, parameters) + bias_problems(model, file)
     if not problems:
         problems += [
             f"{key}: the file carries a changed base weight, for which there is no place beside the base; merge it "
             "(theodora merge), or train it as one of modules_to_save instead"
-            for key in changed_copies(model, file, grown)
+            for key in changed_copies(model, file, resized)
         ]
     if problems:
         raise CheckpointError(
@@ -145,12 +122,10 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
             + (f" ({file.base_model})" if file.base_model else "")
             + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
             + ":"
-            + bullet_list(
-                problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
-            )
+            + bullet_list(problems, _MISSES_TOLD)
         )
-    distance = check_base(file, lambda path: sample_base(modules[path]) if path in modules else None)
-    if distance > 0.02:
+    distance = check_fingerprint(file, lambda path: module_fingerprint(modules[path]) if path in modules else None)
+    if distance > SAME_BASE:
         warnings.warn(
             f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "
             "quantised, or trained further? The adapter may not do what it did.",
@@ -159,8 +134,47 @@ def check_fit(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor] |
     return distance
 
 
+def _module_problems(
+    model: nn.Module, modules: Mapping[str, nn.Module], file: AdapterFile, resized: Mapping[str, Tensor]
+) -> list[str]:
+    """What stands against the file's updates of low rank: the module is missing, another kind, or another size."""
+    problems: list[str] = []
+    for path, tensors in file.modules.items():
+        module = modules.get(path)
+        if module is None:
+            close = nearest(path, modules) if len(problems) < _MISSES_TOLD else []
+            problems.append(f"{path}: no such module" + (f"; nearest: {close[0]}" if close else ""))
+        elif (reason := cannot_adapt(module)) is not None:
+            problems.append(f"{path}: {reason}")
+        elif isinstance(module, nn.Embedding) != tensors.embedding:
+            problems.append(f"{path}: the file and the model disagree whether this is an embedding")
+        else:
+            weight = resized.get(f"{path}.weight")
+            stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
+            expected = tuple(stored.shape)
+            made_for = (tensors.b.shape[0], tensors.a.shape[1])
+            if made_for != expected:
+                problems.append(f"{path}: made for a weight of {made_for} (out, in); here it is {expected}")
+            elif file.mlx and tensors.embedding and is_tied(model, module):
+                problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
+    return problems
+
+
+def _parameter_problems(model: nn.Module, parameters: Mapping[str, Tensor], file: AdapterFile) -> list[str]:
+    """What stands against whole parameters of the file: those trained in full, and copies of the base's."""
+    problems: list[str] = []
+    for key, tensor in {**file.base_copies, **file.full}.items():
+        if key not in parameters:
+            problems.append(f"{key}: no such parameter")
+        elif parameters[key].shape != tensor.shape:
+            problems.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(parameters[key].shape)} in the model")
+            if key in end_weights(model):
+                problems[-1] += " (with other numbers of tokens merge it, or load it onto a model without adapters)"
+    return problems
+
+
 def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
-    """Modules that the file's configuration targets and that its tensors leave out: a part of it is lost."""
+    """Modules that the file's configuration targets and its tensors leave out: part of the adapter is lost."""
     config = file.config
     if config.targets == "all-linear":
         return []

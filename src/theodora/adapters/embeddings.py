@@ -1,9 +1,7 @@
-"""What a file brings of the base model itself: embeddings and heads, resized or trained, that PEFT saved beside an
-adapter.
+"""Copies of the base's weights in a file: embeddings and heads, resized or trained, that PEFT saved with an adapter.
 
-PEFT writes them over the base's weights. Here the base keeps its weights, so that it is there without the adapter: only
-its number of tokens follows the file, and a copy that says something else is a parameter that the adapter trains in
-full.
+PEFT writes them over the base's weights. Here the base stays as it is without the adapter: it only takes the file's
+number of tokens, and a copy with other values becomes a parameter that the adapter trains in full.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from theodora.files.adapter import AdapterFile
+from theodora.files.fingerprint import OTHER_BASE
 from theodora.layers import AdapterLayer
 from theodora.layers.base_weights import FLOATS
 
 
-def grown_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
+def resized_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     """The weights (V', I) of embedding and output head for the number of tokens that a file brings; nothing is changed.
 
     Rows that the model has stay as they are; those of new tokens are the file's.
@@ -31,45 +30,45 @@ def grown_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
         the file's copy of the base says other things of the tokens that both have.
     """
     brought = {**file.full, **file.base_copies}  # a copy of the base's own goes before what replaces it
-    grown: dict[int, Tensor] = {}
+    resized: dict[int, Tensor] = {}
     ends = end_weights(model)
     for key, weight in ends.items():
         source = brought.get(key)
-        if source is None or id(weight) in grown:
+        if source is None or id(weight) in resized:
             continue
         if source.shape[1:] != weight.shape[1:] or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
             return {}
         if not len(source) or (key in file.base_copies and _another(source, weight)):
             return {}
-        grown[id(weight)] = torch.cat([weight.detach()[: len(source)], source[len(weight) :].to(weight)])
-    tokens = {len(weight) for weight in grown.values()}
-    if len(tokens) != 1 or any(id(weight) not in grown for weight in ends.values()):
+        resized[id(weight)] = torch.cat([weight.detach()[: len(source)], source[len(weight) :].to(weight)])
+    tokens = {len(weight) for weight in resized.values()}
+    if len(tokens) != 1 or any(id(weight) not in resized for weight in ends.values()):
         return {}
     if tokens == {len(weight) for weight in ends.values()}:
         return {}
-    return {key: grown[id(weight)] for key, weight in ends.items()}
+    return {key: resized[id(weight)] for key, weight in ends.items()}
 
 
-def grow_embeddings(model: Any, grown: Mapping[str, Tensor]) -> int | None:
-    """Give the model the weights of `grown_embeddings`, in place; the number of tokens, or None if nothing changed."""
-    if not grown:
+def resize_embeddings(model: Any, resized: Mapping[str, Tensor]) -> int | None:
+    """Give the model the weights of `resized_embeddings`, in place; the new number of tokens, None without any."""
+    if not resized:
         return None
-    tokens = len(next(iter(grown.values())))
+    tokens = len(next(iter(resized.values())))
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
-        for key, weight in grown.items():
+        for key, weight in resized.items():
             model.get_parameter(key).copy_(weight)
     return tokens
 
 
-def changed_copies_in_full(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor]) -> AdapterFile:
-    """The same file with copies that differ from the base, also of what is tied to them, among what it trains in full.
+def changed_copies_in_full(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor]) -> AdapterFile:
+    """The same file, with copies that differ from the base (and what is tied to them) as parameters trained in full.
 
-    A copy under a low-rank update of the same weight stays where it is: an adapter here is one or the other.
+    A copy of a weight that also has a low-rank update stays a copy: here an adapter is one or the other.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     full = dict(file.full)
-    for key in changed_copies(model, file, grown):
+    for key in changed_copies(model, file, resized):
         tied = [name for name, parameter in parameters.items() if parameter is parameters[key]]
         if not any(name.rpartition(".")[0] in file.modules for name in tied):
             for name in tied:
@@ -77,15 +76,15 @@ def changed_copies_in_full(model: nn.Module, file: AdapterFile, grown: Mapping[s
     return replace(file, full=full)
 
 
-def changed_copies(model: nn.Module, file: AdapterFile, grown: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the copies in a file that are more than the base's weights, rounded, and that nothing else replaces."""
+def changed_copies(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor]) -> list[str]:
+    """Paths of a file's copies that differ from the base's weights by more than rounding, and are not in `full`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return [
         key
         for key, copy in file.base_copies.items()
         if key not in file.full
         and key in parameters
-        and not _equal_but_for_rounding(grown.get(key, base_parameter(model, key)), copy)
+        and not _equal_but_for_rounding(resized.get(key, base_parameter(model, key)), copy)
     ]
 
 
@@ -99,10 +98,10 @@ def end_weights(model: Any) -> dict[str, nn.Parameter]:
 
 
 def _another(copy: Tensor, weight: Tensor) -> bool:
-    """Whether a copy of an embedding is of another model, by `check_base`'s measure, in the rows that both have."""
+    """Whether a copy of an embedding is of another model, as fingerprints measure it, in the rows that both have."""
     both = min(len(copy), len(weight))
     base = weight.detach()[:both].float()
-    return bool((copy[:both].to(base) - base).norm() > 0.5 * base.norm())
+    return bool((copy[:both].to(base) - base).norm() > OTHER_BASE * base.norm())
 
 
 def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
@@ -113,10 +112,10 @@ def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
 
 
 def base_parameter(model: nn.Module, key: str) -> Tensor:
-    """A parameter as the base has it, also while an adapter is merged; the base's own have to be in place."""
+    """A parameter as the base has it, also while an adapter is merged (within `originals_in_place`)."""
     module_path, _, name = key.rpartition(".")
     module = model.get_submodule(module_path)
     if isinstance(module, AdapterLayer) and name == "weight":
-        w_OI = module.base_weight_OI
+        w_OI = module.base_weight.dense()
         return w_OI.T if module.stored_transposed else w_OI
     return getattr(module, name)

@@ -1,8 +1,8 @@
-"""Heads of models for a task: classes, spans, scores. They are new when a model is made for the task from a language
-model, drawn at random and nowhere on disk, so that an adapter is nothing without them: they are trained in full.
+"""Heads of models for a task: classes, spans, scores.
 
-transformers marks the parameters that came from a checkpoint. PEFT trains `classifier`, `score` and `qa_outputs` in
-full for its task types, wherever they come from.
+When such a model is made from a language model its head is new: drawn at random, and on no disk. An adapter would be
+useless without it, so it is trained in full. transformers marks the parameters that came from a checkpoint, which tells
+what is new. PEFT trains `classifier`, `score` and `qa_outputs` in full for its task types, wherever they came from.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def task_type(model: nn.Module, adapted: list[str]) -> str | None:
         model: any.
         adapted: paths of the modules that have low-rank updates.
     """
-    found = _head_task(model)
-    if found is not None:
-        wrapped = PEFTS_HEADS[found]
-        return None if any(part in wrapped for path in adapted for part in path.split(".")) else found
+    task = _head_task(model)
+    if task is not None:
+        wrapped = PEFTS_HEADS[task]
+        return None if any(part in wrapped for path in adapted for part in path.split(".")) else task
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
     config: Any = getattr(model, "config", None)
@@ -95,8 +95,8 @@ def _around_backbone(model: nn.Module) -> list[str]:
 def _new_modules(model: nn.Module) -> list[str]:
     """Paths of modules whose weights came from no checkpoint, although most of the model's did.
 
-    Around the backbone they are heads of any kind. In the backbone only a task's own (BERT's pooler) are looked for,
-    and not embeddings, which have new rows after a change of the tokenizer.
+    Around the backbone any new module is a head. Within it only linear layers of a model for a task count (BERT's
+    pooler), not embeddings, which have new rows after a change of the tokenizer.
     """
     marked = {name: getattr(parameter, "_is_hf_initialized", False) for name, parameter in model.named_parameters()}
     if not isinstance(model, PreTrainedModel) or 2 * sum(marked.values()) < len(marked):
@@ -117,4 +117,4 @@ def _within(path: str, above: str) -> bool:
 def _reaches(model: nn.Module, config: AdapterConfig, path: str) -> bool:
     """Whether the targets, names or an expression, match a module or what stands within it."""
     inside = (f"{path}.{name}" if name else path for name, _ in model.get_submodule(path).named_modules())
-    return any(matches(config.targets, found, config.expressions) for found in inside)
+    return any(matches(config.targets, inner, config.expressions) for inner in inside)

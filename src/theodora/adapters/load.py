@@ -14,7 +14,7 @@ from torch import nn
 
 from theodora.adapters.biases import sums_of_biases
 from theodora.adapters.check import check_fit, low_rank_of
-from theodora.adapters.embeddings import changed_copies_in_full, grow_embeddings, grown_embeddings
+from theodora.adapters.embeddings import changed_copies_in_full, resize_embeddings, resized_embeddings
 from theodora.adapters.inject import add_adapter
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.new_tokens import tokens_before
@@ -74,14 +74,14 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     if read.left_out:
         warnings.warn(left_out_note(read), stacklevel=2)
     with originals_in_place(model):
-        # (the tensors of adapters that are there have the sizes of now)
-        grown = {} if state.configs else grown_embeddings(model, read)
-        file = changed_copies_in_full(model, read, grown)
+        # Adapters that are on the model have tensors of its present sizes: it is not resized under them.
+        resized = {} if state.configs else resized_embeddings(model, read)
+        file = changed_copies_in_full(model, read, resized)
         config = replace(original_config(file), **changes)
-        distance = check_fit(model, file, grown)
-        resized = bool(file.token_rows) and tokens_before(model) is not None
+        distance = check_fit(model, file, resized)
+        has_new_tokens = bool(file.token_rows) and tokens_before(model) is not None
         file = replace(file, full={**file.full, **sums_of_biases(model, file)})
-        tokens = grow_embeddings(model, grown)
+        tokens = resize_embeddings(model, resized)
         adapters = {module: low_rank_of(model, module, file, config) for module in file.modules}
         full = _full(model, file, full_parameters(model, config, state), read)
     read_or_bias = {key for key in file.full if key in read.full or key.endswith(".bias")}
@@ -89,7 +89,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
     rows = loaded_rows(model, file.token_rows, config)
     add_adapter(model, name, config, adapters, full, rows)
-    require_state(model).resized |= resized or tokens is not None
+    require_state(model).resized |= has_new_tokens or tokens is not None
     set_adapter(model, name)
     if not trainable:
         for parameter in model.parameters():
@@ -141,9 +141,9 @@ def original_config(file: AdapterFile) -> AdapterConfig:
 
 
 def _full(model: nn.Module, file: AdapterFile, named: Iterable[str], read: AdapterFile) -> dict[str, nn.Parameter]:
-    """The parameters trained in full: those `named`, and the copies among them that `read` has beside its adapter.
+    """The parameters trained in full: those that `named` lists, and those that were copies in the file `read`.
 
-    A copy that says the same of what is tied is the same parameter, which PEFT trains as one.
+    Equal copies of weights that are tied become one parameter, as PEFT trains them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     full: dict[str, nn.Parameter] = {}

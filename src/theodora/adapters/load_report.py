@@ -1,4 +1,4 @@
-"""What loading an adapter found, for people and for programs."""
+"""What was loaded with an adapter, for people and for programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from theodora.files.adapter import AdapterFile
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_adapter` found in a folder and put on the model: all of it, or it would have raised."""
+    """What `load_adapter` read from a folder and put on the model: all of it, or it would have raised."""
 
     name: str
     path: str
@@ -60,5 +60,5 @@ def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: flo
         full=tuple(sorted(file.full)),
         parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
         token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
-        base_distance=distance if file.probe else None,
+        base_distance=distance if file.fingerprint else None,
     )

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from theodora.adapters.merge_check import Probe, check_probes
+from theodora.adapters.merge_check import Unmerged, check_excess
 from theodora.adapters.state import Model, activate, active_name, adapter_layers, require_state, set_adapter
 from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.layers.float8 import Float8Layer
+from theodora.layers.swap import cannot_replace_weight
 
 
 def merge_adapter(model: Model, name: str | None = None) -> Model:
@@ -22,7 +23,7 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
 
     Each merged layer is held against the unmerged one on random inputs (`merge_check.py`).
 
-    The base weights are kept aside for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
+    The base weights stay in memory for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
 
     A base in float8 (`quantize_base`) is widened to the dtype it had: the result is the quantised base with the
@@ -36,7 +37,8 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         The same model.
 
     Raises:
-        ConfigError: there is no such adapter, or one is merged already.
+        ConfigError: there is no such adapter, one is merged already, or another library has taken the place of a weight
+            (by sharding it, say); nothing was changed.
         CheckpointError: a merged weight would not be finite, or would not do what the adapter does; nothing was
             changed.
     """
@@ -45,17 +47,18 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         raise ConfigError(f"Adapter {state.merged!r} is merged already; call unmerge_adapter(model) first.")
     name = active_name(state, name)
     layers = adapter_layers(model, name)
+    _check_places(model, name)
     if state.active != name:
         set_adapter(model, name)
     excess: dict[str, Tensor] = {}
     try:
         for path, layer in layers.items():
-            probe = Probe(layer)
+            unmerged = Unmerged(layer)
             layer.merge(name)
-            excess[path] = probe.excess(layer)
+            excess[path] = unmerged.excess(layer)
         merge_token_rows(model, name)
         _check_finite(model, name)
-        check_probes(excess)
+        check_excess(excess)
     except BaseException:
         for layer in layers.values():
             layer.unmerge()
@@ -70,6 +73,17 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     state.merged = name
     state.tied_before = _untie(model)
     return model
+
+
+def _check_places(model: nn.Module, name: str) -> None:
+    """Raise a ConfigError for the modules whose weight a merged one cannot replace."""
+    modules = {**adapter_layers(model, name), **token_layers(model, name)}
+    problems = [f"{path}: {why}" for path, module in modules.items() if (why := cannot_replace_weight(module))]
+    if problems:
+        raise ConfigError(
+            "The adapter cannot be merged into this model, and nothing was changed. Save it and merge the files "
+            "(merge_checkpoint), or merge it into a model as it is loaded:" + bullet_list(problems, 20)
+        )
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

@@ -1,12 +1,12 @@
 """A merge checks itself: the merged layer and the unmerged one do the same to random inputs.
 
 The unmerged output comes from the layer's own forward pass, by whatever kernels it runs, through the factored norm; the
-merged one from the dense weight. They may differ by rounding alone: a magnitude left out, a scale applied twice or a
-kernel gone wrong is far beyond it.
+merged one from the dense weight. Rounding is all that may differ. A magnitude left out, a scale applied twice or a
+kernel gone wrong makes a difference far beyond it.
 
-Every output feature is held by itself (for an embedding, every token), over T random inputs: the difference may be
-8 u times the larger of the merged output and g·‖W‖, what the base adds to it, with u half the spacing of the weight's
-dtype at 1. Rounding makes one to two u of it.
+Every output feature (of an embedding, every token) is compared by itself, over T random inputs. The norm of its
+difference may be 8 u times the larger of two norms: that of the merged output, and g·‖W‖, the base's share of it. Here
+u is half the spacing of the weight's dtype at 1, and rounding makes one to two u.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from theodora.layers import AdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.linear import GROUP
 
-_TOKENS = 16
-_UNITS = 8.0
+_TOKENS = 16  # T
+_UNITS = 8.0  # of u, see above
 
 
-class Probe:
-    """Random inputs of one layer, and what the unmerged layer makes of them."""
+class Unmerged:
+    """What an unmerged layer makes of random inputs: the merged layer is held against it."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
-        weight, adapter = layer.frozen_weight, layer.active
+        weight, adapter = layer.current_weight, layer.active
         assert adapter is not None
         self._dtype = layer.base_weight.dtype
         self._embedding = isinstance(layer, nn.Embedding)
-        self._x = _inputs(weight.shape[1], weight.device, self._embedding, self._dtype)
+        self._x = _inputs(weight.shape[1], self._embedding, self._dtype, weight.device)
         with torch.no_grad():
             self._adapted = _run(layer, self._x)
             scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
@@ -54,10 +54,10 @@ class Probe:
         return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else 0)
 
 
-def check_probes(excess: dict[str, Tensor]) -> None:
+def check_excess(excess: dict[str, Tensor]) -> None:
     """Raise a CheckpointError with every layer that does something else when it is merged."""
-    found = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
-    wrong = {path: value for path, value in zip(excess, found, strict=True) if not value <= 1}
+    values = torch.stack([value.cpu() for value in excess.values()]).tolist() if excess else []
+    wrong = {path: value for path, value in zip(excess, values, strict=True) if not value <= 1}
     if wrong:
         raise CheckpointError(
             "The merged weights do not do what base and adapter do together, so nothing was merged. This is a fault of "
@@ -72,7 +72,7 @@ def weight_excess(
     """The same for weights alone: how far x W'ᵀ is from the unmerged formula, as a share of what rounding allows."""
     wide = torch.promote_types(torch.promote_types(w_OI.dtype, merged_OI.dtype), torch.float32)
     w, a, b, merged = (t.to(wide) for t in (w_OI, a_RI, b_OR, merged_OI))
-    x = _inputs(w.shape[1], w.device, False, wide)
+    x = _inputs(w.shape[1], False, wide, w.device)
     base = w.norm(dim=1) * _TOKENS**0.5
     if magnitude_O is None:
         adapted = lora_linear(x, w, None, a, b, scale)
@@ -100,7 +100,7 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
 
 
-def _inputs(in_features: int, device: torch.device, embedding: bool, dtype: torch.dtype) -> Tensor:
+def _inputs(in_features: int, embedding: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if embedding:
         return torch.randint(in_features, (_TOKENS,), generator=generator).to(device)

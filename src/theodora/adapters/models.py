@@ -81,7 +81,7 @@ def load_model_and_tokenizer(
 
 @contextmanager
 def _named_by(adapter: str | Path | None, model: str | Path) -> Iterator[None]:
-    """Say of a model that does not load which adapter wants it, if it is not there."""
+    """If a model cannot be loaded because it is not here, add to the error which adapter names it."""
     try:
         yield
     except CheckpointError as error:
@@ -123,7 +123,7 @@ def load_model(
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
-        if is_adapter_folder(expanded(model)):  # transformers 5.17 minds it all the same
+        if is_adapter_folder(expanded(model)):  # transformers 5.17 looks at it in spite of `model_alone`
             why += "\nAn adapter lies beside the model; move its adapter_config.json into a folder of its own."
         raise CheckpointError(f"{model} does not load as a causal language model:{why}") from error
     loaded, info = result

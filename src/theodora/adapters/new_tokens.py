@@ -1,6 +1,7 @@
-"""New tokens: a model whose embeddings were resized, before an adapter came or after.
+"""New tokens: a model whose embeddings were resized, before it got an adapter or after.
 
-The base on disk has no rows for them. So the adapter trains and saves their rows, and its files bring the embeddings.
+The base on disk has no rows for them. So adapters train and save the rows of new tokens, and their files hold the
+embeddings, too.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ def tokens_before(model: Any) -> int | None:
     sizes = {len(weight) for weight in weights.values()}
     if sizes != {getattr(model.config.get_text_config(), "vocab_size", None)}:
         return None  # `resize_token_embeddings` keeps the two alike; some models have more rows from the start
-    found = _stored_tokens(model)
-    if found is None:
-        found = getattr(getattr(model, "base_model", None), "vocab_size", None)
-    return found if isinstance(found, int) and found not in sizes else None
+    before = _stored_tokens(model)
+    if before is None:
+        before = getattr(getattr(model, "base_model", None), "vocab_size", None)
+    return before if isinstance(before, int) and before not in sizes else None
 
 
 def new_token_indices(model: Any, config: AdapterConfig, adapted: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Module path -> tokens, of those that were added to the model and whose rows nothing else trains."""
+    """Module path -> tokens that were added to the model since it was loaded, and whose rows nothing else trains."""
     before = tokens_before(model)
     if before is None:
         return {}
-    found: dict[str, tuple[int, ...]] = {}
+    indices: dict[str, tuple[int, ...]] = {}
     for key, weight in end_weights(model).items():
         path = key.removesuffix(".weight")
         if path in adapted or matches(config.modules_to_save, path) or len(weight) <= before:
             continue
         module = model.get_submodule(path)
-        tied = any(other in found for other in tied_to(model, path, towards_embedding=True))
+        tied = any(other in indices for other in tied_to(model, path, towards_embedding=True))
         if not tied and cannot_have_rows(module) is None:
-            found[path] = tuple(range(before, len(weight)))
-    return found
+            indices[path] = tuple(range(before, len(weight)))
+    return indices
 
 
 class Resizer:
-    """Stands in for `model.resize_token_embeddings` while the model carries adapters: they train the new rows."""
+    """Takes the place of `model.resize_token_embeddings` while the model carries adapters, which train the new rows."""
 
     def __init__(self, model: Any, install: Callable[[nn.Module], None]) -> None:
         self.model, self.install = model, install
@@ -92,8 +93,8 @@ class Resizer:
         for weight in end_weights(model).values():
             weight.requires_grad_(False)
         for name, rows in held.items():
-            grown = _grown(model, rows, before, state.configs[name])
-            add_token_rows(model, name, grown, state.full[name])
+            resized = _rows_after_resize(model, rows, before, state.configs[name])
+            add_token_rows(model, name, resized, state.full[name])
         state.resized |= len(model.get_input_embeddings().weight) != before
         self.install(model)
         set_adapter(model, active)
@@ -115,23 +116,25 @@ def _check_free(model: Any, state: AdapterState) -> None:
         )
 
 
-def _grown(model: Any, rows: Mapping[str, TokenRows], before: int, config: AdapterConfig) -> dict[str, TokenRows]:
+def _rows_after_resize(
+    model: Any, rows: Mapping[str, TokenRows], before: int, config: AdapterConfig
+) -> dict[str, TokenRows]:
     """An adapter's rows after a resize: those it had, of tokens that are still there, and one for each new token."""
-    found: dict[str, TokenRows] = {}
+    after: dict[str, TokenRows] = {}
     for key, weight in end_weights(model).items():
         path = key.removesuffix(".weight")
         new = torch.arange(before, max(before, len(weight)), device=weight.device)
         had = rows.get(path)
-        if had is None and any(other in found for other in tied_to(model, path, towards_embedding=True)):
+        if had is None and any(other in after for other in tied_to(model, path, towards_embedding=True)):
             continue
         dtype = weight.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
         ids, values = [new], [weight.detach()[new].to(dtype)]
         if had is not None:
-            kept = had.ids < len(weight)
-            ids, values = [had.ids[kept], new], [had.rows.detach()[kept], values[0].to(had.rows.dtype)]
+            remain = had.ids < len(weight)
+            ids, values = [had.ids[remain], new], [had.rows.detach()[remain], values[0].to(had.rows.dtype)]
         if sum(map(len, ids)):
-            found[path] = TokenRows(torch.cat(ids), torch.cat(values).clone())
-    return found
+            after[path] = TokenRows(torch.cat(ids), torch.cat(values).clone())
+    return after
 
 
 def _parameters(model: nn.Module, state: AdapterState, name: str) -> list[Tensor]:
@@ -141,7 +144,7 @@ def _parameters(model: nn.Module, state: AdapterState, name: str) -> list[Tensor
 
 
 def _stored_tokens(model: Any) -> int | None:
-    """What the configuration that the model was loaded from says of its vocabulary, if it is on this machine."""
+    """The vocabulary's size in the configuration that the model was loaded from, if that is on this machine."""
     name = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not name:
         return None
@@ -150,8 +153,8 @@ def _stored_tokens(model: Any) -> int | None:
         if path.is_file():
             stored = parse_json(path.read_text(encoding="utf-8"))
             text = stored.get("text_config")
-            found = (text if isinstance(text, dict) else stored).get("vocab_size", stored.get("vocab_size"))
-            return found if isinstance(found, int) else None
+            size = (text if isinstance(text, dict) else stored).get("vocab_size", stored.get("vocab_size"))
+            return size if isinstance(size, int) else None
         if str(name).count("/") > 1:
             return None
         config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The parts of a vision-language model: the language model, and towers and projectors, which text does not reach."""
+"""Parts of a vision-language model: the language model, and the towers and projectors that text does not reach."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from torch import nn
 from theodora.adapters.state import Model, find_state
 from theodora.adapters.targets import frozen_linear
 from theodora.errors import ConfigError
-from theodora.files.base_probe import sample_weight
+from theodora.files.fingerprint import weight_fingerprint
 from theodora.layers import base_weight
 from theodora.layers.float8 import Float8Layer, quantize
 from theodora.layers.kinds import is_conv1d
 
 _MULTIPLE = 16  # the GPU's float8 products take sizes that are multiples of this
-_SAMPLE = "_theodora_sample"
+_FINGERPRINT = "_theodora_fingerprint"
 
 
 def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] = ()) -> Model:
@@ -60,16 +60,16 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
         )
     for path in paths:
         module = model.get_submodule(path)
-        sample = sample_weight(base_weight(module).dense())
+        fingerprint = weight_fingerprint(base_weight(module).dense())
         quantize(module, stored_transposed=is_conv1d(module))
-        setattr(module, _SAMPLE, sample)
+        setattr(module, _FINGERPRINT, fingerprint)
     return model
 
 
-def sample_base(module: nn.Module) -> list[float]:
-    """`sample_weight` of the base weight; that of the original where the weight was put into float8 since."""
-    original = module.__dict__.get(_SAMPLE)
-    return sample_weight(base_weight(module).dense()) if original is None else original
+def module_fingerprint(module: nn.Module) -> list[float]:
+    """`weight_fingerprint` of the base weight; of the original one, if it was put into float8 since."""
+    original = module.__dict__.get(_FINGERPRINT)
+    return weight_fingerprint(base_weight(module).dense()) if original is None else original
 
 
 def _quantizable(model: nn.Module, exclude: tuple[str, ...]) -> list[str]:

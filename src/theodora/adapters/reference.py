@@ -1,4 +1,4 @@
-"""The frozen twin of a policy: what preference and reward trainers compare it with."""
+"""The frozen twin of a policy, which preference trainers compare it with."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def shares_training(model: nn.Module, reference: nn.Module) -> bool:
 
 
 def _shared(model: nn.Module) -> Iterable[Any]:
-    """What the reference has in common with its policy: all that training leaves alone."""
+    """Tensors that the reference shares with its policy: all that training leaves alone."""
     state = require_state(model)
     own = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
     own |= {id(p) for full in state.full.values() for p in full.values()}
     frozen = [p for p in (*model.parameters(), *state.originals.values()) if id(p) not in own and not p.requires_grad]
     # bitsandbytes keeps the scales of a quantised weight beside it.
-    states = [found for p in frozen if (found := getattr(p, "quant_state", None)) is not None]
+    states = [quantised for p in frozen if (quantised := getattr(p, "quant_state", None)) is not None]
     return [*frozen, *states, *model.buffers()]
 
 
@@ -77,6 +77,6 @@ def _without_patches(twin: nn.Module) -> None:
     Accelerate's, which place a module on its device, are bound to the copy.
     """
     for module in twin.modules():
-        found = module.__dict__.get("forward")
-        if found is not None and not (hasattr(module, "_hf_hook") and isinstance(found, functools.partial)):
+        forward = module.__dict__.get("forward")
+        if forward is not None and not (hasattr(module, "_hf_hook") and isinstance(forward, functools.partial)):
             del module.__dict__["forward"]

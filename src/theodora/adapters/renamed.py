@@ -1,4 +1,4 @@
-"""An adapter's file under the names that the model at hand has for the same modules (see `synonyms.py`)."""
+"""An adapter's file with the module names of the model at hand, which may call them otherwise (see `synonyms.py`)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def left_out_note(file: AdapterFile) -> str:
 def in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """The same adapter under the names that `model` has for its modules.
 
-    What a file holds of a vision or audio tower, where the model is the language model alone, is left out, and stands
-    in `left_out`: text never reaches it. Names that the model does not have otherwise stay, for whoever checks the fit.
+    Where the model is a language model alone, what a file holds of a vision or audio tower is left out and named in
+    `left_out`: text never reaches it. Other names that the model does not have stay, for `check_fit` to complain of.
 
     Args:
         model: perhaps with adapters on it.
@@ -91,17 +91,18 @@ def under_names(file: AdapterFile, modules: Iterable[str], parameters: Iterable[
                 have.find(name) or name for name in file.full_names if not (text_only and of_another_part(name))
             )
         ),
-        probe=None
-        if file.probe is None
-        else {lowered.get(path, path): values for path, values in file.probe.items() if path not in left_out},
+        fingerprint=None
+        if file.fingerprint is None
+        else {lowered.get(path, path): values for path, values in file.fingerprint.items() if path not in left_out},
         left_out=tuple(left_out),
     )
 
 
 def _targets(config: AdapterConfig, lowered: Mapping[str, str], modules: list[str]) -> tuple[str, ...]:
-    """The paths that the targets mean in a model with other names: those of the file, and what short names select.
+    """The paths that the targets mean in a model with other names: the file's modules, and what short names select.
 
-    Short names hold for the language model alone, since the model that the file was made on may have had no other part.
+    A short name selects in the language model alone, unless the file has modules of other parts: the model that the
+    file was made on may have been nothing else.
     """
     wanted = set(lowered.values())
     if isinstance(config.targets, tuple) and not config.exclude:
@@ -124,4 +125,4 @@ def _check_distinct(file: AdapterFile, renamings: Iterable[Mapping[str, str]]) -
         taken: dict[str, str] = {}
         twice = [f"{old} and {taken[new]}" for old, new in names.items() if taken.setdefault(new, old) != old]
         if twice:
-            raise CheckpointError(f"{file.path} holds modules under two names each:" + bullet_list(twice[:12]))
+            raise CheckpointError(f"{file.path} holds modules under two names each:" + bullet_list(twice, 12))

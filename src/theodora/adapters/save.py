@@ -1,4 +1,4 @@
-"""Writing a model's adapter into PEFT's files (`files/adapter.py` has the format)."""
+"""Saving an adapter of a model in PEFT's files (`files/adapter.py` has the format)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.embeddings import base_parameter, end_weights
 from theodora.adapters.heads import task_type
-from theodora.adapters.quantize import sample_base
+from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.state import AdapterState, active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.targets import saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
@@ -20,10 +20,9 @@ from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
-from theodora.files.base_probe import probe_base
-from theodora.files.distrust import METADATA_KEY
+from theodora.files.fingerprint import base_fingerprint
 from theodora.files.finite import not_finite
-from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
 from theodora.files.read_back import save_tensors, write_text
 from theodora.files.token_rows import DELTA
@@ -62,13 +61,27 @@ def save_adapter(
         METADATA_KEY: json.dumps(_metadata(model, state.configs[name], name)),
         HASHES_KEY: hashes_of_adapter(tensors, config),
     }
-    path = Path(path)
+    write_adapter(Path(path), WEIGHTS_NAME, tensors, metadata, config)
+
+
+def write_adapter(
+    path: Path, weights_name: str, tensors: dict[str, Tensor], metadata: dict[str, str], config: str
+) -> None:
+    """Write the two files of an adapter: as a new folder, or each whole into one that is there.
+
+    Args:
+        path: the folder; other files in it are left alone.
+        weights_name: of the file of tensors.
+        tensors: finite ones, on the CPU.
+        metadata: of that file's header.
+        config: the text of adapter_config.json.
+    """
     if not path.exists():
         with atomic_directory(path) as folder:
-            save_tensors(tensors, folder / WEIGHTS_NAME, metadata, checked=True)
+            save_tensors(tensors, folder / weights_name, metadata, checked=True)
             write_text(folder / CONFIG_NAME, config)
         return
-    with atomic_write(path / WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
+    with atomic_write(path / weights_name) as weights, atomic_write(path / CONFIG_NAME) as configuration:
         save_tensors(tensors, weights, metadata, checked=True)
         write_text(configuration, config)
 
@@ -131,12 +144,12 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
 
 def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     layers, state = adapter_layers(model, name), require_state(model)
-    if state.resized:  # the base on disk has other rows of them
+    if state.resized:  # the base on disk has embeddings of another size: they recognise nothing
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
     with originals_in_place(model):
-        return {"starts": starts_from_weight(config), "init": config.init, "probe": probe_of(layers)}
+        return {"starts": starts_from_weight(config), "init": config.init, FINGERPRINT_KEY: layers_fingerprint(layers)}
 
 
-def probe_of(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
-    """A few values of the base weights of an adapter's layers, by which another base model is recognised."""
-    return probe_base(list(layers), lambda path: sample_base(layers[path]))
+def layers_fingerprint(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
+    """The fingerprint of the base weights under an adapter's layers."""
+    return base_fingerprint(list(layers), lambda path: module_fingerprint(layers[path]))

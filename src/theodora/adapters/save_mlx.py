@@ -4,7 +4,7 @@
     <path>.lora_b    (R, O)     Bᵀ
     <path>.m         (O,)       DoRA's magnitude
 
-One rank and one scale hold for all modules. `load_adapter` reads such folders through the same checks as PEFT's.
+All modules have one rank and one scale. `load_adapter` reads such folders through the same checks as PEFT's.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from theodora.adapters.check import is_tied
-from theodora.adapters.save import probe_of
+from theodora.adapters.save import layers_fingerprint, write_adapter
 from theodora.adapters.state import active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import own_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
-from theodora.files.atomic import atomic_directory, atomic_write
-from theodora.files.distrust import METADATA_KEY
 from theodora.files.finite import not_finite
 from theodora.files.mlx import to_mlx_name
-from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
-from theodora.files.read_back import save_tensors, write_text
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
-from theodora.layers.token_rows import own_weight
+from theodora.layers.token_rows import unmerged_weight
 
 
 def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -67,7 +64,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
             problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")
         if problems:
             raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
-        probe = probe_of(layers)
+        fingerprint = layers_fingerprint(layers)
     adapters: dict[str, Any] = {at: layer.adapters[name] for at, layer in layers.items()}
     rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale
@@ -91,15 +88,8 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
         },
     }
     config = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    metadata = {"format": "mlx", METADATA_KEY: json.dumps({"probe": probe})}
-    if not path.exists():
-        with atomic_directory(path) as folder:
-            save_tensors(tensors, folder / MLX_WEIGHTS_NAME, metadata, checked=True)
-            write_text(folder / CONFIG_NAME, config)
-        return
-    with atomic_write(path / MLX_WEIGHTS_NAME) as weights, atomic_write(path / CONFIG_NAME) as configuration:
-        save_tensors(tensors, weights, metadata, checked=True)
-        write_text(configuration, config)
+    metadata = {"format": "mlx", METADATA_KEY: json.dumps({FINGERPRINT_KEY: fingerprint})}
+    write_adapter(path, MLX_WEIGHTS_NAME, tensors, metadata, config)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -126,11 +116,11 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
             return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"
         if is_tied(model, layer):
             return "MLX would adapt the output head with it, whose weight it shares"
-    elif layer is head and embedding is not None and own_weight(layer) is own_weight(embedding):
+    elif layer is head and embedding is not None and unmerged_weight(layer) is unmerged_weight(embedding):
         return "its weight is the embedding's, and MLX then has no such layer"
     if adapter.magnitude is not None:
         a, b = adapter.factors()
-        if bool((dora_norm(layer.base_weight_OI, a, b, adapter.scale) == 0).any()):
+        if bool((dora_norm(layer.base_weight.dense(), a, b, adapter.scale) == 0).any()):
             return "an adapted row is all zeros, for which MLX divides by zero"
     return None
 
@@ -149,5 +139,5 @@ def _tensors(path: str, adapter: Any, rank: int, scale: float) -> dict[str, Tens
 
 def mlx_key(path: str) -> str:
     """The name by which mlx-lm finds a module: within its block, or else from the top."""
-    found = re.search(r"\.\d+\.", path)
-    return path[found.end() :] if found else path
+    number = re.search(r"\.\d+\.", path)
+    return path[number.end() :] if number else path

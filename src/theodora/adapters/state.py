@@ -1,6 +1,6 @@
-"""What a model carries, and which of it runs.
+"""Which adapters a model carries, and which of them runs.
 
-It is noted on the model itself, so that it travels with copies of it.
+The record is an attribute of the model itself, so that it travels with copies of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from theodora.layers import AdapterLayer, LowRank, base_weight, start_norm
 Model = TypeVar("Model", bound=nn.Module)
 
 STATE = "_theodora"
-_ROWS = 1024  # of a weight that are looked at together, in float64
+_ROWS = 1024  # of a weight that are copied to float64 at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,7 +75,7 @@ def set_adapter(model: Model, name: str | None) -> Model:
 
 @contextmanager
 def originals_in_place(model: nn.Module) -> Iterator[None]:
-    """Put the base model's parameters where an adapter's own, trained in full, stand now."""
+    """Within the block the base's parameters are in the places of those that an adapter trains in full."""
     state = find_state(model)
     if state is None:
         yield
@@ -141,7 +141,7 @@ def require_state(model: nn.Module, name: str | None = None) -> AdapterState:
 
 
 def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
-    """Switch what runs, and leave alone what trains."""
+    """Let the adapter `name` run (None: the base alone); which parameters ask for gradients stays."""
     for layer in adapter_layers(model).values():
         layer.active_adapter = name
     switch_token_rows(model, name)
@@ -204,7 +204,7 @@ def new_low_rank(
 def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig) -> Tensor:
     if config.init != "orthogonal":
         return start_norm(module, adapter)
-    # B·A is zero and B is not: the factored norm's rounding of what cancels is not to be kept.
+    # B·A is zero although B is not. The factored norm would round what cancels, and the magnitude would start wrong.
     w_OI = base_weight(module).dense()
     device = "cpu" if w_OI.device.type == "mps" else None
     a, b = (factor.to(device, torch.float64) for factor in adapter.factors())

@@ -1,4 +1,4 @@
-"""Another adapter's weights in a running model: same modules, same memory, nothing compiled or recorded anew."""
+"""Another adapter's weights in the memory of one that runs: nothing has to be compiled or recorded anew."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from theodora.adapters.renamed import in_names_of
 from theodora.adapters.state import adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_to_write
 from theodora.config import AdapterConfig
-from theodora.errors import CheckpointError, ConfigError, bullet_list, some
+from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, adapter_of, read_adapter
 from theodora.files.finite import finite
 from theodora.files.names import KEY_PREFIX
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
 
+_MISSES_TOLD = 20
 _Writes = list[tuple[Tensor, Tensor]]
 
 
@@ -89,7 +90,8 @@ def swap_adapter_weights(
             problems.append(f"{key}: trained in full in this adapter, not in the other one")
         else:
             writes.append((parameter, file.full.get(key, state.originals[key])))
-    writes += rows_to_write(model, name, file.token_rows, problems, "in the other adapter than in this one")
+    row_writes, row_problems = rows_to_write(model, name, file.token_rows, "in the other adapter than in this one")
+    writes, problems = writes + row_writes, problems + row_problems
     problems += [
         f"a tensor of {tuple(mine.shape)}: values that are not finite in {mine.dtype}"
         for mine, theirs in writes
@@ -97,7 +99,7 @@ def swap_adapter_weights(
     ]
     if problems:
         raise CheckpointError(
-            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(some(problems))
+            f"The adapter cannot take the place of {name!r}; nothing was changed:" + bullet_list(problems, _MISSES_TOLD)
         )
     with torch.no_grad():
         for mine, theirs in writes:
@@ -126,7 +128,7 @@ def _write(
 ) -> str | None:
     """Note what goes where in one layer, or say why it cannot."""
     adapter: Any = layer.adapters[name]
-    w_OI = layer.base_weight_OI
+    w_OI = layer.base_weight.dense()
     wide = wide_dtype(w_OI.dtype)
     start: list[Tensor] = [] if adapter.start_A is None else [adapter.start_A]
     room = sum(a.shape[0] for a in (adapter.lora_A, *start))

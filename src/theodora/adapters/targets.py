@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter touches. Names and patterns match as in PEFT, so that files mean the same."""
+"""Which modules of a model an adapter is put on. Names and patterns match as in PEFT, so that files mean the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from theodora.layers import AdapterLayer, cannot_adapt
 from theodora.layers.kinds import is_conv1d, is_linear
 from theodora.paths import PathPattern, endings, matches, nearest
 
-_TOLD = 20
+_TOLD = 20  # unknown names that an error tells
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -203,7 +203,7 @@ def _excluded(config: AdapterConfig, path: str, modules: Mapping[str, nn.Module]
 
 
 def _unknown_of(names: tuple[str, ...], modules: Mapping[str, nn.Module]) -> list[str]:
-    """What to say of names that no module has; for the first of them with the nearest there are, which takes time."""
+    """What to say of names that no module has. Only the first get suggestions: looking for near names takes time."""
     known = {ending for path in modules for ending in endings(path)}
     unknown = [name for name in names if name not in known]
     more = [f"and {len(unknown) - _TOLD:,} more names that no module has"] if len(unknown) > _TOLD else []

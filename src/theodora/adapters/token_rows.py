@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.files.token_rows import RowTensors
-from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, own_weight
+from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, unmerged_weight
 from theodora.paths import matches
 
 
@@ -32,34 +32,37 @@ def token_layers(model: nn.Module, name: str | None = None) -> dict[str, TokenRo
 
 def own_rows(model: nn.Module, name: str) -> dict[str, TokenRows]:
     """Module path -> an adapter's rows; those that two modules share once, by the first."""
-    found: dict[str, TokenRows] = {}
+    own: dict[str, TokenRows] = {}
     for path, layer in token_layers(model, name).items():
         rows: Any = layer.token_rows[name]
-        if all(rows is not other for other in found.values()):
-            found[path] = rows
-    return found
+        if all(rows is not other for other in own.values()):
+            own[path] = rows
+    return own
 
 
 def rows_to_write(
-    model: nn.Module, name: str, brought: Mapping[str, RowTensors], problems: list[str], where: str
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """An adapter's rows with those that are to take their place; what does not match goes to `problems`.
+    model: nn.Module, name: str, file_rows: Mapping[str, RowTensors], where: str
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
+    """An adapter's rows, each with the values that are to take its place; and what does not match.
 
     Args:
         model: carries the adapter.
         name: the adapter's.
-        brought: module path -> the rows of a file.
-        problems: gets a line for each module with rows of other tokens.
-        where: the two places, for these lines.
+        file_rows: module path -> the rows of a file.
+        where: the two places that are compared, for the complaints.
+
+    Returns:
+        The pairs, and a complaint about each module with rows of other tokens.
     """
     mine, pairs = own_rows(model, name), list[tuple[nn.Parameter, Tensor]]()
-    for path in sorted(mine.keys() | brought.keys()):
-        own, other = mine.get(path), brought.get(path)
+    problems: list[str] = []
+    for path in sorted(mine.keys() | file_rows.keys()):
+        own, other = mine.get(path), file_rows.get(path)
         if own is None or other is None or tuple(own.ids.tolist()) != other.ids:
             problems.append(f"{path}: other tokens have rows of their own {where}")
         else:
             pairs.append((own.rows, other.rows))
-    return pairs
+    return pairs, problems
 
 
 def new_rows(
@@ -76,9 +79,8 @@ def new_rows(
     Raises:
         ConfigError: a module or a token is not there, or cannot have rows of its own.
     """
-    problems: list[str] = []
-    found: dict[str, TokenRows] = {}
-    wanted = named_indices(model, config.trainable_token_indices, problems)
+    new: dict[str, TokenRows] = {}
+    wanted, problems = _named_indices(model, config.trainable_token_indices)
     for path, ids in added.items():
         wanted[path] = tuple(dict.fromkeys((*wanted.get(path, ()), *ids)))
     for path, ids in wanted.items():
@@ -96,10 +98,10 @@ def new_rows(
         if reason is not None:
             problems.append(f"{path}: {reason}")
         else:
-            found[path] = _rows(module, ids, module.weight.detach()[torch.tensor(ids)], config)
+            new[path] = _rows(module, ids, module.weight.detach()[torch.tensor(ids)], config)
     if problems:
         raise ConfigError("trainable_token_indices does not fit this model:" + bullet_list(problems))
-    return found
+    return new
 
 
 def loaded_rows(model: nn.Module, file_rows: Mapping[str, RowTensors], config: AdapterConfig) -> dict[str, TokenRows]:
@@ -152,51 +154,55 @@ def unmerge_token_rows(model: nn.Module) -> None:
         layer.unmerge_rows()
 
 
-def named_indices(
-    model: nn.Module, indices: Mapping[str, Sequence[int]] | Sequence[int], problems: list[str]
-) -> dict[str, tuple[int, ...]]:
-    """Module path -> token ids, of `trainable_token_indices` as PEFT reads it; complaints go to `problems`.
+def _named_indices(
+    model: nn.Module, indices: Mapping[str, Sequence[int]] | Sequence[int]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Module path -> token ids, of `trainable_token_indices` as PEFT reads it; and what is wrong with them.
 
     A list is of the input embedding. A head that shares the embedding's weight, with the same tokens, is left out: it
     has the embedding's rows.
     """
     if not indices:
-        return {}
+        return {}, []
     if not isinstance(indices, Mapping):
         get: Any = getattr(model, "get_input_embeddings", None)
         embedding = get() if get is not None else None
         path = next((path for path, module in model.named_modules() if module is embedding), None)
         if path is None:
-            problems.append("a list of tokens is of the input embedding, which this model does not name; name a module")
-            return {}
-        return {path: tuple(dict.fromkeys(indices))}
-    found: dict[str, tuple[int, ...]] = {}
+            why = "a list of tokens is of the input embedding, which this model does not name; name a module"
+            return {}, [why]
+        return {path: tuple(dict.fromkeys(indices))}, []
+    named: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, ids in indices.items():
         paths = [path for path, module in modules.items() if matches((name,), path) and hasattr(module, "weight")]
         if not paths:
             problems.append(f"{name}: no such module")
-        found |= dict.fromkeys(paths, tuple(dict.fromkeys(ids)))
-    for path in list(found):
-        if any(found.get(path) == found.get(other) for other in tied_to(model, path, towards_embedding=True)):
-            del found[path]
-    return found
+        named |= dict.fromkeys(paths, tuple(dict.fromkeys(ids)))
+    for path in list(named):
+        if any(named.get(path) == named.get(other) for other in tied_to(model, path, towards_embedding=True)):
+            del named[path]
+    return named, problems
 
 
 def tied_to(model: nn.Module, path: str, *, towards_embedding: bool = False) -> list[str]:
-    """Paths of the other modules that share a module's weight, if it is the input embedding; or the other way round."""
+    """Paths of the modules that share the weight of the input embedding, if `path` is that embedding.
+
+    With `towards_embedding` the other way round: the path of the embedding, if the module shares its weight.
+    """
     get: Any = getattr(model, "get_input_embeddings", None)
     embedding: Any = get() if get is not None else None
     module: Any = model.get_submodule(path)
     if embedding is None or (module is embedding) is towards_embedding:
         return []
-    weight = own_weight(module)
+    weight = unmerged_weight(module)
     return [
         other
         for other, candidate in model.named_modules()
         if candidate is not module
         and isinstance(candidate, nn.Embedding | nn.Linear)
-        and own_weight(candidate) is weight
+        and unmerged_weight(candidate) is weight
         and (candidate is embedding or not towards_embedding)
     ]
 

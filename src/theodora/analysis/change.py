@@ -3,8 +3,8 @@
     ΔM = mean over the rows of | ‖w'‖ − ‖w‖ |         ΔD = mean over the rows of 1 − cos(w', w)     (arXiv 2402.09353)
 
 The paper writes weights transposed and speaks of columns; rows are the output features here, as everywhere in
-Theodora. Everything is computed in float64, and 1 − cos as half the square of the distance between the unit rows: as
-it is written it would lose all digits where a row hardly turned.
+Theodora. Everything is computed in float64. 1 − cos is computed as half the squared distance between the unit rows:
+the difference itself would lose all digits where a row hardly turned.
 
 Shapes: O out features, I in features, R rank; `w_OI` is (O, I).
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from theodora.files.adapter import AdapterTensors
+from theodora.files.finite import finite
 from theodora.functional import merged_weight
 
 # Rows are widened to float64 in pieces of this many elements (32 MB).
@@ -66,13 +67,13 @@ def adapter_change(w_OI: Tensor, tensors: AdapterTensors, *, rank: bool = True) 
         return replace(change, effective_rank=effective_rank(low_rank_values(tensors)))
     if w_OI.numel() > _LARGEST:
         return _change(merged)
-    kept: list[Tensor] = []
-    return _with_rank(_change(_keeping(merged, kept)), torch.cat(kept))
+    differences: list[Tensor] = []
+    return _with_rank(_change(_noting(merged, differences)), torch.cat(differences))
 
 
 def effective_rank(values_R: Tensor) -> float:
     """e to the entropy of singular values as shares of their sum: 3 for three equal ones; 0 if all are zero."""
-    if not bool(torch.isfinite(values_R).all()):
+    if not finite(values_R):
         return math.nan
     positive = values_R[values_R > 0]
     shares = positive / positive.sum()
@@ -93,7 +94,7 @@ def singular_values(difference_OI: Tensor) -> Tensor:
     """
     tall = difference_OI.shape[0] > difference_OI.shape[1]
     largest = difference_OI.abs().max() if difference_OI.numel() else difference_OI.new_zeros(())
-    if not bool(torch.isfinite(largest)) or not bool(largest):
+    if not finite(largest) or not bool(largest):
         return difference_OI.new_full((min(difference_OI.shape),), float(largest))
     d = (difference_OI / largest).T if tall else difference_OI / largest  # so that no square leaves float64
     squares = torch.linalg.eigvalsh(d @ d.T)
@@ -129,10 +130,10 @@ def _with_rank(change: WeightChange, difference_OI: Tensor | None) -> WeightChan
     return replace(change, effective_rank=rank)
 
 
-def _keeping(pairs: Iterator[tuple[Tensor, Tensor]], kept: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pass pieces on, and remember their differences."""
+def _noting(pairs: Iterator[tuple[Tensor, Tensor]], differences: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pass the pieces on, and note the difference of each."""
     for before, after in pairs:
-        kept.append(after - before)
+        differences.append(after - before)
         yield before, after
 
 

@@ -11,7 +11,7 @@ _Z = 1.959964  # of a 95 % interval
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of the modules of one kind. None is what cannot be known: too few layers, or none moved."""
+    """How ΔD and ΔM of the modules of one kind go together. None where too few layers, or none that moved, can tell."""
 
     kind: str
     points: int

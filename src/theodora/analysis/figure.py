@@ -1,4 +1,4 @@
-"""A heat map of an adapter: layers across, kinds of layers down, colour for how far the rows moved."""
+"""A heat map of an adapter: one column for each layer, one row for each kind, colour for how far the rows moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from theodora.analysis.inspection import AdapterReport, ModuleReport
 from theodora.errors import ConfigError
 from theodora.files.atomic import atomic_write
-from theodora.shown import in_figure
+from theodora.safe_text import in_figure
 
 FORMATS = ("png", "svg", "pdf")
 

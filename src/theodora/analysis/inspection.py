@@ -16,10 +16,10 @@ from theodora.analysis.movement import Movement, measure, update_norm
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.base_probe import check_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.folder import read_file
 from theodora.files.ours import changes, described
-from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
 from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
 
@@ -79,7 +79,7 @@ class Group:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `inspect_adapter` found."""
+    """What an adapter folder holds, and how far the adapter moved its base."""
 
     path: str
     method: str
@@ -97,7 +97,7 @@ class AdapterReport:
     dtype: str
     base_model: str | None
     base_folder: str | None
-    """Where the base was found; None if it was not."""
+    """Where the base lies; None if it is not on this machine."""
     base_parameters: int | None
     modules: tuple[ModuleReport, ...]
     full: tuple[FullReport, ...]
@@ -112,7 +112,7 @@ class AdapterReport:
     """Whether the adapter's folder is as it was written."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON: numbers that are none (no rows to take a mean of) become None."""
+        """The report as plain values, for JSON: NaN (the mean of no rows) becomes None."""
         return plain(asdict(self))
 
 
@@ -177,8 +177,8 @@ def inspect_adapter(
 
 
 def _changes(folder: Path) -> list[str]:
-    found = changes(folder)
-    return [f"The adapter is not as it was written: {'; '.join(found)}."] if found else []
+    differences = changes(folder)
+    return [f"The adapter is not as it was written: {'; '.join(differences)}."] if differences else []
 
 
 def _open_base(
@@ -194,7 +194,7 @@ def _open_base(
             raise
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
-    distance = check_base(file, lambda path: sample_base(base, path))
+    distance = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "
@@ -213,7 +213,7 @@ def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:
 
 
 def _module(path: str, kind: str, tensors: AdapterTensors, base: BaseCheckpoint | None) -> ModuleReport:
-    w_OI = base_weight(base, path) if base is not None else None
+    w_OI = weight_on_disk(base, path) if base is not None else None
     moved = measure(w_OI, tensors) if w_OI is not None else None
     trained = [tensor for tensor in (tensors.a, tensors.b, tensors.magnitude) if tensor is not None]
     return ModuleReport(
@@ -283,7 +283,7 @@ def _largest(values: Iterable[float | None]) -> float | None:
 
 
 def _suspicions(file: AdapterFile, modules: tuple[ModuleReport, ...]) -> list[str]:
-    """What a sound, trained adapter does not have."""
+    """Signs that the adapter was not trained, or is damaged."""
     warnings = []
     idle = [module for module in modules if _is_idle(file, file.modules[module.path])]
     if idle:
@@ -294,7 +294,7 @@ def _suspicions(file: AdapterFile, modules: tuple[ModuleReport, ...]) -> list[st
             f"{_of(resting, modules)} trained as plain LoRA: the magnitudes never moved from the norms of the base "
             "rows. Were they reset on loading or left out of the optimizer?"
         )
-    broken = [module for module in modules if any(v is not None and not math.isfinite(v) for v in _figures(module))]
+    broken = [module for module in modules if any(v is not None and not math.isfinite(v) for v in _measures(module))]
     if broken:
         warnings.append(
             f"The base weights of {len(broken)} modules hold NaN or infinite values, {broken[0].path} first."
@@ -308,7 +308,7 @@ def _of(some: list[ModuleReport], modules: tuple[ModuleReport, ...]) -> str:
     return f"{len(some)} of {len(modules)} modules ({some[0].path} first) {'is' if len(some) == 1 else 'are'}"
 
 
-def _figures(module: ModuleReport) -> tuple[float | None, ...]:
+def _measures(module: ModuleReport) -> tuple[float | None, ...]:
     return (module.relative_update, module.magnitude_max, module.angle_max)
 
 
@@ -331,7 +331,7 @@ def _training(folder: Path) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """A report as JSON takes it: tuples become lists, numbers that are none None, what it does not know text."""
+    """A report's values as JSON takes them: lists for tuples, None for NaN and infinity, text for any other type."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
 """How far an adapter has moved the rows of one weight: in length (magnitude) and in direction.
 
-Each output row w of the base becomes w + d with d = s·(B·A)'s row, and with DoRA it is given the length m. What is
-asked is |w + d| or m against |w|, and the angle between w and w + d. Neither needs B·A in full:
+Each output row w of the base becomes w + d, where d is the row of s·B·A; DoRA then gives it the length m. Measured are
+the new length (|w + d|, or m) against |w|, and the angle between w and w + d. Neither needs B·A in full:
 
     ⟨w, d⟩ = s·rowsum(B ⊙ (W Aᵀ))        |d|² = s²·rowsum((B·(A Aᵀ)) ⊙ B)
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from theodora.files.adapter import AdapterTensors
 from theodora.functional import row_norm_squared
 
-# Below this relative change, magnitudes are compared with those of the base rounded to bfloat16 as well: training
-# may have begun from that. Rounding moves a row's norm by far less.
+# Magnitudes that differ from the base's norms by less than this are also compared with the norms of the base rounded to
+# bfloat16, from which training may have begun. Rounding moves a norm by far less.
 _PERHAPS_ROUNDED = 5e-3
 # Two ways of computing a float32 norm agree to about 1e-6.
 _SAME = 1e-5

@@ -17,13 +17,12 @@ from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.base_probe import check_base
-from theodora.merging.plan import SAME_BASE, base_weight, plan_merge, sample_base
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint
+from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
-# Further apart than this, a model was hardly trained from that base.
-_ANOTHER_MODEL = 0.5
+_ANOTHER_MODEL = 0.5  # mean ‖W' − W‖ / ‖W‖; a model further away than this was hardly trained from that base
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What `inspect_run` found."""
+    """How far a run moved its base, checkpoint by checkpoint."""
 
     path: str
     method: str
@@ -83,7 +82,7 @@ class RunReport:
         return list(dict.fromkeys(module.kind for module in self.last.modules))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON: numbers that are none become None."""
+        """The report as plain values, for JSON: NaN becomes None."""
         return plain(asdict(self))
 
 
@@ -125,21 +124,21 @@ def inspect_run(
         if not paths:
             raise CheckpointError(f"{folder} changed no weight of a layer, so there is nothing to compare.")
         kinds = layer_kinds(paths)
-        found: list[list[ModuleChange]] = [[] for _ in states]
+        changes: list[list[ModuleChange]] = [[] for _ in states]
         for done, name in enumerate(paths):
             if progress is not None:
                 progress(done, len(paths))
-            w_OI = base_weight(base, name)
+            w_OI = weight_on_disk(base, name)
             if w_OI is None:
                 raise CheckpointError(f"{base.folder} does not store the weight of {name} as one tensor.")
-            for modules, names, source in zip(found, wanted, sources, strict=True):
+            for modules, names, source in zip(changes, wanted, sources, strict=True):
                 if name in names:
                     change = _change(source, name, w_OI, rank)
                     shape = (w_OI.shape[0], w_OI.shape[1])
                     modules.append(ModuleChange(name, kinds[name], layer_index(name), shape, **vars(change)))
     checkpoints = [
         Checkpoint(state.label, state.step, str(state.folder), tuple(modules))
-        for state, modules in zip(states, found, strict=True)
+        for state, modules in zip(states, changes, strict=True)
     ]
     checkpoints = _without_twins(checkpoints, notes)
     warnings += _suspicions(checkpoints)
@@ -199,7 +198,7 @@ def _modules(
             )
         return matching_modules(base, source, notes)
     plan_merge(base, source, None)
-    distance = check_base(source, lambda path: sample_base(base, path))
+    distance = check_fingerprint(source, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those that {state.label} was trained on (quantised, "
@@ -209,18 +208,18 @@ def _modules(
 
 
 def _trained_in_full(base: BaseCheckpoint, file: AdapterFile, notes: list[str]) -> set[str]:
-    """The modules beside an adapter whose weights it replaces."""
-    found: set[str] = set()
+    """The modules whose weights an adapter replaces, beside those that it updates."""
+    replaced: set[str] = set()
     for name, tensor in file.full.items():
         module = name.removesuffix(".weight")
-        w_OI = base_weight(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
+        w_OI = weight_on_disk(base, module) if name.endswith(".weight") and tensor.ndim == 2 else None
         if w_OI is None or module in file.modules:
             continue
         if w_OI.numel() == tensor.numel():
-            found.add(module)
+            replaced.add(module)
         else:
             notes.append(f"{name} has another shape than in the base (new tokens?): left out.")
-    return found
+    return replaced
 
 
 def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bool) -> WeightChange:
@@ -230,22 +229,22 @@ def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bo
         tuned = source.full[f"{name}.weight"]
         # Stored as in the model: the other way round for embeddings and Conv1D.
         return tuned_change(w_OI, tuned if tuned.shape == w_OI.shape else tuned.T, rank=rank)
-    tuned = base_weight(source, name)
+    tuned = weight_on_disk(source, name)
     if tuned is None:
         raise CheckpointError(f"{source.folder} does not store the weight of {name} as one tensor.")
     return tuned_change(w_OI, tuned, rank=rank)
 
 
 def _without_twins(checkpoints: list[Checkpoint], notes: list[str]) -> list[Checkpoint]:
-    """Trainers leave the result beside the checkpoint it is: counted twice, it would weigh double."""
-    kept: list[Checkpoint] = []
+    """The checkpoints, each once: trainers save the result beside an equal checkpoint, and it would count twice."""
+    distinct: list[Checkpoint] = []
     for checkpoint in checkpoints:
-        twin = next((other for other in kept if other.modules == checkpoint.modules), None)
+        twin = next((other for other in distinct if other.modules == checkpoint.modules), None)
         if twin is None or not any(module.size for module in checkpoint.modules):
-            kept.append(checkpoint)
+            distinct.append(checkpoint)
         else:
             notes.append(f"{checkpoint.label} is the same as {twin.label}: counted once.")
-    return kept
+    return distinct
 
 
 def _correlations(checkpoints: list[Checkpoint]) -> list[Correlation]:

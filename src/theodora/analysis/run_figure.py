@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from theodora.analysis.run import RunReport
 from theodora.errors import CheckpointError, ConfigError
 from theodora.files.atomic import atomic_write
-from theodora.shown import in_figure
+from theodora.safe_text import in_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

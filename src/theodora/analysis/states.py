@@ -1,4 +1,4 @@
-"""The checkpoints of one training run, found in its folder: adapters, or whole models."""
+"""The checkpoints in the folder of a training run: adapters, or whole models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from theodora.files.base_model import find_base
 from theodora.files.model_folder import INDEX, WEIGHTS
 from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 
-# `theodora train` keeps checkpoints in a folder of their own, transformers' trainers beside the result.
+# `theodora train` writes checkpoints into a folder of their own, transformers' trainers beside the result.
 _PLACES = (".", "checkpoints")
 FINAL = "final"
 
@@ -65,13 +65,13 @@ def find_states(path: str | Path) -> tuple[Path, list[State], list[str]]:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """The folders checkpoint-N, by N."""
-    found = [
+    numbered = [
         (int(match[1]), checkpoint)
         for place in _PLACES
         for checkpoint in (folder / place).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d{1,18})", checkpoint.name)) and checkpoint.is_dir()
     ]
-    return sorted(found)
+    return sorted(numbered)
 
 
 def _is_adapter(folder: Path) -> bool | None:

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.base_model import BaseCheckpoint
 
-_MISSES_SHOWN = 20
+_MISSES_TOLD = 20
 
 
 def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[str]) -> set[str]:
@@ -18,7 +18,7 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
         CheckpointError: the models are not built alike, naming every miss.
     """
     ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
-    found: set[str] = set()
+    comparable: set[str] = set()
     problems: list[str] = []
     for path, module in base.model.named_modules():
         name = f"{path}.weight"
@@ -28,7 +28,7 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
         if None in shapes:
             problems.append(f"{name}: not stored in {(base, tuned)[shapes.index(None)].folder}")
         elif shapes[0] == shapes[1]:
-            found.add(path)
+            comparable.add(path)
         elif id(module) in ends:
             notes.append(f"{path} has shape {shapes[1]}, in the base {shapes[0]} (new tokens?): left out.")
         else:
@@ -36,13 +36,11 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
     if fused := sorted(base.converted):
         notes.append(f"{len(fused)} weights that are loaded fused are left out ({fused[0]} first).")
     if problems:
-        more = len(problems) - _MISSES_SHOWN
-        shown = problems[:_MISSES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise CheckpointError(
             f"{tuned.folder} is not built like the base model {base.folder}. Was it trained from another one? Name the "
-            "right one with --base-model." + bullet_list(shown)
+            "right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
-    return found
+    return comparable
 
 
 def in_order(base: BaseCheckpoint, paths: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from theodora.cli.streams import steady_streams
 from theodora.errors import TheodoraError
-from theodora.shown import plain_lines
+from theodora.safe_text import plain_lines
 
 # Heading -> command -> (module, one-line summary). A module has `add_arguments(parser)` and `run(args) -> exit code`;
 # one that sets PASSES_OPTIONS_ON gets the arguments that its parser does not know in `args.other_options`.

@@ -12,7 +12,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from theodora.cli.numbers import percent
-from theodora.shown import quoted
+from theodora.safe_text import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table

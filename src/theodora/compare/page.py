@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from theodora.compare.cells import Record
 from theodora.compare.stats import Estimate
-from theodora.shown import plain_lines
+from theodora.safe_text import plain_lines
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

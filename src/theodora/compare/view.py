@@ -16,6 +16,7 @@ from theodora.compare.cells import Record, all_cells, chosen_rate, final_records
 from theodora.compare.pool import Workers
 from theodora.compare.stats import estimate
 from theodora.compare.store import Store
+from theodora.errors import in_line
 from theodora.train.progress import as_time
 
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
@@ -65,11 +66,8 @@ class View:
         """The table as it stands."""
         done, total = self._counts()
         self._bar.update(self._task, total=total, completed=done, left=self._left())
-        running = ", ".join(cell.key for cell in self._workers.running()[:3])
-        more = f" and {count - 3} more" if (count := len(self._workers.running())) > 3 else ""
-        return Group(
-            self._table(), self._bar, Text(f"now {running}{more}", style="dim", overflow="ellipsis", no_wrap=True)
-        )
+        running = in_line([cell.key for cell in self._workers.running()], 3)
+        return Group(self._table(), self._bar, Text(f"now {running}", style="dim", overflow="ellipsis", no_wrap=True))
 
     def _counts(self) -> tuple[int, int]:
         done = len(self._store.records)

@@ -25,7 +25,7 @@ from theodora.adapters.swap_weights import swap_adapter_weights
 from theodora.config import AdapterConfig
 from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, Specimen, Variant
 from theodora.merging.combine import combine_adapters
-from theodora.merging.ties_dare import kept_by_dare
+from theodora.merging.ties_dare import dare_mask
 from theodora.merging.to_lora import to_lora
 
 
@@ -140,7 +140,7 @@ class Ours:
         combine_adapters(self.model, names, weights, into, kind, **options)
 
     def drawn(self, kind: str, name: str, shape: Sequence[int], density: float) -> Tensor:
-        return kept_by_dare(shape, density, 0, f"{name}/{kind}")
+        return dare_mask(shape, density, 0, f"{name}/{kind}")
 
     def trimmed(self, elements: int, density: float) -> int:
         return round(density * elements)

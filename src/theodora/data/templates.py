@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from theodora.data.masks import Span, agreement
 from theodora.data.messages import Message, assistant, calls_of, user
 from theodora.data.tools import parsed_or_same
-from theodora.metered import install
+from theodora.metered import meter_templates
 
 Tools = Sequence[Any] | None
 
@@ -191,7 +191,7 @@ def _formed_call(call: Message, in_text: bool) -> Message:
 def _render(
     template: Template, messages: list[Message], tools: Tools, *, prompt: bool = False, marked: bool = False
 ) -> tuple[str, list[Span]]:
-    install()
+    meter_templates()
     texts, spans = render_jinja_template(
         conversations=[messages],
         tools=list(tools) if tools else None,

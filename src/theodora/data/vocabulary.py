@@ -86,10 +86,9 @@ def describe_missing(found: dict[int, int], have: int, tokenizer: Any, where: st
     """The tokens of `missing_rows` by name."""
     names = [
         f"{tokenizer.convert_ids_to_tokens(token)!r} ({token}) in {count:,} {'row' if count == 1 else 'rows'}"
-        for token, count in list(found.items())[:_SHOWN]
+        for token, count in found.items()
     ]
-    names += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
     what = "a token" if len(found) == 1 else f"{len(found)} tokens"
     return f"{where} uses {what} that the model, whose vocabulary has {have:,} rows, has no row for:" + bullet_list(
-        names
+        names, _SHOWN
     )

@@ -25,7 +25,7 @@ from theodora.evaluate.decoding import decoding, end_tokens
 from theodora.files.alone import alone_in, is_empty
 from theodora.files.atomic import atomic_write, remove_folder
 from theodora.merging import merge_checkpoint
-from theodora.shown import quoted
+from theodora.safe_text import quoted
 from theodora.terminal import Terminal
 from theodora.train import train
 from theodora.train.arguments import computes_in_bf16

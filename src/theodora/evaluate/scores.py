@@ -16,7 +16,7 @@ from theodora.adapters.state import find_state
 from theodora.data import Examples
 from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows
-from theodora.errors import DataError, TheodoraError
+from theodora.errors import DataError, TheodoraError, in_line
 from theodora.evaluate.batches import batches_by_length, evaluating
 from theodora.evaluate.exact_match import answer
 from theodora.evaluate.labels import choose
@@ -238,7 +238,7 @@ def _not_finite(model: PreTrainedModel, asked: Questions, batch: Sequence[int], 
     """Which model says what of which rows, and what that usually comes from."""
     alone = [summed_loss(model, [asked.input_ids[i]], [asked.labels[i]])[0] for i in batch]
     bad = sorted(i + 1 for i, found in zip(batch, alone, strict=True) if not math.isfinite(found))
-    told = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    told = in_line(list(map(str, bad)), 5)
     # A long text is cut into several rows.
     what = "row" if asked.rows == len(asked.input_ids) else "piece of text"
     which = f"{what} {told}" if bad else f"a batch of {len(batch)} rows, though in none of them alone"

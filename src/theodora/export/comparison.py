@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,11 +14,13 @@ from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
 from theodora.export.predictions import Difference, Predictions, difference
 from theodora.export.probe import PROBE_TEXT
+from theodora.export.server import is_server
 from theodora.files.distrust import expanded
 from theodora.files.ours import described
+from theodora.parse import finite_values
 
-# Bounds by the coarser form's precision: largest difference of a logit, relative to the standard deviation of A's
-# logits, and mean KL in nats. Measured (docs/exporting.md has the figures), with room for other models.
+# By the coarser form's precision: how large a difference of a logit may be, relative to the standard deviation of A's
+# logits, and the mean KL, in nats. Measured, with room for other models; docs/exporting.md has the numbers.
 BOUNDS = {
     "float32": (1e-3, 1e-6),
     "float16": (0.02, 1e-4),
@@ -32,7 +34,7 @@ _TOKENS = 256
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found."""
+    """How far B is from A, and how far it may be."""
 
     a: str
     b: str
@@ -40,8 +42,8 @@ class Verification:
     precisions: tuple[str, str]
     difference: Difference
     effect: Difference | None
-    """What A's adapter does to its base on the same text, where A is an adapter: a difference as large as this means
-    that the adapter is not in B."""
+    """How far A is from its own base on the same text, where A is an adapter: if B is as far from A, it lacks the
+    adapter."""
     bound: float
     """Largest difference of a logit (log-probability) allowed."""
     kl_bound: float
@@ -54,21 +56,21 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether both stand within their bounds, and within half of what the adapter does at all."""
+        """Whether the differences are within their bounds, and below half of the adapter's effect."""
         within = self.difference.largest <= self.bound and self.difference.kl_mean <= self.kl_bound
         return within and not self.lost
 
     @property
     def lost(self) -> bool:
-        """Whether B is so far from A that it can hardly have A's adapter in it, however small that adapter's effect."""
-        found, effect = self.difference, self.effect
-        if effect is None or found.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
+        """Whether B is further from A than half of the adapter's effect: it can hardly have the adapter in it."""
+        effect = self.effect
+        if effect is None or self.difference.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
             return False
-        return found.kl_mean > 0.5 * effect.kl_mean
+        return self.difference.kl_mean > 0.5 * effect.kl_mean
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
-        return _plain(asdict(self) | {"passed": self.passed, "lost": self.lost})
+        return finite_values(asdict(self) | {"passed": self.passed, "lost": self.lost})
 
 
 def verify(
@@ -106,64 +108,86 @@ def verify(
         CheckpointError: a form does not load or answer, or the two have different vocabularies.
         UsageError: two servers, or a text without tokens.
     """
-    say = progress or (lambda _line: None)
-    forms: list[Form] = []
-    predictions: list[Predictions] = []
-    ids: list[int] = []
-    effect = None
-    notes: list[str] = []
-    tokenizer: PreTrainedTokenizerBase | None = None
-    order = (0, 1) if not a.startswith("http") else (1, 0)  # a server is asked in the other form's tokens
-    if all(name.startswith(("http://", "https://")) for name in (a, b)):
+    if is_server(a) and is_server(b):
         raise UsageError("Two servers cannot be compared with each other: compare each with the files it serves")
-    limit = tokens or (_SERVER_TOKENS if any(name.startswith("http") for name in (a, b)) else _TOKENS)
-    for at in order:
-        name = (a, b)[at]
+
+    def open_named(name: str) -> Form:
+        return open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    limit = tokens or (_SERVER_TOKENS if is_server(a) or is_server(b) else _TOKENS)
+    answers = _ask_both(a, b, open_named, text, limit, progress or (lambda _line: None))
+    forms, ids, notes = answers.forms, answers.ids, list(answers.notes)
+    _check_vocabularies(forms, answers.predictions)
+    gap = difference(*answers.predictions)
+    if answers.effect is not None and answers.effect.kl_mean <= BOUNDS["float32"][1]:
+        notes.append(
+            "The adapter changes next to nothing on this text, so the forms being equal shows nothing: give --text."
+        )
+    if gap.positions < len(ids):
+        notes.append(f"The server gave no log-probabilities after {len(ids) - gap.positions} of {len(ids)} tokens.")
+    relative, kl_default = BOUNDS[max((form.precision for form in forms), key=PRECISIONS.index)]
+    spread = gap.reference if math.isfinite(gap.reference) else 1.0
+    return Verification(
+        a=a,
+        b=b,
+        kinds=(forms[0].kind, forms[1].kind),
+        precisions=(forms[0].precision, forms[1].precision),
+        difference=gap,
+        effect=answers.effect,
+        bound=relative * spread if bound is None else bound,
+        kl_bound=kl_default if kl_bound is None else kl_bound,
+        first_text=_first_text(gap, ids, answers.tokenizer),
+        notes=tuple(notes),
+        written=(described(expanded(a)), described(expanded(b))),
+    )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What both forms predict after each token of the text; A first."""
+
+    forms: tuple[Form, Form]
+    """Their models are released."""
+    predictions: tuple[Predictions, Predictions]
+    ids: list[int]
+    """The text's tokens."""
+    tokenizer: PreTrainedTokenizerBase
+    effect: Difference | None
+    """What A's adapter does to its base, where A is an adapter."""
+    notes: list[str]
+
+
+def _ask_both(
+    a: str, b: str, open_named: Callable[[str], Form], text: str | None, limit: int, say: Callable[[str], None]
+) -> _Answers:
+    """Load one form after the other, so that memory holds one, and ask each after every token of the text."""
+    asked: dict[str, tuple[Form, Predictions]] = {}
+    ids: list[int] = []
+    tokenizer: PreTrainedTokenizerBase | None = None
+    effect: Difference | None = None
+    notes: list[str] = []
+    for side, name in (
+        (("b", b), ("a", a)) if is_server(a) else (("a", a), ("b", b))
+    ):  # a server has no tokens of its own
         say(f"opening {name}")
-        form = open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code)
+        form = open_named(name)
         if tokenizer is None:
             tokenizer = form.tokenizer
             if tokenizer is None:
                 raise CheckpointError(f"{name} has no tokenizer to make tokens of the probe text with")
             ids = _probe_ids(form, tokenizer, text, limit)
         elif form.tokenizer is not None:
-            notes += _tokenizer_note(form, tokenizer, ids, text, limit)
+            notes += _tokenizer_note(form, tokenizer, ids, text)
         notes += [form.note] if form.note else []
         say(f"asking {name} after each of {len(ids)} tokens")
-        predictions.append(form.predict(ids, tokenizer))
-        base = form.predict_base(ids) if at == 0 else None
-        if base is not None:
-            effect = difference(base, predictions[-1])
+        predictions = form.predict(ids, tokenizer)
+        if side == "a" and (base := form.predict_base(ids)) is not None:
+            effect = difference(base, predictions)
         release(form)
-        forms.append(form)
+        asked[side] = form, predictions
     assert tokenizer is not None
-    if order[0] == 1:
-        forms.reverse()
-        predictions.reverse()
-    _check_vocabularies(forms, predictions)
-    found = difference(predictions[0], predictions[1])
-    precision = max((form.precision for form in forms), key=PRECISIONS.index)
-    if effect is not None and effect.kl_mean <= BOUNDS["float32"][1]:
-        notes.append(
-            "The adapter changes next to nothing on this text, so the forms being equal shows nothing: give --text."
-        )
-    spread = found.reference if math.isfinite(found.reference) else 1.0
-    relative, kl_default = BOUNDS[precision]
-    if found.positions < len(ids):
-        notes.append(f"The server gave no log-probabilities after {len(ids) - found.positions} of {len(ids)} tokens.")
-    return Verification(
-        a=a,
-        b=b,
-        kinds=(forms[0].kind, forms[1].kind),
-        precisions=(forms[0].precision, forms[1].precision),
-        difference=found,
-        effect=effect,
-        bound=relative * spread if bound is None else bound,
-        kl_bound=kl_default if kl_bound is None else kl_bound,
-        first_text=_first_text(found, ids, tokenizer),
-        notes=tuple(notes),
-        written=(described(expanded(a)), described(expanded(b))),
-    )
+    (form_a, of_a), (form_b, of_b) = asked["a"], asked["b"]
+    return _Answers((form_a, form_b), (of_a, of_b), ids, tokenizer, effect, notes)
 
 
 def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None, limit: int) -> list[int]:
@@ -176,9 +200,7 @@ def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None,
     return ids
 
 
-def _tokenizer_note(
-    form: Form, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str | None, limit: int
-) -> list[str]:
+def _tokenizer_note(form: Form, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str | None) -> list[str]:
     assert form.tokenizer is not None
     theirs = form.tokenizer.encode(PROBE_TEXT if text is None else text, truncation=True, max_length=len(ids))
     if theirs == ids:
@@ -188,7 +210,7 @@ def _tokenizer_note(
     return [f"The tokenizer of {form.name}{read_by} cuts the probe text otherwise, from token {at} on."]
 
 
-def _check_vocabularies(forms: list[Form], predictions: list[Predictions]) -> None:
+def _check_vocabularies(forms: Sequence[Form], predictions: Sequence[Predictions]) -> None:
     sizes = [p.logits_TV.shape[1] for p in predictions if p.logits_TV is not None]
     tokens = [len(form.tokenizer) for form in forms if form.tokenizer is not None]
     if len(sizes) == 2 and sizes[0] != sizes[1] and min(sizes) < max(tokens, default=0):
@@ -197,17 +219,8 @@ def _check_vocabularies(forms: list[Form], predictions: list[Predictions]) -> No
         )
 
 
-def _first_text(found: Difference, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
-    if found.first is None or found.choices is None:
+def _first_text(gap: Difference, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+    if gap.first is None or gap.choices is None:
         return None
-    before = str(tokenizer.decode(ids[max(0, found.first - 7) : found.first + 1]))
-    return before, *(str(tokenizer.decode([choice])) for choice in found.choices)  # pyright: ignore[reportReturnType]
-
-
-def _plain(value: Any) -> Any:
-    """Infinite and undefined numbers as null: JSON has none."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    before = str(tokenizer.decode(ids[max(0, gap.first - 7) : gap.first + 1]))
+    return before, *(str(tokenizer.decode([choice])) for choice in gap.choices)  # pyright: ignore[reportReturnType]

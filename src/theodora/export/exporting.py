@@ -1,4 +1,4 @@
-"""`export_adapter`: an adapter in the form that another program reads, compared with the original before it is kept."""
+"""`export_adapter`: an adapter in the form that another program reads, compared with the original before it counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ExportReport:
     adapter: Path
     bytes: int
     verification: Verification | None
-    """How far the export is from the adapter on its base; None where it was not asked for."""
+    """How far the export is from the adapter on its base; None where that was not measured."""
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Approximation:
     fit: FitReport
     """Rank and error of each layer: of W' − W, relative, in the Frobenius norm."""
     verification: Verification
-    """What the probe text makes of it, beside the adapter itself; its bounds are infinite."""
+    """How far it is from the adapter itself on the probe text; its bounds are infinite."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Job:
 
     def base(self) -> BaseCheckpoint:
         """The base's files; from the hub those of the commit that the adapter notes, as a merge takes them."""
-        noted = None if self.base_model else read_peft_config(self.file.path).get("revision")
-        folder = find_base(self.base_name, revision=noted if isinstance(noted, str) else None, download=True)
+        revision = None if self.base_model else self.file.base_revision
+        folder = find_base(self.base_name, revision=revision, download=True)
         return BaseCheckpoint(folder, trust_remote_code=self.trust_remote_code)
 
 
@@ -126,11 +126,11 @@ def _write_peft(job: Job, place: Path) -> list[str]:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             copy_file(job.file.path / name, place / name)
         with Place(job.file.path).open() as folder:
-            if stamp_of(folder) != job.file.stamp:  # what was copied need not be what was checked
+            if stamp_of(folder) != job.file.stamp:  # else what was copied may not be what was checked
                 raise CheckpointError(f"{job.file.path} changed while it was exported. Export it again.")
         copy_manners(job.file.path, place)
         if job.base_model:
-            # The commit that PEFT notes is one of the other base.
+            # The commit that PEFT noted is of another base.
             fields = read_peft_config(place) | {"base_model_name_or_path": job.base_name, "revision": None}
             write_json(place / CONFIG_NAME, fields, sort_keys=True)
         return []
@@ -206,7 +206,7 @@ def export_adapter(
     progress: Callable[[str], None] | None = None,
     approximated: Callable[[Approximation], None] | None = None,
 ) -> ExportReport:
-    """Write an adapter in another form; it gets its name only when `verify` finds that it says the same.
+    """Write an adapter in another form; it gets its name only if `verify` finds the same predictions.
 
     Example:
         `export_adapter("runs/first", "merged", "hf", dtype="bf16").verification.difference.kl_mean`
@@ -263,20 +263,22 @@ def export_adapter(
         with _place(form, output, overwrite) as place, _told_as(place, str(output)):
             say(f"writing {output}")
             notes = WRITERS[form](job, place)
-            found = None
+            verification = None
             if check:
-                found = _verified(job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say)
+                verification = _verified(
+                    job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say
+                )
             if not is_one_file(form):
                 mark_written(place, form)
-            if overwrite:  # what has begun there since, a training run perhaps, is no earlier export
+            if overwrite:  # meanwhile a training run, say, may have begun there: it must not be replaced
                 check_output(output, form, overwrite, {})
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
-    return ExportReport(form, output, file.path, size, found, tuple(notes))
+    return ExportReport(form, output, file.path, size, verification, tuple(notes))
 
 
 def _check_form(form: str, job: Job, *, as_lora: bool) -> None:
-    """Refuse what adapter and base tell by themselves, before the work of a merge or of an SVD."""
+    """Refuse what cannot be written in this form, before the work of a merge or of an SVD."""
     if is_one_file(form):
         require_gguf()
     if form == "served":
@@ -293,7 +295,7 @@ def _check_form(form: str, job: Job, *, as_lora: bool) -> None:
 
 @contextmanager
 def _told_as(hidden: Path, name: str) -> Iterator[None]:
-    """Say `name` in errors that speak of a hidden place, which is gone when they are read."""
+    """Errors name `name` in place of a hidden folder, which is gone when they are read."""
     try:
         yield
     except TheodoraError as error:
@@ -329,21 +331,21 @@ def _verified(
 
     asked = asked | {"base_model": asked["base_model"] or job.base_name}
     try:
-        found = verify(str(job.file.path), str(place), progress=line, **asked)
+        verification = verify(str(job.file.path), str(place), progress=line, **asked)
     except UnreadArchitecture:
         notes.append(
             "transformers does not read GGUF files of this architecture, so only the tensors were read back, not "
             "run. Compare in llama.cpp: llama-server -m FILE, then theodora verify ADAPTER http://localhost:8080/v1."
         )
         return None
-    found = replace(found, a=name, b=str(job.output))
-    if not found.passed:
+    verification = replace(verification, a=name, b=str(job.output))
+    if not verification.passed:
         raise VerificationFailed(
             f"The export differs from {name} by more than the bounds, and was not kept. If the difference is "
             "wanted, allow it with --bound and --kl-bound.",
-            found,
+            verification,
         )
-    return found
+    return verification
 
 
 def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:

@@ -1,7 +1,7 @@
-"""The forms one model comes in: a model folder, an adapter on its base, a GGUF file, a running server.
+"""The forms of one model: a model folder, an adapter on its base, a GGUF file, a running server.
 
-`open_form` finds out which one a name means, and loads it so that `predict` runs in float32: what then differs is
-what the files hold, and not the arithmetic of one precision or another.
+`open_form` tells by a name which form it is, and loads it so that `predict` computes in float32: differences then come
+from what the files hold, not from arithmetic in one precision or another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from theodora.adapters import adapter_disabled, load_adapter
 from theodora.adapters.models import best_device, load_model
 from theodora.errors import CheckpointError, UsageError
-from theodora.export.gguf_files import coarsest, load_gguf, read_header
+from theodora.export.gguf_files import coarsest, load_gguf, read_gguf_header
 from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.predictions import Predictions
 from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_served
@@ -76,7 +76,7 @@ def kind_of(name: str) -> str:
         return "server"
     path = Path(name).expanduser()
     if path.is_file():
-        return "gguf-lora" if read_header(path).type == "adapter" else "gguf"
+        return "gguf-lora" if read_gguf_header(path).type == "adapter" else "gguf"
     if is_served(path):
         return "served"
     if is_adapter_folder(path):
@@ -105,7 +105,7 @@ def open_form(
         return Form(name, kind, "unknown", None, Server(name), None)
     path = Path(name).expanduser()
     if kind == "gguf":
-        header = read_header(path)
+        header = read_gguf_header(path)
         model, tokenizer, note = load_gguf(path, dtype, base_model)
         return Form(name, kind, header.precision, _ready(model), None, tokenizer, note)
     base = name
@@ -169,7 +169,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | 
 def _adapter_precision(path: Path, kind: str) -> str:
     """Of the adapter's own tensors: the base is the same in both forms."""
     if kind == "gguf-lora":
-        return read_header(path).precision
+        return read_gguf_header(path).precision
     weights = path / SERVED_WEIGHTS if kind == "served" else read_adapter(path).weights
     try:
         with OpenFile.at(weights) as file:

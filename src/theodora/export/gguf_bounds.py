@@ -1,4 +1,4 @@
-"""Whether a GGUF file holds what its header promises, looked up before a reader believes it.
+"""Whether a GGUF file holds what its header announces, checked before a reader believes it.
 
 The readers of `gguf` and transformers take lengths as they find them: one changed byte makes them collect 2⁶⁰ items of
 a list, or build a model of a thousand times the file's size.
@@ -109,7 +109,7 @@ class Described:
     completed: tuple[str, ...]
     """Fields of the configuration that transformers' reader left out and that were read here."""
     scaling: str | None
-    """What says how positions are scaled, where neither transformers' reader nor this one takes that up."""
+    """The scaling of positions that the file asks for and that neither transformers' reader nor this one applies."""
 
 
 def check_bounds(path: Path) -> Contents:
@@ -192,7 +192,7 @@ def _left_out(contents: Contents, config: Any) -> dict[str, Any]:
     rotation of all features, and GPT-2's usual sizes.
     """
     width, heads = contents.size("embedding_length"), contents.size("attention.head_count")
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "head_dim": contents.size("attention.key_length") or (width // heads if width and heads else None),
         "attention_bias": "blk.0.attn_q.bias" in contents.names,
         "mlp_bias": "blk.0.ffn_up.bias" in contents.names,
@@ -204,12 +204,12 @@ def _left_out(contents: Contents, config: Any) -> dict[str, Any]:
     factor, rotated = contents.value("rope.scaling.factor"), contents.size("rope.dimension_count")
     if contents.value("rope.scaling.type") == b"linear" and is_number(factor) and factor > 0:
         rope |= {"rope_type": "linear", "factor": factor}
-    if "partial_rotary_factor" in rope and rotated and rotated <= (found["head_dim"] or 0):
-        rope["partial_rotary_factor"] = rotated / found["head_dim"]
-    found["rope_parameters"] = rope or None
+    if "partial_rotary_factor" in rope and rotated and rotated <= (fields["head_dim"] or 0):
+        rope["partial_rotary_factor"] = rotated / fields["head_dim"]
+    fields["rope_parameters"] = rope or None
     return {
         name: value
-        for name, value in found.items()
+        for name, value in fields.items()
         if value is not None and hasattr(config, name) and value != getattr(config, name)
     }
 

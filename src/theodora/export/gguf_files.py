@@ -57,7 +57,7 @@ def text_field(reader: Any, key: str, otherwise: str) -> str:
     return otherwise if field is None else str(field.contents())
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path) -> GgufHeader:
     """What kind of GGUF file this is.
 
     Raises:
@@ -75,8 +75,8 @@ def coarsest(dtypes: set[str]) -> str:
     """The coarsest of some dtypes, by their names in safetensors and GGUF, as one of `PRECISIONS`."""
     names = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     whole = {name for name in dtypes if name[0] in "IUB" and name != "BF16"}  # buffers of integers and truth values
-    found = {names.get(name, "quantised") for name in dtypes - whole}
-    return max(found, key=PRECISIONS.index, default="float32")
+    precisions = {names.get(name, "quantised") for name in dtypes - whole}
+    return max(precisions, key=PRECISIONS.index, default="float32")
 
 
 class UnreadArchitecture(CheckpointError):

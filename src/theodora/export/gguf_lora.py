@@ -4,8 +4,8 @@
     <name>.weight.lora_a    (R, I)
     <name>.weight.lora_b    (O, R)
 
-llama.cpp scales every layer by alpha / (its own rank) and knows nothing of rsLoRA or of an alpha by layer. So alpha is
-the adapter's rank here, and what a layer's scale is beyond that goes into its B.
+llama.cpp scales every layer by alpha / (its own rank), and knows neither rsLoRA nor an alpha for each layer. So the
+file's alpha is the adapter's rank, and the rest of a layer's scale goes into its B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from theodora.errors import CheckpointError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf, text_field
 from theodora.export.gguf_names import names_of
 from theodora.export.gguf_written import write_and_read_back
-from theodora.export.served import put_on
+from theodora.export.served import load_tensors
 from theodora.files.adapter import AdapterFile
 from theodora.files.base_model import BaseCheckpoint
 from theodora.files.finite import finite
@@ -68,7 +68,7 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
             placed[path] = gguf_name
     if problems:
         raise CheckpointError(
-            "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems[:20])
+            "This adapter cannot be a LoRA in GGUF; export --to gguf instead:" + bullet_list(problems, 20)
         )
     return placed
 
@@ -143,4 +143,4 @@ def put_gguf_lora_on(model: PreTrainedModel, path: Path) -> None:
         rank_pattern=ranks,
         alpha_pattern={} if alpha else {p: float(rank) for p, rank in ranks.items()},
     )
-    put_on(model, config, tensors)
+    load_tensors(model, config, tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from theodora.errors import CheckpointError, ConfigError, UsageError, bullet_list
 from theodora.export.gguf_files import open_reader, require_gguf
-from theodora.export.gguf_names import Names, llama3_factors, names_of, write_figures
+from theodora.export.gguf_names import Names, llama3_factors, names_of, write_sizes
 from theodora.export.gguf_tokenizer import write_tokenizer
 from theodora.export.gguf_written import check_finite, quantized, write_and_read_back
 from theodora.files.adapter import AdapterFile
@@ -23,7 +23,7 @@ from theodora.merging.plan import plan_merge
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 _LONG = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# Buffers that transformers keeps with the weights of some models, and that llama.cpp makes for itself.
+# Buffers that transformers stores with the weights of some models, and that llama.cpp computes.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
@@ -54,7 +54,7 @@ def check_gguf(file: AdapterFile, base: BaseCheckpoint) -> None:
     plan = plan_merge(base, file, torch.float32)
     base.close()
     writer = gguf.GGUFWriter(None, names.family.architecture)  # keeps in memory what it is given
-    write_figures(writer, config)
+    write_sizes(writer, config)
     tokenizer = file.path if has_tokenizer(file.path) else base.folder  # as in the merged folder
     write_tokenizer(writer, tokenizer, plan.vocabulary or config.vocab_size)
 
@@ -86,7 +86,7 @@ def write_gguf(model: Path, output: Path, name: str, dtype: str | None) -> None:
         writer.add_name(name if name != "mistral" else "Mistral")
         writer.add_file_type(getattr(gguf.LlamaFileType, _file_type(kind.name)))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_figures(writer, config)
+        write_sizes(writer, config)
         write_tokenizer(writer, model, config.vocab_size)
         kinds = {to: kind if _is_matrix(base, key, kind) else gguf.GGMLQuantizationType.F32 for to, key in placed}
         for to, array in _arrays(base, names, placed, config):
@@ -149,7 +149,7 @@ def _placed(base: BaseCheckpoint, names: Names) -> list[tuple[str, str]]:
             placed.append((name, key))
     problems += [f"{', '.join(keys)}: stored in pieces for {name}" for name, keys in base.converted.items()]
     if problems:
-        raise CheckpointError(f"{base.folder} cannot be written as GGUF:" + bullet_list(problems[:20]))
+        raise CheckpointError(f"{base.folder} cannot be written as GGUF:" + bullet_list(problems, 20))
     return placed
 
 
@@ -191,21 +191,24 @@ def _check_tensors(path: Path, base: BaseCheckpoint, names: Names, placed: list[
     """
     from gguf import dequantize
 
+    # Relative rounding error of each kind, and some room.
     bounds = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 2e-2}
-    found = {tensor.name: tensor for tensor in open_reader(path).tensors}
+    stored = {tensor.name: tensor for tensor in open_reader(path).tensors}
     problems: list[str] = []
     for name, key in placed:
         expected = _translated(base, names, name, key)
-        if name not in found:
+        if name not in stored:
             problems.append(f"{name}: missing")
             continue
-        values = torch.from_numpy(dequantize(found[name].data, found[name].tensor_type).copy()).reshape(expected.shape)
+        values = torch.from_numpy(dequantize(stored[name].data, stored[name].tensor_type).copy()).reshape(
+            expected.shape
+        )
         error = float(torch.linalg.vector_norm(values - expected))
-        if not error <= bounds[found[name].tensor_type.name] * float(torch.linalg.vector_norm(expected)):
+        if not error <= bounds[stored[name].tensor_type.name] * float(torch.linalg.vector_norm(expected)):
             problems.append(f"{name}: other values than were written")
     base.close()
     if problems:
-        raise CheckpointError(f"{path} does not read back right:" + bullet_list(problems[:20]))
+        raise CheckpointError(f"{path} does not read back right:" + bullet_list(problems, 20))
 
 
 def _file_type(kind: str) -> str:

@@ -1,8 +1,8 @@
-"""llama.cpp's view of a transformers model: its tensor names, the order of its rows, and the figures in its header.
+"""llama.cpp's view of a transformers model: its tensor names, the order of its rows, and the sizes in its header.
 
-The names come from the package `gguf`. What is said here is what differs by family: llama's q and k have the halves of
-each head woven together (rotary embeddings of another convention), Gemma's norms are stored with 1 added, GPT-2's
-Conv1D weights lie the other way round.
+The names come from the package `gguf`. Families differ in more: llama's q and k have the halves of each head woven
+together (another convention of rotary embeddings), Gemma's norms are stored with 1 added, GPT-2's Conv1D weights are
+transposed.
 
 Shapes: O out features, I in features.
 """
@@ -103,7 +103,7 @@ def names_of(config: Any) -> Names:
     )
 
 
-def write_figures(writer: Any, config: Any) -> None:
+def write_sizes(writer: Any, config: Any) -> None:
     """Put the model's sizes and constants into the header of a `gguf.GGUFWriter`.
 
     Raises:

@@ -14,13 +14,13 @@ from theodora.parse import parse_json
 
 _LARGEST = 128 << 20  # bytes of a tokenizer.json, four times the largest
 
-# How text is cut before merging, as llama.cpp calls it: by the regular expression or the steps of tokenizer.json.
+# tokenizer.json cuts text with a regular expression before merging: the expression → llama.cpp's name of that cut.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CUTS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-# llama.cpp loads no such tokenizer without merges. Nothing makes the left one of these two symbols, so they never meet.
+# llama.cpp loads no BPE tokenizer without merges. This one never applies: nothing makes its left symbol.
 _NEVER = "!! !"
 
 

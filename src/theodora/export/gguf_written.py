@@ -1,7 +1,7 @@
-"""GGUF files that are believed once they have been read back: every tensor's bits, every field of the header.
+"""Writing GGUF files, and reading back every tensor's bits and every field of the header.
 
-The package `gguf` writes tensors by NumPy's `tofile`, which has its own way around Python's files and may not see what
-the disk says when they are closed.
+The package `gguf` writes tensors with NumPy's `tofile`, which bypasses Python's file objects: an error that the disk
+reports on closing may get lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from theodora.export.gguf_files import open_reader
 from theodora.files.atomic import flush
 from theodora.files.read_back import unlike
 
-_SHOWN = 12
+_NAMES_TOLD = 12
 
 
 def quantized(name: str, array: Any, kind: Any) -> Any:
@@ -56,11 +56,11 @@ def write_and_read_back(writer: Any, output: Path) -> None:
     flush(output)
     try:
         reader = open_reader(output)
-        found = {tensor.name: _hash(tensor.data) for tensor in reader.tensors}
+        hashes = {tensor.name: _hash(tensor.data) for tensor in reader.tensors}
         said = {name: field.contents() for name in fields if (field := reader.get_field(name)) is not None}
     except (CheckpointError, ValueError, IndexError, OSError, UnicodeDecodeError) as error:
         raise unlike(output, str(error)) from error
-    wrong = [name for name in (*tensors, *(found.keys() - tensors)) if found.get(name) != tensors.get(name)]
+    wrong = [name for name in (*tensors, *(hashes.keys() - tensors)) if hashes.get(name) != tensors.get(name)]
     wrong += [name for name, value in fields.items() if name not in said or _plain(said[name]) != value]
     if wrong:
         raise unlike(output, f"other values in {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}")
@@ -79,7 +79,7 @@ def check_finite(path: Path) -> None:
     if bad:
         raise CheckpointError(
             "The file holds NaN or infinite values, and was not kept; export with --dtype bf16 or fp32:"
-            + bullet_list(bad[:_SHOWN])
+            + bullet_list(bad, _NAMES_TOLD)
         )
 
 
@@ -88,7 +88,7 @@ def _hash(array: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A field's value as the file can hold it: text, whole numbers, and floats of 32 bits."""
+    """A field's value as the file holds it: text, whole numbers, and floats of 32 bits."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, bytes | bytearray):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from theodora.errors import UsageError
 from theodora.files.atomic import check_above
-from theodora.files.ours import check_apart, check_replaceable, why_not_ours
+from theodora.files.ours import check_outside, check_replaceable, why_not_ours
 
 _GGUF = b"GGUF"
 
@@ -29,7 +29,7 @@ def check_output(output: Path, form: str, overwrite: bool, inputs: dict[str, Pat
     Raises:
         UsageError: something else stands there, or nothing can.
     """
-    check_apart(output, inputs)
+    check_outside(output, inputs)
     check_above(output)
     if output.is_symlink() and not output.exists():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a form of a model predicts after each token of a text, and how far two forms are apart.
+"""What a form of a model predicts after each token of a text, and how two forms differ.
 
 Shapes: T positions, V tokens of the vocabulary.
 """
@@ -70,8 +70,7 @@ def _dense(a_TV: Tensor, b_TV: Tensor) -> Difference:
     largest, kls, a_choice, b_choice = 0.0, [], [], []
     for a_V, b_V in zip(a_TV[:, :size].split(32), b_TV[:, :size].split(32), strict=True):
         one, other = a_V.double(), b_V.double()
-        gap = (one - other).abs().max()
-        largest = max(largest, float(gap)) if bool(torch.isfinite(gap)) else math.inf
+        largest = max(largest, _or_infinite((one - other).abs().max()))
         log_p, log_q = one.log_softmax(1), other.log_softmax(1)
         kls.append((log_p.exp() * (log_p - log_q)).sum(1).clamp_min(0))
         a_choice.append(one.argmax(1))
@@ -88,8 +87,8 @@ def _dense(a_TV: Tensor, b_TV: Tensor) -> Difference:
         largest=largest,
         measure="logit",
         reference=float(a_TV[:, :size].double().std()),
-        kl_mean=_finite(kl_T.mean()),
-        kl_max=_finite(kl_T.max()),
+        kl_mean=_or_infinite(kl_T.mean()),
+        kl_max=_or_infinite(kl_T.max()),
         first=first,
         agreeing=float((a_T == b_T).double().mean()),
         choices=choices,
@@ -97,9 +96,9 @@ def _dense(a_TV: Tensor, b_TV: Tensor) -> Difference:
     )
 
 
-def _finite(value: Tensor) -> float:
-    """NaN, which compares with nothing, as infinity, which fails every bound."""
-    return float(value) if bool(torch.isfinite(value)) else math.inf
+def _or_infinite(value: Tensor) -> float:
+    """A number; NaN, with which every comparison fails, becomes infinity, which is beyond every bound."""
+    return number if math.isfinite(number := float(value)) else math.inf
 
 
 def _sparse(a: Predictions, b: Predictions) -> Difference:
@@ -134,19 +133,19 @@ def _sparse(a: Predictions, b: Predictions) -> Difference:
 
 
 def _log_probs(form: Predictions, other: Predictions) -> list[dict[int, float]]:
-    """Log-probabilities at each position: a server's own; of a model, those of the server's tokens and its first."""
+    """Log-probabilities at each position: what a server gave; of a model, the server's tokens and its own likeliest."""
     if form.logits_TV is None:
         return list(form.tops)
-    found = []
+    log_probs = []
     for row, theirs in zip(form.logits_TV, other.tops, strict=True):
         log_p = row.double().log_softmax(0)
         wanted = {token for token in theirs if token < len(log_p)} | {int(log_p.argmax())}
-        found.append({token: float(log_p[token]) for token in wanted} if theirs else {})
-    return found
+        log_probs.append({token: float(log_p[token]) for token in wanted} if theirs else {})
+    return log_probs
 
 
 def _grouped_kl(log_p: Sequence[float], log_q: Sequence[float]) -> float:
-    """KL over some tokens, and all the others as one."""
+    """KL of a distribution over these tokens and one more that stands for all others."""
     p, q = [math.exp(x) for x in log_p], [math.exp(x) for x in log_q]
     rest_p, rest_q = max(1 - math.fsum(p), 1e-12), max(1 - math.fsum(q), 1e-12)
     terms = [x * (lx - ly) for x, lx, ly in zip(p, log_p, log_q, strict=True)]

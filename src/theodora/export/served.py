@@ -1,10 +1,10 @@
-"""The "served" form: an adapter with g = m / ‖W + s·B·A‖ in place of m, so that an engine has nothing left to compute.
+"""The "served" form: an adapter with g = m / ‖W + s·B·A‖ in place of m, so that an engine computes no norm.
 
     served_adapter.json           form, method, base model, the scale s of each module
     served_adapter.safetensors    <path>.lora_A (R, I), <path>.lora_B (O, R), <path>.dora_scale (O,) float32
 
-g looks like a magnitude and is none: where the two are mixed up, every layer comes out wrong in silence. So neither the
-files nor the keys are PEFT's, and no loader of PEFT's files takes the folder for one; `load_served` takes it by name.
+g looks like a magnitude and is none: a loader that takes one for the other gets every layer wrong, in silence. So files
+and keys have names that are not PEFT's, which no loader of PEFT's files accepts; `load_served` reads them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
 from theodora.files.read_back import save_tensors, write_json
 from theodora.files.safetensors import read_safetensors
 from theodora.functional import dora_norm, dora_scale
-from theodora.layers import base_weight as layer_weight
+from theodora.layers import base_weight
 from theodora.locks import temporary_folder
-from theodora.merging.plan import base_weight, changed_copies_on_disk
+from theodora.merging.plan import changed_copies_on_disk, weight_on_disk
 
 FORM = "theodora.served.v1"
 SERVED_CONFIG, SERVED_WEIGHTS = "served_adapter.json", "served_adapter.safetensors"
@@ -51,7 +51,7 @@ def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
     problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:
-        raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems[:20]))
+        raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems, 20))
 
 
 def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_name: str) -> None:
@@ -65,7 +65,7 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
     for path, t in file.modules.items():
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = t.a.contiguous(), t.b.contiguous()
         if t.magnitude is not None:
-            w_OI = base_weight(base, path)
+            w_OI = weight_on_disk(base, path)
             if w_OI is None:
                 raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor")
             norm = dora_norm(w_OI.double(), t.a.double(), t.b.double(), t.scale)
@@ -129,7 +129,7 @@ def load_served(model: PreTrainedModel, folder: str | Path) -> None:
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = b
         if fields["method"] == "dora":
-            w_OI = layer_weight(modules[path]).detach()
+            w_OI = base_weight(modules[path]).dense().detach()
             if w_OI.shape != (b.shape[0], a.shape[1]):
                 raise CheckpointError(f"{path}: made for {(b.shape[0], a.shape[1])}, here it is {tuple(w_OI.shape)}")
             norm = dora_norm(w_OI.double(), a.double(), b.double(), scale)
@@ -144,10 +144,10 @@ def load_served(model: PreTrainedModel, folder: str | Path) -> None:
         rank_pattern=ranks,
         alpha_pattern={path: scale * ranks[path] for path, scale in fields["scales"].items()},
     )
-    put_on(model, config, tensors)
+    load_tensors(model, config, tensors)
 
 
-def put_on(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+def load_tensors(model: PreTrainedModel, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
     """Load tensors under PEFT's keys through the checks that any adapter folder passes."""
     fields = peft_config(
         config,

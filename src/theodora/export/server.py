@@ -90,8 +90,8 @@ class Server:
         if listed:
             known = {entry.get("id", _token_id(entry["token"], tokenizer)): entry["logprob"] for entry in listed}
         else:
-            found: dict[str, float] = (logprobs.get("top_logprobs") or [{}])[0] or {}
-            known = {_token_id(text, tokenizer): score for text, score in found.items()}
+            tops: dict[str, float] = (logprobs.get("top_logprobs") or [{}])[0] or {}
+            known = {_token_id(text, tokenizer): score for text, score in tops.items()}
         return {token: float(score) for token, score in known.items() if token is not None}
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Server:
 
 
 def _token_id(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a server means: by its number, by its name in the vocabulary, or by the text it stands for."""
+    """The token that a server means by its number, by its name in the vocabulary, or by its text."""
     if text.startswith("token_id:"):
         return int(text.removeprefix("token_id:"))
     vocabulary = tokenizer.get_vocab()

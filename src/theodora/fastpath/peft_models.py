@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from theodora.errors import ConfigError, bullet_list
+from theodora.errors import ConfigError, bullet_list, in_line
 from theodora.fastpath.accelerate import FastPath, check_fast_path, install, uninstall
 from theodora.layers import AdapterLayer
 
@@ -47,7 +47,7 @@ class Acceleration:
             paths.setdefault(reason, []).append(path)
         if not paths:
             return ""
-        return "\nLeft to PEFT:" + bullet_list([f"{_few(some)}: {reason}" for reason, some in paths.items()])
+        return "\nLeft to PEFT:" + bullet_list([f"{in_line(some, 3)}: {reason}" for reason, some in paths.items()])
 
 
 def accelerate_peft(model: nn.Module) -> Acceleration:
@@ -140,8 +140,3 @@ def _nothing_found(model: nn.Module) -> str:
         f"No PEFT adapter found in this {type(model).__name__}. Call accelerate_peft once the adapters are on: after "
         "peft.get_peft_model(model, config), or on `trainer.model` of a trainer made with `peft_config`."
     )
-
-
-def _few(paths: list[str]) -> str:
-    shown = ", ".join(paths[:3])
-    return shown if len(paths) <= 3 else f"{shown} and {len(paths) - 3} more"

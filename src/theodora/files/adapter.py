@@ -12,8 +12,8 @@ Beside an embedding or output head that was resized and trained in full PEFT wri
 Rows of single tokens (trainable tokens) are in `token_rows.py`.
 
 Reading needs no model, and believes nothing: names, shapes, ranks and values are checked, and all misses are told at
-once. What PEFT has no field for (where training started, a probe of the base weights) stands in the metadata of the
-safetensors file, which PEFT leaves alone.
+once. What PEFT has no field for (where training started, a fingerprint of the base weights) stands in the metadata of
+the safetensors file, which PEFT leaves alone.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from theodora.config import AdapterConfig, is_int
-from theodora.errors import CheckpointError, ConfigError, bullet_list, shown, some
+from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files
 from theodora.files.distrust import read_object
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.files.folder import Place
-from theodora.files.names import CONFIG_NAME, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.files.peft_options import (
     StartFromWeight,
     added_by_peft,
@@ -46,6 +46,7 @@ from theodora.files.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.files.wrapper_names import plain_keys
 from theodora.paths import matches
 
+_MISSES_TOLD = 20
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -78,28 +79,33 @@ class AdapterFile:
     path: Path
     config: AdapterConfig
     base_model: str | None
+    """Folder or hub name of the base."""
     modules: dict[str, AdapterTensors]
     """Module path in the transformers model → its tensors. After a PiSSA or OLoRA start of ours A and B hold the
     trained and the (negated) start factors one after the other: rank 2R."""
+    base_revision: str | None = None
+    """Its commit on the hub, where PEFT noted one."""
     full: dict[str, Tensor] = field(default_factory=dict)
     """Parameter path → tensor, for modules trained in full."""
     task: str | None = None
     """What the model is for, as PEFT calls it: CAUSAL_LM, SEQ_CLS, …"""
     full_names: tuple[str, ...] = ()
-    """How the configuration names these modules; `config` has their paths instead."""
+    """How the configuration names the modules trained in full; in `config` their paths stand instead."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. One that is in `full`,
-    too, is replaced by that, and of use only where another module is tied to it or has to be resized."""
+    """Parameter path → tensor, where PEFT saved an embedding of the base beside its adapter. If `full` has the same
+    path, its tensor counts, and the copy only says how the base looks to other modules that are tied to it or that
+    have to be resized."""
     token_rows: dict[str, RowTensors] = field(default_factory=dict)
-    """Module path → rows of single tokens that replace the base's, in what is tied to an embedding among them, too."""
+    """Module path → rows of single tokens that replace the base's. Those of an embedding count for what is tied to
+    it, too."""
     added_biases: dict[str, Tensor] = field(default_factory=dict)
     """Module path → the bias of its B (PEFT's `lora_bias`), which adds to the module's own, times the scale."""
     starts_from: StartFromWeight | None = None
     """The start (pissa, olora) that A and B are relative to, if the base's weights tell it."""
     starts: bool = False
     """Whether A and B hold start factors in their second half."""
-    probe: dict[str, list[float]] | None = None
-    """Some values of the base weights; see `probe_base`."""
+    fingerprint: dict[str, list[float]] | None = None
+    """Module path → some values of its base weight; see `fingerprint.py`."""
     only_layers: tuple[int, ...] | None = None
     """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
     mlx: bool = False
@@ -149,8 +155,9 @@ def read_adapter(
         task=task_of(peft),
         starts_from=start_of(peft),
         base_model=peft.get("base_model_name_or_path") or None,
+        base_revision=revision if isinstance(revision := peft.get("revision"), str) else None,
         starts=bool(metadata.get("starts")),
-        probe=metadata.get("probe"),
+        fingerprint=metadata.get(FINGERPRINT_KEY),
         only_layers=_layers(peft),
         mlx=mlx,
         stamp=read.stamp,
@@ -176,96 +183,122 @@ def adapter_of(
     Raises:
         CheckpointError: with every key that is unknown, missing, of another shape, or that holds no finite numbers.
     """
-    problems: list[str] = []
-    biases, adds_biases = biases_trained(peft), bool(peft and peft.get("lora_bias"))
-    added_biases: dict[str, Tensor] = {}
-
-    parts: dict[str, dict[str, Tensor]] = {}
-    full: dict[str, Tensor] = {}
-    base_copies: dict[str, Tensor] = {}
-    deltas: dict[str, Tensor] = {}
-    embeddings: set[str] = set()
-    saved_modules: set[str] = set()
-    all_finite = all_finite_on_gpu(tensors.values())
-    in_full = config.modules_to_save
-    if in_full:  # what is tied to them PEFT wraps, too (`ensure_weight_tying`), and names nowhere
-        wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
-        in_full += tuple(sorted({module for module, found, _ in wrapped if found}))
-    for key, tensor in tensors.items():
-        if not key.startswith(KEY_PREFIX):
-            problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
-            continue
-        name = key.removeprefix(KEY_PREFIX)
-        part = next((part for part in _PARTS if name.endswith("." + part)), None)
-        if tensor.dtype not in DTYPES:
-            problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-        elif not (all_finite or finite(tensor)):
-            problems.append(f"{key}: holds NaN or infinite values")
-        elif part is not None:
-            module = name.removesuffix("." + part)
-            if _PARTS[part] in parts.setdefault(module, {}):
-                problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
-            parts[module][_PARTS[part]] = tensor
-            if "embedding" in part:
-                embeddings.add(module)
-        elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
-            if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
-                problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
-        elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
-            base_copies[plain] = tensor
-        elif name.endswith("." + DELTA):
-            deltas[name.removesuffix("." + DELTA)] = tensor
-        elif BASE_COPY in name:
-            base_copies[name.replace(BASE_COPY, ".")] = tensor
-        elif adds_biases and name.endswith(".lora_B.bias"):
-            added_biases[name.removesuffix(".lora_B.bias")] = tensor
-        elif biases and name.endswith(".bias") and _saved_module(name, in_full) is None:
-            full[name.replace(".base_layer.", ".")] = tensor
-        elif ".base_layer." in name:
-            base_copies[name.replace(".base_layer.", ".")] = tensor
-        elif (saved := _saved_module(name, in_full)) is not None:
-            full[name] = tensor
-            saved_modules.add(saved)
-        elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
-            base_copies[name] = tensor
-        else:
-            problems.append(f"{key}: unknown key")
-
-    modules: dict[str, AdapterTensors] = {}
-    for module, found in parts.items():
-        problem = _module_problem(module, found, config, any_rank)
-        if problem:
-            problems.append(f"{module}: {problem}")
-        else:
-            a, b = found["a"], found["b"]
-            scale = _scale(config, module)
-            modules[module] = AdapterTensors(a, b, found.get("magnitude"), scale, module in embeddings)
-    if adds_biases:
-        problems += [
-            f"{module}: lora_bias is set, but its bias is missing" for module in parts if module not in added_biases
-        ]
+    by_role = _by_role(tensors, config, peft)
+    modules, problems = _checked_modules(by_role, config, any_rank)
+    problems = by_role.problems + problems
+    if _adds_biases(peft):
+        without = [module for module in by_role.low_rank if module not in by_role.added_biases]
+        problems += [f"{module}: lora_bias is set, but its bias is missing" for module in without]
+    full = by_role.full
     missing = [name for name in config.modules_to_save if not any(_saved_module(key, (name,)) for key in full)]
     problems += [
         f"modules_to_save names {name!r}, but the file holds no such tensor"
         for name in missing
         if not (full and name in added_by_peft(peft))  # only the model tells whether it has them
     ]
-    token_rows = file_rows(deltas, config.trainable_token_indices, problems)
+    token_rows, row_problems = file_rows(by_role.rows, config.trainable_token_indices)
+    problems += row_problems
     if not modules and not full and not token_rows and not problems:
         problems.append("the file holds no adapter tensors")
     if problems:
-        raise CheckpointError(f"{where} cannot be used:" + bullet_list(some(problems)))
+        raise CheckpointError(f"{where} cannot be used:" + bullet_list(problems, _MISSES_TOLD))
     return AdapterFile(
         path=where.parent,
-        config=replace(config, modules_to_save=tuple(sorted(saved_modules))),
+        config=replace(config, modules_to_save=tuple(sorted(by_role.saved_modules))),
         base_model=None,
         modules=modules,
         full=full,
         full_names=config.modules_to_save,
-        base_copies=base_copies,
+        base_copies=by_role.base_copies,
         token_rows=token_rows,
-        added_biases=added_biases,
+        added_biases=by_role.added_biases,
     )
+
+
+@dataclass
+class _ByRole:
+    """The tensors of a file, sorted by what each of them is."""
+
+    low_rank: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    """Module path → a, b and magnitude, as far as the file holds them."""
+    embeddings: set[str] = field(default_factory=set[str])
+    """Paths of the modules among them that are embeddings."""
+    full: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    saved_modules: set[str] = field(default_factory=set[str])
+    """Paths of the modules that `full` is of."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    rows: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    added_biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    problems: list[str] = field(default_factory=list[str])
+    """What is wrong with single keys."""
+
+
+def _by_role(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: Mapping[str, Any] | None) -> _ByRole:
+    """Tell by its key what each tensor is; the first rule that fits a key decides."""
+    found, all_finite = _ByRole(), all_finite_on_gpu(tensors.values())
+    in_full = config.modules_to_save
+    if in_full:  # PEFT also wraps what is tied to these modules (`ensure_weight_tying`), and names it nowhere
+        wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
+        in_full += tuple(sorted({module for module, wrapper, _ in wrapped if wrapper}))
+    for key, tensor in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        part = next((part for part in _PARTS if name.endswith("." + part)), None)
+        if not key.startswith(KEY_PREFIX):
+            found.problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
+        elif tensor.dtype not in DTYPES:
+            found.problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        elif not (all_finite or finite(tensor)):
+            found.problems.append(f"{key}: holds NaN or infinite values")
+        elif part is not None:
+            module = name.removesuffix("." + part)
+            if _PARTS[part] in found.low_rank.setdefault(module, {}):
+                found.problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
+            found.low_rank[module][_PARTS[part]] = tensor
+            if "embedding" in part:
+                found.embeddings.add(module)
+        elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
+            if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
+                found.problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
+        elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
+            found.base_copies[plain] = tensor
+        elif name.endswith("." + DELTA):
+            found.rows[name.removesuffix("." + DELTA)] = tensor
+        elif BASE_COPY in name:
+            found.base_copies[name.replace(BASE_COPY, ".")] = tensor
+        elif _adds_biases(peft) and name.endswith(".lora_B.bias"):
+            found.added_biases[name.removesuffix(".lora_B.bias")] = tensor
+        elif biases_trained(peft) and name.endswith(".bias") and _saved_module(name, in_full) is None:
+            found.full[name.replace(".base_layer.", ".")] = tensor
+        elif ".base_layer." in name:
+            found.base_copies[name.replace(".base_layer.", ".")] = tensor
+        elif (saved := _saved_module(name, in_full)) is not None:
+            found.full[name] = tensor
+            found.saved_modules.add(saved)
+        elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
+            found.base_copies[name] = tensor
+        else:
+            found.problems.append(f"{key}: unknown key")
+    return found
+
+
+def _adds_biases(peft: Mapping[str, Any] | None) -> bool:
+    return bool(peft and peft.get("lora_bias"))
+
+
+def _checked_modules(
+    by_role: _ByRole, config: AdapterConfig, any_rank: bool
+) -> tuple[dict[str, AdapterTensors], list[str]]:
+    """The modules of low rank whose tensors agree with each other and with the configuration; what others lack."""
+    modules: dict[str, AdapterTensors] = {}
+    problems: list[str] = []
+    for module, parts in by_role.low_rank.items():
+        if problem := _module_problem(module, parts, config, any_rank):
+            problems.append(f"{module}: {problem}")
+        else:
+            scale = config.scale(config.rank_of(module), config.alpha_of(module))
+            embedding = module in by_role.embeddings
+            modules[module] = AdapterTensors(parts["a"], parts["b"], parts.get("magnitude"), scale, embedding)
+    return modules, problems
 
 
 def peft_config(
@@ -372,22 +405,12 @@ def _names(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _rank(config: AdapterConfig, module: str) -> int:
-    return config.rank_of(module)
-
-
-def _scale(config: AdapterConfig, module: str) -> float:
-    return config.scale(_rank(config, module), config.alpha_of(module))
-
-
-def _module_problem(
-    module: str, found: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool = False
-) -> str | None:
+def _module_problem(module: str, parts: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool) -> str | None:
     """What is wrong with one module's tensors, if anything."""
-    lacking = [name for name in ("a", "b") if name not in found]
+    lacking = [name for name in ("a", "b") if name not in parts]
     if lacking:
         return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
-    a, b, magnitude = found["a"], found["b"], found.get("magnitude")
+    a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
     convolution = a.ndim > 2 and a.ndim == b.ndim
     if ".base_layer." in module or convolution:
         kind = "a convolution" if convolution else "nn.MultiheadAttention"
@@ -396,8 +419,8 @@ def _module_problem(
         return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
-    if a.shape[0] != _rank(config, module) and not any_rank:
-        return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {_rank(config, module)}"
+    if a.shape[0] != config.rank_of(module) and not any_rank:
+        return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {config.rank_of(module)}"
     if config.method == "dora" and magnitude is None:
         return "the magnitudes (lora_magnitude_vector) are missing; a DoRA adapter is nothing without them"
     if config.method == "lora" and magnitude is not None:
@@ -416,8 +439,8 @@ def _saved_module(parameter: str, names: tuple[str, ...]) -> str | None:
 
 def _unwrapped(parameter: str, part: str, names: tuple[str, ...]) -> str | None:
     """The path of a parameter in that `part` of PEFT's wrapper around a module trained in full; None if in none."""
-    module, found, rest = parameter.partition(f".{part}.")
-    return f"{module}.{rest}" if found and names and module.endswith(names) else None
+    module, wrapper, rest = parameter.partition(f".{part}.")
+    return f"{module}.{rest}" if wrapper and names and module.endswith(names) else None
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
@@ -432,11 +455,11 @@ def missing_in_full(file: AdapterFile, parameters: Iterable[str], held: Iterable
         parameters: paths of all parameters of the base model.
         held: the keys of `file.full` by the base model's names. Default: as they are.
     """
-    names, found = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
+    names, present = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
     return [
         f"{path}: its module was trained in full, but the file holds nothing for it"
         for path in parameters
-        if names and path not in found and any(matches(names, module) for module in _modules_above(path))
+        if names and path not in present and any(matches(names, module) for module in _modules_above(path))
     ]
 
 

@@ -21,8 +21,8 @@ Stamp = tuple[Seen | None, Seen | None]
 
 @dataclass(frozen=True)
 class Bounds:
-    """How large an adapter's files may be, in bytes. What JSON unfolds to takes time, too, in which nobody else's turn
-    comes."""
+    """How large an adapter's files may be, in bytes. (Python parses JSON in one go, and a server's other requests wait
+    until it is done.)"""
 
     text: int = LARGEST_TEXT
     """Of the configuration, and of the header of the tensors."""
@@ -32,7 +32,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter's two files hold, before anything of it is checked but the format."""
+    """What an adapter's two files hold; only their format has been checked."""
 
     folder: Path
     weights: Path
@@ -41,7 +41,7 @@ class AdapterFiles:
     """Of the configuration."""
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
-    """What we keep beside the tensors."""
+    """What we store beside the tensors."""
     stamp: Stamp
     """Of the files that were read."""
 

@@ -1,8 +1,8 @@
 """One process at a time in an output folder: a lock that the kernel lets go of however its holder ends.
 
-It lies in a hidden file, which goes when the work ends and names the holder to others until then. After a kill the file
-stays, free to be taken. Whoever takes it looks whether the name still leads to the file whose lock it got: the holder
-before may have deleted it in between.
+The lock is on a hidden file that names its holder to others, and that is deleted when the work ends. After a kill the
+file stays, and its lock is free. Whoever gets the lock looks whether the name still leads to the file that it locked:
+the holder before may have deleted that file between opening and locking.
 """
 
 from __future__ import annotations

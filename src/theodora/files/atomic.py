@@ -26,9 +26,10 @@ from theodora.errors import CheckpointError, UsageError
 from theodora.locks import SECONDS_TO_LOCK, holds, release, try_lock
 
 _LONGEST_NAME = 200  # bytes; around it go ".", ".partial-" and eight random characters, by some libraries a suffix more
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REPLACED = "replaced"  # what stood at a name, while another folder takes it in two steps
+# What a rename says where something stands at the name, and what writing says of a full disk or of a place to let be.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
@@ -46,8 +47,8 @@ def _short(name: str) -> str:
     if len(encoded) <= _LONGEST_NAME:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:16]
-    kept = encoded[: _LONGEST_NAME - len(digest) - 1].decode("utf-8", errors="ignore")  # half a character is none
-    return f"{kept}~{digest}"
+    beginning = encoded[: _LONGEST_NAME - len(digest) - 1].decode("utf-8", errors="ignore")  # half a character is none
+    return f"{beginning}~{digest}"
 
 
 @contextmanager
@@ -69,11 +70,11 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     with _prepared(path, folder=True) as partial:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        for found in (*partial.rglob("*"), partial):
-            if found.is_file():
-                _open_to_others(found)
-            if found.is_file() or found.is_dir():
-                flush(found)
+        for written in (*partial.rglob("*"), partial):
+            if written.is_file():
+                _open_to_others(written)
+            if written.is_file() or written.is_dir():
+                flush(written)
         _take_place(partial, path, overwrite)
 
 
@@ -109,15 +110,15 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
     try:
         with explained_io_errors(folder):
             yield partial
-            found = sorted(file for file in partial.rglob("*") if file.is_file())
-            for file in found:
+            files = sorted(file for file in partial.rglob("*") if file.is_file())
+            for file in files:
                 _open_to_others(file)
                 flush(file)
-            for file in found:
+            for file in files:
                 final = folder / file.relative_to(partial)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(final)
-            for place in {folder, *((folder / file.relative_to(partial)).parent for file in found)}:
+            for place in {folder, *((folder / file.relative_to(partial)).parent for file in files)}:
                 flush(place)
     finally:
         _end(partial, lock)
@@ -177,9 +178,9 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left in `folder` of things called `name`, or of all; living ones keep theirs.
+    """Delete what killed processes left in `folder` while they wrote `name` (or anything); living ones keep theirs.
 
-    What one was about to replace by something new, and had moved away, gets its name back.
+    What a process had moved away, and did not come to replace, gets its name back.
     """
     partial, begun_names = (
         (".*.partial-*", ".*.begun-*")
@@ -210,9 +211,9 @@ def _begun_name(path: Path) -> str:
 
 
 def _new_partial(path: Path, *, folder: bool) -> tuple[Path, int | None]:
-    """A hidden sibling of `path`, and the descriptor that holds its lock. Earlier ones of dead processes go."""
+    """A new hidden sibling of `path`, and the descriptor that holds its lock. Those of dead processes are deleted."""
     clear_leftovers(path.parent, path.name)
-    # It gets its name with the lock, so that nobody takes it for a leftover.
+    # It takes its name when it is locked: before, others would delete it as a leftover.
     if folder:
         begun = Path(tempfile.mkdtemp(prefix=_begun_name(path), dir=path.parent))
     else:
@@ -261,7 +262,7 @@ def _take_name(partial: Path, path: Path, overwrite: bool) -> None:
 
 
 def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
-    """Rename `partial` to `path`; what stood there takes the name `partial`, or is deleted."""
+    """Rename `partial` to `path`. What stood there is left under the name `partial`, or deleted."""
     if not os.path.lexists(path) or not (overwrite or path.is_symlink()):
         try:
             partial.rename(path)  # over an empty folder at the most
@@ -279,7 +280,7 @@ def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
 def _replace(partial: Path, path: Path) -> None:
     if _exchange(partial, path):
         return
-    # The name is nobody's for a moment. A kill then leaves what stood there where `clear_leftovers` finds it.
+    # For a moment nothing has the name. After a kill at that moment `clear_leftovers` puts back what stood there.
     away, lock = _new_partial(path, folder=True)
     old = away / _REPLACED
     try:

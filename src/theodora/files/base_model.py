@@ -59,7 +59,7 @@ def find_base(name: str | None, *, revision: str | None = None, download: bool =
             f"The base model {shown(name)[1:-1]} is not a folder on this machine. Name it with --base-model."
         )
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             name,
             revision=revision,
             allow_patterns=list(_HUB_PATTERNS),
@@ -69,7 +69,7 @@ def find_base(name: str | None, *, revision: str | None = None, download: bool =
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:  # HFValidationError is the last
         where = "a folder, in the local hub cache, or on the hub" if download else "a folder or in the local hub cache"
         raise CheckpointError(f"The base model {name} is not {where}. Name its folder with --base-model.") from error
-    return Path(found)
+    return Path(snapshot)
 
 
 class BaseCheckpoint:
@@ -149,7 +149,7 @@ class BaseCheckpoint:
         return key if self._to_model_name(key) == parameter else parameter
 
     def is_transposed(self, parameter: str) -> bool:
-        """Whether the weight is stored (in, out): GPT-2's Conv1D and embeddings."""
+        """Whether the weight is stored (in, out), as that of GPT-2's Conv1D and of embeddings is."""
         if parameter not in self.keys and parameter not in self._tied():
             return False
         module = self.model.get_submodule(parameter.rpartition(".")[0])
@@ -210,11 +210,11 @@ def _stored(tensors: dict[str, StoredTensor]) -> Stored:
 
 
 def _meta_models(
-    folder: Path, trust_remote_code: bool, told: dict[str, Any], stored: Stored
+    folder: Path, trust_remote_code: bool, fields: dict[str, Any], stored: Stored
 ) -> Iterator[PreTrainedModel]:
-    """The classes that load_model tries, in its order, because adapters are trained on what it finds."""
+    """The model as each class that `load_model` would try, in the same order: adapters are trained on its choice."""
     try:
-        check_layers(folder, told, stored.tensors)
+        check_layers(folder, fields, stored.tensors)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_layers(folder, config.to_dict(), stored.tensors)
         check_kernels(config, folder, trust_remote_code=trust_remote_code)
@@ -227,7 +227,7 @@ def _meta_models(
             classes = []  # no language model: merging asks for names alone
         builders = [partial(chosen.from_config, config, trust_remote_code=trust_remote_code) for chosen in classes]
         for build in builders or [partial(named._from_config, config)]:  # pyright: ignore[reportOptionalMemberAccess]
-            with torch.device("meta"), bounded_build(folder, told, stored):
+            with torch.device("meta"), bounded_build(folder, fields, stored):
                 model = build()
             yield model
     except CheckpointError:
@@ -239,11 +239,11 @@ def _meta_models(
         ) from error
 
 
-def _missing(model: PreTrainedModel, found: set[str]) -> list[str]:
+def _missing(model: PreTrainedModel, stored: set[str]) -> list[str]:
     """Parameters of the model that no stored tensor holds, themselves or through what they are tied to."""
     tied = model.all_tied_weights_keys
-    held = found | {source for target, source in tied.items() if target in found}
-    return [name for name, _ in model.named_parameters() if name not in held and tied.get(name) not in held]
+    filled = stored | {source for target, source in tied.items() if target in stored}
+    return [name for name, _ in model.named_parameters() if name not in filled and tied.get(name) not in filled]
 
 
 def _map_names(

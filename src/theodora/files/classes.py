@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from theodora.errors import CheckpointError, shown
 
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-# What transformers computes experts with by itself; it fetches the others.
+# Names of transformers' own code for experts; any other name makes it fetch code from the hub.
 _OWN_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
@@ -45,9 +45,9 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     )
-    found = [auto for mapping, auto in mappings if type(config) in mapping]
-    if found:
-        return found
+    classes = [auto for mapping, auto in mappings if type(config) in mapping]
+    if classes:
+        return classes
     hint = " If it brings its own code and you trust it, pass --trust-remote-code." if remote else ""
     raise CheckpointError(
         f"{model} is a {kind} model, which transformers has no class for that predicts the next token of a text.{hint}"
@@ -111,12 +111,12 @@ def model_alone(model: str | Path) -> dict[str, Any]:
     transformers looks for adapter_config.json in it, and then puts that adapter on, or loads the base that it names.
     (5.17 looks there whatever it is told, and then fails; later versions go on with the model.)
     """
-    # A place in which no file can be.
+    # adapter_config.json is then looked for in /dev/null, where no file can be.
     return {"adapter_kwargs": {"subfolder": os.devnull}} if Path(model).is_dir() else {}
 
 
 def auto_name(config: PreTrainedConfig) -> str:
-    """The name of the class that loads a model like one at hand, by its own configuration."""
+    """The name of the `AutoModel…` class for a model that is loaded, by its own configuration."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM.__name__  # also for a model's own code
     return AutoModelForImageTextToText.__name__

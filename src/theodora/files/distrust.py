@@ -10,14 +10,13 @@ from torch import Tensor
 
 from theodora.errors import CheckpointError, shown
 from theodora.files.folder import OpenFile, read_file
+from theodora.files.names import FINGERPRINT_KEY, METADATA_KEY
 from theodora.files.safetensors import LONGEST_HEADER, read_safetensors
 from theodora.parse import parse_json
 
-_LARGEST = 1e38  # float32's; NaN is not less either
+_LARGEST = 1e38  # nearly float32's largest number; NaN is not less than it, either
 # Names in safetensors headers of the dtypes that weights and adapters are computed in. Anything else is quantised.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-METADATA_KEY = "theodora"
-"""In the header of a safetensors file: what we keep beside PEFT's tensors."""
 
 
 def expanded(name: str | Path) -> Path:
@@ -54,21 +53,21 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
         CheckpointError: it is no JSON, or no object.
     """
     try:
-        found = parse_json(content.decode("utf-8"))
+        value = parse_json(content.decode("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}; expected an object")
-    return found
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object")
+    return value
 
 
 def read_tensors(
     file: Path | OpenFile, device: torch.device | None = None, longest: int = LONGEST_HEADER
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a safetensors file, and what we keep in its metadata; memory is bounded by the file's size.
+    """All tensors of a safetensors file, and what we store in its metadata; memory is bounded by the file's size.
 
     Args:
-        file: the file. It is read once, so that what others write to it from then on does not reach the tensors.
+        file: the file. It is read once: what others write to it afterwards does not reach the tensors.
         device: a GPU that is to hold the tensors; where None, or without room there, they are in host memory.
         longest: bytes that the header may have.
 
@@ -90,14 +89,14 @@ def read_tensors(
 
 
 def _checked_metadata(text: str) -> dict[str, Any]:
-    """What we keep beside PEFT's tensors; a ValueError if it is not of our making."""
+    """What we store beside PEFT's tensors; a ValueError if it is not of our making."""
     metadata = parse_json(text)
     if not isinstance(metadata, dict):
         raise ValueError(f"its {METADATA_KEY} metadata is no object")
-    probe = metadata.get("probe") or {}
-    if not isinstance(probe, dict) or not all(
+    fingerprint = metadata.get(FINGERPRINT_KEY) or {}
+    if not isinstance(fingerprint, dict) or not all(
         isinstance(values, list) and all(isinstance(value, float) and abs(value) < _LARGEST for value in values)
-        for values in probe.values()
+        for values in fingerprint.values()
     ):
         raise ValueError(f"its {METADATA_KEY} metadata holds no probe of a base model")
     if not isinstance(metadata.get("starts", False), bool):

@@ -15,13 +15,16 @@ from torch import Tensor
 from theodora.files.distrust import FLOAT_DTYPES
 
 DTYPES = tuple(FLOAT_DTYPES.values())
-"""Safetensors files know more kinds of numbers; no adapter is kept in them."""
-_TOGETHER = 2**24  # numbers that are looked at together, in a copy of them
+"""Safetensors files know more kinds of numbers; no adapter is stored in them."""
+_TOGETHER = 2**24  # numbers that are asked about at once: they are copied for it, 64 MiB of float32
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers. By NumPy, which does it while torch's threads still wait for one another:
-    an adapter has hundreds of small tensors, and a busy machine took milliseconds for each."""
+    """Whether all values are finite numbers.
+
+    NumPy answers for tensors on the CPU: an adapter has hundreds of small ones, and on a busy machine torch, whose
+    threads wait for one another, took milliseconds for each.
+    """
     tensor = tensor.detach()
     if tensor.dtype not in DTYPES:
         return _finite_otherwise(tensor)
@@ -33,8 +36,8 @@ def finite(tensor: Tensor) -> bool:
 
 
 def _finite_otherwise(tensor: Tensor) -> bool:
-    """Of whole numbers, and of kinds of floats that know few operations."""
-    if not tensor.is_floating_point() or "float4" in str(tensor.dtype):  # which has no NaN
+    """The same for whole numbers, and for kinds of floats that know few operations."""
+    if not tensor.is_floating_point() or "float4" in str(tensor.dtype):  # four bits have no NaN
         return True
     return bool(tensor.float().isfinite().all())
 

@@ -3,10 +3,10 @@
     with Place(Path("adapters/law"), within=Path("adapters")).open() as folder:
         text = folder.read("adapter_config.json", most=1 << 20)
 
-A path only says where something was a moment ago: until it is read a folder can become a link that leads elsewhere, a
-file a pipe that nobody writes to. So a folder is held by its descriptor, and its files are opened from there. A file is
-asked for its kind and size through its own descriptor, and copied: one that is mapped, and cut short by somebody who
-writes it anew in place, ends the process (SIGBUS).
+A path only says where something was a moment ago. Before it is read, a folder can become a link that leads elsewhere,
+and a file a pipe that nobody writes to. So a folder is held by its descriptor, and its files are opened from there. A
+file tells its kind and size through its own descriptor, and is copied, not mapped: somebody who writes it anew in place
+cuts it short, and reading a mapped file beyond its end kills the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Seen:
     """When it was last written to, in nanoseconds."""
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Seen:
+    def of(cls, status: os.stat_result) -> Seen:
         """What a system call says of a file."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class OpenFile:
@@ -58,7 +58,7 @@ class OpenFile:
 
     Args:
         descriptor: of the file; closed here also where it is refused.
-        path: where it was found; for messages.
+        path: where it lies; for messages.
 
     Raises:
         CheckpointError: it is a folder, a pipe, or something else that is no file.
@@ -66,11 +66,11 @@ class OpenFile:
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.path = path
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise CheckpointError(f"{path} is {_kind(found.st_mode)}; expected a file")
-        self.seen, self._file = Seen.of(found), os.fdopen(descriptor, "rb", buffering=0)
+            raise CheckpointError(f"{path} is {_kind(status.st_mode)}; expected a file")
+        self.seen, self._file = Seen.of(status), os.fdopen(descriptor, "rb", buffering=0)
 
     @classmethod
     def at(cls, path: Path) -> OpenFile:
@@ -135,7 +135,7 @@ class Folder:
     """A folder that is held open, so that it stays the same one whatever its path leads to by now.
 
     Args:
-        path: where it was found; for messages.
+        path: where it lies; for messages.
         way: descriptors of the folders that led to it and of itself, the outermost first.
         within: the path of the outermost, out of which no link may lead; None if links may lead anywhere.
 
@@ -180,7 +180,7 @@ class Folder:
             return file.read(most)
 
     def seen(self, name: str) -> Seen | None:
-        """What tells the file from another one; None if there is none. Errors as in `open`."""
+        """What tells the file of that name from another one; None if there is none. Errors as in `open`."""
         file = self.open(name)
         if file is None:
             return None
@@ -194,7 +194,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a folder is found, and how far links in it may lead."""
+    """Where a folder lies, and how far links in it may lead."""
 
     path: Path
     within: Path | None = None

@@ -1,4 +1,4 @@
-"""`generation_config.json` beside a model or an adapter: that its answers end where it was taught to end them."""
+"""`generation_config.json` beside a model or an adapter, which says the tokens that end its answers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from theodora.files.read_back import copy_file, write_json
 from theodora.files.tokenizer import load_tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
-
-
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -83,8 +81,8 @@ def save_ends(model: Any, folder: Path) -> None:
     base's."""
     settings = getattr(model, "generation_config", None)
     if settings is not None:
-        found = {key: value for key, value in settings.to_diff_dict().items() if key != "_from_model_config"}
-        write_json(folder / GENERATION_CONFIG, found)
+        stored = {key: value for key, value in settings.to_diff_dict().items() if key != "_from_model_config"}
+        write_json(folder / GENERATION_CONFIG, stored)
 
 
 def new_ends(model: Any, tokenizer: Any) -> list[str]:
@@ -96,12 +94,12 @@ def new_ends(model: Any, tokenizer: Any) -> list[str]:
 
 
 def copy_manners(adapter: Path, folder: Path) -> None:
-    """Copy what an adapter's folder says of how it is asked and ends: its tokenizer and its generation settings."""
+    """Copy the tokenizer and the generation settings that lie in an adapter's folder: how to ask it, and its ends."""
     for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG):
-        for found in adapter.glob(pattern):
-            if found.is_file() and not found.is_symlink():
-                (folder / found.relative_to(adapter)).parent.mkdir(exist_ok=True)
-                copy_file(found, folder / found.relative_to(adapter))
+        for file in adapter.glob(pattern):
+            if file.is_file() and not file.is_symlink():
+                (folder / file.relative_to(adapter)).parent.mkdir(exist_ok=True)
+                copy_file(file, folder / file.relative_to(adapter))
 
 
 def ends_elsewhere(adapter: Path, base: Path, program: str) -> list[str]:

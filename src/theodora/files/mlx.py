@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from theodora.config import is_int, is_number
-from theodora.errors import CheckpointError, bullet_list, shown, some
+from theodora.errors import CheckpointError, bullet_list, shown
 from theodora.files.names import KEY_PREFIX
 from theodora.synonyms import bare_name
 
-# Path in transformers' model ↔ path in mlx-lm's, where they differ: (ours, theirs), first match, both ways.
+# Where paths in transformers' model and in mlx-lm's differ: (transformers', mlx-lm's). The first match counts, and
+# each pair is read both ways.
 _NAMES = (
     (r"transformer\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)", r"model\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)"),
     (r"gpt_neox\.layers\.(\d+\.(?:attention|mlp)\.\w+)", r"model\.h\.(\d+\.(?:attention|mlp)\.\w+)"),
@@ -27,6 +28,7 @@ _WRAPPED = """gemma3 gemma4 gemma4_unified kimi_k25 kimi_vl lfm2-vl lfm2_vl llam
 _WITHIN = {**dict.fromkeys(_WRAPPED.split(), "language_model.model"), "gemma3n": "model.language_model"}
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 _PARTS = ("lora_a", "lora_b", "m")
+_MISSES_TOLD = 20
 
 
 def peft_from_mlx(
@@ -63,7 +65,7 @@ def peft_from_mlx(
                 problems.append(f"{key}: the file holds this module under two names")
             translated[peft_key] = tensor if part == "m" else tensor.T.contiguous()
     if problems:
-        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(some(problems)))
+        raise CheckpointError(f"The MLX adapter in {folder} cannot be used:" + bullet_list(problems, _MISSES_TOLD))
     assert isinstance(rank, int)
     assert isinstance(scale, int | float)
     paths = sorted({from_mlx_name(key.rpartition(".")[0]) for key in tensors})
@@ -92,16 +94,16 @@ def to_mlx_name(path: str, model_type: str = "") -> str:
         # The head is a child of what wraps, not of the layers' model.
         return f"{within.removesuffix('.model')}.{bare}" if bare == "lm_head" else f"{within}.{bare}"
     for ours, theirs in _NAMES:
-        if found := re.fullmatch(ours, path):
-            return theirs[: theirs.index("(")].replace("\\", "") + found[1]
+        if match := re.fullmatch(ours, path):
+            return theirs[: theirs.index("(")].replace("\\", "") + match[1]
     return path
 
 
 def from_mlx_name(path: str) -> str:
     """A module's path in transformers' model."""
     for ours, theirs in _NAMES:
-        if found := re.fullmatch(theirs, path):
-            return ours[: ours.index("(")].replace("\\", "") + found[1]
+        if match := re.fullmatch(theirs, path):
+            return ours[: ours.index("(")].replace("\\", "") + match[1]
     return path
 
 

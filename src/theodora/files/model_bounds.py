@@ -1,9 +1,9 @@
 """Whether a configuration asks for a model that the files beside it could fill, before memory is taken.
 
 Building a model takes memory for each layer, each expert and each row, so that one number in config.json could fill
-any machine; which number that is differs from family to family. So two things are held: numbers that count layers are
-looked at before transformers reads them, wherever they stand, and while a model is built its modules and parameters
-are counted. Either way the limit comes from the weights that are there.
+any machine; which number that is differs from family to family. So there are two bounds. Numbers that count layers are
+checked before transformers reads them, wherever they stand in the file. While a model is built, its modules and
+parameters are counted. Both limits come from the weights that are there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from theodora.errors import CheckpointError, shown
 
 # What the configurations of language models call the number of layers; each has tensors.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Other numbers that count parts, in any family, but not those that say how large one is, or which.
+# Names of other numbers that count parts, in any family; and of those that only look so: sizes and ids.
 _COUNTS = re.compile(r"layer|block|depth|stage|expert|stack|level|group|repeat", re.IGNORECASE)
 _NO_COUNTS = re.compile(
     "size|dim|eps|norm|window|scale|drop|init|coef|theta|id$|idx|ind(ex|ic)|token|length|interval|vocab"
 )
 _ALWAYS_FINE = 1 << 16
-"""Layers, or whatever is counted, that no files are asked about: it is the building that is bounded then."""
-_SPARE_MODULES, _MODULES_PER_TENSOR = 5_000, 20
+"""Up to so many parts a configuration may name whatever the files hold: the counts below bound what they take."""
+_SPARE_MODULES, _MODULES_PER_TENSOR = 5_000, 20  # activations, norms and containers have modules and no tensors
 # A model is built twice where its first class misses something, and a parameter is set again when it is loaded.
 _SPARE_PARAMETERS, _PARAMETERS_PER_TENSOR = 1_000, 10
 _SPARE_VALUES, _VALUES_PER_BYTE = 1 << 28, 16  # weights of four bits: two values a byte
@@ -48,7 +48,11 @@ class Stored:
 
 
 def stored_in(folder: Path) -> Stored:
-    """What the safetensors files of a model folder hold; one that cannot be read holds nothing."""
+    """What the safetensors files of a model folder hold; one that cannot be read holds nothing.
+
+    The library reads their headers, as it does when transformers loads them: it knows kinds of numbers (F4, F6) that
+    our own reader refuses.
+    """
     tensors = size = 0
     for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         try:
@@ -111,14 +115,14 @@ def bounded_build(folder: str | Path, config: Mapping[str, Any], stored: Stored)
         if threading.get_ident() == thread:
             count("modules")
 
-    def on_parameter(parent: nn.Module, name: str, held: nn.Parameter | None) -> None:
-        if threading.get_ident() == thread and held is not None:
+    def on_parameter(parent: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if threading.get_ident() == thread and value is not None:
             count("parameters")
-            count("values", held.numel())
+            count("values", value.numel())
 
-    def on_buffer(parent: nn.Module, name: str, held: Tensor | None) -> None:
-        if threading.get_ident() == thread and held is not None:
-            count("values", held.numel())
+    def on_buffer(parent: nn.Module, name: str, value: Tensor | None) -> None:
+        if threading.get_ident() == thread and value is not None:
+            count("values", value.numel())
 
     hooks = [
         torch_modules.register_module_module_registration_hook(on_module),

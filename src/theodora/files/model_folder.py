@@ -17,6 +17,8 @@ from theodora.parse import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What dtypes of weights are called for short → torch's names."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -43,8 +45,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             continue
         try:
             with OpenFile.at(file) as opened:
-                found = read_header(opened).tensors
-            for key, tensor in sorted(found.items(), key=lambda item: item[1].begin):
+                described = read_header(opened).tensors
+            for key, tensor in sorted(described.items(), key=lambda item: item[1].begin):
                 tensors[key] = StoredTensor(key, file, tensor.shape, tensor.kind, opened.seen)
         except (ValueError, OSError, CheckpointError) as error:
             problems.append(f"{file.name} is damaged or cut short ({error})")
@@ -56,15 +58,15 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def damaged_weights(folder: Path) -> list[str]:
-    """Which safetensors files of a model folder are no whole ones, and why."""
-    found: list[str] = []
+    """Which safetensors files of a model folder are damaged, and why."""
+    damaged: list[str] = []
     for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         try:
             with OpenFile.at(path) as file:
                 read_header(file)
         except (ValueError, OSError, CheckpointError) as error:
-            found.append(f"{path.name} is damaged or cut short ({error})")
-    return found
+            damaged.append(f"{path.name} is damaged or cut short ({error})")
+    return damaged
 
 
 def pickled_weights(folder: Path) -> str:
@@ -102,9 +104,6 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     if pickled := pickled_weights(folder):
         raise CheckpointError(pickled)
     raise CheckpointError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}.")
-
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def check_weights(folder: Path) -> AbstractContextManager[None]:
@@ -173,10 +172,10 @@ def looks_local(model: str | Path) -> bool:
 
 
 def check_model_folder(model: str | Path) -> None:
-    """Tell a folder that is missing or holds no model from a hub name, before the network is asked.
+    """Refuse a name that can only be a folder's, if there is no model in it, before the hub is asked for that name.
 
     Raises:
-        CheckpointError: saying which.
+        CheckpointError: saying whether the folder is missing or what it holds.
     """
     path = expanded(model)
     if path.is_dir() and not (path / "config.json").is_file():

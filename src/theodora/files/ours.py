@@ -1,9 +1,9 @@
-"""Which folder we wrote, and has stayed as we wrote it: what `--overwrite` may replace.
+"""Which folders we wrote, and whether they are still as we wrote them: only those may `--overwrite` replace.
 
-Names of files do not tell: a model that was downloaded, an adapter and a training run have the same. So what is written
-as a whole lists its files in `theodora_files.json`, the last of them, and is not ours any more once others lie beside
-them or one was written to. The list holds a hash of each file, by which what was damaged or exchanged is told
-(`changes`); an adapter, whose two files travel alone, carries its own in the header of its weights.
+Names of files do not tell: downloaded models, adapters and training runs have the same ones. So whoever writes a whole
+folder writes a list of its files last, `theodora_files.json`. A folder that holds other files, or a file newer than the
+list, is not ours any more. The list has a hash of each file, by which `changes` tells damaged and exchanged ones. The
+two files of an adapter are copied without the list, so their hashes are in the header of the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from theodora.errors import CheckpointError, UsageError, shown
 from theodora.files.atomic import atomic_write
 from theodora.files.folder import OpenFile, read_file
+from theodora.files.names import CONFIG_NAME, WEIGHTS_NAME
 from theodora.files.read_back import write_json
 from theodora.files.safetensors import read_safetensors
 from theodora.parse import parse_json
@@ -28,10 +29,9 @@ MARK = "theodora_files.json"
 CHECKPOINT = "checkpoint"
 """The form of a checkpoint of a run, which no export and no merge may replace."""
 HASHES_KEY = "theodora_sha256"
-"""Where an adapter's weights tell, in their header, what they and their configuration were when they were written."""
-_SHOWN = 5
+"""In the header of an adapter's weights: the hashes of its tensors and of its configuration."""
+_NAMES_TOLD = 5
 _WHERE = ("base_model_name_or_path", "revision")
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def mark_written(folder: Path, form: str) -> None:
@@ -50,10 +50,10 @@ def sha256(path: Path) -> str:
 
 
 def changes(folder: Path) -> list[str] | None:
-    """What is not as it was written in a folder that says so: each file, with what was found and expected.
+    """How a folder differs from what was written: each file that changed, with what was found and expected.
 
     Returns:
-        an empty list if all is; None if nothing says how it was.
+        an empty list if nothing changed; None if nothing says what was written.
     """
     if (folder / MARK).is_file():
         return _changes_by_list(folder)
@@ -62,17 +62,17 @@ def changes(folder: Path) -> list[str] | None:
 
 def hashes_of_adapter(tensors: Mapping[str, Tensor], config: str) -> str:
     """What `HASHES_KEY` stands for in the header of an adapter's weights."""
-    return json.dumps({_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: _hash_of_config(config)})
+    return json.dumps({WEIGHTS_NAME: _hash_of_tensors(tensors), CONFIG_NAME: _hash_of_config(config)})
 
 
 def described(folder: Path) -> str | None:
     """Whether a folder is as it was written, in words; None where it is none."""
     if not folder.is_dir():
         return None
-    found = changes(folder)
-    if found is None:
+    differences = changes(folder)
+    if differences is None:
         return "nothing says how it was written"
-    return f"NOT as it was written: {'; '.join(found)}" if found else "as it was written"
+    return f"NOT as it was written: {'; '.join(differences)}" if differences else "as it was written"
 
 
 def _changes_by_list(folder: Path) -> list[str] | None:
@@ -93,14 +93,14 @@ def _change(path: Path, name: str, expected: str) -> str | None:
     if not path.is_file():
         return f"{_told(name)} is missing"
     try:
-        found = sha256(path)
+        hash_now = sha256(path)
     except OSError as error:
         return f"{_told(name)} cannot be read ({error.strerror})"
-    return None if found == expected else _difference(name, found, expected)
+    return None if hash_now == expected else _difference(name, hash_now, expected)
 
 
-def _difference(name: str, found: str, expected: str) -> str:
-    return f"{_told(name)} has changed (sha256 {found[:12]}…, written as {expected[:12]}…)"
+def _difference(name: str, now: str, expected: str) -> str:
+    return f"{_told(name)} has changed (sha256 {now[:12]}…, written as {expected[:12]}…)"
 
 
 def _told(name: str) -> str:
@@ -109,27 +109,25 @@ def _told(name: str) -> str:
 
 def _changes_by_header(folder: Path) -> list[str] | None:
     try:
-        with OpenFile.at(folder / _WEIGHTS) as file:
+        with OpenFile.at(folder / WEIGHTS_NAME) as file:
             tensors, metadata = read_safetensors(file)
         written = metadata.get(HASHES_KEY)
         if written is None:
             return None
         expected: dict[str, Any] = parse_json(written)
-        config = _hash_of_config(read_file(folder / _CONFIG).decode("utf-8"))
-        found = {_WEIGHTS: _hash_of_tensors(tensors), _CONFIG: config}
+        config = _hash_of_config(read_file(folder / CONFIG_NAME).decode("utf-8"))
+        now = {WEIGHTS_NAME: _hash_of_tensors(tensors), CONFIG_NAME: config}
     except FileNotFoundError as error:
-        return [f"{Path(str(error.filename)).name} is missing"] if (folder / _WEIGHTS).is_file() else None
+        return [f"{Path(str(error.filename)).name} is missing"] if (folder / WEIGHTS_NAME).is_file() else None
     except (OSError, ValueError, AttributeError, CheckpointError) as error:
-        return [f"{_WEIGHTS} or {_CONFIG} cannot be read ({error})"]
+        return [f"{WEIGHTS_NAME} or {CONFIG_NAME} cannot be read ({error})"]
     return [
-        _difference(name, value, str(expected.get(name)))
-        for name, value in found.items()
-        if value != expected.get(name)
+        _difference(name, value, str(expected.get(name))) for name, value in now.items() if value != expected.get(name)
     ]
 
 
 def _hash_of_config(text: str) -> str:
-    """Of what a configuration says, however it is laid out; where the base lies is for everybody to change."""
+    """The hash of what a configuration says, however it is laid out, but for where the base lies, which may change."""
     fields = {name: value for name, value in parse_json(text).items() if name not in _WHERE}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -144,8 +142,8 @@ def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def check_apart(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Raise a UsageError if `output` is, or contains, one of the `inputs`, given by what they are called."""
+def check_outside(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise a UsageError if `output` is, or contains, one of the `inputs` (what it is called → folder)."""
     for what, folder in inputs.items():
         if folder.resolve().is_relative_to(output.resolve()):
             raise UsageError(f"The output {output} is, or contains, the {what} ({folder}). Choose another place.")
@@ -180,15 +178,15 @@ def why_not_ours(folder: Path) -> str | None:
         return f"it has no {MARK} that lists its files"
     if fields.get("form") == CHECKPOINT:
         return "it is a checkpoint of a training run"
-    found = _files(folder)
-    if others := [name for name in found if name not in known]:
-        more = ", …" if len(others) > _SHOWN else ""
-        return f"it also holds {', '.join(shown(name) for name in others[:_SHOWN])}{more}"
-    changed = [name for name in found if (folder / name).lstat().st_mtime_ns > last]
+    names = _files(folder)
+    if others := [name for name in names if name not in known]:
+        more = ", …" if len(others) > _NAMES_TOLD else ""
+        return f"it also holds {', '.join(shown(name) for name in others[:_NAMES_TOLD])}{more}"
+    changed = [name for name in names if (folder / name).lstat().st_mtime_ns > last]
     return f"{shown(changed[0])} was written to since" if changed else None
 
 
 def _files(folder: Path) -> list[str]:
-    """What lies in a folder, however deep: files, and links to whatever."""
+    """Paths of all that lies in a folder, however deep: files, and links to anything."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(folder).as_posix() for path in paths)

@@ -18,9 +18,9 @@ StartFromWeight = Literal["pissa", "olora"]
 STARTS_FROM_WEIGHT: tuple[StartFromWeight, ...] = ("pissa", "olora")
 """Starts that PEFT computes anew from the plain base whenever it loads such a file, with the same result."""
 
-# Starts after which PEFT keeps the base weight as it is.
+# Starts (`init_lora_weights`) after which PEFT leaves the base weight as it is.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# What nothing here computes, and what there is to do.
+# Options that nothing here computes → what to do about them.
 _FOREIGN = {
     "alora_invocation_tokens": "",
     "arrow_config": "",
@@ -64,7 +64,7 @@ def option_problems(peft: Mapping[str, Any], for_model: bool) -> list[str]:
 
 
 def start_of(peft: Mapping[str, Any]) -> StartFromWeight | None:
-    """The start that A and B of a file are relative to, if it comes from the base's weights."""
+    """The start that A and B of a file are relative to, if it is computed from the base's weights."""
     start = peft.get("init_lora_weights")
     return next((known for known in STARTS_FROM_WEIGHT if known == start), None)
 

@@ -1,10 +1,11 @@
-"""Files that are believed once they have been read back.
+"""Writing files, and reading each back before it counts as written.
 
-What libraries write, they may report as written when it is not: a full disk or a quota that shows itself at the last
-flush, a short write, a failing device. So each file is flushed to the disk, read again, and compared with what it was
-to hold, bit for bit, before the folder it stands in gets its name. One pass; what was just written is still in memory.
+Libraries report a file as written that is not: a disk or a quota may be full at the last flush, a write cut short, a
+device fail. So each file is flushed to the disk, read again, and compared bit for bit with what it was to hold, before
+the folder around it gets its name. That is one pass over what the system still has in memory. The safetensors library
+reads its files here, and not our own reader: it is what other programs will read them with.
 
-Of what is refused nothing is left behind: all this happens in the hidden siblings of `atomic.py`.
+All this happens in the hidden siblings of `atomic.py`, so that nothing is left of a file that is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from theodora.errors import CheckpointError, bullet_list
 from theodora.files.atomic import flush
 from theodora.files.finite import not_finite
 
-_SHOWN = 12
-_ROOM = 2**20  # bytes; a disk with less is full
+_NAMES_TOLD = 12
+_ROOM = 2**20  # bytes; a disk with less room counts as full
 
 
 def save_tensors(
@@ -39,14 +40,16 @@ def save_tensors(
         tensors: finite ones.
         path: the file.
         metadata: of its header.
-        checked: whether the caller has seen to it that they are finite, or means what is not.
+        checked: whether the caller has made sure that they are finite, or wants them as they are.
 
     Raises:
         CheckpointError: they are not finite, and nothing was written; or the file does not hold them.
     """
     bad = [] if checked else not_finite(tensors.items())
     if bad:
-        raise CheckpointError(f"{_called(path)} would hold NaN or infinite values, and was not written:" + _some(bad))
+        raise CheckpointError(
+            f"{_called(path)} would hold NaN or infinite values, and was not written:" + bullet_list(bad, _NAMES_TOLD)
+        )
     save_file(dict(tensors), path, dict(metadata) if metadata is not None else None)
     check_tensors(path, tensors, metadata)
 
@@ -81,7 +84,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def check_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Look at a model folder that transformers wrote: its files are whole, and hold the tensors under these names.
 
-    (transformers writes some under names of its own, and of weights that share values one; these are read alone.)
+    (transformers writes some tensors under names of its own, and weights that share their values once. Whatever has
+    no counterpart in `tensors` is only read.)
 
     Raises:
         CheckpointError: a file is damaged, or holds other values.
@@ -91,10 +95,10 @@ def check_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         flush(path)
         try:
             with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys() if name in tensors}  # noqa: SIM118
+                stored = {name: file.get_tensor(name) for name in file.keys() if name in tensors}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise unlike(path, str(error)) from error
-        for name, tensor in found.items():
+        for name, tensor in stored.items():
             if tensor.shape == tensors[name].shape and not same_bits(tensor, tensors[name].to(tensor.dtype)):
                 raise unlike(path, f"other values in {name}")
     check_json(folder)
@@ -131,20 +135,20 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
 def check_bytes(path: Path, data: bytes) -> None:
     """Raise a CheckpointError if a file holds anything else than `data`."""
     flush(path)
-    found = path.read_bytes()
-    if found != data:
-        raise unlike(path, f"{len(found):,} bytes, of which some are others; {len(data):,} were written")
+    read = path.read_bytes()
+    if read != data:
+        raise unlike(path, f"{len(read):,} bytes, of which some are others; {len(data):,} were written")
 
 
 def check_lines(path: Path, count: int) -> None:
     """Raise a CheckpointError if a file of JSON lines does not hold so many of them, each whole."""
     flush(path)
     try:
-        found = [json.loads(line) for line in path.read_bytes().splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     except ValueError as error:
         raise unlike(path, str(error)) from error
-    if len(found) != count:
-        raise unlike(path, f"{len(found):,} lines; {count:,} were written")
+    if len(lines) != count:
+        raise unlike(path, f"{len(lines):,} lines; {count:,} were written")
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -203,8 +207,3 @@ def _called(path: Path) -> str:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return bullet_list(names[:_SHOWN] + ([f"and {more} more"] if more > 0 else []))

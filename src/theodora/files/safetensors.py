@@ -1,10 +1,10 @@
-"""The safetensors format, read from bytes in memory: a header that is believed in nothing, and what it describes.
+"""The safetensors format, read from bytes in memory: every word of the header is checked before it is believed.
 
     8 bytes                    N, the length of the header
     N bytes                    JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}
     the rest                   the tensors, one after the other, without gaps
 
-The safetensors library maps files or takes their bytes twice; here the bytes of one descriptor are all there is, and
+The safetensors library maps a file, or copies its bytes twice. Here the bytes are read once, from one descriptor, and
 tensors are views of them.
 """
 
@@ -25,7 +25,7 @@ from theodora.files.memory import available_memory
 from theodora.parse import parse_json
 
 LONGEST_HEADER = 32 << 20
-"""Bytes: 150,000 tensors. What JSON unfolds to takes some twenty times as much memory."""
+"""Bytes, enough for 150,000 tensors. Parsed JSON takes some twenty times as much memory as its text."""
 _MOST_DIMENSIONS = 64  # of NumPy's arrays, and of several of torch's operations
 _MOST = 2**63  # bytes that a tensor may seem to have, as 64 bits count them
 _METADATA = "__metadata__"
@@ -189,7 +189,7 @@ def _described(name: str, fields: Any) -> Described:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text of whole characters: JSON can write halves of them, which no terminal and no file takes."""
+    """Whether it is a text of whole characters: JSON can hold halves of them, which no terminal and no file takes."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -198,7 +198,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _content(file: OpenFile, begin: int, device: torch.device) -> Tensor:
-    """All after the header on a GPU, by way of a little host memory: new memory is slower than any copy."""
+    """All after the header on a GPU, in pieces through a little host memory: new memory is slower than copying."""
     content = torch.empty(file.size - begin, dtype=torch.uint8, device=device)
     memory = torch.empty(min(_PIECE, len(content)), dtype=torch.uint8)
     for part in content.split(_PIECE):
@@ -211,6 +211,6 @@ def _content(file: OpenFile, begin: int, device: torch.device) -> Tensor:
 
 def _tensor(content: Tensor, described: Described) -> Tensor:
     part = content[described.begin : described.end]
-    if described.begin % described.dtype.itemsize:  # where torch wants no numbers of this kind
+    if described.begin % described.dtype.itemsize:  # torch views numbers only at multiples of their size
         part = part.clone()
     return part.view(described.dtype).view(described.shape)

@@ -37,10 +37,11 @@ class RowTensors:
 
 
 def file_rows(
-    deltas: Mapping[str, Tensor], indices: Mapping[str, Sequence[int]] | Sequence[int], problems: list[str]
-) -> dict[str, RowTensors]:
-    """Module path -> rows, from the tensors of a file and what its configuration says of them."""
-    found: dict[str, RowTensors] = {}
+    deltas: Mapping[str, Tensor], indices: Mapping[str, Sequence[int]] | Sequence[int]
+) -> tuple[dict[str, RowTensors], list[str]]:
+    """Module path -> rows, from the tensors of a file and what its configuration says of them; and what is wrong."""
+    rows: dict[str, RowTensors] = {}
+    problems: list[str] = []
     for path, tensor in deltas.items():
         ids = tuple(_ids_of(path, indices))
         if not ids:
@@ -50,10 +51,10 @@ def file_rows(
         elif len(set(ids)) < len(ids):
             problems.append(f"{path}: trainable_token_indices names a token twice")
         else:
-            found[path] = RowTensors(ids, tensor)
+            rows[path] = RowTensors(ids, tensor)
     if indices and not deltas:
         problems.append("trainable_token_indices is set, but the file holds no rows of tokens")
-    return found
+    return rows, problems
 
 
 def _ids_of(path: str, indices: Mapping[str, Sequence[int]] | Sequence[int]) -> Sequence[int]:

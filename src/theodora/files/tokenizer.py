@@ -24,7 +24,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             model, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
-    except Exception as error:  # as above; tokenizers raises plain Exceptions
+    except Exception as error:  # of any kind: transformers and tokenizers raise what they come to
         raise CheckpointError(f"No tokenizer loads from {model}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

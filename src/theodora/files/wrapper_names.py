@@ -1,8 +1,7 @@
-"""The names that wrappers leave in the keys of saved tensors, and the keys without them.
+"""Keys of saved tensors without the names that wrappers leave in them.
 
-torch.compile, FSDP and activation checkpointing put a module of a name of their own around another, DDP and DeepSpeed
-one called `module` around the whole model, and PEFT's own state dict (not its files) holds the adapter's name in each
-key.
+torch.compile, FSDP and activation checkpointing wrap a module in one with a name of their own, DDP and DeepSpeed the
+whole model in one called `module`. PEFT's state dict (not its files) holds the adapter's name in each key.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from pathlib import Path
 from torch import Tensor
 
 from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.files.names import KEY_PREFIX
 
-# No module of a model is called so.
+# Names of wrapping modules, which no module of a model has.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module")
-_PREFIX = "base_model.model."
 # lora_A.NAME.weight, lora_embedding_A.NAME, lora_magnitude_vector.NAME.weight
 _NAMED = re.compile(
     r"^(?P<before>.*\.(?:lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]))\.(?P<name>[^.]+)(?P<after>|\.weight|\.bias)$"
@@ -45,7 +44,7 @@ def plain_keys(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     keys = {key: _without_name(plain, name) for key, plain in keys.items()}
     plain = list(keys.values())
     if len(set(plain)) < len(plain):
-        twice = sorted(key for key, found in keys.items() if plain.count(found) > 1)[:4]
+        twice = sorted(key for key, plain_key in keys.items() if plain.count(plain_key) > 1)[:4]
         raise CheckpointError(f"{where} holds a tensor twice, once inside of a wrapper's name:" + bullet_list(twice))
     return {keys[key]: tensor for key, tensor in tensors.items()}
 
@@ -54,7 +53,7 @@ def _without_wrappers(key: str) -> str:
     if not any(wrapper in key for wrapper in _WRAPPERS) and not key.startswith("module."):
         return key
     plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-    return plain.removeprefix("module.") if plain.startswith(f"module.{_PREFIX}") else plain
+    return plain.removeprefix("module.") if plain.startswith(f"module.{KEY_PREFIX}") else plain
 
 
 def _named(key: str) -> re.Match[str] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.autocast import autocast_dtype
-from theodora.errors import ConfigError, bullet_list, some
+from theodora.errors import ConfigError, bullet_list
 
 CHANGED = "_theodora_autocast"
 """Where a module notes what `autocast_changes` has found."""
@@ -75,8 +75,18 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
             "Since Theodora changed the class of these modules, another library has put a class of its own on top, "
             "from under which Theodora's cannot be taken; nothing was changed. Undo its change first (that of "
             "torch.nn.utils.parametrize by remove_parametrizations). FSDP2's fully_shard cannot be undone: do this "
-            "before it, or save the adapter and load it onto a new model:" + bullet_list(some(out_of_reach))
+            "before it, or save the adapter and load it onto a new model:" + bullet_list(out_of_reach, 20)
         )
+
+
+def cannot_replace_weight(module: nn.Module) -> str | None:
+    """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can."""
+    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if weight is None:
+        return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
+    if type(weight.data) is not Tensor:
+        return f"its weight is sharded or special ({type(weight.data).__name__})"
+    return None
 
 
 def autocast_changes(module: Swapped, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:

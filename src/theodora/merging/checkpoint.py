@@ -22,14 +22,14 @@ from torch import Tensor
 
 from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, bullet_list
-from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.distrust import expanded
 from theodora.files.finite import finite
 from theodora.files.generation import TOKENIZER_FILES, write_ends
 from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
-from theodora.files.ours import check_apart, check_replaceable, mark_written, why_not_ours
+from theodora.files.ours import check_outside, check_replaceable, mark_written, why_not_ours
 from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
 from theodora.paths import layer_kinds
@@ -37,11 +37,10 @@ from theodora.paths import layer_kinds
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the key of the tensor just done."""
 
+# What is copied from the base beside its weights and its tokenizer.
 _MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-# Beside the weights: tokenizer, configuration, index, rounding up to disk blocks.
-_DISK_MARGIN = 64 << 20
-# Tensors compared in full, value by value, after writing.
-_SPOT_CHECKS = 16
+_DISK_MARGIN = 64 << 20  # beside the weights: tokenizer, configuration, index, rounding up to disk blocks
+_SPOT_CHECKS = 16  # tensors that are merged once more after writing and compared value by value
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class MergeReport:
 
 @dataclass
 class _Rounding:
-    """Collects the figures of a `KindReport`, tensor by tensor."""
+    """Collects the numbers of a `KindReport`, tensor by tensor."""
 
     change: list[float] = field(default_factory=list[float])
     relative: list[float] = field(default_factory=list[float])
@@ -142,7 +141,7 @@ def merge_checkpoint(
     wanted = _dtype(dtype)
     file = read_adapter(adapter)
     name = str(base_model or file.base_model or "")
-    folder = find_base(name, revision=None if base_model else _base_revision(file), download=True)
+    folder = find_base(name, revision=None if base_model else file.base_revision, download=True)
     output = expanded(output).absolute()
     _check_output(output, overwrite, {"adapter": file.path, "base model": folder})
     base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
@@ -186,7 +185,7 @@ def merge_checkpoint(
         write_text(partial / "README.md", _model_card(report, file))
         _verify(partial, shards, base)
         mark_written(partial, "merged")
-        if overwrite:  # what has begun there since, a training run perhaps, is no earlier merge
+        if overwrite:  # meanwhile a training run, say, may have begun there: it must not be replaced
             _check_output(output, overwrite, {})
     return report
 
@@ -201,14 +200,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def _base_revision(file: AdapterFile) -> str | None:
-    """The commit of the base that PEFT notes beside its name."""
-    revision = read_peft_config(file.path).get("revision")
-    return revision if isinstance(revision, str) else None
-
-
 def _check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
-    check_apart(output, inputs)
+    check_outside(output, inputs)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         check_replaceable(output, overwrite, "merge", why_not_ours(output))
 
@@ -309,22 +302,22 @@ def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:
     tokenizer = file.path if has_tokenizer(file.path) else base.folder
     own_code = ("*.py",) if "auto_map" in base.config else ()
     for source, patterns in ((tokenizer, TOKENIZER_FILES), (base.folder, _MODEL_FILES + own_code)):
-        for found in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-            real = _refuse_link_out(found, source)
-            target = folder / found.relative_to(source)
+        for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+            real = _no_link_out(path, source)
+            target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             copy_file(real, target)
 
 
-def _refuse_link_out(found: Path, source: Path) -> Path:
-    """The file itself; a CheckpointError for a link out of a model's folder, which may point to no part of the model.
+def _no_link_out(path: Path, source: Path) -> Path:
+    """The file that a path leads to; a CheckpointError if a link leads out of the model's folder, to anything at all.
 
-    The hub's cache keeps its files beside its snapshots, as `blobs`, and links to them.
+    The hub's cache stores files as `blobs` beside its snapshots, which link to them: those links are followed.
     """
-    real, home = found.resolve(), source.resolve()
+    real, home = path.resolve(), source.resolve()
     if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
         raise CheckpointError(
-            f"{found} is a link to {real}, outside the folder, and would be copied into the merged model. If it "
+            f"{path} is a link to {real}, outside the folder, and would be copied into the merged model. If it "
             "belongs there, put the file itself in its place."
         )
     return real
@@ -345,8 +338,8 @@ def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheck
                 if tuple(written.get_slice(tensor.key).get_shape()) != tensor.shape:
                     problems.append(f"{tensor.key}: another shape than was merged")
                 elif tensor.key in checked:
-                    again, found = _merge_one(base, tensor), written.get_tensor(tensor.key)
-                    if not same_bits(again, found):
+                    again, read = _merge_one(base, tensor), written.get_tensor(tensor.key)
+                    if not same_bits(again, read):
                         problems.append(f"{tensor.key}: other values than were merged")
     base.close()
     if problems:
@@ -359,7 +352,7 @@ def _dtype_names(plan: MergePlan) -> list[str]:
 
 
 def _model_card(report: MergeReport, file: AdapterFile) -> str:
-    # A path of the machine that merged says nothing to others: only its last part is kept.
+    # A path of the machine that merged says nothing to others: only its last part is written.
     local = Path(report.base_model).expanduser().exists()
     base_name = Path(report.base_model).expanduser().resolve().name if local else report.base_model
     config = file.config

@@ -5,8 +5,8 @@
 For DoRA W'ᵢ = gᵢ ⊙ (W + sᵢ·Bᵢ·Aᵢ), and the sum is c ⊙ W + Σ wᵢ gᵢ ⊙ sᵢ·Bᵢ·Aᵢ with c = 1 + Σ wᵢ (gᵢ − 1): again a DoRA
 adapter, of the ranks added up (`fit.py`). TIES and DARE change W'ᵢ − W element by element, which leaves no low rank.
 
-PEFT's "linear" is another thing: it adds the A and the B of the adapters, each with the square root of its weight,
-whose product is not the sum of the products; and it drops DoRA's magnitudes.
+PEFT's "linear" is another thing. It adds up the adapters' A and their B, each times the square root of its weight; the
+product of these sums is not the sum of the products. And it drops DoRA's magnitudes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def combine_adapters(
         method: linear, cat, svd, ties, dare_linear or dare_ties.
         rank: of the result. Default for svd: the largest of the adapters' ranks; for ties and dare: full.
         density: share of the elements that ties and dare keep, above 0 and at most 1.
-        seed: of dare's draws (`rules.kept_by_dare`).
+        seed: of dare's draws (`ties_dare.dare_mask`).
 
     Returns:
         Ranks and errors, module by module.
@@ -118,10 +118,10 @@ def combine_adapters(
             if f"{path}.weight" not in full and (held := _module(layer, path, plan)) is not None
         }
     method_name = "dora" if any(h.magnitude_O is not None for h in held.values()) else "lora"
-    return put_on(model, into, held, full, method_name, errors)
+    return add_computed(model, into, held, full, method_name, errors)
 
 
-def put_on(
+def add_computed(
     model: nn.Module,
     name: str,
     held: dict[str, Held],
@@ -160,7 +160,7 @@ def check_held(held: Mapping[str, Held]) -> None:
     if bad:
         raise CheckpointError(
             f"The result would hold NaN or infinite values in {str(tensors[bad[0]].dtype).removeprefix('torch.')}, so "
-            "nothing was made of it:" + bullet_list(bad[:12])
+            "nothing was made of it:" + bullet_list(bad, 12)
         )
 
 
@@ -195,7 +195,7 @@ def wanted_by(layer: AdapterLayer, name: str) -> Wanted | None:
         return None
     adapter: Any = layer.adapters[name]
     a, b = adapter.factors()
-    return wanted_of(layer.base_weight_OI, a, b, adapter.scale, adapter.magnitude)
+    return wanted_of(layer.base_weight.dense(), a, b, adapter.scale, adapter.magnitude)
 
 
 def storage_dtype(w_OI: Tensor) -> torch.dtype:
@@ -234,7 +234,7 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
     parts = [(name, weight, wanted) for name, weight, wanted in parts if wanted is not None]
     if not parts:
         return None
-    w_OI = layer.base_weight_OI
+    w_OI = layer.base_weight.dense()
     adapters: list[Any] = [layer.adapters[name] for name, _, _ in parts]
     dora = any(adapter.magnitude is not None for adapter in adapters)
     dtype = storage_dtype(w_OI)
@@ -286,7 +286,7 @@ def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[
                 change = state.full[name][path].detach().to(start.device, start.dtype) - start
             elif (layer := layers.get(path.removesuffix(".weight"))) is not None and path.endswith(".weight"):
                 wanted = wanted_by(layer, name)
-                update = None if wanted is None else wanted.update(layer.base_weight_OI)
+                update = None if wanted is None else wanted.update(layer.base_weight.dense())
                 change = update.T if update is not None and layer.stored_transposed else update
             if change is not None:
                 changes.append(change)
@@ -296,8 +296,7 @@ def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[
         parameters[path] = nn.Parameter((start + change).to(original.dtype))
         size = float(change.norm()) or float(start.norm()) or 1.0
         errors[path] = float((parameters[path].detach().to(start.dtype) - start - change).norm()) / size
-    odd = [path for path, p in parameters.items() if not bool(torch.isfinite(p).all())]
-    if odd:
-        raise ConfigError("The combination does not fit the model's dtype:" + bullet_list(odd))
+    if bad := not_finite(parameters.items()):
+        raise ConfigError("The combination does not fit the model's dtype:" + bullet_list(bad))
     assert all(math.isfinite(error) for error in errors.values())
     return parameters, errors

@@ -1,10 +1,10 @@
-"""Adapters that hold a wanted weight: exactly where they can, else as well as a rank allows, and the error is told.
+"""Adapters that make a given weight out of the base's: exactly, or as well as a rank allows, with the error told.
 
     wanted   W' = c ⊙ W + B·A              c: one factor for each output row
 
-Whatever an adapter does to a weight is of this form: LoRA has c = 1, DoRA has c = g. So are weighted sums of them, and
-any dense weight, with a B or A of full rank. Held as LoRA it is W + B'·A', which costs full rank where c is not 1; as
-DoRA it is c ⊙ (W + B·A / c), which costs none.
+Every adapted weight has this form: LoRA has c = 1, DoRA has c = g. So have weighted sums of them, and any dense weight,
+with a B or A of full rank. As LoRA it is W + B'·A', of full rank where c is not 1; as DoRA it is c ⊙ (W + B·A / c), of
+the same rank.
 
 Computed in float64. Shapes: I in features, O out features, R rank; c is (O,).
 """
@@ -22,13 +22,10 @@ from theodora.errors import CheckpointError
 from theodora.files.finite import finite
 from theodora.functional import dora_norm, dora_scale, merged_weight
 
-# A row of DoRA is g ⊙ (W + B·A / g). Below this g, B would leave float16's range; see `_within_reach`.
-_LEAST_SCALE = 2.0**-10
-# Above this rank the leading singular vectors come from a randomised decomposition, which is far faster.
-_EXACT_SVD = 1024
-# Relative accuracy of its remaining error.
-_RANDOMISED = 1e-3
-_PIECE = 1 << 22
+_LEAST_SCALE = 2.0**-10  # of g: a row is g ⊙ (W + B·A / g), and B / g has to stay in float16's range
+_EXACT_SVD = 1024  # above this rank singular vectors come from a randomised decomposition, which is far faster
+_RANDOMISED = 1e-3  # relative accuracy of its remaining error
+_PIECE = 1 << 22  # elements of a weight that are copied to float64 at once
 
 
 class Wanted(NamedTuple):

@@ -15,16 +15,14 @@ from theodora.adapters.renamed import left_out_note, under_names
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
 from theodora.files.base_model import BaseCheckpoint
-from theodora.files.base_probe import check_base, sample_weight
 from theodora.files.distrust import FLOAT_DTYPES
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint, weight_fingerprint
 from theodora.files.model_folder import StoredTensor
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
 from theodora.paths import nearest
 
-_MISSES_SHOWN = 20
-# Rounding a base to bfloat16 moves it by 0.002; more than this deserves a word.
-SAME_BASE = 0.02
+_MISSES_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -123,23 +121,20 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
     Raises:
         CheckpointError: listing every tensor of the adapter that has no place in the base, or another shape.
     """
-    problems: list[str] = []
     adapter = _in_names_of(base, adapter)
-    changes = _changes(base, adapter, problems)
-    untied = _untied(base, changes, problems)
+    changes, unknown = _changes(base, adapter)
+    untied, inseparable = _untied(base, changes)
     plan = MergePlan(_outputs(base, changes, untied, dtype), untied=bool(untied))
-    problems += _shape_problems(base, plan, adapter)
-    vocabulary = _vocabulary(base, plan, problems)
-    problems += _unplaced(base, changes, plan)
+    misshapen = _shape_problems(base, plan)
+    vocabulary, disagreeing = _vocabulary(base, plan)
+    problems = [*unknown, *inseparable, *misshapen, *disagreeing, *_unplaced(base, changes, plan)]
     if problems:
-        more = len(problems) - _MISSES_SHOWN
-        shown = problems[:_MISSES_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise CheckpointError(
             f"The adapter {adapter.path} does not fit the base model {base.folder}. Was it trained on another one? "
-            "Name the right one with --base-model." + bullet_list(shown)
+            "Name the right one with --base-model." + bullet_list(problems, _MISSES_TOLD)
         )
     notes = [left_out_note(adapter)] if adapter.left_out else []
-    distance = check_base(adapter, lambda path: sample_base(base, path))
+    distance = check_fingerprint(adapter, lambda path: fingerprint_on_disk(base, path))
     if distance > SAME_BASE:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
@@ -155,7 +150,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
     return replace(plan, vocabulary=vocabulary, notes=notes)
 
 
-def base_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
+def weight_on_disk(base: BaseCheckpoint, path: str) -> Tensor | None:
     """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
     name = base.model_name(f"{path}.weight")
     key = base.key_of(name) if name is not None else None
@@ -165,10 +160,10 @@ def base_weight(base: BaseCheckpoint, path: str) -> Tensor | None:
     return weight.T if base.is_transposed(name) else weight
 
 
-def sample_base(base: BaseCheckpoint, path: str) -> list[float] | None:
-    """`sample_weight` of the base weight of a module, or None if the base does not store it as one tensor."""
-    w_OI = base_weight(base, path)
-    return None if w_OI is None else sample_weight(w_OI)
+def fingerprint_on_disk(base: BaseCheckpoint, path: str) -> list[float] | None:
+    """`weight_fingerprint` of a module's base weight, or None if the base does not store it as one tensor."""
+    w_OI = weight_on_disk(base, path)
+    return None if w_OI is None else weight_fingerprint(w_OI)
 
 
 def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
@@ -179,9 +174,10 @@ def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
     return under_names(adapter, modules + [key.rpartition(".")[0] for key in unloaded], parameters + unloaded)
 
 
-def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) -> dict[str, Change]:
-    """Parameter of the model -> what the adapter does to it."""
+def _changes(base: BaseCheckpoint, adapter: AdapterFile) -> tuple[dict[str, Change], list[str]]:
+    """Parameter of the model -> what the adapter does to it; and complaints about parameters that are not there."""
     changes: dict[str, Change] = {}
+    problems: list[str] = []
     parameters = [name for name, _ in base.model.named_parameters()]
     for path, full in adapter.full.items():
         name = base.model_name(path)
@@ -211,10 +207,10 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile, problems: list[str]) ->
             continue
         embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
         for member in (name, *(base.tied_to(name) if embedding else ())):
-            apart = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
-            if member == name or not apart:
+            has_its_own = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
+            if member == name or not has_its_own:
                 changes[member] = replace(changes.get(member, Change()), rows=rows)
-    return changes
+    return changes, problems
 
 
 def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan) -> list[str]:
@@ -234,16 +230,16 @@ def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan)
 
 
 def changed_copies_on_disk(base: BaseCheckpoint, adapter: AdapterFile) -> list[str]:
-    """Paths of the base weights beside the adapter that are more than the base's own: other values, or other tokens.
+    """Paths of copies beside the adapter that differ from the base's weights: in values, or in the number of tokens.
 
-    A form without a place for them would leave them out.
+    A form that has no place for them would lose them.
     """
     names = {path: base.model_name(path) for path in adapter.base_copies if path not in adapter.full}
     return [path for path, name in names.items() if name is None or _differs(base, name, adapter.base_copies[path])]
 
 
 def _differs(base: BaseCheckpoint, parameter: str, copy: Tensor) -> bool:
-    """Whether a copy of a base weight that lies beside the adapter is more than that weight, rounded."""
+    """Whether a copy beside the adapter differs from the base's weight by more than rounding."""
     key = base.key_of(parameter)
     if key is None or base.tensors[key].shape != tuple(copy.shape) or base.tensors[key].dtype not in FLOAT_DTYPES:
         return True
@@ -255,9 +251,10 @@ def _unknown(name: str, names: list[str]) -> str:
     return "no such parameter in the base" + (f" (the nearest is {close[0]})" if close else "")
 
 
-def _untied(base: BaseCheckpoint, changes: dict[str, Change], problems: list[str]) -> set[str]:
-    """Parameters that shared their values in the base and no longer do."""
+def _untied(base: BaseCheckpoint, changes: dict[str, Change]) -> tuple[set[str], list[str]]:
+    """Parameters that shared their values in the base and no longer do; and complaints about those that always do."""
     untied: set[str] = set()
+    problems: list[str] = []
     ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
     for name, change in changes.items():
         others = base.tied_to(name)
@@ -269,7 +266,7 @@ def _untied(base: BaseCheckpoint, changes: dict[str, Change], problems: list[str
                 f"{name}: shares its values with {', '.join(others)}, which cannot be undone in config.json"
             )
         untied |= family
-    return untied
+    return untied, problems
 
 
 def _outputs(
@@ -299,15 +296,15 @@ def _outputs(
 def _castable(base: BaseCheckpoint, dtype: torch.dtype | None) -> set[str]:
     """Parameters that take the dtype asked for: not buffers, nor those that the model class keeps in float32."""
     model = base.model
-    kept = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
+    wide = set(model._keep_in_fp32_modules_strict or ())  # pyright: ignore[reportPrivateUsage]
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())  # pyright: ignore[reportPrivateUsage]
+        wide |= set(model._keep_in_fp32_modules or ())  # pyright: ignore[reportPrivateUsage]
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name for name in names if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)}
+    return {name for name in names if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in wide)}
 
 
-def _shape_problems(base: BaseCheckpoint, plan: MergePlan, adapter: AdapterFile) -> list[str]:
-    problems = []
+def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
+    problems: list[str] = []
     embeddings = _embeddings(base)
     for output in plan.outputs:
         change, stored = output.change, output.source
@@ -343,16 +340,15 @@ def _embeddings(base: BaseCheckpoint) -> set[str]:
     }
 
 
-def _vocabulary(base: BaseCheckpoint, plan: MergePlan, problems: list[str]) -> int | None:
-    """The new vocabulary size if the adapter brings one."""
+def _vocabulary(base: BaseCheckpoint, plan: MergePlan) -> tuple[int | None, list[str]]:
+    """The new vocabulary size if the adapter brings one; and a complaint if it brings two."""
     ends = _embeddings(base)
     sizes = {output.parameter: output.shape[0] for output in plan.outputs if output.parameter in ends}
     if all(output.shape == output.source.shape for output in plan.outputs if output.parameter in ends):
-        return None
-    if len(set(sizes.values())) > 1:
-        rows = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
-        problems.append(f"embeddings and output head disagree: {rows}")
-    return next(iter(sizes.values()))
+        return None, []
+    rows = ", ".join(f"{name} has {size} rows" for name, size in sizes.items())
+    problems = [f"embeddings and output head disagree: {rows}"] if len(set(sizes.values())) > 1 else []
+    return next(iter(sizes.values())), problems
 
 
 def _stored_bits(name: str) -> int:

@@ -22,11 +22,11 @@ def weighted_sum(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def trim(change: Tensor, density: float) -> Tensor:
     """Keep the share `density` of the elements, the largest by absolute value, and set the others to zero."""
-    kept = round(density * change.numel())
-    if kept >= change.numel():
+    count = round(density * change.numel())
+    if count >= change.numel():
         return change
     flat = change.flatten()
-    at = flat.abs().topk(kept).indices
+    at = flat.abs().topk(count).indices
     return torch.zeros_like(flat).index_put((at,), flat[at]).view_as(change)
 
 
@@ -47,11 +47,11 @@ def merge_by_sign(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 def drop_and_rescale(change: Tensor, density: float, seed: int, key: str) -> Tensor:
     """DARE (arXiv 2311.03099): keep each element with probability `density`, divided by it, and drop the others."""
-    return torch.where(kept_by_dare(change.shape, density, seed, key).to(change.device), change / density, 0)
+    return torch.where(dare_mask(change.shape, density, seed, key).to(change.device), change / density, 0)
 
 
-def kept_by_dare(shape: Sequence[int], density: float, seed: int, key: str) -> Tensor:
-    """Which elements stay: drawn on the CPU, so that a seed and a key give the same ones on any device.
+def dare_mask(shape: Sequence[int], density: float, seed: int, key: str) -> Tensor:
+    """Which elements DARE leaves (True): drawn on the CPU, so that a seed and a key give the same ones on any device.
 
     Args:
         shape: of the change.

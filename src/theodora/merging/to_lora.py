@@ -1,4 +1,4 @@
-"""DoRA as plain LoRA, for everything that knows nothing else: the best low-rank approximation of what it changes."""
+"""DoRA as plain LoRA, for programs that know nothing else: the best low-rank approximation of its change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from theodora.errors import CheckpointError, ConfigError
 from theodora.files.adapter import AdapterFile, peft_config, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.distrust import METADATA_KEY
-from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.read_back import save_tensors, write_json
-from theodora.merging.combine import check_held, put_on, report_fit, scale_one_config, storage_dtype, wanted_by
+from theodora.merging.combine import add_computed, check_held, report_fit, scale_one_config, storage_dtype, wanted_by
 from theodora.merging.fit import FitReport, Held, hold, wanted_of
-from theodora.merging.plan import base_weight, plan_merge
+from theodora.merging.plan import plan_merge, weight_on_disk
 
 
 def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> FitReport:
@@ -56,11 +55,11 @@ def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> 
     held = {}
     with torch.no_grad(), originals_in_place(model):
         for path, layer in adapter_layers(model, name).items():
-            w_OI, wanted = layer.base_weight_OI, wanted_by(layer, name)
+            w_OI, wanted = layer.base_weight.dense(), wanted_by(layer, name)
             assert wanted is not None
             held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
     full = {path: nn.Parameter(parameter.detach().clone()) for path, parameter in state.full[name].items()}
-    return put_on(model, into, held, full, "lora")
+    return add_computed(model, into, held, full, "lora")
 
 
 def _refuse_rows(name: str, rows: Mapping[str, Any]) -> None:
@@ -123,18 +122,18 @@ def folder_to_lora(
             fan_in_fan_out=transposed,
             bias="all" if trained_biases(file.full) else "none",
         )
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"probe": file.probe})}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({FINGERPRINT_KEY: file.fingerprint})}
         save_tensors(_peft_tensors(file, held), folder / WEIGHTS_NAME, metadata)
         write_json(folder / CONFIG_NAME, fields, sort_keys=True)
     return report_fit(str(output), "lora", held)
 
 
 def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
-    """The weight that the adapter adds to, (O, I): a changed one that lies beside it goes before the base's."""
+    """The weight that the adapter adds to, (O, I): a copy that lies beside the adapter counts before the base's."""
     copy = file.base_copies.get(f"{path}.weight")
     if copy is not None:
         return copy.T if file.modules[path].embedding else copy
-    w_OI = base_weight(base, path)
+    w_OI = weight_on_disk(base, path)
     if w_OI is None:
         raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor.")
     return w_OI

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from theodora.data.templates import as_wanted
-from theodora.errors import ConfigError
-from theodora.metered import install
+from theodora.errors import ConfigError, in_line
+from theodora.metered import meter_templates
 from theodora.serve.misses import cut
 from theodora.serve.protocol import ChatRequest, Templated
 
@@ -38,7 +38,7 @@ def chat_text(tokenizer: Any, asked: Templated, own: str | None = None) -> tuple
     for message in messages:
         if message["role"] == "developer" and not _names(template, "developer"):
             message["role"] = "system"  # as it was called before; templates leave out roles that they do not know
-    install()
+    meter_templates()
     try:
         text = tokenizer.apply_chat_template(
             as_wanted(messages, tokenizer, own, tools),  # as in training
@@ -79,7 +79,7 @@ def _left_out(
 ) -> Iterator[str]:
     unseen = [f"messages.{at}" for at, message in enumerate(messages) if message["content"].strip() not in text]
     if unseen:  # reasoning of past turns, which most templates cut out, or a role that they do not know
-        yield f"the chat template does not show all of {_some(unseen)}"
+        yield f"the chat template does not show all of {in_line(unseen, 8)}"
     if tools and not _names(template, "tools"):
         yield "the chat template does not show tools"
     if any("tool_calls" in message for message in messages) and not _names(template, "tool_calls"):
@@ -89,10 +89,6 @@ def _left_out(
     for name in more:
         if not _names(template, name):
             yield f"the chat template does not know {cut(name, 60)}"
-
-
-def _some(places: list[str]) -> str:
-    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
 
 
 def _names(template: str, name: str) -> bool:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from theodora.errors import first_of
+
 _FIELD = re.compile(r"\w+")
 _KINDS = {"str", "bool", "int", "float", "dict", "list", "NamedTool", "ToolsAllowed", "CHAT", "TEXT", "FEW", "MANY"}
 """Pydantic's names for the kinds that a value may have, as they stand among the names of fields."""
@@ -91,7 +93,7 @@ def cut(text: str, most: int) -> str:
 
 def few(told: Sequence[str], most: int = _MOST) -> str:
     """The first of several, and how many more there are."""
-    return "; ".join(told[:most]) + (f"; and {len(told) - most} more" if len(told) > most else "")
+    return "; ".join(first_of(told, most))
 
 
 def _found(value: Any) -> str:

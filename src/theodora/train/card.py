@@ -15,7 +15,7 @@ from theodora.data.left_out import sentences
 from theodora.files.atomic import atomic_write
 from theodora.files.classes import auto_name
 from theodora.files.read_back import write_text
-from theodora.shown import markdown, markdown_code
+from theodora.safe_text import markdown, markdown_code
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time

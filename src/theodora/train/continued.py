@@ -11,7 +11,7 @@ from theodora.adapters.load import load_to_train, original_config
 from theodora.adapters.targets import find_targets
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
-from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.model_folder import base_model_of
 
 _TAKEN = ("method", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
@@ -50,11 +50,10 @@ def continued(config: TrainConfig) -> TrainConfig:
     taken = {name: getattr(theirs, name) for name in _TAKEN}
     where = {} if any(name in chosen for name in _WHERE) else {"targets": theirs.targets, "exclude": ()}
     dropout = mine.dropout if "dropout" in chosen else theirs.dropout
-    noted = read_peft_config(file.path).get("revision") if not config.model else None
     return replace(
         config,
         model=config.model or base_model_of(file.path),
-        revision=config.revision or (noted if isinstance(noted, str) else None),
+        revision=config.revision or (None if config.model else file.base_revision),
         adapter=replace(mine, **taken, **where, dropout=dropout),
     )
 

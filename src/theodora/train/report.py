@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
-from theodora.shown import quoted
+from theodora.safe_text import quoted
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described
 from theodora.train.progress import as_size, as_time, shorten

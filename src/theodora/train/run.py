@@ -30,7 +30,7 @@ from theodora.files.finite import not_finite
 from theodora.files.generation import save_ends
 from theodora.files.read_back import check_lines, save_tokenizer
 from theodora.parse import to_yaml
-from theodora.shown import plain, quoted
+from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints as files
 from theodora.train.arguments import sft_arguments

@@ -51,7 +51,7 @@ def split(
     if magnitudes and not peft_helper.use_dora:
         problems.append("it holds magnitudes, but its adapter_config.json says use_dora: false")
     if problems:
-        raise ValueError("This adapter cannot be served:" + bullet_list(_some(problems)))
+        raise ValueError("This adapter cannot be served:" + bullet_list(problems, _MISSES_SHOWN))
     return magnitudes, {name: tensor for name, tensor in tensors.items() if not is_magnitude(name)}
 
 
@@ -75,7 +75,7 @@ def keep(lora: Any, magnitudes: dict[str, Tensor], peft_helper: Any) -> None:
             elif "embed" not in name and b.shape[0] != magnitude.shape[0]:
                 problems.append(f"{name}: {magnitude.shape[0]} magnitudes for {b.shape[0]} output rows")
     if problems:
-        raise ValueError("This adapter cannot be served:" + bullet_list(_some(problems)))
+        raise ValueError("This adapter cannot be served:" + bullet_list(problems, _MISSES_SHOWN))
     lora.theodora_magnitudes = magnitudes
     lora.theodora_scales = {}
 
@@ -103,7 +103,7 @@ def check(lora: Any, manager: Any, lora_config: Any, path: str) -> None:
             if problem:
                 problems.append(f"{name}: {problem}")
     if problems:
-        raise ValueError(f"The DoRA adapter {path} cannot be served here:" + bullet_list(_some(problems)))
+        raise ValueError(f"The DoRA adapter {path} cannot be served here:" + bullet_list(problems, _MISSES_SHOWN))
 
 
 def fill_slot(manager: Any, lora: Any, index: int) -> None:
@@ -136,8 +136,3 @@ def _pipelined() -> bool:
     from vllm.distributed import get_pp_group
 
     return get_pp_group().world_size > 1
-
-
-def _some(problems: list[str]) -> list[str]:
-    more = len(problems) - _MISSES_SHOWN
-    return problems if more <= 0 else [*problems[:_MISSES_SHOWN], f"and {more} more"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from unicodedata import category
 
 _JOINERS = ("\u200c", "\u200d")
-# What we write ourselves, for streams that have no such character (ASCII, Windows' code pages).
+# How our own messages are spelt on streams that lack a character (ASCII, Windows' code pages).
 _SPELLINGS = {
     **{"…": "...", "×": "x", "→": "->", "‖": "||", "−": "-", "–": "-", "—": "-", "±": "+-", "°": " deg", "·": ";"},
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "′": "'", "Δ": "d", "α": "alpha", "≤": "<=", "≥": ">=", "√": "sqrt "},
@@ -35,14 +35,14 @@ def plain_lines(text: str) -> str:
 
 def for_stream(text: str, encoding: str) -> list[str]:
     """Each character of `plain_lines`, as a stream of this encoding takes it: `…` may be `...`, or an escape."""
-    found = _characters(text, "\n\t")
+    parts = _characters(text, "\n\t")
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return [part if _has(encoding, part) else _SPELLINGS.get(part) or ascii(part)[1:-1] for part in found]
+        return [part if _has(encoding, part) else _SPELLINGS.get(part) or ascii(part)[1:-1] for part in parts]
     except LookupError:  # a stream of somebody's own may call its encoding anything
         pass
-    return list(found)
+    return list(parts)
 
 
 def in_figure(text: object) -> str:
@@ -72,11 +72,11 @@ def markdown_code(text: object) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-def _characters(text: str, kept: str) -> Sequence[str]:
+def _characters(text: str, allowed: str) -> Sequence[str]:
     if text.isprintable():
         return text
     return [
-        c if c.isprintable() or c in kept or category(c) == "Zs" or _joins(text, at) else ascii(c)[1:-1]
+        c if c.isprintable() or c in allowed or category(c) == "Zs" or _joins(text, at) else ascii(c)[1:-1]
         for at, c in enumerate(text)
     ]
 

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from theodora.shown import for_stream, markdown, markdown_code, plain, plain_lines
+from theodora.safe_text import for_stream, markdown, markdown_code, plain, plain_lines
 
 
 @pytest.mark.parametrize("character", [chr(c) for c in range(0x2100) if unicodedata.category(chr(c))[0] == "C"])
