@@ -23,7 +23,7 @@ from theodora import (
     remove_adapter,
     unmerge_adapter,
 )
-from theodora.adapters.quantize import sample_base
+from theodora.adapters.quantize import module_fingerprint
 from theodora.autocast import autocast_dtype
 from theodora.kernels.base_weight import BaseWeight, Float8Weight, PlainWeight, StackedWeight, dora_norms, products
 from theodora.kernels.float8 import quantize_rows
@@ -299,10 +299,10 @@ def test_merging_and_back(kind):
     net, x = adapted(kind).eval(), inputs(kind)
     with torch.no_grad():
         before, exact = net(x), exactly(net, kind, x)
-    own, sample = net[0].weight, sample_base(net[0])
+    own, fingerprint = net[0].weight, module_fingerprint(net[0])
     merge_adapter(net)
     assert base_weight_of(net[0]).stored == "plain"
-    assert sample_base(net[0]) == sample
+    assert module_fingerprint(net[0]) == fingerprint
     assert formula.error(net(x), exact) < 1e-5
     unmerge_adapter(net)
     assert net[0].weight is own
@@ -312,14 +312,14 @@ def test_merging_and_back(kind):
 @modules
 def test_it_is_recognised_by_its_values_whoever_holds_it(kind):
     module = module_of(kind)
-    sample, w = sample_base(module), base_weight_of(module).dense()
+    fingerprint, w = module_fingerprint(module), base_weight_of(module).dense()
     net = nn.Sequential(module)
     inject_adapter(net, AdapterConfig(rank=RANK, targets=("0",)))
-    assert sample_base(net[0]) == sample
+    assert module_fingerprint(net[0]) == fingerprint
     assert torch.equal(net[0].base_weight.dense(), w)
     remove_adapter(net)
-    assert sample_base(net[0]) == sample
-    assert any(sample)
+    assert module_fingerprint(net[0]) == fingerprint
+    assert any(fingerprint)
 
 
 @modules
