@@ -14,6 +14,8 @@ one per cent of 1, where bfloat16 has steps of 0.4 to 0.8 %.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,17 +56,43 @@ def dora_norm(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_
 
     The result carries no gradient: the norm is a constant in the backward pass (DoRA paper, section 4.3).
     """
+    wide = wide_dtype(w_OI.dtype)
     with torch.no_grad(), without_autocast(w_OI.device):
-        wide = wide_dtype(w_OI.dtype)
-        a, b = a_RI.to(wide), b_OR.to(wide)
         w_norm_sq = row_norm_squared(w_OI) if w_norm_sq_O is None else w_norm_sq_O.to(wide)
-        w_a = torch.cat([piece.to(wide) @ a.T for piece in _row_pieces(w_OI)])
-        norm_sq, terms = factored_norm_squared(w_norm_sq, w_a, a, b, scale)
+
+        def times_a(a_RI: Tensor) -> Tensor:
+            return torch.cat([piece.to(wide) @ a_RI.T for piece in _row_pieces(w_OI)])
+
+        return dora_norm_of(times_a, lambda at: w_OI[at], a_RI, b_OR, scale, w_norm_sq)
+
+
+def dora_norm_of(
+    times_a: Callable[[Tensor], Tensor],
+    rows: Callable[[Tensor], Tensor],
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    w_norm_sq_O: Tensor,
+) -> Tensor:
+    """`dora_norm` of a weight that need not be one tensor.
+
+    Args:
+        times_a: gives W Aᵀ, (O, R), in the dtype of `w_norm_sq_O`, which A comes in.
+        rows: gives the rows of W, (…, I), that a mask (O,) picks.
+        a_RI: A.
+        b_OR: B.
+        scale: s.
+        w_norm_sq_O: ‖W‖² of each row, float32 or float64.
+    """
+    wide = w_norm_sq_O.dtype
+    with torch.no_grad(), without_autocast(a_RI.device):
+        a, b = a_RI.to(wide), b_OR.to(wide)
+        norm_sq, terms = factored_norm_squared(w_norm_sq_O, times_a(a), a, b, scale)
         if norm_sq.device.type == "cpu" and not torch.compiler.is_compiling():
             cancelled = norm_sq < CANCELLED * terms
             if bool(cancelled.any()):
-                rows = w_OI[cancelled].double() + lora_delta(a.double(), b[cancelled].double(), scale)
-                norm_sq[cancelled] = rows.square().sum(1).to(wide)
+                whole = rows(cancelled).double() + lora_delta(a.double(), b[cancelled].double(), scale)
+                norm_sq[cancelled] = whole.square().sum(1).to(wide)
         return norm_sq.clamp_min(0).sqrt()
 
 
@@ -158,6 +186,12 @@ def dora_embedding(
     """Embedding lookup with DoRA, (T, O): g ⊙ `lora_embedding(...)`, g for each output feature."""
     z = lora_embedding(rows_TO, a_rows_TR, b_OR, scale)
     return (z * dora_scale(magnitude_O, norm_O)).to(rows_TO.dtype)
+
+
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """All rows of a matrix, some at a time, for what widens them."""
+    some = max(1, _PIECE // max(1, columns))
+    return [slice(at, at + some) for at in range(0, max(1, rows), some)]
 
 
 def _row_pieces(w_OI: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from theodora import ConfigError, accelerate_peft, kernels, restore_peft
-from theodora.fastpath.peft_layer import FastLinear
+from theodora.fastpath.peft_layer import FastPeftLinear
 from tiny import tiny_model
 
 IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -44,12 +44,12 @@ def test_layers_keep_their_class_s_name():
     shown, status = repr(model), model.get_layer_status()
     names = [(type(m).__name__, type(m).__qualname__, type(m).__module__) for m in layers_of(model)]
     accelerate_peft(model)
-    assert "FastLinear" not in repr(model)
+    assert "FastPeftLinear" not in repr(model)
     assert repr(layers_of(model)[0]).startswith("lora.Linear(")
     assert {one.module_type for one in model.get_layer_status()} == {"lora.Linear"}
     assert model.get_layer_status() == status
     assert [(type(m).__name__, type(m).__qualname__, type(m).__module__) for m in layers_of(model)] == names
-    assert all(isinstance(layer, FastLinear) for layer in layers_of(model))
+    assert all(isinstance(layer, FastPeftLinear) for layer in layers_of(model))
     restore_peft(model)
     assert repr(model) == shown
     assert {type(layer) for layer in layers_of(model)} == {Linear}
@@ -64,7 +64,7 @@ def test_layers_of_another_name_are_copied(way):
         twin = torch.load(buffer, weights_only=False)
     else:
         twin = way(layer)
-    assert type(twin) is FastLinear
+    assert type(twin) is FastPeftLinear
     x = torch.randn(3, 32)
     assert torch.equal(twin(x), layer(x))
     restore_peft(twin)
@@ -81,7 +81,7 @@ def test_layers_that_another_library_has_reclassed_are_still_told():
     model = peft_model()
     accelerate_peft(model)
     layer = layers_of(model)[0]
-    layer.__class__ = type("FSDPLinear", (FastLinear,), {})
+    layer.__class__ = type("FSDPLinear", (FastPeftLinear,), {})
     with pytest.raises(ConfigError, match="FSDPLinear"):
         restore_peft(model)
 

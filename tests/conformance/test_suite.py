@@ -87,9 +87,9 @@ def scale_the_bias(monkeypatch):
         outputs = []
         for part in layers:
             if part.a_RI is None:
-                outputs.append(F.linear(x, part.weight_OI, part.bias_O))
+                outputs.append(F.linear(x, part.weight.dense(), part.bias_O))
                 continue
-            z = functional.lora_linear(x, part.weight_OI, part.bias_O, part.a_RI, part.b_OR, part.scale)
+            z = functional.lora_linear(x, part.weight.dense(), part.bias_O, part.a_RI, part.b_OR, part.scale)
             if part.magnitude_O is not None:
                 z = (z * functional.dora_scale(part.magnitude_O, part.norm_O)).to(x.dtype)
             outputs.append(z)
@@ -119,7 +119,7 @@ def norm_over_columns(monkeypatch):
 
     def norm(self, a, b, scale):
         wrong = (self.base_weight_OI.float() + scale * b @ a).norm(dim=0)
-        rows = self.weight_OI.shape[0]
+        rows = self.frozen_weight.shape[0]
         return torch.cat([wrong, wrong, wrong, wrong, wrong])[:rows].detach()
 
     monkeypatch.setattr(AdapterLayer, "new_norm", norm)
@@ -147,12 +147,13 @@ def merge_leaves_rounding(monkeypatch):
     """Unmerging by subtraction, as everybody does."""
 
     def unmerge(self):
-        if self._base_weight is not None:
-            base = self._base_weight[0]
+        if self.merged_adapter is not None:
+            base = self.base_parameter
             update = self.weight.detach() - base.detach()
             base.data = (self.weight.detach() * 1.001 - update).to(base.dtype)
             self.weight = base
-        self._kept = self._base_weight = self.merged_adapter = None
+        self.norm_cache.invalidate()
+        self._set_aside = self.merged_adapter = None
 
     monkeypatch.setattr(AdapterLayer, "unmerge", unmerge)
 

@@ -5,8 +5,17 @@ import torch
 
 import formula
 from theodora.kernels import float8
-from theodora.kernels.base_product import base_product, base_product_backward, dequantized, shared_base_products
-from theodora.kernels.float8 import FLOAT8, float8_product, quantize_rows, reference_quantize_rows, transpose
+from theodora.kernels.base_weight import Float8Weight, PlainWeight, products
+from theodora.kernels.float8 import (
+    FLOAT8,
+    dequantized,
+    float8_linear,
+    float8_linear_backward,
+    float8_product,
+    quantize_rows,
+    reference_quantize_rows,
+    transpose,
+)
 from theodora.kernels.operators import runs_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,10 +79,10 @@ def test_values_that_are_no_numbers_are_not_hidden(bad):
     x, w = normal(3, 32), normal(16, 32)
     x[1, 7] = bad
     w8, w_scale = quantize_rows(w)
-    z = base_product(x, w8, w_scale)
+    z = float8_linear(x, w8, w_scale)
     assert not bool(z[1].isfinite().any())
     assert bool(z[[0, 2]].isfinite().all())
-    dx = base_product_backward(torch.full_like(z, bad), w8, w_scale)
+    dx = float8_linear_backward(torch.full_like(z, bad), w8, w_scale)
     assert not bool(dx.isfinite().any())
 
 
@@ -94,12 +103,12 @@ def test_products_equal_those_of_the_quantised_values(shape, dtype):
     w8, w_scale = quantize_rows(normal(outputs, inputs))
     w = dequantized(w8, w_scale, torch.float64)
     x8, x_scale = reference_quantize_rows(x)
-    z = base_product(x, w8, w_scale)
+    z = float8_linear(x, w8, w_scale)
     rounding = torch.finfo(torch.bfloat16 if dtype == torch.float16 else dtype).eps if DEVICE == "cpu" else 1e-2
     assert z.dtype == dtype
     assert formula.error(z, dequantized(x8, x_scale, torch.float64) @ w.T) <= rounding
     d8, d_scale = reference_quantize_rows(dz, w_scale)
-    dx = base_product_backward(dz, w8, w_scale)
+    dx = float8_linear_backward(dz, w8, w_scale)
     assert dx.dtype == dtype
     exact = dequantized(d8, d_scale, torch.float64) @ dequantized(w8, torch.ones_like(w_scale), torch.float64)
     assert formula.error(dx, exact) <= rounding
@@ -109,8 +118,8 @@ def test_products_equal_those_of_the_quantised_values(shape, dtype):
 def test_products_are_near_those_of_the_weight_itself(dtype):
     x, w, dz = normal(4, 9, 96, dtype=dtype), normal(64, 96) * normal(64, 1).exp(), normal(4, 9, 64, dtype=dtype)
     w8, w_scale = quantize_rows(w)
-    assert formula.error(base_product(x, w8, w_scale), x.double() @ w.double().T) < 0.05
-    assert formula.error(base_product_backward(dz, w8, w_scale), dz.double() @ w.double()) < 0.05
+    assert formula.error(float8_linear(x, w8, w_scale), x.double() @ w.double().T) < 0.05
+    assert formula.error(float8_linear_backward(dz, w8, w_scale), dz.double() @ w.double()) < 0.05
 
 
 def test_one_quantisation_serves_several_weights_and_any_factor_goes_into_the_scale():
@@ -118,17 +127,17 @@ def test_one_quantisation_serves_several_weights_and_any_factor_goes_into_the_sc
     x8, x_scale = quantize_rows(x)
     for w in (normal(48, 32), normal(48, 32)):
         w8, w_scale = quantize_rows(w)
-        z = base_product(x, w8, w_scale)
+        z = float8_linear(x, w8, w_scale)
         assert torch.equal(float8_product(x8, x_scale, w8, w_scale), z)
         assert formula.error(float8_product(x8, x_scale, w8, w_scale * g), g * z.double()) < 1e-2
 
 
 def test_products_that_share_x_equal_those_alone():
-    x, plain = normal(5, 32), normal(16, 32)
-    weights = [(plain, None), *(quantize_rows(normal(48, 32)) for _ in range(2))]
+    x, plain = normal(5, 32), PlainWeight(normal(16, 32))
+    weights = [plain, *(Float8Weight(*quantize_rows(normal(48, 32)), torch.bfloat16) for _ in range(2))]
     for given in (weights, weights[1:], weights[:2]):
-        found = shared_base_products(x, given)
-        assert all(torch.equal(z, base_product(x, *weight)) for z, weight in zip(found, given, strict=True))
+        found = products(x, given)
+        assert all(torch.equal(z, weight.product(x)) for z, weight in zip(found, given, strict=True))
 
 
 @pytest.mark.skipif(not runs_triton(torch.zeros(1, device=DEVICE)), reason="a Triton kernel")
@@ -146,22 +155,22 @@ def test_weights_that_lie_transposed():
     x, dz = normal(5, 32), normal(5, 48)
     w8, w_scale = quantize_rows(normal(48, 32))
     other = w8.T.contiguous().T
-    assert torch.equal(base_product(x, w8, w_scale), base_product(x, other, w_scale))
-    assert torch.equal(base_product_backward(dz, w8, w_scale), base_product_backward(dz, other, w_scale))
+    assert torch.equal(float8_linear(x, w8, w_scale), float8_linear(x, other, w_scale))
+    assert torch.equal(float8_linear_backward(dz, w8, w_scale), float8_linear_backward(dz, other, w_scale))
 
 
 def test_autocast_changes_nothing():
     x = normal(5, 32)
     w8, w_scale = quantize_rows(normal(48, 32))
-    expected = base_product(x, w8, w_scale)
+    expected = float8_linear(x, w8, w_scale)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert torch.equal(base_product(x, w8, w_scale), expected)
+        assert torch.equal(float8_linear(x, w8, w_scale), expected)
 
 
 def test_a_weight_that_lost_its_dtype_is_refused():
     w8, w_scale = quantize_rows(normal(48, 32))
     with pytest.raises(TypeError, match=r"expected torch\.float8_e4m3fn"):
-        base_product(normal(5, 32), w8.bfloat16(), w_scale)
+        float8_linear(normal(5, 32), w8.bfloat16(), w_scale)
 
 
 def test_operators_are_sound():
@@ -186,5 +195,5 @@ def test_falling_back_is_said_once(caplog):
     float8._say_once.cache_clear()
     w8, w_scale = quantize_rows(normal(16, 32))
     for _ in range(2):
-        base_product(normal(2, 32), w8, w_scale)
+        float8_linear(normal(2, 32), w8, w_scale)
     assert [record.message.partition(": ")[2] for record in caplog.records] == ["cpu has no products of float8."]

@@ -10,10 +10,10 @@ import formula
 from formula import DEVICE
 from theodora import functional
 from theodora.kernels import gated as kernel
-from theodora.kernels.gated_mlp import gated_mlp
+from theodora.kernels.base_weight import PlainWeight, StackedWeight
+from theodora.kernels.gated_mlp import Stacks, gated_mlp
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import Parts, Update
-from theodora.kernels.stack import Stack
 
 # numpy's, in Triton's interpreter: exp may give infinity, and what comes of it is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -122,12 +122,12 @@ def layer(kind, outputs, inputs, rank, dtype, biased):
     w = torch.nn.Parameter(normal(outputs, inputs, dtype=dtype) / inputs**0.5, requires_grad=False)
     bias = normal(outputs, dtype=dtype) if biased else None
     if kind == "plain":
-        return Parts(w, bias)
+        return Parts(PlainWeight(w), bias)
     a, b = (normal(rank, inputs) / inputs**0.5).requires_grad_(), (0.2 * normal(outputs, rank)).requires_grad_()
     if kind == "lora":
-        return Parts(w, bias, a, b, 0.7)
+        return Parts(PlainWeight(w), bias, a, b, 0.7)
     norm = functional.dora_norm(w, a, b, 0.7)
-    return Parts(w, bias, a, b, 0.7, (norm * torch.exp(0.1 * normal(outputs))).requires_grad_(), norm)
+    return Parts(PlainWeight(w), bias, a, b, 0.7, (norm * torch.exp(0.1 * normal(outputs))).requires_grad_(), norm)
 
 
 def copied(parts, dtype=None):
@@ -139,12 +139,13 @@ def copied(parts, dtype=None):
 
     values = {f.name: getattr(parts, f.name) for f in fields(Parts)}
     copy = {k: leaf(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    return Parts(**{**copy, "weight_OI": torch.nn.Parameter(copy["weight_OI"], requires_grad=False)})
+    w = torch.nn.Parameter(leaf(parts.weight.plain()), requires_grad=False)
+    return Parts(**{**copy, "weight": PlainWeight(w)})
 
 
 def written_out(x, parts):
     g = 1 if parts.norm_O is None else parts.magnitude_O / parts.norm_O
-    y = x @ parts.weight_OI.to(x.dtype).T
+    y = x @ parts.weight.dense(x.dtype).T
     if parts.a_RI is not None:
         y = y + parts.scale * (x @ parts.a_RI.to(x.dtype).T) @ parts.b_OR.to(x.dtype).T
     y = (g * y).to(x.dtype)
@@ -165,9 +166,10 @@ def mlp_results(mlp, x, layers, activation, dy):
 
 def stacked(x, gate, up, down, activation):
     ranks = [0 if part.a_RI is None else part.a_RI.shape[0] for part in (gate, up, down)]
-    stacks = Stack([gate.weight_OI, up.weight_OI], ranks[0] + ranks[1]), Stack([down.weight_OI], ranks[2])
-    assert stacks[0].fits([gate, up])
-    assert stacks[1].fits([down])
+    w1, w2, w3 = (part.weight.plain() for part in (gate, up, down))
+    stacks = Stacks(StackedWeight([w1, w2], ranks[0] + ranks[1]), StackedWeight([w3], ranks[2]))
+    assert stacks.inner.holds([gate.weight, up.weight], ranks[0] + ranks[1])
+    assert stacks.outer.holds([down.weight], ranks[2])
     return gated_mlp(x, gate, up, down, activation, stacks)
 
 

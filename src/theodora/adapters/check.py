@@ -83,7 +83,7 @@ def low_rank_of(model: nn.Module, module: str, file: AdapterFile, config: Adapte
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
     if file.starts_from is not None:  # as PEFT does whenever it loads such a file
-        w_OI = base_weight(model.get_submodule(module))
+        w_OI = base_weight(model.get_submodule(module)).dense()
         start = start_values(file.starts_from, w_OI, a.shape[0], tensors.scale, tensors.embedding)[2]
     return new_low_rank(model.get_submodule(module), a, b, tensors.magnitude, tensors.scale, config, start)
 
@@ -150,8 +150,8 @@ def _module_problems(
             problems.append(f"{path}: the file and the model disagree whether this is an embedding")
         else:
             weight = resized.get(f"{path}.weight")
-            w_OI = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
-            expected = tuple(w_OI.shape)
+            stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
+            expected = tuple(stored.shape)
             made_for = (tensors.b.shape[0], tensors.a.shape[1])
             if made_for != expected:
                 problems.append(f"{path}: made for a weight of {made_for} (out, in); here it is {expected}")

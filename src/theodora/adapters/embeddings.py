@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from theodora.files.adapter import AdapterFile
 from theodora.files.fingerprint import OTHER_BASE
 from theodora.layers import AdapterLayer
-from theodora.layers.base import FLOATS
+from theodora.layers.base_weights import FLOATS
 
 
 def resized_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from theodora.adapters.trainer_hooks import install
 from theodora.adapters.trainers import teach_trainers
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
-from theodora.fastpath.accelerate import off_the_fast_path
+from theodora.fastpath.accelerate import check_fast_path, off_the_fast_path
 from theodora.layers import LowRank, adapt, base_weight, start_values
 from theodora.layers.token_rows import TokenRows
 
@@ -52,7 +52,8 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
         The same model.
 
     Raises:
-        ConfigError: the name is taken, or the configuration does not fit the model; nothing was changed.
+        ConfigError: the name is taken, the configuration does not fit the model, or another library has put a class of
+            its own on top of one of ours (FSDP2's `fully_shard`, say); nothing was changed.
     """
     state = find_state(model) or AdapterState()
     check_name(state, name)
@@ -78,6 +79,7 @@ def add_adapter(
     rows: dict[str, TokenRows] | None = None,
 ) -> None:
     """Hang finished tensors on the model under `name`, inactive and frozen; nothing in here can fail half-way."""
+    check_fast_path(model)
     state = find_state(model)
     if state is None:
         trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -104,7 +106,7 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
     problems: list[str] = []
     for path in paths:
         module: Any = model.get_submodule(path)
-        w_OI = base_weight(module)
+        w_OI = base_weight(module).dense()
         rank = config.rank_of(path)
         scale = config.scale(rank, config.alpha_of(path))
         try:
@@ -120,7 +122,7 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
 
 def _check_memory(model: nn.Module, config: AdapterConfig, paths: list[str]) -> None:
     """Raise a ConfigError if the tensors of an adapter (a rank of 10⁹?) cannot fit into this machine."""
-    sizes = {path: tuple(base_weight(model.get_submodule(path)).shape) for path in paths}
+    sizes = {path: base_weight(model.get_submodule(path)).shape for path in paths}
     needed = sum(4 * config.rank_of(path) * sum(sizes[path]) for path in paths)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

@@ -35,6 +35,7 @@ from theodora.adapters.state import (
 from theodora.adapters.targets import target_names
 from theodora.adapters.token_rows import loaded_rows
 from theodora.config import AdapterConfig, AdapterDtype
+from theodora.fastpath.accelerate import check_fast_path
 from theodora.files.adapter import AdapterFile, read_adapter
 
 
@@ -58,7 +59,8 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
         CheckpointError: the files are damaged, or made for another model, or bring what only a merge can put into the
             base: another number of tokens for a model that carries adapters or whose embeddings are quantised, or a
             changed base weight under a low-rank update; nothing was changed.
-        ConfigError: the name is taken.
+        ConfigError: the name is taken, or another library has put a class of its own on top of one of ours (FSDP2's
+            `fully_shard`, say).
     """
     return _load(model, path, name, trainable)
 
@@ -67,6 +69,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     """`load_adapter`, with other values of the adapter's configuration."""
     state = find_state(model) or AdapterState()
     check_name(state, name)
+    check_fast_path(model)
     read = in_names_of(model, read_adapter(path, for_model=True))
     if read.left_out:
         warnings.warn(left_out_note(read), stacklevel=2)

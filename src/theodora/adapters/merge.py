@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from theodora.adapters.merge_check import Unmerged, check_excess
 from theodora.adapters.state import Model, activate, active_name, adapter_layers, require_state, set_adapter
-from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows, unmerged_weight
+from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.layers.float8 import Float8Layer
@@ -79,7 +79,7 @@ def _check_finite(model: nn.Module, name: str) -> None:
     if not bad:
         return
     dtype = str(merged[bad[0]].weight.dtype).removeprefix("torch.")
-    own = not_finite((path, unmerged_weight(merged[path])) for path in bad)
+    own = not_finite((path, merged[path].base_parameter) for path in bad)
     if own:
         raise CheckpointError("The base model's own weights hold NaN or infinite values:" + bullet_list(own))
     raise CheckpointError(

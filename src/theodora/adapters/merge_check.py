@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
-from theodora.layers import AdapterLayer, base_dtype
+from theodora.layers import AdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.linear import GROUP
 
@@ -34,11 +34,11 @@ class Unmerged:
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
-        w_OI, adapter = layer.weight_OI, layer.active
+        weight, adapter = layer.frozen_weight, layer.active
         assert adapter is not None
-        self._dtype = base_dtype(layer)
+        self._dtype = layer.base_weight.dtype
         self._embedding = isinstance(layer, nn.Embedding)
-        self._x = _inputs(w_OI, self._embedding, self._dtype)
+        self._x = _inputs(weight.shape[1], weight.device, self._embedding, self._dtype)
         with torch.no_grad():
             self._adapted = _run(layer, self._x)
             scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
@@ -72,7 +72,7 @@ def weight_excess(
     """The same for weights alone: how far x W'ᵀ is from the unmerged formula, as a share of what rounding allows."""
     wide = torch.promote_types(torch.promote_types(w_OI.dtype, merged_OI.dtype), torch.float32)
     w, a, b, merged = (t.to(wide) for t in (w_OI, a_RI, b_OR, merged_OI))
-    x = _inputs(w, False, wide)
+    x = _inputs(w.shape[1], w.device, False, wide)
     base = w.norm(dim=1) * _TOKENS**0.5
     if magnitude_O is None:
         adapted = lora_linear(x, w, None, a, b, scale)
@@ -100,11 +100,11 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
 
 
-def _inputs(w_OI: Tensor, embedding: bool, dtype: torch.dtype) -> Tensor:
+def _inputs(in_features: int, device: torch.device, embedding: bool, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if embedding:
-        return torch.randint(w_OI.shape[1], (_TOKENS,), generator=generator).to(w_OI.device)
-    return torch.randn(_TOKENS, w_OI.shape[1], generator=generator).to(w_OI.device, dtype)
+        return torch.randint(in_features, (_TOKENS,), generator=generator).to(device)
+    return torch.randn(_TOKENS, in_features, generator=generator).to(device, dtype)
 
 
 def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:

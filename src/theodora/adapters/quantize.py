@@ -60,7 +60,7 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
         )
     for path in paths:
         module = model.get_submodule(path)
-        fingerprint = weight_fingerprint(base_weight(module))
+        fingerprint = weight_fingerprint(base_weight(module).dense())
         quantize(module, stored_transposed=is_conv1d(module))
         setattr(module, _FINGERPRINT, fingerprint)
     return model
@@ -69,7 +69,7 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
 def module_fingerprint(module: nn.Module) -> list[float]:
     """`weight_fingerprint` of the base weight; of the original one, if it was put into float8 since."""
     original = module.__dict__.get(_FINGERPRINT)
-    return weight_fingerprint(base_weight(module)) if original is None else original
+    return weight_fingerprint(base_weight(module).dense()) if original is None else original
 
 
 def _quantizable(model: nn.Module, exclude: tuple[str, ...]) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from theodora.adapters.merge import unmerge_adapter
 from theodora.adapters.state import STATE, Model, adapter_layers, require_state, set_adapter
-from theodora.adapters.token_rows import drop_token_rows
+from theodora.adapters.token_rows import drop_token_rows, token_layers
 from theodora.adapters.trainer_hooks import uninstall
-from theodora.fastpath.accelerate import off_the_fast_path
-from theodora.layers import restore
+from theodora.fastpath.accelerate import check_fast_path, off_the_fast_path
+from theodora.layers import AdapterLayer
+from theodora.layers.swap import check_reachable
+from theodora.layers.token_rows import TokenRowsLayer
 
 
 def remove_adapter(model: Model, name: str | None = None) -> Model:
@@ -17,12 +21,14 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
         The same model.
 
     Raises:
-        ConfigError: there is no such adapter.
+        ConfigError: there is no such adapter, or another library has put a class of its own on top of ours (FSDP2's
+            `fully_shard`, say); nothing was changed.
     """
     state = require_state(model, name)
+    leaving = list(state.configs) if name is None else [name]
+    _check_classes(model, leaving)
     if state.merged is not None:
         unmerge_adapter(model)
-    leaving = list(state.configs) if name is None else [name]
     if state.active in leaving:
         set_adapter(model, None)
     with off_the_fast_path(model):
@@ -35,10 +41,19 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
             drop_token_rows(model, adapter)
         for layer in adapter_layers(model).values():
             if not layer.adapters:
-                restore(layer)
+                layer.end()
     if not state.configs:
         uninstall(model)
         delattr(model, STATE)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in state.trainable_before)
     return model
+
+
+def _check_classes(model: nn.Module, leaving: list[str]) -> None:
+    """Raise a ConfigError if a module that is to be of its own class again, or to leave the fast path, cannot be."""
+    held = {path: layer.adapters for path, layer in adapter_layers(model).items()}
+    held |= {path: layer.token_rows for path, layer in token_layers(model).items()}
+    empty = [(path, model.get_submodule(path)) for path, names in held.items() if not names.keys() - leaving]
+    check_reachable(empty, AdapterLayer, TokenRowsLayer)
+    check_fast_path(model)

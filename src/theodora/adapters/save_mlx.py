@@ -21,13 +21,14 @@ from transformers import PreTrainedConfig
 from theodora.adapters.check import is_tied
 from theodora.adapters.save import layers_fingerprint, write_adapter
 from theodora.adapters.state import active_name, adapter_layers, originals_in_place, require_state
-from theodora.adapters.token_rows import own_rows, unmerged_weight
+from theodora.adapters.token_rows import own_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.files.mlx import to_mlx_name
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import own_weight
 
 
 def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -115,7 +116,7 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
             return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"
         if is_tied(model, layer):
             return "MLX would adapt the output head with it, whose weight it shares"
-    elif layer is head and embedding is not None and unmerged_weight(layer) is unmerged_weight(embedding):
+    elif layer is head and embedding is not None and own_weight(layer) is own_weight(embedding):
         return "its weight is the embedding's, and MLX then has no such layer"
     if adapter.magnitude is not None:
         a, b = adapter.factors()

@@ -18,7 +18,7 @@ from theodora.adapters.token_rows import own_rows, switch_token_rows, token_laye
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError
 from theodora.functional import lora_delta, wide_dtype
-from theodora.layers import AdapterLayer, LowRank, base_dtype, base_weight, start_norm
+from theodora.layers import AdapterLayer, LowRank, base_weight, start_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -188,15 +188,16 @@ def new_low_rank(
     Without a given magnitude DoRA starts at the norm the layer itself will compute, so that g is exactly 1. The
     magnitude is always wide (float32): in bfloat16 its steps would be larger than what training changes.
     """
-    w_OI = base_weight(module)
-    dtype = base_dtype(module) if config.adapter_dtype == "base" else _DTYPES[config.adapter_dtype]
-    a, b = (t.detach().to(w_OI.device, dtype, copy=True) for t in (a_RI, b_OR))
+    weight = base_weight(module)
+    device, wide = weight.device, weight.rows(slice(0)).dtype
+    dtype = weight.dtype if config.adapter_dtype == "base" else _DTYPES[config.adapter_dtype]
+    a, b = (t.detach().to(device, dtype, copy=True) for t in (a_RI, b_OR))
     if start is not None:
-        start = (start[0].detach().to(w_OI.device, dtype), start[1].detach().to(w_OI.device, dtype))
+        start = (start[0].detach().to(device, dtype), start[1].detach().to(device, dtype))
     adapter = LowRank(a, b, None, scale, config.dropout, start)
     if config.method == "dora":
         magnitude = _start_magnitude(module, adapter, config) if magnitude_O is None else magnitude_O
-        adapter.magnitude = nn.Parameter(magnitude.detach().to(w_OI.device, wide_dtype(w_OI.dtype), copy=True))
+        adapter.magnitude = nn.Parameter(magnitude.detach().to(device, wide, copy=True))
     return adapter
 
 
@@ -204,7 +205,8 @@ def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig)
     if config.init != "orthogonal":
         return start_norm(module, adapter)
     # B·A is zero although B is not. The factored norm would round what cancels, and the magnitude would start wrong.
-    w_OI, device = base_weight(module), "cpu" if base_weight(module).device.type == "mps" else None
+    w_OI = base_weight(module).dense()
+    device = "cpu" if w_OI.device.type == "mps" else None
     a, b = (factor.to(device, torch.float64) for factor in adapter.factors())
     pieces = zip(w_OI.split(_ROWS), b.split(_ROWS), strict=True)
     rows = [(w.to(device, torch.float64) + lora_delta(a, b, adapter.scale)).norm(dim=1) for w, b in pieces]

@@ -106,7 +106,7 @@ def swap_adapter_weights(
             mine.copy_(theirs)
         for layer in layers.values():
             if layer.active_adapter == name:
-                layer.renew_kept()
+                layer.renew_inference_tensors()
     report = report_of(name, file, file.config, distance)
     state.loaded[name] = report
     return report

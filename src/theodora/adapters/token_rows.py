@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.files.token_rows import RowTensors
-from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows
+from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, own_weight
 from theodora.paths import matches
 
 
@@ -196,13 +196,13 @@ def tied_to(model: nn.Module, path: str, *, towards_embedding: bool = False) -> 
     module: Any = model.get_submodule(path)
     if embedding is None or (module is embedding) is towards_embedding:
         return []
-    weight = unmerged_weight(module)
+    weight = own_weight(module)
     return [
         other
         for other, candidate in model.named_modules()
         if candidate is not module
         and isinstance(candidate, nn.Embedding | nn.Linear)
-        and unmerged_weight(candidate) is weight
+        and own_weight(candidate) is weight
         and (candidate is embedding or not towards_embedding)
     ]
 
@@ -243,9 +243,3 @@ def _rows(module: Any, ids: Sequence[int], rows_NO: Tensor, config: AdapterConfi
     weight: Tensor = module.weight
     dtype = weight.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
     return TokenRows(torch.tensor(ids, device=weight.device), rows_NO.detach().to(weight.device, dtype, copy=True))
-
-
-def unmerged_weight(module: Any) -> Any:
-    """A module's weight as the base has it, also while an adapter is merged into it."""
-    base = getattr(module, "_base_weight", None)
-    return module.weight if base is None else base[0]

@@ -25,8 +25,12 @@ from theodora.fastpath.norm import FastRMSNorm, restore_norm, speed_up_norm
 from theodora.kernels import SharedOutputs
 from theodora.kernels.recompute import checkpoint_contexts
 from theodora.layers.linear import GROUP
+from theodora.layers.swap import check_reachable
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SWAPPED = (GatedMLP, FastRMSNorm, FastGELU)
+"""The classes that modules of a model on the fast path are given."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,11 @@ def accelerate(model: Model) -> Model:
 
 
 def install(model: nn.Module) -> FastPath:
-    """`accelerate`, and what was found."""
+    """`accelerate`, and what was found.
+
+    Raises:
+        ConfigError: see `uninstall`.
+    """
     uninstall(model)
     modules = list(model.modules())
     mlps = sum(fuse_mlp(module) for module in modules)
@@ -79,7 +87,12 @@ def install(model: nn.Module) -> FastPath:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `accelerate`."""
+    """Undo `accelerate`.
+
+    Raises:
+        ConfigError: another library has put a class on top of one of ours; nothing was changed.
+    """
+    check_fast_path(model)
     for module in model.modules():
         group = module.__dict__.pop(GROUP, None)
         if group is not None:
@@ -113,10 +126,19 @@ def recompute_less(model: Model) -> Model:
     return model
 
 
+def check_fast_path(model: nn.Module) -> None:
+    """Raise a ConfigError if the model cannot be taken off the fast path, see `uninstall`."""
+    check_reachable(model.named_modules(), *SWAPPED)
+
+
 @contextmanager
 def off_the_fast_path(model: nn.Module) -> Iterator[None]:
-    """Take the model off the fast path while its layers change, and put it back on if it was there."""
-    was_on = any(isinstance(m, GatedMLP | FastRMSNorm | FastGELU) or GROUP in m.__dict__ for m in model.modules())
+    """Take the model off the fast path while its layers change, and put it back on if it was there.
+
+    Raises:
+        ConfigError: see `uninstall`.
+    """
+    was_on = any(isinstance(m, SWAPPED) or GROUP in m.__dict__ for m in model.modules())
     if was_on:
         uninstall(model)
     yield

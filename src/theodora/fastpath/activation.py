@@ -43,8 +43,8 @@ def speed_up_gelu(module: nn.Module) -> bool:
 
 def restore_gelu(module: FastGELU) -> None:
     """Undo `speed_up_gelu`."""
+    swap_back(module, FastGELU)
     module.__dict__.pop(CHANGED, None)
-    swap_back(module)
 
 
 def _is_gelu_in_steps(module: nn.Module) -> bool:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from theodora.fastpath.groups import FastLinear, has_hooks, parts_that_fit, stack_weights
 from theodora.kernels import Parts
 from theodora.kernels.gated import ACTIVATIONS, activate
-from theodora.kernels.gated_mlp import gated_mlp
-from theodora.kernels.stack import Stack
-from theodora.layers.float8 import weight_scale
+from theodora.kernels.gated_mlp import UNSTACKED, Stacks, gated_mlp
+from theodora.layers.base_weights import weight_in
 from theodora.layers.kinds import is_linear
 from theodora.layers.swap import Swapped, swap_back, swap_class
 
@@ -28,7 +27,7 @@ class GatedMLP(Swapped):
 
     prefix = "Fused"
     _theodora_gated: tuple[tuple[str, ...], str]
-    _theodora_stacks: tuple[Stack | None, Stack | None]
+    _theodora_stacks: Stacks
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's own forward computes, (…, I), for the same arguments."""
@@ -49,7 +48,7 @@ class GatedMLP(Swapped):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are its own again.
-        return {**self.__dict__, "_theodora_stacks": (None, None)}
+        return {**self.__dict__, "_theodora_stacks": UNSTACKED}
 
 
 def _fast(module: Any) -> FastLinear:
@@ -66,20 +65,20 @@ class _Plain:
         """Weight and bias."""
         if not is_linear(self.module):
             return None
-        return Parts(self.module.weight, self.module.bias, weight_scale_O=weight_scale(self.module))
+        return Parts(weight_in(self.module, self.module.weight, transposed=False), self.module.bias)
 
 
 def _halves(both: Parts) -> tuple[Parts, Parts]:
     """Gate and up, where one layer computes both from one A."""
-    features = both.weight_OI.shape[0] // 2
+    features = both.weight.shape[0] // 2
 
     def split(t: Tensor | None) -> Sequence[Tensor | None]:
         return (None, None) if t is None else t.split(features)
 
-    rows = both.weight_OI, both.bias_O, both.b_OR, both.magnitude_O, both.norm_O, both.weight_scale_O
+    rows = both.bias_O, both.b_OR, both.magnitude_O, both.norm_O
     first, second = (
-        replace(both, weight_OI=w, bias_O=bias, b_OR=b, magnitude_O=magnitude, norm_O=norm, weight_scale_O=scale)
-        for w, bias, b, magnitude, norm, scale in zip(*map(split, rows), strict=True)
+        replace(both, weight=weight, bias_O=bias, b_OR=b, magnitude_O=magnitude, norm_O=norm)
+        for weight, bias, b, magnitude, norm in zip(both.weight.split(features), *map(split, rows), strict=True)
     )
     return first, second
 
@@ -95,17 +94,17 @@ def fuse_mlp(module: nn.Module) -> bool:
     swap_class(module, GatedMLP)
     *inner, down = (_fast(getattr(module, name)) for name in found[0])
     module.__dict__["_theodora_gated"] = found
-    module.__dict__["_theodora_stacks"] = stack_weights(inner, parts=2), stack_weights([down])
+    module.__dict__["_theodora_stacks"] = Stacks(stack_weights(inner, parts=2), stack_weights([down]))
     return True
 
 
 def unfuse_mlp(module: GatedMLP) -> None:
     """Undo `fuse_mlp`."""
+    swap_back(module, GatedMLP)
     for stack in module._theodora_stacks:  # pyright: ignore[reportPrivateUsage]
         if stack is not None:
             stack.dissolve()
     del module._theodora_gated, module._theodora_stacks  # pyright: ignore[reportPrivateUsage]
-    swap_back(module)
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from theodora import kernels
 from theodora.autocast import autocast_dtype
-from theodora.kernels import Parts, SharedOutputs
+from theodora.kernels import Parts, SharedOutputs, StackedWeight
 from theodora.kernels.operators import runs_triton
-from theodora.kernels.stack import Stack
 
 # Names of siblings that usually read the same tensor. A wrong guess costs one pass: see `Group`.
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -90,7 +89,7 @@ class Group:
         self.layers, self.stack = [], None
 
 
-def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> Stack | None:
+def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> StackedWeight | None:
     """Put the layers' weights into one buffer, if they are plain, frozen, on a GPU, and tied to no other module.
 
     One layer that runs as several `parts` has room for its A as many times.
@@ -98,7 +97,7 @@ def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> Stack | None:
     (A tied weight would take its other owner along, which is harmless but pointless: its gradient is not ours.)
     """
     found = [layer.parts() for layer in layers]
-    weights: list[Any] = [None if one is None else one.weight_OI for one in found]
+    weights: list[Any] = [None if one is None else one.weight.plain() for one in found]
     ranks = sum(one.a_RI.shape[0] for one in found if one is not None and one.a_RI is not None)
     ranks *= max(1, parts // len(layers))
     for w in weights:
@@ -106,7 +105,7 @@ def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> Stack | None:
         if not plain or not runs_triton(w) or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return None
     one_kind = len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
-    return Stack(weights, ranks) if one_kind and len({id(w) for w in weights}) == len(weights) else None
+    return StackedWeight(weights, ranks) if one_kind and len({id(w) for w in weights}) == len(weights) else None
 
 
 def parts_that_fit(x: Tensor, layers: Sequence[FastLinear]) -> list[Parts] | None:

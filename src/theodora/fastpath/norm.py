@@ -43,6 +43,6 @@ def speed_up_norm(module: nn.Module) -> bool:
 
 def restore_norm(module: FastRMSNorm) -> None:
     """Undo `speed_up_norm`."""
+    swap_back(module, FastRMSNorm)
     module.__dict__.pop(CHANGED, None)
     del module._theodora_style  # pyright: ignore[reportPrivateUsage]
-    swap_back(module)

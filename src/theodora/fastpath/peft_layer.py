@@ -1,8 +1,8 @@
 """PEFT's linear LoRA and DoRA layer on our kernels: its parameters, its formulas, another forward pass.
 
-`FastLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter, buffer
-or submodule, and goes by the name of PEFT's class, which people and libraries read. Where its conditions do not hold,
-in this very pass, PEFT's forward runs instead.
+`FastPeftLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter,
+buffer or submodule, and goes by the name of PEFT's class, which people and libraries read. Where its conditions do not
+hold, in this very pass, PEFT's forward runs instead.
 
 Shapes: T tokens (any leading dimensions), I in features, O out features, R rank.
 """
@@ -13,7 +13,7 @@ import copyreg
 import logging
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import dora as peft_dora
@@ -25,28 +25,40 @@ from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
-from theodora.functional import dora_norm, wide_dtype
+from theodora.functional import wide_dtype
 from theodora.kernels import Parts
+from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.adapt import cannot_adapt
-from theodora.layers.base import FLOATS, drops
+from theodora.layers.base import norm_of
+from theodora.layers.base_weights import FLOATS, weight_in
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kinds import is_conv1d
 from theodora.layers.linear import GROUP, in_dtype
-from theodora.layers.norm_cache import content, one_token_each, versions
+from theodora.layers.low_rank import drops
+from theodora.layers.norm_cache import NormCache, one_token_each
 
-__all__ = ["BaseTunerLayer", "FastLinear", "accelerate_layer", "restore_layer"]
+__all__ = ["BaseTunerLayer", "FastPeftLinear", "accelerate_layer", "restore_layer"]
 
 _log = logging.getLogger(__name__)
 _FORWARD_HOME = "peft.tuners.lora.layer"
-# States in which PEFT's forward is nothing but the base layer: as fast as it gets, and no reason to say anything.
-_DISABLED, _MERGED, _INACTIVE = "its adapters are disabled", "an adapter is merged", "no adapter is active on it"
-# Rows of the weight are widened in pieces of this many elements.
-_PIECE = 1 << 22
-_IDLE = (_DISABLED, _MERGED, _INACTIVE)
+_PIECE = 1 << 22  # elements of the weight that are widened together, in whole rows
 
 
-class FastLinear(Linear):
+class Fallback(NamedTuple):
+    """Why a forward pass is PEFT's own."""
+
+    reason: str
+    idle: bool = False
+    """Whether PEFT's forward is nothing but the base layer: as fast as it gets, and no reason to say anything."""
+
+
+_DISABLED = Fallback("its adapters are disabled", idle=True)
+_MERGED = Fallback("an adapter is merged", idle=True)
+_INACTIVE = Fallback("no adapter is active on it", idle=True)
+
+
+class FastPeftLinear(Linear):
     """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, or DoRA's, from the tensors PEFT keeps in `base_layer`, `lora_A`, `lora_B`, ..."""
 
     base_layer: Any
@@ -55,18 +67,17 @@ class FastLinear(Linear):
     lora_dropout: Any
     lora_magnitude_vector: Any
 
-    # ((versions, content) of W, ‖W‖²). Made when first needed, in `__dict__`: PEFT's `__init__` ran long ago.
-    _theodora_norm_sq: tuple[Any, Tensor] | None = None
+    _theodora_norms: NormCache  # of ‖W‖² alone
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
-        why = "arguments beside its input (`adapter_names`, say)" if args or kwargs else self.slow_because()
+        why = Fallback("arguments beside its input (`adapter_names`, say)") if args or kwargs else self.fallback()
         dtype = autocast_dtype(x)
-        if why is None and dtype is None and x.dtype != self.base_layer.weight.dtype:
-            why = "an input of another dtype than its weight"
+        if why is None and dtype is None and not self._frozen_weight().takes(x.dtype):
+            why = Fallback("an input of another dtype than its weight")
         if why is not None:
-            if why not in _IDLE and not torch.compiler.is_compiling():
-                _say_once(why)
+            if not why.idle and not torch.compiler.is_compiling():
+                _say_once(why.reason)
             return super().forward(x, *args, **kwargs)
         group = self.__dict__.get(GROUP)
         if group is not None and (y := group.output(self, x)) is not None:
@@ -76,7 +87,7 @@ class FastLinear(Linear):
         with without_autocast(x.device):
             return self._adapted(x.to(dtype))
 
-    def slow_because(self) -> str | None:
+    def fallback(self) -> Fallback | None:
         """Why this forward pass is PEFT's own, or None if it is ours."""
         if self._disable_adapters:
             return _DISABLED
@@ -84,17 +95,18 @@ class FastLinear(Linear):
             return _MERGED
         names = self._active_here()
         if len(names) != 1:
-            return "several adapters are active at once" if names else _INACTIVE
-        return self._slow_adapter(names[0]) or self._slow_base()
+            return Fallback("several adapters are active at once") if names else _INACTIVE
+        reason = self._slow_adapter(names[0]) or self._slow_base()
+        return None if reason is None else Fallback(reason)
 
     def parts(self) -> Parts | None:
         """What the layer computes in this pass, for those who stand in for it; None where its own forward must run."""
         if _touched(self) or self._trained_bias():
             return None
-        why = self.slow_because()
-        if why in _IDLE:
+        why = self.fallback()
+        if why is not None and why.idle:
             unmerges = self._disable_adapters and self.merged_adapters  # PEFT's forward changes the weight first
-            return None if unmerges or self._slow_base() else Parts(self._weight(), self.base_layer.bias)
+            return None if unmerges or self._slow_base() else Parts(self._frozen_weight(), self.base_layer.bias)
         if why is not None:
             return None
         (name,) = self._active_here()
@@ -102,12 +114,12 @@ class FastLinear(Linear):
         return None if drops and name in self.lora_variant else self._parts(name, drops)  # see `_product`
 
     def _parts(self, name: str, drops: bool, one_token: bool = False) -> Parts:
-        w, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
+        weight, bias, scale = self._frozen_weight(), self.base_layer.bias, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
-            return Parts(w, bias, a, b, scale, drops=drops)
+            return Parts(weight, bias, a, b, scale, drops=drops)
         norm = self._norm(name, one_token)
-        return Parts(w, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
+        return Parts(weight, bias, a, b, scale, self.lora_magnitude_vector[name].weight, norm, drops)
 
     def _adapted(self, x: Tensor) -> Tensor:
         (name,) = self._active_here()
@@ -119,13 +131,13 @@ class FastLinear(Linear):
         return with_value_of(base_output(x, parts), y) if fresh else y
 
     def _product(self, x: Tensor, dropped: Tensor | None, parts: Parts, drops_base: bool) -> Tensor:
-        w, bias = parts.weight_OI, parts.bias_O
+        bias = parts.bias_O
         if self._trained_bias():
             parts = replace(parts, bias_O=None)
         if dropped is not None and drops_base:
             # PEFT's DoRA drops the base weight's input, too, where it changes the product:
             #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
-            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, w)
+            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, parts.weight.dense())
         else:
             y = kernels.adapted_linears(x, [parts], dropped)[0]
         return y if bias is None or not self._trained_bias() else y + bias
@@ -135,15 +147,11 @@ class FastLinear(Linear):
         a_RI, b_OR, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         dora = self.lora_magnitude_vector[name]
         if peft_dora.ENABLE_DORA_CACHING and not dora.training:
-            return self._cached_norm(name).to(wide_dtype(self.base_layer.weight.dtype))
+            return self._cached_norm(name).to(wide_dtype(self._frozen_weight().dtype))
         if dora._dora_cache:
             dora._cache_clear()  # as PEFT does in a pass that does not cache
-        w_norm_sq = self._weight_norm_squared(a_RI.dtype, one_token)
-        if not kernels.fast():
-            return dora_norm(self._weight(), a_RI, b_OR, scale, w_norm_sq)
-        with torch.no_grad():
-            w, a, b = self._weight(), a_RI.detach(), b_OR.detach()
-            return once_in_a_block(("norm", id(self)), lambda: kernels.dora_norm(w, a, b, scale, w_norm_sq, None))
+        weight, w_norm_sq = self._frozen_weight(), self._weight_norm_squared(a_RI.dtype, one_token)
+        return once_in_a_block(("norm", id(self)), lambda: norm_of(weight, a_RI, b_OR, scale, w_norm_sq))
 
     def _cached_norm(self, name: str) -> Tensor:
         """By PEFT's methods, which fill its cache and read it (`peft.helpers.DoraCaching`)."""
@@ -195,9 +203,8 @@ class FastLinear(Linear):
         """Whether dropout changes the adapter's input in this pass."""
         return drops(self.lora_dropout[name])
 
-    def _weight(self) -> Tensor:
-        weight = self.base_layer.weight
-        return weight.T if self.is_target_conv_1d_layer else weight
+    def _frozen_weight(self) -> BaseWeight:
+        return weight_in(self.base_layer, self.base_layer.weight, self.is_target_conv_1d_layer)
 
     def _trained_bias(self) -> bool:
         bias = self.base_layer.bias
@@ -211,20 +218,16 @@ class FastLinear(Linear):
         Where no gradients flow, a pass over more than `one_token` of each sequence looks at values, as our own layers'
         do (see `theodora.layers.norm_cache`); a training step does not.
         """
-        kept, w = self._theodora_norm_sq, self.base_layer.weight
-        if torch.compiler.is_compiling():
-            return _row_norm_squared(self._weight(), dtype) if kept is None else kept[1]
-        version, look = (*versions(w), dtype), not (one_token or torch.is_grad_enabled())
-        if kept is None or kept[0][0] != version or (look and kept[0][1] != content(w)):
-            with torch.inference_mode(False), torch.no_grad():
-                self._theodora_norm_sq = kept = (version, content(w)), _row_norm_squared(self._weight(), dtype)
-        return kept[1]
+        weight, look = self._frozen_weight(), not (one_token or torch.is_grad_enabled())
+        return self._theodora_norms.weight_norm_squared(
+            weight, lambda: _row_norm_squared(weight.dense(), dtype), rounding=dtype, look=look
+        )
 
     # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.
 
     def forget(self) -> None:
         """Forget what is known of the base weight."""
-        vars(self).pop("_theodora_norm_sq", None)
+        self._theodora_norms.invalidate(weight=True)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         super().merge(*args, **kwargs)
@@ -249,20 +252,17 @@ class FastLinear(Linear):
 
     def __reduce__(self) -> Any:
         # What goes by another class's name is not found under it: pickle and deepcopy make it here.
-        made = (_new, ()) if type(self) is FastLinear else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
+        made = (_new, ()) if type(self) is FastPeftLinear else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
         return *made, self.__getstate__()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The cache is bound to its tensor by address, so it does not travel in copies.
-        return {key: value for key, value in self.__dict__.items() if key != "_theodora_norm_sq"}
 
-
-def _new() -> FastLinear:
-    return FastLinear.__new__(FastLinear)
+def _new() -> FastPeftLinear:
+    return FastPeftLinear.__new__(FastPeftLinear)
 
 
 # `repr`, `get_layer_status` and whoever else tells layers by their class find what they would without us.
-FastLinear.__name__, FastLinear.__qualname__, FastLinear.__module__ = "Linear", Linear.__qualname__, Linear.__module__
+for _attribute in ("__name__", "__qualname__", "__module__"):
+    setattr(FastPeftLinear, _attribute, getattr(Linear, _attribute))
 
 
 def accelerate_layer(layer: nn.Module) -> str | None:
@@ -271,17 +271,19 @@ def accelerate_layer(layer: nn.Module) -> str | None:
         why = _cannot(layer)
         if why is not None:
             return why
-        layer.__class__ = FastLinear
-    if not isinstance(layer, FastLinear):
+        layer.__class__ = FastPeftLinear
+        layer._theodora_norms = NormCache()  # pyright: ignore[reportArgumentType]
+    if not isinstance(layer, FastPeftLinear):
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
         return f"{kind} is not PEFT's plain LoRA layer (lora.layer.Linear)"
-    return layer.slow_because()
+    why = layer.fallback()
+    return None if why is None else why.reason
 
 
 def restore_layer(layer: nn.Module) -> None:
     """Undo `accelerate_layer`; does nothing to other modules."""
-    if isinstance(layer, FastLinear):
-        layer.forget()
+    if isinstance(layer, FastPeftLinear):
+        del layer._theodora_norms  # pyright: ignore[reportPrivateUsage]
         layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 

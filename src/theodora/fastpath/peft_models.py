@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from theodora.errors import ConfigError, bullet_list, in_line
-from theodora.fastpath.accelerate import FastPath, install, uninstall
+from theodora.fastpath.accelerate import FastPath, check_fast_path, install, uninstall
 from theodora.layers import AdapterLayer
 
 _log = logging.getLogger(__name__)
@@ -68,9 +68,11 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
         What runs on the kernels, and what was left to PEFT and why; `print` it. The latter is also logged, once.
 
     Raises:
-        ConfigError: PEFT is missing or too old, or there are no PEFT adapters in `model`.
+        ConfigError: PEFT is missing or too old, there are no PEFT adapters in `model`, or another library has put a
+            class of its own on top of one of ours since an earlier call; nothing was changed.
     """
     peft_layer = _peft_layer()
+    check_fast_path(model)
     fast: list[str] = []
     left_alone: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -100,8 +102,8 @@ def restore_peft(model: nn.Module) -> None:
     if importlib.util.find_spec("peft") is None:
         return
     peft_layer = _peft_layer()
-    layers = [module for module in model.modules() if isinstance(module, peft_layer.FastLinear)]
-    odd = sorted({type(layer).__name__ for layer in layers if type(layer) is not peft_layer.FastLinear})
+    layers = [module for module in model.modules() if isinstance(module, peft_layer.FastPeftLinear)]
+    odd = sorted({type(layer).__name__ for layer in layers if type(layer) is not peft_layer.FastPeftLinear})
     if odd:
         raise ConfigError(
             f"Since accelerate_peft, another library has made {', '.join(odd)} of this model's layers, as FSDP2's "

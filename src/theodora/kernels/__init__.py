@@ -15,21 +15,19 @@ from torch import Tensor
 
 from theodora import functional
 from theodora.kernels import decode, fused
-from theodora.kernels.base_product import dequantized
+from theodora.kernels.base_weight import BaseWeight, PlainWeight, StackedWeight
 from theodora.kernels.parts import Parts
 from theodora.kernels.shared_outputs import SharedOutputs
-from theodora.kernels.stack import Stack
-from theodora.kernels.weight_norm import dora_norm, dora_norms
 
 __all__ = [
+    "BaseWeight",
     "Parts",
+    "PlainWeight",
     "SharedOutputs",
-    "Stack",
+    "StackedWeight",
     "adapted_linears",
     "decode",
     "dora_linear",
-    "dora_norm",
-    "dora_norms",
     "fast",
     "fits",
     "lora_linear",
@@ -60,7 +58,7 @@ def adapted_linears(
     x_TI: Tensor,
     layers: Sequence[Parts],
     x_lora_TI: Tensor | None = None,
-    stack: Stack | None = None,
+    stack: StackedWeight | None = None,
     shared: SharedOutputs | None = None,
 ) -> list[Tensor]:
     """The outputs of layers that read the same x, each (…, O), by the fastest way that fits the inputs.
@@ -84,7 +82,7 @@ def lora_linear(
     x_lora_TI: Tensor | None = None,
 ) -> Tensor:
     """`functional.lora_linear`, by the fastest way that fits the inputs."""
-    return adapted_linears(x_TI, [Parts(w_OI, bias_O, a_RI, b_OR, scale)], x_lora_TI)[0]
+    return adapted_linears(x_TI, [Parts(PlainWeight(w_OI), bias_O, a_RI, b_OR, scale)], x_lora_TI)[0]
 
 
 def dora_linear(
@@ -100,21 +98,19 @@ def dora_linear(
     x_lora_TI: Tensor | None = None,
 ) -> Tensor:
     """`functional.dora_linear`, by the fastest way that fits the inputs."""
-    return adapted_linears(x_TI, [Parts(w_OI, bias_O, a_RI, b_OR, scale, magnitude_O, norm_O)], x_lora_TI)[0]
+    layer = Parts(PlainWeight(w_OI), bias_O, a_RI, b_OR, scale, magnitude_O, norm_O)
+    return adapted_linears(x_TI, [layer], x_lora_TI)[0]
 
 
 def fits(x_TI: Tensor, layer: Parts) -> bool:
     """Whether the fused path, whose base weight and bias are frozen, can take these inputs."""
-    w, bias = layer.weight_OI, layer.bias_O
-    trained = w.requires_grad or (bias is not None and bias.requires_grad)
-    same_dtype = layer.weight_scale_O is not None or x_TI.dtype == w.dtype
-    return not (_use_reference or trained or x_TI.numel() == 0) and same_dtype
+    frozen = not any(t.requires_grad for t in (*layer.weight.tensors(), layer.bias_O) if t is not None)
+    return not _use_reference and frozen and x_TI.numel() > 0 and layer.weight.takes(x_TI.dtype)
 
 
 def _reference_linear(x_TI: Tensor, layer: Parts, x_lora_TI: Tensor | None) -> Tensor:
-    w = layer.weight_OI
-    if layer.weight_scale_O is not None:
-        w = dequantized(w, layer.weight_scale_O, x_TI.dtype)
+    w = layer.weight.plain()
+    w = layer.weight.dense(x_TI.dtype) if w is None else w
     a, b, magnitude, norm = layer.a_RI, layer.b_OR, layer.magnitude_O, layer.norm_O
     if a is None or b is None:
         return torch.nn.functional.linear(x_TI, w, layer.bias_O)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.operators import interpreted, operator, runs_triton
 
 MOST_TOKENS = 64
@@ -30,10 +31,12 @@ def decode_linear_reference(
     return y if bias_O is None else y + bias_O
 
 
-def runs(w_OI: Tensor) -> bool:
-    """Whether the kernel can run a layer of this weight (O, I)."""
-    plain = type(w_OI.data) is Tensor  # no DTensor
-    return plain and w_OI.dtype in (torch.bfloat16, torch.float16) and runs_triton(w_OI)
+def runs(weight: BaseWeight) -> bool:
+    """Whether the kernel can run a layer of this weight."""
+    w_OI = weight.plain()
+    if w_OI is None or type(w_OI.data) is not Tensor:  # or a DTensor
+        return False
+    return w_OI.dtype in (torch.bfloat16, torch.float16) and runs_triton(w_OI)
 
 
 def fits(x: Tensor, w_OI: Tensor) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from theodora.functional import wide_dtype
 from theodora.kernels.operators import interpreted, operator, runs_triton
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,12 @@ def float8_linear(x_TI: Tensor, w8_OI: Tensor, w_scale_O: Tensor) -> Tensor:
 def float8_linear_backward(dz_TO: Tensor, w8_OI: Tensor, w_scale_O: Tensor) -> Tensor:
     """dz W, (…, I), in the dtype of dz, (…, O): the gradient of x in `float8_linear`."""
     return _linear_backward_op(dz_TO, w8_OI, w_scale_O)
+
+
+def dequantized(w8_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that W8 and its scales stand for, (O, I), rounded once, to `dtype`."""
+    wide = wide_dtype(dtype)
+    return (w8_OI.to(wide) * w_scale_O[:, None].to(wide)).to(dtype)
 
 
 def reference_quantize_rows(x_TI: Tensor, times_I: Tensor | None = None) -> tuple[Tensor, Tensor]:

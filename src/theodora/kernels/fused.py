@@ -14,6 +14,7 @@ dx. Works on any device and dtype; base weights and biases get no gradient. Shap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
-from theodora.kernels.base_product import base_product, base_product_backward, shared_base_products
+from theodora.kernels.base_weight import StackedWeight, add_product, products
 from theodora.kernels.compose import (
     compose,
     compose_backward,
@@ -31,19 +32,17 @@ from theodora.kernels.compose import (
     compose_in_place,
     zero_scale_gradient,
 )
+from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 from theodora.kernels.shared_outputs import Output, SharedOutputs, mark
-from theodora.kernels.stack import Stack
-
-_PER_LAYER = 7  # tensors: weight, weight_scale, bias, A, B, magnitude, norm
 
 
 def adapted_linears(
     x_TI: Tensor,
     layers: Sequence[Parts],
     x_lora_TI: Tensor | None = None,
-    stack: Stack | None = None,
+    stack: StackedWeight | None = None,
     shared: SharedOutputs | None = None,
 ) -> list[Tensor]:
     """The outputs of several adapted layers that read the same x, each (…, O).
@@ -53,21 +52,14 @@ def adapted_linears(
     """
     x, x_lora = flat(x_TI), None if x_lora_TI is None else flat(x_lora_TI)
     source = NormedInput.of(x_TI) if x_lora is None else None
-    tensors = [t for layer in layers for t in tensors_of(layer)]
+    forms, tensors = flat_layers(layers)
     # Without magnitudes the outputs are the base products themselves, which must not be views of one another.
-    if stack is not None and (x_lora is not None or not _scaled(layers) or not stack.fits(layers)):
+    if stack is not None and (x_lora is not None or not _scaled(layers) or not stack_holds(stack, layers)):
         stack = None
     if stack is None or (shared is not None and not shared.fit(x, layers)):
         shared = None
-    ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, shared, [layer.scale for layer in layers], *tensors)
+    ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, shared, forms, *tensors)
     return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
-
-
-def tensors_of(layer: Parts) -> list[Tensor | None]:
-    """What an autograd step takes of one layer."""
-    return [
-        layer.weight_OI, layer.weight_scale_O, layer.bias_O, layer.a_RI, layer.b_OR, layer.magnitude_O, layer.norm_O
-    ]  # fmt: skip
 
 
 class _AdaptedLinears(torch.autograd.Function):
@@ -77,12 +69,12 @@ class _AdaptedLinears(torch.autograd.Function):
         x_TI: Tensor,
         x_lora_TI: Tensor | None,
         source: NormedInput | None,
-        stack: Stack | None,
+        stack: StackedWeight | None,
         shared: SharedOutputs | None,
-        scales: list[float],
+        forms: Sequence[LayerForm],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        layers = layers_of(tensors, scales)
+        layers = layers_of(forms, tensors)
         a = stacked_a(layers, x_TI.dtype)
         xa = None if a is None else (x_TI if x_lora_TI is None else x_lora_TI) @ a.T
         ys: list[Tensor] = []
@@ -92,7 +84,7 @@ class _AdaptedLinears(torch.autograd.Function):
             y, z = composed(z, xa_TR, layer)
             ys.append(y)
             kept.append(z if shared is None else None)
-        ctx.scales, ctx.stack, ctx.shared, ctx.outputs = scales, stack, shared, None
+        ctx.forms, ctx.stack, ctx.shared, ctx.outputs = forms, stack, shared, None
         if shared is not None:  # not among what is saved, where a stranger's writing to them would be an error
             ctx.outputs = [Output(y, read_by_rotary=turned) for y, turned in zip(ys, shared.turned, strict=True)]
             for y, output in zip(ys, ctx.outputs, strict=True):
@@ -107,7 +99,7 @@ class _AdaptedLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs_x, needs_x_lora = ctx.needs_input_grad[:2]
         source, (xa, *saved) = saved_input(ctx)
-        kept, layers = saved[: len(dys)], layers_of(saved[len(dys) :], ctx.scales)
+        kept, layers = saved[: len(dys)], layers_of(ctx.forms, saved[len(dys) :])
         xas = split_ranks(xa, layers)
         # A layer whose output was not used has nothing to learn, and adds nothing to dx.
         used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -121,32 +113,29 @@ class _AdaptedLinears(torch.autograd.Function):
         elif ctx.shared is not None:
             ctx.shared.possible = ctx.shared.possible and (outputs is None or not whole)
             kept, outputs = base_products(input_of(source), layers, ctx.stack), None
-        dx, dzb, dbs, dms = layers_backward(
-            [dys[i] for i in used],  # pyright: ignore[reportArgumentType]
-            [kept[i] for i in used],
-            [xas[i] for i in used],
-            chosen,
+        found = layers_backward(
+            [LayerStep(layers[i], dys[i], kept[i], xas[i]) for i in used],  # pyright: ignore[reportArgumentType]
             ctx.stack if whole else None,
-            needs_x,
-            needs_x and not needs_x_lora,
+            needs_x=needs_x,
+            joins_x=needs_x and not needs_x_lora,
             from_outputs=outputs is not None,
         )
         if outputs is not None:
             normed = isinstance(source, NormedInput)
             x = (source.h_TI, source.rstd_T, source.weight_I) if normed else (source, None, None)
-            for dm, dy, xa_TR, layer in zip(dms, dys, xas, layers, strict=True):
-                rest = layer.weight_OI, xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
-                zero_scale_gradient(dm, dy, *x, *rest)
+            for of_layer, dy, xa_TR, layer in zip(found.gradients, dys, xas, layers, strict=True):
+                rest = layer.weight.plain(), xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
+                zero_scale_gradient(of_layer.magnitude_O, dy, *x, *rest)
         dx_lora = None
-        if needs_x_lora and dzb is not None:
-            a = stacked_a(chosen, dzb.dtype)
+        if needs_x_lora and found.dzb_TR is not None:
+            a = stacked_a(chosen, found.dzb_TR.dtype)
             assert a is not None
-            dx_lora = dzb @ a
-        das = a_gradients(dzb, chosen, source)
-        grads: list[Any] = [None] * (_PER_LAYER * len(layers))
-        for i, da, db, dm in zip(used, das, dbs, dms, strict=True):
-            set_gradients(grads, i, da=da, db=db, dm=dm)
-        return dx, dx_lora, None, None, None, None, *grads
+            dx_lora = found.dzb_TR @ a
+        gradients = [LayerGradients() for _ in layers]
+        for i, of_layer, da in zip(used, found.gradients, a_gradients(found.dzb_TR, chosen, source), strict=True):
+            of_layer.a_RI = da
+            gradients[i] = of_layer
+        return found.dx_TI, dx_lora, None, None, None, None, *flat_gradients(ctx.forms, gradients)
 
 
 # The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
@@ -196,23 +185,6 @@ def input_of(source: Tensor | NormedInput) -> Tensor:
     return (source.h_TI * source.rstd_T[:, None] * source.weight_I).to(source.h_TI.dtype)
 
 
-def layers_of(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Parts]:
-    """The inverse of `tensors_of`, for several layers."""
-    layers: list[Parts] = []
-    for i, scale in enumerate(scales):
-        weight, weight_scale, bias, a, b, magnitude, norm = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
-        assert weight is not None
-        layers.append(Parts(weight, bias, a, b, scale, magnitude, norm, weight_scale_O=weight_scale))
-    return layers
-
-
-def set_gradients(grads: list[Any], i: int, **found: Tensor | None) -> None:
-    """Put the gradients of the i-th layer's adapter among those of all its tensors."""
-    for name, position in (("da", 3), ("db", 4), ("dm", 5)):
-        if name in found:
-            grads[_PER_LAYER * i + position] = found[name]
-
-
 def stacked_a(layers: Sequence[Parts], dtype: torch.dtype) -> Tensor | None:
     """All A of the layers one above the other, (ΣR, I), in the dtype of the products."""
     all_a = [layer.a_RI.to(dtype) for layer in layers if layer.a_RI is not None]
@@ -247,18 +219,28 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
     return _scale_rows(z_TO, magnitude, norm, bias), z_TO
 
 
-def composed_backward(
-    dy_TO: Tensor, z_TO: Tensor | None, xa_TR: Tensor | None, layer: Parts
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dz, dzb, dB, dm) of `composed`."""
+@dataclass(frozen=True, slots=True)
+class LayerStep:
+    """One layer as its backward pass begins."""
+
+    layer: Parts
+    dy_TO: Tensor
+    kept_TO: Tensor | None
+    """z as `composed` gave it, or the output (see `layers_backward`)."""
+    xa_TR: Tensor | None
+
+
+def composed_backward(step: LayerStep) -> tuple[Tensor, Tensor | None, LayerGradients]:
+    """dz and dzb of `composed`, and the gradients of B and the magnitude."""
+    layer, dy_TO, z_TO, xa_TR = step.layer, step.dy_TO, step.kept_TO, step.xa_TR
     magnitude, norm, b = layer.magnitude_O, layer.norm_O, layer.b_OR
     if xa_TR is not None and b is not None and in_one_pass(dy_TO, layer):
         dz, dzb, db, dm = compose_backward(
             dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm
         )
         if norm is None or magnitude is None:
-            return dy_TO, dzb, db.to(b.dtype), None
-        return dz, dzb, db.to(b.dtype), dm.to(magnitude.dtype)
+            return dy_TO, dzb, LayerGradients(b_OR=db.to(b.dtype))
+        return dz, dzb, LayerGradients(b_OR=db.to(b.dtype), magnitude_O=dm.to(magnitude.dtype))
     dm = None
     if norm is None or magnitude is None:
         # Attention hands its gradients back transposed, and the CPU's bfloat16 products are slow on those.
@@ -267,8 +249,9 @@ def composed_backward(
         assert z_TO is not None
         dz, dm = _scale_rows_backward(dy_TO, z_TO, magnitude, norm)
     if xa_TR is None or b is None:
-        return dz, None, None, dm
-    return dz, dz @ scaled_b(layer, dz.dtype), (dz.T @ xa_TR).to(b.dtype).mul_(layer.scale), dm
+        return dz, None, LayerGradients(magnitude_O=dm)
+    db = (dz.T @ xa_TR).to(b.dtype).mul_(layer.scale)
+    return dz, dz @ scaled_b(layer, dz.dtype), LayerGradients(b_OR=db, magnitude_O=dm)
 
 
 def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
@@ -278,55 +261,81 @@ def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
 
 def inner_bias(layer: Parts) -> Tensor | None:
     """The bias, where it goes into the base product, as in `nn.Linear`: where nothing scales it afterwards."""
-    bias, plain = layer.bias_O, layer.norm_O is None and layer.weight_scale_O is None
-    return bias if bias is not None and plain and bias.dtype == layer.weight_OI.dtype else None
+    bias, weight = layer.bias_O, layer.weight
+    inside = bias is not None and layer.norm_O is None and weight.product_takes_bias and bias.dtype == weight.dtype
+    return bias if inside else None
+
+
+def stack_holds(stack: StackedWeight, layers: Sequence[Parts]) -> bool:
+    """Whether the stack holds the layers' weights, and has room for their A."""
+    ranks = sum(layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None)
+    return stack.holds([layer.weight for layer in layers], ranks)
 
 
 def base_products(
-    x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None, biases: Sequence[Tensor | None] | None = None
+    x_TI: Tensor, layers: Sequence[Parts], stack: StackedWeight | None, biases: Sequence[Tensor | None] | None = None
 ) -> Sequence[Tensor]:
     """x Wᵀ of each layer; with a stack, whose layers have no inner bias, views of one product."""
     if stack is None:
-        return shared_base_products(x_TI, [(layer.weight_OI, layer.weight_scale_O) for layer in layers], biases)
-    return base_product(x_TI, stack.weight).split([layer.weight_OI.shape[0] for layer in layers], dim=1)
+        return products(x_TI, [layer.weight for layer in layers], biases)
+    return stack.product(x_TI).split([layer.weight.shape[0] for layer in layers], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepGradients:
+    """What the backward pass of layers that read one x has found."""
+
+    dx_TI: Tensor | None
+    dzb_TR: Tensor | None
+    """s·dz B of all layers, (T, ΣR), from which dA is still to come."""
+    gradients: list[LayerGradients]
+    """Of each layer; without dA."""
 
 
 def layers_backward(
-    dys: Sequence[Tensor],
-    kept: Sequence[Tensor | None],
-    xas: Sequence[Tensor | None],
-    layers: Sequence[Parts],
-    stack: Stack | None,
+    steps: Sequence[LayerStep],
+    stack: StackedWeight | None,
+    *,
     needs_x: bool,
     joins_x: bool,
     over: Tensor | None = None,
     from_outputs: bool = False,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """(dx, dzb (T, ΣR), all dB, all dm) of layers that read one x; `joins_x` if the low-rank branches read it too.
+) -> StepGradients:
+    """The backward pass of layers that read one x, but for dA.
 
-    With a stack, [dz₁ | dz₂ | … | dzb] may be written over `over`, which holds the z, or what was kept are the outputs.
+    Args:
+        steps: the layers.
+        stack: holds their weights, perhaps.
+        needs_x: whether dx is wanted.
+        joins_x: whether the low-rank branches read x too, and add to dx.
+        over: with a stack, what holds the z, which [dz₁ | dz₂ | … | dzb] may be written over.
+        from_outputs: whether the layers' outputs were kept, not z: with a stack only.
     """
-    if stack is not None and _scaled(layers) and all(in_one_pass(dys[0], layer) for layer in layers):
-        return _stacked_backward(dys, kept, xas, layers, stack, needs_x, over, from_outputs)
-    dzs, dzbs, dbs, dms = [], [], [], []
-    for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
-        for found, value in zip((dzs, dzbs, dbs, dms), composed_backward(dy, z, xa_TR, layer), strict=True):
-            found.append(value)
+    layers = [step.layer for step in steps]
+    if stack is not None and _scaled(layers) and all(in_one_pass(steps[0].dy_TO, layer) for layer in layers):
+        return _stacked_backward(steps, stack, needs_x, over, from_outputs)
+    dzs: list[Tensor] = []
+    dzbs: list[Tensor | None] = []
+    gradients: list[LayerGradients] = []
+    for step in steps:
+        dz, dzb, of_layer = composed_backward(step)
+        dzs.append(dz)
+        dzbs.append(dzb)
+        gradients.append(of_layer)
     dzb = side_by_side(dzbs)
     dx = input_gradient(dzs, layers, dzb if joins_x else None) if needs_x else None
-    return dx, dzb, dbs, dms
+    return StepGradients(dx, dzb, gradients)
 
 
 def input_gradient(dzs: Sequence[Tensor], layers: Sequence[Parts], dzb_TR: Tensor | None) -> Tensor:
     """Σ dz W + dzb A, (T, I), where the layers read one x."""
-    dx, *others = [
-        base_product_backward(dz, layer.weight_OI, layer.weight_scale_O)
-        for i, (dz, layer) in enumerate(zip(dzs, layers, strict=True))
-        if i == 0 or layer.weight_scale_O is not None
-    ]
+    dx = layers[0].weight.product_backward(dzs[0])
+    others: list[Tensor] = []
     for dz, layer in zip(dzs[1:], layers[1:], strict=True):
-        if layer.weight_scale_O is None:
-            dx = add_product(dx, dz, layer.weight_OI)
+        if layer.weight.backward_adds:
+            dx = layer.weight.product_backward(dz, dx)
+        else:
+            others.append(layer.weight.product_backward(dz))
     a = None if dzb_TR is None else stacked_a(layers, dzb_TR.dtype)
     if a is None or dzb_TR is None:
         for other in others:
@@ -336,37 +345,28 @@ def input_gradient(dzs: Sequence[Tensor], layers: Sequence[Parts], dzb_TR: Tenso
 
 
 def _stacked_backward(
-    dys: Sequence[Tensor],
-    kept: Sequence[Any],
-    xas: Sequence[Any],
-    layers: Sequence[Parts],
-    stack: Stack,
-    needs_x: bool,
-    over: Tensor | None,
-    from_outputs: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    steps: Sequence[LayerStep], stack: StackedWeight, needs_x: bool, over: Tensor | None, from_outputs: bool
+) -> StepGradients:
     """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
-    a = stacked_a(layers, dys[0].dtype)
+    dy = steps[0].dy_TO
+    a = stacked_a([step.layer for step in steps], dy.dtype)
     assert a is not None
-    ranks = a.shape[0]
-    dz_dzb = dys[0].new_empty(dys[0].shape[0], stack.columns(ranks)) if over is None else over
-    at, low = 0, stack.rows
-    dbs: list[Tensor | None] = []
-    dms: list[Tensor | None] = []
+    dz_dzb = dy.new_empty(dy.shape[0], stack.columns(a.shape[0])) if over is None else over
+    at, low = 0, stack.outputs
+    gradients: list[LayerGradients] = []
     backward = compose_backward_from_output if from_outputs else compose_backward_into
-    for dy, z, xa_TR, layer in zip(dys, kept, xas, layers, strict=True):
-        b, magnitude = layer.b_OR, layer.magnitude_O
+    for step in steps:
+        layer, b, magnitude = step.layer, step.layer.b_OR, step.layer.magnitude_O
         assert b is not None
         assert magnitude is not None
         features, rank = b.shape
         into = dz_dzb[:, at : at + features], dz_dzb[:, low : low + rank]
-        db, dm = backward(dy, z, xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)
-        dbs.append(db.to(b.dtype))
-        dms.append(dm.to(magnitude.dtype))
+        db, dm = backward(step.dy_TO, step.kept_TO, step.xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)  # pyright: ignore[reportArgumentType]
+        gradients.append(LayerGradients(b_OR=db.to(b.dtype), magnitude_O=dm.to(magnitude.dtype)))
         at, low = at + features, low + rank
     dz_dzb[:, low:].zero_()
     dx = dz_dzb @ stack.with_a(a) if needs_x else None
-    return dx, dz_dzb[:, stack.rows : low], dbs, dms
+    return StepGradients(dx, dz_dzb[:, stack.outputs : low], gradients)
 
 
 def _scaled(layers: Sequence[Parts]) -> bool:
@@ -394,15 +394,6 @@ def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:
     """s·B in the dtype of the products. s goes in before rounding, so that it costs no precision."""
     assert layer.b_OR is not None
     return (layer.scale * layer.b_OR).to(dtype)
-
-
-def add_product(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """onto + left @ right, in place: one pass, and no memory.
-
-    Not under torch.compile, which does such things itself: torch 2.11 loses the gradients, without a word, of an
-    autograd function that returns a tensor it wrote to (2.13 does not).
-    """
-    return torch.addmm(onto, left, right) if torch.compiler.is_compiling() else onto.addmm_(left, right)
 
 
 def add_low_rank(dx_TI: Tensor, dzb_TR: Tensor, a_RI: Tensor, others: Sequence[Tensor] = ()) -> Tensor:

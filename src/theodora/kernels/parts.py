@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from theodora.kernels.base_weight import BaseWeight
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -17,8 +19,8 @@ class Parts:
     layer alone. All tensors are on one device.
     """
 
-    weight_OI: Tensor
-    """The frozen base weight, (O, I); of dtype float8_e4m3fn if `weight_scale_O` is given."""
+    weight: BaseWeight
+    """The frozen W, (O, I)."""
     bias_O: Tensor | None
     a_RI: Tensor | None = None
     b_OR: Tensor | None = None
@@ -28,8 +30,6 @@ class Parts:
     """‖W + s·B·A‖ of each output row, float32 (with a magnitude)."""
     drops: bool = False
     """Whether dropout changes the adapter's input in this pass."""
-    weight_scale_O: Tensor | None = None
-    """Scale of each row of a float8 weight, float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,4 +83,4 @@ def saves_through_hooks() -> bool:
 def _invertible(layer: Parts) -> bool:
     low = layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK
     # A bias may be far larger than the rest of an output, whose digits it then costs.
-    return low and layer.norm_O is not None and layer.bias_O is None and layer.weight_scale_O is None
+    return low and layer.norm_O is not None and layer.bias_O is None and layer.weight.plain() is not None

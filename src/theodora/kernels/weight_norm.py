@@ -12,7 +12,7 @@ from torch import Tensor
 
 from theodora import functional
 from theodora.functional import wide_dtype
-from theodora.kernels.base_product import dequantized
+from theodora.kernels.float8 import dequantized
 from theodora.kernels.operators import operator, runs_triton
 
 

@@ -1,15 +1,15 @@
-"""Which modules can be adapted, giving them their adapter layer, and taking it away."""
+"""Which modules can be adapted, and giving them their adapter layer; `AdapterLayer.end` takes it away."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from theodora.layers.base import FLOATS, AdapterLayer
+from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.embedding import EmbeddingAdapterLayer
-from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer
-from theodora.layers.swap import swap_back, swap_class
+from theodora.layers.swap import swap_class
 
 
 def adapt(module: nn.Module) -> AdapterLayer:
@@ -29,35 +29,17 @@ def adapt(module: nn.Module) -> AdapterLayer:
     return module
 
 
-def restore(layer: AdapterLayer) -> None:
-    """Undo `adapt`: the module is of its own class again, and its adapters are gone."""
-    layer.unmerge()
-    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
-        delattr(layer, name)
-    swap_back(layer)
-
-
 def cannot_adapt(module: nn.Module) -> str | None:
     """Why `module` cannot take an adapter, or None if it can."""
-    kind = type(module).__name__
+    kind, mixin = type(module).__name__, _mixin(module)
     if isinstance(module, AdapterLayer):
         return None
-    if _mixin(module) is None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            return f"{kind} has a forward pass of its own, which an adapter would bypass"
-        return f"{kind} is no linear layer or embedding{_instead(module)}"
-    if "forward" in module.__dict__:
+    if mixin is None and isinstance(module, nn.Linear | nn.Embedding):
+        return f"{kind} has a forward pass of its own, which an adapter would bypass"
+    if mixin is not None and "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
-    weight = module.weight
-    if isinstance(module, Float8Layer):
-        return None
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
-        return f"its weight is quantised or special ({type(weight).__name__}, {getattr(weight, 'dtype', 'no dtype')})"
-    if weight.is_meta:
-        return "its weight is not loaded yet (it is on the meta device)"
-    if getattr(module, "max_norm", None) is not None:
-        return f"{kind} with max_norm rescales its weight while it is used"
-    return None
+    weight = base_weight_of(module)
+    return weight.reason + _instead(module) if isinstance(weight, Unfit) else None
 
 
 def _instead(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from theodora.autocast import autocast_dtype
-from theodora.kernels.base_product import base_product, base_product_backward, dequantized
+from theodora.kernels.base_weight import BaseWeight, Float8Weight
 from theodora.kernels.float8 import FLOAT8, quantize_rows
 from theodora.layers.swap import Swapped, swap_class
 
@@ -37,13 +37,18 @@ class Float8Layer(Swapped):
     stored_transposed: bool
     """Whether the module stores its weight as (I, O)."""
 
+    @property
+    def float8_weight(self) -> Float8Weight:
+        """The weight, while it is float8."""
+        return Float8Weight(self.weight, self.weight_scale, self.plain_dtype, self.stored_transposed)
+
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias, (…, O), in the dtype of x, or in autocast's."""
         if self.weight.dtype != FLOAT8:
             return super().forward(x)
         x = x.to(autocast_dtype(x) or x.dtype)
-        weight = self.weight.T if self.stored_transposed else self.weight
-        z: Any = _Product.apply(x, weight, self.weight_scale)
+        weight = self.float8_weight
+        z: Any = _Product.apply(x, weight.maker(), *weight.tensors())
         return z if self.bias is None else z + self.bias.to(z.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -70,17 +75,19 @@ class Float8Layer(Swapped):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ of a float8 weight."""
+    """x Wᵀ."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, w8_OI: Tensor, w_scale_O: Tensor) -> Tensor:
-        ctx.save_for_backward(w8_OI, w_scale_O)
-        return base_product(x_TI, w8_OI, w_scale_O)
+    def forward(ctx: Any, x_TI: Tensor, weight_of: Callable[..., BaseWeight], *tensors: Tensor) -> Tensor:
+        ctx.weight_of = weight_of
+        ctx.save_for_backward(*tensors)
+        return weight_of(*tensors).product(x_TI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz_TO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return base_product_backward(dz_TO, *ctx.saved_tensors), None, None
+        tensors = ctx.saved_tensors
+        return ctx.weight_of(*tensors).product_backward(dz_TO), None, *(None for _ in tensors)
 
 
 def quantize(module: nn.Module, stored_transposed: bool = False) -> None:
@@ -99,15 +106,9 @@ def quantize(module: nn.Module, stored_transposed: bool = False) -> None:
     module.weight = nn.Parameter(w8, requires_grad=False)
 
 
-def weight_scale(module: nn.Module) -> Tensor | None:
-    """The scales of the module's float8 weight, (O,); None where the weight is a plain one."""
-    return module.weight_scale if isinstance(module, Float8Layer) and module.weight.dtype == FLOAT8 else None
-
-
 def plain_weight(module: Float8Layer, dtype: torch.dtype) -> Tensor:
     """The weight that the module computes with, as it is stored: (O, I), or (I, O)."""
-    stored = module.weight.detach()
-    w_OI = dequantized(stored.T if module.stored_transposed else stored, module.weight_scale, dtype)
+    w_OI = module.float8_weight.dense(dtype)
     return w_OI.T.contiguous() if module.stored_transposed else w_OI
 
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.kernels import Parts
-from theodora.kernels.base_product import base_product
 from theodora.kernels.operators import runs_triton
 
 
@@ -32,7 +30,7 @@ def changes_nothing(parts: Parts, start: tuple[Tensor, Tensor] | None = None, ro
     rounds = rounds or start is not None or (norm is not None and parts.bias_O is not None)
     if a is None or b is None or not rounds or torch.compiler.is_compiling():
         return False
-    if b.device.type != "cpu" or runs_triton(b) or (parts.weight_scale_O is not None and not kernels.fast()):
+    if b.device.type != "cpu" or runs_triton(b) or (parts.weight.plain() is None and not kernels.fast()):
         return False  # (the reference does not quantise x, as a float8 module does)
     with torch.no_grad():
         if start is None:
@@ -46,10 +44,7 @@ def changes_nothing(parts: Parts, start: tuple[Tensor, Tensor] | None = None, ro
 def base_output(x: Tensor, parts: Parts) -> Tensor:
     """What the base module computes, (…, O), without gradient."""
     with torch.no_grad():
-        if parts.weight_scale_O is None:
-            return F.linear(x, parts.weight_OI, parts.bias_O)
-        z = base_product(x, parts.weight_OI, parts.weight_scale_O)
-        return z if parts.bias_O is None else z + parts.bias_O.to(z.dtype)
+        return parts.weight.product(x, parts.bias_O)
 
 
 def with_value_of(base: Tensor, y: Tensor) -> Tensor:

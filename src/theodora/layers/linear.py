@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
-from theodora.layers.base import AdapterLayer, LowRank
+from theodora.layers.base import AdapterLayer
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
-from theodora.layers.norm_cache import one_token_each
+from theodora.layers.low_rank import LowRank
+from theodora.layers.norm_cache import DecodeTensors, one_token_each
 
 GROUP = "_theodora_group"
 
@@ -42,40 +42,44 @@ class LinearAdapterLayer(AdapterLayer):
         """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""
         adapter = self.active
         if adapter is None:
-            return Parts(self.weight_OI, self.bias, weight_scale_O=self.weight_scale_O)
+            return Parts(self.frozen_weight, self.bias)
         a, b = adapter.factors()
-        norm = None
+        weight, norm = self.frozen_weight, None
         if adapter.magnitude is not None:
             norm = self.norm(adapter, one_token)
-        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(self.weight_OI):
-            self.kept(adapter, one_token)  # for the steps to come
-        return Parts(
-            self.weight_OI, self.bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops, self.weight_scale_O
-        )
+        elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(weight):
+            self.inference_tensors(adapter, one_token)  # for the steps to come
+        return Parts(weight, self.bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops)
 
     def _decoded(self, x: Tensor, one_token: bool) -> Tensor | None:
         """The output for a few tokens, without gradients, if the kernel for that can take them."""
         adapter = self.active
-        if adapter is None or not kernels.decode.fits(x, self.weight_OI) or adapter.drops:
+        if adapter is None or adapter.drops:
+            return None
+        w_OI = self.frozen_weight.plain()
+        if w_OI is None or not kernels.decode.fits(x, w_OI):
             return None
         if autocast_dtype(x) is not None or not kernels.fast():
             return None
-        kept = self.kept(adapter, one_token)
-        if kept is None or kept.decode is None:
+        ready = self.inference_tensors(adapter, one_token)
+        if ready is None or ready.decode is None:
             return None
-        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), self.weight_OI, *kept.decode, self.bias)
+        a, b, g = ready.decode.a_RI, ready.decode.b_OR, ready.decode.g_O
+        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), w_OI, a, b, g, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> tuple[Any, ...] | None:
-        if not kernels.decode.runs(self.weight_OI):
+    def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> DecodeTensors | None:
+        weight = self.frozen_weight
+        if not kernels.decode.runs(weight):
             return None
-        kernels.decode.prepare(self.weight.device)
-        dtype, (a, b) = self.weight.dtype, adapter.factors()
+        kernels.decode.prepare(weight.device)
+        dtype, (a, b) = weight.dtype, adapter.factors()
         g = None
         if adapter.magnitude is not None and norm_O is not None:
             g = dora_scale(adapter.magnitude.detach(), norm_O)
         # s goes in before rounding, so that it costs no precision.
-        return a.detach().to(dtype), (adapter.scale * b.detach().to(wide_dtype(dtype))).to(dtype), g
+        b = (adapter.scale * b.detach().to(wide_dtype(dtype))).to(dtype)
+        return DecodeTensors(a.detach().to(dtype), b, g)
 
 
 class Conv1DAdapterLayer(LinearAdapterLayer):
@@ -95,5 +99,4 @@ def _adapted(x: Tensor, parts: Parts, adapter: LowRank) -> Tensor:
 def in_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
     """The layer as it runs under autocast; adapter, magnitude and norm keep their own dtypes."""
     bias = None if parts.bias_O is None else parts.bias_O.to(dtype)
-    weight = parts.weight_OI if parts.weight_scale_O is not None else parts.weight_OI.to(dtype)
-    return replace(parts, weight_OI=weight, bias_O=bias)
+    return replace(parts, weight=parts.weight.to(dtype), bias_O=bias)

@@ -1,44 +1,198 @@
-"""What an adapted layer computes once and keeps while no gradients flow, and how it notices that it is out of date.
+"""What a layer with a frozen weight computes once and keeps, and how it notices that this is out of date.
 
-A layer forgets at `train()`, `eval()`, moves, loading and merging, and all layers do when an optimizer steps. Other
-writes to a tensor leave a new version behind, except those through `.data`: these show in the values alone, and a look
-at the values makes the host wait for the GPU. So a pass over several tokens (a prompt, an evaluation) looks, and the
-steps of one token that follow it do not.
+    norm_sq = cache.weight_norm_squared(weight, compute)             ‖W‖², in every pass
+    tensors = cache.get(name, weight, adapter, compute, one_token)   ‖W + s·B·A‖, and what decoding reads: without
+                                                                     gradients only
+
+The layer invalidates its cache at `train()`, `eval()`, moves, loading and merging, and all caches let go of what
+depends on an adapter when an optimizer steps. Other writes to a tensor leave a new version behind, except those through
+`.data`: these show in the values alone, and a look at the values makes the host wait for the GPU. So a pass over
+several tokens (a prompt, an evaluation) looks, and the steps of one token that follow it do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from theodora.functional import wide_dtype
+from theodora.kernels.base_weight import BaseWeight
+from theodora.layers.low_rank import LowRank
+
+# None of these is frozen: torch.compile would guard on every field of a frozen dataclass.
 
 
 @dataclass(eq=False)
-class Kept:
-    """Of one layer and adapter. (Not frozen: torch.compile would guard on every field of a frozen dataclass.)"""
+class DecodeTensors:
+    """What `theodora.kernels.decode` reads of an adapter, in the dtypes that it wants."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    """s·B."""
+    g_O: Tensor | None
+    """m / ‖W + s·B·A‖; None for LoRA."""
+
+    def rewrite(self, new: DecodeTensors) -> DecodeTensors:
+        """`new` in the memory where these lie: a recorded CUDA graph reads them there."""
+        g = None if self.g_O is None or new.g_O is None else _rewritten(self.g_O, new.g_O)
+        return DecodeTensors(_rewritten(self.a_RI, new.a_RI), _rewritten(self.b_OR, new.b_OR), g)
+
+
+@dataclass(eq=False)
+class InferenceTensors:
+    """What passes without gradients need not compute again, of one layer and adapter."""
 
     name: str | None
     """The adapter's."""
-    versions: tuple[Any, ...]
-    """Of the tensors, and the scale."""
+    stamp: Stamp
+    """Of the tensors that it was computed from."""
     content: list[int] | None
-    """None for LoRA, which has no norm: its factors are made anew instead."""
+    """Of the same tensors; None for LoRA, which has no norm: its factors are made anew instead."""
     norm_O: Tensor | None
-    decode: tuple[Any, ...] | None
-    """A, s·B and g as `theodora.kernels.decode` wants them, where it can run."""
+    decode: DecodeTensors | None
+    """None where the kernel cannot run the layer."""
 
 
-def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What changes when any of the tensors is replaced or written to."""
-    return tuple(
-        (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors if t is not None
-    )
+@dataclass(eq=False)
+class _WeightNorm:
+    stamp: Stamp
+    content: list[int]
+    norm_sq_O: Tensor
+
+
+Compute = Callable[[], tuple[Tensor | None, DecodeTensors | None]]
+"""‖W + s·B·A‖ (None for LoRA) and what decoding reads (None where it cannot)."""
+
+
+class NormCache:
+    """What one layer keeps. Copies of the layer begin with an empty one: their tensors are others."""
+
+    def __init__(self) -> None:
+        self._weight_norm: _WeightNorm | None = None
+        self._inference: InferenceTensors | None = None
+
+    def __reduce__(self) -> Any:
+        return NormCache, ()
+
+    def weight_norm_squared(
+        self, weight: BaseWeight, compute: Callable[[], Tensor], *, rounding: object = None, look: bool = False
+    ) -> Tensor:
+        """‖W‖² of each output row, (O,): computed once for each frozen weight.
+
+        torch.compile cannot see whether it is out of date: there it is what earlier passes have left.
+
+        Args:
+            weight: W.
+            compute: gives ‖W‖².
+            rounding: what `compute` depends on beside the weight (the dtype that it computes in, say).
+            look: whether to look at the values, too.
+        """
+        known = self._weight_norm
+        if torch.compiler.is_compiling():
+            return compute() if known is None else known.norm_sq_O
+        tensors = weight.tensors()
+        if known is None or not known.stamp.fits(tensors, rounding) or (look and known.content != content(*tensors)):
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._weight_norm = _WeightNorm(Stamp(tensors, rounding), content(*tensors), compute())
+        return known.norm_sq_O
+
+    def get(
+        self, name: str | None, weight: BaseWeight, adapter: LowRank, compute: Compute, one_token: bool
+    ) -> InferenceTensors | None:
+        """What a pass without gradients need not compute again; computed here where it is missing or out of date.
+
+        torch.compile can compute nothing, nor look at values or versions: there it is what earlier passes have left,
+        for steps of one token, or None.
+
+        Args:
+            name: the adapter's.
+            weight: W.
+            adapter: what the layer runs with.
+            compute: gives what is missing.
+            one_token: whether the pass is over one token of each sequence.
+        """
+        known = self._inference
+        if torch.compiler.is_compiling():
+            return known if one_token and known is not None and known.name == name else None
+        tensors, values = _tensors(weight, adapter), None
+        current = known if known is not None and known.stamp.fits(tensors, adapter.scale) else None
+        if current is not None and one_token:
+            return current
+        if adapter.magnitude is not None:
+            values = content(*tensors, adapter.start_A, adapter.start_B)
+            if current is not None and current.content == values:
+                return current
+            self.look_at(weight)
+        with torch.inference_mode(False), torch.no_grad():
+            norm, decode = compute()
+            if current is not None and current.decode is not None and decode is not None:
+                decode = current.decode.rewrite(decode)
+        self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode)
+        _IN_USE.add(self)
+        return self._inference
+
+    def renew(self, name: str | None, weight: BaseWeight, adapter: LowRank | None, compute: Compute) -> None:
+        """After a write to an adapter's tensors: compute what `get` gives anew, in the memory where it lies.
+
+        Compiled code and recorded CUDA graphs read it there, and cannot see that it is out of date.
+        """
+        known = self._inference
+        if known is None or adapter is None or known.name != name:
+            self.invalidate()
+            return
+        tensors = _tensors(weight, adapter)
+        with torch.inference_mode(False), torch.no_grad():
+            norm, decode = compute()
+            if known.norm_O is not None and norm is not None:
+                known.norm_O.copy_(norm)
+            if known.decode is not None and decode is not None:
+                known.decode = known.decode.rewrite(decode)
+            known.stamp = Stamp(tensors, adapter.scale)
+            if known.content is not None:
+                known.content = content(*tensors, adapter.start_A, adapter.start_B)
+
+    def look_at(self, weight: BaseWeight) -> None:
+        """Forget ‖W‖² if the values of W have changed."""
+        if self._weight_norm is not None and self._weight_norm.content != content(*weight.tensors()):
+            self._weight_norm = None
+
+    def invalidate(self, *, weight: bool = False) -> None:
+        """Forget what depends on an adapter; and what is known of the `weight`, if that may have changed, too."""
+        self._inference = None
+        if weight:
+            self._weight_norm = None
+
+
+class Stamp:
+    """Tells tensors from others, and from the same ones after a write that leaves a version behind."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], value: object = None) -> None:
+        # By reference, not by id: a tensor made in each pass (`torch.nn.utils.parametrize`) may get its precursor's.
+        self._tensors = [(ref(t), *_state(t)) for t in tensors if t is not None]
+        self._value = value
+
+    def fits(self, tensors: tuple[Tensor | None, ...], value: object = None) -> bool:
+        """Whether these are the same, and have not been written to."""
+        there = [t for t in tensors if t is not None]
+        return (
+            self._value == value
+            and len(there) == len(self._tensors)
+            and all(one() is t and state == _state(t) for (one, *state), t in zip(self._tensors, there, strict=True))
+        )
+
+
+def _tensors(weight: BaseWeight, adapter: LowRank) -> tuple[Tensor | None, ...]:
+    return *weight.tensors(), adapter.lora_A, adapter.lora_B, adapter.magnitude
+
+
+def _state(tensor: Tensor) -> list[Any]:
+    return [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype]
 
 
 def content(*tensors: Tensor | None) -> list[int]:
@@ -63,21 +217,18 @@ def one_token_each(x: Tensor) -> bool:
     return x.dim() > 1 and x.shape[-2] == 1
 
 
-_keepers: WeakSet[nn.Module] = WeakSet()
+def _rewritten(old: Tensor, new: Tensor) -> Tensor:
+    """`new` in the memory of `old`."""
+    return new if old.data_ptr() == new.data_ptr() else old.copy_(new)
 
 
-def remember(layer: nn.Module, kept: Kept) -> Kept:
-    """Keep `kept` on the layer until it forgets or an optimizer steps."""
-    layer._kept = kept  # pyright: ignore[reportArgumentType]
-    _keepers.add(layer)
-    return kept
+_IN_USE: WeakSet[NormCache] = WeakSet()
+"""Caches that hold something of an adapter."""
 
 
-def _forget_all(*_: Any) -> None:
-    while _keepers:
-        layer = _keepers.pop()
-        if "_kept" in layer.__dict__:  # an adapter layer still
-            layer._kept = None  # pyright: ignore[reportArgumentType]
+def _forget_adapters(*_: Any) -> None:
+    while _IN_USE:
+        _IN_USE.pop().invalidate()
 
 
-register_optimizer_step_post_hook(_forget_all)
+register_optimizer_step_post_hook(_forget_adapters)

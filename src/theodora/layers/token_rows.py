@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from theodora.layers.base import FLOATS, AdapterLayer
+from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import FLOATS
 from theodora.layers.kinds import is_embedding, is_linear
-from theodora.layers.swap import Swapped, swap_back, swap_class
+from theodora.layers.swap import Swapped, check_reachable, swap_back, swap_class
 
 
 class TokenRows(nn.Module):
@@ -46,6 +47,30 @@ class TokenRowsLayer(Swapped):
     token_rows: nn.ModuleDict
     active_rows: str | None
     rows_merged: bool
+    # While merged. In a tuple, because nn.Module would register a bare Parameter.
+    _set_aside: tuple[nn.Parameter] | None
+
+    def begin(self) -> None:
+        """Set up a layer without rows; its class's `__init__` has run long ago."""
+        self.token_rows = nn.ModuleDict()
+        self.active_rows, self.rows_merged, self._set_aside = None, False, None
+
+    def end(self) -> None:
+        """Undo `add_rows`: the module is of its own class again, and its rows are gone.
+
+        Raises:
+            ConfigError: another library has put a class of its own on top; nothing was changed.
+        """
+        check_reachable([("this module", self)], TokenRowsLayer)
+        self.unmerge_rows()
+        for name in ("token_rows", "active_rows", "rows_merged", "_set_aside"):
+            delattr(self, name)
+        swap_back(self, TokenRowsLayer)
+
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The base weight, also while rows are merged."""
+        return self.weight if self._set_aside is None else self._set_aside[0]
 
     @property
     def active_token_rows(self) -> TokenRows | None:
@@ -55,29 +80,21 @@ class TokenRowsLayer(Swapped):
             return None
         return self.token_rows[name]  # pyright: ignore[reportReturnType]
 
-    def begin(self) -> None:
-        """Set up a layer without rows; its class's `__init__` has run long ago."""
-        self.token_rows = nn.ModuleDict()
-        self.active_rows, self.rows_merged, self._base_weight = None, False, None
-
     def merge_rows(self, weight: nn.Parameter) -> None:
-        """Use `weight` in place of the base weight, which is kept aside for `unmerge_rows`."""
-        self._base_weight = (self.weight,)
+        """Use `weight` in place of the base weight, which is set aside for `unmerge_rows`."""
+        self._set_aside = (self.weight,)
         self.weight, self.rows_merged = weight, True
 
     def unmerge_rows(self) -> None:
         """Put the very base weight back."""
-        if self._base_weight is not None:
-            (self.weight,) = self._base_weight
-        self._base_weight, self.rows_merged = None, False
+        if self._set_aside is not None:
+            self.weight = self.base_parameter
+        self._set_aside, self.rows_merged = None, False
 
     def _apply(self, fn: Any, recurse: bool = True):
-        if self._base_weight is not None:
-            self._base_weight[0].data = fn(self._base_weight[0].data)
+        if self._set_aside is not None:
+            self.base_parameter.data = fn(self.base_parameter.data)
         return super()._apply(fn, recurse)
-
-    # In a tuple, because nn.Module would register a bare Parameter.
-    _base_weight: tuple[nn.Parameter] | None
 
 
 class EmbeddingWithRows(TokenRowsLayer):
@@ -118,6 +135,11 @@ def is_adapted(module: Any) -> bool:
     return isinstance(module, AdapterLayer | TokenRowsLayer)
 
 
+def own_weight(module: Any) -> Any:
+    """The module's own weight, also while something is merged into it; by it modules are known to be tied."""
+    return module.base_parameter if isinstance(module, AdapterLayer | TokenRowsLayer) else module.weight
+
+
 def cannot_have_rows(module: nn.Module) -> str | None:
     """Why tokens cannot have rows of their own in `module`, or None if they can."""
     if isinstance(module, TokenRowsLayer):
@@ -149,7 +171,4 @@ def drop_rows(layer: TokenRowsLayer, name: str) -> None:
     if name in layer.token_rows:
         del layer.token_rows[name]
     if not len(layer.token_rows):
-        layer.unmerge_rows()
-        for attribute in ("token_rows", "active_rows", "rows_merged", "_base_weight"):
-            delattr(layer, attribute)
-        swap_back(layer)
+        layer.end()

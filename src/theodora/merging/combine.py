@@ -36,7 +36,7 @@ from theodora.config import AdapterConfig, is_int, is_number
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.layers import AdapterLayer, LowRank
-from theodora.layers.base import FLOATS
+from theodora.layers.base_weights import FLOATS
 from theodora.merging.fit import FitReport, Held, Wanted, dense, exact_dtype, hold, wanted_of
 from theodora.merging.ties_dare import combined
 

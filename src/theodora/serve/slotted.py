@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
-from theodora.kernels.base_product import base_product
+from theodora.kernels.base_weight import BaseWeight, dora_norms
 from theodora.kernels.parts import SlottedWeights
 from theodora.kernels.routed import Routes, routed_together, routes
 from theodora.layers.adapt import cannot_adapt
 from theodora.layers.base import AdapterLayer
 from theodora.layers.kinds import is_conv1d, is_linear
-from theodora.layers.swap import swap_back, swap_class
+from theodora.layers.swap import swap_class
 
 if TYPE_CHECKING:
     from theodora.serve.slotted_group import SlottedGroup
@@ -91,9 +91,15 @@ class SlottedLayer(AdapterLayer):
         self._a_SRI = self._b_SRO = self._g_SO = None
         self.set_rank(rank)
 
+    def end(self) -> None:
+        """Undo `slot`."""
+        super().end()
+        for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
+            delattr(self, name)
+
     def set_rank(self, rank: int) -> None:
         """Make room for adapters of this rank."""
-        (outputs, inputs), slots = self.weight_OI.shape, self.routing.slots
+        (outputs, inputs), slots = self.frozen_weight.shape, self.routing.slots
         a = self._new(slots, rank, inputs)
         b = self._new(slots, rank, outputs)
         if self._a_SRI is not None and self._b_SRO is not None:
@@ -112,8 +118,7 @@ class SlottedLayer(AdapterLayer):
     @property
     def product_dtype(self) -> torch.dtype:
         """Of the module's inputs and outputs."""
-        own: Any = self
-        return own.plain_dtype if self.weight_scale_O is not None else self.weight.dtype
+        return self.frozen_weight.dtype
 
     def fill(self, slot: int, tensors: SlotTensors | None) -> None:
         """Put an adapter into a slot, or empty it."""
@@ -143,7 +148,7 @@ class SlottedLayer(AdapterLayer):
         return self.routing.kept if self.is_head else self.routing.tokens
 
     def _ones(self) -> Tensor:
-        shape = self.routing.slots, self.weight_OI.shape[0]
+        shape = self.routing.slots, self.frozen_weight.shape[0]
         return torch.ones(*shape, dtype=wide_dtype(self.product_dtype), device=self.weight.device)
 
     def _new(self, *shape: int) -> Tensor:
@@ -193,15 +198,8 @@ def _norms(layers: Sequence[SlottedLayer], a_NRI: Tensor, b_NOR: Tensor, scale: 
     """‖W + s·B·A‖ of each output row of each layer, (N, O)."""
     if len(layers) == 1 or not kernels.fast():
         return torch.stack([layer.new_norm(a, b, scale) for layer, a, b in zip(layers, a_NRI, b_NOR, strict=True)])
-    w_scales = [layer.weight_scale_O for layer in layers if layer.weight_scale_O is not None]
-    return kernels.dora_norms(
-        [layer.weight_OI for layer in layers],
-        a_NRI,
-        b_NOR,
-        scale,
-        torch.stack([layer.weight_norm_squared() for layer in layers]),
-        torch.stack(w_scales) if w_scales else None,
-    )
+    norm_sq_NO = torch.stack([layer.weight_norm_squared() for layer in layers])
+    return dora_norms([layer.frozen_weight for layer in layers], a_NRI, b_NOR, scale, norm_sq_NO)
 
 
 class SlottedLinear(SlottedLayer):
@@ -215,6 +213,11 @@ class SlottedLinear(SlottedLayer):
         self.group = None
         super().begin_slots(routing, rank, is_head)
 
+    def end(self) -> None:
+        """Undo `slot`."""
+        super().end()
+        del self.group
+
     def forward(self, x: Tensor) -> Tensor:
         """The product of each token with its own adapter; the module's own outside a batch."""
         to = self._routes()
@@ -225,14 +228,13 @@ class SlottedLinear(SlottedLayer):
             y = None if self.group is None else self.group.output(self, x, to)
             if y is not None:
                 return y.view(*x.shape[:-1], y.shape[-1])
-            return self._routed(x, to, self.weight_OI, self.slotted_weights())
+            return self._routed(x, to, self.frozen_weight, self.slotted_weights())
         with without_autocast(x.device):
-            weight = self.weight_OI if self.weight_scale_O is not None else self.weight_OI.to(dtype)
-            return self._routed(x.to(dtype), to, weight, self.slotted_weights().to(dtype))
+            return self._routed(x.to(dtype), to, self.frozen_weight.to(dtype), self.slotted_weights().to(dtype))
 
-    def _routed(self, x: Tensor, to: Routes, w_OI: Tensor, weights: SlottedWeights) -> Tensor:
+    def _routed(self, x: Tensor, to: Routes, weight: BaseWeight, slots: SlottedWeights) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        (y,) = routed_together([base_product(flat, w_OI, self.weight_scale_O)], flat, [weights], to)
+        (y,) = routed_together([weight.product(flat)], flat, [slots], to)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def slotted_weights(self) -> SlottedWeights:
@@ -292,17 +294,6 @@ def slot(module: nn.Module, routing: Routing, rank: int, is_head: bool = False) 
     try:
         module.begin_slots(routing, rank, is_head)
     except BaseException:  # no memory, say: what has no slots must not be asked for them
-        unslot(module)
+        module.end()
         raise
     return module
-
-
-def unslot(layer: SlottedLayer) -> None:
-    """Undo `slot`."""
-    for name in ("active_adapter", "merged_adapter", "_kept", "_weight_norm_sq", "_base_weight", "adapters"):
-        delattr(layer, name)
-    for name in ("routing", "is_head", "_a_SRI", "_b_SRO", "_g_SO"):
-        delattr(layer, name)
-    if isinstance(layer, SlottedLinear):
-        del layer.group
-    swap_back(layer)
