@@ -121,7 +121,7 @@ def norm_over_columns(monkeypatch):
 
     def norm(self, a, b, scale):
         wrong = (self.base_weight.dense().float() + scale * b @ a).norm(dim=0)
-        rows = self.current_weight.shape[0]
+        rows = self.frozen_weight.shape[0]
         return torch.cat([wrong, wrong, wrong, wrong, wrong])[:rows].detach()
 
     monkeypatch.setattr(AdapterLayer, "new_norm", norm)

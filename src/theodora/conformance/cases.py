@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from theodora.conformance.formula import Numbers
 from theodora.conformance.rounding import F64
+from theodora.kernels.base_weight import BaseWeight
+from theodora.layers.base_weights import Unfit, base_weight_of
 
 KINDS = ("linear", "biased", "conv1d", "embed_tokens", "tied_head", "zero_rows", "odd")
 KIND_TITLES = {
@@ -176,14 +178,17 @@ FEATURES = {
 }
 
 
-def stored_weight(module: nn.Module, kind: str) -> Tensor:
+def weight_of(module: nn.Module) -> BaseWeight:
+    """The weight of an untouched layer."""
+    weight = base_weight_of(module)
+    if isinstance(weight, Unfit):
+        raise TypeError(weight.reason)
+    return weight
+
+
+def stored_weight(module: nn.Module) -> Tensor:
     """The weight of an untouched layer as (O, I) in float64: the numbers that it stands for."""
-    own: Any = module
-    stored = own.weight.detach().to("cpu")
-    scale = getattr(module, "weight_scale", None)
-    weight = stored.float().to(F64) if scale is not None else stored.to(F64)
-    weight = weight.T if kind in ("conv1d", "embed_tokens") else weight
-    return weight if scale is None else weight * scale.detach().to("cpu", F64)[:, None]
+    return weight_of(module).dense(F64).detach().to("cpu")
 
 
 def base_numbers(model: nn.Module) -> dict[str, Numbers]:
@@ -193,9 +198,9 @@ def base_numbers(model: nn.Module) -> dict[str, Numbers]:
         module: Any = model.get_submodule(kind)
         bias = getattr(module, "bias", None)
         found[kind] = Numbers(
-            stored_weight(module, kind),
+            stored_weight(module),
             None if bias is None else bias.detach().to("cpu", F64),
-            float8=hasattr(module, "weight_scale"),
+            float8=weight_of(module).stored == "float8",
         )
     return found
 

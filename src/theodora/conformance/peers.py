@@ -11,7 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, KINDS, RANK, RANK_PATTERN, Specimen, Variant, stored_weight
+from theodora.conformance.cases import (
+    ALPHA,
+    ALPHA_PATTERN,
+    KINDS,
+    RANK,
+    RANK_PATTERN,
+    Specimen,
+    Variant,
+    stored_weight,
+    weight_of,
+)
 from theodora.conformance.trial import NotOfferedError, OneKindError
 
 
@@ -39,7 +49,7 @@ class Peft:
     draws: list[Any]
 
     def __init__(self, model: Specimen, variant: Variant, kinds: tuple[str, ...]) -> None:
-        if any(hasattr(module, "weight_scale") for module in model.modules()):
+        if any(weight_of(model.get_submodule(kind)).stored == "float8" for kind in KINDS):
             raise NotOfferedError("PEFT takes no float8 weights")
         self.model: nn.Module = model
         self.variant, self.kinds = variant, kinds
@@ -97,7 +107,7 @@ class Peft:
         return tuple(found[part].detach().to("cpu", torch.float64, copy=True) for part in "AB")  # pyright: ignore
 
     def weight(self, kind: str) -> Tensor:
-        return stored_weight(self.holder(kind), kind)
+        return stored_weight(self.holder(kind))
 
     def set_dropout(self, p: float) -> None:
         for kind in self.kinds:
@@ -182,4 +192,4 @@ class Peft:
         kind, *others = self.kinds
         if others:
             raise OneKindError
-        return min(stored_weight(self.holder(kind), kind).shape)
+        return min(stored_weight(self.holder(kind)).shape)

@@ -291,7 +291,7 @@ class Trial:
         """The base weights that `holder(kind)` holds are bit for bit what they were, and so is the tied lookup's."""
         untouched = self.bare()
         for kind in (*self.kinds, *(["tied_lookup"] if "tied_head" in self.kinds else [])):
-            found, exact = (stored_weight(module, kind) for module in (holder(kind), untouched.get_submodule(kind)))
+            found, exact = (stored_weight(module) for module in (holder(kind), untouched.get_submodule(kind)))
             yield self.same("tied_head" if kind == "tied_lookup" else kind, what, found, exact)
 
     def same_outputs(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from theodora.functional import wide_dtype
 from theodora.kernels.operators import interpreted, operator, runs_triton
 
 _log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def float8_linear_backward(dz_TO: Tensor, w8_OI: Tensor, w_scale_O: Tensor) -> T
 
 def dequantized(w8_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that W8 and its scales stand for, (O, I), rounded once, to `dtype`."""
-    return (w8_OI.float() * w_scale_O[:, None]).to(dtype)
+    wide = wide_dtype(dtype)
+    return (w8_OI.to(wide) * w_scale_O[:, None].to(wide)).to(dtype)
 
 
 def reference_quantize_rows(x_TI: Tensor, times_I: Tensor | None = None) -> tuple[Tensor, Tensor]:

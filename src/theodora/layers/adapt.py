@@ -31,17 +31,15 @@ def adapt(module: nn.Module) -> AdapterLayer:
 
 def cannot_adapt(module: nn.Module) -> str | None:
     """Why `module` cannot take an adapter, or None if it can."""
-    kind = type(module).__name__
+    kind, mixin = type(module).__name__, _mixin(module)
     if isinstance(module, AdapterLayer):
         return None
-    if _mixin(module) is None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            return f"{kind} has a forward pass of its own, which an adapter would bypass"
-        return f"{kind} is no linear layer or embedding{_instead(module)}"
-    if "forward" in module.__dict__:
+    if mixin is None and isinstance(module, nn.Linear | nn.Embedding):
+        return f"{kind} has a forward pass of its own, which an adapter would bypass"
+    if mixin is not None and "forward" in module.__dict__:
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = base_weight_of(module)
-    return weight.reason if isinstance(weight, Unfit) else None
+    return weight.reason + _instead(module) if isinstance(weight, Unfit) else None
 
 
 def _instead(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from theodora.conformance import formula
-from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, base_numbers, trained_values
+from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, base_numbers, trained_values, weight_of
 from theodora.conformance.formula import Numbers
 from theodora.conformance.operations.registry import operation
 from theodora.conformance.rounding import F64
@@ -227,9 +227,9 @@ def refuse(trial: Trial) -> Iterator[Check]:
                 yield trial.demand(kind, f"{what} was taken", refused)
         other = trial.bare()
         for kind in trial.kinds:
-            parameter: Any = other.get_submodule(kind).weight
-            if parameter.dtype != torch.float8_e4m3fn:
-                parameter.copy_(parameter.flip(0))
+            plain = weight_of(other.get_submodule(kind)).plain()
+            if plain is not None:
+                plain.copy_(plain.flip(0))
         if trial.dtype != "float8":
             strange = trial.library(other, trial.variant, trial.kinds)
             refused = _refuses(lambda: strange.load(folder / "good", "bad"))

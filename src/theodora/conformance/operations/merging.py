@@ -50,7 +50,7 @@ def merge_disk(trial: Trial) -> Iterator[Check]:
         model.to(trial.device).eval()
         for kind in trial.kinds:
             bound = walk_merge(numbers[kind], trial.torch_dtype).bound()
-            found = stored_weight(model.get_submodule(kind), kind)
+            found = stored_weight(model.get_submodule(kind))
             yield trial.check(kind, "merged weight", found, adapted_weight(numbers[kind]), bound)
         outputs = model(*x)
     yield from trial.merged_outputs(outputs, x, numbers, "merged output")
