@@ -22,7 +22,6 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
-from theodora.fastpath.accelerate import uninstall
 from tiny import tiny_model
 
 PATH = "model.layers.1.mlp.down_proj"
@@ -165,7 +164,6 @@ def test_the_fast_path_is_not_left(part, tmp_path):
     path = f"model.layers.1.{part}"
     reclass(model.get_submodule(path))
     for act in (
-        lambda: uninstall(model),
         lambda: accelerate(model),
         lambda: remove_adapter(model),
         lambda: inject_adapter(model, AdapterConfig(rank=2), "second"),
