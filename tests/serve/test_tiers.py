@@ -360,13 +360,8 @@ def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
 
 def slowed(engine, monkeypatch):
     """Adapters are read when the event that this gives is set."""
-<<<<<<< HEAD
     go, read = threading.Event(), engine.host.read
-    monkeypatch.setattr(engine.host, "read", lambda adapter: read(adapter) if go.wait(30) else None)
-=======
-    go, read = threading.Event(), engine.host._read
-    monkeypatch.setattr(engine.host, "_read", lambda adapter: read(adapter) if go.wait(60) else None)
->>>>>>> bc5cbf0a4b68956075da6bc96dd54d9a3e0040c7
+    monkeypatch.setattr(engine.host, "read", lambda adapter: read(adapter) if go.wait(60) else None)
     return go
 
 
@@ -374,13 +369,8 @@ def test_a_client_that_hangs_up_while_its_adapter_is_read_holds_up_nobody(engine
     engine = engine_of("llama", "dora4", "lora8", "dora3", slots=1, host_adapters=1)
     go = slowed(engine, monkeypatch)
     gone = ask(engine, "dora4", [5, 6])
-<<<<<<< HEAD
-    deadline = time.monotonic() + 10
-    while not engine.host.wanted and time.monotonic() < deadline:
-=======
     deadline = time.monotonic() + 60
-    while not engine.host._wanted and time.monotonic() < deadline:
->>>>>>> bc5cbf0a4b68956075da6bc96dd54d9a3e0040c7
+    while not engine.host.wanted and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.cancel(gone)
     go.set()
