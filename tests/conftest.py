@@ -129,6 +129,10 @@ def set_aside() -> None:
     _modules_set_aside = len(sys.modules)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would call what stays at Python's end a leak
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Start each test from the same random state, whatever ran before it."""
