@@ -126,6 +126,18 @@ def test_what_is_kept_is_never_out_of_date(change):
         assert formula.error(layer(x), exact(layer, x)) < 1e-5
 
 
+@pytest.mark.parametrize("factor", ["start_A", "start_B"])
+def test_a_start_that_changes_is_seen_by_the_next_prompt(factor):
+    model = inject_adapter(tiny_model().to(DEVICE), AdapterConfig(method="dora", rank=2, init="pissa")).eval()
+    layer = layer_of(model)
+    with torch.no_grad():
+        prompt(layer)
+        getattr(layer.active, factor).data.mul_(2)
+        prompt(layer)
+        x = one_token(layer)
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["", "pickle"])
 def test_copies_take_nothing_along(copied, work):
     layer = layer_of(adapted())
