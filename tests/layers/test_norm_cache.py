@@ -106,6 +106,10 @@ CHANGES = {
         layer.active.lora_B.data.add_(0.5),
         prompt(layer),
     ),
+    "a prompt after the base weight has got other values": lambda model, layer: (
+        layer.weight.data.mul_(2),
+        prompt(layer),
+    ),
     "a prompt after all signs have changed": lambda model, layer: (layer.active.lora_B.data.neg_(), prompt(layer)),
     "a prompt after zeros were filled": lambda model, layer: (
         layer.active.lora_B.data.zero_(),
