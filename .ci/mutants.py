@@ -1,7 +1,7 @@
 """Run mutmut on a random sample of the mutants of each file: make mutants.
 
-All mutants of the formulas, layers and adapters are nine thousand, a day and a half of two cores. A sample of each file
-with a fixed seed takes an hour, finds what a whole run would find in proportion, and says so. Left out of the sample
+All mutants of the formulas, the layers, the fast path, the files and the adapters are sixteen thousand, days of two
+cores. A sample of each file with a fixed seed finds what a whole run would find in proportion. Left out of the sample
 are changes to the words of messages (a string with a space in it), which no test is to pin.
 
     python .ci/mutants.py --sample 25 --seed 0 'layers/*' adapters/merge.py
@@ -30,23 +30,29 @@ from mutmut.stats import status_by_exit_code
 
 SOURCE = Path("src/theodora")
 MUTATED = Path("mutants") / SOURCE
-_TRITON = "TRITON_INTERPRET=1 tests/fastpath/test_accelerate.py tests/layers tests/kernels/test_gated.py"
+_TRITON = "TRITON_INTERPRET=1 tests/fastpath tests/layers tests/kernels/test_gated.py"
 WIDER = {
-    "fastpath/accelerate.py": _TRITON,
+    "fastpath/peft*.py": "tests/compat " + _TRITON,
+    "fastpath/*.py": "tests/train/test_light.py " + _TRITON,
+    "kernels/base_weight.py": "tests/kernels " + _TRITON,
+    "kernels/flat_layers.py": "tests/kernels " + _TRITON,
+    "kernels/notes.py": "tests/kernels " + _TRITON,
+    "patches.py": _TRITON,
+    "paths.py": "tests/analysis tests/cli/test_inspect.py",
     "files/atomic.py": "tests/train/test_stop.py tests/train/test_trajectories.py tests/crash",
     "files/base_model.py": "tests/fuzz/test_base.py tests/export tests/cli/test_merge.py",
     "files/adapter.py": "tests/compat tests/cli/test_merge.py tests/serve/test_engine.py",
+    "files/distrust.py": "tests/fuzz",
+    "files/m*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
     "adapters/inject.py": "tests/compat tests/train/test_run.py tests/train/test_movement.py",
     "adapters/trainer_hooks.py": "tests/compat tests/train/test_trajectories.py",
-    "paths.py": "tests/analysis tests/cli/test_inspect.py",
-    "merging/*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
-    "fastpath/peft*.py": "tests/compat " + _TRITON,
     "adapters/quantize.py": "tests/train/test_base_dtype.py tests/export",
-    "files/distrust.py": "tests/fuzz",
     "adapters/save.py": "tests/compat tests/train/test_trajectories.py tests/serve/test_engine.py",
+    "adapters/m*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
     "merging/to_lora.py": "tests/export",
+    "merging/*.py": "tests/export tests/cli tests/evaluate tests/fuzz/test_base.py tests/train/test_run.py",
+    "serve/slotted*.py": "tests/serve",
     "layers/float8.py": "tests/train/test_base_dtype.py tests/kernels/test_float8.py",
-    "serve/slotted.py": "tests/serve",
     "layers/swap.py": "tests/serve",
     "layers/*.py": "tests/train/test_light.py tests/compat " + _TRITON,
 }

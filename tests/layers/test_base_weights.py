@@ -302,6 +302,7 @@ def test_merging_and_back(kind):
     own, fingerprint = net[0].weight, module_fingerprint(net[0])
     merge_adapter(net)
     assert base_weight_of(net[0]).stored == "plain"
+    assert not net[0].weight.requires_grad
     assert module_fingerprint(net[0]) == fingerprint
     assert formula.error(net(x), exact) < 1e-5
     unmerge_adapter(net)
@@ -398,3 +399,14 @@ def test_a_weight_that_is_a_view_lies_in_no_stack():
     assert not stack.holds([weights[0], Float8Weight(*quantize_rows(own[1]), torch.float32)], RANK)
     own[1].data = own[1].data.clone()
     assert not stack.holds(weights, RANK)
+
+
+def test_a_stack_has_the_adapters_behind_its_weights():
+    own = [frozen(16, IN), frozen(17, IN)]
+    exact, stack = torch.cat([w.detach().clone() for w in own]), StackedWeight(own, ranks=20)
+    for ranks, columns in ((0, 33), (1, 49), (16, 49), (17, 65), (20, 65), (32, 65)):
+        a = torch.randn(ranks, IN, device=DEVICE)
+        behind = torch.zeros(columns - 33 - ranks, IN, device=DEVICE)
+        assert stack.columns(ranks) == columns
+        assert torch.equal(stack.with_a(a), torch.cat([exact, a, behind]))
+    assert torch.equal(stack.weight_OI, exact)

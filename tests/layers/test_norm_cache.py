@@ -10,6 +10,7 @@ import formula
 from theodora import AdapterConfig, inject_adapter, kernels, merge_adapter, set_adapter, unmerge_adapter
 from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.operators import interpreted, runs_triton
+from theodora.kernels.recompute import checkpoint_contexts
 from theodora.layers import AdapterLayer, norm_cache
 from theodora.layers.norm_cache import NormCache
 from tiny import tiny_model
@@ -105,6 +106,10 @@ CHANGES = {
         layer.active.lora_B.data.add_(0.5),
         prompt(layer),
     ),
+    "a prompt after the base weight has got other values": lambda model, layer: (
+        layer.weight.data.mul_(2),
+        prompt(layer),
+    ),
     "a prompt after all signs have changed": lambda model, layer: (layer.active.lora_B.data.neg_(), prompt(layer)),
     "a prompt after zeros were filled": lambda model, layer: (
         layer.active.lora_B.data.zero_(),
@@ -122,6 +127,18 @@ def test_what_is_kept_is_never_out_of_date(change):
     with torch.no_grad():
         layer(one_token(layer))
         CHANGES[change](model, layer)
+        x = one_token(layer)
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("factor", ["start_A", "start_B"])
+def test_a_start_that_changes_is_seen_by_the_next_prompt(factor):
+    model = inject_adapter(tiny_model().to(DEVICE), AdapterConfig(method="dora", rank=2, init="pissa")).eval()
+    layer = layer_of(model)
+    with torch.no_grad():
+        prompt(layer)
+        getattr(layer.active, factor).data.mul_(2)
+        prompt(layer)
         x = one_token(layer)
         assert formula.error(layer(x), exact(layer, x)) < 1e-5
 
@@ -244,3 +261,27 @@ def test_compiled_steps_read_what_is_kept(method, dtype):
 
 def decodes(layer):
     return layer.weight.dtype == HALF and (DEVICE == "cuda" or interpreted())
+
+
+def test_a_checkpointed_block_may_run_its_layers_in_another_order():
+    one, other = (layer_of(adapted()) for _ in range(2))
+    first, again = checkpoint_contexts()
+    with first:
+        norms = [layer.norm(layer.active) for layer in (one, other)]
+    with again:
+        turned = [layer.norm(layer.active) for layer in (other, one)]
+    assert all(torch.equal(*pair) for pair in zip(norms, reversed(turned), strict=True))
+
+
+@needs_kernel
+def test_a_prompt_between_a_forward_pass_and_its_backward():
+    """What decoding reads may be the parameter itself, which nothing but training may write to."""
+    layer = layer_of(adapted("lora", dtype=HALF).to(HALF))
+    x = torch.randn(1, 2, layer.in_features, device=DEVICE, dtype=HALF)
+    with torch.no_grad():
+        prompt(layer)
+    y = layer(x)
+    with torch.no_grad():
+        prompt(layer)
+    y.sum().backward()
+    assert layer.active.lora_A.grad.abs().max() > 0
