@@ -1,6 +1,7 @@
 """What the source may not say, and what it must."""
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -114,3 +115,17 @@ def test_arguments_of_a_run_are_finished_in_one_place():
     assert sets_arguments(ast.parse("a.args.b = 1\nself.args.b += 1\nx, arguments.c = y\nsetattr(args, n, v)")) == [
         1, 2, 3, 4,
     ]  # fmt: skip
+
+
+def test_mutants_are_made_of_every_formula_layer_file_and_adapter():
+    """What moves to a folder that no pattern names would be left out without a word."""
+    root = SOURCE.parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
+    mutated = {path for pattern in settings["only_mutate"] for path in root.glob(pattern)}
+    folders = {"layers", "fastpath", "files", "adapters", "merging"}
+    expected = {path for path in MODULES if path.parent.name in folders and path.parent.parent == SOURCE}
+    assert expected | {SOURCE / "functional.py", SOURCE / "kernels" / "base_weight.py"} <= mutated
+    assert [pattern for pattern in settings["only_mutate"] if not any(root.glob(pattern))] == []
+    tests = settings["pytest_add_cli_args_test_selection"]
+    assert [test for test in tests if not (root / test).exists()] == []
+    assert {f"tests/{folder}" for folder in folders} <= set(tests)
