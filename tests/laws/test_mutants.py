@@ -40,3 +40,11 @@ def test_files_with_slower_tests_are_changed():
 def test_every_test_is_there():
     tests = {*SETTINGS["pytest_add_cli_args_test_selection"], *(word for words in wider().values() for word in words)}
     assert [test for test in sorted(tests) if not (ROOT / test).exists()] == []
+
+
+def test_every_formula_layer_file_and_adapter_is_changed():
+    """What moves to a folder that no pattern names would be left out without a word."""
+    changed = set().union(*map(files, SETTINGS["only_mutate"]))
+    folders = ("layers", "fastpath", "files", "adapters", "merging")
+    assert set().union(*(files(f"src/theodora/{folder}/*.py") for folder in folders)) <= changed
+    assert {f"tests/{folder}" for folder in folders} <= {*SETTINGS["pytest_add_cli_args_test_selection"]}

@@ -183,6 +183,44 @@ def test_a_tensor_is_not_taken_for_the_one_that_lay_there_before():
         del weight
 
 
+@pytest.fixture
+def swapping():
+    """Moves and loads swap tensors, as they always do for some of torch's subclasses."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.to(torch.float64), lambda model: model.load_state_dict(model.state_dict())]
+)
+def test_weights_can_be_swapped(swapping, change):
+    """`torch.utils.swap_tensors` refuses a tensor to which there is a weak reference, whoever holds it."""
+    model = tiny_model(tied=True).to(DEVICE)
+    inject_adapter(model, AdapterConfig(rank=2, targets="lm_head"))
+    move(model)
+    layer = layer_of(model.eval())
+    with torch.no_grad():
+        prompt(layer)
+        change(model)
+        x = one_token(layer)
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
+def test_what_a_pass_computes_is_its_own_though_another_thread_invalidates_the_cache():
+    class Disturbed(NormCache):
+        def __hash__(self):  # asked for once the result is in the cache
+            self.invalidate()
+            return id(self)
+
+    layer = layer_of(adapted())
+    norm = layer.new_norm(*layer.active.factors(), layer.active.scale)
+    with torch.no_grad():
+        found = Disturbed().get("a", layer.base_weight, layer.active, lambda: (norm, None), one_token=False)
+    assert found is not None
+    assert found.norm_O is norm
+
+
 @needs_kernel
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

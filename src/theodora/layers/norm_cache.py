@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from theodora.functional import wide_dtype
@@ -133,9 +134,10 @@ class NormCache:
             norm, decode = compute()
             if current is not None and current.decode is not None and decode is not None:
                 decode = current.decode.rewrite(decode)
-        self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode)
+        # (Not read again from the cache, which another thread may have invalidated meanwhile.)
+        known = self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode)
         _IN_USE.add(self)
-        return self._inference
+        return known
 
     def renew(self, name: str | None, weight: BaseWeight, adapter: LowRank | None, compute: Compute) -> None:
         """After a write to an adapter's tensors: compute what `get` gives anew, in the memory where it lies.
@@ -173,26 +175,26 @@ class Stamp:
     """Tells tensors from others, and from the same ones after a write that leaves a version behind."""
 
     def __init__(self, tensors: tuple[Tensor | None, ...], value: object = None) -> None:
-        # By reference, not by id: a tensor made in each pass (`torch.nn.utils.parametrize`) may get its precursor's.
-        self._tensors = [(ref(t), *_state(t)) for t in tensors if t is not None]
+        # While its memory is referred to, no other's can take its number: a tensor made in each pass
+        # (`torch.nn.utils.parametrize`) may have its precursor's id and address. A reference to the tensor itself would
+        # say the same, but `torch.utils.swap_tensors`, which some moves and loads go by, refuses tensors that have one.
+        self._memory = [StorageWeakRef(t.untyped_storage()) for t in tensors if t is not None]
+        self._states = [_state(t) for t in tensors if t is not None]
         self._value = value
 
     def fits(self, tensors: tuple[Tensor | None, ...], value: object = None) -> bool:
         """Whether these are the same, and have not been written to."""
-        there = [t for t in tensors if t is not None]
-        return (
-            self._value == value
-            and len(there) == len(self._tensors)
-            and all(one() is t and state == _state(t) for (one, *state), t in zip(self._tensors, there, strict=True))
-        )
+        return self._value == value and self._states == [_state(t) for t in tensors if t is not None]
 
 
 def _tensors(weight: BaseWeight, adapter: LowRank) -> tuple[Tensor | None, ...]:
     return *weight.tensors(), adapter.lora_A, adapter.lora_B, adapter.magnitude
 
 
-def _state(tensor: Tensor) -> list[Any]:
-    return [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype]
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    memory = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    version = 0 if tensor.is_inference() else tensor._version
+    return memory, tensor.data_ptr(), tensor.shape, tensor.stride(), version, tensor.dtype
 
 
 def content(*tensors: Tensor | None) -> list[int]:
