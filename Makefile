@@ -4,8 +4,9 @@
 PYTHON ?= python3
 ARGS ?=
 
-# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: every fourth variant
-# of each test. (Triton is part of torch on Linux alone; without it these run their references again.)
+# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: as few variants of
+# each test as show every value of its parameters, and of whole models a quarter. (Triton is part of torch on Linux alone;
+# without it these run their references again.)
 INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
 # One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
@@ -31,9 +32,9 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 
 test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --one-in 4 $(INTERPRETED))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --few $(INTERPRETED))
 
-test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes a quarter, and whole trajectories
+test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes some variants, and whole trajectories
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant $(ARGS)
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)

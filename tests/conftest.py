@@ -37,6 +37,7 @@ os.environ |= {
 # of tests make some 700,000 objects, all of which stay: `set_aside` takes them out, and none is looked through before.
 gc.disable()
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -52,24 +53,59 @@ os.fsync = lambda _descriptor: None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, help="run the first of every N variants of each test")
+    parser.addoption("--few", action="store_true", help="run as few variants as show each parameter's every value")
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("few"):
+        hypothesis.settings.register_profile("few", max_examples=10)
+        hypothesis.settings.load_profile("few")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long tests out unless they are asked for, and variants where that is asked for; one at least stays."""
+    """Leave long tests out unless they are asked for, and where that is asked for variants that show nothing new."""
     if not config.getoption("long"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long; make test-long runs it"))
-    step, seen = config.getoption("one_in"), Counter[str]()
-    kept: list[pytest.Item] = []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        if seen[test] % step == 0:
-            kept.append(item)
-        seen[test] += 1
-    items[:] = kept
+    if config.getoption("few"):
+        variants: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        # Whole models take seconds under Triton's interpreter: a quarter of their variants has to do.
+        items[:] = [
+            item
+            for those in variants.values()
+            for item in (those[::4] if "fastpath" in those[0].path.parts else _with_each_value(those))
+        ]
+
+
+def _with_each_value(variants: list[pytest.Item]) -> list[pytest.Item]:
+    """Few variants of a test, in their order, that together show every value of each `parametrize`; one at least.
+
+    Values change together from one to the next, so that 6 kinds, 4 shapes and 3 dtypes take 6 variants, not 72. Of
+    variants that show as much, the one whose values were shown least is taken.
+    """
+    values, chosen, shown = [_values(item) for item in variants], set[int](), Counter[object]()
+    while not chosen or shown.keys() < set[object]().union(*values):
+        best = max(
+            range(len(variants)),
+            key=lambda index: (len(values[index] - shown.keys()), -sum(shown[value] for value in values[index])),
+        )
+        chosen.add(best)
+        shown.update(values[best])
+    return [variants[index] for index in sorted(chosen)]
+
+
+def _values(item: pytest.Item) -> set[object]:
+    """What each `parametrize` and each fixture that has variants gives to a variant of a test."""
+    given: dict[str, object] = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    found = set[object]()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found.add(tuple((name.strip(), id(given.pop(name.strip()))) for name in names))
+    return found | {(name, id(value)) for name, value in given.items()}
 
 
 def pytest_collection_finish() -> None:
@@ -91,6 +127,10 @@ def set_aside() -> None:
     gc.collect()
     gc.freeze()
     _modules_set_aside = len(sys.modules)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would call what stays at Python's end a leak
 
 
 @pytest.fixture(autouse=True)

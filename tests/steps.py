@@ -11,7 +11,7 @@ from theodora.adapters.state import trained_tensors
 from theodora.kernels.operators import runs_triton
 from tiny import tiny_model
 
-IDS = torch.arange(3, 23, device=DEVICE).view(2, 10)
+IDS = torch.arange(3, 13, device=DEVICE).view(2, 5)
 FAST = runs_triton(torch.zeros(1, device=DEVICE))
 needs_triton = pytest.mark.skipif(not FAST, reason="the fast path runs where Triton does")
 
@@ -24,8 +24,10 @@ def moved(model):
     return model.train()
 
 
-def adapted(family="llama", method="dora", dtype=torch.float32, tied=False, **config):
-    model = tiny_model(family, dtype=dtype, tied=tied).to(DEVICE)
+def adapted(family="llama", method="dora", dtype=torch.float32, tied=False, blocks=1, **config):
+    """A tiny model with an adapter; of several blocks where what passes between them counts."""
+    blocks = {"n_layer" if family == "gpt2" else "num_hidden_layers": blocks}
+    model = tiny_model(family, dtype=dtype, tied=tied, **blocks).to(DEVICE)
     return moved(inject_adapter(model, AdapterConfig(method=method, rank=3, **config)))
 
 

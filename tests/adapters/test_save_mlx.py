@@ -38,7 +38,7 @@ def as_mlx(folder, model):
         assert any(name == key or name.endswith("." + key) for key in keys)
         a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
         assert a.shape[1] == b.shape[0] == config["lora_parameters"]["rank"]
-        adapted = layer.base_weight_OI.double() + (scale * b.T) @ a.T
+        adapted = layer.base_weight.dense().double() + (scale * b.T) @ a.T
         if config["fine_tune_type"] == "dora":
             adapted = (tensors.pop(f"{name}.m") / adapted.norm(dim=1))[:, None] * adapted
         yield adapted, layer.merged_weight("default").double()

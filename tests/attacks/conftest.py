@@ -5,7 +5,7 @@ table names the test that holds each promise. Attacks that need a process to die
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from undrawn import leave_losses_blank
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_losses_blank(monkeypatch)
+def _undrawn() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        leave_losses_blank(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -97,13 +97,13 @@ def prompts_of(conversation, monkeypatch):
     seen = []
 
     def generate(input_ids, streamer, **kwargs):
-        seen.append(conversation._tokenizer.decode(input_ids[0]))
+        seen.append(conversation.tokenizer.decode(input_ids[0]))
         streamer.put(input_ids)
-        for token in conversation._tokenizer("ok", add_special_tokens=False)["input_ids"]:
+        for token in conversation.tokenizer("ok", add_special_tokens=False)["input_ids"]:
             streamer.put(torch.tensor([token]))
         streamer.end()
 
-    monkeypatch.setattr(conversation._model, "generate", generate, raising=False)
+    monkeypatch.setattr(conversation.model, "generate", generate, raising=False)
     return seen
 
 
@@ -140,7 +140,7 @@ def test_ctrl_c_keeps_what_was_said(conversation, monkeypatch):
         streamer.put(torch.tensor([3 + 10]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversation._model, "generate", generate, raising=False)
+    monkeypatch.setattr(conversation.model, "generate", generate, raising=False)
     answer = ask(conversation, "base", "one")
     assert (answer.stopped, answer.finished, answer.tokens) == (True, True, 1)
     prompts = prompts_of(conversation, monkeypatch)
@@ -193,14 +193,14 @@ def test_on_a_terminal_it_greets_and_answers_grow(template, conversation, tiny_t
 
     if not template:
         tiny_tokenizer.chat_template = None
-        conversation = Conversation(conversation._model, tiny_tokenizer, max_new_tokens=6)
+        conversation = Conversation(conversation.model, tiny_tokenizer, max_new_tokens=6)
     prompts_of(conversation, monkeypatch)
     keys = Terminal("", interrupt, "hello [bold]", "/exit", "never read")
     monkeypatch.setattr("sys.stdin", keys)
     monkeypatch.setattr("builtins.input", keys.input)
     console = Console(width=120, file=io.StringIO(), force_terminal=True, color_system=None, legacy_windows=False)
-    chat._greet(console, "base[1]", "runs/mine", conversation)
-    chat._talk(console, conversation)
+    chat.greet(console, "base[1]", "runs/mine", conversation)
+    chat.talk(console, conversation)
     shown = console.file.getvalue()
     assert "runs/mine on base[1]" in shown  # names are no markup
     assert ("There is no chat template" in shown) == (not template)

@@ -2,14 +2,15 @@
 
 import http.client
 import json
+import re
 import signal
-import socket
 import sys
 import threading
 import time
 
 import pytest
 
+from serving import free_port
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.cli.main import main
 from tiny import tiny_model
@@ -25,11 +26,11 @@ def when_it_serves(port, act, ended):
     """Call `act` when the server answers; then Ctrl-C, also if that fails, unless the command has ended by itself."""
 
     def ask(path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request(
             "POST" if body else "GET", path, body and json.dumps(body), {"content-type": "application/json"}
         )
-        reply = json.loads(connection.getresponse().read())
+        reply = connection.getresponse().read().decode()
         connection.close()
         return reply
 
@@ -52,15 +53,21 @@ def when_it_serves(port, act, ended):
     return thread
 
 
-def test_the_command_serves_until_ctrl_c(tiny_model_dir, adapter, capsys):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    replies, ended = [], threading.Event()
+@pytest.fixture
+def as_in_the_background():
+    """A shell starts what runs in the background with SIGINT ignored, which all that is started there inherits."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_command_serves_until_ctrl_c(as_in_the_background, tiny_model_dir, adapter, capsys):
+    port, replies, ended = free_port(), [], threading.Event()
 
     def act(ask):
-        replies.append(ask("/v1/models"))
-        replies.append(ask("/v1/completions", {"model": "law", "prompt": "Hi", "max_tokens": 2, "temperature": 0}))
+        replies.append(json.loads(ask("/v1/models")))
+        asked = {"model": "law", "prompt": "Hi", "max_tokens": 2, "temperature": 0}
+        replies.append(json.loads(ask("/v1/completions", asked)))
 
     thread = when_it_serves(port, act, ended)
     model = str(tiny_model_dir("llama"))
@@ -82,26 +89,28 @@ def test_the_command_serves_until_ctrl_c(tiny_model_dir, adapter, capsys):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_that_outlast_the_grace_are_told_so(stream, tiny_model_dir, capsys):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    told, ended = [], threading.Event()
+    port, told, ended = free_port(), [], threading.Event()
     asked = {"model": "tiny", "prompt": "a", "max_tokens": 480, "ignore_eos": True, "n": 16, "stream": stream}
 
     def ask_for_much():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(asked), {"content-type": "application/json"})
         reply = connection.getresponse()
+        answering.set()
         told.append((reply.status, reply.read().decode()))
         connection.close()
 
-    def act(_):
+    def act(ask):
         asking = threading.Thread(target=ask_for_much)
         asking.start()
         asked_for.append(asking)
-        time.sleep(0.3)
+        if stream:
+            assert answering.wait(60)
+        else:
+            while not re.search(r"running_requests [1-9]", ask("/metrics")):
+                time.sleep(0.02)
 
-    asked_for = []
+    asked_for, answering = [], threading.Event()
     thread = when_it_serves(port, act, ended)
     flags = ("--served-name", "tiny", "--port", str(port), "--device", "cpu", "--grace", "0.1", "--max-batch", "2")
     try:

@@ -1,17 +1,17 @@
 """A whole comparison on a tiny model: what it writes, going on after a kill, and what goes wrong in single cells."""
 
 import json
-import os
+import multiprocessing
 import re
-import signal
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
+import dying
+from crash.killing import fork_server
+from dying import died
 from theodora.compare import CompareConfig, compare
 from theodora.compare.cells import Cell
 from theodora.compare.run import ComparisonInterrupted, report_only
@@ -109,23 +109,9 @@ def test_it_goes_on_where_it_was_broken_off(run, tmp_path):
     assert again[lost].score == whole[lost].score
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_process_loses_nothing_but_the_cell_at_hand(options, tmp_path):
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(options))
-    code = (
-        "import os, sys\n"
-        "from theodora.compare.store import Store\n"
-        "from theodora.cli.main import main\n"
-        "add, n = Store.add, [0]\n"
-        "def kill(self, record):\n"
-        "    n[0] += 1\n"
-        "    if n[0] == 3: os.kill(os.getpid(), 9)\n"
-        "    add(self, record)\n"
-        "Store.add = kill\n"
-        "main(['compare', sys.argv[1]])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], check=False, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    assert died(dying.compare, options)
     cells = tmp_path / "out" / "cells"
     assert len(list(cells.glob("*.json"))) == 2
     assert len(list(cells.glob("*.begun"))) == 1
@@ -248,6 +234,8 @@ def test_settings_come_back_from_yaml(options):
 def test_several_processes_give_the_same(run, options, tmp_path, monkeypatch):
     monkeypatch.setattr("theodora.compare.pool.places", lambda config: ["cpu"])
     alone = run(methods=["lora"], learning_rates=[1e-2])
+    server = fork_server()  # spawned ones would import everything anew
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: server)
     monkeypatch.setattr("theodora.compare.pool.places", lambda config: ["cpu", "cpu"])
     together = run(methods=["lora"], learning_rates=[1e-2], output=str(tmp_path / "two"))
     assert alone.keys() == together.keys()
@@ -260,7 +248,7 @@ def test_a_report_can_be_written_anew(run, options, tmp_path):
     (tmp_path / "out" / "report.html").unlink()
     config = CompareConfig.from_options(options | {"methods": ["lora"], "learning_rates": [1e-2]})
     assert report_only(config).is_file()
-    assert os.path.getsize(tmp_path / "out" / "report.html") > 1000
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
 
 
 def test_a_folder_that_a_killed_process_had_begun_is_taken_and_one_in_use_is_not(run, options, tmp_path):

@@ -75,7 +75,7 @@ def drop_magnitude(monkeypatch):
 def drop_magnitude_on_merging(monkeypatch):
     def merged(self, name):
         a, b = self.adapters[name].factors()
-        return functional.merged_weight(self.base_weight_OI, a, b, self.adapters[name].scale).detach()
+        return functional.merged_weight(self.base_weight.dense(), a, b, self.adapters[name].scale).detach()
 
     monkeypatch.setattr(AdapterLayer, "merged_weight", merged)
 
@@ -111,15 +111,17 @@ def keep_a_stale_norm(monkeypatch):
 
 def norm_of_the_base(monkeypatch):
     """‖W‖ instead of ‖W + s·B·A‖."""
-    monkeypatch.setattr(AdapterLayer, "new_norm", lambda self, a, b, scale: self.base_weight_OI.float().norm(dim=1))
+    monkeypatch.setattr(
+        AdapterLayer, "new_norm", lambda self, a, b, scale: self.base_weight.dense().float().norm(dim=1)
+    )
 
 
 def norm_over_columns(monkeypatch):
     """The paper's "column-wise", of the wrong layout."""
 
     def norm(self, a, b, scale):
-        wrong = (self.base_weight_OI.float() + scale * b @ a).norm(dim=0)
-        rows = self.frozen_weight.shape[0]
+        wrong = (self.base_weight.dense().float() + scale * b @ a).norm(dim=0)
+        rows = self.current_weight.shape[0]
         return torch.cat([wrong, wrong, wrong, wrong, wrong])[:rows].detach()
 
     monkeypatch.setattr(AdapterLayer, "new_norm", norm)

@@ -22,7 +22,7 @@ from crash import jobs
 from theodora.files.ours import MARK
 from theodora.train.wholeness import faults
 
-_SECONDS = 60  # in which any job ends
+_SECONDS = 240  # in which any job ends
 
 
 def fork_server() -> Any:

@@ -24,7 +24,7 @@ def test_a_disk_that_fails_costs_no_checkpoint(how, message, inputs, tmp_path):
     processes = fork_server()
     process = processes.Process(target=disks.fail, args=(how, inputs, tmp_path))
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
     said = (tmp_path / "message").read_text()
     if said.startswith("skipped"):
@@ -37,6 +37,6 @@ def test_a_disk_that_fails_costs_no_checkpoint(how, message, inputs, tmp_path):
     assert not list(kept.glob("run/checkpoints/.*")) or how == "read-only"
     process = processes.Process(target=jobs.train_kind, args=("plain", inputs, kept), kwargs={"max_steps": 8})
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0
     assert "run/adapter_model.safetensors" in contents(kept)

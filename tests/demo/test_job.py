@@ -110,7 +110,7 @@ def test_a_demo_that_was_killed_as_it_began_is_replaced_and_one_at_work_is_not(t
     output, console = tmp_path / "demo", Console(quiet=True)
     monkeypatch.setattr(task, "make_rows", lambda findings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        job._prepare_output(output, [], [], SETTINGS)
+        job.prepare_output(output, [], [], SETTINGS)
     job.check_output(output, overwrite=True)
     with alone_in(output), pytest.raises(UsageError, match="in use by process"):
         job.run_demo(output, console, overwrite=True)
@@ -120,11 +120,11 @@ def test_what_lies_beside_an_earlier_demo_stays(tmp_path):
     output = tmp_path / "demo"
     findings = [task.Finding(name=f"finding {n}", definition="", system="lungs") for n in range(4)]
     settings = job.DemoSettings(held_out_rows=1)
-    job._prepare_output(output, findings, ["text"], settings)
+    job.prepare_output(output, findings, ["text"], settings)
     for name in ("thesis.txt", "results.json", "data/old.jsonl", "merged/config.json"):
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text("x")
-    job._prepare_output(output, findings, ["text"], settings)
+    job.prepare_output(output, findings, ["text"], settings)
     left = sorted(path.name for path in output.rglob("*"))
     assert left == ["README.md", "data", "general.jsonl", "held_out.jsonl", "thesis.txt", "train.jsonl"]
 

@@ -108,7 +108,7 @@ def test_findings_have_one_system_a_definition_and_no_copy(findings):
     ],
 )
 def test_labels_are_short(name, label):
-    assert task._short_label(name) == label
+    assert task.short_label(name) == label
 
 
 def test_rows_show_one_solved_question_and_ask_another(findings):

@@ -7,14 +7,21 @@ import pytest
 from gguf import GGUFWriter, TokenType
 
 from theodora.errors import CheckpointError
-from theodora.export import gguf_tokenizer as under_test
+from theodora.export.gguf_tokenizer import (
+    CUTS,
+    adds_space,
+    merge_scores,
+    name_of_cut,
+    tokens_and_types,
+    write_tokenizer,
+)
 
 BYTES = {"type": "ByteLevel"}
-LLAMA_3 = next(regex for regex, name in under_test._CUTS.items() if name == "llama-bpe")
+LLAMA_3 = next(regex for regex, name in CUTS.items() if name == "llama-bpe")
 
 
 def cut(*steps, merges=("a b",)):
-    return under_test._cut({"model": {"merges": merges}, "pre_tokenizer": {"pretokenizers": list(steps)}}, Path("t"))
+    return name_of_cut({"model": {"merges": merges}, "pre_tokenizer": {"pretokenizers": list(steps)}}, Path("t"))
 
 
 def test_ways_to_cut_text():
@@ -46,19 +53,19 @@ def test_what_each_token_is():
     vocab = {"<unk>": 0, "<0x0A>": 1, "▁the": 2, "<s>": 3, "<tool>": 4}
     added = [{"id": 3, "content": "<s>", "special": True}, {"id": 4, "content": "<tool>"}]
     tokenizer = {"model": {"vocab": vocab, "unk_token": "<unk>"}, "added_tokens": added}
-    tokens, kinds = under_test._tokens(tokenizer, 6, True)
+    tokens, kinds = tokens_and_types(tokenizer, 6, True)
     assert tokens == ["<unk>", "<0x0A>", "▁the", "<s>", "<tool>", "[PAD5]"]
     expected = ("UNKNOWN", "BYTE", "NORMAL", "CONTROL", "USER_DEFINED", "UNUSED")
     assert [TokenType(kind).name for kind in kinds] == list(expected)
-    assert under_test._tokens(tokenizer, 5, False)[1][:2] == [TokenType.NORMAL] * 2  # no bytes where all are bytes
+    assert tokens_and_types(tokenizer, 5, False)[1][:2] == [TokenType.NORMAL] * 2  # no bytes where all are bytes
     with pytest.raises(CheckpointError, match="has token 4, but the model's vocabulary ends at 4"):
-        under_test._tokens(tokenizer, 4, True)
+        tokens_and_types(tokenizer, 4, True)
 
 
 def test_earlier_merges_score_better():
-    scores = under_test._scores(["ab", "abc", "d"], ["a b", ["ab", "c"], "a b"])
+    scores = merge_scores(["ab", "abc", "d"], ["a b", ["ab", "c"], "a b"])
     assert scores == [0.0, -1.0, -1e9]
-    assert under_test._scores(["d"], []) == [0.0]
+    assert merge_scores(["d"], []) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,7 @@ def test_earlier_merges_score_better():
     ids=str,
 )
 def test_a_space_before_the_first_word(part, adds):
-    assert under_test._adds_space(part) == adds
+    assert adds_space(part) == adds
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,7 @@ def test_a_space_before_the_first_word(part, adds):
 def test_other_files_are_refused(written, said, tmp_path):
     (tmp_path / "tokenizer.json").write_text(written)
     with pytest.raises(CheckpointError, match=said):
-        under_test.write_tokenizer(None, tmp_path, 8)
+        write_tokenizer(None, tmp_path, 8)
 
 
 def test_a_tokenizer_of_bytes_that_fall_back(tmp_path):
@@ -96,7 +103,7 @@ def test_a_tokenizer_of_bytes_that_fall_back(tmp_path):
         def __getattr__(self, name):
             return lambda *given: written.__setitem__(name, given)
 
-    under_test.write_tokenizer(Writer(), tmp_path, 260)
+    write_tokenizer(Writer(), tmp_path, 260)
     assert written["add_tokenizer_model"] == ("llama",)
     assert written["add_add_space_prefix"] == (True,)
     assert written["add_token_scores"][0][-1] == 0.0
@@ -110,7 +117,7 @@ def test_llama_cpp_finds_merges(merges, tmp_path):
     tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "pre_tokenizer": BYTES}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     writer = GGUFWriter(None, "llama")
-    under_test.write_tokenizer(writer, tmp_path, 4)
+    write_tokenizer(writer, tmp_path, 4)
     written = writer.kv_data[0]["tokenizer.ggml.merges"].value
     assert written == (merges or ["!! !"])
     left, _, right = written[0].partition(" ")

@@ -9,13 +9,14 @@ import sweep_families
 import tiny_families
 from crash.killing import fork_server
 
+LONG = pytest.mark.long
 WORK = ("gemma3", "granitemoe")
 UNSERVED = ("qwen3_5", "llama4", "gemma4")
 REFUSED = {"bert": "sees those that come after", "blip": "does not run on text alone"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="each family has a forked process, in which CUDA does not start")
-@pytest.mark.parametrize("name", [*WORK, *UNSERVED, *REFUSED])
+@pytest.mark.parametrize("name", [*WORK, UNSERVED[0], *(pytest.param(n, marks=LONG) for n in UNSERVED[1:]), *REFUSED])
 def test_a_family(name, tmp_path):
     # (not forked from this one, whose threads would be missing there)
     process = fork_server().Process(target=sweep_families.try_alone, args=(name, tmp_path, 100))

@@ -36,7 +36,7 @@ from tiny import FAMILIES, tiny_model
 @pytest.mark.parametrize("method", ["dora", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_references(family, method):
-    model = adapted(family, method)
+    model = adapted(family, method, blocks=2)
     wanted = expected(model)
     speed_up_model(model)
     same(step(model), wanted)
@@ -55,7 +55,7 @@ def test_a_step_is_the_references(family, method):
     ids=str,
 )
 def test_some_layers_dropout_and_start_factors(config):
-    model = adapted(**config)
+    model = adapted(blocks=2, **config)
     torch.manual_seed(1)
     wanted = expected(model)
     speed_up_model(model)
@@ -74,8 +74,8 @@ def test_inference_mode_is_as_before():
 
 def test_what_is_found():
     models = {
-        "2 MLPs, 2 groups, 5 norms, rotary embeddings": adapted(),
-        "2 activations": adapted("gpt2"),
+        "2 MLPs, 2 groups, 5 norms, rotary embeddings": adapted(blocks=2),
+        "2 activations": adapted("gpt2", blocks=2),
         "nothing": nn.Linear(2, 2),
     }
     assert [str(speed_up_model(model)) for model in models.values()] == [*models]
@@ -90,10 +90,10 @@ def test_what_is_found():
     "config", [{}, {"targets": ["down_proj"]}, {"targets": ["gate_up_proj"]}, {"rank": 20}], ids=str
 )
 def test_gate_and_up_in_one_layer(config):
-    model = tiny_model("phi3").to(DEVICE)
+    model = tiny_model("phi3", num_hidden_layers=1).to(DEVICE)
     model = moved(inject_adapter(model, AdapterConfig(**{"method": "dora", "rank": 3} | config)))
     wanted = expected(model)
-    assert speed_up_model(model).mlps == 2
+    assert speed_up_model(model).mlps == 1
     mlp = model.model.layers[0].mlp
     stack = mlp._theodora_stacks[0]
     calls = []
@@ -188,7 +188,9 @@ def test_adapters_come_and_go():
     step(model)
     remove_adapter(model)
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, tiny_model("llama").to(DEVICE)(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(IDS).logits, tiny_model(num_hidden_layers=1).to(DEVICE)(IDS).logits, rtol=1e-4, atol=1e-4
+        )
     for targets in (["q_proj"], "all-linear"):  # without another call of accelerate
         moved(inject_adapter(model, AdapterConfig(rank=40, targets=targets), name="other"))
         same(step(model), expected(model))
@@ -205,7 +207,7 @@ def test_two_adapters_of_which_one_is_active():
         same(step(model), expected(model))
     with adapter_disabled(model), torch.no_grad():
         base = model(IDS).logits
-    torch.testing.assert_close(base, tiny_model("llama").to(DEVICE)(IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(base, tiny_model(num_hidden_layers=1).to(DEVICE)(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_and_unmerged():
@@ -227,7 +229,7 @@ def test_files(tmp_path):
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     speed_up_model(model)
     save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(tiny_model("llama").to(DEVICE), tmp_path / "adapter", trainable=True).train()
+    again = load_adapter(tiny_model(num_hidden_layers=1).to(DEVICE), tmp_path / "adapter", trainable=True).train()
     same(step(again), step(model))
     save_file(model.state_dict(), tmp_path / "all.safetensors")
     assert all(torch.equal(t.to(DEVICE), weights[name]) for name, t in load_file(tmp_path / "all.safetensors").items())
@@ -237,7 +239,7 @@ def test_files(tmp_path):
     remove_adapter(model)
     model.save_pretrained(tmp_path / "base")
     base = type(model).from_pretrained(tmp_path / "base").to(DEVICE)
-    plain = tiny_model("llama").to(DEVICE).state_dict()
+    plain = tiny_model(num_hidden_layers=1).to(DEVICE).state_dict()
     assert all(torch.equal(t, plain[name]) for name, t in base.state_dict().items())
 
 
@@ -272,7 +274,7 @@ def test_moved_to_another_dtype(dtype):
 def test_half_precision_is_as_good_as_the_reference(dtype):
     found_errors, plain_errors = 0.0, 0.0
     for _ in range(4):  # one model's errors are one draw
-        model = adapted(dtype=dtype)
+        model = adapted(dtype=dtype, blocks=2)
         exact, plain = expected(copy.deepcopy(model).double()), expected(model)
         speed_up_model(model)
         found = step(model)
@@ -317,7 +319,7 @@ def test_hooks_fire(name):
 
 
 def test_hooks_that_write_and_backward_hooks():
-    model = adapted()
+    model = adapted(blocks=2)
     calls = []
     second = model.model.layers[1]
     second.input_layernorm.register_forward_hook(lambda module, args, y: y.mul_(3))
@@ -452,7 +454,7 @@ def test_generation_is_the_references():
 
 
 def test_biases_and_norms_that_train():
-    model = adapted("qwen2")
+    model = adapted("qwen2", blocks=2)
     for name, parameter in model.named_parameters():
         if name.endswith("k_proj.bias") or "layernorm" in name or name.endswith("layers.1.mlp.up_proj.weight"):
             parameter.requires_grad_()

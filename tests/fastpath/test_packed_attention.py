@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from formula import DEVICE
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences, attend, attention_apart, attention_apart_reference
-from theodora.train.packed_rows import bounds_of, sequences_apart
+from theodora.train.packed_rows import attention_by_bounds, bounds_of
 
 GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float64
@@ -82,7 +82,7 @@ def test_what_would_be_left_out_is_an_error():
     for wrong in ({"softcap": 30.0}, {"is_causal": False}, {"attention_mask": torch.ones(7, 7)}):
         with pytest.raises(RuntimeError, match="packed rows knows no"):
             attend(original, module, query, key, value, **given, **wrong)
-    with sequences_apart(), pytest.raises(RuntimeError, match="not told where"):
+    with attention_by_bounds(), pytest.raises(RuntimeError, match="not told where"):
         attend(original, module, query, key, value, None, **flash)
     with pytest.raises(RuntimeError, match="packed rows"):
         attend(original, module, query.expand(2, -1, -1, -1), key, value, None, **given)

@@ -22,9 +22,14 @@ from theodora.files.atomic import (
     remove_folder,
     scratch_directory,
 )
-from theodora.locks import SECONDS_TO_LOCK, release
+from theodora.locks import SECONDS_TO_LOCK
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux swaps two names at one moment")
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def names(folder: Path) -> list[str]:
@@ -72,7 +77,7 @@ def test_a_folder_is_replaced_as_a_whole(exchange, tmp_path):
             assert folder.name.startswith(".out.partial-")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out" / "in") == ["new"]
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~atomic._umask()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask()
 
 
 def test_an_empty_folder_may_be_taken_and_a_full_one_not(exchange, tmp_path):
@@ -142,7 +147,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
         file.write_text("ours")
     assert (tmp_path / "elsewhere").read_text() == "theirs"
     assert not (tmp_path / "file").is_symlink()
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
 def test_a_link_to_a_folder_is_replaced_and_what_it_points_to_stays(exchange, tmp_path):
@@ -181,7 +186,7 @@ def test_files_for_their_owner_alone_follow_the_umask(way, tmp_path):
         if way is atomic_directory:
             (folder / "link").symlink_to(tmp_path / "elsewhere")
     modes = [(tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("weights", "script")]
-    assert modes == [0o600 | 0o666 & ~atomic._umask(), 0o700 | 0o666 & ~atomic._umask()]
+    assert modes == [0o600 | 0o666 & ~umask(), 0o700 | 0o666 & ~umask()]
     assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
 
 
@@ -200,8 +205,8 @@ def test_a_folder_goes_at_one_moment(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     seen = []
-    remove = atomic._remove
-    monkeypatch.setattr(atomic, "_remove", lambda path: (seen.append(names(tmp_path)), remove(path)))
+    remove = atomic.shutil.rmtree
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda path, **o: (seen.append(names(tmp_path)), remove(path, **o)))
     remove_folder(tmp_path / "out")
     assert all("out" not in found for found in seen)
     assert seen
@@ -308,11 +313,21 @@ def test_what_a_kill_left_moved_away_gets_its_name_back(tmp_path, monkeypatch):
     """Where names cannot be swapped, the old folder has none for a moment."""
     with atomic_directory(tmp_path / "out") as partial:
         (partial / "old").write_text("whole")
-    away, lock = atomic._new_partial(tmp_path / "out", folder=True)
-    (tmp_path / "out").rename(away / "replaced")
+    (reading, writing), (ready, tell) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with scratch_directory(tmp_path / "out") as away:
+            (tmp_path / "out").rename(away / "replaced")
+            os.write(tell, b"x")
+            os.read(reading, 1)
+            os._exit(0)
+    os.read(ready, 1)
     clear_leftovers(tmp_path)  # its process lives
     assert not (tmp_path / "out").exists()
-    release(lock)  # as the kernel does when a process dies
+    os.write(writing, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    for end in (reading, writing, ready, tell):
+        os.close(end)
     with pytest.raises(UsageError, match="already exists"), atomic_directory(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "old").read_text() == "whole"

@@ -98,7 +98,7 @@ def test_what_is_not_finite_ends_its_own_requests_alone(folders, dtype, graphs):
 
 def ruin(engine, value):
     """Make what `overflows` puts into a slot as large as its dtype allows: no file that is loaded holds that."""
-    engine._mover.submit(lambda: None).result()  # by then they are where they are filled from
+    engine.mover.submit(lambda: None).result()  # by then they are where they are filled from
     for tensors in engine.adapters.get("overflows").modules.values():
         tensors.b_RO.fill_(value)
 

@@ -100,7 +100,7 @@ def test_no_tokens_and_too_many():
     for tokens in (0, decode.MOST_TOKENS + 1):
         given = inputs(tokens, 16, 24, 4, torch.float16)
         torch.testing.assert_close(decode.decode_linear(*given), decode.decode_linear_reference(*given))
-        assert not decode.fits(given[0], given[1])
+        assert not decode.fits(given[0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

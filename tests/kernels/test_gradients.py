@@ -75,7 +75,7 @@ def lora_by(module):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("module", [functional, kernels])
 @pytest.mark.parametrize("dtype", WIDTHS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=min(40, settings.default.max_examples), deadline=None, derandomize=True)
 @given(problem=problems())
 def test_agrees_with_float64(problem, module, dtype, method):
     values, scale, dy = problem
@@ -89,7 +89,7 @@ def test_agrees_with_float64(problem, module, dtype, method):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=min(25, settings.default.max_examples), deadline=None, derandomize=True)
 @given(problem=problems())
 def test_half_precision_is_as_good_as_the_reference(problem, dtype, method):
     values, scale, dy = problem

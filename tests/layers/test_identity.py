@@ -163,7 +163,7 @@ def test_the_norm_to_start_from_is_the_layers_own():
         nn.init.normal_(module.weight)
         net = inject_adapter(nn.Sequential(module), AdapterConfig(rank=4, targets=("0",)))
         layer = net[0]
-        exact = layer.frozen_weight.dense().double().norm(dim=1)
+        exact = layer.current_weight.dense().double().norm(dim=1)
         torch.testing.assert_close(layer.active.magnitude.detach().double(), exact, rtol=1e-6, atol=0)
         for context in (kernels.reference, torch.no_grad, torch.enable_grad):
             with context():

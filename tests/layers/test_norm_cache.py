@@ -8,8 +8,10 @@ import torch
 
 import formula
 from theodora import AdapterConfig, inject_adapter, kernels, merge_adapter, set_adapter, unmerge_adapter
+from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.operators import interpreted, runs_triton
 from theodora.layers import AdapterLayer, norm_cache
+from theodora.layers.norm_cache import NormCache
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +155,15 @@ def test_an_optimizer_that_leaves_no_version():
         x = one_token(layer)
         assert formula.error(layer(x), exact(layer, x)) < 1e-5
         assert formula.error(other(x), exact(other, x)) < 1e-5
+
+
+def test_a_tensor_is_not_taken_for_the_one_that_lay_there_before():
+    """Where a weight is made in each pass (`torch.nn.utils.parametrize`), the next one gets its address, and its id."""
+    cache = NormCache()
+    for value in range(20):
+        weight = PlainWeight(torch.full((64, 64), float(value)))
+        assert cache.weight_norm_squared(weight, weight.norm_squared)[0] == 64 * value**2
+        del weight
 
 
 @needs_kernel

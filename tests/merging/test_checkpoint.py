@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -17,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5ForConditionalGeneration
 
+import dying
 import tiny
+from dying import died
 from theodora.adapters import inject_adapter, save_adapter
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.files import base_model as base_checkpoint
@@ -644,30 +645,9 @@ def test_memory_is_bounded_by_a_shard_and_a_layer(large, make):
     shutil.rmtree(large.folder / "merged")
 
 
-SLOW = """
-import sys, time
-from theodora.merging import merge_checkpoint
-def slowly(done, total, key):
-    print(key, flush=True)
-    time.sleep(0.05)
-merge_checkpoint(*sys.argv[1:], max_shard_size=70_000_000, progress=slowly)
-"""
-
-
 def test_a_killed_merge_leaves_nothing_under_the_final_name(large):
     output = large.folder / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, large.adapter, output],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process:
-        for _ in range(30):  # well into the second output file
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode != 0
+    assert died(dying.merge, large.adapter, output, 30)  # well into the second output file
     assert not output.exists()
     leftovers = list(large.folder.glob(partial_name(output) + "*"))
     assert leftovers  # so it was in the midst of writing

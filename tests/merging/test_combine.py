@@ -58,7 +58,7 @@ def three(family="llama", methods=("dora", "lora", "dora"), dtype=torch.float32,
 
 def weight_by(layer, name):
     """W' of one adapter from the written-out formula, (O, I), float64."""
-    w = layer.base_weight_OI.double()
+    w = layer.base_weight.dense().double()
     if name not in layer.adapters:
         return w
     adapter = layer.adapters[name]
@@ -70,7 +70,7 @@ def weight_by(layer, name):
 
 
 def changes(layer):
-    w = layer.base_weight_OI.double()
+    w = layer.base_weight.dense().double()
     return {name: weight_by(layer, name) - w for name in WEIGHTS if name in layer.adapters}
 
 
@@ -93,7 +93,7 @@ def check(model, method, bound=1e-6, names=WEIGHTS, **kwargs):
     report = combine_adapters(model, list(names), list(names.values()), "sum", method, **kwargs)
     for path, layer in adapter_layers(model, "sum").items():
         expected = wanted(method, path, {n: d for n, d in changes(layer).items() if n in names}, given=names)
-        w = layer.base_weight_OI.double()
+        w = layer.base_weight.dense().double()
         assert formula.error(weight_by(layer, "sum"), w + expected) < bound, path
         assert report.errors[path] == pytest.approx(formula.error(weight_by(layer, "sum") - w, expected), abs=1e-7)
     touched = {path for path, layer in adapter_layers(model).items() if names.keys() & layer.adapters.keys()}
@@ -160,7 +160,7 @@ def test_one_adapter_alone_and_the_others_weights():
         remove_adapter(model, "sum")
         combine_adapters(model, ["a", "b"], [weight, 0.0], "sum")
         for layer in adapter_layers(model, "sum").values():
-            w = layer.base_weight_OI.double()
+            w = layer.base_weight.dense().double()
             expected = w + weight * (weight_by(layer, "a") - w)
             torch.testing.assert_close(weight_by(layer, "sum"), expected, rtol=1e-5, atol=1e-6)
         remove_adapter(model, "sum")
@@ -174,7 +174,7 @@ def test_svd_is_the_best_of_its_rank_and_says_how_good(methods):
         report = combine_adapters(model, list(WEIGHTS), list(WEIGHTS.values()), f"r{rank}", "svd", rank=rank)
         errors.append(report.errors)
         for path, layer in adapter_layers(model, f"r{rank}").items():
-            adapter, w = layer.adapters[f"r{rank}"], layer.base_weight_OI.double()
+            adapter, w = layer.adapters[f"r{rank}"], layer.base_weight.dense().double()
             change = wanted("linear", path, changes(layer))
             assert adapter.rank <= rank
             found = formula.error(weight_by(layer, f"r{rank}") - w, change)
@@ -191,7 +191,7 @@ def test_sparse_rules_at_a_lower_rank(method):
     model = three()
     report = combine_adapters(model, list(WEIGHTS), list(WEIGHTS.values()), "low", method, rank=12, density=0.6)
     for path, layer in adapter_layers(model, "low").items():
-        w = layer.base_weight_OI.double()
+        w = layer.base_weight.dense().double()
         found = formula.error(weight_by(layer, "low") - w, wanted(method, path, changes(layer)))
         assert report.errors[path] == pytest.approx(found, abs=1e-7)
         assert layer.adapters["low"].rank <= 12

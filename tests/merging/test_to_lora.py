@@ -41,7 +41,7 @@ def logits(model):
 
 
 def change(layer, name):
-    adapter, w = layer.adapters[name], layer.base_weight_OI.double()
+    adapter, w = layer.adapters[name], layer.base_weight.dense().double()
     a, b = (t.detach().double() for t in adapter.factors())
     eye = torch.eye(w.shape[1], dtype=torch.float64)
     if adapter.magnitude is None:

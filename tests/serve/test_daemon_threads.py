@@ -27,7 +27,7 @@ def test_a_few_at_a_time():
         with lock:
             running += 1
             most = max(most, running)
-        together.wait(20)  # with the other one that may run
+        together.wait(60)  # with the other one that may run
         with lock:
             running -= 1
 
@@ -57,7 +57,7 @@ def test_a_loop_that_has_ended_is_not_told():
     free, over = threading.Event(), threading.Event()
 
     def work():
-        free.wait(20)
+        free.wait(60)
         over.set()
 
     async def leave():
@@ -66,4 +66,4 @@ def test_a_loop_that_has_ended_is_not_told():
 
     asyncio.run(leave())
     free.set()
-    assert over.wait(20)
+    assert over.wait(60)

@@ -176,14 +176,15 @@ def test_grammars_that_take_too_long_leave_few_threads_and_hold_up_nothing(monke
             with pytest.raises(ConfigError) as error:
                 await grammars.grammar({"type": "any_text"})
             told.append(str(error.value))
+        stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-aside"]
+        assert all(thread.daemon for thread in stuck)
         release.set()
-        await asyncio.sleep(0.2)
+        while any(thread.is_alive() for thread in stuck):
+            await asyncio.sleep(0.01)
         return told
 
     told = asyncio.run(ask())
     assert ["to compile; expected a simpler" in text for text in told] == [True] * 4 + [False] * 2
     assert "4 grammars take too long" in told[-1]
-    stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-daemon"]
-    assert all(thread.daemon for thread in stuck)
     monkeypatch.undo()
     assert asyncio.run(grammars.grammar({"type": "any_text"})) is not None  # all have ended

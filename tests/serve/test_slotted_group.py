@@ -29,7 +29,7 @@ def slotted(names=("q_proj", "k_proj", "v_proj")):
     routing = Routing(4)
     for n, name in enumerate(names):
         layer = slot(model.get_submodule(name), routing, n + 2)
-        outputs = layer.frozen_weight.shape[0]
+        outputs = layer.current_weight.shape[0]
         for at in range(1, 4):
             g = torch.rand(outputs, device=DEVICE) + 0.5 if (at + n) % 2 else None
             a, b = torch.randn(n + 2, 32, device=DEVICE), torch.randn(n + 2, outputs, device=DEVICE)

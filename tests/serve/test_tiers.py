@@ -58,13 +58,13 @@ def test_requests_of_the_base_and_of_slotted_adapters_do_not_wait_for_the_disk(e
     engine = engine_of("llama", "dora4", "lora8", "dora3", slots=2, host_adapters=1)
     answer(ask(engine, "dora3", [5, 6]))  # into a slot, from memory
     reading = threading.Event()
-    read = engine.host._read
+    read = engine.host.read
 
     def slowly(adapter):
-        reading.wait(30)
+        reading.wait(60)
         return read(adapter)
 
-    monkeypatch.setattr(engine.host, "_read", slowly)
+    monkeypatch.setattr(engine.host, "read", slowly)
     cold = ask(engine, "dora4", [5, 6, 7])
     for name in (None, "dora3"):
         answer(ask(engine, name, [5, 6, 7]))
@@ -118,12 +118,14 @@ def test_an_adapter_whose_files_changed_fails_its_requests_only(server_of, adapt
 def test_a_request_waits_for_a_slot_but_not_for_ever(engine_of, adapter_dir, monkeypatch):
     monkeypatch.setattr(scheduler, "PATIENCE", 0.1)
     engine = engine_of("llama", "dora4", "lora8", slots=1)
-    done = threading.Event()
+    done, begun = threading.Event(), threading.Event()
 
     def busy():  # some request with the adapter that has the slot runs at any time
         running = []
         while not done.is_set():
             running.append(engine.submit([5, 6], Sampling(max_tokens=60, temperature=0.0), "dora4", every_token=False))
+            if engine.running():
+                begun.set()
             time.sleep(0.02)
         for request in running:
             request.updates.get(timeout=60)
@@ -131,7 +133,7 @@ def test_a_request_waits_for_a_slot_but_not_for_ever(engine_of, adapter_dir, mon
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        time.sleep(0.1)
+        assert begun.wait(60)
         assert answer(ask(engine, "lora8", [7, 8])) == answer_of("lora8", adapter_dir("lora8"), [7, 8])
     finally:
         done.set()
@@ -162,7 +164,7 @@ def test_the_least_recently_used_gives_way():
     assert a.modules
     assert c.modules
     assert host.take(b) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     assert host.take(b) == {"tensors": 1}
     assert len(host) == 2
     assert a.modules is None
@@ -176,7 +178,7 @@ def test_no_more_is_read_at_once_than_has_room():
     cold = [adapter for adapter in adapters if adapter.modules is None]
     assert len(cold) == 4
     taken = set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(taken) < 4 and time.monotonic() < deadline:
         for adapter in cold:
             if adapter.serial not in taken and host.take(adapter) is not None:
@@ -190,7 +192,7 @@ def test_what_is_forgotten_while_it_is_read_does_not_come_back():
     go = threading.Event()
 
     def read(adapter):
-        go.wait(10)
+        go.wait(60)
         return {"tensors": adapter.serial}
 
     host, arrived = tier(1, read)
@@ -200,7 +202,7 @@ def test_what_is_forgotten_while_it_is_read_does_not_come_back():
     a.leaving, a.users = True, 0
     host.forget(a)
     go.set()
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     assert a.modules is None
     assert host.take(a) is None  # nor is it read again
     assert len(host) == 1
@@ -214,7 +216,7 @@ def test_a_failure_is_told_once():
     a, b = Fake(0), Fake(1)
     host.add(a), host.add(b)
     assert host.take(a) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     with pytest.raises(CheckpointError, match="no such disk"):
         host.take(a)
     assert host.take(a) is None  # and tried again
@@ -232,13 +234,13 @@ def test_a_failure_is_not_told_to_those_who_come_later():
     a, b = Fake(0), Fake(1)
     host.add(a), host.add(b)
     assert host.take(a) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     a.users = 0
     host.unneeded(a)
     broken.clear()
     a.users = 1
     assert host.take(a) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     assert host.take(a) == {"tensors": 0}
 
 
@@ -247,7 +249,7 @@ def test_what_was_read_for_requests_that_are_gone_makes_room(when):
     go = threading.Event()
 
     def read(adapter):
-        go.wait(10)
+        go.wait(60)
         return {"tensors": adapter.serial}
 
     host, arrived = tier(1, read)
@@ -256,16 +258,16 @@ def test_what_was_read_for_requests_that_are_gone_makes_room(when):
     assert host.take(a) is None
     if when == "when it has come":
         go.set()
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=60)
     a.users = 0
     host.unneeded(a)
     if when == "while it is read":
         assert host.take(b) is None  # there is no room yet
         go.set()
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=60)
     assert a.modules  # it may be asked for again
     assert host.take(b) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     assert host.take(b) == {"tensors": 1}
     assert a.modules is None
 
@@ -279,7 +281,7 @@ def test_what_waits_for_a_slot_stays():
         assert host.take(a) is None
     host.placed(b)
     assert host.take(a) is None
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     for _ in range(3):
         assert host.take(a) == {"tensors": 0}
         assert host.take(b) is None
@@ -287,10 +289,11 @@ def test_what_waits_for_a_slot_stays():
 
 
 def test_after_the_end_nothing_is_read():
-    host, _ = tier(1)
+    executor = ThreadPoolExecutor(1)
+    host = HostTier(1, executor, lambda _: pytest.fail("it was read"), lambda: None)
     a, b = Fake(0), Fake(1)
     host.add(a), host.add(b)
-    host._executor.shutdown()
+    executor.shutdown()
     assert host.take(a) is None
 
 
@@ -316,7 +319,7 @@ def test_a_failure_is_kept_for_nobody_who_has_gone():
     go = threading.Event()
 
     def read(adapter):
-        go.wait(10)
+        go.wait(60)
         raise OSError("no such disk")
 
     host, arrived = tier(1, read)
@@ -325,10 +328,10 @@ def test_a_failure_is_kept_for_nobody_who_has_gone():
     assert host.take(a) is None
     a.users = 0
     go.set()
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     a.users = 1
     assert host.take(a) is None  # read again, and told if it fails again
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=60)
     with pytest.raises(CheckpointError, match="no such disk"):
         host.take(a)
 
@@ -357,8 +360,8 @@ def test_a_folder_that_became_a_link_has_changed(tmp_path, adapter_dir, inside):
 
 def slowed(engine, monkeypatch):
     """Adapters are read when the event that this gives is set."""
-    go, read = threading.Event(), engine.host._read
-    monkeypatch.setattr(engine.host, "_read", lambda adapter: read(adapter) if go.wait(30) else None)
+    go, read = threading.Event(), engine.host.read
+    monkeypatch.setattr(engine.host, "read", lambda adapter: read(adapter) if go.wait(60) else None)
     return go
 
 
@@ -366,8 +369,8 @@ def test_a_client_that_hangs_up_while_its_adapter_is_read_holds_up_nobody(engine
     engine = engine_of("llama", "dora4", "lora8", "dora3", slots=1, host_adapters=1)
     go = slowed(engine, monkeypatch)
     gone = ask(engine, "dora4", [5, 6])
-    deadline = time.monotonic() + 10
-    while not engine.host._wanted and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while not engine.host.wanted and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.cancel(gone)
     go.set()

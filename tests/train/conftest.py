@@ -1,7 +1,7 @@
 """Runs of a few steps on tiny models: rows of small sums, and a configuration to start from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from undrawn import leave_losses_blank
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_losses_blank(monkeypatch)  # test_run.py has the figure
+def _undrawn() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        leave_losses_blank(patch)  # test_run.py has the figure
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +51,26 @@ def run(options) -> Callable[..., TrainResult]:
         return train(TrainConfig.from_options(options | others), console=Console(quiet=True))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def _wholes() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def whole(run, _wholes, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of an uninterrupted run with these options and others, made once. Treat it as read-only."""
+
+    def folder(**others: Any) -> Path:
+        key = json.dumps(others, sort_keys=True)
+        if key not in _wholes:
+            output = tmp_path_factory.mktemp("whole")
+            run(**others, output=str(output))
+            _wholes[key] = output
+        return _wholes[key]
+
+    return folder
 
 
 @pytest.fixture

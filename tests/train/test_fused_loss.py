@@ -180,7 +180,7 @@ def test_a_run_has_the_record_of_trls_loss(others, run, fused_run, tmp_path, los
 def test_what_comes_late_is_complete_and_in_order(fused_run, tmp_path, losses, monkeypatch):
     """Also if nothing has arrived before somebody waits for it."""
     fused_run(late=False, output=str(tmp_path / "at once"), max_steps=9, save_steps=5)
-    monkeypatch.setattr(trainer_logs.Figures, "ready", lambda self: False)
+    monkeypatch.setattr(trainer_logs.DeferredMetrics, "ready", lambda self: False)
     fused_run(output=str(tmp_path / "late"), max_steps=9, save_steps=5)
     for name in NAMES:
         assert losses(tmp_path / "late", name) == losses(tmp_path / "at once", name), name

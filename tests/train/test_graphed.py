@@ -16,7 +16,7 @@ from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.train import trainer, trainer_loss, trainer_passes
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
-from theodora.train.packed_rows import keeps_apart, sequences_apart
+from theodora.train.packed_rows import attention_by_bounds, takes_bounds
 
 SETTINGS = {"train_on": "all", "max_length": 12, "held_out": 6, "max_steps": 12, "save_steps": 5, "eval_steps": 4}
 
@@ -93,11 +93,10 @@ def test_a_graphed_run_is_the_plain_run(others, run, made, same_rows, sums, tmp_
 
 
 def test_resumed_equals_uninterrupted(run, made, same_rows, tmp_path, losses):
-    settings = {**SETTINGS, "data": same_rows}
+    settings = {**SETTINGS, "data": same_rows, "lr_scheduler_type": "constant"}
     run(output=str(tmp_path / "whole"), **settings)
-    run(output=str(tmp_path / "parts"), **settings | {"max_steps": 7, "lr_scheduler_type": "constant"})
-    run(output=str(tmp_path / "whole"), **settings | {"lr_scheduler_type": "constant"}, overwrite=True)
-    run(output=str(tmp_path / "parts"), **settings | {"lr_scheduler_type": "constant"}, resume="auto")
+    run(output=str(tmp_path / "parts"), **settings | {"max_steps": 7})
+    run(output=str(tmp_path / "parts"), **settings, resume="auto")
     assert made[-1].steps.replays
     for name in ("loss", "grad_norm", "num_tokens"):
         assert losses(tmp_path / "parts", name) == losses(tmp_path / "whole", name), name
@@ -118,7 +117,7 @@ def test_packed_rows_are_filled_up_without_a_trace(run, made, same_rows, tmp_pat
     monkeypatch.setattr(trainer_passes, "reads_bounds", lambda model: True)
     run(output=str(tmp_path / "as they are"), **settings)
     assert (filled, made[1].data_collator.full) == (101, None)
-    assert [t.keeps_apart for t in made] == [DEVICE == "cpu", False]  # flash attention does not take float32
+    assert [t.sends_bounds for t in made] == [DEVICE == "cpu", False]  # flash attention does not take float32
     assert trained
     assert not made[1].steps.replays
     assert losses(tmp_path / "filled", "num_tokens") == losses(tmp_path / "as they are", "num_tokens")
@@ -135,9 +134,9 @@ def test_bounds_say_what_masks_say(checkpointing, run, made, same_rows, tmp_path
     attention = packed_attention.attention_apart
     monkeypatch.setattr(packed_attention, "attention_apart", lambda *args: calls.append(args) or attention(*args))
     run(output=str(tmp_path / "bounds"), **settings)
-    assert made[0].keeps_apart
+    assert made[0].sends_bounds
     assert calls
-    monkeypatch.setattr(trainer_passes, "keeps_apart", lambda *_: False)
+    monkeypatch.setattr(trainer_passes, "takes_bounds", lambda *_: False)
     calls.clear()
     run(output=str(tmp_path / "masks"), **settings)
     assert not calls
@@ -149,21 +148,21 @@ def test_bounds_say_what_masks_say(checkpointing, run, made, same_rows, tmp_path
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma", "phi3", "gpt2"])
 def test_models_that_take_bounds(family, tiny_model):
     model = tiny_model(family).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    assert keeps_apart(model, 64)
+    assert takes_bounds(model, 64)
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     assert masks is masking_utils.sdpa_mask
     model.config.sliding_window = 16
-    assert not keeps_apart(model, 64)
-    assert not keeps_apart(model, None)
-    assert keeps_apart(model, 16)
+    assert not takes_bounds(model, 64)
+    assert not takes_bounds(model, None)
+    assert takes_bounds(model, 16)
     model.config._attn_implementation = "eager"
-    assert not keeps_apart(model, 16)
+    assert not takes_bounds(model, 16)
 
 
 def test_masks_are_built_again_afterwards(tiny_model):
     found = [masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]]
-    with sequences_apart():
-        with pytest.raises(ZeroDivisionError), sequences_apart():
+    with attention_by_bounds():
+        with pytest.raises(ZeroDivisionError), attention_by_bounds():
             1 / 0  # noqa: B018
         found.append(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         with pytest.raises(RuntimeError, match="not told where its sequences begin"):
@@ -180,9 +179,9 @@ def test_a_model_that_bounds_do_not_reach_keeps_its_masks(tiny_model, monkeypatc
     monkeypatch.setattr(
         layer, "forward", lambda self, *args, theodora_sequences=None, **kwargs: forward(self, *args, **kwargs)
     )
-    assert not keeps_apart(model, 64)
+    assert not takes_bounds(model, 64)
     torch.nn.init.zeros_(model.get_output_embeddings().weight)  # nor where the difference does not show
-    assert not keeps_apart(model, 64)
+    assert not takes_bounds(model, 64)
 
 
 def test_filling_up_keeps_a_batch_of_one_kind():

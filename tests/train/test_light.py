@@ -12,7 +12,7 @@ from theodora.config import AdapterConfig
 from theodora.data import load_examples, tokenize
 from theodora.errors import TheodoraError
 from theodora.train.fused_loss import fused_head
-from theodora.train.light import Diverged, LightSettings, Row, make_optimizer, train_light
+from theodora.train.light import LightRunDiverged, LightSettings, Row, make_optimizer, train_light
 
 
 def light(model_dir, data, method="dora", adapter=None, head=None, **settings):
@@ -47,7 +47,7 @@ def test_an_adapted_head_is_trained_too(run, tmp_path, tiny_model_dir, sums, los
 
 
 def test_divergence_is_an_error(tiny_model_dir, sums):
-    with pytest.raises(Diverged, match=r"diverged: the loss is .* at step"):
+    with pytest.raises(LightRunDiverged, match=r"diverged: the loss is .* at step"):
         light(tiny_model_dir(), sums, learning_rate=1e30, max_grad_norm=0.0, steps=8)
 
 

@@ -26,7 +26,7 @@ def test_a_head_that_the_loss_passes_by_is_an_error(run, monkeypatch):
     class Careless(AdapterTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._chooses_positions = lambda labels: False
+            self.chooses_positions = lambda labels: False
             for hook in list(self.model._forward_pre_hooks):
                 del self.model._forward_pre_hooks[hook]
 

@@ -72,7 +72,7 @@ def same(one, other, losses):
     ids=["step", "micro-batch", "first of an epoch", "epoch end", "evaluation", "last evaluation"],
 )
 def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
-    event, step, saved, settings, run, send, tmp_path, losses, monkeypatch
+    event, step, saved, settings, run, whole, send, tmp_path, losses, monkeypatch
 ):
     settings = {
         "max_steps": 14,
@@ -83,7 +83,6 @@ def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
         "resume": "auto",
         **settings,
     }
-    run(output=str(tmp_path / "whole"), **settings)
     with monkeypatch.context():
         send(event, step)
         with pytest.raises(TrainingInterrupted, match=r"--resume") as caught:
@@ -94,7 +93,7 @@ def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
     assert f"checkpoint-{saved}" in found
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     run(**settings)
-    same(tmp_path / "run", tmp_path / "whole", losses)
+    same(tmp_path / "run", whole(**settings), losses)
 
 
 def test_auto_begins_goes_on_and_finishes(run, tmp_path, losses):

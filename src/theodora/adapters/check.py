@@ -150,8 +150,8 @@ def _module_problems(
             problems.append(f"{path}: the file and the model disagree whether this is an embedding")
         else:
             weight = resized.get(f"{path}.weight")
-            w_OI = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
-            expected = tuple(w_OI.shape)
+            stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
+            expected = tuple(stored.shape)
             made_for = (tensors.b.shape[0], tensors.a.shape[1])
             if made_for != expected:
                 problems.append(f"{path}: made for a weight of {made_for} (out, in); here it is {expected}")

@@ -15,6 +15,7 @@ from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.layers.float8 import Float8Layer
+from theodora.layers.swap import cannot_replace_weight
 
 
 def merge_adapter(model: Model, name: str | None = None) -> Model:
@@ -36,7 +37,8 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         The same model.
 
     Raises:
-        ConfigError: there is no such adapter, or one is merged already.
+        ConfigError: there is no such adapter, one is merged already, or another library has taken the place of a weight
+            (by sharding it, say); nothing was changed.
         CheckpointError: a merged weight would not be finite, or would not do what the adapter does; nothing was
             changed.
     """
@@ -45,6 +47,7 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         raise ConfigError(f"Adapter {state.merged!r} is merged already; call unmerge_adapter(model) first.")
     name = active_name(state, name)
     layers = adapter_layers(model, name)
+    _check_places(model, name)
     if state.active != name:
         set_adapter(model, name)
     excess: dict[str, Tensor] = {}
@@ -70,6 +73,17 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     state.merged = name
     state.tied_before = _untie(model)
     return model
+
+
+def _check_places(model: nn.Module, name: str) -> None:
+    """Raise a ConfigError for the modules whose weight a merged one cannot replace."""
+    modules = {**adapter_layers(model, name), **token_layers(model, name)}
+    problems = [f"{path}: {why}" for path, module in modules.items() if (why := cannot_replace_weight(module))]
+    if problems:
+        raise ConfigError(
+            "The adapter cannot be merged into this model, and nothing was changed. Save it and merge the files "
+            "(merge_checkpoint), or merge it into a model as it is loaded:" + bullet_list(problems, 20)
+        )
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

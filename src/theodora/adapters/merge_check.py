@@ -34,11 +34,11 @@ class Unmerged:
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
-        weight, adapter = layer.frozen_weight, layer.active
+        weight, adapter = layer.current_weight, layer.active
         assert adapter is not None
         self._dtype = layer.base_weight.dtype
         self._embedding = isinstance(layer, nn.Embedding)
-        self._x = _inputs(weight.shape[1], weight.device, self._embedding, self._dtype)
+        self._x = _inputs(weight.shape[1], self._embedding, self._dtype, weight.device)
         with torch.no_grad():
             self._adapted = _run(layer, self._x)
             scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
@@ -72,7 +72,7 @@ def weight_excess(
     """The same for weights alone: how far x W'ᵀ is from the unmerged formula, as a share of what rounding allows."""
     wide = torch.promote_types(torch.promote_types(w_OI.dtype, merged_OI.dtype), torch.float32)
     w, a, b, merged = (t.to(wide) for t in (w_OI, a_RI, b_OR, merged_OI))
-    x = _inputs(w.shape[1], w.device, False, wide)
+    x = _inputs(w.shape[1], False, wide, w.device)
     base = w.norm(dim=1) * _TOKENS**0.5
     if magnitude_O is None:
         adapted = lora_linear(x, w, None, a, b, scale)
@@ -100,7 +100,7 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
 
 
-def _inputs(in_features: int, device: torch.device, embedding: bool, dtype: torch.dtype) -> Tensor:
+def _inputs(in_features: int, embedding: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if embedding:
         return torch.randint(in_features, (_TOKENS,), generator=generator).to(device)

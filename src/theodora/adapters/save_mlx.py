@@ -28,7 +28,7 @@ from theodora.files.mlx import to_mlx_name
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
-from theodora.layers.token_rows import own_weight
+from theodora.layers.token_rows import unmerged_weight
 
 
 def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> None:
@@ -116,11 +116,11 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
             return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"
         if is_tied(model, layer):
             return "MLX would adapt the output head with it, whose weight it shares"
-    elif layer is head and embedding is not None and own_weight(layer) is own_weight(embedding):
+    elif layer is head and embedding is not None and unmerged_weight(layer) is unmerged_weight(embedding):
         return "its weight is the embedding's, and MLX then has no such layer"
     if adapter.magnitude is not None:
         a, b = adapter.factors()
-        if bool((dora_norm(layer.base_weight_OI, a, b, adapter.scale) == 0).any()):
+        if bool((dora_norm(layer.base_weight.dense(), a, b, adapter.scale) == 0).any()):
             return "an adapted row is all zeros, for which MLX divides by zero"
     return None
 

@@ -204,7 +204,7 @@ def new_low_rank(
 def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig) -> Tensor:
     if config.init != "orthogonal":
         return start_norm(module, adapter)
-    # BÂ·A is zero although B is not. The factored norm would round what cancels, and the magnitude would start wrong.
+    # B·A is zero although B is not. The factored norm would round what cancels, and the magnitude would start wrong.
     w_OI = base_weight(module).dense()
     device = "cpu" if w_OI.device.type == "mps" else None
     a, b = (factor.to(device, torch.float64) for factor in adapter.factors())

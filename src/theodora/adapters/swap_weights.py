@@ -128,7 +128,7 @@ def _write(
 ) -> str | None:
     """Note what goes where in one layer, or say why it cannot."""
     adapter: Any = layer.adapters[name]
-    w_OI = layer.base_weight_OI
+    w_OI = layer.base_weight.dense()
     wide = wide_dtype(w_OI.dtype)
     start: list[Tensor] = [] if adapter.start_A is None else [adapter.start_A]
     room = sum(a.shape[0] for a in (adapter.lora_A, *start))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.files.token_rows import RowTensors
-from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, own_weight
+from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, unmerged_weight
 from theodora.paths import matches
 
 
@@ -196,13 +196,13 @@ def tied_to(model: nn.Module, path: str, *, towards_embedding: bool = False) -> 
     module: Any = model.get_submodule(path)
     if embedding is None or (module is embedding) is towards_embedding:
         return []
-    weight = own_weight(module)
+    weight = unmerged_weight(module)
     return [
         other
         for other, candidate in model.named_modules()
         if candidate is not module
         and isinstance(candidate, nn.Embedding | nn.Linear)
-        and own_weight(candidate) is weight
+        and unmerged_weight(candidate) is weight
         and (candidate is embedding or not towards_embedding)
     ]
 

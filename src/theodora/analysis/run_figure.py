@@ -51,8 +51,8 @@ def _scatter(reports: list[RunReport]) -> Figure:
     for row, report in zip(grid, reports, strict=True):
         of_kind = {correlation.kind: correlation for correlation in report.correlations}
         for axes, kind in zip(row, kinds, strict=True):
-            found = of_kind.get(kind)
-            r = None if found is None else found.pearson
+            correlation = of_kind.get(kind)
+            r = None if correlation is None else correlation.pearson
             axes.set_title(
                 in_figure(kind) + ("" if r is None else f"  r = {r:+.2f}".replace("-", "−")), fontsize="small"
             )

@@ -1,4 +1,4 @@
-"""Measuring a training step: the frozen model, PEFT's adapters and ours, each in a process of its own, in turns."""
+"""Measuring a training step of the frozen model, of PEFT's adapters and of ours: processes of their own take turns."""
 
 from theodora.bench.machine import describe_machine, git_commit
 from theodora.bench.runner import Progress, Runner

@@ -1,4 +1,4 @@
-"""What the figures were measured on: hardware, driver, versions, commit."""
+"""What a bench was measured on: hardware, driver, versions, commit."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def _gpus() -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    installed: dict[str, str] = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _output(command: list[str]) -> str | None:

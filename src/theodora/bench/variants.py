@@ -1,4 +1,4 @@
-"""What can be measured, as plain values that travel to a process of their own. Imports no torch."""
+"""Variants of a training step that can be measured: plain values, to be sent to a process. Imports no torch."""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from theodora.bench import Job, Runner, describe_machine, differing_losses, make_rows, plain_rows, step_table
     from theodora.bench.table import timings
     from theodora.cli.console import stderr, stdout
+    from theodora.cli.tables import print_table
     from theodora.errors import TheodoraError
     from theodora.files.model_folder import check_model_folder
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if args.debug and m.failure:
             stderr().print(m.failure.traceback, markup=False, soft_wrap=True)
     rows = make_rows(measured, against=["floor"])
-    stdout().print(step_table(rows, title=_title(args, workload), caption=_caption(variants, args.methods)))
+    print_table(stdout(), step_table(rows, title=_title(args, workload), caption=_caption(variants, args.methods)))
     if warning := differing_losses(rows):
         stderr().print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if args.output:

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         use_chat_template=False if args.no_chat_template else None,
     )
-    _greet(stdout(), model, args.adapter, conversation)
-    _talk(stdout(), conversation)
+    greet(stdout(), model, args.adapter, conversation)
+    talk(stdout(), conversation)
     return 0
 
 
@@ -117,7 +117,8 @@ def _checked(args: argparse.Namespace) -> str:
     return model
 
 
-def _greet(console: Console, model: str, adapter: str | None, conversation: Conversation) -> None:
+def greet(console: Console, model: str, adapter: str | None, conversation: Conversation) -> None:
+    """Say at a terminal who answers, and which commands there are."""
     from rich.text import Text
 
     if not _is_interactive(console):
@@ -130,7 +131,8 @@ def _greet(console: Console, model: str, adapter: str | None, conversation: Conv
     console.print("  ".join(name.split()[0] for name in _COMMANDS) + "\n", style="dim")
 
 
-def _talk(console: Console, conversation: Conversation) -> None:
+def talk(console: Console, conversation: Conversation) -> None:
+    """Read questions and commands, and answer, until the input ends."""
     from theodora.cli.conversation_view import show_answers
 
     while True:

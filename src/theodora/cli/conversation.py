@@ -61,8 +61,8 @@ class Conversation:
         top_p: float = 1.0,
         use_chat_template: bool | None = None,
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._temperature = temperature
         self._top_p = top_p
@@ -88,12 +88,12 @@ class Conversation:
         answer = Answer()
         ids, answer.forgot = self._prompt(history)
         try:
-            check_rows([ids], self._model, self._tokenizer, "The text", "Write it without them.")
+            check_rows([ids], self.model, self.tokenizer, "The text", "Write it without them.")
         except ConfigError:
             history.pop()
             raise
-        stream = _Stream(self._tokenizer, answer, show, end_tokens(self._model, self._tokenizer))
-        side = adapter_disabled(self._model) if self.has_adapter and speaker == "base" else nullcontext()
+        stream = _Stream(self.tokenizer, answer, show, end_tokens(self.model, self.tokenizer))
+        side = adapter_disabled(self.model) if self.has_adapter and speaker == "base" else nullcontext()
         try:
             with side, torch.inference_mode():
                 self._generate(ids, stream)
@@ -105,13 +105,13 @@ class Conversation:
         return answer
 
     def _generate(self, ids: list[int], stream: BaseStreamer) -> None:
-        input_ids = torch.tensor([ids], device=self._model.device)
+        input_ids = torch.tensor([ids], device=self.model.device)
         room = max(1, self._window() - len(ids))
-        self._model.generate(  # pyright: ignore[reportCallIssue] (typed as a Tensor, through nn.Module.__getattr__)
+        self.model.generate(  # pyright: ignore[reportCallIssue] (typed as a Tensor, through nn.Module.__getattr__)
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=decoding(
-                end_tokens(self._model, self._tokenizer),
+                end_tokens(self.model, self.tokenizer),
                 min(self._max_new_tokens, room),
                 temperature=self._temperature,
                 top_p=self._top_p,
@@ -122,7 +122,7 @@ class Conversation:
     def _prompt(self, history: list[Message]) -> tuple[list[int], bool]:
         """Token ids of the conversation so far, without its oldest turns if they leave no room for an answer."""
         if not self.has_template:
-            return encode_prompt({"prompt": history[-1]["content"], "completion": ""}, self._tokenizer, False), False
+            return encode_prompt({"prompt": history[-1]["content"], "completion": ""}, self.tokenizer, False), False
         system = [{"role": "system", "content": self._system}] if self._system else []
         enough = max(self._window() - self._max_new_tokens, self._window() // 2)
         start = 0
@@ -132,10 +132,10 @@ class Conversation:
 
     def _encode(self, messages: list[Message]) -> list[int]:
         row: dict[str, Any] = {"prompt": messages, "completion": []}
-        return encode_prompt(row, self._tokenizer, True)
+        return encode_prompt(row, self.tokenizer, True)
 
     def _window(self) -> int:
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 class _Stream(BaseStreamer):

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write, compare and report."""
     from theodora.cli.console import print_json, stderr, stdout
+    from theodora.cli.tables import print_table
     from theodora.export import VerificationFailed, export_adapter
 
     with stderr().status("Exporting ...") as status:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         def approximated(approximation: Approximation) -> None:
             console = stderr() if args.json else stdout()
             for table in fit_tables(approximation):
-                console.print(table)
+                print_table(console, table)
             show(approximation.verification, console, verdict=False)
 
         try:

@@ -65,15 +65,17 @@ def _print(report: AdapterReport, console: Console) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    from theodora.cli.tables import print_table
+
     console.print(_summary(report))
     for warning in report.warnings:
         console.print(Panel(Text(warning), title="warning", border_style="bold red"))
     for note in report.notes:
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
     if report.by_kind:
-        console.print(_kinds(report))
+        print_table(console, _kinds(report))
     if len(report.by_layer) > 1:
-        console.print(_layers(report))
+        print_table(console, _layers(report))
     for full in report.full:
         change = "" if full.relative_change is None else f", changed by {percent(full.relative_change)}"
         console.print(f"  {full.path}: trained in full, {full.parameters:,} parameters{change}", markup=False)

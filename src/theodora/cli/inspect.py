@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect every run, print, draw."""
     from theodora.cli.console import print_json, stdout
+    from theodora.cli.tables import print_table
 
     reports = _inspect(args)
     drawn = _draw(reports, args.figures) if args.figures else []
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for report in reports:
         _print(report, args.movers, console)
     if len(reports) > 1:
-        console.print(_side_by_side(reports))
+        print_table(console, _side_by_side(reports))
     if drawn:
         console.print("Drawn: " + ", ".join(map(str, drawn)), markup=False, soft_wrap=True)
     return 0
@@ -100,16 +101,18 @@ def _print(report: RunReport, movers: int, console: Console) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    from theodora.cli.tables import print_table
+
     console.print(Text.assemble((report.path, "bold"), f"  {_method(report)}, against {report.base_folder}"))
     for warning in report.warnings:
         console.print(Panel(Text(warning), title="warning", border_style="bold red"))
     for note in report.notes:
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
     if len(report.checkpoints) > 1:
-        console.print(_checkpoints(report))
-    console.print(_kinds(report))
+        print_table(console, _checkpoints(report))
+    print_table(console, _kinds(report))
     if movers > 0:
-        console.print(_movers(report.last, movers))
+        print_table(console, _movers(report.last, movers))
 
 
 def _checkpoints(report: RunReport) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ COMMANDS = {
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
 _RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve"}
+_INTERRUPTED = 130  # the status of what SIGINT ends
 _BROKEN_PIPE = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
 _SUMMARIES = {name: summary for group in COMMANDS.values() for name, (_, summary) in group.items()}
@@ -86,10 +88,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for failures, 2 for usage, 130 for Ctrl-C.
 
     141 if whoever reads the output went away, unless the result is elsewhere (a trained adapter is on the disk).
+
+    Args:
+        argv: the arguments; the process may go on afterwards. Default: the process's own, with which it ends.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _steadily(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:  # another one, while the first was being answered
+        return _INTERRUPTED
+    finally:
+        if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # What is left is Python's own end, which takes a second with torch and answers Ctrl-C with a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _steadily(argv: list[str]) -> int:
     with steady_streams() as streams, _fit_for_terminals():
-        code = _main(argv)
+        try:
+            code = _main(argv)
+        except KeyboardInterrupt as stop:  # 0 after SIGTERM that ended a run: no failure
+            code = _fail(str(stop) or "Interrupted.", getattr(stop, "exit_code", _INTERRUPTED))
         elsewhere = bool(_RESULT_ELSEWHERE & {*argv[:1], *argv[1:2]})
         if (lost := streams.lost()) is not None:
             done = " The command itself ended well." if elsewhere and not code else ""
@@ -151,8 +169,6 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
         if debug:
             raise
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as stop:
-        return _fail(str(stop) or "Interrupted.", getattr(stop, "exit_code", 130))  # 0 after SIGTERM: no failure
     except Exception as error:
         if debug:
             raise

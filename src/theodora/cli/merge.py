@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from theodora.cli.console import stderr, stdout
+    from theodora.cli.tables import print_table
     from theodora.config import METHOD_NAMES
     from theodora.merging.checkpoint import merge_checkpoint
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
-    console.print(_table(report))
+    print_table(console, _table(report))
     for note in (*report.notes, *_advice(report)):
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
     files = "1 weight file" if report.files == 1 else f"{report.files} weight files"

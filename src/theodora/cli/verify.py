@@ -103,11 +103,13 @@ def show(result: Verification, console: Console, *, verdict: bool = True) -> Non
     """Print the table, the first token that differs, and the verdict."""
     from rich.text import Text
 
+    from theodora.cli.tables import print_table
+
     names = result.a, result.b
     for side, name, *facts in zip("AB", names, result.kinds, result.precisions, result.written, strict=True):
         told = ", ".join(fact for fact in facts if fact)
         console.print(Text.assemble(f"{side}  {name}  ", (f"({told})", "dim")), soft_wrap=True)
-    console.print(_table(result))
+    print_table(console, _table(result))
     difference = result.difference
     if difference.first is None:
         console.print(f"The likeliest next token is the same after each of {difference.positions} tokens.")

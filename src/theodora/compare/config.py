@@ -154,16 +154,16 @@ class CompareConfig:
                 )
             ):
                 yield f"{name} is {value!r}; expected a number of at least 1, or different whole numbers"
-        found: list[Variant] = []
+        chosen: list[Variant] = []
         try:
-            found = variants(self.methods, self.ranks, self.learning_rates)
+            chosen = variants(self.methods, self.ranks, self.learning_rates)
         except ConfigError as error:
             yield from str(error).splitlines()
-        if any(v.replay for v in found) and self.general is None:
+        if any(v.replay for v in chosen) and self.general is None:
             yield "a method has replay, and general is missing; expected a file with general text"
-        names = {v.name for v in found}
+        names = {v.name for v in chosen}
         strange = [name for name in self.reference if name not in names]
-        if found and strange and self.reference != ("lora",):
+        if chosen and strange and self.reference != ("lora",):
             yield f"reference is {', '.join(strange)}; the methods are {', '.join(sorted(names))}"
         for name, data in self.data.items():
             yield from (f"data.{name}: {problem}" for problem in _data_problems(data))
@@ -219,7 +219,7 @@ class CompareConfig:
                 problems += [f"data.{name}: {line}" for line in str(error).splitlines()]
         if problems:
             raise ConfigError("The comparison makes no sense:" + bullet_list(problems))
-        check_code_granted({name: found.score for name, found in data.items() if is_code(found.score)}, allow_code)
+        check_code_granted({name: part.score for name, part in data.items() if is_code(part.score)}, allow_code)
         return cls(**{name: value for name, value in options.items() if name != "data"}, data=data)
 
     def to_options(self) -> dict[str, Any]:

@@ -32,13 +32,13 @@ _numbers = count()
 
 def score_against_parameters(lines: Sequence[Line], variants: Sequence[Variant]) -> str | None:
     """Mean test score over the number of trained parameters (logarithmic), with intervals; ranks of a method joined."""
-    found = [(line, line.score) for line in lines if line.score is not None]
-    if not found:
+    scored = [(line, line.score) for line in lines if line.score is not None]
+    if not scored:
         return None
     figure, axes = _axes("trained parameters", "test score (%)")
     axes.set_xscale("log")
     for name, colour in _colours(variants).items():
-        own = sorted((line.parameters, score) for line, score in found if line.variant.name == name)
+        own = sorted((line.parameters, score) for line, score in scored if line.variant.name == name)
         if own:
             x, y = [parameters for parameters, _ in own], [100 * score.mean for _, score in own]
             axes.errorbar(
@@ -49,16 +49,16 @@ def score_against_parameters(lines: Sequence[Line], variants: Sequence[Variant])
 
 def score_against_forgetting(lines: Sequence[Line], variants: Sequence[Variant], base: Record | None) -> str | None:
     """Mean test score over the loss on general text, with intervals both ways, and the front of the best."""
-    found = [
+    points = [
         (line, line.score, line.general_loss)
         for line in lines
         if line.score is not None and line.general_loss is not None
     ]
-    if not found:
+    if not points:
         return None
     figure, axes = _axes("loss on general text (left: less forgotten)", "test score (%)")
     colours, markers = _colours(variants), _markers(variants)
-    for line, score, general in found:
+    for line, score, general in points:
         axes.errorbar(
             [general.mean],
             [100 * score.mean],
@@ -69,10 +69,10 @@ def score_against_forgetting(lines: Sequence[Line], variants: Sequence[Variant],
             label=line.variant.key,
             **{**_LINE, "linestyle": "none"},
         )
-    best = front([(general.mean, score.mean) for _, score, general in found])
+    best = front([(general.mean, score.mean) for _, score, general in points])
     axes.plot(
-        [found[i][2].mean for i in best],
-        [100 * found[i][1].mean for i in best],
+        [points[i][2].mean for i in best],
+        [100 * points[i][1].mean for i in best],
         color="#999999",
         linewidth=1,
         linestyle=":",

@@ -36,8 +36,8 @@ class Task:
     @property
     def sizes(self) -> dict[str, float]:
         """Rows of each part, for the record."""
-        found: dict[str, float] = {"train": len(self.rows), "validation": self.validation.rows, "test": self.test.rows}
-        return found if self.commonest is None else {**found, "commonest": self.commonest}
+        counts: dict[str, float] = {"train": len(self.rows), "validation": self.validation.rows, "test": self.test.rows}
+        return counts if self.commonest is None else {**counts, "commonest": self.commonest}
 
 
 @dataclass(frozen=True, kw_only=True)

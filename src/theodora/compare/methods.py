@@ -96,7 +96,7 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
     Raises:
         ConfigError: naming everything that makes no sense, a line for each.
     """
-    found: list[Variant] = []
+    chosen: list[Variant] = []
     problems: list[str] = []
     for given in methods:
         options: Mapping[Any, Any] = {"method": given} if isinstance(given, str) else given
@@ -127,16 +127,16 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
                 _ = variant.adapter
             except ConfigError as error:
                 problems += [f"methods: {name}: {line.strip()}" for line in str(error).splitlines()[1:]]
-            found.append(variant)
-    for one, other in alike(variant.key for variant in found):
+            chosen.append(variant)
+    for one, other in alike(variant.key for variant in chosen):
         told = f"there are two of {one}" if one == other else f"{one} and {other} differ in capitals alone"
         problems.append(f"methods: {told}; give one of them another name")
     if isinstance(rates, Mapping):
-        known = {"default", *METHODS, *(variant.name for variant in found)}
+        known = {"default", *METHODS, *(variant.name for variant in chosen)}
         problems += [f"learning_rates: there is no method {name!r}" for name in rates if name not in known]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return found
+    return chosen
 
 
 def _wrong(given: Any, options: Any) -> Iterator[str]:

@@ -95,12 +95,12 @@ def _cell(place: int, text: str) -> str:
     return f'<td class="text">{text}</td>' if place and len(text) > 48 and "<" not in text else f"<td>{text}</td>"
 
 
-def estimated(found: Estimate | None, scale: float, digits: int, *, sign: bool = False) -> str:
+def estimated(value: Estimate | None, scale: float, digits: int, *, sign: bool = False) -> str:
     """`81.2 ± 0.7`, or `–`."""
-    if found is None:
+    if value is None:
         return "–"
-    mean = signed(scale * found.mean, digits) if sign else f"{scale * found.mean:.{digits}f}"
-    return mean if found.half_width is None else f"{mean} ± {scale * found.half_width:.{digits}f}"
+    mean = signed(scale * value.mean, digits) if sign else f"{scale * value.mean:.{digits}f}"
+    return mean if value.half_width is None else f"{mean} ± {scale * value.half_width:.{digits}f}"
 
 
 def signed(value: float, digits: int) -> str:

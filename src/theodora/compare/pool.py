@@ -23,8 +23,8 @@ from theodora.compare.config import CompareConfig
 from theodora.errors import TheodoraError
 
 Outcome = Record | str | None
-"""Of a cell: its record; how its worker died, if it did; None if it never began, since the worker died before."""
-_MOST_STARTS = 3  # of a worker in the place of one that died, one after the other
+"""A cell's record; or how its worker died, in words; or None, if the worker died before the cell began."""
+_MOST_STARTS = 3  # replacements that may die while they load, one after the other, before the comparison ends
 
 
 class Workers(Protocol):
@@ -67,8 +67,8 @@ def start_workers(config: CompareConfig) -> Workers:
     Raises:
         TheodoraError: the model or data cannot be used.
     """
-    found = places(config)
-    return Processes(config, found) if len(found) > 1 else Here(config, found[0])
+    devices = places(config)
+    return Processes(config, devices) if len(devices) > 1 else Here(config, devices[0])
 
 
 class Here:
@@ -148,12 +148,12 @@ class Processes:
 
     def done(self) -> Iterator[tuple[Cell, Outcome]]:
         """Wait for a message of any worker."""
-        found = False
-        while self.running() and not found:
+        heard = False
+        while self.running() and not heard:
             for pipe in wait([worker.pipe for worker in self._workers], timeout=1.0):
                 worker = next(w for w in self._workers if w.pipe is pipe)
                 for outcome in self._hear(worker):
-                    found = True
+                    heard = True
                     yield outcome
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ def how_it_ended(exit_code: int | None) -> str:
         return "it does not answer"
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    names = {int(found): found.name for found in signal.Signals}
+    names = {int(number): number.name for number in signal.Signals}
     return f"killed by signal {-exit_code} ({names.get(-exit_code, 'unknown')})"
 
 

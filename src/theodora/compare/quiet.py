@@ -1,4 +1,4 @@
-"""Libraries keep to themselves what a table of a thousand runs has no room for."""
+"""Silencing libraries while a comparison runs: a table of a thousand runs has no room for their bars and notes."""
 
 from __future__ import annotations
 

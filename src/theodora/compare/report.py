@@ -1,4 +1,4 @@
-"""report.html: one page with everything a comparison found, that needs nothing else to be read."""
+"""report.html: one page with all results of a comparison, which needs no other file to be read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from theodora.files.atomic import atomic_write
 def write_report(store: Store) -> Path:
     """Write the page from the records there are, also of a comparison that is not finished."""
     config, records = store.config, store.records
-    found = lines(config, records)
+    all_lines = lines(config, records)
     sections = [
         _unfinished(store),
         _asked(config, records),
-        *_in_words(config, tests(config, found)),
-        _results(config, found, records.get("base")),
-        _tests(config, tests(config, found)),
-        *_figures(config, records, found),
+        *_in_words(config, tests(config, all_lines)),
+        _results(config, all_lines, records.get("base")),
+        _tests(config, tests(config, all_lines)),
+        *_figures(config, records, all_lines),
         _failures(records.values()),
         _runs(records.values()),
         f"<section><h2>How to read this</h2>{NOTES}</section>",
@@ -80,11 +80,11 @@ def _asked(config: CompareConfig, records: dict[str, Record]) -> str:
     return f"<section><h2>What was asked</h2><table class='facts'>{rows}</table>{table(head, data)}</section>"
 
 
-def _in_words(config: CompareConfig, found: Sequence[Finding]) -> Iterable[str]:
-    main: Measure = "score" if any(test.measure == "score" for test in found) else "loss"
+def _in_words(config: CompareConfig, findings: Sequence[Finding]) -> Iterable[str]:
+    main: Measure = "score" if any(test.measure == "score" for test in findings) else "loss"
     where = POOLED if len(config.data) > 1 else next(iter(config.data))
     for measure in (main, "general_loss"):
-        own = [test for test in found if test.measure == measure and test.data == where]
+        own = [test for test in findings if test.measure == measure and test.data == where]
         if own:
             differ, same = [t for t in own if t.is_found], [t for t in own if not t.is_found]
             items = "".join(f"<li>{_sentence(test)}</li>" for test in [*differ, *same])
@@ -102,10 +102,10 @@ def _sentence(test: Finding) -> str:
     return f"<b>{words}</b>" if test.is_found else words
 
 
-def _results(config: CompareConfig, found: Sequence[Line], base: Record | None) -> str:
+def _results(config: CompareConfig, all_lines: Sequence[Line], base: Record | None) -> str:
     parts = []
     for data in config.data:
-        own = [line for line in found if line.data == data]
+        own = [line for line in all_lines if line.data == data]
         rows = [_base_row(data, base)] if base is not None else []
         best = max((line.score.mean for line in own if line.score is not None), default=None)
         rows += [_result_row(line, base, best) for line in own]
@@ -152,9 +152,9 @@ def _result_row(line: Line, base: Record | None, best: float | None) -> list[str
     ]
 
 
-def _tests(config: CompareConfig, found: Sequence[Finding]) -> str:
+def _tests(config: CompareConfig, findings: Sequence[Finding]) -> str:
     rows = []
-    for test in found:
+    for test in findings:
         score = test.measure == "score"
         scale, digits = (100, 1) if score else (1, 3)
         rows.append(
@@ -162,11 +162,11 @@ def _tests(config: CompareConfig, found: Sequence[Finding]) -> str:
                 escape(test.data),
                 MEASURES[test.measure],
                 f"{escape(test.variant.title)} − {escape(test.reference.title)}",
-                estimated(test.found.difference, scale, digits, sign=True),
-                _p(test.found.p),
-                _p(test.found.p_corrected),
-                "–" if test.found.effect is None else f"{test.found.effect:+.2f}",
-                str(test.found.difference.count),
+                estimated(test.comparison.difference, scale, digits, sign=True),
+                _p(test.comparison.p),
+                _p(test.comparison.p_corrected),
+                "–" if test.comparison.effect is None else f"{test.comparison.effect:+.2f}",
+                str(test.comparison.difference.count),
                 escape(test.in_words()),
             ]
         )
@@ -185,10 +185,10 @@ def _p(value: float | None) -> str:
     return "–" if value is None else "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _figures(config: CompareConfig, records: dict[str, Record], found: Sequence[Line]) -> Iterable[str]:
+def _figures(config: CompareConfig, records: dict[str, Record], all_lines: Sequence[Line]) -> Iterable[str]:
     ranks = sorted({v.rank for v in config.variants if v.rank is not None})
     rank = ranks[len(ranks) // 2] if ranks else None
-    by_data = {data: [line for line in found if line.data == data] for data in config.data}
+    by_data = {data: [line for line in all_lines if line.data == data] for data in config.data}
     base = records.get("base")
     every = config.variants
     panels = {
@@ -210,7 +210,7 @@ def _figures(config: CompareConfig, records: dict[str, Record], found: Sequence[
 
 def _rates(config: CompareConfig, records: dict[str, Record], data: str) -> str | None:
     scored = config.data[data].score != "loss"
-    found: list[tuple[Variant, list[tuple[float, float]]]] = []
+    curves: list[tuple[Variant, list[tuple[float, float]]]] = []
     for variant in config.variants:
         points: dict[float, list[float]] = {}
         for cell in tuning_cells(config, data, variant):
@@ -218,8 +218,8 @@ def _rates(config: CompareConfig, records: dict[str, Record], data: str) -> str 
             value = None if record is None else record.validation_score if scored else record.validation_loss
             if value is not None:
                 points.setdefault(cell.learning_rate, []).append(100 * value if scored else value)
-        found.append((variant, [(rate, sum(values) / len(values)) for rate, values in sorted(points.items())]))
-    return figures.rates(found, config.variants, "validation score (%)" if scored else "validation loss (nats)")
+        curves.append((variant, [(rate, sum(values) / len(values)) for rate, values in sorted(points.items())]))
+    return figures.rates(curves, config.variants, "validation score (%)" if scored else "validation loss (nats)")
 
 
 def _failures(records: Iterable[Record]) -> str:

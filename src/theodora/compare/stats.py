@@ -1,4 +1,4 @@
-"""Means, intervals and paired tests, by Student's t. Plain Python: what is needed of it is fifty lines.
+"""Means, intervals and paired tests, by Student's t. Plain Python: fifty lines replace a dependency.
 
 A seed gives the same order of rows to every method, so methods are compared seed by seed.
 """
@@ -65,14 +65,14 @@ def paired_test(one: Sequence[float], other: Sequence[float]) -> Comparison:
         other: those of the other, in the same order of pairs.
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
-    found = estimate(differences)
-    if found.count < 2:
-        return Comparison(difference=found, p=None)
+    gap = estimate(differences)
+    if gap.count < 2:
+        return Comparison(difference=gap, p=None)
     spread = deviation(differences)
-    if spread <= 1e-12 * max(1.0, abs(found.mean)):  # t has no value
-        return Comparison(difference=found, p=1.0 if abs(found.mean) <= 1e-12 else None)
-    t = found.mean / (spread / math.sqrt(found.count))
-    return Comparison(difference=found, p=2 * t_tail(abs(t), found.count - 1), effect=found.mean / spread)
+    if spread <= 1e-12 * max(1.0, abs(gap.mean)):  # t has no value
+        return Comparison(difference=gap, p=1.0 if abs(gap.mean) <= 1e-12 else None)
+    t = gap.mean / (spread / math.sqrt(gap.count))
+    return Comparison(difference=gap, p=2 * t_tail(abs(t), gap.count - 1), effect=gap.mean / spread)
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -21,7 +21,7 @@ from theodora.files.atomic import atomic_write
 from theodora.parse import to_json
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
-# Settings that change how fast results come, and what is kept beside them, but not the results.
+# Settings that change how fast results come, and what is saved beside them, but not the results.
 _FREE = ("output", "trust_remote_code", "workers_per_gpu", "keep_adapters")
 _MOST_DEATHS = 3  # times that a process may die in a cell before the cell is passed over
 
@@ -149,8 +149,8 @@ def _flat(record: Record) -> dict[str, Any]:
     values = record.to_dict()
     del values["sizes"]
     for what in ("scores", "losses"):
-        found: Mapping[str, float] = values.pop(f"other_{what}")
-        values |= {f"{what[:-1] if what == 'scores' else 'loss'}_on_{name}": value for name, value in found.items()}
+        elsewhere: Mapping[str, float] = values.pop(f"other_{what}")
+        values |= {f"{what[:-1] if what == 'scores' else 'loss'}_on_{name}": value for name, value in elsewhere.items()}
     for name in ("losses", "curve"):
         points = values.pop(name)
         values[f"{name}_step"], values[f"{name}_loss"] = [p[0] for p in points], [p[1] for p in points]
@@ -181,11 +181,11 @@ def _content(path: Path) -> str:
 
 
 def _check_same(folder: Path, before: Any, now: dict[str, Any]) -> None:
-    found, wanted = dict(_leaves(before)), dict(_leaves(now))
+    there, here = dict(_leaves(before)), dict(_leaves(now))
     different = [
-        f"{name}: {_shown(found, name)} there, {_shown(wanted, name)} now"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name}: {_shown(there, name)} there, {_shown(here, name)} now"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
     ]
     if different:
         raise UsageError(

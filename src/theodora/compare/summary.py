@@ -1,4 +1,4 @@
-"""What the records come to: one line for each method on each data set, and the tests between them. Imports no torch."""
+"""Records summed up: one line for each method on each data set, and the tests between lines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ class Finding:
     variant: Variant
     reference: Variant
     measure: Measure
-    found: Comparison
+    comparison: Comparison
 
     @property
     def is_found(self) -> bool:
         """Whether there is a difference, after correction."""
-        return self.found.p_corrected is not None and self.found.p_corrected < ALPHA
+        return self.comparison.p_corrected is not None and self.comparison.p_corrected < ALPHA
 
     @property
     def is_better(self) -> bool:
         """Whether the method is ahead of the reference on average."""
-        return (self.found.difference.mean > 0) == (self.measure == "score")
+        return (self.comparison.difference.mean > 0) == (self.measure == "score")
 
     def in_words(self) -> str:
         """One sentence, without names of what it is about."""
-        difference = self.found.difference
+        difference = self.comparison.difference
         points = self.measure == "score"
         scale, unit = (100, " points") if points else (1, " nats")
         if difference.half_width is None:
@@ -117,7 +117,7 @@ def _estimate(values: Sequence[float | None]) -> Estimate | None:
     return estimate(known) if known else None
 
 
-def tests(config: CompareConfig, found: Sequence[Line]) -> list[Finding]:
+def tests(config: CompareConfig, all_lines: Sequence[Line]) -> list[Finding]:
     """Every method against the reference methods: on each data set, and pair by pair over all of them.
 
     Those of one measure on one data set are read together, and corrected together.
@@ -129,10 +129,10 @@ def tests(config: CompareConfig, found: Sequence[Line]) -> list[Finding]:
                 test
                 for variant in config.variants
                 for reference in references(config, variant)
-                if (test := _test(found, data, variant, reference, measure)) is not None
+                if (test := _test(all_lines, data, variant, reference, measure)) is not None
             ]
-            corrected = holm([test.found for test in family])
-            result += [replace(test, found=c) for test, c in zip(family, corrected, strict=True)]
+            corrected = holm([test.comparison for test in family])
+            result += [replace(test, comparison=c) for test, c in zip(family, corrected, strict=True)]
     return result
 
 
@@ -156,22 +156,24 @@ def references(config: CompareConfig, variant: Variant) -> list[Variant]:
     return [v for v in chosen if v.name != variant.name and not (variant.key in own and v.key > variant.key)]
 
 
-def _test(found: Sequence[Line], data: str, variant: Variant, reference: Variant, measure: Measure) -> Finding | None:
+def _test(
+    all_lines: Sequence[Line], data: str, variant: Variant, reference: Variant, measure: Measure
+) -> Finding | None:
     one: list[float] = []
     other: list[float] = []
-    for name in [line.data for line in found if line.variant.key == variant.key]:
+    for name in [line.data for line in all_lines if line.variant.key == variant.key]:
         if data in (name, POOLED):
-            mine, theirs = (_by_seed(found, name, v, measure) for v in (variant, reference))
+            mine, theirs = (_by_seed(all_lines, name, v, measure) for v in (variant, reference))
             seeds = sorted(mine.keys() & theirs.keys())
             one += [mine[seed] for seed in seeds]
             other += [theirs[seed] for seed in seeds]
     if not one:
         return None
-    return Finding(data=data, variant=variant, reference=reference, measure=measure, found=paired_test(one, other))
+    return Finding(data=data, variant=variant, reference=reference, measure=measure, comparison=paired_test(one, other))
 
 
-def _by_seed(found: Sequence[Line], data: str, variant: Variant, measure: Measure) -> dict[int, float]:
-    line = next(line for line in found if line.data == data and line.variant.key == variant.key)
+def _by_seed(all_lines: Sequence[Line], data: str, variant: Variant, measure: Measure) -> dict[int, float]:
+    line = next(line for line in all_lines if line.data == data and line.variant.key == variant.key)
     values = {run.seed: getattr(run, measure) for run in line.runs}
     return {seed: value for seed, value in values.items() if value is not None}
 
@@ -179,8 +181,8 @@ def _by_seed(found: Sequence[Line], data: str, variant: Variant, measure: Measur
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points (cost, gain) than which none has less cost and at least as much gain, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    kept: list[int] = []
+    best: list[int] = []
     for i in order:
-        if not kept or points[i][1] > points[kept[-1]][1]:
-            kept.append(i)
-    return kept
+        if not best or points[i][1] > points[best[-1]][1]:
+            best.append(i)
+    return best

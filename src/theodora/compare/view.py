@@ -77,10 +77,10 @@ class View:
     def _left(self) -> str:
         """The time left, from the mean time of each kind of cell; of a kind not yet seen, that of all."""
         ready, later = all_cells(self._store.config, self._store.records)
-        everything = [seconds for found in self._seconds.values() for seconds in found]
+        everything = [seconds for times in self._seconds.values() for seconds in times]
         if not everything:
             return ""
-        means = {phase: sum(found) / len(found) for phase, found in self._seconds.items()}
+        means = {phase: sum(times) / len(times) for phase, times in self._seconds.items()}
         mean = sum(everything) / len(everything)
         seconds = sum(means.get(cell.phase, mean) for cell in [*ready, *later]) / self._workers.count
         return f"{as_time(seconds)} left"
@@ -137,7 +137,7 @@ def _mean(values: list[float | None], *, percent: bool = False) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    found = estimate(known)
+    average = estimate(known)
     scale, digits, unit = (100, 1, " %") if percent else (1, 3, "")
-    half = "" if found.half_width is None else f" ± {scale * found.half_width:.{digits}f}"
-    return f"{scale * found.mean:.{digits}f}{half}{unit}"
+    half = "" if average.half_width is None else f" ± {scale * average.half_width:.{digits}f}"
+    return f"{scale * average.mean:.{digits}f}{half}{unit}"

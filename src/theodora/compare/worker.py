@@ -29,7 +29,7 @@ from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
-from theodora.train.light import Diverged, LightSettings, train_light
+from theodora.train.light import LightRunDiverged, LightSettings, train_light
 from theodora.train.memory import peak_of, start_counting
 
 _CURVE_POINTS = 60  # of the training loss
@@ -67,7 +67,7 @@ class Bench:
                 self._score_base(record)
             else:
                 self._train_and_score(cell, record)
-        except Diverged as error:
+        except LightRunDiverged as error:
             record.status, record.message = "diverged", str(error)
         except LossNotFinite as error:
             # The base model has not been trained here: it came so.
@@ -92,9 +92,9 @@ class Bench:
     def _score_base(self, record: Record) -> None:
         for name, task in self.material.tasks.items():
             record.sizes[name] = task.sizes
-            found = self._score(name, task.test)
-            record.other_losses[name] = found.loss
-            if (value := score_of(found)) is not None:
+            scores = self._score(name, task.test)
+            record.other_losses[name] = scores.loss
+            if (value := score_of(scores)) is not None:
                 record.other_scores[name] = value
         self._score_general(record)
 
@@ -176,12 +176,12 @@ class Bench:
         record.losses = thinned(result.losses, _CURVE_POINTS)
 
     def _validate(self, cell: Cell, record: Record) -> None:
-        found = self._score(cell.data, self.material.tasks[cell.data].validation)
-        record.validation_score, record.validation_loss = score_of(found), found.loss
+        scores = self._score(cell.data, self.material.tasks[cell.data].validation)
+        record.validation_score, record.validation_loss = score_of(scores), scores.loss
 
     def _test(self, cell: Cell, record: Record) -> None:
-        found = self._score(cell.data, self.material.tasks[cell.data].test)
-        record.score, record.loss = score_of(found), found.loss
+        scores = self._score(cell.data, self.material.tasks[cell.data].test)
+        record.score, record.loss = score_of(scores), scores.loss
         self._score_general(record)
         for name, task in self.material.tasks.items():
             if name != cell.data and task.other is not None:
@@ -216,7 +216,7 @@ class Bench:
 
     @contextmanager
     def _as_served(self) -> Iterator[None]:
-        """Weights that were trained wider than the base are scored in the base's dtype, as they would be kept."""
+        """Weights that were trained wider than the base are scored in the base's dtype, as they would be saved."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         wide = {p: p.data for p in self.model.parameters() if p.requires_grad and self._trains_all}
         try:
@@ -253,10 +253,10 @@ def full_weights(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
 
-def score_of(found: Scores) -> float | None:
+def score_of(scores: Scores) -> float | None:
     """The score that a data set asked for; None where it is the loss alone."""
-    own = next(iter(found.metrics.values()), None)
-    return next((v for v in (found.label_accuracy, found.exact_match, found.token_f1, own) if v is not None), None)
+    own = next(iter(scores.metrics.values()), None)
+    return next((v for v in (scores.label_accuracy, scores.exact_match, scores.token_f1, own) if v is not None), None)
 
 
 def thinned(values: list[float], points: int) -> list[tuple[int, float]]:

@@ -157,14 +157,14 @@ def build(dtype: str, device: str = "cpu") -> Specimen:
 def inputs(dtype: str, device: str = "cpu", batch: tuple[int, ...] = BATCH, seed: int = 1) -> tuple[Tensor, ...]:
     """One input for each kind, (…, I), or token ids."""
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
+    made: list[Tensor] = []
     for kind in KINDS:
         if kind == "embed_tokens":
-            found.append(torch.randint(VOCABULARY, batch, generator=generator).to(device))
+            made.append(torch.randint(VOCABULARY, batch, generator=generator).to(device))
         else:
             x = torch.randn(*batch, FEATURES[kind], generator=generator)
-            found.append(x.to(device, DTYPES[dtype]))
-    return tuple(found)
+            made.append(x.to(device, DTYPES[dtype]))
+    return tuple(made)
 
 
 FEATURES = {
@@ -193,16 +193,16 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 def base_numbers(model: nn.Module) -> dict[str, Numbers]:
     """Kind → numbers of the untouched layer."""
-    found: dict[str, Numbers] = {}
+    numbers: dict[str, Numbers] = {}
     for kind in KINDS:
         module: Any = model.get_submodule(kind)
         bias = getattr(module, "bias", None)
-        found[kind] = Numbers(
+        numbers[kind] = Numbers(
             stored_weight(module),
             None if bias is None else bias.detach().to("cpu", F64),
             float8=weight_of(module).stored == "float8",
         )
-    return found
+    return numbers
 
 
 def trained_values(n: Numbers, variant: Variant, kind: str, seed: int) -> dict[str, Tensor]:

@@ -104,13 +104,13 @@ def gradients(n: Numbers, x_TI: Tensor, dy_TO: Tensor) -> dict[str, Tensor]:
     v, g = direction(n), row_scale(n)
     by_weight = dy_TO.T @ x_TI  # of W', (O, I)
     by_direction = g[:, None] * by_weight
-    found = {"x": dy_TO @ (g[:, None] * v)}
+    gradient_of = {"x": dy_TO @ (g[:, None] * v)}
     if n.a_RI is not None and n.b_OR is not None:
-        found |= {"A": n.scale * n.b_OR.T @ by_direction, "B": n.scale * by_direction @ n.a_RI.T}
+        gradient_of |= {"A": n.scale * n.b_OR.T @ by_direction, "B": n.scale * by_direction @ n.a_RI.T}
     if n.magnitude_O is not None:
         norm = (v * v).sum(1).sqrt()
-        found["m"] = torch.where(norm > 0, (by_weight * v).sum(1) / torch.where(norm > 0, norm, 1.0), 0.0)
-    return found
+        gradient_of["m"] = torch.where(norm > 0, (by_weight * v).sum(1) / torch.where(norm > 0, norm, 1.0), 0.0)
+    return gradient_of
 
 
 # Adapters made of adapters -------------------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ def best_of_rank(matrix_OI: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def ties(changes: list[Tensor], weights: list[float], kept: int) -> Tensor:
+def ties(changes: list[Tensor], weights: list[float], left: int) -> Tensor:
     """Trim each change to its `kept` largest, elect the sign of the weighted sum, average what agrees (2306.01708)."""
     trimmed: list[Tensor] = []
     for delta, weight in zip(changes, weights, strict=True):
-        least = delta.abs().flatten().sort(descending=True).values[kept - 1]
+        least = delta.abs().flatten().sort(descending=True).values[left - 1]
         trimmed.append(weight * torch.where(delta.abs() >= least, delta, 0.0))
     stack = torch.stack(trimmed)
     agrees = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
@@ -238,19 +238,19 @@ def walk_back(n: Numbers, x_TI: Tensor, dy_TO: Tensor, dtype: torch.dtype) -> di
     scaled = _row_scale(n)
     dz = dy if scaled is None else (dy * scaled[0]).to(dtype)
     base = dz.to_float8_rows() if n.float8 else dz
-    found = {"x": (base @ Rounded.exact(n.weight_OI).to(dtype)).to(dtype)}
+    gradient_of = {"x": (base @ Rounded.exact(n.weight_OI).to(dtype)).to(dtype)}
     factors = n.factors()
     if factors is not None and n.a_RI is not None and n.b_OR is not None and forward.xa is not None:
         a, b = (Rounded.exact(f).to(dtype) for f in factors)
         dzb = ((dz @ b).to(dtype) * n.scale).to(dtype)
-        found["x"] = (found["x"] + (dzb @ a).to(dtype)).to(dtype)
+        gradient_of["x"] = (gradient_of["x"] + (dzb @ a).to(dtype)).to(dtype)
         rank = len(n.a_RI)
-        found["A"] = _head(dzb.T @ x, rank, 0).to(dtype)
-        found["B"] = ((dz.T @ _head(forward.xa, rank, 1)).to(dtype) * n.scale).to(dtype)
+        gradient_of["A"] = _head(dzb.T @ x, rank, 0).to(dtype)
+        gradient_of["B"] = ((dz.T @ _head(forward.xa, rank, 1)).to(dtype) * n.scale).to(dtype)
     if scaled is not None:
         norm, there = scaled[1], scaled[1].value > 0
-        found["m"] = ((dy * forward.z).to(dtype).sum(0) / norm.where(there, 1.0)).where(there, 0.0).to(dtype)
-    return found
+        gradient_of["m"] = ((dy * forward.z).to(dtype).sum(0) / norm.where(there, 1.0)).where(there, 0.0).to(dtype)
+    return gradient_of
 
 
 def walk_merge(n: Numbers, dtype: torch.dtype) -> Rounded:

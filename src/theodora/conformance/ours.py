@@ -58,8 +58,8 @@ class Ours:
 
     def parameters(self, kind: str, name: str) -> dict[str, nn.Parameter]:
         adapter: Any = self.adapter(kind, name)
-        found = {"A": adapter.lora_A, "B": adapter.lora_B, "m": adapter.magnitude}
-        return {part: p for part, p in found.items() if p is not None}
+        tensors = {"A": adapter.lora_A, "B": adapter.lora_B, "m": adapter.magnitude}
+        return {part: p for part, p in tensors.items() if p is not None}
 
     def start(self, kind: str, name: str) -> tuple[Tensor, Tensor] | None:
         adapter: Any = self.adapter(kind, name)

@@ -93,18 +93,18 @@ class Peft:
     def parameters(self, kind: str, name: str) -> dict[str, nn.Parameter]:
         layer = self.layer(kind)
         if kind == "embed_tokens":
-            found = {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
+            tensors = {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
         else:
-            found = {"A": layer.lora_A[name].weight, "B": layer.lora_B[name].weight}
+            tensors = {"A": layer.lora_A[name].weight, "B": layer.lora_B[name].weight}
         if name in layer.lora_magnitude_vector:
-            found["m"] = layer.lora_magnitude_vector[name].weight
-        return found
+            tensors["m"] = layer.lora_magnitude_vector[name].weight
+        return tensors
 
     def start(self, kind: str, name: str) -> tuple[Tensor, Tensor] | None:
         if self.variant.init not in ("pissa", "olora") or kind == "embed_tokens":
             return None
-        found = self.parameters(kind, name)
-        return tuple(found[part].detach().to("cpu", torch.float64, copy=True) for part in "AB")  # pyright: ignore
+        tensors = self.parameters(kind, name)
+        return tuple(tensors[part].detach().to("cpu", torch.float64, copy=True) for part in "AB")  # pyright: ignore
 
     def weight(self, kind: str) -> Tensor:
         return stored_weight(self.holder(kind))
@@ -165,12 +165,12 @@ class Peft:
             self.peft.add_weighted_adapter(
                 list(names), list(weights), into, combination_type=kind, svd_rank=rank, **options
             )
-        self.draws = [(kind, name, kept) for (kind, name), kept in zip(self._turns(names), self.draws, strict=False)]
+        self.draws = [(kind, name, drawn) for (kind, name), drawn in zip(self._turns(names), self.draws, strict=False)]
         self.activate(into)
 
     def drawn(self, kind: str, name: str, shape: Sequence[int], density: float) -> Tensor:
-        kept = next(kept for k, n, kept in self.draws if (k, n) == (kind, name))
-        return kept.T if kind in ("conv1d", "embed_tokens") else kept
+        mask = next(mask for k, n, mask in self.draws if (k, n) == (kind, name))
+        return mask.T if kind in ("conv1d", "embed_tokens") else mask
 
     def trimmed(self, elements: int, density: float) -> int:
         return int(density * elements)

@@ -108,12 +108,12 @@ class Rounded:
         return noise / size if size > 0 else noise
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
+def distance(result: Tensor, exact: Tensor) -> float:
     """‖found − exact‖ / ‖exact‖ in float64, absolute where exact is zero; infinite for NaN or another shape."""
-    if found.shape != exact.shape:
+    if result.shape != exact.shape:
         return float("inf")
-    found, exact = found.detach().to("cpu", F64), exact.detach().to("cpu", F64)
-    size, gap = float(exact.norm()), float((found - exact).norm())
+    result, exact = result.detach().to("cpu", F64), exact.detach().to("cpu", F64)
+    size, gap = float(exact.norm()), float((result - exact).norm())
     if gap != gap:
         return float("inf")
     return gap / size if size > 0 else gap

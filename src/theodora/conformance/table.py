@@ -60,8 +60,8 @@ def report(rows: Sequence[Row], versions: dict[str, str], full: bool = False) ->
     yield matrix(rows, titles)
     yield worst_errors(rows, titles)
     for library in libraries:
-        if found := failures([row for row in rows if row.library == library]):
-            yield failure_table(found, titles[library])
+        if failed := failures([row for row in rows if row.library == library]):
+            yield failure_table(failed, titles[library])
     if full:
         yield every_row(rows, titles)
 
@@ -139,7 +139,7 @@ class Failure:
 
 
 def failures(rows: Iterable[Row]) -> list[Failure]:
-    """What did not hold, alike rows together: NaN, exceptions and rows of zeros across operations, others by one."""
+    """What did not hold: NaN, exceptions and rows of zeros once for all operations, the rest for each operation."""
     alike: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.status in ("failed", "refused", "raised"):
@@ -148,9 +148,9 @@ def failures(rows: Iterable[Row]) -> list[Failure]:
     for (operation, said), members in alike.items():
         where = (_ordered(members, "kind", KIND_TITLES), _ordered(members, "variant", VARIANTS))
         together = said == _NAN or members[0].status != "failed" or where[0] == ("zero_rows",)
-        apart = "" if together else operation
-        merged.setdefault((apart, said, *where), []).extend(members)
-    found = [
+        own_operation = "" if together else operation
+        merged.setdefault((own_operation, said, *where), []).extend(members)
+    several = [
         Failure(
             _ordered(members, "operation", OPERATIONS),
             said,
@@ -162,10 +162,10 @@ def failures(rows: Iterable[Row]) -> list[Failure]:
         for (_, said, kinds, variants), members in merged.items()
     ]
     place = list(OPERATIONS)
-    return sorted(found, key=lambda f: (-len(f.operations), place.index(f.operations[0]), -len(f.rows)))
+    return sorted(several, key=lambda f: (-len(f.operations), place.index(f.operations[0]), -len(f.rows)))
 
 
-def failure_table(found: Sequence[Failure], title: str) -> Table:
+def failure_table(failed: Sequence[Failure], title: str) -> Table:
     """One library's failures."""
     table = _table(f"{title}: what did not hold")
     table.add_column("operation")
@@ -173,7 +173,7 @@ def failure_table(found: Sequence[Failure], title: str) -> Table:
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("largest\nerror", justify="right", no_wrap=True)
     table.add_column("what")
-    for failure in found:
+    for failure in failed:
         table.add_row(
             _listed([OPERATIONS[key].title for key in failure.operations], len(OPERATIONS)),
             f"{_listed([KIND_TITLES[kind] for kind in failure.kinds], len(KIND_TITLES))}; "

@@ -234,7 +234,7 @@ class Trial:
 
     def outputs(
         self,
-        found: Sequence[Tensor],
+        results: Sequence[Tensor],
         x: Sequence[Tensor],
         numbers: dict[str, Numbers],
         what: str = "output",
@@ -243,17 +243,17 @@ class Trial:
         """Outputs of adapted layers against the formula."""
         for kind in self.kinds:
             n, rows = numbers[kind], flat(x[KINDS.index(kind)], kind)
-            y = found[KINDS.index(kind)]
+            y = results[KINDS.index(kind)]
             walked = formula.walk(n, rows, dtype or self.torch_dtype).y
             yield self.check(kind, what, y.reshape(-1, y.shape[-1]), formula.output(n, rows), walked.bound())
 
     def merged_outputs(
-        self, found: Sequence[Tensor], x: Sequence[Tensor], numbers: dict[str, Numbers], what: str
+        self, results: Sequence[Tensor], x: Sequence[Tensor], numbers: dict[str, Numbers], what: str
     ) -> Iterator[Check]:
         """Outputs of plain layers that hold merged weights."""
         for kind in self.kinds:
             n, rows = numbers[kind], flat(x[KINDS.index(kind)], kind)
-            y = found[KINDS.index(kind)]
+            y = results[KINDS.index(kind)]
             walked = formula.walk_merged(n, rows, self.torch_dtype, self.torch_dtype)
             yield self.check(kind, what, y.reshape(-1, y.shape[-1]), formula.output(n, rows), walked.bound())
 
@@ -271,10 +271,10 @@ class Trial:
             rows, dy_TO = flat(x[i], kind), dy[i].to("cpu", torch.float64).reshape(-1, dy[i].shape[-1])
             exact = formula.gradients(n, rows, dy_TO)
             bounds = formula.walk_back(n, rows, dy_TO, dtype or self.torch_dtype)
-            found: dict[str, Any] = {part: p.grad for part, p in subject.parameters(kind, name).items()}
+            gradients: dict[str, Any] = {part: p.grad for part, p in subject.parameters(kind, name).items()}
             if x[i].is_floating_point() and x[i].requires_grad:
-                found["x"] = None if x[i].grad is None else flat(x[i].grad, kind)  # pyright: ignore[reportArgumentType]
-            for part, gradient in found.items():
+                gradients["x"] = None if x[i].grad is None else flat(x[i].grad, kind)  # pyright: ignore[reportArgumentType]
+            for part, gradient in gradients.items():
                 if gradient is None:
                     yield Check(kind, f"no gradient of {part}", float("inf"), bounds[part].bound())
                 else:
@@ -291,26 +291,26 @@ class Trial:
         """The base weights that `holder(kind)` holds are bit for bit what they were, and so is the tied lookup's."""
         untouched = self.bare()
         for kind in (*self.kinds, *(["tied_lookup"] if "tied_head" in self.kinds else [])):
-            found, exact = (stored_weight(module) for module in (holder(kind), untouched.get_submodule(kind)))
-            yield self.same("tied_head" if kind == "tied_lookup" else kind, what, found, exact)
+            now, exact = (stored_weight(module) for module in (holder(kind), untouched.get_submodule(kind)))
+            yield self.same("tied_head" if kind == "tied_lookup" else kind, what, now, exact)
 
     def same_outputs(
-        self, found: Sequence[Tensor], expected: Sequence[Tensor], what: str, kinds: Sequence[str] | None = None
+        self, results: Sequence[Tensor], expected: Sequence[Tensor], what: str, kinds: Sequence[str] | None = None
     ) -> Iterator[Check]:
         """Outputs are bit for bit those of before."""
         for kind in kinds or self.kinds:
             i = KINDS.index(kind)
-            yield self.same(kind, what, found[i], expected[i])
+            yield self.same(kind, what, results[i], expected[i])
 
-    def check(self, kind: str, what: str, found: Tensor, exact: Tensor, bound: float) -> Check:
+    def check(self, kind: str, what: str, result: Tensor, exact: Tensor, bound: float) -> Check:
         """A value against the formula's."""
-        return Check(kind, what, distance(found, exact), bound)
+        return Check(kind, what, distance(result, exact), bound)
 
-    def same(self, kind: str, what: str, found: Tensor, expected: Tensor) -> Check:
+    def same(self, kind: str, what: str, result: Tensor, expected: Tensor) -> Check:
         """A value against an equal one: no error is allowed."""
-        if found.dtype == expected.dtype and torch.equal(found, expected):
+        if result.dtype == expected.dtype and torch.equal(result, expected):
             return Check(kind, what, 0.0, 0.0)
-        return Check(kind, what, distance(found, expected.detach().to("cpu", torch.float64)) or float("inf"), 0.0)
+        return Check(kind, what, distance(result, expected.detach().to("cpu", torch.float64)) or float("inf"), 0.0)
 
     def demand(self, kind: str, what: str, holds: bool) -> Check:
         """Something that is so or not."""

@@ -1,4 +1,4 @@
-"""The files that the demo works on: found where they are installed, or fetched once, because someone ran the demo."""
+"""The files that the demo works on: taken from an installed package, or fetched once, when someone runs the demo."""
 
 from __future__ import annotations
 

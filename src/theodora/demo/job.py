@@ -128,7 +128,7 @@ def run_job(
         start: `time.monotonic()` at which the time of everything began. Default: now.
     """
     start = time.monotonic() if start is None else start
-    data = _prepare_output(output, findings, texts, settings)
+    data = prepare_output(output, findings, texts, settings)
     console.print(
         f"The task: name the body system of a medical finding, one of {len({f.system for f in findings})}. "
         f"{settings.held_out_rows} of {len(findings):,} findings are held out.\n"
@@ -168,13 +168,16 @@ def run_job(
 
 
 @dataclass(frozen=True)
-class _Data:
+class DataFiles:
+    """The files of a demo's rows."""
+
     train: Path
     held_out: Path
 
 
-def _prepare_output(output: Path, findings: list[task.Finding], texts: list[str], settings: DemoSettings) -> _Data:
-    # First, so that what a kill leaves is known for a demo.
+def prepare_output(output: Path, findings: list[task.Finding], texts: list[str], settings: DemoSettings) -> DataFiles:
+    """Take away what an earlier demo left in a folder, and write the rows of this one."""
+    # The README comes first: after a kill it tells that the folder is a demo's.
     with atomic_write(output / _README) as readme:
         readme.write_text(_MARK + _CONTENTS, encoding="utf-8")
     for name in _FOLDERS:
@@ -183,14 +186,14 @@ def _prepare_output(output: Path, findings: list[task.Finding], texts: list[str]
         (output / name).unlink(missing_ok=True)
     (output / "data").mkdir()
     training, held_out = task.split_rows(task.make_rows(findings), settings.held_out_rows)
-    data = _Data(train=output / "data" / "train.jsonl", held_out=output / "data" / "held_out.jsonl")
+    data = DataFiles(train=output / "data" / "train.jsonl", held_out=output / "data" / "held_out.jsonl")
     task.write_jsonl(data.train, training)
     task.write_jsonl(data.held_out, held_out)
     task.write_jsonl(output / "data" / "general.jsonl", [{"text": text} for text in texts])
     return data
 
 
-def _train_config(model: Path, data: _Data, output: Path, settings: DemoSettings, dtype: str) -> TrainConfig:
+def _train_config(model: Path, data: DataFiles, output: Path, settings: DemoSettings, dtype: str) -> TrainConfig:
     return TrainConfig(
         model=str(model),
         data=str(data.train),
@@ -209,7 +212,7 @@ def _train_config(model: Path, data: _Data, output: Path, settings: DemoSettings
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: _Data,
+    data: DataFiles,
     texts: list[str],
     settings: DemoSettings,
     console: Console,
@@ -230,7 +233,7 @@ def _measure(
 
 
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: _Data, console: Console
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataFiles, console: Console
 ) -> tuple[Answers, ...]:
     """Questions on different body systems: the first held-out ones, not the best ones."""
     first: dict[str, Any] = {}
@@ -264,7 +267,7 @@ def _say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict[s
     return str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _merge(output: Path, data: _Data, console: Console) -> tuple[float, float]:
+def _merge(output: Path, data: DataFiles, console: Console) -> tuple[float, float]:
     """Merge on disk, then compare logits in float32: (largest difference, largest logit)."""
     with console.status("Merging the adapter into the base model ..."):
         merge_checkpoint(output / "adapter", output / "merged", dtype="float32")
@@ -285,7 +288,7 @@ def _merge(output: Path, data: _Data, console: Console) -> tuple[float, float]:
     return difference, scale
 
 
-def _rows(data: _Data) -> list[Any]:
+def _rows(data: DataFiles) -> list[Any]:
     return list(load_examples(data.held_out).dataset)
 
 

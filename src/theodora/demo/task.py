@@ -50,10 +50,10 @@ def read_findings(obo: Path) -> list[Finding]:
     systems = {key for key, term in terms.items() if _ROOT in term.parents}
     findings: dict[str, Finding] = {}
     for key, term in terms.items():
-        found = _ancestors(key, terms) & systems
-        if key in systems or len(found) != 1 or not 0 < len(term.definition) <= _LONGEST_DEFINITION:
+        above = _ancestors(key, terms) & systems
+        if key in systems or len(above) != 1 or not 0 < len(term.definition) <= _LONGEST_DEFINITION:
             continue
-        finding = Finding(name=term.name, definition=term.definition, system=_short_label(terms[found.pop()].name))
+        finding = Finding(name=term.name, definition=term.definition, system=short_label(terms[above.pop()].name))
         # Terms that differ in case and punctuation only would leak from training into the held-out rows.
         findings.setdefault(re.sub(r"\W+", " ", finding.definition.lower()).strip(), finding)
     return list(findings.values())
@@ -89,7 +89,7 @@ def _ancestors(key: str, terms: dict[str, _Term]) -> set[str]:
     return seen
 
 
-def _short_label(name: str) -> str:
+def short_label(name: str) -> str:
     """`Abnormality of the nervous system` -> `nervous system`: the rest is in every label alike."""
     return re.sub(r"^abnormal(ity of( the)?)? | abnormality$", "", name.lower())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CUTS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
+CUTS: Mapping[str, str] = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 # llama.cpp loads no BPE tokenizer without merges. This one never applies: nothing makes its left symbol.
 _NEVER = "!! !"
 
@@ -41,15 +42,15 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     if model.get("type") != "BPE":
         raise CheckpointError(f"{path} is of type {model.get('type')}; tokenizers of type BPE are written to GGUF here")
     bytes_only = bool(model.get("byte_fallback"))
-    tokens, types = _tokens(tokenizer, vocab_size, bytes_only)
+    tokens, types = tokens_and_types(tokenizer, vocab_size, bytes_only)
     if bytes_only:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_adds_space(tokenizer))
-        writer.add_token_scores(_scores(tokens, model["merges"]))
+        writer.add_add_space_prefix(adds_space(tokenizer))
+        writer.add_token_scores(merge_scores(tokens, model["merges"]))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_cut(tokenizer, path))
+        writer.add_tokenizer_pre(name_of_cut(tokenizer, path))
         if not model["merges"]:
             writer.add_token_merges([_NEVER])
     writer.add_token_list(tokens)
@@ -72,7 +73,17 @@ def _write_ends(writer: Any, folder: Path, special: dict[str, int], vocab_size: 
             getattr(writer, f"add_{kind}_token_id")(end)
 
 
-def _tokens(tokenizer: dict[str, Any], vocab_size: int, bytes_only: bool) -> tuple[list[str], list[int]]:
+def tokens_and_types(tokenizer: dict[str, Any], vocab_size: int, bytes_only: bool) -> tuple[list[str], list[int]]:
+    """The text of each token, by its id, and what kind of token it is (`gguf.TokenType`).
+
+    Args:
+        tokenizer: what tokenizer.json holds.
+        vocab_size: rows of the model's embedding; ids without a token are filled up.
+        bytes_only: whether text outside the vocabulary falls into tokens for single bytes (`<0x0A>`).
+
+    Raises:
+        CheckpointError: the tokenizer has tokens that the model has no rows for.
+    """
     from gguf import TokenType
 
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
@@ -100,7 +111,16 @@ def _tokens(tokenizer: dict[str, Any], vocab_size: int, bytes_only: bool) -> tup
     return tokens, [int(kind) for kind in types]
 
 
-def _cut(tokenizer: dict[str, Any], path: Path) -> str:
+def name_of_cut(tokenizer: dict[str, Any], path: Path) -> str:
+    """llama.cpp's name for the way in which a tokenizer cuts text before merging.
+
+    Args:
+        tokenizer: what tokenizer.json holds.
+        path: of that file; for messages.
+
+    Raises:
+        CheckpointError: no name is known for it.
+    """
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
@@ -111,7 +131,7 @@ def _cut(tokenizer: dict[str, Any], path: Path) -> str:
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        name = _CUTS.get(steps[0].get("pattern", {}).get("Regex", ""))
+        name = CUTS.get(steps[0].get("pattern", {}).get("Regex", ""))
         if name is not None:
             return name
     raise CheckpointError(
@@ -120,13 +140,14 @@ def _cut(tokenizer: dict[str, Any], path: Path) -> str:
     )
 
 
-def _adds_space(tokenizer: dict[str, Any]) -> bool:
+def adds_space(tokenizer: dict[str, Any]) -> bool:
+    """Whether a tokenizer puts a space before the first word, by what tokenizer.json holds."""
     text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
-def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """SentencePiece merges what scores best; here: the result of the earliest merge."""
+def merge_scores(tokens: list[str], merges: list[Any]) -> list[float]:
+    """A score for each token: SentencePiece merges what scores best, and here the earliest merge has the best score."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)

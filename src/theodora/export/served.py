@@ -129,7 +129,7 @@ def load_served(model: PreTrainedModel, folder: str | Path) -> None:
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = b
         if fields["method"] == "dora":
-            w_OI = base_weight(modules[path]).dense().detach()
+            w_OI = base_weight(modules[path]).dense()
             if w_OI.shape != (b.shape[0], a.shape[1]):
                 raise CheckpointError(f"{path}: made for {(b.shape[0], a.shape[1])}, here it is {tuple(w_OI.shape)}")
             norm = dora_norm(w_OI.double(), a.double(), b.double(), scale)

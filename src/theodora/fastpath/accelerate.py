@@ -89,7 +89,7 @@ def speed_up_model(model: nn.Module) -> FastPath:
 
 
 def restore_model(model: nn.Module) -> None:
-    """Undo `accelerate`.
+    """Undo `accelerate`. Other models stay on the fast path, whichever of them came first.
 
     Raises:
         ConfigError: another library has put a class on top of one of ours; nothing was changed.

@@ -26,8 +26,7 @@ from torch.nn import functional as F
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import wide_dtype
-from theodora.kernels import Parts
-from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels import BaseWeight, Parts
 from theodora.kernels.recompute import once_in_a_block
 from theodora.layers.adapt import cannot_adapt
 from theodora.layers.base import norm_of
@@ -73,7 +72,7 @@ class FastPeftLinear(Linear):
         """The adapted product, (T, I) to (T, O), of the dtype that PEFT's forward gives."""
         why = Fallback("arguments beside its input (`adapter_names`, say)") if args or kwargs else self.fallback()
         dtype = autocast_dtype(x)
-        if why is None and dtype is None and not self._frozen_weight().takes(x.dtype):
+        if why is None and dtype is None and not self._weight().takes(x.dtype):
             why = Fallback("an input of another dtype than its weight")
         if why is not None:
             if not why.idle and not torch.compiler.is_compiling():
@@ -106,7 +105,7 @@ class FastPeftLinear(Linear):
         why = self.fallback()
         if why is not None and why.idle:
             unmerges = self._disable_adapters and self.merged_adapters  # PEFT's forward changes the weight first
-            return None if unmerges or self._slow_base() else Parts(self._frozen_weight(), self.base_layer.bias)
+            return None if unmerges or self._slow_base() else Parts(self._weight(), self.base_layer.bias)
         if why is not None:
             return None
         (name,) = self._active_here()
@@ -114,7 +113,7 @@ class FastPeftLinear(Linear):
         return None if drops and name in self.lora_variant else self._parts(name, drops)  # see `_product`
 
     def _parts(self, name: str, drops: bool, one_token: bool = False) -> Parts:
-        weight, bias, scale = self._frozen_weight(), self.base_layer.bias, self.scaling[name]
+        weight, bias, scale = self._weight(), self.base_layer.bias, self.scaling[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if name not in self.lora_variant:
             return Parts(weight, bias, a, b, scale, drops=drops)
@@ -147,10 +146,10 @@ class FastPeftLinear(Linear):
         a_RI, b_OR, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         dora = self.lora_magnitude_vector[name]
         if peft_dora.ENABLE_DORA_CACHING and not dora.training:
-            return self._cached_norm(name).to(wide_dtype(self._frozen_weight().dtype))
+            return self._cached_norm(name).to(wide_dtype(self._weight().dtype))
         if dora._dora_cache:
             dora._cache_clear()  # as PEFT does in a pass that does not cache
-        weight, w_norm_sq = self._frozen_weight(), self._weight_norm_squared(a_RI.dtype, one_token)
+        weight, w_norm_sq = self._weight(), self._weight_norm_squared(a_RI.dtype, one_token)
         return once_in_a_block(("norm", id(self)), lambda: norm_of(weight, a_RI, b_OR, scale, w_norm_sq))
 
     def _cached_norm(self, name: str) -> Tensor:
@@ -203,8 +202,9 @@ class FastPeftLinear(Linear):
         """Whether dropout changes the adapter's input in this pass."""
         return drops(self.lora_dropout[name])
 
-    def _frozen_weight(self) -> BaseWeight:
-        return weight_in(self.base_layer, self.base_layer.weight, self.is_target_conv_1d_layer)
+    def _weight(self) -> BaseWeight:
+        base = self.base_layer
+        return weight_in(base, base.weight, self.is_target_conv_1d_layer)
 
     def _trained_bias(self) -> bool:
         bias = self.base_layer.bias
@@ -218,7 +218,7 @@ class FastPeftLinear(Linear):
         Where no gradients flow, a pass over more than `one_token` of each sequence looks at values, as our own layers'
         do (see `theodora.layers.norm_cache`); a training step does not.
         """
-        weight, look = self._frozen_weight(), not (one_token or torch.is_grad_enabled())
+        weight, look = self._weight(), not (one_token or torch.is_grad_enabled())
         return self._theodora_norms.weight_norm_squared(
             weight, lambda: _row_norm_squared(weight.dense(), dtype), rounding=dtype, look=look
         )

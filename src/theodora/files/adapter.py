@@ -235,7 +235,7 @@ class _ByRole:
 
 def _by_role(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: Mapping[str, Any] | None) -> _ByRole:
     """Tell by its key what each tensor is; the first rule that fits a key decides."""
-    found, all_finite = _ByRole(), all_finite_on_gpu(tensors.values())
+    roles, all_finite = _ByRole(), all_finite_on_gpu(tensors.values())
     in_full = config.modules_to_save
     if in_full:  # PEFT also wraps what is tied to these modules (`ensure_weight_tying`), and names it nowhere
         wrapped = (key.removeprefix(KEY_PREFIX).partition(".modules_to_save.") for key in tensors)
@@ -244,41 +244,41 @@ def _by_role(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: Mapping
         name = key.removeprefix(KEY_PREFIX)
         part = next((part for part in _PARTS if name.endswith("." + part)), None)
         if not key.startswith(KEY_PREFIX):
-            found.problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
+            roles.problems.append(f"{key}: unknown key; expected it to begin with {KEY_PREFIX}")
         elif tensor.dtype not in DTYPES:
-            found.problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+            roles.problems.append(f"{key}: dtype {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
         elif not (all_finite or finite(tensor)):
-            found.problems.append(f"{key}: holds NaN or infinite values")
+            roles.problems.append(f"{key}: holds NaN or infinite values")
         elif part is not None:
             module = name.removesuffix("." + part)
-            if _PARTS[part] in found.low_rank.setdefault(module, {}):
-                found.problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
-            found.low_rank[module][_PARTS[part]] = tensor
+            if _PARTS[part] in roles.low_rank.setdefault(module, {}):
+                roles.problems.append(f"{key}: the file holds this twice, as lora_{part[5].upper()} and lora_embedding")
+            roles.low_rank[module][_PARTS[part]] = tensor
             if "embedding" in part:
-                found.embeddings.add(module)
+                roles.embeddings.add(module)
         elif (plain := _unwrapped(name, "modules_to_save", in_full)) is not None:
             if not _same(tensor, tensors.get(KEY_PREFIX + plain)):
-                found.problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
+                roles.problems.append(f"{key}: expected the values of {KEY_PREFIX}{plain}, which PEFT saves twice")
         elif (plain := _unwrapped(name, "original_module", in_full)) is not None:
-            found.base_copies[plain] = tensor
+            roles.base_copies[plain] = tensor
         elif name.endswith("." + DELTA):
-            found.rows[name.removesuffix("." + DELTA)] = tensor
+            roles.rows[name.removesuffix("." + DELTA)] = tensor
         elif BASE_COPY in name:
-            found.base_copies[name.replace(BASE_COPY, ".")] = tensor
+            roles.base_copies[name.replace(BASE_COPY, ".")] = tensor
         elif _adds_biases(peft) and name.endswith(".lora_B.bias"):
-            found.added_biases[name.removesuffix(".lora_B.bias")] = tensor
+            roles.added_biases[name.removesuffix(".lora_B.bias")] = tensor
         elif biases_trained(peft) and name.endswith(".bias") and _saved_module(name, in_full) is None:
-            found.full[name.replace(".base_layer.", ".")] = tensor
+            roles.full[name.replace(".base_layer.", ".")] = tensor
         elif ".base_layer." in name:
-            found.base_copies[name.replace(".base_layer.", ".")] = tensor
+            roles.base_copies[name.replace(".base_layer.", ".")] = tensor
         elif (saved := _saved_module(name, in_full)) is not None:
-            found.full[name] = tensor
-            found.saved_modules.add(saved)
+            roles.full[name] = tensor
+            roles.saved_modules.add(saved)
         elif name.rpartition(".")[2] == "weight" and "lora_" not in name:
-            found.base_copies[name] = tensor
+            roles.base_copies[name] = tensor
         else:
-            found.problems.append(f"{key}: unknown key")
-    return found
+            roles.problems.append(f"{key}: unknown key")
+    return roles
 
 
 def _adds_biases(peft: Mapping[str, Any] | None) -> bool:

@@ -7,9 +7,9 @@ and what is done about it:
 - Rotary embeddings turn q and k, and attention keeps what was turned. What they were before can't be had from that
   (rounding leaves an error of the size of the *other* feature of a pair), but the other way round it can: attention
   keeps the output, and turns it again in its backward pass (see `fastpath/attention.py`).
-- Nobody may write to an output. Writing that autograd sees shows in its version; for what autograd does not see (a
-  kernel that turns q in place) an output counts as known only once our rotary embeddings have read it. Where one is not
-  known, z is computed again, and from then on kept.
+- Nobody may write to an output, which `notes.Output` watches. Writing that autograd sees shows in its version; for what
+  autograd does not see (a kernel that turns q in place) an output counts as known only once our rotary embeddings have
+  read it. Where one is not known, z is computed again, and kept in all later steps.
 - A row whose magnitude is zero has lost its z: `zero_scale_gradient` has it from x again.
 """
 
@@ -34,8 +34,8 @@ class SharedOutputs:
 
     def fit(self, x_TI: Tensor, layers: Sequence[Parts]) -> bool:
         """Whether outputs may be kept in this pass."""
-        # float16 has not the range to be divided by a small g. Where hooks take what is saved elsewhere (checkpointing,
-        # offloading), it must go through them.
+        # float16 has not the range to be divided by a small g. Where hooks take what autograd saves elsewhere
+        # (checkpointing, offloading), outputs would be held past them.
         fits = self.possible and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         fits = fits and x_TI.dtype != torch.float16 and runs_triton(x_TI) and not saves_through_hooks()
         return fits and all(map(_invertible, layers))

@@ -61,14 +61,9 @@ class AdapterLayer(Swapped):
     # The weight
 
     @property
-    def frozen_weight(self) -> BaseWeight:
+    def current_weight(self) -> BaseWeight:
         """What the module multiplies by: the merged weight while an adapter is merged, else the base weight."""
         return weight_in(self, self.weight, self.stored_transposed)
-
-    @property
-    def base_weight_OI(self) -> Tensor:
-        """The base weight as one tensor, (O, I), also while an adapter is merged; a float8 one widened to float32."""
-        return self.base_weight.dense()
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -109,18 +104,18 @@ class AdapterLayer(Swapped):
 
     def new_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         """‖W + s·B·A‖ of each output row, (O,), float32 or float64, computed now."""
-        weight, w_norm_sq = self.frozen_weight, self.weight_norm_squared()
+        weight, w_norm_sq = self.current_weight, self.weight_norm_squared()
         return once_in_a_block(("norm", id(self)), lambda: norm_of(weight, a_RI, b_OR, scale, w_norm_sq))
 
     def weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
-        weight = self.frozen_weight
+        weight = self.current_weight
         return self.norm_cache.weight_norm_squared(weight, weight.norm_squared)
 
     def inference_tensors(self, adapter: LowRank, one_token: bool) -> InferenceTensors | None:
         """What a pass without gradients need not compute again, see `NormCache.get`."""
         compute = partial(self._for_inference, adapter)
-        return self.norm_cache.get(self.active_adapter, self.frozen_weight, adapter, compute, one_token)
+        return self.norm_cache.get(self.active_adapter, self.current_weight, adapter, compute, one_token)
 
     def renew_inference_tensors(self) -> None:
         """After a write to an adapter's tensors: see `NormCache.renew`."""
@@ -129,7 +124,7 @@ class AdapterLayer(Swapped):
             self.norm_cache.invalidate()
             return
         compute = partial(self._for_inference, adapter)
-        self.norm_cache.renew(self.active_adapter, self.frozen_weight, adapter, compute)
+        self.norm_cache.renew(self.active_adapter, self.current_weight, adapter, compute)
 
     def _for_inference(self, adapter: LowRank) -> tuple[Tensor | None, DecodeTensors | None]:
         norm = None if adapter.magnitude is None else self.new_norm(*adapter.factors(), adapter.scale)
@@ -146,18 +141,17 @@ class AdapterLayer(Swapped):
         adapter: Any = self.adapters[name]
         with torch.no_grad():
             a, b = adapter.factors()
-            return merged_weight(self.frozen_weight.dense(), a, b, adapter.scale, adapter.magnitude)
+            return merged_weight(self.current_weight.dense(), a, b, adapter.scale, adapter.magnitude)
 
     def merge(self, name: str) -> None:
         """Put the merged weight in place of the base weight, which is set aside, bit for bit, for `unmerge`.
 
         A new Parameter takes the place, so that a weight tied to this one is left as it was.
         """
-        merged = self.merged_weight(name).to(self.base_weight.dtype)
+        merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
-        self._set_aside = (self.weight,)
         self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
-        self.merged_adapter = name
+        self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:
         """Put the very base weight back."""
@@ -170,7 +164,7 @@ class AdapterLayer(Swapped):
 
     def train(self, mode: bool = True):  # noqa: D102
         self.norm_cache.invalidate()
-        self.norm_cache.look_at(self.frozen_weight)
+        self.norm_cache.look_at(self.current_weight)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True):

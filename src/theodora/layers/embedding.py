@@ -41,5 +41,5 @@ class EmbeddingAdapterLayer(AdapterLayer):
             else:
                 norm = self.norm(adapter, one_token=input.dim() > 0 and input.shape[-1] == 1)
                 y = dora_embedding(rows, a_rows, b, adapter.scale, adapter.magnitude, norm)
-        parts = Parts(self.frozen_weight, None, a, b, adapter.scale, adapter.magnitude, norm)
+        parts = Parts(self.current_weight, None, a, b, adapter.scale, adapter.magnitude, norm)
         return with_value_of(rows.detach(), y) if changes_nothing(parts, adapter.start) else y

@@ -42,9 +42,9 @@ class LinearAdapterLayer(AdapterLayer):
         """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""
         adapter = self.active
         if adapter is None:
-            return Parts(self.frozen_weight, self.bias)
+            return Parts(self.current_weight, self.bias)
         a, b = adapter.factors()
-        weight, norm = self.frozen_weight, None
+        weight, norm = self.current_weight, None
         if adapter.magnitude is not None:
             norm = self.norm(adapter, one_token)
         elif not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and kernels.decode.runs(weight):
@@ -54,10 +54,11 @@ class LinearAdapterLayer(AdapterLayer):
     def _decoded(self, x: Tensor, one_token: bool) -> Tensor | None:
         """The output for a few tokens, without gradients, if the kernel for that can take them."""
         adapter = self.active
-        if adapter is None or adapter.drops:
+        if adapter is None or not kernels.decode.fits(x) or adapter.drops:
             return None
-        w_OI = self.frozen_weight.plain()
-        if w_OI is None or not kernels.decode.fits(x, w_OI):
+        weight = self.current_weight
+        w_OI = weight.plain()
+        if w_OI is None or not weight.takes(x.dtype):
             return None
         if autocast_dtype(x) is not None or not kernels.fast():
             return None
@@ -69,7 +70,7 @@ class LinearAdapterLayer(AdapterLayer):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> DecodeTensors | None:
-        weight = self.frozen_weight
+        weight = self.current_weight
         if not kernels.decode.runs(weight):
             return None
         kernels.decode.prepare(weight.device)

@@ -79,6 +79,16 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
         )
 
 
+def cannot_replace_weight(module: nn.Module) -> str | None:
+    """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can."""
+    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if weight is None:
+        return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
+    if type(weight.data) is not Tensor:
+        return f"its weight is sharded or special ({type(weight.data).__name__})"
+    return None
+
+
 def autocast_changes(module: Swapped, forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether autocast makes `forward`, the module's own, give another dtype than x's.
 

@@ -82,8 +82,8 @@ class TokenRowsLayer(Swapped):
 
     def merge_rows(self, weight: nn.Parameter) -> None:
         """Use `weight` in place of the base weight, which is set aside for `unmerge_rows`."""
-        self._set_aside = (self.weight,)
-        self.weight, self.rows_merged = weight, True
+        base, self.weight = self.weight, weight
+        self._set_aside, self.rows_merged = (base,), True
 
     def unmerge_rows(self) -> None:
         """Put the very base weight back."""
@@ -135,7 +135,7 @@ def is_adapted(module: Any) -> bool:
     return isinstance(module, AdapterLayer | TokenRowsLayer)
 
 
-def own_weight(module: Any) -> Any:
+def unmerged_weight(module: Any) -> Any:
     """The module's own weight, also while something is merged into it; by it modules are known to be tied."""
     return module.base_parameter if isinstance(module, AdapterLayer | TokenRowsLayer) else module.weight
 

@@ -195,7 +195,7 @@ def wanted_by(layer: AdapterLayer, name: str) -> Wanted | None:
         return None
     adapter: Any = layer.adapters[name]
     a, b = adapter.factors()
-    return wanted_of(layer.base_weight_OI, a, b, adapter.scale, adapter.magnitude)
+    return wanted_of(layer.base_weight.dense(), a, b, adapter.scale, adapter.magnitude)
 
 
 def storage_dtype(w_OI: Tensor) -> torch.dtype:
@@ -234,7 +234,7 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
     parts = [(name, weight, wanted) for name, weight, wanted in parts if wanted is not None]
     if not parts:
         return None
-    w_OI = layer.base_weight_OI
+    w_OI = layer.base_weight.dense()
     adapters: list[Any] = [layer.adapters[name] for name, _, _ in parts]
     dora = any(adapter.magnitude is not None for adapter in adapters)
     dtype = storage_dtype(w_OI)
@@ -286,7 +286,7 @@ def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[
                 change = state.full[name][path].detach().to(start.device, start.dtype) - start
             elif (layer := layers.get(path.removesuffix(".weight"))) is not None and path.endswith(".weight"):
                 wanted = wanted_by(layer, name)
-                update = None if wanted is None else wanted.update(layer.base_weight_OI)
+                update = None if wanted is None else wanted.update(layer.base_weight.dense())
                 change = update.T if update is not None and layer.stored_transposed else update
             if change is not None:
                 changes.append(change)

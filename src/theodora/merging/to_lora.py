@@ -55,7 +55,7 @@ def to_lora(model: nn.Module, name: str | None, rank: int | None, into: str) -> 
     held = {}
     with torch.no_grad(), originals_in_place(model):
         for path, layer in adapter_layers(model, name).items():
-            w_OI, wanted = layer.base_weight_OI, wanted_by(layer, name)
+            w_OI, wanted = layer.base_weight.dense(), wanted_by(layer, name)
             assert wanted is not None
             held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
     full = {path: nn.Parameter(parameter.detach().clone()) for path, parameter in state.full[name].items()}

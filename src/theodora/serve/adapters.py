@@ -152,7 +152,7 @@ def slot_tensors(file: AdapterFile, model: nn.Module) -> dict[str, SlotTensors]:
     alike: dict[Any, list[str]] = {}
     for path, tensors in file.modules.items():
         layer: Any = model.get_submodule(path)
-        weight = layer.frozen_weight
+        weight = layer.current_weight
         kind = weight.shape, weight.stored, weight.dtype, weight.device
         dtypes = tensors.a.dtype, tensors.b.dtype, None if tensors.magnitude is None else tensors.magnitude.dtype
         kind += (tensors.a.shape[0], *dtypes, tensors.scale)

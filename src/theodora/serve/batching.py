@@ -123,7 +123,8 @@ class RoutedManager(ContinuousBatchingManager):
         self.logit_processor = RoutedProcessors()
         self.output_router = router
         self._slots, self._host, self._failing, self._failed = slots, host, failing, failed
-        self._tasks: deque[_Task] = deque()
+        self.tasks: deque[_Task] = deque()
+        """What waits to be done between two batches."""
         self._warned: set[int] = set()
 
     def run_between_batches(self, work: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -135,14 +136,14 @@ class RoutedManager(ContinuousBatchingManager):
         if threading.current_thread() is self._generation_thread or not self.is_running():
             return work()
         task = _Task(work)
-        self._tasks.append(task)
+        self.tasks.append(task)
         self.wake()
         late = time.monotonic() + timeout
         while not task.done.wait(min(1.0, timeout)):
             if self.is_running() and time.monotonic() < late:
                 continue
             try:
-                self._tasks.remove(task)
+                self.tasks.remove(task)
             except ValueError:  # it has begun
                 task.done.wait()
                 break
@@ -163,8 +164,8 @@ class RoutedManager(ContinuousBatchingManager):
             io.graphs = type(io.graphs)()
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        while self._tasks:
-            task, error = self._tasks.popleft(), None
+        while self.tasks:
+            task, error = self.tasks.popleft(), None
             try:
                 stream = batch_processor.inputs_and_outputs.compute_stream
                 if stream is not None:
@@ -251,8 +252,8 @@ class RoutedManager(ContinuousBatchingManager):
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
         self._failing(error)
         super()._handle_critical_error(error, batch_processor)
-        while self._tasks:
-            self._tasks.popleft().end(NotRun(f"the worker failed: {error}"))
+        while self.tasks:
+            self.tasks.popleft().end(NotRun(f"the worker failed: {error}"))
         self._failed()
 
 

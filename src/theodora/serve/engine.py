@@ -57,8 +57,8 @@ class Engine:
         self.created = int(time.time())
         self._requests: dict[str, Request] = {}
         self._lock, self._loading, self._numbers = threading.Lock(), threading.Lock(), itertools.count()
-        self._mover = ThreadPoolExecutor(1, "theodora-mover")
-        self.host = HostTier(config.host_adapters, self._mover, self._read_again, lambda: self.worker.wake())
+        self.mover = ThreadPoolExecutor(1, "theodora-mover")
+        self.host = HostTier(config.host_adapters, self.mover, self._read_again, lambda: self.worker.wake())
         self.worker = Worker(
             model,
             config,
@@ -226,7 +226,7 @@ class Engine:
             if before is not None and before.users == 0:
                 self._free(before)
         if self.device.type == "cuda":  # pinning memory takes longer than all the rest
-            self._mover.submit(self.move_to_host, adapter)
+            self.mover.submit(self.move_to_host, adapter)
         log.info("loaded %s (%s, rank %d) in %.0f ms", name, adapter.method, adapter.rank, adapter.seconds * 1e3)
         return adapter
 
@@ -294,5 +294,5 @@ class Engine:
 
     def stop(self, timeout: float = 5.0) -> None:
         """End what runs, and the worker."""
-        self._mover.shutdown(wait=False, cancel_futures=True)
+        self.mover.shutdown(wait=False, cancel_futures=True)
         self.worker.stop(timeout)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,20 @@ def server_settings(engine: Engine, tokenizer: Any, **more: Any) -> Any:
     return uvicorn.Config(create_app(engine, tokenizer), **settings | more)
 
 
+class ServerStopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended the server, in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+        """What a command should exit with: 130 after SIGINT, 143 after SIGTERM."""
+
+
 def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda: None) -> None:
     """Serve until SIGINT or SIGTERM; answers under way are finished, within the configuration's grace.
+
+    A signal that comes while the engine starts or stops waits for that, because an engine half started would leave a
+    thread behind for which the process waits in vain. A second Ctrl-C ends the grace, a third everything at once.
 
     Args:
         engine: is started, and stopped in the end.
@@ -79,23 +93,59 @@ def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda
 
     Raises:
         Unavailable: the model cannot be run in batches.
+        ServerStopped: a signal came, and its former handler, which is called in the end, lets the process go on.
     """
     import uvicorn
 
     class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            if not self.should_exit:
-                # Ends what still runs with an answer that says why; uvicorn would cut the connections.
-                late = threading.Timer(config.grace, engine.stop)
-                late.daemon = True
-                late.start()
-            super().handle_exit(sig, frame)
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # uvicorn's own would take them for a part of the time only
 
     config = engine.config
-    settings = server_settings(engine, tokenizer)
-    engine.start()  # here rather than within the application, whose failures uvicorn shows as tracebacks
+    server = Server(server_settings(engine, tokenizer))
+
+    def stop(came: list[int]) -> None:
+        server.should_exit = True
+        if came.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
+        if len(came) == 1 or came[-1] == signal.SIGINT:
+            # Ends what still runs with an answer that says why; uvicorn would cut the connections.
+            late = threading.Timer(config.grace if len(came) == 1 else 0.0, engine.stop)
+            late.daemon = True
+            late.start()
+
+    with _signals_to(stop) as came:
+        engine.start()  # here rather than within the application, whose failures uvicorn shows as tracebacks
+        try:
+            if not came:
+                started()
+                server.run()
+        finally:
+            engine.stop()
+    if came:
+        # The former handler's turn: by default Ctrl-C interrupts, and SIGTERM ends the process. Where nothing comes of
+        # it (a shell starts what runs in the background with SIGINT ignored, and process 1 of a container outlives its
+        # own SIGTERM), this must still not look like an end that nobody asked for.
+        signal.raise_signal(came[0])
+        raise ServerStopped(came[0])
+
+
+@contextmanager
+def _signals_to(handle: Callable[[list[int]], None]) -> Iterator[list[int]]:
+    """At SIGINT and SIGTERM within the block call `handle` with all that came; yields them. Only a main thread can."""
+    came: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        came.append(number)
+        handle(came)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        started()
-        Server(settings).run()
+        yield came
     finally:
-        engine.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)

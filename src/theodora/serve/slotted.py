@@ -99,7 +99,7 @@ class SlottedLayer(AdapterLayer):
 
     def set_rank(self, rank: int) -> None:
         """Make room for adapters of this rank."""
-        (outputs, inputs), slots = self.frozen_weight.shape, self.routing.slots
+        (outputs, inputs), slots = self.current_weight.shape, self.routing.slots
         a = self._new(slots, rank, inputs)
         b = self._new(slots, rank, outputs)
         if self._a_SRI is not None and self._b_SRO is not None:
@@ -118,7 +118,7 @@ class SlottedLayer(AdapterLayer):
     @property
     def product_dtype(self) -> torch.dtype:
         """Of the module's inputs and outputs."""
-        return self.frozen_weight.dtype
+        return self.current_weight.dtype
 
     def fill(self, slot: int, tensors: SlotTensors | None) -> None:
         """Put an adapter into a slot, or empty it."""
@@ -148,7 +148,7 @@ class SlottedLayer(AdapterLayer):
         return self.routing.kept if self.is_head else self.routing.tokens
 
     def _ones(self) -> Tensor:
-        shape = self.routing.slots, self.frozen_weight.shape[0]
+        shape = self.routing.slots, self.current_weight.shape[0]
         return torch.ones(*shape, dtype=wide_dtype(self.product_dtype), device=self.weight.device)
 
     def _new(self, *shape: int) -> Tensor:
@@ -199,7 +199,7 @@ def _norms(layers: Sequence[SlottedLayer], a_NRI: Tensor, b_NOR: Tensor, scale: 
     if len(layers) == 1 or not kernels.fast():
         return torch.stack([layer.new_norm(a, b, scale) for layer, a, b in zip(layers, a_NRI, b_NOR, strict=True)])
     norm_sq_NO = torch.stack([layer.weight_norm_squared() for layer in layers])
-    return dora_norms([layer.frozen_weight for layer in layers], a_NRI, b_NOR, scale, norm_sq_NO)
+    return dora_norms([layer.current_weight for layer in layers], a_NRI, b_NOR, scale, norm_sq_NO)
 
 
 class SlottedLinear(SlottedLayer):
@@ -228,9 +228,9 @@ class SlottedLinear(SlottedLayer):
             y = None if self.group is None else self.group.output(self, x, to)
             if y is not None:
                 return y.view(*x.shape[:-1], y.shape[-1])
-            return self._routed(x, to, self.frozen_weight, self.slotted_weights())
+            return self._routed(x, to, self.current_weight, self.slotted_weights())
         with without_autocast(x.device):
-            return self._routed(x.to(dtype), to, self.frozen_weight.to(dtype), self.slotted_weights().to(dtype))
+            return self._routed(x.to(dtype), to, self.current_weight.to(dtype), self.slotted_weights().to(dtype))
 
     def _routed(self, x: Tensor, to: Routes, weight: BaseWeight, slots: SlottedWeights) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -47,7 +47,7 @@ class SlottedGroup:
         if layer is not self.layers[0]:
             return None
         flat = x.reshape(-1, x.shape[-1])
-        zs = products(flat, [each.frozen_weight for each in self.layers])
+        zs = products(flat, [each.current_weight for each in self.layers])
         first, *others = routed_together(zs, flat, [each.slotted_weights() for each in self.layers], to)
         self._ready = {id(each): y for each, y in zip(self.layers[1:], others, strict=True)}
         self._x, self._version = x, _version(x)
@@ -70,7 +70,7 @@ def _siblings(module: nn.Module) -> Iterator[list[SlottedLinear]]:
     for names in SIBLINGS:
         found: list[Any] = [getattr(module, name, None) for name in names]
         layers = [layer for layer in found if isinstance(layer, SlottedLinear) and not layer.is_head]
-        sizes = {layer.frozen_weight.shape[1] for layer in layers}
+        sizes = {layer.current_weight.shape[1] for layer in layers}
         if 2 <= len(layers) <= MOST_LAYERS and len(sizes) == 1:
             yield layers
 

@@ -40,9 +40,11 @@ class HostTier:
         self.most = most
         self.reads = 0
         """Adapters that were read again."""
-        self._executor, self._read, self._arrived = executor, read, arrived
+        self.read = read
+        self._executor, self._arrived = executor, arrived
         self._held: OrderedDict[int, ServedAdapter] = OrderedDict()  # by serial number, oldest use first
-        self._wanted: set[int] = set()  # being read, or held for requests that wait for a slot
+        self.wanted: set[int] = set()
+        """Serial numbers of adapters that are being read, or held for requests that wait for a slot."""
         self._failed: dict[int, CheckpointError] = {}
         self._lock = threading.Lock()
 
@@ -68,7 +70,7 @@ class HostTier:
             adapter.modules = None
             self._held.pop(adapter.serial, None)
             self._failed.pop(adapter.serial, None)
-            self._wanted.discard(adapter.serial)
+            self.wanted.discard(adapter.serial)
 
     def take(self, adapter: ServedAdapter) -> Tensors | None:
         """An adapter's tensors; None if they have to be read first, which begins here if memory allows.
@@ -81,15 +83,15 @@ class HostTier:
         with self._lock:
             if (problem := self._failed.pop(adapter.serial, None)) is not None:
                 raise problem
-            full = self.most is not None and len(self._wanted) >= self.most
+            full = self.most is not None and len(self.wanted) >= self.most
             if adapter.modules is not None:
                 if not full:
-                    self._wanted.add(adapter.serial)
+                    self.wanted.add(adapter.serial)
                 self._held.move_to_end(adapter.serial)
                 return adapter.modules
-            if full or adapter.serial in self._wanted or _gone(adapter):
+            if full or adapter.serial in self.wanted or _gone(adapter):
                 return None
-            self._wanted.add(adapter.serial)
+            self.wanted.add(adapter.serial)
         with suppress(RuntimeError):  # the server is stopping
             self._executor.submit(self._fetch, adapter)
         return None
@@ -97,26 +99,26 @@ class HostTier:
     def placed(self, adapter: ServedAdapter) -> None:
         """An adapter is in a slot: its place here can be another's."""
         with self._lock:
-            self._wanted.discard(adapter.serial)
+            self.wanted.discard(adapter.serial)
 
     def unneeded(self, adapter: ServedAdapter) -> None:
         """No request asks for an adapter any more: it may give way, and later requests are not told of a failure."""
         with self._lock:
             self._failed.pop(adapter.serial, None)
             if adapter.serial in self._held:  # one that is being read takes memory nevertheless, until it has come
-                self._wanted.discard(adapter.serial)
+                self.wanted.discard(adapter.serial)
 
     def _fetch(self, adapter: ServedAdapter) -> None:
         try:
-            tensors, problem = self._read(adapter), None
+            tensors, problem = self.read(adapter), None
         except Exception as error:  # whatever is wrong with the file, with memory, with the disk
             # A new error, because a traceback would hold what has been read.
             kind = Changed if isinstance(error, Changed) else CheckpointError
             tensors, problem = None, kind(str(error))
         with self._lock:
-            wanted = adapter.serial in self._wanted  # it was not forgotten meanwhile
+            wanted = adapter.serial in self.wanted  # it was not forgotten meanwhile
             if problem is not None or not adapter.users:
-                self._wanted.discard(adapter.serial)
+                self.wanted.discard(adapter.serial)
             if problem is not None:
                 if adapter.users:
                     self._failed[adapter.serial] = problem
@@ -131,8 +133,8 @@ class HostTier:
             if self.most is None or len(self._held) <= self.most:
                 return
             # One that is wanted goes only if those who wanted it have gone; the newest stays in any case.
-            if other is not adapter and (serial not in self._wanted or not other.users):
-                self._wanted.discard(serial)
+            if other is not adapter and (serial not in self.wanted or not other.users):
+                self.wanted.discard(serial)
                 self._held.pop(serial).modules = None
 
 

@@ -38,9 +38,9 @@ class MetricsFile(TrainerCallback):
             appends: whether this process adds the lines: one speaks for all.
         """
         self.path, self.appends = path, appends
-        kept = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
+        earlier = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
         with atomic_write(path) as file:
-            file.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
+            file.write_text("".join(to_json(line) + "\n" for line in earlier), encoding="utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -154,8 +154,8 @@ model = PeftModel.from_pretrained({auto}.from_pretrained({model}), {name})
 
 
 def _versions() -> str:
-    found = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
-    return f"## Versions\n\ntheodora {theodora.__version__}, {found}, Python {platform.python_version()}."
+    libraries = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    return f"## Versions\n\ntheodora {theodora.__version__}, {libraries}, Python {platform.python_version()}."
 
 
 def summary_line(plan: Plan, result: TrainResult) -> str:

@@ -70,19 +70,19 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
     loses_result = has_result and resume == "auto" and not newest_checkpoint(output)
     names = RUN_FILES if resume is None else _RESULTS if loses_result else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
-    found = [name for name in names if os.path.lexists(output / name)]
-    if found and not (overwrite or begun or doomed):
+    there = [name for name in names if os.path.lexists(output / name)]
+    if there and not (overwrite or begun or doomed):
         raise ConfigError(
-            f"{output} already holds a run ({', '.join(found)}). Choose another output folder, or say "
+            f"{output} already holds a run ({', '.join(there)}). Choose another output folder, or say "
             + ("" if resume else "--resume to go on from its newest checkpoint, or ")
             + "--overwrite to delete it."
             + "".join(f"\n{note}" for note in (passed_over(output, None) if resume == "auto" else []))
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output) as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
+        with tempfile.TemporaryFile(dir=output) as scratch:
+            scratch.write(b"\0" * 4096)
+            scratch.flush()
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error.strerror}.") from error
 
@@ -188,9 +188,9 @@ def find_checkpoint(resume: bool | str, output: Path) -> Path | None:
     """
     if isinstance(resume, str) and resume != "auto":
         folder = Path(resume)
-        found = faults(folder)
-        if found:
-            raise CheckpointError(_refusal(folder, found))
+        wrong = faults(folder)
+        if wrong:
+            raise CheckpointError(_refusal(folder, wrong))
         return folder
     newest = newest_checkpoint(output)
     if newest is None and resume != "auto":
@@ -210,9 +210,9 @@ def passed_over(output: Path, checkpoint: Path | None) -> list[str]:
         output: the run's folder.
         checkpoint: the one taken; None if there is none.
     """
-    found = numbered_checkpoints(output / CHECKPOINTS)
-    taken = next((step for step, folder in found if folder == checkpoint), -1)
-    newer = sorted((one for one in found if one[0] > taken), reverse=True) if checkpoint is None or taken >= 0 else []
+    numbered = sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
+    taken = next((step for step, folder in numbered if folder == checkpoint), -1)
+    newer = [one for one in numbered if one[0] > taken] if checkpoint is None or taken >= 0 else []
     notes = [f"passed over {folder}: {'; '.join(why)}" for _, folder in newer if (why := faults(folder))]
     if checkpoint is not None and not is_listed(checkpoint):
         notes.append(
@@ -222,7 +222,7 @@ def passed_over(output: Path, checkpoint: Path | None) -> list[str]:
     return notes
 
 
-def _refusal(folder: Path, found: list[str]) -> str:
+def _refusal(folder: Path, wrong: list[str]) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder}, of which --resume was to go on."
     earlier = newest_checkpoint(folder.parent.parent) if folder.parent.name == CHECKPOINTS else None
@@ -231,7 +231,7 @@ def _refusal(folder: Path, found: list[str]) -> str:
         if earlier is not None
         else "Bring the folder back as it was written, or start anew"
     )
-    return f"{folder} is no whole checkpoint as it was written:{bullet_list(found)}\n{mend}."
+    return f"{folder} is no whole checkpoint as it was written:{bullet_list(wrong)}\n{mend}."
 
 
 def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
@@ -245,13 +245,13 @@ def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) ->
         limit: how many to keep; None for all.
         best: the folder of the best one.
     """
-    found = sorted(numbered_checkpoints(checkpoints))
-    for later, folder in found:
+    numbered = sorted(numbered_checkpoints(checkpoints))
+    for later, folder in numbered:
         if later > step:
             remove_folder(folder)
-    earlier = [folder for earlier, folder in found if earlier < step and str(folder) != best]
-    kept = 1 + any(str(folder) == best and number < step for number, folder in found)
-    for folder in earlier[: len(earlier) + kept - limit] if limit else []:
+    earlier = [folder for earlier, folder in numbered if earlier < step and str(folder) != best]
+    staying = 1 + any(str(folder) == best and number < step for number, folder in numbered)
+    for folder in earlier[: len(earlier) + staying - limit] if limit else []:
         remove_folder(folder)
 
 
@@ -266,8 +266,8 @@ def numbered_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of the highest step in a run's folder, if there is one."""
-    found = [] if is_doomed(output) else sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
-    return next((folder for _, folder in found if not faults(folder)), None)
+    numbered = [] if is_doomed(output) else sorted(numbered_checkpoints(output / CHECKPOINTS), reverse=True)
+    return next((folder for _, folder in numbered if not faults(folder)), None)
 
 
 def steps_done(checkpoint: Path) -> int:

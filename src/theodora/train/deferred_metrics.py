@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-class Figures:
+class DeferredMetrics:
     """Lists of numbers by name, some of them tensors on a device: copied together, and read when they are there."""
 
-    def __init__(self, figures: Mapping[str, Sequence[Tensor | float]]) -> None:
-        self._figures = {name: list(values) for name, values in figures.items()}
-        tensors = [v.detach() for values in figures.values() for v in values if isinstance(v, Tensor)]
+    def __init__(self, metrics: Mapping[str, Sequence[Tensor | float]]) -> None:
+        self._metrics = {name: list(values) for name, values in metrics.items()}
+        tensors = [v.detach() for values in metrics.values() for v in values if isinstance(v, Tensor)]
         self._copied: Tensor | None = None
         self._event: Any = None
         if tensors:
@@ -36,5 +36,5 @@ class Figures:
         fetched = iter([] if self._copied is None else self._copied.tolist())
         return {
             name: [next(fetched) if isinstance(value, Tensor) else value for value in values]
-            for name, values in self._figures.items()
+            for name, values in self._metrics.items()
         }

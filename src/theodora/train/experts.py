@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from trl.trainer.sft_config import SFTConfig
 
-# TRL's name of a figure → what else configurations call it.
-_FIGURES = {
+# TRL's name of a number → what else configurations call it.
+_NAMES = {
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
     "num_experts_per_tok": ("moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k"),
 }
 
 
 def name_experts(config: Any) -> None:
-    """Give the configuration of a language model TRL's names for its figures, where it has others."""
-    for wanted, others in _FIGURES.items():
-        found = next((value for name in others if (value := getattr(config, name, None)) is not None), None)
-        if not hasattr(config, wanted) and found is not None:
-            setattr(config, wanted, found)
+    """Give the configuration of a language model TRL's names for its numbers, where it has others."""
+    for wanted, others in _NAMES.items():
+        value = next((theirs for name in others if (theirs := getattr(config, name, None)) is not None), None)
+        if not hasattr(config, wanted) and value is not None:
+            setattr(config, wanted, value)
 
 
 def why_unbalanced(model: Any, arguments: SFTConfig) -> str | None:

@@ -26,31 +26,28 @@ def fit_vocabulary(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     datasets: Sequence[Dataset | None],
-    notes: list[str],
-) -> TrainConfig:
-    """Make room for the tokens of the data that the model has no row for, if that is asked for.
+) -> list[str]:
+    """Make room for the tokens of the data that the model has no row for, if that is asked for; what there is to say.
 
     Raises:
         ConfigError: it is not, naming the tokens.
     """
     have = model_rows(model)
-    found = missing_in(filter(None, datasets), have)
+    missing = missing_in(filter(None, datasets), have)
     safe_padding(model, tokenizer)
-    if not found:
-        if config.resize_embeddings:
-            notes.append("resize_embeddings: the model has a row for every token of the data, so nothing was resized")
-        return config
-    told = describe_missing(found, have, tokenizer, _files_with_missing(config, datasets, have))
+    if not missing:
+        unneeded = "resize_embeddings: the model has a row for every token of the data, so nothing was resized"
+        return [unneeded] if config.resize_embeddings else []
+    told = describe_missing(missing, have, tokenizer, _files_with_missing(config, datasets, have))
     if not config.resize_embeddings:
         raise ConfigError(
             f"{told}\nGive them rows and train these with --resize-embeddings, or take a model (or a tokenizer) that "
             "fits the data."
         )
-    tokens = max(len(tokenizer), max(found) + 1)
+    tokens = max(len(tokenizer), max(missing) + 1)
     set_seed(config.seed)  # new rows are drawn about the mean of the others
     model.resize_token_embeddings(tokens)
-    notes.append(f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved")
-    return config
+    return [f"the vocabulary grew from {have:,} to {tokens:,} tokens, whose new rows are trained and saved"]
 
 
 def _files_with_missing(config: TrainConfig, datasets: Sequence[Dataset | None], have: int) -> str:
@@ -74,34 +71,34 @@ def end_as_taught(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ]
 
 
-def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig, notes: list[str]) -> None:
-    """Put the adapter on the model, without what text gives no gradient."""
+def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig) -> list[str]:
+    """Put the adapter on the model, without what text gives no gradient; what there is to say of that."""
     random = torch.get_rng_state()
     inject_adapter(model, adapter)
     whole = not (arguments.fsdp or arguments.deepspeed or getattr(model, "hf_device_map", None))
     if arguments.device.type != "cpu" and whole:
         model.to(arguments.device)  # pyright: ignore[reportArgumentType]  (where it is trained, and faster)
     if not (resting := without_gradient(model)):
-        return
+        return []
     kinds = ", ".join(dict.fromkeys(layer_kinds(resting).values()))
     if adapter.targets != "all-linear":
         raise ConfigError(
             f"The targets select modules that text gives no gradient, so that they would never be trained: {kinds}. "
             "Leave them out with exclude."
         )
-    notes.append(f"text gives no gradient to {kinds}: frozen, and left out of the targets")
-    kept = tuple(path for path in adapter_layers(model) if path not in set(resting))
+    targets = tuple(path for path in adapter_layers(model) if path not in set(resting))
     remove_adapter(model)
     if whole:
         model.to("cpu")  # pyright: ignore[reportArgumentType]  (so that it starts the same on every machine)
     torch.set_rng_state(random)
-    inject_adapter(model, replace(adapter, targets=kept, exclude=()))
+    inject_adapter(model, replace(adapter, targets=targets, exclude=()))
+    return [f"text gives no gradient to {kinds}: frozen, and left out of the targets"]
 
 
 def name_backbone(model: Any) -> None:
     """Say where the states before the head come from, for TRL: Llama 4's class names a place that is not there."""
     if model.base_model is not model:
         return
-    found = [name for name, child in model.named_children() if child is model.get_decoder() or name == "model"]
-    if found:
-        model.base_model_prefix = found[0]
+    backbones = [name for name, child in model.named_children() if child is model.get_decoder() or name == "model"]
+    if backbones:
+        model.base_model_prefix = backbones[0]

@@ -1,9 +1,9 @@
 """The rows of a batch as one row, filled up to one of a few lengths: no padding is computed, and a CUDA graph fits.
 
-Rows differ in length, so a batch that is padded to its longest row hardly ever has the shape of another, and its kernels
-are launched one by one. Flattened, what a batch asks of the GPU depends on its number of tokens alone, which varies
-little: a few lengths fit all. How many are worth it is a matter of what they cost (`choose`). Attention keeps the rows
-apart by their bounds (see `packed_rows.py`).
+Rows differ in length, so a batch that is padded to its longest row hardly ever has the shape of another, and its
+kernels are launched one by one. Flattened, what a batch asks of the GPU depends on its number of tokens alone, which
+varies little: a few lengths fit all. How many are worth it is a matter of what they cost (`choose`). Attention keeps
+the rows apart by their bounds (see `packed_rows.py`).
 
 Legend: B rows, T tokens of the batch, N learned tokens.
 """
@@ -28,8 +28,8 @@ _MULTIPLE = 64  # of T and N: what the tiles of products are made for
 _BATCHES = 512  # drawn, to see how long batches are
 _MOST = 8  # shapes; graphs share the memory of the largest, but each is captured by itself
 _ROWS_AT_ONCE = 1000
-# Of a GPU of today, where only the order of magnitude counts: what products reach, and how long the host takes to launch
-# a layer's kernels, forwards and backwards, and to capture them.
+# Of a GPU of today, where only the order of magnitude counts: what products reach, and how long the host takes to
+# launch a layer's kernels, forwards and backwards, and to capture them.
 _FLOPS, _SECONDS_A_LAYER, _SECONDS_A_CAPTURE = 4e14, 0.03, 0.5
 
 

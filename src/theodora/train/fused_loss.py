@@ -28,17 +28,17 @@ from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
-from theodora.train.packed_rows import bounds_of, sequences_apart
+from theodora.train.packed_rows import attention_by_bounds, bounds_of
 
 LEARNED = "learned"
-"""The key in a batch of what `SelectLearned` found."""
+"""The key in a batch of what `SelectLearned` tells."""
 
 # Numbers of learned tokens are rounded up to multiples of this one and of this share of all tokens, so that memory is
 # reused from batch to batch, and batches of one shape have few numbers.
 _MULTIPLE, _SHARE = 128, 1 / 16
 _FILL = 0.05  # share by which a batch may grow to be like others: about what a CUDA graph saves
 _MOST = 0.9  # share of learned tokens from which all positions are taken as they lie, without a copy
-# ‖difference‖ / ‖expected‖ that rounding alone explains, in the probes below.
+# ‖difference‖ / ‖expected‖ that rounding alone explains, in the comparisons below.
 _SAME_LOGITS, _SAME_STATES = 1e-2, 5e-2
 
 
@@ -65,16 +65,16 @@ class SelectLearned:
     """A collator that also tells which positions are learned, under the key `LEARNED`."""
 
     def __init__(
-        self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None, apart: bool = False
+        self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None, with_bounds: bool = False
     ) -> None:
         """Take the collator to ask, and what to do with packed rows.
 
         Args:
             collate: makes a batch of rows.
             full: the length to whose multiples packed rows are filled up (see `fill_up`).
-            apart: whether attention is to go by the bounds of sequences.
+            with_bounds: whether attention is to go by the bounds of sequences instead of a mask.
         """
-        self.collate, self.full, self.apart = collate, full, apart
+        self.collate, self.full, self.with_bounds = collate, full, with_bounds
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of these rows."""
@@ -84,7 +84,7 @@ class SelectLearned:
         packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
         if packed and mask is None and self.full is not None:
             fill_up(batch, self.full)
-        bounds = bounds_of(batch["position_ids"]) if self.apart and packed and mask is None else None
+        bounds = bounds_of(batch["position_ids"]) if self.with_bounds and packed and mask is None else None
         targets, positions = select_learned(batch["labels"])
         batch[LEARNED] = Learned(
             targets=targets,
@@ -156,7 +156,7 @@ class Head:
         if kwargs.get("attention_mask") is not None or torch.compiler.is_compiling():
             known = nullcontext()  # the mask says it all
         elif learned["bounds"] is not None:
-            known = sequences_apart()
+            known = attention_by_bounds()
             kwargs[SEQUENCES] = Sequences(learned["bounds"], learned["longest"])
         with known:
             hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
@@ -222,32 +222,32 @@ def fused_head(model: PreTrainedModel) -> Head | str:
     model.eval()
     try:
         with torch.no_grad():
-            return _probed(model, head)
+            return _compared(model, head)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         return f"the model does not run on bare tokens ({type(error).__name__}: {str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
 
 
-def _probed(model: PreTrainedModel, head: Head) -> Head | str:
+def _compared(model: PreTrainedModel, head: Head) -> Head | str:
     embeddings: Any = model.get_input_embeddings()
     ids = torch.arange(3, 15, device=embeddings.weight.device).view(2, 6) % embeddings.weight.shape[0]
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    kept = mask.bool()
+    real = mask.bool()
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     hidden = _body(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    found = head.logits(model, hidden).to(expected.device)
-    if not _distance(found[kept.to(found.device)], expected[kept.to(found.device)]) < _SAME_LOGITS:
+    ours = head.logits(model, hidden).to(expected.device)
+    if not _distance(ours[real.to(ours.device)], expected[real.to(ours.device)]) < _SAME_LOGITS:
         return f"a {type(model).__name__} computes its logits in a way of its own"
     without = _body(model)(input_ids=ids, use_cache=False).last_hidden_state
-    kept = kept.to(hidden.device)
-    same = without.shape == hidden.shape and _distance(without[kept], hidden[kept]) < _SAME_STATES
+    real = real.to(hidden.device)
+    same = without.shape == hidden.shape and _distance(without[real], hidden[real]) < _SAME_STATES
     return Head(head.scale, head.softcap, maskless=same)
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def _distance(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.float() - expected.float()).norm() / expected.float().norm())
 
 
 def _body(model: Any) -> Any:

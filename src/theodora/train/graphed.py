@@ -74,10 +74,10 @@ def reads_bounds(model: PreTrainedModel) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            found: list[Tensor] = [model(**given, use_cache=False).logits for given in (batch, without)]
+            logits: list[Tensor] = [model(**given, use_cache=False).logits for given in (batch, without)]
     finally:
         model.train(was_training)
-    return not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[0].abs().max()))
+    return not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits[0].abs().max()))
 
 
 def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bounds: bool) -> dict[str, Tensor] | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from theodora.errors import TheodoraError
 from theodora.files.atomic import atomic_write
 from theodora.train.callbacks import Diverged, read_metrics
-from theodora.train.deferred_metrics import Figures
+from theodora.train.deferred_metrics import DeferredMetrics
 
 _UNDER_WAY = 2  # steps that the host may be ahead of what it looks at
 _SKIPS_IN_A_ROW = 10  # after which nothing will get better
@@ -56,7 +56,7 @@ class StepGuard:
         self._in_a_row = 0
         self._batches: list[dict[str, Tensor]] = []
         self._losses: list[Tensor] = []
-        self._under_way: deque[tuple[int, Figures, list[dict[str, Tensor]]]] = deque()
+        self._under_way: deque[tuple[int, DeferredMetrics, list[dict[str, Tensor]]]] = deque()
 
     def note(self, inputs: dict[str, Any], loss: Tensor) -> None:
         """Remember a forward and backward pass of the step at hand: the batch, and its share of the step's loss."""
@@ -76,37 +76,37 @@ class StepGuard:
         """
         if self._losses:
             loss = torch.stack([loss.float() for loss in self._losses]).sum()
-            figures = Figures({"loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]})
-            self._under_way.append((step, figures, self._batches))
+            metrics = DeferredMetrics({"loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]})
+            self._under_way.append((step, metrics, self._batches))
         self.forget()
         return self.look(wait=self.waits)
 
     def look(self, wait: bool = True) -> bool:
-        """Look at the steps whose figures have come, or at all; whether all are good."""
+        """Look at the steps whose metrics have come, or at all; whether all are good."""
         good = True
         while self._under_way:
-            step, figures, batches = self._under_way[0]
-            if not (wait or figures.ready() or len(self._under_way) > _UNDER_WAY):
+            step, metrics, batches = self._under_way[0]
+            if not (wait or metrics.ready() or len(self._under_way) > _UNDER_WAY):
                 break
             self._under_way.popleft()
-            found = {name: values[0] for name, values in figures.read().items() if values}
-            reason = self._reason(found)
+            values = {name: value[0] for name, value in metrics.read().items() if value}
+            reason = self._reason(values)
             self._in_a_row = self._in_a_row + 1 if reason else 0
             if reason:
                 good = False
-                self._refuse(step, reason, found, batches)
+                self._refuse(step, reason, values, batches)
         return good
 
-    def _reason(self, found: dict[str, float]) -> str | None:
+    def _reason(self, values: dict[str, float]) -> str | None:
         for name in ("loss", "grad_norm") if self.looks_at_norm else ("loss",):
-            if not math.isfinite(found.get(name, 0.0)):
-                return f"{name} is {found[name]}"
-        if self.max_loss is not None and found["loss"] > self.max_loss:
-            return f"loss is {found['loss']:.4g}, more than max_loss ({self.max_loss:.4g}),"
+            if not math.isfinite(values.get(name, 0.0)):
+                return f"{name} is {values[name]}"
+        if self.max_loss is not None and values["loss"] > self.max_loss:
+            return f"loss is {values['loss']:.4g}, more than max_loss ({self.max_loss:.4g}),"
         return None
 
-    def _refuse(self, step: int, reason: str, found: dict[str, float], batches: Sequence[dict[str, Tensor]]) -> None:
-        self._write(step, reason, found, batches)
+    def _refuse(self, step: int, reason: str, values: dict[str, float], batches: Sequence[dict[str, Tensor]]) -> None:
+        self._write(step, reason, values, batches)
         if self.policy == "stop":
             raise Diverged(
                 f"Training diverged: {reason} at step {step}. {self.hint} on_nan: skip leaves such steps out. The rows "
@@ -122,13 +122,13 @@ class StepGuard:
                 f"skipped, too. {self.hint} Their rows are in {self.file}."
             )
 
-    def _write(self, step: int, reason: str, found: dict[str, float], batches: Sequence[dict[str, Tensor]]) -> None:
+    def _write(self, step: int, reason: str, values: dict[str, float], batches: Sequence[dict[str, Tensor]]) -> None:
         """Add the rows of a step to the file. Those of later steps are from before a resume, and go."""
         lines = [line for line in read_metrics(self.file) if line["step"] < step]
-        figures = {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
+        told = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         for number, batch in enumerate(batches):
             for row, (ids, learned) in enumerate(rows_of(batch)):
-                what = {"step": step, "reason": reason.rstrip(","), **figures, "micro_batch": number, "row": row}
+                what = {"step": step, "reason": reason.rstrip(","), **told, "micro_batch": number, "row": row}
                 texts = {"text": self.decode(ids), "learned_text": self.decode(learned)}
                 lines.append({**what, **texts, "input_ids": ids})
         with atomic_write(self.file) as file:
@@ -137,18 +137,18 @@ class StepGuard:
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[tuple[list[int], list[int]]]:
-    """The token ids of each row of a batch, and those of them that are learned; padding left out, packed rows apart."""
+    """The token ids of each row of a batch, packed ones too, without padding; and those of them that are learned."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    kept = batch["attention_mask"].tolist() if "attention_mask" in batch else [[1] * len(row) for row in ids]
+    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else [[1] * len(row) for row in ids]
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [[1] * len(row) for row in ids]
     rows: list[tuple[list[int], list[int]]] = []
-    for row in zip(ids, labels, kept, positions, strict=True):
+    for row in zip(ids, labels, masks, positions, strict=True):
         rows.append(([], []))
-        for token, label, keep, position in zip(*row, strict=True):
+        for token, label, real, position in zip(*row, strict=True):
             if position == 0 and rows[-1][0]:
                 rows.append(([], []))
-            if keep:
+            if real:
                 rows[-1][0].append(token)
-            if keep and label != -100:
+            if real and label != -100:
                 rows[-1][1].append(label)
     return rows

@@ -147,8 +147,8 @@ def _changed_sources(before: Inputs, now: Inputs) -> tuple[list[str], list[str]]
 def _differing(before: Inputs, now: Inputs, names: tuple[str, ...], of_trl: tuple[str, ...]) -> list[str]:
     """Which options have changed that explain another value: any other one of TRL's, a rate of decay, does not."""
     then, here = (dict(inputs.options.get("trainer") or {}) for inputs in (before, now))
-    found = [name for name in names if before.options.get(name) != now.options.get(name)]
-    return found + [name for name in of_trl if then.get(name) != here.get(name)]
+    own = [name for name in names if before.options.get(name) != now.options.get(name)]
+    return own + [name for name in of_trl if then.get(name) != here.get(name)]
 
 
 def _read(checkpoint: Path) -> Inputs | None:

@@ -32,7 +32,7 @@ _LENGTHS, _POSITIONS = 16, 64  # batches of one shape are as long, and learn as 
 _LOOK = 20  # steps between two looks at the losses, for which the host waits
 
 
-class Diverged(TheodoraError):
+class LightRunDiverged(TheodoraError):
     """The loss is no number any more."""
 
 
@@ -107,7 +107,7 @@ def train_light(
         on_step: called after each step with its number, from 1 on.
 
     Raises:
-        Diverged: a loss is not finite.
+        LightRunDiverged: a loss is not finite.
     """
     device = model.device
     run = _Run(model, head, autocast, graphed=graphs_pay(device) and isinstance(head, Head) and head.maskless)
@@ -202,10 +202,10 @@ def _batch(rows: Sequence[Row], pad_id: int, shape: tuple[int, int, int] | None)
         mask[i, : len(row.input_ids)] = 1
     following = torch.full_like(labels, IGNORED)
     following[:, :-1] = labels[:, 1:]
-    found = (following.flatten() != IGNORED).nonzero().squeeze(1)
-    positions = found.new_full((max(1, places, len(found)),), length - 1)
-    positions[: len(found)] = found
-    return _Batch(ids, mask, labels, positions, following.flatten()[positions], len(found))
+    learned = (following.flatten() != IGNORED).nonzero().squeeze(1)
+    positions = learned.new_full((max(1, places, len(learned)),), length - 1)
+    positions[: len(learned)] = learned
+    return _Batch(ids, mask, labels, positions, following.flatten()[positions], len(learned))
 
 
 class _Run:
@@ -305,14 +305,14 @@ class _Losses:
         """All losses.
 
         Raises:
-            Diverged: one is not finite.
+            LightRunDiverged: one is not finite.
         """
         if self._waiting:
             self._read += torch.stack(self._waiting).float().tolist()
             self._waiting = []
         for step, loss in enumerate(self._read, start=1):
             if not math.isfinite(loss):
-                raise Diverged(
+                raise LightRunDiverged(
                     f"Training diverged: the loss is {loss} at step {step} (learning rate "
                     f"{self._settings.learning_rate:g})"
                 )

@@ -67,10 +67,10 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
         inputs: what TRL's collator makes, with `labels` (B, T), each at the place of its token (not shifted).
     """
     labels_BT = inputs["labels"]
-    kept = _learned_positions(labels_BT)
+    learned_at = _learned_positions(labels_BT)
     arguments = {key: value for key, value in inputs.items() if key != "labels"}
     # One position at least, so that a batch without a learned token still has a (zero) gradient.
-    wanted = kept if kept.numel() else torch.zeros(1, dtype=torch.long, device=labels_BT.device)
+    wanted = learned_at if learned_at.numel() else torch.zeros(1, dtype=torch.long, device=labels_BT.device)
     logits_BKV = _logits(model, arguments | {"use_cache": False}, wanted, takes_positions)
     targets_BK = labels_BT[:, wanted + 1].to(logits_BKV.device)
     learned = targets_BK != IGNORED

@@ -27,7 +27,7 @@ class Pieces:
 
     Args:
         run: the forward and backward pass of a batch -> its share of the step's loss.
-        start_over: forgets the gradients and figures of the step at hand, and lets go of memory.
+        start_over: forgets the gradients and metrics of the step at hand, and lets go of memory.
         say: tells the user.
     """
 
@@ -85,8 +85,8 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     else:
         parts = _documents(inputs, pieces)
     if len(parts) > 1 and LEARNED in inputs:
-        device, apart = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
-        parts = [SelectLearned(lambda _, part=part: part, apart=apart)([]) for part in parts]
+        device, with_bounds = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
+        parts = [SelectLearned(lambda _, part=part: part, with_bounds=with_bounds)([]) for part in parts]
         for part in parts:
             part[LEARNED] |= {
                 name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)

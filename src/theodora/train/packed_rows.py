@@ -33,7 +33,7 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 
 
 @contextmanager
-def sequences_apart() -> Iterator[None]:
+def attention_by_bounds() -> Iterator[None]:
     """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
     keep_attention()
     build_masks_again = Registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa").put(lambda *_, **__: None)
@@ -44,7 +44,7 @@ def sequences_apart() -> Iterator[None]:
         build_masks_again()
 
 
-def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
+def takes_bounds(model: PreTrainedModel, longest: int | None) -> bool:
     """Whether the model computes the same with bounds as with a mask, forwards and backwards: it is tried out.
 
     Not in float32, which torch's flash attention does not take, nor where attention does not go by transformers'
@@ -68,18 +68,18 @@ def keeps_apart(model: PreTrainedModel, longest: int | None) -> bool:
     model.eval()
     try:
         with torch.enable_grad():
-            expected: Tensor = model(**given, use_cache=False).logits
-            with sequences_apart():
+            with_mask: Tensor = model(**given, use_cache=False).logits
+            with attention_by_bounds():
                 calls, sequences = Maskless.calls, Sequences(bounds_of(batch["position_ids"]), 7)
-                found: Tensor = model(**given, **{SEQUENCES: sequences}, use_cache=False).logits
+                with_bounds: Tensor = model(**given, **{SEQUENCES: sequences}, use_cache=False).logits
             if trained:
-                torch.autograd.grad(found.float().sum(), trained, allow_unused=True)
+                torch.autograd.grad(with_bounds.float().sum(), trained, allow_unused=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return False
     finally:
         model.train(was_training)
-    found, expected = found.detach().float(), expected.detach().float()
+    with_bounds, with_mask = with_bounds.detach().float(), with_mask.detach().float()
     rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if Maskless.calls == calls or found.shape != expected.shape:
+    if Maskless.calls == calls or with_bounds.shape != with_mask.shape:
         return False
-    return bool(((found - expected).norm() <= rounding * expected.norm()).item())
+    return bool(((with_bounds - with_mask).norm() <= rounding * with_mask.norm()).item())

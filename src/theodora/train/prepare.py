@@ -80,23 +80,26 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         ConfigError: the configuration does not fit the data or the model.
         CheckpointError: the model cannot be loaded.
     """
-    notes: list[str] = []
     examples = load_examples(config.data)
-    config, training, held_out = _split(config, examples, notes)
+    config, training, held_out, notes = _split(config, examples)
     sources = {"data": examples}
     if config.eval_data is not None and held_out is not None:
         sources["eval_data"] = held_out
     tokenizer = _load_tokenizer(config, arguments, training)
-    train_rows = _tokenize(config, training, tokenizer, notes)
+    train_rows = _tokenize(config, training, tokenizer)
+    notes += _new_notes(train_rows, notes)
     left_out = [*examples.left_out, *left_out_of(train_rows)]
     if config.replay is not None:
         replayed = sources["replay"] = load_examples(config.replay)
-        texts = _tokenize(config, replayed, tokenizer, notes)
+        texts = _tokenize(config, replayed, tokenizer)
+        notes += _new_notes(texts, notes)
         left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
         train_rows = _with_replay(config, train_rows, texts)
         notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
-    held_out_rows = _tokenize(config, held_out, tokenizer, notes) if held_out is not None else None
-    if held_out is not None and held_out_rows is not None:
+    held_out_rows = None
+    if held_out is not None:
+        held_out_rows = _tokenize(config, held_out, tokenizer)
+        notes += _new_notes(held_out_rows, notes)
         left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
     precision = choose_precision(config, arguments)
     dtype = precision.dtype
@@ -116,7 +119,10 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += end_as_taught(model, tokenizer)
-    config = replace(config, bf16=precision.bf16, gradient_checkpointing=_recompute(config, model, notes))
+    recomputes = config.gradient_checkpointing
+    if recomputes is None and (recomputes := model.num_parameters() >= _LARGE_MODEL):
+        notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
+    config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes)
     if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
         raise ConfigError(
             f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
@@ -129,35 +135,35 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
-    config = fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows], notes)
+    notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
     if config.from_adapter is None:
-        put_on(model, adapter, arguments, notes)
+        notes += put_on(model, adapter, arguments)
     if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
         notes.append(frozen)
     return Prepared(
-        config,
-        model,
-        tokenizer,
-        training,
-        held_out,
-        train_rows,
-        held_out_rows,
-        dtype,
-        precision,
-        unbalanced is None,
-        notes,
-        sources,
-        base_hash,
-        tuple(left_out),
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        training=training,
+        held_out=held_out,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        dtype=dtype,
+        precision=precision,
+        balances_experts=unbalanced is None,
+        notes=notes,
+        sources=sources,
+        base_hash=base_hash,
+        left_out=tuple(left_out),
     )
 
 
-def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[TrainConfig, Examples, Examples | None]:
-    """Rows to train on, and rows held out; the configuration names the number of rows from then on."""
+def _split(config: TrainConfig, examples: Examples) -> tuple[TrainConfig, Examples, Examples | None, list[str]]:
+    """Rows to train on, and rows held out, whose number the configuration names from then on; what there is to say."""
     if config.eval_data is not None:
-        return config, examples, load_examples(config.eval_data)
+        return config, examples, load_examples(config.eval_data), []
     wanted = config.held_out
     if wanted is None:
         wanted = min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * len(examples)))) if len(examples) > 1 else 0
@@ -166,9 +172,9 @@ def _split(config: TrainConfig, examples: Examples, notes: list[str]) -> tuple[T
     except ConfigError:
         if config.held_out is not None:
             raise
-        notes.append("no rows are held out: the rows are copies of one another")
-        wanted, training, held_out = 0, examples, None
-    return replace(config, held_out=wanted), training, held_out if wanted else None
+        copies = "no rows are held out: the rows are copies of one another"
+        return replace(config, held_out=0), examples, None, [copies]
+    return replace(config, held_out=wanted), training, held_out if wanted else None, []
 
 
 def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:
@@ -194,18 +200,21 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
     return tokenizer
 
 
-def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Dataset:
-    rows = tokenize(
+def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return tokenize(
         examples,
         tokenizer,
         max_length=config.max_length,
         use_chat_template=config.use_chat_template,
         train_on=config.train_on,
     )
+
+
+def _new_notes(rows: Dataset, notes: list[str]) -> list[str]:
+    """What tokenised rows say of themselves, without what was said already."""
     # The first part says how many rows and tokens there are, which the panel shows by itself, as what is left out.
     said = {*notes, *sentences(left_out_of(rows))}
-    notes += [note for part in rows.info.description.split("; ")[1:] if (note := part.rstrip(".")) not in said]
-    return rows
+    return [note for part in rows.info.description.split("; ")[1:] if (note := part.rstrip(".")) not in said]
 
 
 def _of_held_out(config: TrainConfig, examples: Examples, rows: Dataset, known: set[str]) -> tuple[LeftOut, ...]:
@@ -218,12 +227,3 @@ def _of_held_out(config: TrainConfig, examples: Examples, rows: Dataset, known: 
 def _with_replay(config: TrainConfig, rows: Dataset, texts: Dataset) -> Dataset:
     places = range(len(rows)), range(len(rows), len(rows) + len(texts))
     return concatenate_datasets([rows, texts]).select(mix(*places, config.replay_share, config.seed))
-
-
-def _recompute(config: TrainConfig, model: PreTrainedModel, notes: list[str]) -> bool:
-    if config.gradient_checkpointing is not None:
-        return config.gradient_checkpointing
-    large = model.num_parameters() >= _LARGE_MODEL
-    if large:
-        notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
-    return large

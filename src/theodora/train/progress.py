@@ -95,7 +95,7 @@ class ProgressView(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Take the figures over."""
+        """Take the values over."""
         logs = logs or {}
         if "loss" in logs:
             tokens = logs.get("num_tokens", self._tokens)  # a log that follows an evaluation at the same step has none
@@ -103,7 +103,7 @@ class ProgressView(TrainerCallback):
             self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
             self.loss = (self.loss or 0.0) + (logs["loss"] - (self.loss or 0.0)) * (1 - _SMOOTHING) / self._weight
             self.learning_rate = logs["learning_rate"]
-            self._count_time()  # on a GPU the host may be ahead, until it waits for these figures
+            self._count_time()  # on a GPU the host may be ahead, until it waits for these values
             if self._busy:
                 self.tokens_per_second = (tokens - self._tokens) / self._busy
             self._all_tokens += tokens - self._tokens
@@ -127,22 +127,22 @@ class ProgressView(TrainerCallback):
         now = time.monotonic()
         if due or now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            parts = [f"step {state.global_step}/{state.max_steps}", *map(" ".join, self._figures())]
+            parts = [f"step {state.global_step}/{state.max_steps}", *map(" ".join, self._values())]
             parts += [f"{as_time(self.seconds_left)} left"] if self.seconds_left is not None else []
             self.console.print("  ".join(parts), soft_wrap=True)
 
-    def _figures(self) -> list[tuple[str, str]]:
-        found: list[tuple[str, float | None, Callable[[float], str]]] = [
+    def _values(self) -> list[tuple[str, str]]:
+        values: list[tuple[str, float | None, Callable[[float], str]]] = [
             ("loss", self.loss, "{:.4f}".format),
             ("held-out", self.eval_loss, "{:.4f}".format),
             ("lr", self.learning_rate, "{:.1e}".format),
             ("tokens/s", self.tokens_per_second, "{:,.0f}".format),
             ("memory", peak_memory() or None, as_size),
         ]
-        return [(name, show(value)) for name, value, show in found if value is not None]
+        return [(name, show(value)) for name, value, show in values if value is not None]
 
     def _render(self) -> Group:
-        figures = [Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in self._figures()]
+        figures = [Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in self._values()]
         return Group(self._bar, Text("   ").join(figures))
 
 

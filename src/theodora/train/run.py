@@ -28,7 +28,7 @@ from theodora.files.read_back import check_lines, save_tokenizer
 from theodora.parse import to_yaml
 from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
-from theodora.train import checkpoints as files
+from theodora.train import checkpoints
 from theodora.train.arguments import finish_arguments, sft_arguments
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
@@ -47,8 +47,8 @@ from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import change_notes, check_options, history, history_lines, past_of, record_of
+from theodora.train.self_stopping import SelfStopping, count_self_stops
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
-from theodora.train.stops import Stops, count_stops
 from theodora.train.trainer import AdapterTrainer
 from theodora.train.wholeness import note_divergence, read_state
 from theodora.trust import grant_flags
@@ -86,21 +86,21 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
 def _train_in_order(config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal) -> TrainResult:
     config = continued(config)
     output = Path(config.output)
-    arguments = sft_arguments(config, output / files.CHECKPOINTS)
+    arguments = sft_arguments(config, output / checkpoints.CHECKPOINTS)
     processes = Processes.of(arguments)
     console = Terminal.over(console or Terminal()) if processes.first else Terminal(quiet=True)
     with ExitStack() as held:
         said = held.enter_context(alone_in(output)) if processes.writes else []
-        files.check_output(output, overwrite=config.overwrite, resume=config.resume)
+        checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
         read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
-        files.check_inputs(output, read, overwrite=config.overwrite)
-        checkpoint = files.find_checkpoint(config.resume, output) if config.resume is not None else None
+        checkpoints.check_inputs(output, read, overwrite=config.overwrite)
+        checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
         past = None if checkpoint is None else past_of(checkpoint)
         if checkpoint is not None and past is not None:
             check_options(config, processes.count, checkpoint, past)
         processes.wait()  # no process writes before all have looked
         if processes.writes and checkpoint is None:
-            held.enter_context(files.marked(output))
+            held.enter_context(checkpoints.marked(output))
         with quiet_libraries():
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)
@@ -129,7 +129,7 @@ def _train(
     output, processes = Path(prepared.config.output), Processes.of(arguments)
     tensors = trained_tensors(prepared.model)
     before = fingerprints(tensors)
-    files.check_space(
+    checkpoints.check_space(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
     )
     view, updates = ProgressView(console), CountUpdates()
@@ -141,7 +141,7 @@ def _train(
         precision=prepared.precision,
         balances_experts=prepared.balances_experts,
         evaluates=prepared.held_out_rows is not None,
-        evaluates_first=checkpoint is None or files.owes_evaluation(checkpoint),
+        evaluates_first=checkpoint is None or checkpoints.owes_evaluation(checkpoint),
     )
     if not processes.alone:
         stop.alone, stop.agree = False, Agreement(arguments.device)
@@ -167,14 +167,14 @@ def _train(
     if processes.writes:
         _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
-        metrics = MetricsFile(output / files.METRICS_FILE, resume_at=plan.resume_at, appends=processes.first)
+        metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at, appends=processes.first)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
     _run(trainer, checkpoint, stop, view, prepared.config)
-    if trainer.saved_at is None and checkpoint is not None and checkpoint == files.newest_checkpoint(output):
+    if trainer.saved_at is None and checkpoint is not None and checkpoint == checkpoints.newest_checkpoint(output):
         # It may have been killed after its last checkpoint, before older ones were deleted.
         limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
-        files.rotate(output / files.CHECKPOINTS, files.steps_done(checkpoint), limit, best)
+        checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
@@ -223,7 +223,7 @@ def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any
 
 def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
     config, arguments, processes = prepared.config, trainer.args, trainer.processes
-    name = files.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
+    name = checkpoints.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
     guessing = math.log(prepared.model.config.get_text_config().vocab_size)
     return StepGuard(
         output / name,
@@ -253,7 +253,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     labels = prepared.train_rows["labels"]
-    resume_at = files.steps_done(checkpoint) if checkpoint is not None else None
+    resume_at = checkpoints.steps_done(checkpoint) if checkpoint is not None else None
     return Plan(
         config=prepared.config,
         model=model,
@@ -278,7 +278,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *prepared.notes,
             *_device_notes(trainer.processes),
             *missing_parts(arguments.device),
-            *(files.passed_over(output, checkpoint) if prepared.config.resume else []),
+            *(checkpoints.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
         ],
         left_out=prepared.left_out,
@@ -313,16 +313,16 @@ def _tokens_at(checkpoint: Path) -> int:
 def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     """Clear what is to be overwritten, and write down how to run this again and what was held out."""
     config = prepared.config
-    if config.overwrite or files.is_doomed(output):
-        files.clear_run(output)
-    files.clear_partial(output)
+    if config.overwrite or checkpoints.is_doomed(output):
+        checkpoints.clear_run(output)
+    checkpoints.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
-    command = f"theodora train --config {quoted(output / files.CONFIG_FILE)} --overwrite{grant_flags(options)}"
-    head = f"{files.RECORD_HEAD} To run it again: {command}\n"
+    command = f"theodora train --config {quoted(output / checkpoints.CONFIG_FILE)} --overwrite{grant_flags(options)}"
+    head = f"{checkpoints.RECORD_HEAD} To run it again: {command}\n"
     head += "".join(f"# {plain(line)}\n" for line in plan.history)
-    files.write_record(output, head + to_yaml(options))
+    checkpoints.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
-        with atomic_write(output / files.HELD_OUT_FILE) as file:
+        with atomic_write(output / checkpoints.HELD_OUT_FILE) as file:
             prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
             check_lines(file, len(prepared.held_out))
 
@@ -334,7 +334,9 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     with atomic_files(output) as folder:
         save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
-    draw_losses(read_metrics(output / files.METRICS_FILE), output / files.FIGURE_FILE, summary_line(plan, result))
+    draw_losses(
+        read_metrics(output / checkpoints.METRICS_FILE), output / checkpoints.FIGURE_FILE, summary_line(plan, result)
+    )
     write_card(plan, result)
 
 
@@ -356,7 +358,7 @@ def _run(
     except Diverged as error:
         _check_base(trainer, error)
         if trainer.processes.writes and error.in_doubt is not None:
-            note_divergence(output / files.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
+            note_divergence(output / checkpoints.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise TrainingInterrupted(_interrupted(config), stop.exit_code)
@@ -364,16 +366,16 @@ def _run(
 
 def _check_base(trainer: AdapterTrainer, error: Diverged) -> None:
     """Raise a CheckpointError if it is the base model that cannot be trained on."""
-    found = not_finite((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad)
-    if found:
+    bad = not_finite((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad)
+    if bad:
         raise CheckpointError(
             f"The base model itself holds NaN or infinite values as it was loaded, in {trainer.model.dtype}, so no "
-            f"adapter can be trained on it ({error.reason} at step {error.step}):" + bullet_list(found[:12])
+            f"adapter can be trained on it ({error.reason} at step {error.step}):" + bullet_list(bad[:12])
         ) from error
 
 
 def _interrupted(config: TrainConfig) -> str:
-    newest = files.newest_checkpoint(Path(config.output))
+    newest = checkpoints.newest_checkpoint(Path(config.output))
     if newest is None:
         return "Interrupted before the first checkpoint; nothing was kept to resume from."
     return f"Interrupted. {newest} is whole. Go on with:\n\n  {resume_command(config)}\n"
@@ -423,10 +425,10 @@ def _result(
     )
 
 
-def _count_stops(prepared: Prepared) -> Stops | None:
+def _count_stops(prepared: Prepared) -> SelfStopping | None:
     """Ask a few held-out rows, or rows trained on."""
     examples = prepared.held_out if prepared.held_out is not None else prepared.training
-    return count_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
+    return count_self_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 
 
 def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:

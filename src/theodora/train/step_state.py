@@ -23,7 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.files.read_back import write_text
-from theodora.train.deferred_metrics import Figures
+from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import write_inputs
 from theodora.train.outcome import Outcome
@@ -180,7 +180,7 @@ class CountingTrainer(SFTTrainer):
 
 def write_unlogged(trainer: CountingTrainer, folder: Path) -> None:
     """Write what has not been logged yet into a checkpoint."""
-    metrics = Figures(trainer.metrics_of("train")).read()
+    metrics = DeferredMetrics(trainer.metrics_of("train")).read()
     unlogged = {
         "step": trainer.logged_at,
         "loss": trainer.loss_sum.item(),

@@ -74,5 +74,5 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
         if not isinstance(self.head, Head):
             return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
         graphs = "steps of a recurring shape as CUDA graphs"
-        bounds = ["attention within each packed sequence"] if self.keeps_apart else []
+        bounds = ["attention within each packed sequence"] if self.sends_bounds else []
         return ["loss", *bounds, graphs if self.why_no_graph is None else f"no CUDA graphs ({self.why_no_graph})"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from theodora.train.deferred_metrics import Figures
+from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.step_state import CountingTrainer, replace_metrics
 
 _LINES_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
@@ -22,7 +22,7 @@ class _Line:
     epoch: float
     steps: int
     """Steps since the line before."""
-    figures: Figures
+    figures: DeferredMetrics
 
 
 class LogOverrides(CountingTrainer):
@@ -55,7 +55,7 @@ class LogOverrides(CountingTrainer):
         figures: dict[str, Any] = {**metrics, "loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]}
         figures["learning_rate"] = [self._get_learning_rate() if learning_rate is None else learning_rate]
         metrics.clear()
-        self._under_way.append(_Line(step, self.state.epoch or 0.0, step - self.logged_at, Figures(figures)))
+        self._under_way.append(_Line(step, self.state.epoch or 0.0, step - self.logged_at, DeferredMetrics(figures)))
         self.logged_at = step
 
     def _log_arrived(self, all_of_them: bool) -> None:
@@ -83,7 +83,7 @@ class LogOverrides(CountingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Overrides TRL 1.16's `SFTTrainer.log`: fetches the metrics from the device first, all at once."""
         metrics = self.metrics_of(self.mode)
-        metrics.update(Figures(metrics).read())
+        metrics.update(DeferredMetrics(metrics).read())
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

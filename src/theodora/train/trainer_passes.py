@@ -15,7 +15,7 @@ from theodora.kernels.graph import GraphedStep
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
-from theodora.train.packed_rows import keeps_apart
+from theodora.train.packed_rows import takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -25,7 +25,7 @@ class PassOverrides(LossOverrides):
     why_no_graph: str | None = "not looked at yet"
     """Why passes are no CUDA graphs, or no longer."""
     graph_replays = 0
-    keeps_apart = False
+    sends_bounds = False
     """Whether packed rows come with the bounds of their sequences instead of a mask."""
     shapes: Sequence[Shape] = ()
     """What batches are filled up to, if their rows are flattened."""
@@ -36,16 +36,16 @@ class PassOverrides(LossOverrides):
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
         if self._flattens():
-            self._reads_bounds, self.keeps_apart = False, True
+            self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
             flat = replace(self.data_collator, padding_free=True)
             self.data_collator = Flatten(flat, self.shapes, self.args.train_batch_size)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
-        self.keeps_apart = not self._reads_bounds and self._keeps_apart()
+        self.sends_bounds = not self._reads_bounds and self._takes_bounds()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
-            self.data_collator = SelectLearned(self.data_collator, full, self.keeps_apart)
+            self.data_collator = SelectLearned(self.data_collator, full, self.sends_bounds)
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
@@ -56,7 +56,7 @@ class PassOverrides(LossOverrides):
         """Whether the rows of a batch can be one row, and nobody looks at the batch's own shape."""
         collate, noise = self.data_collator, self.args.neftune_noise_alpha  # whose size goes by the length of rows
         plain = type(collate) is DataCollatorForLanguageModeling and not collate.pad_to_multiple_of and not noise
-        return plain and not collate.padding_free and self.why_no_graph is None and self._keeps_apart()
+        return plain and not collate.padding_free and self.why_no_graph is None and self._takes_bounds()
 
     def _shapes(self) -> list[Shape]:
         """What flattened batches are filled up to."""
@@ -68,9 +68,9 @@ class PassOverrides(LossOverrides):
         parameters = self.model.num_parameters(exclude_embeddings=True)
         return choose(lengths, learned, size, Costs.of(parameters, config.num_hidden_layers, batches))
 
-    def _keeps_apart(self) -> bool:
+    def _takes_bounds(self) -> bool:
         with self.compute_loss_context_manager():
-            return keeps_apart(self.model, self.args.max_length)
+            return takes_bounds(self.model, self.args.max_length)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
@@ -97,8 +97,12 @@ class PassOverrides(LossOverrides):
         if self.why_no_graph is not None or not isinstance(self.head, Head):
             return None
         if self._graphed is None:
-            planned = {"most_shapes": len(self.shapes), "least_share": 0.0} if self.shapes else {}
-            self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()), **planned)
+            parameters, planned = list(self.model.parameters()), len(self.shapes)
+            self._graphed = (
+                GraphedStep(self._forward_backward, parameters, most_shapes=planned, least_share=0.0)
+                if planned
+                else GraphedStep(self._forward_backward, parameters)
+            )
         return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ def inject(trial: Trial) -> Iterator[Check]:
     torch.manual_seed(0)
     subject = trial.library(model, trial.variant, trial.kinds)
     subject.inject("one")
-    found = subject.model(*x)
+    results = subject.model(*x)
     for kind in trial.kinds:
         parameters = {part: p.detach().to("cpu") for part, p in subject.parameters(kind, "one").items()}
         n = with_values(base[kind], parameters, trial.variant.scale(kind))
         n = replace(n, start=subject.start(kind, "one"))
-        y, rows = found[KINDS.index(kind)], trial.rows(x, kind)
+        y, rows = results[KINDS.index(kind)], trial.rows(x, kind)
         bound = formula.walk(n, rows, trial.torch_dtype).y.bound()
         exact = formula.output(base[kind], rows)
         yield trial.check(kind, "output", y.reshape(-1, y.shape[-1]), exact, bound)
@@ -48,17 +48,17 @@ def _start(trial: Trial, kind: str, n: formula.Numbers) -> Iterator[Check]:
     if n.start is None or n.a_RI is None:
         return
     rank, w = len(n.a_RI), n.weight_OI
-    found = n.start[1] @ n.start[0]
+    product = n.start[1] @ n.start[0]
     if trial.variant.init == "pissa":
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        exact, found = (u[:, :rank] * s[:rank]) @ vh[:rank], n.scale * found
+        exact, product = (u[:, :rank] * s[:rank]) @ vh[:rank], n.scale * product
         gap = float((s[rank - 1] - s[rank]) / s[0]) if rank < len(s) else 1.0
     else:
         q, r = torch.linalg.qr(w)
         exact, gap = q[:, :rank] @ r[:rank], 1.0
     # Singular vectors move by the rounding of W over the gap to the next singular value (Davis and Kahan).
     size = float(w.norm() / exact.norm()) * sum(w.shape) ** 0.5
-    yield trial.check(kind, f"start of {trial.variant.init}", found, exact, size * roundoff(torch.float32) / gap)
+    yield trial.check(kind, f"start of {trial.variant.init}", product, exact, size * roundoff(torch.float32) / gap)
 
 
 @operation("remove", "remove", CARRY)
@@ -136,7 +136,7 @@ def state_dict(trial: Trial) -> Iterator[Check]:
     numbers = trial.numbers["one"]
     other = trial.subject(one=9)
     with torch.no_grad():
-        other.model(*x)  # fills whatever is kept
+        other.model(*x)  # fills the caches
         other.model.load_state_dict(state)
         yield from trial.outputs(other.model(*x), x, numbers)
     for kind in trial.kinds:

@@ -44,19 +44,19 @@ def combine_svd(trial: Trial) -> Iterator[Check]:
     for kind in trial.kinds:
         both = [trial.numbers[name][kind] for name in ("one", "two")]
         target = formula.summed(both, list(WEIGHTS))
-        wanted, found = formula.adapted_weight(target), subject.weight(kind)
+        wanted, result = formula.adapted_weight(target), subject.weight(kind)
         low = formula.row_scale(target)[:, None] * (formula.direction(target) - target.weight_OI)
         best = formula.best_of_rank(low, RANK)
         rounding = formula.walk_merge(target, trial.torch_dtype).bound()
         if trial.variant.method == "dora":
             bound = float((low - best).norm() / wanted.norm()) + rounding
-            yield trial.check(kind, "distance from the sum", found, wanted, bound)
+            yield trial.check(kind, "distance from the sum", result, wanted, bound)
         else:
-            # Singular vectors computed in float32 turn by u·σ₁ over the gap behind the last one that is kept.
+            # Singular vectors computed in float32 turn by u·σ₁ over the gap behind the last one that stays.
             sigma = torch.linalg.svdvals(low)
             turned = float(sigma[0] / (sigma[RANK - 1] - sigma[RANK])) if len(sigma) > RANK else 1.0
             slack = turned * roundoff(torch.float32) * len(sigma) ** 0.5 * float(low.norm() / wanted.norm())
-            yield trial.check(kind, "nearest of its rank", found, target.weight_OI + best, rounding + slack)
+            yield trial.check(kind, "nearest of its rank", result, target.weight_OI + best, rounding + slack)
 
 
 @operation("combine-ties", "combination: TIES", MAKE)
@@ -73,13 +73,13 @@ def combine_ties(trial: Trial) -> Iterator[Check]:
 
 @operation("combine-dare", "combination: DARE", MAKE)
 def combine_dare(trial: Trial) -> Iterator[Check]:
-    """Each element of each change kept by chance and scaled up, with the draws that were made; of full rank."""
+    """DARE with the draws that were made: each element stays by chance and is scaled up; of full rank."""
     subject = _two(trial)
     subject.combine(("one", "two"), WEIGHTS, "both", "dare", density=SHARE)
 
     def wanted(kind: str, changes: list[Tensor]) -> Tensor:
-        kept = [subject.drawn(kind, name, changes[0].shape, SHARE).to(F64) for name in ("one", "two")]
-        return sum(w * k * c / SHARE for w, k, c in zip(WEIGHTS, kept, changes, strict=True))  # pyright: ignore
+        masks = [subject.drawn(kind, name, changes[0].shape, SHARE).to(F64) for name in ("one", "two")]
+        return sum(w * k * c / SHARE for w, k, c in zip(WEIGHTS, masks, changes, strict=True))  # pyright: ignore
 
     yield from _dense(trial, subject, wanted)
 
@@ -151,9 +151,9 @@ def swap_compiled(trial: Trial) -> Iterator[Check]:
             run(*x)
         before = compiles.count
         subject.swap(folder / "two", "one")
-        found = run(*x)
+        result = run(*x)
         again = compiles.count - before
-    yield from trial.outputs(found, x, second)
+    yield from trial.outputs(result, x, second)
     for kind in trial.kinds:
         yield Check(kind, "compiled again", float(again), 0.0)
 

@@ -36,9 +36,9 @@ def save_load(trial: Trial) -> Iterator[Check]:
         subject.save(folder / "one", "one")
         other = trial.library(trial.bare(), trial.variant, trial.kinds)
         other.load(folder / "one", "one")
-        found = other.model(*x)
-    yield from trial.outputs(found, x, trial.numbers["one"])
-    yield from trial.same_outputs(found, first, "output of before")
+        results = other.model(*x)
+    yield from trial.outputs(results, x, trial.numbers["one"])
+    yield from trial.same_outputs(results, first, "output of before")
 
 
 @operation("load-beside", "load beside other adapters", FILES)
@@ -112,9 +112,9 @@ def export_peft(trial: Trial) -> Iterator[Check]:
 
             peer = Peft(trial.bare(), trial.variant, trial.kinds)
             peer.load(folder / "one", "one")
-            found = peer.model(*x)
+            results = peer.model(*x)
             sound = [kind for kind in trial.kinds if kind != "zero_rows" or trial.variant.method == "lora"]
-            yield from replace(trial, kinds=tuple(sound)).outputs(found, x, trial.numbers["one"], "output in PEFT")
+            yield from replace(trial, kinds=tuple(sound)).outputs(results, x, trial.numbers["one"], "output in PEFT")
 
 
 @operation("import-peft", "import: PEFT's files", FILES, ours_only=True)
@@ -299,7 +299,7 @@ def _read_peft(folder: Path, kinds: tuple[str, ...], numbers: dict[str, Numbers]
     """The adapter as PEFT's format has it, read without any of our readers: base numbers and the file's."""
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(folder / _WEIGHTS)
-    found: dict[str, Numbers] = {}
+    loaded: dict[str, Numbers] = {}
     for kind in kinds:
         middle = "lora_embedding_{}" if kind == "embed_tokens" else "lora_{}.weight"
         a, b = (tensors[f"{_PREFIX}{kind}.{middle.format(part)}"].to(F64) for part in "AB")
@@ -307,8 +307,8 @@ def _read_peft(folder: Path, kinds: tuple[str, ...], numbers: dict[str, Numbers]
         rank = config["rank_pattern"].get(kind, config["r"])
         alpha = config["alpha_pattern"].get(kind, config["lora_alpha"])
         scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
-        found[kind] = replace(numbers[kind], a_RI=a, b_OR=b, magnitude_O=m, scale=scale, start=None)
-    return found
+        loaded[kind] = replace(numbers[kind], a_RI=a, b_OR=b, magnitude_O=m, scale=scale, start=None)
+    return loaded
 
 
 def _write_peft(folder: Path, trial: Trial, base: dict[str, Numbers]) -> dict[str, Numbers]:

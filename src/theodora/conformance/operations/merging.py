@@ -26,10 +26,10 @@ def merge(trial: Trial) -> Iterator[Check]:
         lookup = trial.bare()(*x)[len(KINDS)]
         subject.merge("one")
         yield from trial.weights(subject, trial.numbers["one"])
-        found = subject.model(*x)
-    yield from trial.merged_outputs(found, x, trial.numbers["one"], "merged output")
+        results = subject.model(*x)
+    yield from trial.merged_outputs(results, x, trial.numbers["one"], "merged output")
     if "tied_head" in trial.kinds:
-        yield trial.same("tied_head", "lookup that shared its weight", found[len(KINDS)], lookup)
+        yield trial.same("tied_head", "lookup that shared its weight", results[len(KINDS)], lookup)
 
 
 @operation("merge-disk", "merge on disk", MERGE, ours_only=True)
@@ -50,8 +50,8 @@ def merge_disk(trial: Trial) -> Iterator[Check]:
         model.to(trial.device).eval()
         for kind in trial.kinds:
             bound = walk_merge(numbers[kind], trial.torch_dtype).bound()
-            found = stored_weight(model.get_submodule(kind))
-            yield trial.check(kind, "merged weight", found, adapted_weight(numbers[kind]), bound)
+            result = stored_weight(model.get_submodule(kind))
+            yield trial.check(kind, "merged weight", result, adapted_weight(numbers[kind]), bound)
         outputs = model(*x)
     yield from trial.merged_outputs(outputs, x, numbers, "merged output")
     if "tied_head" in trial.kinds:

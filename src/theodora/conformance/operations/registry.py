@@ -1,4 +1,4 @@
-"""What an operation is."""
+"""What an operation of the suite is, and the list of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Operation:
     ours_only: bool = False
     """PEFT has nothing of the kind."""
     sample: tuple[str, ...] = ()
-    """Only these variants, because it is slow; the others differ from them in numbers alone. Kinds and dtypes are all
-    there, and `plan(every_variant=True)` takes every variant as well."""
+    """The only variants that a slow operation runs on; the others differ from them in numbers alone. It runs on every
+    kind and dtype, and with `plan(every_variant=True)` on every variant, too."""
     cost: int = 0
-    """Dear ones begin first."""
+    """How long it takes, as a rank: the longest begin first."""
 
 
 COMPILED = ("lora", "dora", "dora-pissa", "dora-rslora-patterns")

@@ -38,7 +38,7 @@ def backward(trial: Trial) -> Iterator[Check]:
 
 @operation("inference", "inference: prompt, then tokens", RUN)
 def inference(trial: Trial) -> Iterator[Check]:
-    """What is kept between passes without gradients changes nothing."""
+    """What is cached between passes without gradients changes nothing."""
     subject, numbers = trial.subject(), trial.numbers["one"]
     with torch.inference_mode():
         for batch, seed in (((3, 4), 1), ((3, 1), 2), ((3, 1), 3)):
@@ -48,7 +48,7 @@ def inference(trial: Trial) -> Iterator[Check]:
 
 @operation("changed", "after a change of weights", RUN)
 def changed(trial: Trial) -> Iterator[Check]:
-    """Nothing that was kept is stale: after writes in place, through `.data`, and by an optimizer."""
+    """Nothing cached is stale: after writes in place, through `.data`, and by an optimizer."""
     subject, x = trial.subject(), trial.inputs()
     with torch.no_grad():
         subject.model(*x)
@@ -171,13 +171,13 @@ def mixed_batch(trial: Trial) -> Iterator[Check]:
     """Each sequence of a batch is the formula with its own adapter, or the base."""
     subject, x = trial.subject(one=1, two=2), trial.inputs()
     names = ("two", None, "one")
-    found = subject.mixed(names, x)
+    results = subject.mixed(names, x)
     for i, name in enumerate(names):
         numbers = trial.numbers["one"] if name is None else trial.numbers[name]
         if name is None:
             numbers = {kind: n.base() for kind, n in numbers.items()}
         own = [t[i : i + 1] for t in x]
-        yield from trial.outputs([y[i : i + 1] for y in found], own, numbers, f"output of {name or 'the base'}")
+        yield from trial.outputs([y[i : i + 1] for y in results], own, numbers, f"output of {name or 'the base'}")
 
 
 @operation("reference", "reference path", RUN, ours_only=True)

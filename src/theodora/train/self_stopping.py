@@ -25,7 +25,7 @@ _SMALL_LOSS = 1.0
 
 
 @dataclass(frozen=True)
-class Stops:
+class SelfStopping:
     """In how many of how many answers the model stopped."""
 
     stopped: int
@@ -41,9 +41,9 @@ class Stops:
         )
 
 
-def count_stops(
+def count_self_stops(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, use_chat_template: bool | None
-) -> Stops | None:
+) -> SelfStopping | None:
     """Ask a few rows; None where there is nothing to ask (plain text, long answers), or the model does not generate."""
     if examples.format == "text":
         return None
@@ -64,14 +64,14 @@ def count_stops(
     except (torch.OutOfMemoryError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return None  # a model that cannot generate so is trained all the same
     answers = torch.isin(output[:, max(map(len, prompts)) :].cpu(), torch.tensor(ends))
-    return Stops(int(answers.any(dim=1).sum()), len(prompts))
+    return SelfStopping(int(answers.any(dim=1).sum()), len(prompts))
 
 
 def _questions(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, use_chat_template: bool | None
 ) -> list[tuple[list[int], int]]:
     """Prompts of the first rows, and how long their answers are."""
-    found: list[tuple[list[int], int]] = []
+    questions: list[tuple[list[int], int]] = []
     for row in examples.dataset.select(range(min(_LOOKED_AT, len(examples)))):
         try:
             length = len(tokenizer(reference_answer(row), add_special_tokens=False)["input_ids"])  # pyright: ignore
@@ -79,5 +79,5 @@ def _questions(
         except (TheodoraError, StopIteration, KeyError, ValueError, TypeError):
             continue
         if prompt and length <= _MOST:
-            found.append((prompt, length))
-    return found
+            questions.append((prompt, length))
+    return questions

@@ -1,0 +1,62 @@
+"""Work that ends in its midst, as by `kill -9`, in a process of the fork server (`crash.killing.fork_server`)."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crash.killing import fork_server
+
+
+def died(work: Callable[..., None], *arguments: Any) -> bool:
+    """Whether `work`, a function of this file, was killed."""
+    process = fork_server().Process(target=work, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode == -signal.SIGKILL
+
+
+def compare(options: dict[str, Any]) -> None:
+    """Killed before the third record is written."""
+    from theodora.compare import CompareConfig
+    from theodora.compare import compare as whole
+    from theodora.compare.store import Store
+
+    add, count = Store.add, 0
+
+    def add_two(self: Store, record: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            _die()
+        add(self, record)
+
+    Store.add = add_two
+    whole(CompareConfig.from_options(options))
+
+
+def merge(adapter: Path, output: Path, keys: int) -> None:
+    """Killed after so many tensors."""
+    from theodora.merging import merge_checkpoint
+
+    seen: list[str] = []
+
+    def watch(done: int, total: int, key: str) -> None:
+        seen.append(key)
+        if len(seen) == keys:
+            _die()
+
+    merge_checkpoint(adapter, output, max_shard_size=70_000_000, progress=watch)
+
+
+def export(adapter: Path, output: Path) -> None:
+    """Killed between the merged model and the GGUF file."""
+    import theodora.export.exporting as module
+
+    module.write_gguf = lambda *_, **__: _die()
+    module.export_adapter(adapter, output, "gguf", check=False)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
