@@ -184,7 +184,7 @@ def served(model: Any, folder: Path, args: argparse.Namespace) -> tuple[list[flo
     seconds = []
     for _ in range(3):
         engine.unload("a0")
-        engine._mover.submit(lambda: None).result()  # one at a time: the last one is in host memory by now
+        engine.mover.submit(lambda: None).result()  # one at a time: the last one is in host memory by now
         adapter = engine.load("a0", folder)
         seconds.append(adapter.seconds)
     for index in range(max(args.adapters)):
