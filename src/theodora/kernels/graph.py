@@ -20,7 +20,6 @@ from torch import Tensor, nn
 Inputs = Mapping[str, Tensor]
 
 
-
 @dataclass(frozen=True)
 class _Recording:
     graph: Any
