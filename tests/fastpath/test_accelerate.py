@@ -144,7 +144,7 @@ def test_experts():
     def outputs():
         model.zero_grad()
         y = model(input_ids=IDS).last_hidden_state
-        y.square().mean().backward()
+        (y * torch.linspace(-1, 1, y.shape[-1], device=DEVICE)).sum().backward()  # y² is what the last norm makes 1
         return {"y": y.detach(), **{name: t.grad.clone() for name, t in trained_tensors(model).items()}}
 
     with kernels.reference():

@@ -176,7 +176,8 @@ def test_grammars_that_take_too_long_leave_few_threads_and_hold_up_nothing(monke
             with pytest.raises(ConfigError) as error:
                 await grammars.grammar({"type": "any_text"})
             told.append(str(error.value))
-        stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-aside"]
+        stuck = [thread for thread in threading.enumerate() if thread.name == "theodora-daemon"]
+        assert len(stuck) == 4
         assert all(thread.daemon for thread in stuck)
         release.set()
         while any(thread.is_alive() for thread in stuck):

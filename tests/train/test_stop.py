@@ -19,7 +19,7 @@ from crash.killing import fork_server
 from theodora.cli import main as cli
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
-from theodora.train import callbacks, train
+from theodora.train import callbacks, train, trainer, trainer_logs
 from theodora.train import stop as stopping
 from theodora.train.processes import Agreement
 from theodora.train.stop import StopOnSignal, TrainingInterrupted
@@ -92,6 +92,26 @@ def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
     found = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert f"checkpoint-{saved}" in found
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    run(**settings)
+    same(tmp_path / "run", whole(**settings), losses)
+
+
+def test_a_run_that_stops_has_all_lines_of_its_log(run, whole, send, tmp_path, losses, monkeypatch):
+    settings = {**ACCUMULATED, "max_steps": 8, "save_steps": 100, "held_out": 0, "resume": "auto"}
+    choose = trainer.AdapterTrainer.choose_graphs
+
+    def lag_behind(self):
+        self.defers_logs = True
+        choose(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_logs.DeferredMetrics, "ready", lambda self: False)
+        patch.setattr(trainer.AdapterTrainer, "choose_graphs", lag_behind)
+        send("on_substep_end", 5)
+        with pytest.raises(TrainingInterrupted):
+            run(**settings)
+    monkeypatch.undo()
+    assert losses(tmp_path / "run", "step") == [1, 2, 3, 4, 5]
     run(**settings)
     same(tmp_path / "run", whole(**settings), losses)
 

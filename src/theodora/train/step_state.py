@@ -107,6 +107,9 @@ class CountingTrainer(SFTTrainer):
     last_step: StepState | None = None
     """The state at the end of the last step that was finished."""
 
+    def log_arrived(self, all_of_them: bool) -> None:
+        """Write the lines of the log whose figures have come, or `all_of_them`: `LogOverrides` holds lines back."""
+
     @property
     def loss_sum(self) -> Tensor:
         """To be changed in place: transformers holds the same tensor in a variable."""

@@ -106,6 +106,7 @@ class CheckpointOverrides(CountingTrainer):
             return
         if self.last_step is not None:
             self.last_step.restore_to(self)
+        self.log_arrived(all_of_them=True)  # a run that goes on from here will not log these steps
         self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

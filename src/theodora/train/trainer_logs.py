@@ -44,7 +44,7 @@ class LogOverrides(CountingTrainer):
                 self._send_for_figures(tr_loss, grad_norm, kwargs.get("learning_rate"))
                 self.control.should_log = False
             control = self.control
-            self._log_arrived(control.should_save or control.should_evaluate or control.should_training_stop)
+            self.log_arrived(control.should_save or control.should_evaluate or control.should_training_stop)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self.note_step()
 
@@ -58,7 +58,7 @@ class LogOverrides(CountingTrainer):
         self._under_way.append(_Line(step, self.state.epoch or 0.0, step - self.logged_at, DeferredMetrics(figures)))
         self.logged_at = step
 
-    def _log_arrived(self, all_of_them: bool) -> None:
+    def log_arrived(self, all_of_them: bool) -> None:
         """Log in order, each under its own step."""
         now = self.state.global_step, self.state.epoch or 0.0
         while self._under_way:
