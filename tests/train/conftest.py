@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import recorder
 from theodora.config import TrainConfig
-from theodora.train import TrainResult, train
+from theodora.train import TrainResult, train, trainer, trainer_loss, trainer_passes
 from undrawn import leave_losses_blank
 
 
@@ -82,3 +83,27 @@ def losses() -> Callable[..., list[float]]:
 def _losses(output: Path | str, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The trainers of the runs to come, which run as on a GPU: with the fused loss, and with graphs if asked for."""
+    found, init = [], trainer.AdapterTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.steps = None
+        found.append(self)
+
+    release = trainer_passes.GraphedStep.release
+
+    def released(self, why_not):
+        found[-1].steps = self
+        return release(self, why_not)
+
+    recorder.install(monkeypatch)
+    monkeypatch.setattr(trainer_passes.GraphedStep, "release", released)
+    monkeypatch.setattr(trainer.AdapterTrainer, "__init__", remember)
+    monkeypatch.setattr(trainer_loss, "fused_loss_pays", lambda device: True)
+    monkeypatch.setattr(trainer_passes, "graphs_pay", lambda device: True)
+    return found

@@ -8,41 +8,16 @@ from safetensors.torch import load_file
 from transformers import masking_utils
 from trl.trainer.sft_trainer import SFTTrainer
 
-import recorder
 from formula import DEVICE
 from theodora.data.packing import packed_batch
 from theodora.fastpath import packed_attention
 from theodora.fastpath.masks import packed_rows, whole_rows
-from theodora.train import trainer, trainer_loss, trainer_passes
+from theodora.train import trainer_passes
 from theodora.train.fused_loss import fill_up
 from theodora.train.graphed import draws_at_random, reads_bounds
 from theodora.train.packed_rows import attention_by_bounds, takes_bounds
 
 SETTINGS = {"train_on": "all", "max_length": 12, "held_out": 6, "max_steps": 12, "save_steps": 5, "eval_steps": 4}
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The trainers of the runs below, which run as on a GPU: with the fused loss, and with graphs if asked for."""
-    found, init = [], trainer.AdapterTrainer.__init__
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.steps = None
-        found.append(self)
-
-    release = trainer_passes.GraphedStep.release
-
-    def released(self, why_not):
-        found[-1].steps = self
-        return release(self, why_not)
-
-    recorder.install(monkeypatch)
-    monkeypatch.setattr(trainer_passes.GraphedStep, "release", released)
-    monkeypatch.setattr(trainer.AdapterTrainer, "__init__", remember)
-    monkeypatch.setattr(trainer_loss, "fused_loss_pays", lambda device: True)
-    monkeypatch.setattr(trainer_passes, "graphs_pay", lambda device: True)
-    return found
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
 
-_RARE = 8  # a shape that is less than one call in so many is not worth the memory
-
 
 @dataclass(frozen=True)
 class _Recording:
@@ -59,6 +57,7 @@ class GraphedStep:
         parameters: Sequence[nn.Parameter],
         warmup: int = 2,
         most_shapes: int = 2,
+        least_share: float = 1 / 8,
     ) -> None:
         """Take the step and what it trains.
 
@@ -68,13 +67,14 @@ class GraphedStep:
             parameters: what gets gradients.
             warmup: calls of a shape before it is captured, at least 1.
             most_shapes: shapes that are captured; they share the memory of the largest step.
+            least_share: of the calls, so that a shape is worth its memory.
         """
         self.why_not: str | None = None
         self.replays = 0
         """Calls that ran from a graph."""
         self._step = step
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._warmup, self._most_shapes = max(1, warmup), most_shapes
+        self._warmup, self._most_shapes, self._least_share = max(1, warmup), most_shapes, least_share
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, _Recording] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -91,7 +91,7 @@ class GraphedStep:
         if self.why_not is not None or len(self._graphs) >= self._most_shapes:
             return self._plain(inputs)
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if seen < self._warmup or seen * _RARE < sum(self._seen.values()):
+        if seen < self._warmup or seen < self._least_share * sum(self._seen.values()):
             return self._plain(inputs)
         try:
             return self._first(key, inputs)

@@ -120,14 +120,17 @@ def fill_up(batch: dict[str, Any], full: int) -> None:
         batch[name] = max(batch[name], missing)
 
 
-def select_learned(labels_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Targets and positions as in `Learned`. The token at t is predicted from the state at t - 1."""
+def select_learned(labels_BT: Tensor, count: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Targets and positions as in `Learned`. The token at t is predicted from the state at t - 1.
+
+    `count` positions are chosen, at least as many as are learned; if it is None, their number rounded up.
+    """
     targets_BT = torch.full_like(labels_BT, IGNORED)
     targets_BT[:, :-1] = labels_BT[:, 1:]
     flat = targets_BT.flatten()
     positions = (flat != IGNORED).nonzero().squeeze(1)
     multiple = max(1, math.ceil(flat.numel() * _SHARE / _MULTIPLE)) * _MULTIPLE
-    padded = max(1, math.ceil(positions.numel() / multiple)) * multiple
+    padded = count or max(1, math.ceil(positions.numel() / multiple)) * multiple
     if padded > _MOST * flat.numel():
         return flat, None
     # The last position of the first row predicts nothing: a place for what fills up the number.

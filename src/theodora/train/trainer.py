@@ -4,7 +4,8 @@ What is overridden lies in groups, one file each; every override says of which m
 and in which versions it was read. The way of a batch, which comes by each file once:
 
     rows
-      │  SelectLearned                 fused_loss.py      collates them, and tells what the host knows of the batch
+      │  SelectLearned                 fused_loss.py      collates them, and tells what the host knows of the batch;
+      │  or Flatten                    flattened.py       makes one row of them
       ▼
     training_step                      trainer_steps.py   called by transformers; guard and outcome note the batch
       │  Pieces                        out_of_memory.py   whole, or in pieces if memory does not last
@@ -74,5 +75,7 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
         if not isinstance(self.head, Head):
             return [f"TRL's loss ({self.head})"] if self.args.device.type == "cuda" else []
         graphs = "steps of a recurring shape as CUDA graphs"
+        if self.shapes:
+            return ["loss", "rows of a batch as one", "steps as CUDA graphs"]
         bounds = ["attention within each packed sequence"] if self.sends_bounds else []
         return ["loss", *bounds, graphs if self.why_no_graph is None else f"no CUDA graphs ({self.why_no_graph})"]

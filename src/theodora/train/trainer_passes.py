@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from theodora.kernels.graph import GraphedStep
+from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.packed_rows import takes_bounds
@@ -23,12 +27,20 @@ class PassOverrides(LossOverrides):
     graph_replays = 0
     sends_bounds = False
     """Whether packed rows come with the bounds of their sequences instead of a mask."""
+    shapes: Sequence[Shape] = ()
+    """What batches are filled up to, if their rows are flattened."""
     _graphed: GraphedStep | None = None
     _reads_bounds = True
 
     def choose_graphs(self) -> None:
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
+        if self._flattens():
+            self._reads_bounds, self.sends_bounds = False, True
+            self.shapes = self._shapes()
+            flat = replace(self.data_collator, padding_free=True)
+            self.data_collator = Flatten(flat, self.shapes, self.args.train_batch_size)
+            return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
         if isinstance(self.head, Head):
@@ -39,6 +51,22 @@ class PassOverrides(LossOverrides):
         if not isinstance(self.head, Head):
             return "TRL's loss"
         return why_no_graph(self) if graphs_pay(self.args.device) else f"not on {self.args.device.type}"
+
+    def _flattens(self) -> bool:
+        """Whether the rows of a batch can be one row, and nobody looks at the batch's own shape."""
+        collate, noise = self.data_collator, self.args.neftune_noise_alpha  # whose size goes by the length of rows
+        plain = type(collate) is DataCollatorForLanguageModeling and not collate.pad_to_multiple_of and not noise
+        return plain and not collate.padding_free and self.why_no_graph is None and self._takes_bounds()
+
+    def _shapes(self) -> list[Shape]:
+        """What flattened batches are filled up to."""
+        rows, size, config = self.train_dataset, self.args.train_batch_size, self.model.config.get_text_config()
+        lengths, learned = lengths_of(rows)
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        if batches <= 0:
+            batches = math.ceil(self.args.num_train_epochs * len(lengths) / size)
+        parameters = self.model.num_parameters(exclude_embeddings=True)
+        return choose(lengths, learned, size, Costs.of(parameters, config.num_hidden_layers, batches))
 
     def _takes_bounds(self) -> bool:
         with self.compute_loss_context_manager():
@@ -69,7 +97,12 @@ class PassOverrides(LossOverrides):
         if self.why_no_graph is not None or not isinstance(self.head, Head):
             return None
         if self._graphed is None:
-            self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()))
+            parameters, planned = list(self.model.parameters()), len(self.shapes)
+            self._graphed = (
+                GraphedStep(self._forward_backward, parameters, most_shapes=planned, least_share=0.0)
+                if planned
+                else GraphedStep(self._forward_backward, parameters)
+            )
         return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
