@@ -2,7 +2,7 @@
 
     python benchmarks/jobs.py                                   # on a GPU: rows a, b, c and d, each with its peers
     python benchmarks/jobs.py --jobs a --rounds 3 --steps 100
-    python benchmarks/jobs.py --jobs a --steps 6 --rows 200     # on a CPU, to see that it runs
+    python benchmarks/jobs.py --tiny --jobs a --steps 6 --rows 40    # on a CPU, to see that it runs
 
 | job | model | rows | batch |
 |---|---|---|---|
@@ -30,10 +30,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ LLAMA_8B = LLAMA | {
 }
 
 
+TINY = LLAMA | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be trained on what."""
@@ -103,6 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="theodora-jobs-") as scratch:
         for name in args.jobs:
             job = JOBS["a" if name == "d" else name]
+            job = replace(job, shape=TINY) if args.tiny else job
             folder = Path(scratch) / name
             model, data = folder / "model", folder / "rows.jsonl"
             tokens = write_rows(data, job, args)
@@ -137,6 +149,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", default=["dora", "lora", "peft-dora", "peft-lora"], help="default: all")
     parser.add_argument("--rounds", type=int, default=1, help="times that all take their turns; default: 1")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps; default: 100")
+    parser.add_argument("--tiny", action="store_true", help="a model of two small layers in the place of each")
     parser.add_argument("--rows", type=int, help="rows of data; default: the job's")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to give the models")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/jobs.json"), help="JSON file")
@@ -159,12 +172,10 @@ def trainings(model: Path, data: Path, job: Job, args: argparse.Namespace) -> di
         "held-out": 0,
     }
     peers = {**shared, "batch": job.batch, "steps": args.steps}
-    ways = {
-        **{way: ["-m", "theodora", "train", *words({**ours, "method": way}), "--overwrite"] for way in ("dora", "lora")},
-        **{
-            f"peft-{way}": [str(HERE / "jobs_peer.py"), *words({**peers, "method": way})] for way in ("dora", "lora")
-        },
-    }  # fmt: skip
+    ways: dict[str, list[str]] = {}
+    for way in ("dora", "lora"):
+        ways[way] = ["-m", "theodora", "train", *words({**ours, "method": way}), "--overwrite"]
+        ways[f"peft-{way}"] = [str(HERE / "jobs_peer.py"), *words({**peers, "method": way})]
     return {way: command for way, command in ways.items() if way in args.ways}
 
 
@@ -219,7 +230,6 @@ def gpu_use() -> Iterator[list[tuple[float, float]]]:
         return
     query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
     with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
-        import threading
 
         def read() -> None:
             assert process.stdout is not None
@@ -292,8 +302,8 @@ def summary(runs: list[Any], tokens: float) -> dict[str, Any]:
     """Medians over the rounds."""
     if runs and isinstance(runs[0], float):
         return {"whole": statistics.median(runs), "runs": runs}
-    middle: Callable[[str], Any] = lambda name: statistics.median(getattr(run, name) for run in runs)  # noqa: E731
-    found = {name: middle(name) for name in ("first_step", "step", "whole")}
+    columns = ("first_step", "step", "whole")
+    found = {name: statistics.median(getattr(run, name) for run in runs) for name in columns}
     busy = [run.busy for run in runs if run.busy is not None]
     return {
         **found,
@@ -305,7 +315,10 @@ def summary(runs: list[Any], tokens: float) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = ["| job | way | before the first step | a step | tokens/s | GPU busy | whole |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| job | way | before the first step | a step | tokens/s | GPU busy | whole |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, ways in report["jobs"].items():
         for way, found in ways.items():
             if "step" not in found:
@@ -314,9 +327,8 @@ def table(report: dict[str, Any]) -> str:
             busy = "" if found["busy"] is None else f"{found['busy']:.0%}"
             before = f"{found['first_step'] - report['imports']:.1f} s"
             rate = f"{found['tokens_per_second']:,.0f}"
-            lines.append(
-                f"| {name} | {way} | {before} | {1000 * found['step']:.1f} ms | {rate} | {busy} | {found['whole']:.1f} s |"
-            )
+            step, whole = f"{1000 * found['step']:.1f} ms", f"{found['whole']:.1f} s"
+            lines.append(f"| {' | '.join((name, way, before, step, rate, busy, whole))} |")
     return "\n".join([*lines, f"\nImports of torch, transformers and TRL alone: {report['imports']:.1f} s."])
 
 

@@ -3,8 +3,8 @@
     python benchmarks/jobs_clock.py times.json -m theodora train --model ... --data ...
     python benchmarks/jobs_clock.py times.json benchmarks/jobs_peer.py --method dora ...
 
-The file has wall-clock seconds: `steps`, a pair for each optimizer step as the host sees it; the first ends, and the last
-ends, after waiting for the GPU.
+The file has wall-clock seconds: `steps`, a pair for each optimizer step as the host sees it; the first and the last end
+after waiting for the GPU.
 """
 
 from __future__ import annotations

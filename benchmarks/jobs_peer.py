@@ -1,6 +1,6 @@
 """The script that a user of TRL and PEFT would write for a job of benchmarks/jobs.py: plain, and nothing tuned.
 
-    python benchmarks/jobs_peer.py --model folder --data rows.jsonl --output out --method dora --steps 100 --batch 16
+python benchmarks/jobs_peer.py --model folder --data rows.jsonl --output out --method dora --steps 100 --batch 16
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 

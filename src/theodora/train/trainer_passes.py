@@ -35,38 +35,40 @@ class PassOverrides(LossOverrides):
     def choose_graphs(self) -> None:
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
-        if self._flattens():
+        collate: Any = self.data_collator
+        if self._flattens(collate):
             self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
-            flat = replace(self.data_collator, padding_free=True)
-            self.data_collator = Flatten(flat, self.shapes, self.args.train_batch_size)
+            self.data_collator = Flatten(replace(collate, padding_free=True), self.shapes, self.args.train_batch_size)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
-            self.data_collator = SelectLearned(self.data_collator, full, self.sends_bounds)
+            self.data_collator = SelectLearned(collate, full, self.sends_bounds)
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
             return "TRL's loss"
         return why_no_graph(self) if graphs_pay(self.args.device) else f"not on {self.args.device.type}"
 
-    def _flattens(self) -> bool:
-        """Whether the rows of a batch can be one row, and nobody looks at the batch's own shape."""
-        collate, noise = self.data_collator, self.args.neftune_noise_alpha  # whose size goes by the length of rows
-        plain = type(collate) is DataCollatorForLanguageModeling and not collate.pad_to_multiple_of and not noise
-        return plain and not collate.padding_free and self.why_no_graph is None and self._takes_bounds()
+    def _flattens(self, collate: Any) -> bool:
+        """Whether the rows of a batch can be one row, and nothing goes by the shape that they had otherwise."""
+        pads = type(collate) is DataCollatorForLanguageModeling and not collate.padding_free
+        # NEFTune's noise is as large as the batch is long.
+        free = pads and not collate.pad_to_multiple_of and not self.args.neftune_noise_alpha
+        return free and self.why_no_graph is None and self._takes_bounds()
 
     def _shapes(self) -> list[Shape]:
         """What flattened batches are filled up to."""
-        rows, size, config = self.train_dataset, self.args.train_batch_size, self.model.config.get_text_config()
+        rows: Any = self.train_dataset
+        size, layers = self.args.train_batch_size, self.model.config.get_text_config().num_hidden_layers
         lengths, learned = lengths_of(rows)
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         if batches <= 0:
             batches = math.ceil(self.args.num_train_epochs * len(lengths) / size)
         parameters = self.model.num_parameters(exclude_embeddings=True)
-        return choose(lengths, learned, size, Costs.of(parameters, config.num_hidden_layers, batches))
+        return choose(lengths, learned, size, Costs.of(parameters, layers, batches))
 
     def _takes_bounds(self) -> bool:
         with self.compute_loss_context_manager():
