@@ -119,7 +119,7 @@ def _row(name: str, measured: Mapping[str, Measured], against: Sequence[str]) ->
         step_min=min(min(turn) for turn in m.rounds.values()),
         tokens_per_second=m.job.workload.tokens / step,
         flops_share=m.loaded.flops / step / peak if peak else None,
-        peak=m.memory.peak,
+        peak=max(m.memory.peak, m.loaded.model_bytes),  # what the kernel says of a process lags some pages behind
         reserved=m.memory.reserved,
         model=m.loaded.model_bytes,
         first_step=m.loaded.first_step_seconds,
