@@ -118,12 +118,12 @@ def test_batches_of_one_shape_have_tensors_of_one_shape():
 
 def test_lengths_of_rows():
     lengths, learned = lengths_of(Dataset.from_list([*rows_of(5, 9), {"input_ids": [4, 5], "labels": [4, IGNORED]}]))
-    assert (lengths, learned) == ([5, 9, 2], [3, 7, 0])
+    assert (lengths.tolist(), learned.tolist()) == ([5, 9, 2], [3, 7, 0])
 
 
 def test_shapes_are_as_many_as_pay():
-    lengths = [*range(40, 400)]
-    learned = [n // 3 for n in lengths]
+    lengths = torch.arange(40, 400)
+    learned = lengths // 3
     free, dear = (choose(lengths, learned, 8, costs) for costs in (FREE, Costs(token=1.0, shape=1e9, batches=1)))
     assert len(dear) == 1 < len(free)
     assert dear[-1].tokens == free[-1].tokens
@@ -132,12 +132,12 @@ def test_shapes_are_as_many_as_pay():
     longer = choose(lengths, learned, 8, Costs(token=1e-3, shape=1.0, batches=100_000))
     shorter = choose(lengths, learned, 8, Costs(token=1e-3, shape=1.0, batches=10))
     assert len(shorter) <= len(longer)
-    assert choose([7], [5], 8, FREE) == [Shape(64, 64)]
+    assert choose(torch.tensor([7]), torch.tensor([5]), 8, FREE) == [Shape(64, 64)]
 
 
 @pytest.mark.parametrize(("dear", "expected"), [(10, [64, 128, 640]), (100, [128, 640]), (1000, [640])])
 def test_the_shapes_that_cost_least(dear, expected):
     """Tokens per batch: 0.3 · 512 without 128, 0.5 · 64 without 64, 0.5 · 576 + 0.3 · 512 with 640 alone."""
-    lengths = [64] * 5 + [128] * 3 + [640] * 2
+    lengths = torch.tensor([64] * 5 + [128] * 3 + [640] * 2)
     found = choose(lengths, lengths, 1, Costs(token=1.0, shape=dear * 100.0, batches=100))
     assert [shape.tokens for shape in found] == expected

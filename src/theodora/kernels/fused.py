@@ -106,7 +106,7 @@ class _AdaptedLinears(torch.autograd.Function):
         used = [i for i, dy in enumerate(dys) if dy is not None]
         chosen = [layers[i] for i in used]
         whole = len(used) == len(layers)
-        # Autograd lets go of what it saved as it goes; of these, we do.
+        # Autograd frees what it saved when this pass has run; of the outputs it knows nothing, so they are let go here.
         outputs: list[Output] | None = ctx.outputs
         ctx.outputs = None
         if outputs is not None and whole and all(output.known for output in outputs):

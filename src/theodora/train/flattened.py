@@ -60,25 +60,28 @@ class Costs:
         return cls(4 * parameters / _FLOPS, _SECONDS_A_CAPTURE + _SECONDS_A_LAYER * layers, batches)
 
 
-def lengths_of(rows: Dataset) -> tuple[list[int], list[int]]:
-    """Tokens of each row, and learned tokens (the first is not: nothing stands before it to predict it from)."""
-    lengths: list[int] = []
-    learned: list[int] = []
+def lengths_of(rows: Dataset) -> tuple[Tensor, Tensor]:
+    """Tokens of each row, and learned tokens (the first is not: nothing stands before it to predict it from), int64."""
+    lengths: list[Tensor] = []
+    learned: list[Tensor] = []
     for batch in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
         labels: Any = batch["labels"].combine_chunks()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        each = torch.tensor(labels.value_lengths().to_numpy(zero_copy_only=False), dtype=torch.int64)
         flags = torch.tensor(labels.flatten().to_numpy(zero_copy_only=False)) != IGNORED
-        each: list[int] = labels.value_lengths().to_pylist()
-        lengths += each
-        learned += [int(row[1:].sum()) for row in flags.split(each)]
-    return lengths, learned
+        ends = each.cumsum(0)
+        flags[(ends - each)[each > 0]] = False
+        before = F.pad(flags.cumsum(0), (1, 0))
+        lengths.append(each)
+        learned.append(before[ends] - before[ends - each])
+    return torch.cat(lengths), torch.cat(learned)
 
 
-def choose(lengths: Sequence[int], learned: Sequence[int], batch: int, costs: Costs) -> list[Shape]:
+def choose(lengths: Tensor, learned: Tensor, batch: int, costs: Costs) -> list[Shape]:
     """The shapes with which a run takes least time, shortest first.
 
     Args:
-        lengths: tokens of each row.
-        learned: learned tokens of each row.
+        lengths: tokens of each row, int64.
+        learned: learned tokens of each row, int64.
         batch: rows of a batch, B.
         costs: of the run.
     """
@@ -143,12 +146,13 @@ def _rounded(count: int) -> int:
     return max(1, -(-count // _MULTIPLE)) * _MULTIPLE
 
 
-def _drawn(lengths: Sequence[int], learned: Sequence[int], batch: int) -> list[tuple[int, int]]:
-    """(T, N) of batches of rows drawn at random."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.tensor([lengths, learned])
-    picked = torch.stack([torch.randperm(rows.shape[1], generator=draw)[:batch] for _ in range(_BATCHES)])
-    return [(t, n) for t, n in rows[:, picked].sum(2).T.tolist()]
+def _drawn(lengths: Tensor, learned: Tensor, batch: int) -> list[tuple[int, int]]:
+    """(T, N) of batches of rows in random orders, as epochs take them."""
+    draw, count = torch.Generator().manual_seed(0), len(lengths)
+    whole = count // batch  # batches of an epoch
+    orders = [torch.randperm(count, generator=draw)[: whole * batch] for _ in range(math.ceil(_BATCHES / whole))]
+    picked = torch.cat(orders).view(-1, batch)[:_BATCHES]
+    return [(t, n) for t, n in torch.stack([lengths, learned])[:, picked].sum(2).T.tolist()]
 
 
 def _cheapest(drawn: Sequence[int], costs: Costs) -> list[int]:

@@ -99,12 +99,8 @@ class PassOverrides(LossOverrides):
         if self.why_no_graph is not None or not isinstance(self.head, Head):
             return None
         if self._graphed is None:
-            parameters, planned = list(self.model.parameters()), len(self.shapes)
-            self._graphed = (
-                GraphedStep(self._forward_backward, parameters, most_shapes=planned, least_share=0.0)
-                if planned
-                else GraphedStep(self._forward_backward, parameters)
-            )
+            planned: Any = {"most_shapes": len(self.shapes), "least_share": 0.0} if self.shapes else {}
+            self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()), **planned)
         return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,17 +116,11 @@ class PassOverrides(LossOverrides):
         """Let go of the graphs and their memory, for good; whether there were any."""
         return self._graphed is not None and self._graphed.release(why)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it."""
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(*args, **kwargs)
         except torch.OutOfMemoryError:
             if not self.release_graphs("evaluation needs the memory"):
                 raise
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(*args, **kwargs)
