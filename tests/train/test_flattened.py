@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from formula import DEVICE
+from theodora.fastpath import packed_attention
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train import trainer_passes
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
@@ -61,6 +62,17 @@ def test_losses_are_those_of_padded_batches(others, run, made, uneven, tmp_path,
     for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy"):
         found, expected = losses(tmp_path / "flat", name), losses(tmp_path / "padded", name)
         torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-5)
+
+
+def test_attention_covers_what_fills_up_a_short_batch(run, made, uneven, monkeypatch):
+    """Beyond the longest sequence that it is told of, flash attention writes nothing to its output."""
+    calls, attention = [], packed_attention.attention_apart
+    monkeypatch.setattr(packed_attention, "attention_apart", lambda *args: calls.append(args[3:5]) or attention(*args))
+    run(data=uneven, bf16=torch.cuda.is_available(), **SETTINGS | {"max_length": 40, "max_steps": 10})
+    assert made[0].shapes
+    longest_of = [(int(bounds.diff().max()), longest) for bounds, longest in calls]
+    assert any(tokens > 40 for tokens, _ in longest_of)  # of the last batch of an epoch
+    assert all(tokens <= longest for tokens, longest in longest_of)
 
 
 def test_learned_positions_and_rows_as_long_as_they_go(run, made, uneven, tiny_model_dir):

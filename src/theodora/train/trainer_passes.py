@@ -105,7 +105,8 @@ class PassOverrides(LossOverrides):
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is captured, on tensors alone: the loss, and what is recorded of it."""
-        inputs, num_items_in_batch = batch_of(tensors, self.args.max_length)
+        # What fills up a flattened batch may be longer than any row.
+        inputs, num_items_in_batch = batch_of(tensors, None if self.shapes else self.args.max_length)
         with self.compute_loss_context_manager():
             sums = self.model(**inputs)
             loss = self.mean_of_step(sums, num_items_in_batch)
