@@ -31,6 +31,15 @@ def adapted(family="llama", method="dora", dtype=torch.float32, tied=False, bloc
     return moved(inject_adapter(model, AdapterConfig(method=method, rank=3, **config)))
 
 
+def displaced(family="llama", tied=False, dtype=torch.float32, **config):
+    """A tiny model on the CPU, in evaluation mode, with an adapter away from its start."""
+    model = inject_adapter(tiny_model(family, tied=tied, dtype=dtype), AdapterConfig(**config))
+    with torch.no_grad():
+        for parameter in trained_tensors(model).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def step(model, **inputs):
     """Loss and all gradients."""
     model.zero_grad()

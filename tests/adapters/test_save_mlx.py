@@ -1,11 +1,13 @@
 """MLX's files: what mlx-lm would compute from them is what the adapter does, and they come back the same."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from steps import displaced
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter, save_mlx
 from theodora.adapters.state import adapter_layers, find_state, trained_tensors
 from theodora.files.adapter import read_adapter, read_peft_config
@@ -15,12 +17,7 @@ from tiny import FAMILIES, tiny_model
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def moved(family="llama", tied=False, dtype=torch.float32, **config):
-    model = inject_adapter(tiny_model(family, tied=tied, dtype=dtype), AdapterConfig(**{"rank": 4} | config))
-    with torch.no_grad():
-        for parameter in trained_tensors(model).values():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+moved = partial(displaced, rank=4)
 
 
 def logits(model):

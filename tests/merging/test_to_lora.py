@@ -1,12 +1,14 @@
 """DoRA as plain LoRA: the best of its rank, with the true error, on a model and on disk."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import formula
+from steps import displaced
 from theodora import (
     AdapterConfig,
     CheckpointError,
@@ -18,7 +20,7 @@ from theodora import (
     save_mlx,
     to_lora,
 )
-from theodora.adapters.state import adapter_layers, find_state, trained_tensors
+from theodora.adapters.state import adapter_layers, find_state
 from theodora.files.adapter import read_adapter
 from theodora.merging.to_lora import folder_to_lora
 from tiny import FAMILIES, tiny_model
@@ -27,12 +29,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 INPUT = {"gpt2": "wte", "gpt_neox": "embed_in"}
 
 
-def moved(family="llama", tied=False, dtype=torch.float32, **config):
-    model = inject_adapter(tiny_model(family, tied=tied, dtype=dtype), AdapterConfig(**{"rank": 3} | config))
-    with torch.no_grad():
-        for parameter in trained_tensors(model).values():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+moved = partial(displaced, rank=3)
 
 
 def logits(model):
