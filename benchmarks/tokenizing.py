@@ -35,7 +35,8 @@ CHATML = (
 )
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>"]
 CONTROLS += ["<|end_header_id|>", "<|eot_id|>"]
-WORDS = (Path(__file__).read_text(encoding="utf-8") + __import__("this").s).split()
+# Prose with some code in it, as chats have it.
+WORDS = " ".join(str(module.__doc__) for module in (argparse, json, random, subprocess, tempfile)).split()
 
 Row = dict[str, Any]
 
@@ -79,7 +80,7 @@ def tool_row(chance: random.Random) -> Row:
         }
         for name in names
     ]
-    arguments = {key: chance.choice([words(chance, 2), chance.randrange(1000), True]) for key in set(keys)}
+    arguments = {key: chance.choice([words(chance, 2), chance.randrange(1000), True]) for key in dict.fromkeys(keys)}
     call = {"type": "function", "function": {"name": names[0], "arguments": arguments}}
     turns = [
         {"role": "user", "content": words(chance, 15)},

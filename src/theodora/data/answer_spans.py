@@ -37,6 +37,10 @@ _HIDDEN_AS: Mapping[Kind, Hidden] = {
 _KEY_OF: Mapping[Kind, str] = {"reasoning": "reasoning_content", "call": "tool_calls"}
 
 
+Compared = tuple[str, str, bool]
+"""What was compared to find where a turn begins (False) or ends (True): what should follow, and what does."""
+
+
 @dataclass(frozen=True)
 class RenderedChat:
     """A conversation as text, and the stretches of characters to learn, in order."""
@@ -66,7 +70,7 @@ def find_answers(
     marked: Marked,
     marked_text: str,
     generation_spans: Sequence[Span],
-    compared: list[str] | None = None,
+    compared: list[Compared] | None = None,
 ) -> RenderedChat | None:
     """The rendered conversation, and what of it is to be learned.
 
@@ -108,7 +112,7 @@ class _Search:
     def __init__(self, template: Template, ends: re.Pattern[str], marked: Marked, marked_text: str) -> None:
         self.template, self.ends, self.marked, self.marked_text = template, ends, marked, marked_text
         self.text, self.extents = marked.read(marked_text)
-        self.compared: list[str] = []
+        self.compared: list[Compared] = []
         self.learned = [i for i, m in enumerate(marked.messages) if m["role"] == "assistant" and m.get("weight") != 0]
 
     def chat(self, markers: Sequence[Span]) -> RenderedChat | None:
@@ -168,7 +172,7 @@ class _Search:
         prompted = self._rendered(*self._turns_before(run), prompt=True)
         tail = self._behind(prompted, run.before)
         place = 0 if run.before is None else self.extents[run.before][1]
-        self.compared += [tail or "", self.text[place:words]]
+        self.compared.append((tail or "", self.text[place:words], False))
         if tail is None:
             return (words, run.message == 0) if self.marked.parts[run.first].kind == "text" else (None, False)
         shared = agreement(tail, self.text[place:words])
@@ -216,7 +220,7 @@ class _Search:
         tail = self._behind(self._rendered(turns, self._kinds_through(run), prompt=False), run.last) or ""
         if self.template.always_prompts:
             tail = self._without_prompt(tail, turns, run)
-        self.compared += [tail, self.text[place : run.limit]]
+        self.compared.append((tail, self.text[place : run.limit], True))
         end = place + agreement(tail, self.text[place : run.limit])
         if end < place + len(tail):
             end = self._whole_tokens(place, end)

@@ -130,9 +130,12 @@ class BuildReader:
         """Arguments, as a whole if they hold some text."""
         if not isinstance(value, dict):
             raise Odd
-        if not _says_something(value):
+        if not value:
             return self.literal(cast(object, value))
-        return {"x": self.object(value)}
+        # One with a text in it gets marks, and one without gets none.
+        self.key.append(says := _says_something(value))
+        within = self.object(value)
+        return {"x": within} if says else {within: 1}
 
     def tool(self, tool: Any) -> Any:
         """A tool on offer, as a whole."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from theodora.data.answer_spans import RenderedChat, find_answers
+from theodora.data.answer_spans import Compared, RenderedChat, find_answers
 from theodora.data.marks import Kind, mark
 from theodora.data.messages import Message
 from theodora.data.skeletons import Skeletons
@@ -81,7 +81,7 @@ class ChatRenderer:
         return self._skeletons.render(self._for(tools), messages, tools)
 
     def _rendered_alone(
-        self, template: Template, messages: Sequence[Message], tools: Tools, compared: list[str] | None = None
+        self, template: Template, messages: Sequence[Message], tools: Tools, compared: list[Compared] | None = None
     ) -> RenderedChat | None:
         messages = self.folded(messages)
         text = template.render(messages, tools)

@@ -17,10 +17,12 @@ from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
-from theodora.data.answer_spans import RenderedChat
+from jinja2.exceptions import TemplateError
+
+from theodora.data.answer_spans import Compared, RenderedChat
 from theodora.data.builds import BuildReader, Odd
 from theodora.data.marks import RARE
-from theodora.data.masks import Span
+from theodora.data.masks import Span, agreement
 from theodora.data.messages import Message
 from theodora.data.templates import TEMPLATE_ERRORS, Forms, Template, Tools, in_forms
 from theodora.data.tracing import (
@@ -50,7 +52,7 @@ Place = tuple[int, int]
 Piece = str | int
 """Text of the template, or the number of words that are put in: first those of the build, those again as JSON writes
 them, then objects as JSON."""
-Alone = Callable[[Template, Sequence[Message], Tools, list[str] | None], RenderedChat | None]
+Alone = Callable[[Template, Sequence[Message], Tools, list[Compared] | None], RenderedChat | None]
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,9 @@ class _Watched(Template):
         except TEMPLATE_ERRORS as error:
             try:
                 self._traced(messages, tools, prompt)
-            except type(error):
-                raise error from None
+            except TemplateError as same:
+                if str(same) == str(error):
+                    raise error from None
             raise Untraceable from error
         traced = self._traced(messages, tools, prompt)
         if _expanded(traced, self.seen.trace) != text:
@@ -251,7 +254,7 @@ class Skeletons:
             self._known.popitem(last=False)
 
     def _build(self, template: Template, messages: Sequence[Message], tools: Tools) -> _Skeleton | None:
-        read, compared, seen = BuildReader(stands_in=True), list[str](), _Seen()
+        read, compared, seen = BuildReader(stands_in=True), list[Compared](), _Seen()
         watched = _Watched(template.text, template.tokens, template, seen)
         try:
             standing_in, offered = read.conversation(messages, tools)
@@ -259,12 +262,23 @@ class Skeletons:
                 chat = self._alone(watched, standing_in, offered, compared)
         except (Odd, Untraceable, *TEMPLATE_ERRORS):
             return None
-        if chat is None or seen.first is None or seen.trace.failed or any(map(holds_words, compared)):
+        if chat is None or seen.first is None or seen.trace.failed or not all(map(_compares_alike, compared)):
             return None
         try:
             return _skeleton(chat, seen.first, seen.trace, self._ends, len(read.words), len(read.objects), read.said)
         except _Unplaced:
             return None
+
+
+def _compares_alike(compared: Compared) -> bool:
+    """Whether all conversations of a build compare alike here: without words, or up to a place behind whole objects."""
+    expected, found, is_end = compared
+    if not holds_words(expected + found):
+        return True
+    if not is_end or any(ord(c) < WITHIN for c in expected + found if is_placeholder(c)):
+        return False
+    shared = agreement(expected, found)
+    return not any(map(is_placeholder, expected[shared : shared + 1] + found[shared : shared + 1]))
 
 
 class _Unplaced(Exception):

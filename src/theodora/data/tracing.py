@@ -404,7 +404,7 @@ def _worded(value: Any) -> Any:
         return _Words(value) if holds_words(value) else value
     if isinstance(value, dict):
         parts = cast("dict[str, Any]", value)
-        is_object = any(isinstance(part, str) and _is_object(part) for part in parts.values())
+        is_object = any(isinstance(part, str) and _is_object(part) for part in (*parts, *parts.values()))
         return _Object(parts) if is_object else {key: _worded(part) for key, part in parts.items()}
     return [_worded(part) for part in cast("list[Any]", value)] if isinstance(value, list) else value
 
