@@ -148,6 +148,33 @@ class _Words:
 
 
 @dataclass(eq=False)
+class _Length:
+    """How long words are at least; only what that answers is answered."""
+
+    least: int
+
+    def __bool__(self) -> bool:
+        return self.least > 0 or _fail()
+
+    def __eq__(self, other: object) -> bool:
+        return False if isinstance(other, int) and other < self.least else _fail()
+
+    def __gt__(self, other: object) -> bool:
+        return (isinstance(other, int) and self.least > other) or _fail()
+
+    def __ge__(self, other: object) -> bool:
+        return (isinstance(other, int) and self.least >= other) or _fail()
+
+    def __lt__(self, other: object) -> bool:
+        return False if isinstance(other, int) and other <= self.least else _fail()
+
+    def __le__(self, other: object) -> bool:
+        return False if isinstance(other, int) and other < self.least else _fail()
+
+    __hash__ = __str__ = __repr__ = __format__ = __int__ = __index__ = _fail  # type: ignore[assignment]
+
+
+@dataclass(eq=False)
 class _Object:
     """An object of anybody's that is not empty, which may be written as JSON and nothing else."""
 
@@ -206,23 +233,26 @@ def _checked(name: str, function: Any, *, is_test: bool) -> Any:
 
     def checked(*given: Any, **named: Any) -> Any:
         values = [*given, *named.values()]
-        if not any(isinstance(value, _Words | _Object) for value in values):
+        if not any(isinstance(value, _Words | _Object | _Length) for value in values):
             return function(*given, **named)
+        if any(isinstance(value, _Length) for value in values):
+            return _fail()
         first = given[1] if wants else given[0]
         known = (_STRING if isinstance(first, _Words) else _MAPPING) | _NEITHER
-        if isinstance(first, _Words) and not is_test and name == "trim" and len(given) == 1 and not named:
-            return first.strip()
-        if is_test and len(values) == 1 and not isinstance(first, _Words) and name == "string":
-            return False
-        if is_test and len(values) == 1 and name == "mapping" and isinstance(first, _Words):
-            return False
+        if isinstance(first, _Words) and not is_test and len(values) == 1:
+            if name == "trim":
+                return first.strip()
+            if name in ("length", "count"):
+                return _Length(len(first.text))
+            if name == "string":
+                return first
+        if is_test and len(values) == 1 and name in ("string", "mapping"):
+            return (name == "string") is isinstance(first, _Words)
         if is_test and len(values) == 1 and name in known:
             return known[name]
         comparable = all(not isinstance(value, _Object) for value in values)
         if (is_test and name in _COMPARING and comparable) or (not is_test and name in ("default", "d")):
             return function(*given, **named)
-        if not is_test and name == "string" and isinstance(first, _Words):
-            return first
         return _fail()
 
     wants = getattr(function, "jinja_pass_arg", None)
