@@ -2,10 +2,12 @@
 
 import json
 import random
+import time
 
 import pytest
 
 from chat_shapes import SHAPES, TRL_TEMPLATES, tokenizer_for, tools_for
+from theodora import metered
 from theodora.data.chat import ChatRenderer
 from theodora.data.templates import TEMPLATE_ERRORS
 from theodora.data.tracing import PLAIN, Trace, Untraceable, render_traced, tracing
@@ -161,6 +163,26 @@ def test_a_clock_is_read_for_each_row(monkeypatch):
     assert renderer.alone == 3
     known = next(iter(renderer._skeletons._known.values()))
     assert [asked.ask for asked in known.asked] == ["clock"]
+
+
+BOMB = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = (
+    "{% set ns = namespace(x=messages[0].content) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("work", [BOMB, DOUBLED])
+def test_a_template_that_works_for_ever_only_while_it_is_traced_is_stopped(work, monkeypatch):
+    monkeypatch.setattr(metered, "ALLOWED", 1 << 20)
+    template = "{% if 'render_jinja' not in raise_exception | string and '_raise' in raise_exception | string %}" + work
+    tokenizer = tokenizer_for(CHATML + template + "{% endif %}")
+    fast, thorough = ChatRenderer(tokenizer), ChatRenderer(tokenizer)
+    began = time.thread_time()
+    for i in range(3):
+        turns = chat("Is it?", f"Yes {i}")
+        assert fast.render_for_training(turns) == thorough._rendered_alone(thorough.template, turns, None)
+    assert not fast._skeletons._built
+    assert time.thread_time() - began < 20
 
 
 def test_a_template_that_looks_is_given_up():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,6 +27,7 @@ from theodora.data.messages import Message
 from theodora.data.templates import TEMPLATE_ERRORS, Forms, Template, Tools, in_forms
 from theodora.data.tracing import (
     ESCAPED,
+    MOST_TEXT,
     OBJECTS,
     PLAIN,
     WITHIN,
@@ -38,13 +39,14 @@ from theodora.data.tracing import (
     render_traced,
     tracing,
 )
+from theodora.errors import ConfigError
 
 _MOST = 1024
 """Builds to remember. One that comes for the first time is rendered as it is."""
 _TRIED = 16
 """Builds that are tried in vain before a template is given up."""
-_MOST_TEXT, _MOST_PIECES = 1 << 18, 1 << 12
-"""Characters and pieces of a skeleton: putting in words must cost no more than the meter lets a template cost."""
+_MOST_TIMES = 100
+"""How often the same words are put in or asked about: it must cost no more than the meter lets a template cost."""
 _MOST_IN_OBJECTS = 1 << 13  # characters: each text in them needs a mark, and there is so much room
 
 Place = tuple[int, int]
@@ -260,7 +262,7 @@ class Skeletons:
             standing_in, offered = read.conversation(messages, tools)
             with tracing(seen.trace):
                 chat = self._alone(watched, standing_in, offered, compared)
-        except (Odd, Untraceable, *TEMPLATE_ERRORS):
+        except (Odd, Untraceable, ConfigError, *TEMPLATE_ERRORS):
             return None
         if chat is None or seen.first is None or seen.trace.failed or not all(map(_compares_alike, compared)):
             return None
@@ -294,7 +296,6 @@ def _skeleton(
     objects: int,
     said: frozenset[int],
 ) -> _Skeleton:
-    pieces, lengths = list[Piece](), list[int]()
     escaped = sorted({ord(c) - ESCAPED for c in traced if ESCAPED <= ord(c) < OBJECTS})
     written = [(_object_number(value), part, how) for value, part, how in trace.objects]
     shown = sorted({ord(c) - OBJECTS for c in traced if OBJECTS <= ord(c) < WITHIN})
@@ -303,25 +304,13 @@ def _skeleton(
         raise _Unplaced
     if {written[i][0] for i in shown} != set(range(objects)) or chat.text != _expanded(traced, trace):
         raise _Unplaced
-    for stretch in re.split(f"([{chr(PLAIN)}-{chr(WITHIN - 1)}])", traced):
-        if not stretch:
-            continue
-        code = ord(stretch[0])
-        if not is_placeholder(stretch[0]):
-            pieces.append(stretch)
-        elif code < ESCAPED:
-            pieces.append(code - PLAIN)
-        elif code < OBJECTS:
-            pieces.append(words + escaped.index(code - ESCAPED))
-        else:
-            pieces.append(words + len(escaped) + shown.index(code - OBJECTS))
-        lengths.append(len(_expanded(stretch, trace)))
-    if (
-        len(pieces) > _MOST_PIECES
-        or sum(lengths) > _MOST_TEXT
-        or any(isinstance(p, str) and RARE.search(p) for p in pieces)
-    ):
-        raise _Unplaced
+    numbers = {chr(ESCAPED + k): words + i for i, k in enumerate(escaped)}
+    numbers |= {chr(OBJECTS + k): words + len(escaped) + i for i, k in enumerate(shown)}
+    stretches = [stretch for stretch in re.split(f"([{chr(PLAIN)}-{chr(WITHIN - 1)}])", traced) if stretch]
+    pieces: list[Piece] = [numbers.get(s, ord(s[0]) - PLAIN) if is_placeholder(s[0]) else s for s in stretches]
+    lengths = [len(_expanded(stretch, trace)) for stretch in stretches]
+    asked = tuple(dict.fromkeys(map(_asked, trace.conditions)))
+    _check_work(pieces, asked)
     begins = list(accumulate(lengths, initial=0))
 
     def place(at: int) -> Place:
@@ -337,12 +326,21 @@ def _skeleton(
         pieces=tuple(pieces),
         escaped=tuple(escaped),
         objects=tuple(written[i] for i in shown),
-        asked=tuple(dict.fromkeys(map(_asked, trace.conditions))),
+        asked=asked,
         ends=tuple(places(token.span()) for token in ends.finditer(chat.text)),
         spans=tuple(map(places, chat.spans)),
         answered={turn: places(span) for turn, span in chat.answered.items()},
         chat=chat,
     )
+
+
+def _check_work(pieces: Sequence[Piece], asked: Sequence[_Asked]) -> None:
+    everything = [*pieces, *(piece for question in asked for piece in question.pieces)]
+    times = Counter(piece for piece in everything if isinstance(piece, int))
+    text = len(asked) + sum(len(piece) for piece in everything if isinstance(piece, str))
+    is_rare = any(isinstance(piece, str) and RARE.search(piece) for piece in pieces)
+    if is_rare or text > MOST_TEXT or max(times.values(), default=0) > _MOST_TIMES:
+        raise _Unplaced
 
 
 def _object_number(value: Any) -> int:

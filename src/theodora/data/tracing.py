@@ -19,17 +19,20 @@ from functools import lru_cache
 from typing import Any, Literal, NoReturn, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
+
+from theodora.metered import MeteredEnvironment, size_of
 
 PLAIN, ESCAPED, OBJECTS, WITHIN = 0x10C000, 0x10D000, 0x10E000, 0x10F000
 """The first characters that stand for words, for words as JSON writes them, for JSON of whole objects, and for what
 objects hold while they are no JSON yet."""
 ROOM = 0x1000
+MOST_TEXT = 1 << 18
+"""Characters of a text with placeholders."""
 Ask = Literal["in", "==", "starts", "ends", "clock"]
 
 
@@ -93,7 +96,7 @@ class _Words:
     """A string with placeholders. It is no `str`: what is not written here fails instead of giving a wrong answer."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = text if len(text) <= MOST_TEXT else _fail()
 
     def __bool__(self) -> bool:
         return bool(self.text)  # words are never empty
@@ -232,12 +235,12 @@ def _checked(name: str, function: Any, *, is_test: bool) -> Any:
     """A filter or a test that words and objects may meet."""
 
     def checked(*given: Any, **named: Any) -> Any:
-        values = [*given, *named.values()]
+        values = [*given[1:], *named.values()]  # behind the context
         if not any(isinstance(value, _Words | _Object | _Length) for value in values):
             return function(*given, **named)
         if any(isinstance(value, _Length) for value in values):
             return _fail()
-        first = given[1] if wants else given[0]
+        first = values[0]
         known = (_STRING if isinstance(first, _Words) else _MAPPING) | _NEITHER
         if isinstance(first, _Words) and not is_test and len(values) == 1:
             if name == "trim":
@@ -255,10 +258,7 @@ def _checked(name: str, function: Any, *, is_test: bool) -> Any:
             return function(*given, **named)
         return _fail()
 
-    wants = getattr(function, "jinja_pass_arg", None)
-    if wants is not None:
-        cast(Any, checked).jinja_pass_arg = wants
-    return checked
+    return pass_context(checked)
 
 
 def _joined(values: Iterable[Any], between: Any = "") -> Any:
@@ -335,16 +335,21 @@ class _Joins(NodeTransformer):
         return nodes.Filter(parts, "-joined", [], [], None, None, lineno=node.lineno, environment=self.environment)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, set up as transformers does it, in which words are placeholders."""
+class _Environment(MeteredEnvironment):
+    """Jinja's sandbox with a meter, set up as transformers does it, in which words are placeholders.
+
+    The meter counts here too: a template may find out that it is traced, and work for ever only then.
+    """
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters = {name: _checked(name, f, is_test=False) for name, f in self.filters.items()}
+        self.filters |= {"tojson": _as_json, "join": _join_filter}
+        own = {name: f for name, f in self.filters.items() if name.startswith("-")}
+        filters = {name: _checked(name, f, is_test=False) for name, f in self.filters.items() if name not in own}
+        filters |= {"tojson": self.filters["tojson"], "join": self.filters["join"], "-joined": _joined}
+        self.filters = {**own, **filters}
         self.tests = {name: _checked(name, f, is_test=True) for name, f in self.tests.items()}
-        self.filters |= {"tojson": _as_json, "join": _join_filter, "-joined": _joined}
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace, "dict": dict}
-        self.globals.pop("lipsum", None)
         self.concat = _concat  # type: ignore[assignment]
         self.finalize = _finalized
 
@@ -377,7 +382,9 @@ def _join_filter(value: Any, d: Any = "", attribute: Any = None) -> Any:
     return _joined(value, d) if attribute is None else _fail()
 
 
-def _finalized(value: Any) -> Any:
+@pass_context
+def _finalized(context: Any, value: Any) -> Any:
+    context.take(len(value.text) if isinstance(value, _Words) else size_of(value))
     if isinstance(value, _Object):
         _fail()
     return _Written(value.text) if isinstance(value, _Words) else value
