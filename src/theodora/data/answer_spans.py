@@ -37,6 +37,10 @@ _HIDDEN_AS: Mapping[Kind, Hidden] = {
 _KEY_OF: Mapping[Kind, str] = {"reasoning": "reasoning_content", "call": "tool_calls"}
 
 
+Compared = tuple[str, str, bool]
+"""What was compared to find where a turn begins (False) or ends (True): what should follow, and what does."""
+
+
 @dataclass(frozen=True)
 class RenderedChat:
     """A conversation as text, and the stretches of characters to learn, in order."""
@@ -51,12 +55,22 @@ class RenderedChat:
     """So do the learned turns before (where Qwen3.5 has left out even an empty <think>)."""
     hidden: Mapping[Hidden, int]
     """What the template does not show, and in how many turns (of any role)."""
-    answers: Mapping[int, str]
-    """What a model writes, without the token that ends its turn, by the number of the learned assistant turn."""
+    answered: Mapping[int, Span]
+    """Where a model's words stand, without the token that ends its turn, by the number of its learned turn."""
+
+    @property
+    def answers(self) -> dict[int, str]:
+        """What a model writes, by the number of the learned assistant turn."""
+        return {turn: self.text[start:end] for turn, (start, end) in self.answered.items()}
 
 
 def find_answers(
-    template: Template, ends: re.Pattern[str], marked: Marked, marked_text: str, generation_spans: Sequence[Span]
+    template: Template,
+    ends: re.Pattern[str],
+    marked: Marked,
+    marked_text: str,
+    generation_spans: Sequence[Span],
+    compared: list[Compared] | None = None,
 ) -> RenderedChat | None:
     """The rendered conversation, and what of it is to be learned.
 
@@ -66,11 +80,16 @@ def find_answers(
         marked: the conversation with marks around its words.
         marked_text: what the template made of that.
         generation_spans: the stretches between the template's own `{% generation %}` markers; empty if it has none.
+        compared: to this the stretches are added that were looked at to find where turns begin and end.
 
     Returns:
         None if a turn cannot be found in the text.
     """
-    return _Search(template, ends, marked, marked_text).chat(generation_spans)
+    search = _Search(template, ends, marked, marked_text)
+    found = search.chat(generation_spans)
+    if compared is not None:
+        compared += search.compared
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,7 @@ class _Search:
     def __init__(self, template: Template, ends: re.Pattern[str], marked: Marked, marked_text: str) -> None:
         self.template, self.ends, self.marked, self.marked_text = template, ends, marked, marked_text
         self.text, self.extents = marked.read(marked_text)
+        self.compared: list[Compared] = []
         self.learned = [i for i, m in enumerate(marked.messages) if m["role"] == "assistant" and m.get("weight") != 0]
 
     def chat(self, markers: Sequence[Span]) -> RenderedChat | None:
@@ -121,16 +141,15 @@ class _Search:
             as_prompted=all(as_prompted[-1:]),
             earlier_as_prompted=all(as_prompted[:-1]),
             hidden=hidden,
-            answers=self._answers(runs, spans),
+            answered=self._answered(runs, spans),
         )
 
-    def _answers(self, runs: Sequence[_Run], spans: Sequence[Span]) -> dict[int, str]:
+    def _answered(self, runs: Sequence[_Run], spans: Sequence[Span]) -> dict[int, Span]:
         turns = [i for i, message in enumerate(self.marked.messages) if message["role"] == "assistant"]
-        answers = dict[int, str]()
+        answers = dict[int, Span]()
         for run, (start, end) in zip(runs, spans, strict=True):
             closing = [token for token in self.ends.finditer(self.text, start, end) if token.end() == end]
-            words = self.text[start : closing[0].start() if closing else end]
-            answers.setdefault(turns.index(run.message), words)
+            answers.setdefault(turns.index(run.message), (start, closing[0].start() if closing else end))
         return answers
 
     def _runs(self) -> list[_Run]:
@@ -153,6 +172,7 @@ class _Search:
         prompted = self._rendered(*self._turns_before(run), prompt=True)
         tail = self._behind(prompted, run.before)
         place = 0 if run.before is None else self.extents[run.before][1]
+        self.compared.append((tail or "", self.text[place:words], False))
         if tail is None:
             return (words, run.message == 0) if self.marked.parts[run.first].kind == "text" else (None, False)
         shared = agreement(tail, self.text[place:words])
@@ -200,6 +220,7 @@ class _Search:
         tail = self._behind(self._rendered(turns, self._kinds_through(run), prompt=False), run.last) or ""
         if self.template.always_prompts:
             tail = self._without_prompt(tail, turns, run)
+        self.compared.append((tail, self.text[place : run.limit], True))
         end = place + agreement(tail, self.text[place : run.limit])
         if end < place + len(tail):
             end = self._whole_tokens(place, end)

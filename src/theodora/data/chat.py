@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from theodora.data.answer_spans import RenderedChat, find_answers
+from theodora.data.answer_spans import Compared, RenderedChat, find_answers
 from theodora.data.marks import Kind, mark
 from theodora.data.messages import Message
+from theodora.data.skeletons import Skeletons
 from theodora.data.templates import Template, Tools, fallback_chat_template
 from theodora.ends import template_end_ids
 from theodora.errors import ConfigError
@@ -77,7 +78,12 @@ class ChatRenderer:
         Raises:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
-        template, messages = self._for(tools), self.folded(messages)
+        return self._skeletons.render(self._for(tools), messages, tools)
+
+    def _rendered_alone(
+        self, template: Template, messages: Sequence[Message], tools: Tools, compared: list[Compared] | None = None
+    ) -> RenderedChat | None:
+        messages = self.folded(messages)
         text = template.render(messages, tools)
         for without in _UNMARKED:
             marked = mark(messages, tools, text, arguments_in_text=template.forms.arguments_in_text, without=without)
@@ -86,8 +92,12 @@ class ChatRenderer:
             marked_text = template.render_or_none(marked.messages, marked.tools)
             if marked_text and marked.read(marked_text)[0] == text:
                 own_spans = template.generation_spans(messages, tools)
-                return find_answers(template, self.turn_ends, marked, marked_text, own_spans)
+                return find_answers(template, self.turn_ends, marked, marked_text, own_spans, compared)
         return None
+
+    @cached_property
+    def _skeletons(self) -> Skeletons:
+        return Skeletons(self._rendered_alone, self.turn_ends)
 
     @cached_property
     def turn_ends(self) -> re.Pattern[str]:

@@ -21,9 +21,9 @@ Kind = Literal["system", "user", "tool", "text", "thought", "reasoning", "call",
 _ROOM = 0x4000  # characters for the marks of one conversation: two for each part
 # Rare ideographs, which also Python's repr leaves as they are, and if data holds those, characters for private use.
 _BASES = (0x20000, 0x24000, *range(0xF0000, 0x10C000, _ROOM))
-_RARE = re.compile("[\U00020000-\U0010fffd]")
+RARE = re.compile("[\U00020000-\U0010fffd]")
 # What stands between reasoning and answer where a turn's content holds both.
-_TAG = re.compile(r"(</?think>|\[/?THINK\]|<\|channel>(?:thought)?|<channel\|>)")
+TAG = re.compile(r"(</?think>|\[/?THINK\]|<\|channel>(?:thought)?|<channel\|>)")
 _CLOSING = ("</think>", "[/THINK]", "<channel|>")
 
 
@@ -53,7 +53,7 @@ class Marked:
         pieces: list[str] = []
         begun, extents = dict[int, int](), dict[int, Span]()
         position = behind = 0
-        for mark in _RARE.finditer(rendered):
+        for mark in RARE.finditer(rendered):
             number, is_end = divmod(ord(mark[0]) - self.base, 2)
             if not 0 <= number < len(self.parts):
                 continue
@@ -79,7 +79,7 @@ def mark(
 
     Returns None if the text leaves no characters for marks, or if the conversation needs too many.
     """
-    taken = {ord(character) for character in _RARE.findall(text)} if not text.isascii() else set[int]()
+    taken = {ord(character) for character in RARE.findall(text)} if not text.isascii() else set[int]()
     free = (b for b in _BASES if not any(b <= c < b + _ROOM for c in taken))
     base = next(free, None)
     if base is None:
@@ -130,7 +130,7 @@ class _Pen:
         return f"{before}{chr(begin)}{words}{chr(begin + 1)}{behind}"
 
     def _answer(self, index: int, content: str) -> str:
-        pieces = _TAG.split(content)
+        pieces = TAG.split(content)
         closed = [*(tag in _CLOSING for tag in pieces[1::2]), False]
         pieces[::2] = [
             self.words(index, "thought" if closes else "text", piece)

@@ -6,43 +6,57 @@ belongs to the answer, because the prompt alone would not give it.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 Span = tuple[int, int]
+Places = NDArray[np.int64]
+"""Where tokens begin and end in a text, by characters: [tokens, 2]."""
+Flags = NDArray[np.bool_]
+"""One for each token."""
 
 
-def are_sound(offsets: Sequence[Span], text: str) -> bool:
+def places_of(offsets: Sequence[Span]) -> Places:
+    """A tokenizer's offsets as an array."""
+    return np.array(offsets, np.int64).reshape(-1, 2)
+
+
+def are_sound(offsets: Places, text: str) -> bool:
     """Whether character offsets run through the text in order, to its end. Some tokenizers give none, or wrong ones."""
-    placed = [place for place in offsets if place != (0, 0)]  # (0, 0): a token that is not in the text, such as BOS
-    in_order = all(place[0] <= following[0] and place[1] <= following[1] for place, following in pairwise(placed))
-    return in_order and (placed[-1][1] if placed else 0) >= len(text.rstrip())
+    placed = offsets[offsets.any(axis=1)]  # (0, 0): a token that is not in the text, such as BOS
+    in_order = bool((placed[1:] >= placed[:-1]).all())
+    return in_order and (int(placed[-1, 1]) if len(placed) else 0) >= len(text.rstrip())
 
 
-def extents(offsets: Sequence[Span]) -> list[Span]:
+def extents(offsets: Places) -> Places:
     """Sound offsets with the spaces that byte-level tokenizers trim off a token's front (`trim_offsets`) put back."""
-    ends = list(accumulate((end for _, end in offsets), max))
-    starts = (min(start, before) for (start, _), before in zip(offsets, [0, *ends], strict=False))
-    return list(zip(accumulate(starts, max), ends, strict=True))
+    ends = np.maximum.accumulate(offsets[:, 1])
+    starts = offsets[:, 0].copy()
+    starts[:1], starts[1:] = np.minimum(starts[:1], 0), np.minimum(starts[1:], ends[:-1])
+    return np.stack([np.maximum.accumulate(starts), ends], axis=1)
 
 
-def learned_by_extent(spans: Sequence[Span], places: Sequence[Span]) -> list[bool]:
+def learned_by_extent(spans: Sequence[Span], places: Places) -> Flags:
     """For each token, given by its extent, whether one of the spans touches it."""
-    starts, ends = [start for start, _ in places], [end for _, end in places]
-    return _flags(len(places), [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
+    bounds = np.array(spans, np.int64).reshape(-1, 2)
+    first = np.searchsorted(places[:, 1], bounds[:, 0], "right")
+    last = np.searchsorted(places[:, 0], bounds[:, 1], "left")
+    return _flags(len(places), zip(first.tolist(), last.tolist(), strict=True))
 
 
-def straddles(spans: Sequence[Span], places: Sequence[Span]) -> bool:
+def straddles(spans: Sequence[Span], places: Places) -> bool:
     """Whether a token begins before one of the spans and ends inside it."""
-    ends = [end for _, end in places]
-    reaching = ((start, bisect_right(ends, start)) for start, _ in spans)
-    return any(token < len(places) and places[token][0] < start for start, token in reaching)
+    begins = np.array([start for start, _ in spans], np.int64)
+    tokens = np.searchsorted(places[:, 1], begins, "right")
+    inside = tokens < len(places)
+    return bool((places[tokens[inside], 0] < begins[inside]).any())
 
 
 def learned_by_prefix(
     spans: Sequence[Span], text: str, ids: Sequence[int], encode: Callable[[str], Sequence[int]]
-) -> list[bool]:
+) -> Flags:
     """The same for tokenizers without offsets: a span begins where tokenising only what precedes it gives other ids."""
 
     def border(position: int) -> int:
@@ -57,8 +71,8 @@ def agreement(one: Sequence[object], other: Sequence[object]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _flags(length: int, stretches: Sequence[tuple[int, int]]) -> list[bool]:
-    flags = [False] * length
+def _flags(length: int, stretches: Iterable[tuple[int, int]]) -> Flags:
+    flags = np.zeros(length, np.bool_)
     for first, last in stretches:
-        flags[first:last] = [True] * max(last - first, 0)
+        flags[first:last] = True
     return flags

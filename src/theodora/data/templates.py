@@ -126,7 +126,7 @@ class Template:
         Raises:
             one of TEMPLATE_ERRORS: the template refuses this conversation.
         """
-        return _render(self, [_in_form(message, self.forms) for message in messages], tools, prompt=prompt)[0]
+        return _render(self, in_forms(messages, self.forms), tools, prompt=prompt)[0]
 
     def render_or_none(self, messages: Sequence[Message], tools: Tools = None, prompt: bool = False) -> str | None:
         """The same, or None if the template refuses this conversation."""
@@ -139,7 +139,7 @@ class Template:
         """The stretches of `render`'s text between `{% generation %}` markers; empty if there are none."""
         if not self.is_marked:
             return []
-        return _render(self, [_in_form(message, self.forms) for message in messages], tools, marked=True)[1]
+        return _render(self, in_forms(messages, self.forms), tools, marked=True)[1]
 
 
 def for_template(
@@ -154,6 +154,11 @@ def for_template(
         tools: the tools on offer, for which some tokenizers have a template of its own.
     """
     forms = Template.of(tokenizer, template, tools).forms
+    return in_forms(messages, forms)
+
+
+def in_forms(messages: Sequence[Message], forms: Forms) -> list[Message]:
+    """Messages in the form that a template expects."""
     return [_in_form(message, forms) for message in messages]
 
 

@@ -14,15 +14,25 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import datasets
+import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer, tools_of
 from theodora.data.examples import Examples
 from theodora.data.hidden import HiddenCounts
 from theodora.data.left_out import LeftOut, sentences
-from theodora.data.masks import Span, are_sound, extents, learned_by_extent, learned_by_prefix, straddles
+from theodora.data.masks import (
+    Span,
+    are_sound,
+    extents,
+    learned_by_extent,
+    learned_by_prefix,
+    places_of,
+    straddles,
+)
 from theodora.data.messages import Message
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
@@ -35,6 +45,8 @@ __all__ = ["TrainOn", "tokenize"]
 
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
+_Tokens = NDArray[np.int32]
+"""The ids of a row, or its labels."""
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +205,9 @@ class _Batches:
         verbatim = is_verbatim(examples.dataset.features, tokenizer, use_chat_template)
         self.renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
 
-    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[_Tokens]]:
         """One batch; a row may give no row, or several."""
-        encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        encoded: dict[str, list[_Tokens]] = {"input_ids": [], "labels": []}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
         for ids, labels in self._tokenised([text for text in texts if text is not None]):
@@ -233,22 +245,29 @@ class _Batches:
         self.counts.unprompted_earlier += chat.as_prompted and not chat.earlier_as_prompted
         return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
-    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:
+    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[_Tokens, _Tokens]]:
         """Ids and labels of each text of a batch, however long."""
         if not texts:
             return
         texts = [self._shortened(text) for text in texts]
-        special, fast = texts[0].special, bool(self.tokenizer.is_fast)
+        special = texts[0].special
         # verbose: transformers would warn about texts beyond the model's length, which are cut further down.
         batch = self.tokenizer(
-            [text.text for text in texts], add_special_tokens=special, return_offsets_mapping=fast, verbose=False
+            [text.text for text in texts],
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
-        offsets = batch["offset_mapping"] if fast else [()] * len(texts)
-        for text, ids, places in zip(texts, batch["input_ids"], offsets, strict=True):
-            labels = ids if self.learns_all else self._labels(text, ids, places)
+        encodings = batch.encodings or [None] * len(texts)
+        for text, ids, encoding in zip(texts, batch["input_ids"], encodings, strict=True):
+            tokens = np.array(ids, np.int32)
+            # Reading offsets takes time: they are read where something is not learned.
+            offsets = [] if self.learns_all or encoding is None else encoding.offsets
+            labels = tokens if self.learns_all else self._labels(text, tokens, offsets)
             own = own_tokens(ids, self.tokenizer) if special else slice(None)
             end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
-            yield [*ids[own], *end], [*labels[own], *end]
+            yield _with(tokens[own], end), _with(labels[own], end)
 
     def _shortened(self, text: _Text) -> _Text:
         """A text without what lies beyond any `max_length` tokens, which would be tokenised to be thrown away."""
@@ -262,29 +281,30 @@ class _Batches:
     def _longest_token(self) -> int:
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def _labels(self, text: _Text, ids: list[int], offsets: Sequence[Span]) -> list[int]:
-        if are_sound(offsets, text.text):
-            places = extents(offsets)
+    def _labels(self, text: _Text, ids: _Tokens, offsets: Sequence[Span]) -> _Tokens:
+        given = places_of(offsets)
+        if are_sound(given, text.text):
+            places = extents(given)
             learned = learned_by_extent(text.spans, places)
             self.counts.straddled += straddles(text.spans, places)
         else:
             learned = learned_by_prefix(
                 text.spans,
                 text.text,
-                ids,
+                ids.tolist(),
                 lambda prefix: self.tokenizer(prefix, add_special_tokens=text.special, verbose=False)["input_ids"],
             )
-        return [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+        return np.where(learned, ids, np.int32(IGNORED))
 
     def _pieces(self, length: int) -> list[slice]:
         if self.is_text:
             return [slice(start, start + self.max_length) for start in range(0, length, self.max_length)]
         return [slice(0, self.max_length)]
 
-    def _add(self, ids: list[int], labels: list[int], encoded: dict[str, list[list[int]]]) -> bool:
+    def _add(self, ids: _Tokens, labels: _Tokens, encoded: dict[str, list[_Tokens]]) -> bool:
         """Add one row, unless there is nothing to learn in it; whether it was added."""
         # The first token of a row has nothing before it to be predicted from.
-        learned = sum(label != IGNORED for label in labels[1:])
+        learned = int(np.count_nonzero(labels[1:] != IGNORED))
         if not learned:
             # The last piece of a text may be one token, which is no row lost.
             self.counts.dropped += not self.is_text
@@ -295,6 +315,10 @@ class _Batches:
         self.counts.tokens += len(ids)
         self.counts.learned += learned
         return True
+
+
+def _with(tokens: _Tokens, end: Sequence[int]) -> _Tokens:
+    return np.append(tokens, np.array(end, np.int32)) if end else tokens
 
 
 def _hint_of_tools(messages: Sequence[Message]) -> str:
