@@ -26,6 +26,7 @@ os.environ |= {
     "HF_HOME": _HF_HOME,
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "THEODORA_CACHE": os.devnull,  # nothing is kept from one test for the next
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",

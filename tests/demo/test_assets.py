@@ -99,14 +99,3 @@ def test_an_installed_package_is_used_and_never_imported(pip, console, monkeypat
     asset = replace(ASSET, module="installed_thing")
     assert assets.fetch(asset, console) == package / "data" / "file.txt"
     assert calls == []
-
-
-@pytest.mark.parametrize(
-    ("platform", "variable", "expected"),
-    [("linux", "XDG_CACHE_HOME", "theodora"), ("win32", "LOCALAPPDATA", "theodora")],
-)
-def test_the_cache_is_where_the_platform_keeps_caches(platform, variable, expected, monkeypatch, tmp_path):
-    monkeypatch.delenv("THEODORA_CACHE")
-    monkeypatch.setattr(assets.sys, "platform", platform)
-    monkeypatch.setenv(variable, str(tmp_path))
-    assert assets.cache_folder() == tmp_path / expected

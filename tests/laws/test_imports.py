@@ -18,8 +18,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "locks"}
-    | {"patches", "safe_text", "synonyms", "terminal"},
+    {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "kept"}
+    | {"locks", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},

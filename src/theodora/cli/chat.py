@@ -15,6 +15,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from theodora.cli.imports import imports
 from theodora.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     model = _checked(args)
-    from transformers import set_seed
-    from transformers.utils.logging import disable_progress_bar
+    with imports():
+        from transformers import set_seed
+        from transformers.utils.logging import disable_progress_bar
 
-    from theodora.adapters.models import load_model_and_tokenizer
-    from theodora.cli.console import stderr, stdout
-    from theodora.cli.conversation import Conversation
+        from theodora.adapters.models import load_model_and_tokenizer
+        from theodora.cli.console import stderr, stdout
+        from theodora.cli.conversation import Conversation
 
     disable_progress_bar()
     with stderr().status("Loading the model ..."):

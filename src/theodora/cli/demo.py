@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from theodora.cli.imports import imports
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the demo."""
@@ -24,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
     from theodora.cli.console import stdout
-    from theodora.demo import run_demo
+
+    with imports():
+        from theodora.demo import run_demo
 
     run_demo(Path(args.output), stdout(), quick=args.quick, overwrite=args.overwrite)
     return 0

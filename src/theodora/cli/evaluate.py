@@ -17,6 +17,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from theodora.cli.arguments import positive
+from theodora.cli.imports import imports
 
 if TYPE_CHECKING:
     from theodora.evaluate import Scores
@@ -76,15 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and report."""
-    from transformers.utils.logging import disable_progress_bar
+    with imports():
+        from transformers.utils.logging import disable_progress_bar
 
-    from theodora.adapters.models import load_model_and_tokenizer
-    from theodora.cli.console import print_json, stderr, stdout
-    from theodora.data import load_examples
-    from theodora.evaluate import evaluate
-    from theodora.evaluate.harness import check_harness, run_harness
-    from theodora.evaluate.labels import labels_of
-    from theodora.evaluate.metrics import load_metric
+        from theodora.adapters.models import load_model_and_tokenizer
+        from theodora.cli.console import print_json, stderr, stdout
+        from theodora.data import load_examples
+        from theodora.evaluate import evaluate
+        from theodora.evaluate.harness import check_harness, run_harness
+        from theodora.evaluate.labels import labels_of
+        from theodora.evaluate.metrics import load_metric
 
     metrics = {where.rpartition(":")[2]: load_metric(where) for where in args.metric}
     if args.lm_eval:

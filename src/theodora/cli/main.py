@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
+from theodora.cli.ending import end_process
 from theodora.cli.streams import steady_streams
 from theodora.errors import TheodoraError
 from theodora.safe_text import plain_lines
@@ -93,13 +94,16 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; the process may go on afterwards. Default: the process's own, with which it ends.
     """
     try:
-        return _steadily(sys.argv[1:] if argv is None else list(argv))
+        code = _steadily(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt:  # another one, while the first was being answered
-        return _INTERRUPTED
+        code = _INTERRUPTED
     finally:
         if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            # What is left is Python's own end, which takes a second with torch and answers Ctrl-C with a traceback.
+            # What is left is Python's own end, which takes seconds with torch and answers Ctrl-C with a traceback.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if argv is None:
+        end_process(code)
+    return code
 
 
 def _steadily(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from theodora.cli.imports import imports
 from theodora.cli.numbers import percent
 from theodora.safe_text import quoted
 
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from theodora.cli.console import stderr, stdout
     from theodora.cli.tables import print_table
     from theodora.config import METHOD_NAMES
-    from theodora.merging.checkpoint import merge_checkpoint
+
+    with imports():
+        from theodora.merging.checkpoint import merge_checkpoint
 
     columns = (
         TextColumn("merging", markup=False),

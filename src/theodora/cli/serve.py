@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from theodora.cli.arguments import add_field
+from theodora.cli.imports import imports
 from theodora.errors import ConfigError
 from theodora.serve.config import ServeConfig
 
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'theodora[serve]'") from error
     from theodora.cli.console import stderr
-    from theodora.serve.run import load_engine, serve
+
+    with imports():
+        from theodora.serve.run import load_engine, serve
 
     with stderr().status("loading"):
         engine, tokenizer = load_engine(config, adapters)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from theodora.cli.arguments import add_field, field_help, other_options
+from theodora.cli.imports import imports
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, shown
 from theodora.parse import parse_yaml
@@ -123,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
     """Train."""
     config = read_config(args)
     from theodora.cli.console import print_json, stderr, stdout
-    from theodora.train import train
+
+    with imports():
+        from theodora.train import train
 
     result = train(config, console=stderr() if args.json else stdout())
     if args.json and os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all

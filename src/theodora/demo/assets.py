@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from rich.console import Console
 from theodora.errors import TheodoraError
 from theodora.files.atomic import atomic_write
 from theodora.files.ours import sha256
+from theodora.kept import cache_folder
 from theodora.locks import temporary_folder
 
 
@@ -70,19 +70,6 @@ GENERAL_TEXTS = Asset(
     what="Wikipedia introductions, to see what is forgotten",
     licence="CC BY-SA 4.0",
 )
-
-
-def cache_folder() -> Path:
-    """Where the demo keeps what it fetched: THEODORA_CACHE, or the platform's place for caches."""
-    if chosen := os.environ.get("THEODORA_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "theodora"
 
 
 def fetch(asset: Asset, console: Console) -> Path:

@@ -13,11 +13,12 @@ from rich.console import Console
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from theodora.demo.assets import MODEL, cache_folder, fetch
+from theodora.demo.assets import MODEL, fetch
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import checked_config
 from theodora.files.atomic import atomic_directory
 from theodora.files.read_back import check_model, save_tokenizer, write_text
+from theodora.kept import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 

@@ -29,6 +29,7 @@ from theodora.fastpath.packed_attention import SEQUENCES, Sequences
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
 from theodora.kernels.operators import runs_triton
 from theodora.train.packed_rows import attention_by_bounds, bounds_of
+from theodora.train.tried import tried
 
 LEARNED = "learned"
 """The key in a batch of what `SelectLearned` tells."""
@@ -222,14 +223,16 @@ def fused_head(model: PreTrainedModel) -> Head | str:
     model.eval()
     try:
         with torch.no_grad():
-            return _compared(model, head)
+            maskless = tried("head", model, lambda: _compared(model, head), lambda found: isinstance(found, bool))
+        return maskless if isinstance(maskless, str) else Head(head.scale, head.softcap, maskless)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         return f"the model does not run on bare tokens ({type(error).__name__}: {str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
 
 
-def _compared(model: PreTrainedModel, head: Head) -> Head | str:
+def _compared(model: PreTrainedModel, head: Head) -> bool | str:
+    """Whether the model does without a mask, or why the head is another one."""
     embeddings: Any = model.get_input_embeddings()
     ids = torch.arange(3, 15, device=embeddings.weight.device).view(2, 6) % embeddings.weight.shape[0]
     mask = torch.ones_like(ids)
@@ -242,8 +245,7 @@ def _compared(model: PreTrainedModel, head: Head) -> Head | str:
         return f"a {type(model).__name__} computes its logits in a way of its own"
     without = _body(model)(input_ids=ids, use_cache=False).last_hidden_state
     real = real.to(hidden.device)
-    same = without.shape == hidden.shape and _distance(without[real], hidden[real]) < _SAME_STATES
-    return Head(head.scale, head.softcap, maskless=same)
+    return without.shape == hidden.shape and _distance(without[real], hidden[real]) < _SAME_STATES
 
 
 def _distance(ours: Tensor, expected: Tensor) -> float:

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from theodora.data.packing import packed_batch
 from theodora.train.fused_loss import LEARNED, Head, Learned
 from theodora.train.processes import Processes
+from theodora.train.tried import is_true, tried
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TARGETS, _POSITIONS, _ITEMS = "learned.targets", "learned.positions", "num_items_in_batch"
@@ -66,6 +67,10 @@ def reads_bounds(model: PreTrainedModel) -> bool:
     attention = model.config.get_text_config()._attn_implementation  # pyright: ignore[reportPrivateUsage]
     if attention not in ("sdpa", "eager"):
         return True
+    return not tried("bounds-unread", model, lambda: not _reads_bounds(model), is_true)
+
+
+def _reads_bounds(model: PreTrainedModel) -> bool:
     device = next(model.get_input_embeddings().parameters()).device
     ids = torch.arange(3, 16, device=device) % model.config.get_text_config().vocab_size
     batch = packed_batch([ids[:6], ids[6:]])

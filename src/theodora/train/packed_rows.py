@@ -17,6 +17,7 @@ from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
 from theodora.patches import Registered, replaced
+from theodora.train.tried import is_true, tried
 
 
 def bounds_of(positions_1T: Tensor) -> Tensor:
@@ -59,8 +60,12 @@ def takes_bounds(model: PreTrainedModel, longest: int | None) -> bool:
     narrow = any(window is not None and (longest is None or window < longest) for window in windows)
     if config._attn_implementation != "sdpa" or narrow:  # pyright: ignore[reportPrivateUsage]
         return False
+    return tried("takes-bounds", model, lambda: _takes_bounds(model, config.vocab_size), is_true)
+
+
+def _takes_bounds(model: PreTrainedModel, vocabulary: int) -> bool:
     device: Any = next(model.get_input_embeddings().parameters()).device
-    ids = torch.arange(3, 16, device=device) % config.vocab_size
+    ids = torch.arange(3, 16, device=device) % vocabulary
     batch = packed_batch([ids[:6], ids[6:]])
     given = {name: batch[name] for name in ("input_ids", "position_ids")}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]

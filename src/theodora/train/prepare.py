@@ -35,8 +35,10 @@ from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.inputs import hash_of_weights
+from theodora.train.processes import Processes
 from theodora.train.resumed import Past
 from theodora.train.text_only import check_continues_text
+from theodora.train.tried import is_true, know, tried
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
@@ -111,6 +113,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
     )
     base_hash = hash_of_weights(model)
+    if config.from_adapter is None and Processes.of(arguments).alone:
+        know(model, base_hash)
     check_continues_text(model)
     name_backbone(model)
     name_experts(model.config.get_text_config())
@@ -123,7 +127,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     if recomputes is None and (recomputes := model.num_parameters() >= _LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes)
-    if (config.packing and arguments.packing_strategy != "wrapped") and not packing_is_safe(model):
+    if (config.packing and arguments.packing_strategy != "wrapped") and not tried(
+        "packing", model, lambda: packing_is_safe(model), is_true
+    ):
         raise ConfigError(
             f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
             "other. Train without packing."

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.state import adapter_layers
 from theodora.errors import ConfigError
+from theodora.train.tried import is_true, tried
 
 _LENGTH, _LONG = 6, 48
 _ROUNDING = 1e-2  # of the largest logit: half precision, whose sums may depend on the rest of the batch
@@ -16,13 +17,17 @@ _LOOKS_AHEAD = 0.05
 """Share of what a token changes for itself that it may change for those before it."""
 
 
-@torch.no_grad()
 def check_continues_text(model: PreTrainedModel) -> None:
     """Refuse a model that does not run on text alone, or in which a token sees those that come after it.
 
     Raises:
         ConfigError: with the reason.
     """
+    tried("continues-text", model, lambda: _continues_text(model), is_true)
+
+
+@torch.no_grad()
+def _continues_text(model: PreTrainedModel) -> bool:
     vocabulary, kind = getattr(model.config.get_text_config(), "vocab_size", None), type(model).__name__
     if not isinstance(vocabulary, int):
         raise ConfigError(f"A {kind} has no vocabulary of its own, and text is what is trained on here.")
@@ -47,6 +52,7 @@ def check_continues_text(model: PreTrainedModel) -> None:
             "predict the next token, it would learn to copy it. Choose a decoder (some families have is_decoder: true "
             "in config.json for that)."
         )
+    return True
 
 
 def _tokens(vocabulary: int, count: int) -> torch.Tensor:
@@ -63,6 +69,10 @@ def without_gradient(model: PreTrainedModel) -> list[str]:
 
     One that rests is no sign (an expert to which no token went); a kind of which all rest, `gate` or `wq_b`, is.
     """
+    return tried("resting", model, lambda: _without_gradient(model), lambda found: found == [])
+
+
+def _without_gradient(model: PreTrainedModel) -> list[str]:
     layers = adapter_layers(model)
     vocabulary = model.config.get_text_config().vocab_size
     ids_1L = _tokens(vocabulary, _LONG)[None]

@@ -1,0 +1,94 @@
+"""`train/tried`: a model is tried out once, and again when anything about it is another."""
+
+import pytest
+import torch
+from torch import nn
+
+from theodora.adapters import inject_adapter
+from theodora.config import AdapterConfig
+from theodora.train.inputs import hash_of_weights
+from theodora.train.text_only import check_continues_text, without_gradient
+from theodora.train.tried import is_true, know, tried
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path, tiny_model):
+    """`asked(change, answer)`: the answer of a new model, known, then changed; `asked.count` times it was tried out."""
+    monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
+
+    def asked(change=lambda model: None, answer=True, **of_model):
+        model = tiny_model(**of_model)
+        know(model, hash_of_weights(model))
+        change(model)
+
+        def find():
+            asked.count += 1
+            return answer
+
+        return tried("question", model, find, is_true)
+
+    asked.count = 0
+    return asked
+
+
+def test_the_same_model_is_tried_out_once(asked):
+    assert [asked(), asked(), asked()] == [True] * 3
+    assert asked.count == 1
+
+
+def test_a_bad_answer_is_never_kept(asked):
+    assert [asked(answer=False), asked(answer=False), asked()] == [False, False, True]
+
+
+def _add_hook(model):
+    model.lm_head.register_forward_hook(lambda *_: None)
+
+
+def _own_code(model):
+    model.lm_head.__class__ = type("Mine", (nn.Linear,), {"__module__": "mine"})
+
+
+@pytest.mark.parametrize(
+    ("change", "of_model"),
+    [
+        (lambda model: None, {"seed": 1}),
+        (lambda model: None, {"rms_norm_eps": 1e-3}),
+        (lambda model: None, {"dtype": torch.bfloat16}),
+        (inject_adapter, {}),
+        (_add_hook, {}),
+        (_own_code, {}),
+        (lambda model: model.set_attn_implementation("eager"), {}),
+    ],
+)
+def test_another_model_is_tried_out_itself(asked, change, of_model):
+    asked()
+    asked(change, **of_model)
+    assert asked.count == 2
+
+
+def test_a_model_that_nobody_knows_is_always_tried_out(asked, tiny_model):
+    asked()
+    assert tried("question", tiny_model(), lambda: "tried", is_true) == "tried"
+
+
+def test_random_numbers_are_the_same_whether_or_not_it_was_tried(tiny_model):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    tried("question", tiny_model(), lambda: bool(torch.rand(5).sum() > 0), is_true)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_second_start_runs_no_trial(monkeypatch, tmp_path, tiny_model):
+    monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
+    runs = []
+    for _ in range(2):
+        model = tiny_model()
+        know(model, hash_of_weights(model))
+        own = type(model).forward
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "forward", lambda *a, own=own, **k: runs.append(1) or own(*a, **k))
+            check_continues_text(model)
+            inject_adapter(model, AdapterConfig(rank=2))
+            assert without_gradient(model) == []
+    assert len(runs) == 3  # two and one, of the first start
