@@ -18,7 +18,7 @@ from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows
 from theodora.errors import DataError, TheodoraError, in_line
 from theodora.evaluate.batches import batches_by_length, evaluating
-from theodora.evaluate.exact_match import answer
+from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
@@ -159,10 +159,10 @@ def score(
         matches, means = None, dict[str, float]()
         if exact_match or metrics:
             # An answer that is only compared is broken off as soon as it differs.
-            answers = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
-            right = [a == reference.strip() for a, reference in zip(answers, asked.references, strict=True)]
+            given = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
+            right = [a == reference.strip() for a, reference in zip(given, asked.references, strict=True)]
             matches = sum(right) / len(right) if exact_match else None
-            means = {name: mean_score(metric, name, answers, asked.references) for name, metric in metrics.items()}
+            means = {name: mean_score(metric, name, given, asked.references) for name, metric in metrics.items()}
     return Scores(
         loss=total / tokens,
         exact_match=matches,
@@ -272,18 +272,14 @@ def _answers(
 ) -> list[str]:
     """The answers to all prompts, in the order of the rows."""
     warn_of_long_answers(tokenizer, asked.references, max_new_tokens)
-    answers = [""] * len(asked.prompts)
-    task = bar.add_task("Answers" if whole else "Exact match", total=len(answers))
-    for batch in batches_by_length([len(prompt) + max_new_tokens for prompt in asked.prompts], batch_size):
-        given = answer(
-            model,
-            tokenizer,
-            [asked.prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            first_line_only=asked.single_line,
-            only_if=None if whole else [asked.references[i] for i in batch],
-        )
-        for i, text in zip(batch, given, strict=True):
-            answers[i] = text
-        bar.advance(task, len(batch))
-    return answers
+    task = bar.add_task("Answers" if whole else "Exact match", total=len(asked.prompts))
+    return answers(
+        model,
+        tokenizer,
+        asked.prompts,
+        max_new_tokens=max_new_tokens,
+        first_line_only=asked.single_line,
+        only_if=None if whole else asked.references,
+        batch_size=batch_size,
+        advance=lambda count: bar.advance(task, count),
+    )
