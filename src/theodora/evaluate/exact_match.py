@@ -82,8 +82,7 @@ def _together(
         tokens = offline.answer_together(
             model,
             [prompts[i] for i in fit],
-            max_new_tokens=max_new_tokens,
-            ends=rules.ends,
+            decoding(rules.ends, max_new_tokens),
             settled=None if rules.takes_all else lambda at, tokens: rules.settled(fit[at], tokens),
             over=over,
         )

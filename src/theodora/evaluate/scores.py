@@ -92,7 +92,8 @@ def evaluate(
         model: any causal language model; its weights, device and training mode are left as they are.
         tokenizer: its tokenizer.
         examples: rows as `load_examples` returns them. The prompts are those that training sees.
-        batch_size: rows in a forward pass, at most. Long rows come in smaller batches.
+        batch_size: rows in a padded forward pass, at most. Long rows come in smaller batches. Answers that come
+            together on a GPU (`evaluate/exact_match.py`) have no padding, and bounds of their own.
         max_new_tokens: tokens of the longest answer to generate.
         exact_match: also generate answers (greedily) and compare them; slower than the loss alone.
         labels: the closed set of answers; then also the share of rows whose right label is the likeliest.

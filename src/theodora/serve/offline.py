@@ -1,6 +1,6 @@
 """Many prompts answered together by a live model, through the batches that serve: no server, no thread, no copy.
 
-    tokens = answer_together(model, prompts, max_new_tokens=64, ends=[2], settled=judge, over=advance)
+    tokens = answer_together(model, prompts, GenerationConfig(max_new_tokens=64, eos_token_id=[2], …), settled=judge)
 
 The model runs as it is, with the adapter that is active in it (adapters in slots are for servers, whose requests differ
 in them). The caller's thread drives transformers' loop, so that its context (no gradients, autocast, a signal) holds
@@ -10,6 +10,7 @@ for every batch, and what fails fails there. A seam to transformers' continuous 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,15 +54,19 @@ class _Asked:
     """What one run is asked for."""
 
     prompts: Sequence[Sequence[int]]
-    most: int
-    """New tokens of an answer, at most."""
-    ends: Sequence[int]
+    settings: GenerationConfig
     settled: Callable[[int, list[int]], bool] | None = None
     over: Callable[[], object] = lambda: None
     logprobs: bool = False
     graphs: bool = False
     answers: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict[int, tuple[list[int], list[float]]])
     """By index, what is over: tokens, and their log-probabilities if they are asked for."""
+
+    @property
+    def most(self) -> int:
+        """New tokens of an answer, at most."""
+        assert self.settings.max_new_tokens is not None
+        return self.settings.max_new_tokens
 
 
 def worth_it(model: Any) -> bool:
@@ -72,9 +77,8 @@ def worth_it(model: Any) -> bool:
 def answer_together(
     model: Any,
     prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
     *,
-    max_new_tokens: int,
-    ends: Sequence[int],
     settled: Callable[[int, list[int]], bool] | None = None,
     over: Callable[[], object] = lambda: None,
     rows: int = _MOST_ROWS,
@@ -87,8 +91,8 @@ def answer_together(
     Args:
         model: a causal language model with whatever adapter is active in it; PEFT's, too.
         prompts: token ids of each; all of them must `fits`.
-        max_new_tokens: tokens of an answer, at most.
-        ends: tokens that end an answer, and are its last.
+        settings: as `generate` takes them, with `max_new_tokens` and a list of `eos_token_id`. Only those of greedy
+            decoding without processors of logits can be run so, what `generate` adds of the model's own included.
         settled: says of a prompt (its index) and the tokens so far whether the answer may end here.
         over: called whenever an answer is over.
         rows: answers under way at a time, at most.
@@ -98,7 +102,7 @@ def answer_together(
     """
     base = runnable(model)
     _tried(base)
-    asked = _Asked(prompts, max_new_tokens, ends, settled, over)
+    asked = _Asked(prompts, settings, settled, over)
     try:
         if base.device.type == "cuda" and base not in _NOT_RECORDED:
             try:
@@ -144,7 +148,9 @@ def runnable(model: Any) -> Any:
     if not plain or "generate" in vars(model) or "generate" in vars(base):
         raise Unfit("it has a way of its own to generate")
     places = {str(place) for place in (getattr(base, "hf_device_map", None) or {}).values()}
-    if len(places) > 1 or getattr(base, "_device_mesh", None) is not None:
+    first = next(base.parameters())
+    sharded = getattr(base, "_device_mesh", None) is not None or hasattr(first, "device_mesh") or first.numel() == 0
+    if len(places) > 1 or sharded:
         raise Unfit("it is spread over several devices")
     if getattr(base.config, "is_encoder_decoder", False):
         raise Unfit("it has an encoder")
@@ -189,7 +195,8 @@ def _why_unfit(model: Any) -> str | None:
             trial = Trial.of(model, window or 1 << 30)
         if not trial.finite:
             return "its output is not finite"
-        asked = _Asked(trial.prompts, trial.count, [-1], logprobs=True)
+        settings = GenerationConfig(do_sample=False, max_new_tokens=trial.count, eos_token_id=[-1])
+        asked = _Asked(trial.prompts, settings, logprobs=True)
         _run(model, asked, len(trial.prompts))
         answers = [asked.answers[index] for index in range(len(trial.prompts))]
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -211,7 +218,8 @@ def _run(model: Any, asked: _Asked, rows: int) -> None:
     with _as_when_answering(model), looked_at_once():
         if asked.graphs:
             # What layers keep is made before, or it would lie in the graphs' memory.
-            model(input_ids=torch.tensor([[*asked.prompts[waiting[0]][:1]] * 2], device=model.device), use_cache=False)
+            ids = torch.tensor([[*asked.prompts[waiting[0]][:1]] * 2], device=model.device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         with _paged_attention(model):
             manager = _Manager(model, asked, waiting, rows)
             try:
@@ -241,14 +249,15 @@ def _paged_attention(model: Any) -> Iterator[None]:
     if before == "eager" and model.dtype == torch.float16:
         # Its scores are float16: another row's large key makes them infinite, whatever the mask.
         raise Unfit("attention without a kernel does not keep rows apart in float16")
-    # From 5.2x on the kernels take pages under their own names, but for `eager`.
+    # From 5.23 at the latest the kernels take pages under their own names, but for `eager`.
     by_name = not hasattr(ContinuousBatchingConfig, "auto_switch_to_flash") or before == "eager"
     try:
         if by_name:
-            model.set_attn_implementation(f"paged|{before}")
+            try:
+                model.set_attn_implementation(f"paged|{before}")
+            except (ValueError, ImportError) as error:
+                raise Unfit(str(error)) from error
         yield
-    except (ValueError, ImportError) as error:
-        raise Unfit(str(error)) from error
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
@@ -275,14 +284,10 @@ class _Manager(ContinuousBatchingManager):
     def __init__(self, model: Any, asked: _Asked, waiting: list[int], rows: int) -> None:
         self._asked, self._waiting = asked, waiting
         self._hook: Any = None
-        # What the model's own settings ask for beside `ends` goes by `generate`'s rules; see there.
-        settings = GenerationConfig(do_sample=False, max_new_tokens=asked.most, eos_token_id=list(asked.ends))
-        prepared: Any = model._prepare_generation_config(settings)
-        settings = prepared[0] if isinstance(prepared, tuple) else prepared
-        super().__init__(model, settings, _batching(model, asked, waiting, rows))
-        if self.logit_processor.do_processing or settings.stop_strings or settings.num_beams not in (None, 1):
-            raise Unfit("its generation settings change how tokens are picked")
+        super().__init__(model, _greedy(model, asked), _batching(model, asked, waiting, rows))
         self.output_router = _Router(self._take)
+        helper: Any = self.distributed_helper
+        helper.set_tp_seed = lambda *_: None  # it would seed torch's generators, and nothing is drawn here
 
     def run(self) -> None:
         """Answer everything."""
@@ -294,7 +299,7 @@ class _Manager(ContinuousBatchingManager):
                 request_id=str(index),
                 max_new_tokens=self._asked.most,
                 streaming=self._asked.settled is not None,
-                eos_token_id=list(self._asked.ends),
+                eos_token_id=self._asked.settings.eos_token_id,
             )
         while not self._asked.answers.keys() >= set(self._waiting):
             self._generation_loop_body(processor, False)
@@ -343,6 +348,28 @@ class _Manager(ContinuousBatchingManager):
             stream.synchronize()
         self.batch_processor = None
         self.destroy()
+
+
+def _greedy(model: Any, asked: _Asked) -> GenerationConfig:
+    """The settings, with what `generate` adds of the model's own.
+
+    Raises:
+        Unfit: with them tokens are picked otherwise than greedily from the logits.
+    """
+    settings = asked.settings
+    if asked.logprobs:  # a trial
+        return settings
+    prepared: Any = model._prepare_generation_config(settings)
+    settings = prepared[0] if isinstance(prepared, tuple) else prepared
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of processors that are not used here
+        try:
+            processors = len(model._get_logits_processor(settings))
+        except AttributeError:  # some need what only `generate` adds
+            processors = 1
+    if processors or settings.do_sample or settings.stop_strings or settings.num_beams not in (None, 1):
+        raise Unfit("its generation settings change how tokens are picked")
+    return settings
 
 
 def _batching(model: Any, asked: _Asked, waiting: list[int], rows: int) -> ContinuousBatchingConfig:
