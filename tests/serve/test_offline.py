@@ -181,3 +181,30 @@ def test_pages_are_as_many_as_the_rows_need():
     assert offline._pages(model, [3, 1, 2], 32, 2) == 5
     assert offline._pages(model, [2000, 1, 2], 32, 2) == 2000
     assert offline._pages(model, [100] * 300, 32, 256) == 1024
+
+
+def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
+    model, counted, runs = trained(tiny_model(), "dora4").eval(), [], []
+    batching = offline._batching
+
+    def noted(model, asked, waiting, rows):
+        config = batching(model, asked, waiting, rows)
+        runs.append((asked.graphs, len(waiting)))
+        config.use_cuda_graph = None  # there are none on a CPU
+        return config
+
+    def once(row, tokens):
+        if runs[-1][0] and counted:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return len(tokens) == 2 and row == 4
+
+    monkeypatch.setattr(offline, "_batching", noted)
+    monkeypatch.setattr(offline, "records", lambda model: model not in offline._NOT_RECORDED)
+    expected = generated(model, prompts_of())
+    expected[4] = expected[4][:2]
+    for _ in range(2):
+        counted.clear()
+        assert together(model, prompts_of(), settled=once, over=lambda: counted.append(1)) == expected
+        assert len(counted) == len(expected)
+    rows = len(expected)
+    assert runs == [(False, 2), (True, rows), (False, rows - 1), (False, rows)]

@@ -104,7 +104,7 @@ def answer_together(
     _tried(base)
     asked = _Asked(prompts, settings, settled, over)
     try:
-        if base.device.type == "cuda" and base not in _NOT_RECORDED:
+        if records(base):
             try:
                 _run(base, replace(asked, graphs=True), rows)
             except torch.OutOfMemoryError:
@@ -123,6 +123,11 @@ def answer_together(
 
 _NOT_RECORDED: WeakSet[Any] = WeakSet()
 """Models whose passes cannot be recorded in CUDA graphs."""
+
+
+def records(model: Any) -> bool:
+    """Whether steps are recorded in CUDA graphs."""
+    return model.device.type == "cuda" and model not in _NOT_RECORDED
 
 
 def fits(model: Any, prompt: Sequence[int], max_new_tokens: int) -> bool:
