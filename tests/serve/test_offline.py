@@ -1,7 +1,10 @@
 """Prompts answered together: the tokens of `generate`, and a model left as it was."""
 
 import copy
+import gc
 import threading
+import weakref
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -131,6 +134,25 @@ def test_a_model_in_training_is_left_as_it_was(attention, error):
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert all(torch.equal(dict(model.named_parameters())[name].grad, grad) for name, grad in grads.items())
     assert threading.active_count() == 1 or not any("batch" in t.name for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_pages_are_given_back_at_once(fails, monkeypatch):
+    pages = []
+    keep = offline.keep_cache_finite
+    monkeypatch.setattr(offline, "keep_cache_finite", lambda cache: pages.append(weakref.ref(cache)) or keep(cache))
+
+    def over():
+        if fails:
+            raise Stop
+
+    gc.disable()
+    try:
+        with pytest.raises(Stop) if fails else nullcontext():
+            together(tiny_model(), prompts_of(), over=over)
+        assert [cache() for cache in pages] == [None, None]  # of the trial, and of the run
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,7 @@ class _Manager(ContinuousBatchingManager):
     def __init__(self, model: Any, asked: _Asked, waiting: list[int], rows: int) -> None:
         self._asked, self._waiting = asked, waiting
         self._hook: Any = None
+        self._made: Any = None
         super().__init__(model, _greedy(model, asked), _batching(model, asked, waiting, rows))
         self.output_router = _Router(self._take)
         helper: Any = self.distributed_helper
@@ -322,16 +323,19 @@ class _Manager(ContinuousBatchingManager):
         self._asked.over()
 
     def _create_batch_processor(self) -> Any:
-        processor: Any = super()._create_batch_processor()
+        self._made = processor = super()._create_batch_processor()
         watch = keep_cache_finite(processor.cache)  # or one row's NaN would be in every row's attention
 
+        cache: Any = processor.cache
+
         def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if kwargs.get("cache") is processor.cache:
+            if kwargs.get("cache") is cache:
                 watch.begin(kwargs["cu_seq_lens_q"], kwargs["input_ids"].shape[1])
                 mask_with_infinity(kwargs.get("attention_mask"))
 
         self._hook = self.model.register_forward_pre_hook(before, with_kwargs=True)
-        runner, ios = processor.model_runner, processor.inputs_and_outputs
+        runner: Any = processor.model_runner
+        ios: Any = processor.inputs_and_outputs
         choose, stream = runner._get_forward_fn, ios.compute_stream
 
         def forward(use_block_table: bool) -> tuple[Any, bool]:
@@ -344,14 +348,17 @@ class _Manager(ContinuousBatchingManager):
         return processor
 
     def let_go(self) -> None:
-        """Give back what the batches took: pages, graphs, the hook."""
+        """Give back what the batches took, now: pages, graphs, the hook."""
         if self._hook is not None:
             self._hook.remove()
-        if (processor := self.batch_processor) is not None and (
-            stream := processor.inputs_and_outputs.compute_stream
-        ) is not None:
-            stream.synchronize()
-        self.batch_processor = None
+        processor, self.batch_processor = self._made, None
+        self._made = None
+        if processor is not None:
+            if (stream := processor.inputs_and_outputs.compute_stream) is not None:
+                stream.synchronize()
+            # What was put in its place holds what it was put into; without that, memory would wait for the collector.
+            vars(processor.model_runner).pop("_get_forward_fn", None)
+            vars(processor.cache).pop("update", None)
         self.destroy()
 
 
