@@ -41,6 +41,7 @@ BESIDE = {
     "terminal": {"safe_text"},
     "functional": {"autocast"},
     "conformance": {"serve"},  # what is served is held to the formula, too
+    "evaluate": {"serve"},  # many prompts are answered in the batches that serve
     "train": {"evaluate"},  # the run's report scores the held-out rows
     "cli": {"demo"},  # `theodora demo`
 }

@@ -86,6 +86,28 @@ def test_steps_of_one_token_do_no_norm_work(work, context):
         assert work["looks"] > before["looks"]
 
 
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_where_many_answer_together_each_layer_is_looked_at_once(method, work):
+    model = adapted(method)
+    layer, ids = layer_of(model), torch.arange(3, 11, device=DEVICE).view(1, 8)
+    with torch.no_grad():
+        model(ids)
+        with norm_cache.looked_at_once():
+            model(ids)
+            before = dict(work)
+            for _ in range(3):
+                model(ids)
+            assert work == before
+            layer.active.lora_B.add_(0.5)  # leaves a version behind
+            x = torch.randn(2, 3, layer.in_features, device=DEVICE)
+            assert formula.error(layer(x), exact(layer, x)) < 1e-5
+        layer.active.lora_B.data.neg_()  # does not, and is looked for again
+        assert formula.error(layer(x), exact(layer, x)) < 1e-5
+        with norm_cache.looked_at_once():  # in the next block as well
+            layer.active.lora_B.data.neg_()
+            assert formula.error(layer(x), exact(layer, x)) < 1e-5
+
+
 CHANGES = {
     "in place": lambda model, layer: layer.active.lora_B.add_(0.5),
     "magnitude": lambda model, layer: layer.active.magnitude.mul_(2),

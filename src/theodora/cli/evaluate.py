@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="which split, if the data has several")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
     parser.add_argument("--limit", type=positive, metavar="N", help="score the first N rows only")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="rows in a pass. Default: 16.")
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="rows in a padded pass. Default: 16."
+    )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens of the longest answer. Default: 64."
     )

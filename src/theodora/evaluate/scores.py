@@ -18,7 +18,7 @@ from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows
 from theodora.errors import DataError, TheodoraError, in_line
 from theodora.evaluate.batches import batches_by_length, evaluating
-from theodora.evaluate.exact_match import answer
+from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
@@ -92,7 +92,8 @@ def evaluate(
         model: any causal language model; its weights, device and training mode are left as they are.
         tokenizer: its tokenizer.
         examples: rows as `load_examples` returns them. The prompts are those that training sees.
-        batch_size: rows in a forward pass, at most. Long rows come in smaller batches.
+        batch_size: rows in a padded forward pass, at most. Long rows come in smaller batches. Answers that come
+            together on a GPU (`evaluate/exact_match.py`) have no padding, and bounds of their own.
         max_new_tokens: tokens of the longest answer to generate.
         exact_match: also generate answers (greedily) and compare them; slower than the loss alone.
         labels: the closed set of answers; then also the share of rows whose right label is the likeliest.
@@ -159,10 +160,10 @@ def score(
         matches, means = None, dict[str, float]()
         if exact_match or metrics:
             # An answer that is only compared is broken off as soon as it differs.
-            answers = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
-            right = [a == reference.strip() for a, reference in zip(answers, asked.references, strict=True)]
+            given = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
+            right = [a == reference.strip() for a, reference in zip(given, asked.references, strict=True)]
             matches = sum(right) / len(right) if exact_match else None
-            means = {name: mean_score(metric, name, answers, asked.references) for name, metric in metrics.items()}
+            means = {name: mean_score(metric, name, given, asked.references) for name, metric in metrics.items()}
     return Scores(
         loss=total / tokens,
         exact_match=matches,
@@ -272,18 +273,14 @@ def _answers(
 ) -> list[str]:
     """The answers to all prompts, in the order of the rows."""
     warn_of_long_answers(tokenizer, asked.references, max_new_tokens)
-    answers = [""] * len(asked.prompts)
-    task = bar.add_task("Answers" if whole else "Exact match", total=len(answers))
-    for batch in batches_by_length([len(prompt) + max_new_tokens for prompt in asked.prompts], batch_size):
-        given = answer(
-            model,
-            tokenizer,
-            [asked.prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            first_line_only=asked.single_line,
-            only_if=None if whole else [asked.references[i] for i in batch],
-        )
-        for i, text in zip(batch, given, strict=True):
-            answers[i] = text
-        bar.advance(task, len(batch))
-    return answers
+    task = bar.add_task("Answers" if whole else "Exact match", total=len(asked.prompts))
+    return answers(
+        model,
+        tokenizer,
+        asked.prompts,
+        max_new_tokens=max_new_tokens,
+        first_line_only=asked.single_line,
+        only_if=None if whole else asked.references,
+        batch_size=batch_size,
+        advance=lambda count: bar.advance(task, count),
+    )

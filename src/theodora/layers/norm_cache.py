@@ -7,12 +7,16 @@
 The layer invalidates its cache at `train()`, `eval()`, moves, loading and merging, and all caches let go of what
 depends on an adapter when an optimizer steps. Other writes to a tensor leave a new version behind, except those through
 `.data`: these show in the values alone, and a look at the values makes the host wait for the GPU. So a pass over
-several tokens (a prompt, an evaluation) looks, and the steps of one token that follow it do not.
+several tokens (a prompt, an evaluation) looks, and the steps of one token that follow it do not. Where many prompts are
+answered together a step of each is a pass over several tokens: there one look at each layer is enough, the first one
+(`looked_at_once`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -58,6 +62,8 @@ class InferenceTensors:
     norm_O: Tensor | None
     decode: DecodeTensors | None
     """None where the kernel cannot run the layer."""
+    looked: object = None
+    """The `looked_at_once` within which the values were looked at."""
 
 
 @dataclass(eq=False)
@@ -65,6 +71,8 @@ class _WeightNorm:
     stamp: Stamp
     content: list[int]
     norm_sq_O: Tensor
+    looked: object = None
+    """As `InferenceTensors.looked`."""
 
 
 Compute = Callable[[], tuple[Tensor | None, DecodeTensors | None]]
@@ -97,10 +105,15 @@ class NormCache:
         known = self._weight_norm
         if torch.compiler.is_compiling():
             return compute() if known is None else known.norm_sq_O
-        tensors = weight.tensors()
+        tensors, block = weight.tensors(), _ONCE.get()
+        if known is not None and look and block is not None and known.looked is block:
+            look = False
         if known is None or not known.stamp.fits(tensors, rounding) or (look and known.content != content(*tensors)):
             with torch.inference_mode(False), torch.no_grad():
                 known = self._weight_norm = _WeightNorm(Stamp(tensors, rounding), content(*tensors), compute())
+            look = True  # at what it was computed from
+        if look:
+            known.looked = block
         return known.norm_sq_O
 
     def get(
@@ -123,11 +136,13 @@ class NormCache:
             return known if one_token and known is not None and known.name == name else None
         tensors, values = _tensors(weight, adapter), None
         current = known if known is not None and known.stamp.fits(tensors, adapter.scale) else None
-        if current is not None and one_token:
+        block = _ONCE.get()
+        if current is not None and (one_token or (block is not None and current.looked is block)):
             return current
         if adapter.magnitude is not None:
             values = content(*tensors, adapter.start_A, adapter.start_B)
             if current is not None and current.content == values:
+                current.looked = block
                 return current
             self.look_at(weight)
         with torch.inference_mode(False), torch.no_grad():
@@ -135,7 +150,7 @@ class NormCache:
             if current is not None and current.decode is not None and decode is not None:
                 decode = current.decode.rewrite(decode)
         # (Not read again from the cache, which another thread may have invalidated meanwhile.)
-        known = self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode)
+        known = self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode, block)
         _IN_USE.add(self)
         return known
 
@@ -169,6 +184,22 @@ class NormCache:
         self._inference = None
         if weight:
             self._weight_norm = None
+
+
+_ONCE: ContextVar[object] = ContextVar("theodora_looked_at_once", default=None)
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """While it lasts, nobody writes to a weight through `.data`: the values of each layer are looked at once.
+
+    Without the wait for the device that a look is, passes can be recorded in CUDA graphs.
+    """
+    token = _ONCE.set(object())
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
 
 
 class Stamp:

@@ -90,3 +90,12 @@ class Trial:
                 if token != int(expected_V.argmax()):
                     break
         return sum(distances) / len(distances)
+
+
+def heads_differ(config: Any) -> bool:
+    """Whether layers have heads of different sizes (Gemma 4), which transformers says by refusing to name one."""
+    try:
+        getattr(config, "head_dim", None)
+    except Exception:  # its AmbiguousGlobalPerLayerAttributeError, which older versions have not
+        return True
+    return False

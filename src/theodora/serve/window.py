@@ -25,11 +25,17 @@ def page_count(config: ServeConfig, device: torch.device) -> int | None:
 
 def window_of(model: Any, config: ServeConfig) -> int:
     """Tokens that prompt and answer may have together."""
-    text = model.config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None), config.max_length, _within_one_rope(text)]
+    limits = [window_of_model(model), config.max_length]
     if model.device.type == "cpu" or config.kv_tokens:
         limits.append(config.kv_tokens or _CPU_TOKENS)
     return min(limit for limit in limits if limit)
+
+
+def window_of_model(model: Any) -> int | None:
+    """Tokens that the model takes in a batch, whatever else is in it; None for as many as one likes."""
+    text = model.config.get_text_config()
+    limits = (getattr(text, "max_position_embeddings", None), _within_one_rope(text))
+    return min(filter(None, limits), default=None)
 
 
 def _within_one_rope(config: Any) -> int | None:

@@ -21,7 +21,7 @@ from theodora.serve.row_mixing import NoRowMixing
 from theodora.serve.scheduler import SCHEDULER
 from theodora.serve.slots import Slots
 from theodora.serve.tiers import HostTier
-from theodora.serve.trial import Trial
+from theodora.serve.trial import Trial, heads_differ
 from theodora.serve.window import page_count, page_size, window_of
 
 log = logging.getLogger("theodora.serve")
@@ -97,7 +97,7 @@ class Worker:
         if self.manager is not None:
             return
         model = self._model
-        if _heads_differ(model.config.get_text_config()):
+        if heads_differ(model.config.get_text_config()):
             raise self._unfit("layers have heads of different sizes, and batches of transformers' own have one")
         self._no_row_mixing = self._no_row_mixing or NoRowMixing(model)
         window = window_of(model, self._config)
@@ -243,12 +243,3 @@ def _without_reports() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _heads_differ(config: Any) -> bool:
-    """Whether layers have heads of different sizes (Gemma 4), which transformers says by refusing to name one."""
-    try:
-        getattr(config, "head_dim", None)
-    except Exception:  # its AmbiguousGlobalPerLayerAttributeError, which older versions have not
-        return True
-    return False
