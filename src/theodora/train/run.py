@@ -39,7 +39,7 @@ from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.outcome import Outcome
-from theodora.train.prepare import Prepared, prepare
+from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
 from theodora.train.quiet import quiet_libraries
@@ -252,7 +252,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     batches = math.ceil(len(rows) / rows_at_once)
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
-    labels = prepared.train_rows["labels"]
+    tokens, learned = count_tokens(prepared.train_rows)
     resume_at = checkpoints.steps_done(checkpoint) if checkpoint is not None else None
     return Plan(
         config=prepared.config,
@@ -264,8 +264,8 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         total=model.num_parameters(),
         data_format=prepared.training.format,
         rows=len(prepared.train_rows),
-        tokens=sum(map(len, labels)),
-        learned=sum(label != -100 for row in labels for label in row),
+        tokens=tokens,
+        learned=learned,
         held_out_rows=len(prepared.held_out_rows) if prepared.held_out_rows is not None else 0,
         steps=steps,
         rows_per_step=rows_at_once * arguments.gradient_accumulation_steps,
