@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from theodora.errors import TheodoraError
 from theodora.layers.norm_cache import looked_at_once
+from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
 from theodora.serve.trial import Trial, heads_differ
 from theodora.serve.watch import mask_with_infinity
@@ -165,8 +166,6 @@ def runnable(model: Any) -> Any:
     text: Any = base.config.get_text_config()
     if heads_differ(text):
         raise Unfit("its layers have heads of different sizes")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise Unfit("its attention caps scores, which transformers' attention over pages does not")
     return base
 
 
@@ -252,6 +251,7 @@ def _as_when_answering(model: Any) -> Iterator[None]:
 def _paged_attention(model: Any) -> Iterator[None]:
     """The model's attention by pages, of the kind that it has: another kernel would round otherwise."""
     before = model.config._attn_implementation
+    cap_scores()
     if before == "eager" and model.dtype == torch.float16:
         # Its scores are float16: another row's large key makes them infinite, whatever the mask.
         raise Unfit("attention without a kernel does not keep rows apart in float16")
