@@ -1,9 +1,9 @@
 """The imports that a command begins with: torch, transformers and TRL, some four thousand files.
 
-They are made shorter in two ways, of which neither changes what is imported. Python's collector of garbage goes through
+They are made shorter in three ways, of which none changes what is imported. Python's collector of garbage goes through
 all objects again and again while their number grows, although everything that is imported stays: it rests meanwhile,
 and leaves them alone afterwards. And transformers and TRL each read which distribution every installed file belongs to:
-that is kept, until something is installed.
+that is kept, until something is installed, as is what the files of transformers' models export (exports.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from theodora.cli.exports import exports_kept
 from theodora.kept import kept
 from theodora.patches import replaced
 
@@ -32,7 +33,7 @@ def imports() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with replaced(importlib.metadata, packages_distributions=_packages_distributions):
+        with replaced(importlib.metadata, packages_distributions=_packages_distributions), exports_kept():
             yield
     finally:
         if collects:  # in a process that has turned it off, somebody else looks after garbage
