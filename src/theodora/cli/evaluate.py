@@ -79,20 +79,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and report."""
-    with imports():
+    with imports(gpu=True):
         from transformers.utils.logging import disable_progress_bar
 
-        from theodora.adapters.models import load_model_and_tokenizer
+        from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import print_json, stderr, stdout
         from theodora.data import load_examples
         from theodora.evaluate import evaluate
         from theodora.evaluate.harness import check_harness, run_harness
         from theodora.evaluate.labels import labels_of
         from theodora.evaluate.metrics import load_metric
+        from theodora.kernels.ahead import begin_with_gpu
 
     metrics = {where.rpartition(":")[2]: load_metric(where) for where in args.metric}
     if args.lm_eval:
         check_harness()
+    begin_with_gpu(best_device())
     examples = load_examples(args.data, split=args.split)
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))

@@ -9,12 +9,14 @@ that is kept, until something is installed, as is what the files of transformers
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import gc
 import importlib.metadata
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,14 @@ _find = importlib.metadata.packages_distributions
 
 
 @contextmanager
-def imports() -> Iterator[None]:
-    """Around the imports of a command."""
+def imports(*, gpu: bool = False) -> Iterator[None]:
+    """Around the imports of a command.
+
+    Args:
+        gpu: whether the command computes on a GPU where there is one, whose driver then wakes meanwhile.
+    """
+    if gpu:
+        threading.Thread(target=_wake_driver, name="theodora-driver").start()
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -40,6 +48,12 @@ def imports() -> Iterator[None]:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries would call it a leak
             gc.enable()
+
+
+def _wake_driver() -> None:
+    """What torch does when it is asked for GPUs, in some tenths of a second; done twice, it costs nothing."""
+    with suppress(OSError, AttributeError):  # no driver
+        ctypes.CDLL("libcuda.so.1").cuInit(0)  # which leaves Python to others
 
 
 @functools.cache
