@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from theodora.adapters import inject_adapter
+from theodora.adapters.state import trained_tensors
+from theodora.config import AdapterConfig
 from theodora.data import Examples, encode_prompt, tokenize
 from theodora.errors import DataError
 from theodora.evaluate import evaluate, text_loss
@@ -13,6 +16,7 @@ from theodora.evaluate import scores as scores_module
 from theodora.evaluate.batches import batches_by_length, pad, rows_together
 from theodora.evaluate.decoding import decoding, end_tokens
 from theodora.evaluate.loss import summed_loss
+from theodora.layers import norm_cache
 from tiny import FAMILIES
 
 ROWS = [
@@ -211,3 +215,19 @@ def test_what_memory_does_not_hold_together_is_scored_in_halves(tiny_model, tiny
     monkeypatch.setattr(scores_module, "USUAL_ROWS", 64)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, tiny_tokenizer, rows, batch_size=32, exact_match=False)
+
+
+def test_weights_are_looked_at_once_for_all_batches(tiny_model, tiny_tokenizer, monkeypatch):
+    """Each look waits for a GPU, and there are some at each layer."""
+    model, look, looks = inject_adapter(tiny_model(), AdapterConfig(rank=2)), norm_cache.content, []
+    monkeypatch.setattr(norm_cache, "content", lambda *tensors: looks.append(1) or look(*tensors))
+    counts = []
+    for rows in (ROWS, ROWS * 2, ROWS * 4):
+        looks.clear()
+        evaluate(model, tiny_tokenizer, examples_of(rows), batch_size=2, exact_match=False)
+        counts.append(len(looks))
+    assert counts[1] == counts[2] > 0
+    next(iter(trained_tensors(model).values())).data.mul_(2)  # which the next evaluation sees
+    looks.clear()
+    evaluate(model, tiny_tokenizer, examples_of(ROWS), exact_match=False)
+    assert looks

@@ -24,6 +24,7 @@ from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
+from theodora.layers.norm_cache import looked_at_once
 from theodora.terminal import Terminal
 
 _MEND_VOCABULARY = (
@@ -154,7 +155,7 @@ def score(
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
     check_rows(asked.token_ids(), model, tokenizer, asked.source, _MEND_VOCABULARY)
-    with evaluating(model), _progress_bar(shown=progress) as bar:
+    with evaluating(model), looked_at_once(), _progress_bar(shown=progress) as bar:
         total, tokens = _loss(model, asked, batch_size or rows_together(model), bar)
         batch_size = batch_size or USUAL_ROWS
         if tokens == 0:
