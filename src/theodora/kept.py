@@ -32,7 +32,9 @@ def cache_folder() -> Path:
     return base / "theodora"
 
 
-def kept(question: str, conditions: Any, find: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
+def kept(
+    question: str, conditions: Any, find: Callable[[], Any], holds: Callable[[Any], bool], most: int | None = None
+) -> Any:
     """The answer to a question that was asked under the same conditions before, or what `find` finds.
 
     Args:
@@ -40,6 +42,7 @@ def kept(question: str, conditions: Any, find: Callable[[], Any], holds: Callabl
         conditions: everything that the answer depends on, as JSON takes it.
         find: finds the answer, as JSON takes it.
         holds: whether an answer is of the form that is expected, and worth keeping.
+        most: answers to the question that are kept, under as many conditions; the oldest goes.
     """
     stamp = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
     try:
@@ -52,7 +55,7 @@ def kept(question: str, conditions: Any, find: Callable[[], Any], holds: Callabl
     answer = find()
     if holds(answer):
         answers.pop(stamp, None)
-        _write(file, {**dict(list(answers.items())[1 - _MOST :]), stamp: answer})
+        _write(file, {**dict(list(answers.items())[1 - (most or _MOST) :]), stamp: answer})
     return answer
 
 

@@ -1,15 +1,22 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from theodora.adapters import inject_adapter
+from theodora.adapters.state import trained_tensors
+from theodora.config import AdapterConfig
 from theodora.data import Examples, encode_prompt, tokenize
 from theodora.errors import DataError
 from theodora.evaluate import evaluate, text_loss
-from theodora.evaluate.batches import batches_by_length, pad
+from theodora.evaluate import scores as scores_module
+from theodora.evaluate.batches import batches_by_length, pad, rows_together
 from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.evaluate.loss import summed_loss
+from theodora.layers import norm_cache
 from tiny import FAMILIES
 
 ROWS = [
@@ -173,3 +180,54 @@ def test_batches_are_sorted_and_bounded():
 def test_padding_on_both_sides():
     assert pad([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
     assert pad([[1, 2], [3]], 9, left=True).tolist() == [[1, 2], [9, 3]]
+
+
+def test_as_many_rows_go_together_on_a_gpu_as_have_so_many_logits(tiny_model):
+    model = tiny_model()
+    assert rows_together(model) == 16
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    together = rows_together(on_gpu)
+    vocabulary = model.config.vocab_size
+    assert together(100) == 2**29 // (vocabulary * 100)
+    assert together(2**29) == 16
+    lengths = [2**29, *[100] * 300]
+    assert [len(batch) for batch in batches_by_length(lengths, together)] == [1, 163, 137]  # 16,384 tokens at most
+
+
+def test_what_memory_does_not_hold_together_is_scored_in_halves(tiny_model, tiny_tokenizer, monkeypatch):
+    model, rows = tiny_model(), examples_of(ROWS * 8)
+    expected = evaluate(model, tiny_tokenizer, rows, exact_match=False)
+    sizes = []
+
+    def summed(model, ids, labels):
+        sizes.append(len(ids))
+        if len(ids) > 20:
+            raise torch.OutOfMemoryError
+        return summed_loss(model, ids, labels)
+
+    monkeypatch.setattr(scores_module, "summed_loss", summed)
+    monkeypatch.setattr(scores_module, "rows_together", lambda model: lambda length: 64)
+    scores = evaluate(model, tiny_tokenizer, rows, exact_match=False)
+    assert sizes == [40, 20, 20]
+    assert scores.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert scores.tokens == expected.tokens
+
+    monkeypatch.setattr(scores_module, "USUAL_ROWS", 64)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, tiny_tokenizer, rows, batch_size=32, exact_match=False)
+
+
+def test_weights_are_looked_at_once_for_all_batches(tiny_model, tiny_tokenizer, monkeypatch):
+    """Each look waits for a GPU, and there are some at each layer."""
+    model, look, looks = inject_adapter(tiny_model(), AdapterConfig(rank=2)), norm_cache.content, []
+    monkeypatch.setattr(norm_cache, "content", lambda *tensors: looks.append(1) or look(*tensors))
+    counts = []
+    for rows in (ROWS, ROWS * 2, ROWS * 4):
+        looks.clear()
+        evaluate(model, tiny_tokenizer, examples_of(rows), batch_size=2, exact_match=False)
+        counts.append(len(looks))
+    assert counts[1] == counts[2] > 0
+    next(iter(trained_tensors(model).values())).data.mul_(2)  # which the next evaluation sees
+    looks.clear()
+    evaluate(model, tiny_tokenizer, examples_of(ROWS), exact_match=False)
+    assert looks

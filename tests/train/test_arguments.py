@@ -1,11 +1,13 @@
 """Options of TRL's that torch would refuse once everything is loaded are refused before."""
 
+import accelerate.state
 import pytest
 
 import tiny
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
 from theodora.train.arguments import choose_precision, finish_arguments, sft_arguments
+from theodora.train.processes import links_unasked
 
 
 def arguments(tmp_path, **options):
@@ -76,3 +78,15 @@ def test_what_the_loaded_model_tells_goes_into_a_copy(tmp_path):
     without = finish(evaluates=False)
     assert (without.eval_on_start, without.eval_strategy) == (False, "no")
     assert vars(given) == before
+
+
+@pytest.mark.parametrize(("environment", "asked"), [({}, False), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, True)])
+def test_a_process_alone_does_not_look_at_gpus_links(monkeypatch, environment, asked):
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    look = accelerate.state.check_cuda_p2p_ib_support
+    with links_unasked():
+        assert (accelerate.state.check_cuda_p2p_ib_support is look) == asked
+    assert accelerate.state.check_cuda_p2p_ib_support is look

@@ -73,3 +73,12 @@ def test_magnitudes_do_not_decay(run):
     still = run(learning_rate=1e-6, weight_decay=1e5, targets=["q_proj"])
     layer = still.model.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.adapters["default"].magnitude, layer.weight.norm(dim=1), rtol=1e-3, atol=0)
+
+
+def test_fingerprints_tell_of_every_bit():
+    tensors = {"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.zeros(3)}
+    before = fingerprints(tensors)
+    assert before == {name: int(torch.hash_tensor(tensor)) for name, tensor in tensors.items()}
+    tensors["c"][1] = -0.0
+    assert [name for name, value in fingerprints(tensors).items() if value != before[name]] == ["c"]
+    assert fingerprints({}) == {}

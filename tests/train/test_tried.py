@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.trainer_callback import CallbackHandler
 
 from theodora.adapters import inject_adapter
 from theodora.config import AdapterConfig
@@ -92,3 +94,21 @@ def test_a_second_start_runs_no_trial(monkeypatch, tmp_path, tiny_model):
             inject_adapter(model, AdapterConfig(rank=2))
             assert without_gradient(model) == []
     assert len(runs) == 3  # two and one, of the first start
+
+
+@pytest.mark.parametrize("others", [{}, {"packing": True}], ids=str)
+def test_a_second_run_runs_the_model_for_its_steps_alone(monkeypatch, tmp_path, made, run, others):
+    """As on a GPU: with the fused loss, whose head and bounds are tried out, too."""
+    monkeypatch.setenv("THEODORA_CACHE", str(tmp_path / "kept"))
+    before, forward, begin = [], LlamaForCausalLM.forward, CallbackHandler.on_step_begin
+    stepping = []
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *a, **k: stepping or before.append(1) or forward(*a, **k))
+    monkeypatch.setattr(CallbackHandler, "on_step_begin", lambda *a: stepping.append(1) or begin(*a))
+    counts = []
+    for _ in range(2):
+        before.clear()
+        stepping.clear()
+        run(held_out=0, max_steps=1, max_length=64, overwrite=True, **others)
+        counts.append(sum(before))
+    assert counts[0] > 0
+    assert counts[1] == 0

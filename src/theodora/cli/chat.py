@@ -67,14 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     model = _checked(args)
-    with imports():
+    with imports(gpu=True):
         from transformers import set_seed
         from transformers.utils.logging import disable_progress_bar
 
-        from theodora.adapters.models import load_model_and_tokenizer
+        from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import stderr, stdout
         from theodora.cli.conversation import Conversation
+        from theodora.kernels.ahead import begin_with_gpu
 
+    begin_with_gpu(best_device())
     disable_progress_bar()
     with stderr().status("Loading the model ..."):
         loaded, tokenizer = load_model_and_tokenizer(

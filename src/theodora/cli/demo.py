@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo."""
     from theodora.cli.console import stdout
 
-    with imports():
+    with imports(gpu=True):
         from theodora.demo import run_demo
 
     run_demo(Path(args.output), stdout(), quick=args.quick, overwrite=args.overwrite)

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
     parser.add_argument("--limit", type=positive, metavar="N", help="score the first N rows only")
     parser.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="rows in a padded pass. Default: 16."
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="rows in a padded pass. Default: 16; losses on a GPU: as many as memory allows for.",
     )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens of the longest answer. Default: 64."
@@ -79,20 +82,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and report."""
-    with imports():
+    with imports(gpu=True):
         from transformers.utils.logging import disable_progress_bar
 
-        from theodora.adapters.models import load_model_and_tokenizer
+        from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import print_json, stderr, stdout
         from theodora.data import load_examples
         from theodora.evaluate import evaluate
         from theodora.evaluate.harness import check_harness, run_harness
         from theodora.evaluate.labels import labels_of
         from theodora.evaluate.metrics import load_metric
+        from theodora.kernels.ahead import begin_with_gpu
 
     metrics = {where.rpartition(":")[2]: load_metric(where) for where in args.metric}
     if args.lm_eval:
         check_harness()
+    begin_with_gpu(best_device())
     examples = load_examples(args.data, split=args.split)
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))
@@ -125,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for warning in caught:
         stderr().print(f"Warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
-    tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size, args.limit) if args.lm_eval else {}
+    tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size or 16, args.limit) if args.lm_eval else {}
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
         print_json(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}))

@@ -1,24 +1,27 @@
 """The imports that a command begins with: torch, transformers and TRL, some four thousand files.
 
-They are made shorter in two ways, of which neither changes what is imported. Python's collector of garbage goes through
+They are made shorter in three ways, of which none changes what is imported. Python's collector of garbage goes through
 all objects again and again while their number grows, although everything that is imported stays: it rests meanwhile,
 and leaves them alone afterwards. And transformers and TRL each read which distribution every installed file belongs to:
-that is kept, until something is installed.
+that is kept, until something is installed, as is what the files of transformers' models export (exports.py).
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import gc
 import importlib.metadata
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from theodora.cli.exports import exports_kept
 from theodora.kept import kept
 from theodora.patches import replaced
 
@@ -27,18 +30,30 @@ _find = importlib.metadata.packages_distributions
 
 
 @contextmanager
-def imports() -> Iterator[None]:
-    """Around the imports of a command."""
+def imports(*, gpu: bool = False) -> Iterator[None]:
+    """Around the imports of a command.
+
+    Args:
+        gpu: whether the command computes on a GPU where there is one, whose driver then wakes meanwhile.
+    """
+    if gpu:
+        threading.Thread(target=_wake_driver, name="theodora-driver").start()
     collects = gc.isenabled()
     gc.disable()
     try:
-        with replaced(importlib.metadata, packages_distributions=_packages_distributions):
+        with replaced(importlib.metadata, packages_distributions=_packages_distributions), exports_kept():
             yield
     finally:
         if collects:  # in a process that has turned it off, somebody else looks after garbage
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries would call it a leak
             gc.enable()
+
+
+def _wake_driver() -> None:
+    """What torch does when it is asked for GPUs, in some tenths of a second; done twice, it costs nothing."""
+    with suppress(OSError, AttributeError):  # no driver
+        ctypes.CDLL("libcuda.so.1").cuInit(0)  # which leaves Python to others
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error.name} is missing: pip install 'theodora[serve]'") from error
     from theodora.cli.console import stderr
 
-    with imports():
+    with imports(gpu=True):
         from theodora.serve.run import load_engine, serve
 
     with stderr().status("loading"):

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     from theodora.cli.console import print_json, stderr, stdout
 
-    with imports():
+    with imports(gpu=True):
         from theodora.train import train
 
     result = train(config, console=stderr() if args.json else stdout())

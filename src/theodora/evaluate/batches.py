@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +12,38 @@ from torch import Tensor, nn
 # A batch holds at most this many tokens, padding included, however short or long its rows are. It bounds memory: long
 # documents come in batches of their own.
 _MAX_TOKENS = 16 * 1024
+USUAL_ROWS = 16
+"""Rows of a batch unless told otherwise."""
+# On a GPU the host takes as long to launch a pass over few rows as over many, and a pass over sixteen short ones is
+# over before the next is launched: there as many go together as have so many logits, a gigabyte in half precision.
+_LOGITS = 2**29
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int = _MAX_TOKENS) -> Iterator[list[int]]:
+def rows_together(model: Any) -> int | Callable[[int], int]:
+    """Rows whose losses are computed in one pass, for `batches_by_length`."""
+    if model.device.type != "cuda":
+        return USUAL_ROWS
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 2**17
+    return lambda length: max(USUAL_ROWS, _LOGITS // (vocabulary * max(1, length)))
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int | Callable[[int], int], max_tokens: int = _MAX_TOKENS
+) -> Iterator[list[int]]:
     """Group row indices, longest rows first (a batch that does not fit in memory fails at once, not at the end).
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows in a batch, at most.
+        batch_size: rows in a batch, at most; or of how many, by the length of its longest.
         max_tokens: rows times the longest row in a batch, at most; a single longer row still is a batch.
     """
-    batch: list[int] = []
+    batch, most = list[int](), 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
+        if batch and (len(batch) >= most or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
             yield batch
             batch = []
+        if not batch:
+            most = batch_size(lengths[index]) if callable(batch_size) else batch_size
         batch.append(index)
     if batch:
         yield batch

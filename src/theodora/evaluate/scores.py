@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,12 +18,13 @@ from theodora.data import Examples
 from theodora.data.left_out import LeftOut
 from theodora.data.vocabulary import check_rows
 from theodora.errors import DataError, TheodoraError, in_line
-from theodora.evaluate.batches import batches_by_length, evaluating
+from theodora.evaluate.batches import USUAL_ROWS, batches_by_length, evaluating, rows_together
 from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
 from theodora.evaluate.metrics import Metric, mean_score, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
+from theodora.layers.norm_cache import looked_at_once
 from theodora.terminal import Terminal
 
 _MEND_VOCABULARY = (
@@ -73,7 +75,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 64,
     exact_match: bool = True,
     labels: Sequence[str] | None = None,
@@ -92,8 +94,9 @@ def evaluate(
         model: any causal language model; its weights, device and training mode are left as they are.
         tokenizer: its tokenizer.
         examples: rows as `load_examples` returns them. The prompts are those that training sees.
-        batch_size: rows in a padded forward pass, at most. Long rows come in smaller batches. Answers that come
-            together on a GPU (`evaluate/exact_match.py`) have no padding, and bounds of their own.
+        batch_size: rows in a padded forward pass, at most. Long rows come in smaller batches. Default: 16, and for
+            losses on a GPU as many as memory allows for. Answers that come together on a GPU
+            (`evaluate/exact_match.py`) have no padding, and bounds of their own.
         max_new_tokens: tokens of the longest answer to generate.
         exact_match: also generate answers (greedily) and compare them; slower than the loss alone.
         labels: the closed set of answers; then also the share of rows whose right label is the likeliest.
@@ -141,7 +144,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     asked: Questions,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 64,
     exact_match: bool = True,
     f1: bool = False,
@@ -152,8 +155,9 @@ def score(
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
     check_rows(asked.token_ids(), model, tokenizer, asked.source, _MEND_VOCABULARY)
-    with evaluating(model), _progress_bar(shown=progress) as bar:
-        total, tokens = _loss(model, asked, batch_size, bar)
+    with evaluating(model), looked_at_once(), _progress_bar(shown=progress) as bar:
+        total, tokens = _loss(model, asked, batch_size or rows_together(model), bar)
+        batch_size = batch_size or USUAL_ROWS
         if tokens == 0:
             raise DataError(f"{asked.source}: no row has a token to predict; is every completion empty or cut off?")
         accuracy = _label_accuracy(model, asked, batch_size, bar) if asked.choices else None
@@ -182,7 +186,7 @@ def text_loss(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_length: int | None = None,
     progress: bool = False,
 ) -> Scores:
@@ -192,7 +196,7 @@ def text_loss(
         model: any causal language model; left as it is.
         tokenizer: its tokenizer.
         texts: the texts.
-        batch_size: texts in a forward pass, at most.
+        batch_size: texts in a forward pass, at most. Default: as of `evaluate`.
         max_length: tokens after which a text is cut. Default: the model's context window.
         progress: show a bar on the terminal (standard error).
 
@@ -222,17 +226,31 @@ def _progress_bar(*, shown: bool) -> Progress:
     )
 
 
-def _loss(model: PreTrainedModel, asked: Questions, batch_size: int, bar: Progress) -> tuple[float, int]:
-    rows, labels = asked.input_ids, asked.labels
+def _loss(
+    model: PreTrainedModel, asked: Questions, batch_size: int | Callable[[int], int], bar: Progress
+) -> tuple[float, int]:
+    rows = asked.input_ids
     total, tokens = 0.0, 0
     task = bar.add_task("Loss", total=len(rows))
     for batch in batches_by_length([len(row) for row in rows], batch_size):
-        batch_loss, predicted = summed_loss(model, [rows[i] for i in batch], [labels[i] for i in batch])
+        batch_loss, predicted = _loss_of(model, asked, batch)
         if not math.isfinite(batch_loss):
             raise LossNotFinite(_not_finite(model, asked, batch, batch_loss))
         total, tokens = total + batch_loss, tokens + predicted
         bar.advance(task, len(batch))
     return total, tokens
+
+
+def _loss_of(model: PreTrainedModel, asked: Questions, batch: Sequence[int]) -> tuple[float, int]:
+    """Of some rows: together, or in halves where there is no memory for more than the usual number."""
+    try:
+        return summed_loss(model, [asked.input_ids[i] for i in batch], [asked.labels[i] for i in batch])
+    except torch.OutOfMemoryError:
+        if len(batch) <= USUAL_ROWS:
+            raise
+    half = len(batch) // 2  # (outside the handler, which holds what did not fit)
+    (one, count), (other, more) = (_loss_of(model, asked, part) for part in (batch[:half], batch[half:]))
+    return one + other, count + more
 
 
 def _not_finite(model: PreTrainedModel, asked: Questions, batch: Sequence[int], loss: float) -> str:

@@ -28,7 +28,7 @@ def finite(tensor: Tensor) -> bool:
     tensor = tensor.detach()
     if tensor.dtype not in DTYPES:
         return _finite_otherwise(tensor)
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or _is_spread(tensor):
         return bool(tensor.isfinite().all())
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know: its exponent's bits, all set
         return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
@@ -42,14 +42,22 @@ def _finite_otherwise(tensor: Tensor) -> bool:
     return bool(tensor.float().isfinite().all())
 
 
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether processes have a share of it each, and answer together."""
+    return hasattr(tensor, "to_local")
+
+
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of those that hold NaN or infinite values."""
-    return [name for name, tensor in tensors if not finite(tensor)]
+    named = list(tensors)
+    if all_finite_on_gpu([tensor for _, tensor in named]):
+        return []
+    return [name for name, tensor in named if not finite(tensor)]
 
 
 def all_finite_on_gpu(tensors: Collection[Tensor]) -> bool:
     """Whether all are on a GPU and finite: asked at once, because each answer has to be waited for."""
-    if not tensors or not all(t.is_cuda and t.dtype in DTYPES for t in tensors):
+    if not tensors or not all(t.is_cuda and t.dtype in DTYPES and not _is_spread(t) for t in tensors):
         return False
     answers: list[Tensor] = []
     for dtype in {t.dtype for t in tensors}:

@@ -28,6 +28,7 @@ from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
+from theodora.train.processes import links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
 _ELSEWHERE = {
@@ -125,7 +126,8 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         config.gradient_checkpointing
     )
     try:
-        arguments = SFTConfig(**values | other)
+        with links_unasked():
+            arguments = SFTConfig(**values | other)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
     _check_model_options(arguments.model_init_kwargs, config.trust_remote_code)

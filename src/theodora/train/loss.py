@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
 from theodora.train.processes import is_spread
+from theodora.train.tried import is_true, tried
 
 # Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
 _MOST_LOGITS = 2**26
@@ -27,7 +28,6 @@ def can_choose_positions(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-@torch.no_grad()
 def trl_reads_logits(trainer: Trainer) -> bool:
     """Whether TRL's loss, which it computes from the states before the head, is that of the model's own logits.
 
@@ -35,8 +35,11 @@ def trl_reads_logits(trainer: Trainer) -> bool:
     keeps its backbone. Not where the model is spread over processes.
     """
     model: Any = trainer.model
-    if is_spread(trainer):
-        return True
+    return is_spread(trainer) or tried("trl-reads-logits", model, lambda: _trl_reads_logits(model), is_true)
+
+
+@torch.no_grad()
+def _trl_reads_logits(model: Any) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     ids_1T = (torch.arange(8) * 7919 % max(1, vocabulary // 2) + vocabulary // 4)[None].to(model.device) % vocabulary
     training = model.training

@@ -12,11 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import OptimizerNames
 
 from theodora.errors import TheodoraError, bullet_list
+from theodora.files.finite import not_finite
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """A hash of the bits of each tensor."""
-    return {name: int(torch.hash_tensor(tensor.detach()).item()) for name, tensor in tensors.items()}
+    hashes = [torch.hash_tensor(tensor.detach()) for tensor in tensors.values()]
+    if len({(type(value), value.device) for value in hashes}) == 1 and type(hashes[0]) is Tensor:
+        return dict(zip(tensors, torch.stack(hashes).tolist(), strict=True))  # one wait for the device
+    return {name: int(value.item()) for name, value in zip(tensors, hashes, strict=True)}
 
 
 def check_moved(
@@ -43,7 +47,7 @@ def check_moved(
     Raises:
         TheodoraError: naming the tensors that are not finite, or the kinds that rest.
     """
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = not_finite(tensors.items())
     if bad:
         raise TheodoraError("Training has diverged; these tensors hold NaN or infinite values:" + bullet_list(bad[:12]))
     # B starts at zero, so A has no gradient until B has moved.

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from theodora.adapters.state import trained_tensors
 from theodora.errors import bullet_list
-from theodora.files.finite import finite
+from theodora.files.finite import not_finite
 from theodora.train.callbacks import Diverged
 from theodora.train.processes import Processes
 
@@ -65,7 +65,7 @@ class Outcome:
         step = self.trainer.state.global_step
         if not step or self._good_at == step:
             return
-        bad = list(self._not_finite())
+        bad = not_finite(self._saved())
         reason = f"{bad[0]} is not finite" if bad else self._reason()
         if self.processes.any(reason is not None, self.trainer.args.device):
             reason = reason or "the loss is not finite in another process"
@@ -78,15 +78,15 @@ class Outcome:
             )
         self._good_at = step
 
-    def _not_finite(self) -> Iterator[str]:
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        """What would be saved of this process: the tensors that are trained, and the optimizer's state."""
         for name, tensor in trained_tensors(self.trainer.accelerator.unwrap_model(self.trainer.model)).items():
-            if not finite(getattr(tensor, "to_local", lambda tensor=tensor: tensor)()):  # a process' share of it
-                yield name
+            yield name, getattr(tensor, "to_local", lambda tensor=tensor: tensor)()  # a process' share of it
         states: Any = getattr(self.trainer.optimizer, "state", None) or {}
         for state in states.values():
             for name, value in state.items() if isinstance(state, dict) else ():
-                if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                    yield f"the optimizer's {name} of a tensor of {tuple(value.shape)}"
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    yield f"the optimizer's {name} of a tensor of {tuple(value.shape)}", value
 
     def _reason(self) -> str | None:
         loss = None if self._taken is None else self._loss_now(self._taken)

@@ -6,14 +6,20 @@ anything.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import accelerate.state
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+
+from theodora.patches import replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,16 @@ class Processes:
     def _reduced(tensor: Tensor, how: str) -> Tensor:
         reduced: Any = reduce(tensor, how)
         return reduced
+
+
+@contextmanager
+def links_unasked() -> Iterator[None]:
+    """Inside the block accelerate does not run nvidia-smi to see how GPUs reach one another, if none has to."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    with replaced(accelerate.state, check_cuda_p2p_ib_support=lambda: True):
+        yield
 
 
 def is_spread(trainer: Trainer) -> bool:

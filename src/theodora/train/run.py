@@ -25,6 +25,7 @@ from theodora.files.atomic import atomic_files, atomic_write
 from theodora.files.finite import not_finite
 from theodora.files.generation import save_ends
 from theodora.files.read_back import check_lines, save_tokenizer
+from theodora.kernels.ahead import begin_with_gpu
 from theodora.parse import to_yaml
 from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
@@ -87,6 +88,7 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / checkpoints.CHECKPOINTS)
+    begin_with_gpu(arguments.device)
     processes = Processes.of(arguments)
     console = Terminal.over(console or Terminal()) if processes.first else Terminal(quiet=True)
     with ExitStack() as held:

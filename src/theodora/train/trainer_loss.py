@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
+from theodora.layers.norm_cache import looked_at_once
 from theodora.layers.token_rows import is_adapted
 from theodora.train.fused_loss import LEARNED, Head, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
@@ -110,7 +111,7 @@ class LossOverrides(CountingTrainer):
         """
         self._eval_nats = self._eval_tokens = 0.0
         # A data loader draws a seed for its workers: an evaluation must not change what training draws after it.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), looked_at_once():  # nor does it write to weights
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor([self._eval_nats, self._eval_tokens], device=self.args.device)
         nats, tokens = self.processes.sum(sums).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,22 @@ from theodora.train.step_state import copied, replace_metrics
 from theodora.train.trainer_passes import PassOverrides
 
 
+class _Parameters(list[nn.Parameter]):
+    """Parameters in the place of the model that has them."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        return iter(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of a module."""
+        for parameter in self:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.detach_().zero_()
+
+
 class StepOverrides(PassOverrides):
     """Runs batches in pieces where memory asks for it, and leaves out steps that the guard refuses."""
 
@@ -22,6 +38,24 @@ class StepOverrides(PassOverrides):
     say: Callable[[str], None]
     """Tells the user."""
     _parameters_that_multiply: int | None = None
+    _trained: _Parameters | None = None
+    """What stands for the model where a step goes through its parameters; None: the model itself."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer.train`, whose steps walk through all modules three times.
+
+        That is for parameters with a gradient, in a model most of which is frozen: milliseconds of the host, in which
+        a GPU that replays a graph has done half of its step. Several processes have parameters of their own.
+        """
+        if not self.processes.alone:
+            return super().train(*args, **kwargs)
+        self._trained = _Parameters(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.model.__dict__["zero_grad"] = self._trained.zero_grad
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.model.__dict__.pop("zero_grad", None)
+            self._trained = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer._get_train_sampler`: rows grouped by length come in the same
@@ -73,12 +107,16 @@ class StepOverrides(PassOverrides):
             self._parameters_that_multiply = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._parameters_that_multiply
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer._clip_grad_norm`: of the parameters that are trained."""
+        return super()._clip_grad_norm(self._trained or model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer._get_grad_norm`, the last call before the optimizer's step.
 
         The guard looks at the step here, and a bad one leaves no trace.
         """
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        grad_norm = super()._get_grad_norm(self._trained or model, grad_norm=grad_norm)
         self.pieces.end_step()
         if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
             if self.outcome is not None:
