@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import MOST_LAYERS, SlottedWeights, Update
-from theodora.kernels.triton import compose, finite, gated, rotary, routed, weight_norm
+from theodora.kernels.triton import beside, compose, finite, gated, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
@@ -66,7 +66,8 @@ def update(tokens, outputs, rank, dtype):
 def test_compose(rank, dtype, launched):
     z, u = torch.zeros(64, 128, dtype=dtype), update(64, 128, rank, dtype)
     compose.compose(z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O, u.bias_O, torch.empty_like(z))
-    compose.compose_backward(z, z, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O, from_output=True)
+    rest = u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O
+    compose.compose_backward_into(z, z, *rest, torch.empty_like(z), from_output=True)
     x = torch.zeros(64, 96, dtype=dtype), torch.zeros(64), torch.zeros(96, dtype=dtype)
     w = torch.zeros(128, 96, dtype=dtype)
     compose.zero_scale_gradient(torch.zeros(128), z, *x, w, u.xa_TR, u.b_OR, 2.0, u.magnitude_O, u.norm_O)
@@ -103,6 +104,15 @@ def test_weight_norm(rank, dtype, launched, monkeypatch):
     weight_norm.dora_norm(w, *rest)
     assert max(launched.values()) <= SHARED_MEMORY
     assert ("_form_cancelled" in launched) == (rank > 32 and dtype != torch.float32)
+
+
+@pytest.mark.parametrize("rank", [16, 256])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_beside(layers, rank, launched):
+    beside.stacked_rows(torch.zeros(layers * rank + 1, 256, dtype=torch.bfloat16), [torch.zeros(rank, 256)] * layers)
+    into = torch.zeros(layers * 64, layers * rank, dtype=torch.bfloat16)
+    beside.diagonal(into, [torch.zeros(64, rank)] * layers, [2.0] * layers)
+    assert set(launched) == {"_stacked_rows", "_diagonal"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

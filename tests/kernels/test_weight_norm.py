@@ -63,6 +63,19 @@ def test_from_products(rank, monkeypatch):
     torch.testing.assert_close(found.double(), exact(w, a, b, 0.5), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("rank", [5, 33])
+def test_a_is_split_and_its_gram_is_as_exact_as_float32s(rank):
+    if not runs_triton(torch.empty(0, device=DEVICE)):
+        pytest.skip("a kernel of Triton's alone")
+    from theodora.kernels.triton import weight_norm
+
+    a = torch.randn(rank, 2100, device=DEVICE)
+    a3, gram = weight_norm._split_with_gram(a, weight_norm.rank_block(rank))
+    assert torch.equal(a3.double().sum(0), a.double())
+    exact = a.double() @ a.double().T
+    assert (gram.double().sum(0) - exact).abs().max() <= 4 * EPS * exact.abs().max()
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("rank", [5, 40, 256])
 def test_several_weights_at_once(rank, quantized, monkeypatch):

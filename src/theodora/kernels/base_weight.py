@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from theodora import functional
 from theodora.functional import row_norm_squared, wide_dtype
 from theodora.kernels import weight_norm
+from theodora.kernels.beside import stacked_rows
 from theodora.kernels.float8 import (
     dequantized,
     float8_linear,
@@ -411,12 +412,10 @@ class StackedWeight(_TensorWeight):
         """ΣO + ΣR, rounded up: the width of [dz₁ | dz₂ | … | dzb]."""
         return min(self.outputs + -(-ranks // _ALIGNED) * _ALIGNED, self._buffer[0])
 
-    def with_a(self, a_RI: Tensor) -> Tensor:
-        """All weights and A behind them, (columns(ΣR), I)."""
-        end = self.columns(a_RI.shape[0])
-        weights_and_a = self._top(end)
-        weights_and_a[self.outputs : self.outputs + a_RI.shape[0]].copy_(a_RI)
-        weights_and_a[self.outputs + a_RI.shape[0] :].zero_()
+    def with_a(self, all_a: Sequence[Tensor]) -> Tensor:
+        """All weights and all A, each (R, I), behind them, (columns(ΣR), I)."""
+        weights_and_a = self._top(self.columns(sum(a.shape[0] for a in all_a)))
+        stacked_rows(all_a, weights_and_a[self.outputs :])
         return weights_and_a
 
     def tensors(self) -> tuple[Tensor, ...]:

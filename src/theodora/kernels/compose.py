@@ -172,17 +172,14 @@ def _compose_backward_into(
     magnitude: Tensor,
     norm: Tensor,
     dz: Tensor,
-    dzb: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(dB, dm); dz and dzb are written to where they are wanted."""
+    """(dB, dm); dz is written to where it is wanted, and dzb is somebody else's."""
     if runs_triton(dy):
         from theodora.kernels.triton import compose as triton
 
-        _, _, db, dm = triton.compose_backward(dy, z, xa, b, scale, magnitude, norm, dz, dzb)
-        return db, dm
-    found_dz, found_dzb, db, dm = compose_backward_reference(dy, z, xa, b, scale, magnitude, norm)
+        return triton.compose_backward_into(dy, z, xa, b, scale, magnitude, norm, dz)
+    found_dz, _, db, dm = compose_backward_reference(dy, z, xa, b, scale, magnitude, norm)
     dz.copy_(found_dz)
-    dzb.copy_(found_dzb)
     return db, dm
 
 
@@ -195,17 +192,14 @@ def _compose_backward_from_output(
     magnitude: Tensor,
     norm: Tensor,
     dz: Tensor,
-    dzb: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(dB, dm); dz and dzb are written to where they are wanted."""
+    """(dB, dm); dz is written to where it is wanted, and dzb is somebody else's."""
     if runs_triton(dy):
         from theodora.kernels.triton import compose as triton
 
-        _, _, db, dm = triton.compose_backward(dy, y, xa, b, scale, magnitude, norm, dz, dzb, from_output=True)
-        return db, dm
-    found_dz, found_dzb, db, dm = compose_backward_from_output_reference(dy, y, xa, b, scale, magnitude, norm)
+        return triton.compose_backward_into(dy, y, xa, b, scale, magnitude, norm, dz, from_output=True)
+    found_dz, _, db, dm = compose_backward_from_output_reference(dy, y, xa, b, scale, magnitude, norm)
     dz.copy_(found_dz)
-    dzb.copy_(found_dzb)
     return db, dm
 
 
@@ -265,18 +259,18 @@ compose_backward = operator(
 )
 compose_backward_into = operator(
     "compose_backward_into(Tensor dy, Tensor z, Tensor xa, Tensor b, float scale, Tensor magnitude, Tensor norm, "
-    "Tensor(a!) dz, Tensor(b!) dzb) -> (Tensor, Tensor)",
+    "Tensor(a!) dz) -> (Tensor, Tensor)",
     _compose_backward_into,
-    lambda dy, z, xa, b, scale, magnitude, norm, dz, dzb: (
+    lambda dy, z, xa, b, scale, magnitude, norm, dz: (
         b.new_empty(b.shape, dtype=wide_dtype(dy.dtype)),
         torch.empty_like(norm),
     ),
 )
 compose_backward_from_output = operator(
     "compose_backward_from_output(Tensor dy, Tensor y, Tensor xa, Tensor b, float scale, Tensor magnitude, Tensor norm,"
-    " Tensor(a!) dz, Tensor(b!) dzb) -> (Tensor, Tensor)",
+    " Tensor(a!) dz) -> (Tensor, Tensor)",
     _compose_backward_from_output,
-    lambda dy, y, xa, b, scale, magnitude, norm, dz, dzb: (
+    lambda dy, y, xa, b, scale, magnitude, norm, dz: (
         b.new_empty(b.shape, dtype=wide_dtype(dy.dtype)),
         torch.empty_like(norm),
     ),

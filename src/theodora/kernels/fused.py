@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
 from theodora.kernels.base_weight import StackedWeight, add_product, products
+from theodora.kernels.beside import stacked_rows, times_scaled_b
 from theodora.kernels.compose import (
     compose,
     compose_backward,
@@ -163,7 +164,9 @@ class NormedInput:
 
     def left_product(self, left_TR: Tensor) -> Tensor:
         """leftᵀ x, (R, I), without forming x."""
-        return ((left_TR * self.rstd_T[:, None]).to(self.h_TI.dtype).T @ self.h_TI) * self.weight_I
+        left = torch.empty_like(left_TR, dtype=self.h_TI.dtype, memory_format=torch.contiguous_format)
+        torch.mul(left_TR, self.rstd_T[:, None], out=left)
+        return wide_product(left.T, self.h_TI).mul_(self.weight_I)
 
 
 def save_input(ctx: Any, x_TI: Tensor, source: NormedInput | None, *others: Tensor | None) -> None:
@@ -188,10 +191,12 @@ def input_of(source: Tensor | NormedInput) -> Tensor:
 
 def stacked_a(layers: Sequence[Parts], dtype: torch.dtype) -> Tensor | None:
     """All A of the layers one above the other, (ΣR, I), in the dtype of the products."""
-    all_a = [layer.a_RI.to(dtype) for layer in layers if layer.a_RI is not None]
+    all_a = [layer.a_RI for layer in layers if layer.a_RI is not None]
     if len(all_a) < 2:
-        return all_a[0] if all_a else None
-    return torch.cat(all_a)
+        return all_a[0].to(dtype) if all_a else None
+    if torch.compiler.is_compiling():
+        return torch.cat([a.to(dtype) for a in all_a])
+    return stacked_rows(all_a, all_a[0].new_empty(sum(a.shape[0] for a in all_a), all_a[0].shape[1], dtype=dtype))
 
 
 def split_ranks(stacked_TR: Tensor | None, layers: Sequence[Parts]) -> list[Tensor | None]:
@@ -349,25 +354,25 @@ def _stacked_backward(
     steps: Sequence[LayerStep], stack: StackedWeight, needs_x: bool, over: Tensor | None, from_outputs: bool
 ) -> StepGradients:
     """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
-    dy = steps[0].dy_TO
-    a = stacked_a([step.layer for step in steps], dy.dtype)
-    assert a is not None
-    dz_dzb = dy.new_empty(dy.shape[0], stack.columns(a.shape[0])) if over is None else over
-    at, low = 0, stack.outputs
+    dy, layers = steps[0].dy_TO, [step.layer for step in steps]
+    all_a = [layer.a_RI for layer in layers if layer.a_RI is not None]
+    all_b = [layer.b_OR for layer in layers if layer.b_OR is not None]
+    ranks = sum(a.shape[0] for a in all_a)
+    dz_dzb = dy.new_empty(dy.shape[0], stack.columns(ranks)) if over is None else over
+    at = 0
     gradients: list[LayerGradients] = []
     backward = compose_backward_from_output if from_outputs else compose_backward_into
     for step in steps:
         layer, b, magnitude = step.layer, step.layer.b_OR, step.layer.magnitude_O
         assert b is not None
         assert magnitude is not None
-        features, rank = b.shape
-        into = dz_dzb[:, at : at + features], dz_dzb[:, low : low + rank]
-        db, dm = backward(step.dy_TO, step.kept_TO, step.xa_TR, b, layer.scale, magnitude, layer.norm_O, *into)  # pyright: ignore[reportArgumentType]
+        into = dz_dzb[:, at : at + b.shape[0]]
+        db, dm = backward(step.dy_TO, step.kept_TO, step.xa_TR, b, layer.scale, magnitude, layer.norm_O, into)  # pyright: ignore[reportArgumentType]
         gradients.append(LayerGradients(b_OR=db.to(b.dtype), magnitude_O=dm.to(magnitude.dtype)))
-        at, low = at + features, low + rank
-    dz_dzb[:, low:].zero_()
-    dx = dz_dzb @ stack.with_a(a) if needs_x else None
-    return StepGradients(dx, dz_dzb[:, stack.outputs : low], gradients)
+        at += b.shape[0]
+    dzb = times_scaled_b(dz_dzb[:, :at], all_b, [layer.scale for layer in layers], dz_dzb[:, at:])
+    dx = dz_dzb @ stack.with_a(all_a) if needs_x else None
+    return StepGradients(dx, dzb[:, :ranks], gradients)
 
 
 def _scaled(layers: Sequence[Parts]) -> bool:
@@ -386,9 +391,17 @@ def a_gradients(dzb_TR: Tensor | None, layers: Sequence[Parts], source: Tensor |
     """dA of each layer: dzbᵀ x, one product for all."""
     if dzb_TR is None:
         return [None] * len(layers)
-    da = source.left_product(dzb_TR) if isinstance(source, NormedInput) else dzb_TR.T @ source
+    da = source.left_product(dzb_TR) if isinstance(source, NormedInput) else wide_product(dzb_TR.T, source)
     split = iter(da.split([layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None]))
     return [None if layer.a_RI is None else next(split).to(layer.a_RI.dtype) for layer in layers]
+
+
+def wide_product(left_RT: Tensor, right_TI: Tensor) -> Tensor:
+    """left @ right, in float32 where a GPU can give half precision's products unrounded."""
+    half = left_RT.dtype in (torch.bfloat16, torch.float16)
+    if left_RT.is_cuda and half and not torch.compiler.is_compiling():
+        return torch.mm(left_RT, right_TI, out_dtype=torch.float32)
+    return left_RT @ right_TI
 
 
 def scaled_b(layer: Parts, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,7 @@ def gated_backward_reference(
     dz2_TO: Tensor,
     keep_h: bool,
 ) -> tuple[Tensor, ...]:
-    """Writes dz₁ and dz₂ (which may be z₁ and z₂ themselves) and gives (h, dzb₁, dB₁, dm₁, dzb₂, dB₂, dm₂, dA₃).
+    """Writes dz₁ and dz₂ (which may be z₁ and z₂ themselves) and gives (h, dB₁, dm₁, dB₂, dm₂, dA₃).
 
     What does not exist is empty; h only exists with `keep_h`.
     """
@@ -68,7 +68,7 @@ def gated_backward_reference(
     dy1, dy2 = _activation_backward(dh_TO * y2, y1, activation), dh_TO * activated
     results: list[Tensor] = [h if keep_h else dh_TO.new_empty(0)]
     for dy, z, update, dz in ((dy1, z1_TO, gate, dz1_TO), (dy2, z2_TO, up, dz2_TO)):
-        found, *rest = compose_backward_reference(
+        found, _, *rest = compose_backward_reference(
             dy, z, update.xa_TR, update.b_OR, update.scale, update.magnitude_O, update.norm_O
         )
         dz.copy_(dy if update.norm_O is None else found)
@@ -129,9 +129,8 @@ def _run_backward(dh: Tensor, low: Tensor | None, a: Tensor | None, z1: Tensor, 
 def _fake_backward(dh: Tensor, low: Tensor | None, a: Tensor | None, z1: Tensor, z2: Tensor, *rest: object) -> object:
     keep_h, wide = rest[-1], wide_dtype(dh.dtype)
     results = [dh.new_empty(dh.shape if keep_h else 0)]
-    for xa, b, norm in ((rest[0], rest[1], rest[4]), (rest[6], rest[7], rest[10])):
-        for t, dtype in ((xa, dh.dtype), (b, wide), (norm, wide)):
-            results.append(dh.new_empty(t.shape if isinstance(t, Tensor) else 0, dtype=dtype))
+    for t in (rest[1], rest[4], rest[7], rest[10]):  # B and norm of each
+        results.append(dh.new_empty(t.shape if isinstance(t, Tensor) else 0, dtype=wide))
     results.append(dh.new_empty(0 if low is None else (low.shape[1], dh.shape[1]), dtype=wide))
     return tuple(results)
 
@@ -146,7 +145,7 @@ _gated_op = operator(
 _backward_op = operator(
     f"gated_backward(Tensor dh, Tensor? low, Tensor? a, Tensor z1, Tensor z2, {_UPDATES}, str activation, "
     "Tensor(a!) dz1, Tensor(b!) dz2, bool keep_h)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from theodora.autocast import backward_without_autocast
 from theodora.functional import wide_dtype
 from theodora.kernels.base_weight import StackedWeight, add_product, products
+from theodora.kernels.beside import times_scaled_b
 from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
 from theodora.kernels.fused import (
     LayerStep,
@@ -151,26 +152,19 @@ class _GatedMLP(torch.autograd.Function):
         if down.a_RI is not None and found.down.a_RI is not None:
             found.down.a_RI = found.down.a_RI.to(down.a_RI.dtype)
 
-        dzbs: list[Tensor | None] = []
-        for layer, xa_TR, dz, dzb, gradients in (
-            (gate, xa1, z1, found.dzb1_TR, found.gate),
-            (up, xa2, z2, found.dzb2_TR, found.up),
-        ):
+        for layer, xa_TR, dz, gradients in ((gate, xa1, z1, found.gate), (up, xa2, z2, found.up)):
             if layer.magnitude_O is None or gradients.magnitude_O is None:
                 gradients.magnitude_O = None
             else:
                 gradients.magnitude_O = gradients.magnitude_O.to(layer.magnitude_O.dtype)
             if layer.b_OR is None or xa_TR is None:
                 gradients.b_OR = None
-                dzbs.append(None)
                 continue
             if not _small(layer):
-                dzb = dz @ scaled_b(layer, dz.dtype)
                 gradients.b_OR = (dz.T @ xa_TR).float() * layer.scale
             assert gradients.b_OR is not None
             gradients.b_OR = gradients.b_OR.to(layer.b_OR.dtype)
-            dzbs.append(dzb)
-        dzb = side_by_side(dzbs)
+        dzb = _times_b(z, z1, z2, gate, up, ctx.stacks.inner)
         found.gate.a_RI, found.up.a_RI = a_gradients(dzb, [gate, up], source)
         dx = _input_gradient(z, z1, z2, dzb, gate, up, ctx.stacks.inner) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *flat_gradients(ctx.forms, [found.gate, found.up, found.down])
@@ -214,10 +208,8 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the backward pass through down and the activation has found; dA of down alone."""
+    """What the backward pass through down and the activation has found, beside dz₁ and dz₂; dA of down alone."""
 
-    dzb1_TR: Tensor
-    dzb2_TR: Tensor
     gate: LayerGradients
     up: LayerGradients
     down: LayerGradients
@@ -232,7 +224,7 @@ def _to_gate_and_up(tokens: _Tokens, mlp: _Layers) -> _Found:
     through_down = layers_backward([step], mlp.stack, needs_x=True, joins_x=not joins, over=tokens.room3)
     dh, dzb3, (down,) = through_down.dx_TI, through_down.dzb_TR, through_down.gradients
     assert dh is not None
-    h, dzb1, db1, dm1, dzb2, db2, dm2, da3 = gated_backward(
+    h, db1, dm1, db2, dm2, da3 = gated_backward(
         dh,
         dzb3 if inside else None,
         mlp.down.a_RI if joins else None,
@@ -250,32 +242,22 @@ def _to_gate_and_up(tokens: _Tokens, mlp: _Layers) -> _Found:
     elif dzb3 is not None:
         down.a_RI = (dzb3.T @ h).to(wide_dtype(h.dtype))
     gate, up = LayerGradients(b_OR=db1, magnitude_O=dm1), LayerGradients(b_OR=db2, magnitude_O=dm2)
-    return _Found(dzb1, dzb2, gate, up, down)
+    return _Found(gate, up, down)
 
 
 def _joined(slices: Sequence[_Found]) -> _Found:
-    """The results for all tokens: rows one after the other, sums added up."""
-    if len(slices) == 1:
-        return slices[0]
-    return _Found(
-        torch.cat([each.dzb1_TR for each in slices]),
-        torch.cat([each.dzb2_TR for each in slices]),
-        _total([each.gate for each in slices]),
-        _total([each.up for each in slices]),
-        _total([each.down for each in slices]),
-    )
+    """The results for all tokens, sums added up onto those of the first slice."""
+    first, *others = slices
+    for other in others:
+        onto, more = _tensors(first), _tensors(other)
+        torch._foreach_add_(onto, more)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return first
 
 
-def _total(slices: Sequence[LayerGradients]) -> LayerGradients:
-    def total(ts: Sequence[Tensor | None]) -> Tensor | None:
-        there = [t for t in ts if t is not None]
-        return torch.stack(there).sum(0) if there else None
-
-    return LayerGradients(
-        total([each.a_RI for each in slices]),
-        total([each.b_OR for each in slices]),
-        total([each.magnitude_O for each in slices]),
-    )
+def _tensors(found: _Found) -> list[Tensor]:
+    """All gradients there are, in a fixed order, and in a list, so that one launch adds those of a shape."""
+    each = (getattr(layer, field.name) for layer in (found.gate, found.up, found.down) for field in fields(layer))
+    return [t for t in each if t is not None]
 
 
 def _base_products(
@@ -312,6 +294,20 @@ def _product_with_room(h_TF: Tensor, down: Parts, stack: StackedWeight | None) -
     return z, room
 
 
+def _times_b(
+    z: Tensor | None, dz1_TF: Tensor, dz2_TF: Tensor, gate: Parts, up: Parts, stack: StackedWeight | None
+) -> Tensor | None:
+    """dzb of gate and up, (T, ΣR); with a stack behind dz₁ and dz₂, which z holds by now."""
+    layers = (gate, up)
+    all_b = [layer.b_OR for layer in layers if layer.b_OR is not None]
+    if stack is None or z is None or len(all_b) < len(layers):
+        each = zip(layers, (dz1_TF, dz2_TF), strict=True)
+        return side_by_side([None if at.b_OR is None else dz @ scaled_b(at, dz.dtype) for at, dz in each])
+    dz, behind = z[:, : stack.outputs], z[:, stack.outputs :]
+    times_scaled_b(dz, all_b, [layer.scale for layer in layers], behind)
+    return behind[:, : sum(b.shape[1] for b in all_b)]
+
+
 def _input_gradient(
     z: Tensor | None,
     dz1_TF: Tensor,
@@ -321,15 +317,17 @@ def _input_gradient(
     up: Parts,
     stack: StackedWeight | None,
 ) -> Tensor:
-    """dx of gate and up; z holds dz₁ and dz₂ by now."""
-    if stack is not None and z is not None:
-        a = None if dzb_TR is None else stacked_a([gate, up], dzb_TR.dtype)
-        if a is None or dzb_TR is None:
-            return z[:, : stack.outputs] @ stack.weight_OI
-        z[:, stack.outputs : stack.outputs + a.shape[0]].copy_(dzb_TR)
-        z[:, stack.outputs + a.shape[0] :].zero_()
-        return z @ stack.with_a(a)
-    return input_gradient([dz1_TF, dz2_TF], [gate, up], dzb_TR)
+    """dx of gate and up; z holds dz₁ and dz₂ by now, and dzb behind them, if `_times_b` has put it there."""
+    if stack is None or z is None:
+        return input_gradient([dz1_TF, dz2_TF], [gate, up], dzb_TR)
+    if dzb_TR is None:
+        return z[:, : stack.outputs] @ stack.weight_OI
+    all_a = [layer.a_RI for layer in (gate, up) if layer.a_RI is not None]
+    if len(all_a) < 2:
+        behind = z[:, stack.outputs :]
+        behind[:, : dzb_TR.shape[1]].copy_(dzb_TR)
+        behind[:, dzb_TR.shape[1] :].zero_()
+    return z @ stack.with_a(all_a)
 
 
 def _small(layer: Parts) -> bool:

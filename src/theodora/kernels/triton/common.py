@@ -27,8 +27,8 @@ def row_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def chunks_of_tokens(tokens: int, blocks: int, block_t: int, programs: int = 528) -> tuple[int, int]:
-    """(chunks, tokens of each) such that `blocks` × chunks programs fill the GPU some four times over."""
+def chunks_of_tokens(tokens: int, blocks: int, block_t: int, programs: int) -> tuple[int, int]:
+    """(chunks, tokens of each) such that `blocks` × chunks are about so many programs."""
     chunks = max(1, min(triton.cdiv(tokens, block_t), triton.cdiv(programs, blocks)))
     size = max(block_t, triton.cdiv(triton.cdiv(tokens, chunks), block_t) * block_t)
     return triton.cdiv(tokens, size), size
@@ -95,6 +95,10 @@ def sum_chunks(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+_SUM_ROWS = 128
+"""Values that a program of `_sum_rows` adds up: few, because it has little to do but wait."""
+
+
 @triton.jit
 def _sum_rows(db_parts, dg_parts, norm, db, dm, O, R, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
               BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
@@ -136,7 +140,7 @@ def sum_rows(
     db = empty if db_parts is None else parts.new_empty(out_features, rank)
     dm = empty if dg_parts is None else parts.new_empty(out_features)
     block = rank_block(rank)
-    rows = max(1, 512 // block)
+    rows = max(1, _SUM_ROWS // block)
     _sum_rows[(triton.cdiv(out_features, rows),)](
         db_parts, dg_parts, norm, db, dm, out_features, rank, chunks, scale,
         LOW=db_parts is not None, SCALED=dg_parts is not None, BO=rows, BR=block, num_warps=4,

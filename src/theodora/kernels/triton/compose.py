@@ -25,37 +25,47 @@ from theodora.kernels.triton.common import (
 )
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
-_FORWARD = {16: (32, 128, 4, 2), 32: (32, 128, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
+_FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
 _BACKWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (64, 64, 8, 3), 128: (32, 128, 8, 3)}
 _BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (16, 64, 4, 3), 32: (16, 64, 4, 3)}
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 1056, 384
+"""How many share the work: what the GPU has room for at once, or twice that, because the last of them work alone."""
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
 
 
 @triton.jit
-def _compose(z, other1, other2, xa, b, magnitude, norm, bias, y, T, O, R,
+def _compose(z, other1, other2, xa, b, magnitude, norm, bias, y, T, O, R, CHUNK,
              z_row, row1, row2, xa_row, b_row, b_col, y_row, scale,
              OTHERS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-             PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
-    inside = (t[:, None] < T) & (o[None, :] < O)
-    v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    if OTHERS > 0:
-        v += tl.load(other1 + t[:, None] * row1 + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    if OTHERS > 1:
-        v += tl.load(other2 + t[:, None] * row2 + o[None, :], mask=inside, other=0.0).to(tl.float32)
+             PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
+    """One block of output features over one chunk of tokens."""
+    block, chunk = tl.program_id(0), tl.program_id(1)
+    o = block * BO + tl.arange(0, BO)
+    r = tl.arange(0, BR)
     if LOW:
-        r = tl.arange(0, BR)
-        xa_tile = load_xa(xa, t, r, T, R, xa_row)
-        b_tile = load_scaled_b(b, o, r, O, R, b_row, b_col, scale, xa_tile.dtype)
-        v += product(xa_tile, tl.trans(b_tile), PRECISION)
+        b_tile = load_scaled_b(b, o, r, O, R, b_row, b_col, scale, z.dtype.element_ty)
     if SCALED:
-        v *= row_scale(magnitude, norm, o, o < O)[None, :]
+        g = row_scale(magnitude, norm, o, o < O)
     if BIASED:
-        v += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + t[:, None] * y_row + o[None, :], v.to(y.dtype.element_ty), mask=inside)
+        bias_tile = tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
+    for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
+        t = (start + tl.arange(0, BT)).to(tl.int64)
+        inside = (t[:, None] < T) & (o[None, :] < O)
+        v = tl.load(z + t[:, None] * z_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if OTHERS > 0:
+            v += tl.load(other1 + t[:, None] * row1 + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if OTHERS > 1:
+            v += tl.load(other2 + t[:, None] * row2 + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if LOW:
+            v += product(load_xa(xa, t, r, T, R, xa_row), tl.trans(b_tile), PRECISION)
+        if SCALED:
+            v *= g[None, :]
+        if BIASED:
+            v += bias_tile[None, :]
+        tl.store(y + t[:, None] * y_row + o[None, :], v.to(y.dtype.element_ty), mask=inside)
 
 
 def compose(
@@ -80,12 +90,14 @@ def compose(
     tokens, outputs = z.shape
     rank = b.shape[1] if low else 1
     block = rank_block(rank)
-    bt, bo, warps, stages = _FORWARD[block]
-    _compose[(triton.cdiv(outputs, bo), triton.cdiv(tokens, bt))](
-        z, other1, other2, xa, b, magnitude, norm, bias, y, tokens, outputs, rank,
+    bt, bo, warps, stages = fitting(_FORWARD[block], z.dtype)
+    blocks = triton.cdiv(outputs, bo)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _FORWARD_PROGRAMS)
+    _compose[(blocks, chunks)](
+        z, other1, other2, xa, b, magnitude, norm, bias, y, tokens, outputs, rank, size,
         z.stride(0), _row(other1), _row(other2), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0,
         y.stride(0), scale, OTHERS=min(len(others), 2), LOW=low, SCALED=norm is not None, BIASED=bias is not None,
-        PRECISION=precision(z.dtype), BT=bt, BO=bo, BR=block, num_warps=warps, num_stages=stages,
+        PRECISION=precision(z.dtype), BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
@@ -150,11 +162,29 @@ def compose_backward(
     scale: float,
     magnitude: Tensor | None,
     norm: Tensor | None,
-    dz: Tensor | None = None,
-    dzb: Tensor | None = None,
-    from_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dzb, dB, dm) as in `compose_backward_reference`; dz and dzb go where they are told to.
+    """(dz, dzb, dB, dm) as in `compose_backward_reference`."""
+    dy, scaled = row_contiguous(dy), norm is not None
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
+    db, dm = compose_backward_into(dy, z, xa, b, scale, magnitude, norm, dz)
+    if xa is None or b is None:
+        return dz, dy.new_empty(0), db, dm
+    # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
+    return dz, (dz if scaled else dy) @ rounded_b(b, scale, dy.dtype), db, dm
+
+
+def compose_backward_into(
+    dy: Tensor,
+    z: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    dz: Tensor,
+    from_output: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(dB, dm) as in `compose_backward_reference`; dz goes where it is told to.
 
     With `from_output`, z is the output, as in `compose_backward_from_output_reference`.
     """
@@ -165,13 +195,11 @@ def compose_backward(
     block = rank_block(rank)
     bt, bo, warps, stages = fitting((_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block], dy.dtype)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _BACKWARD_PROGRAMS)
     if z is not None:
         z = row_contiguous(z)
     if low:
         xa = row_contiguous(xa)
-    if dz is None:
-        dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if scaled else dy.new_empty(0)
     wide = {"dtype": torch.float32, "device": dy.device}
     reduce = low and block <= REDUCES
     db_parts = torch.empty(chunks, outputs, rank, **wide) if reduce else None
@@ -183,44 +211,47 @@ def compose_backward(
         BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     db, dm = sum_rows(db_parts, dg_parts, norm, scale) if reduce or scaled else (dy.new_empty(0), dy.new_empty(0))
-    if low:
-        # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
-        written, b_scaled = dz if scaled else dy, rounded_b(b, scale, dy.dtype)
-        dzb = torch.mm(written, b_scaled, out=dzb) if dzb is not None else written @ b_scaled
-        if not reduce:
-            db = (written.T @ xa).float() * scale
-    return dz, dy.new_empty(0) if dzb is None else dzb, db, dm
+    if low and not reduce:
+        db = ((dz if scaled else dy).T @ xa).float() * scale
+    return db, dm
 
 
 @triton.jit
-def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, I, R,
+def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, O, I, R,
                          dy_row, h_row, w_row, xa_row, b_row, b_col, scale,
-                         NORMED: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    """One output row, whose program ends at once unless its scale is zero: there are hardly ever any."""
-    o = tl.program_id(0).to(tl.int64)
-    n = tl.load(norm + o).to(tl.float32)
-    m = tl.load(magnitude + o).to(tl.float32)
-    if n != 0 and tl.abs(m) < _LEAST_SCALE * n:
-        total = 0.0
-        r = tl.arange(0, BR)
-        b_tile = tl.load(b + o * b_row + r * b_col, mask=r < R, other=0.0).to(tl.float32) * scale
-        for first in range(0, I, BI):
-            i = first + tl.arange(0, BI)
-            w_tile = tl.load(w + o * w_row + i, mask=i < I, other=0.0).to(tl.float32)
-            if NORMED:
-                w_tile *= tl.load(weight + i, mask=i < I, other=0.0).to(tl.float32)
-            for start in range(0, T, BT):
-                t = (start + tl.arange(0, BT)).to(tl.int64)
-                share = tl.load(dy + t * dy_row + o, mask=t < T, other=0.0).to(tl.float32)
-                inside = (t[:, None] < T) & (i[None, :] < I)
-                tile = tl.load(h + t[:, None] * h_row + i[None, :], mask=inside, other=0.0).to(tl.float32)
-                z = tl.sum(tile * w_tile[None, :], axis=1)
-                if NORMED:
-                    z *= tl.load(rstd + t, mask=t < T, other=0.0).to(tl.float32)
-                if first == 0:
-                    z += tl.sum(load_xa(xa, t, r, T, R, xa_row).to(tl.float32) * b_tile[None, :], axis=1)
-                total += tl.sum(share * z, axis=0)
-        tl.store(dm + o, (total / n).to(dm.dtype.element_ty))
+                         NORMED: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
+                         BR: tl.constexpr):  # fmt: skip
+    """Some output rows, whose program ends at once unless a scale among them is zero: there are hardly ever any."""
+    first_row = tl.program_id(0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    ns = tl.load(norm + rows, mask=rows < O, other=0.0).to(tl.float32)
+    ms = tl.load(magnitude + rows, mask=rows < O, other=0.0).to(tl.float32)
+    if tl.max(((ns != 0) & (tl.abs(ms) < _LEAST_SCALE * ns)).to(tl.int32), axis=0) > 0:
+        for row in range(first_row, tl.minimum(first_row + ROWS, O)):
+            n = tl.load(norm + row).to(tl.float32)
+            m = tl.load(magnitude + row).to(tl.float32)
+            if n != 0 and tl.abs(m) < _LEAST_SCALE * n:
+                total = 0.0
+                r = tl.arange(0, BR)
+                b_tile = tl.load(b + row * b_row + r * b_col, mask=r < R, other=0.0).to(tl.float32) * scale
+                for first in range(0, I, BI):
+                    i = first + tl.arange(0, BI)
+                    w_at = w + tl.cast(row, tl.int64) * w_row + i
+                    w_tile = tl.load(w_at, mask=i < I, other=0.0).to(tl.float32)
+                    if NORMED:
+                        w_tile *= tl.load(weight + i, mask=i < I, other=0.0).to(tl.float32)
+                    for start in range(0, T, BT):
+                        t = (start + tl.arange(0, BT)).to(tl.int64)
+                        share = tl.load(dy + t * dy_row + row, mask=t < T, other=0.0).to(tl.float32)
+                        inside = (t[:, None] < T) & (i[None, :] < I)
+                        tile = tl.load(h + t[:, None] * h_row + i[None, :], mask=inside, other=0.0).to(tl.float32)
+                        z = tl.sum(tile * w_tile[None, :], axis=1)
+                        if NORMED:
+                            z *= tl.load(rstd + t, mask=t < T, other=0.0).to(tl.float32)
+                        if first == 0:
+                            z += tl.sum(load_xa(xa, t, r, T, R, xa_row).to(tl.float32) * b_tile[None, :], axis=1)
+                        total += tl.sum(share * z, axis=0)
+                tl.store(dm + row, (total / n).to(dm.dtype.element_ty))
 
 
 def zero_scale_gradient(
@@ -240,8 +271,8 @@ def zero_scale_gradient(
     dy, h, w, xa = (row_contiguous(t) for t in (dy, h, w, xa))
     tokens, inputs = h.shape
     rank = b.shape[1]
-    _zero_scale_gradient[(dm.shape[0],)](
-        dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, tokens, inputs, rank,
+    _zero_scale_gradient[(triton.cdiv(dm.shape[0], 64),)](
+        dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, tokens, dm.shape[0], inputs, rank,
         dy.stride(0), h.stride(0), w.stride(0), xa.stride(0), b.stride(0), b.stride(1), scale,
-        NORMED=rstd is not None, BT=16, BI=256, BR=rank_block(rank), num_warps=4,
+        NORMED=rstd is not None, ROWS=64, BT=16, BI=256, BR=rank_block(rank), num_warps=4,
     )  # fmt: skip

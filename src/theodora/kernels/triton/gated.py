@@ -16,7 +16,6 @@ from theodora.kernels.triton.common import (
     precision,
     product,
     rank_block,
-    rounded_b,
     row_contiguous,
     row_scale,
     sum_chunks,
@@ -233,7 +232,7 @@ def gated_backward(
     dz2: Tensor,
     keep_act: bool,
 ) -> tuple[Tensor, ...]:
-    """(act, dzb1, dB1, dm1, dzb2, dB2, dm2, dA3) as in `gated_backward_reference`; writes dz1 and dz2."""
+    """(act, dB1, dm1, dB2, dm2, dA3) as in `gated_backward_reference`; writes dz1 and dz2."""
     dact, z1, z2 = row_contiguous(dact), row_contiguous(z1), row_contiguous(z2)
     tokens, outputs = dact.shape
     rank3 = 0 if low is None else low.shape[1]
@@ -264,13 +263,8 @@ def gated_backward(
     for update, dz, db, dg in ((gate, dz1, db1, dg1), (up, dz2, db2, dg2)):
         rows = sum_rows(db, dg, update.norm_O, update.scale) if db is not None or dg is not None else None
         rows = rows or (_empty(dact), _empty(dact))
-        if update.xa_TR is None or update.b_OR is None:
-            results += _empty(dact), *rows
-            continue
-        # A product of its own reads dz again, and is still faster than one whose shares cross all programs.
-        dzb = dz @ rounded_b(update.b_OR, update.scale, dz.dtype)
-        db = rows[0] if reduce else (dz.T @ update.xa_TR).float() * update.scale
-        results += dzb, db, rows[1]
+        large = update.xa_TR is not None and not reduce
+        results += (dz.T @ update.xa_TR).float() * update.scale if large else rows[0], rows[1]
     if low is not None and not reduce:
         results.append((low.T @ act).float())
     else:

@@ -18,6 +18,10 @@ _TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3), 128: (16
 _FORMS = 32
 """Padded ranks up to which the kernel that adds up the terms also forms the rows whose terms cancel. Beyond it the room
 that forming wants, which is hardly ever used, would leave few programs under way at once."""
+_GRAMS = 64
+"""Padded ranks up to which A Aᵀ is added up where A is split, and meets B in the kernel of the norms."""
+_SHARES = 16
+"""Programs that split one A, each with a share of A Aᵀ."""
 
 
 @triton.jit
@@ -51,12 +55,15 @@ def _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale,
 
 
 @triton.jit
-def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
+def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R,
                w_row, w_col, a_row, b_row, b_col, scale,
                MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr, FORM: tl.constexpr,
+               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr, FORM: tl.constexpr, SHARES: tl.constexpr,
                BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    """The norm of each row; without FORM, −1 for rows whose terms cancel."""
+    """The norm of each row; without FORM, −1 for rows whose terms cancel.
+
+    `gram` is B (A Aᵀ), (O, R); or A Aᵀ as the sum of so many SHARES, each (R, R).
+    """
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
     w_a = tl.zeros((BO, BR), tl.float32)
@@ -84,7 +91,14 @@ def _dora_norm(w, a, a3, products, b, b_gram, w_norm_sq, w_scale, norm, O, I, R,
     if QUANTIZED:
         row_scale = tl.load(w_scale + o, mask=o < O, other=1.0)
     b_tile = _load_b(b, o, r, O, R, b_row, b_col)
-    b_gram_tile = tl.load(b_gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)
+    if SHARES > 0:
+        square, q = (r[:, None] < R) & (r[None, :] < R), r[:, None] * R + r[None, :]
+        gram_tile = tl.zeros((BR, BR), tl.float32)
+        for share in tl.static_range(SHARES):
+            gram_tile += tl.load(gram + share * R * R + q, mask=square, other=0.0)
+        b_gram_tile = tl.dot(b_tile, gram_tile, input_precision="ieee")
+    else:
+        b_gram_tile = tl.load(gram + o[:, None] * R + r[None, :], mask=(o[:, None] < O) & (r[None, :] < R), other=0.0)
     base = tl.load(w_norm_sq + o, mask=o < O, other=1.0).to(tl.float32)
     update = scale * scale * tl.sum(b_gram_tile * b_tile, axis=1)
     norm_sq = base + 2 * scale * row_scale * tl.sum(b_tile * w_a, axis=1) + update
@@ -124,20 +138,20 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     rank = a.shape[0]
     a = a if a.stride(1) == 1 else a.contiguous()
     split = w.dtype == torch.bfloat16 or w_scale is not None
-    wide = a.float()
     norm = torch.empty(outputs, dtype=torch.float32, device=w.device)
     block = rank_block(rank)
     bo, bi, warps, stages = _TILES[min(block, 256)]
-    a3 = _in_three(a) if split else a
+    shares = _SHARES if split and block <= _GRAMS else 0
+    a3, gram = _split_with_gram(a, block) if shares else (_in_three(a) if split else a, _times_gram(b, a))
     products = _multiplied(w, a3, w_scale) if split else None
     forms = products is None or block <= _FORMS
     own = bo if forms else max(1, 1024 // block)  # there is no `tl.dot` then, which wants 16 rows
     _dora_norm[(triton.cdiv(outputs, own),)](
-        w, a, a3, products, b, b.float() @ (wide @ wide.T), w_norm_sq, w_scale, norm, outputs, inputs, rank,
+        w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
         MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
         PRECISION=precision(torch.bfloat16 if split else torch.float32),
-        TRANSPOSED=_transposed(w), CANCELLED=CANCELLED, FORM=forms,
+        TRANSPOSED=_transposed(w), CANCELLED=CANCELLED, FORM=forms, SHARES=shares,
         BO=own, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not forms:
@@ -167,17 +181,16 @@ def dora_norms(
         if product is None:
             return None
         into.copy_(product)
-    wide = a_NRI.float()
     norm = torch.empty(count, outputs, dtype=torch.float32, device=a_NRI.device)
     block = rank_block(rank)
     _, bi, warps, stages = _TILES[min(block, 256)]
     rows = max(1, 1024 // block)
     w, inputs = ws[0], ws[0].shape[1]  # (not read: rows that cancel are formed below)
     _dora_norm[(triton.cdiv(count * outputs, rows),)](
-        w, a_NRI, parts, products, b_NOR, b_NOR.float() @ (wide @ wide.mT), w_norm_sq_NO, w_scale_NO,
-        norm, count * outputs, inputs, rank, *w.stride(), inputs, rank, 1, scale,
+        w, a_NRI, parts, products, b_NOR, _times_gram(b_NOR, a_NRI), w_norm_sq_NO, w_scale_NO, norm,
+        count * outputs, inputs, rank, *w.stride(), inputs, rank, 1, scale,
         MULTIPLIED=True, QUANTIZED=w_scale_NO is not None, SPLIT=True, PRECISION=precision(torch.bfloat16),
-        TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False,
+        TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False, SHARES=0,
         BO=rows, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if bool((norm < 0).any()):
@@ -221,6 +234,51 @@ def _split(a, a3, R, I, a_row, BLOCK: tl.constexpr):
         value = rest.to(tl.bfloat16)
         tl.store(a3 + ((r // R * 3 + part) * R + r % R) * I + i, value, mask=i < I)
         rest -= value.to(tl.float32)
+
+
+@triton.jit
+def _split_and_gram(a, a3, gram, R, I, SHARE, a_row, PRECISION: tl.constexpr,
+                    BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """A share of the features: A in three parts, and what it adds to A Aᵀ, from the parts, as exact as float32."""
+    r = tl.arange(0, BR)
+    first = tl.program_id(0) * SHARE
+    total = tl.zeros((BR, BR), tl.float32)
+    for start in range(first, tl.minimum(first + SHARE, I), BI):
+        i = start + tl.arange(0, BI)
+        inside = (r[:, None] < R) & (i[None, :] < tl.minimum(first + SHARE, I))
+        rest = tl.load(a + r[:, None] * a_row + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        high = rest.to(tl.bfloat16)
+        rest -= high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        at = a3 + r[:, None] * I + i[None, :]
+        tl.store(at, high, mask=inside)
+        tl.store(at + R * I, middle, mask=inside)
+        tl.store(at + 2 * R * I, low, mask=inside)
+        mixed = product(high, tl.trans(middle), PRECISION) + product(high, tl.trans(low), PRECISION)
+        total += product(high, tl.trans(high), PRECISION) + product(middle, tl.trans(middle), PRECISION)
+        total += mixed + tl.trans(mixed)
+    square = (r[:, None] < R) & (r[None, :] < R)
+    tl.store(gram + (tl.program_id(0) * R + r[:, None]) * R + r[None, :], total, mask=square)
+
+
+def _split_with_gram(a: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`_in_three` of one A, and A Aᵀ as the sum of `_SHARES`, (shares, R, R) float32: in one launch."""
+    rank, inputs = a.shape
+    a3 = torch.empty(3, rank, inputs, dtype=torch.bfloat16, device=a.device)
+    gram = torch.empty(_SHARES, rank, rank, dtype=torch.float32, device=a.device)
+    share = triton.cdiv(triton.cdiv(inputs, _SHARES), 128) * 128
+    _split_and_gram[(_SHARES,)](
+        a, a3, gram, rank, inputs, share, a.stride(0), PRECISION=precision(torch.bfloat16),
+        BI=128, BR=block, num_warps=4,
+    )  # fmt: skip
+    return a3, gram
+
+
+def _times_gram(b: Tensor, a: Tensor) -> Tensor:
+    """B (A Aᵀ), (…, O, R) float32."""
+    wide = a.float()
+    return b.float() @ (wide @ wide.mT)
 
 
 def _in_three(a: Tensor) -> Tensor:
