@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 Span = tuple[int, int]
 Places = NDArray[np.int64]
@@ -21,6 +22,15 @@ Flags = NDArray[np.bool_]
 def places_of(offsets: Sequence[Span]) -> Places:
     """A tokenizer's offsets as an array."""
     return np.array(offsets, np.int64).reshape(-1, 2)
+
+
+def places_in(encoding: Encoding) -> Places:
+    """Where the tokens of a text stand in it, as a tokenizer says."""
+    places = places_of(encoding.offsets)
+    # ByteLevel gives a text's first token no place if that is spaces alone: it may have put one there itself.
+    if len(places) and not places[0].any() and not (spaces := encoding.tokens[0]).strip("Ġ"):
+        places[0, 1] = len(spaces)
+    return places
 
 
 def are_sound(offsets: Places, text: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Value
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer, tools_of
@@ -141,10 +143,10 @@ def is_verbatim(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_
     return is_string and not (tokenizer.chat_template if use_chat_template is None else use_chat_template)
 
 
-def own_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> slice:
+def own_tokens(ids: Sequence[int] | NDArray[np.int32], tokenizer: PreTrainedTokenizerBase) -> slice:
     """The ids without a doubled BOS (the text began with one itself) and without EOS at the end."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    first = int(bos is not None and ids[:2] == [bos, bos])
+    first = int(bos is not None and list(ids[:2]) == [bos, bos])
     # A text of nothing but BOS stays, although one token may be BOS and EOS (GPT-2).
     return slice(first, len(ids) - int(len(ids) > first + 1 and ids[-1] == eos))
 

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
-from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer, tools_of
@@ -30,10 +32,12 @@ from theodora.data.masks import (
     extents,
     learned_by_extent,
     learned_by_prefix,
+    places_in,
     places_of,
     straddles,
 )
 from theodora.data.messages import Message
+from theodora.data.pieces import PieceTokenizer, Tokens
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
 from theodora.data.templates import TEMPLATE_ERRORS
@@ -45,8 +49,6 @@ __all__ = ["TrainOn", "tokenize"]
 
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
-_Tokens = NDArray[np.int32]
-"""The ids of a row, or its labels."""
 
 logger = logging.getLogger(__name__)
 
@@ -204,16 +206,17 @@ class _Batches:
         self.learns_all = self.is_text or train_on == "all"
         verbatim = is_verbatim(examples.dataset.features, tokenizer, use_chat_template)
         self.renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
+        self._piece_tokenizer = PieceTokenizer.of(tokenizer)
 
-    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[_Tokens]]:
-        """One batch; a row may give no row, or several."""
-        encoded: dict[str, list[_Tokens]] = {"input_ids": [], "labels": []}
+    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> Any:
+        """One batch, as a pyarrow table; a row may give no row, or several."""
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
+        encoded: list[tuple[Tokens, Tokens]] = []
         for ids, labels in self._tokenised([text for text in texts if text is not None]):
             added = [self._add(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
             self.counts.cut += len(ids) > self.max_length and not self.is_text and any(added)
-        return encoded
+        return pa.table({"input_ids": _lists([ids for ids, _ in encoded]), "labels": _lists([l for _, l in encoded])})
 
     def _text(self, index: int, row: dict[str, Any]) -> _Text | None:
         if self.renderer is not None:
@@ -245,16 +248,56 @@ class _Batches:
         self.counts.unprompted_earlier += chat.as_prompted and not chat.earlier_as_prompted
         return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
-    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[_Tokens, _Tokens]]:
+    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[Tokens, Tokens]]:
         """Ids and labels of each text of a batch, however long."""
+        texts = [self._shortened(text) for text in texts]
+        made = dict(self._by_pieces(texts))
+        rest = [number for number in range(len(texts)) if number not in made]
+        made |= zip(rest, self._whole([texts[number] for number in rest]), strict=True)
+        for number, text in enumerate(texts):
+            ids, labels = made[number]
+            own = own_tokens(ids, self.tokenizer) if text.special else slice(None)
+            end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
+            yield _with(ids[own], end), _with(labels[own], end)
+
+    def _by_pieces(self, texts: Sequence[_Text]) -> Iterator[tuple[int, tuple[Tokens, Tokens]]]:
+        """The number, ids and labels of each text that can be tokenised by its pieces."""
+        by_pieces = self._piece_tokenizer
+        around = by_pieces.around if by_pieces and any(text.special for text in texts) else ((), ())
+        if by_pieces is None or around is None or list(around[1]) not in ([], [self.tokenizer.eos_token_id]):
+            return
+        fitting = [number for number, text in enumerate(texts) if by_pieces.fits(text.text)]
+        found = by_pieces.encode([texts[number].text for number in fitting]) if fitting else None
+        if found is None:
+            return
+        labels = found.ids
+        if not self.learns_all:
+            learned, straddled = found.learned([texts[number].spans for number in fitting])
+            labels = np.where(learned, found.ids, np.int32(IGNORED))
+            self.counts.straddled += straddled
+        for number, (begin, end) in zip(fitting, pairwise(found.begins.tolist()), strict=True):
+            yield (
+                number,
+                (
+                    self._between(around, found.ids[begin:end], is_label=False),
+                    self._between(around, labels[begin:end], is_label=not self.learns_all),
+                ),
+            )
+
+    def _between(self, around: tuple[Sequence[int], Sequence[int]], tokens: Tokens, *, is_label: bool) -> Tokens:
+        if not any(around):
+            return tokens
+        before, behind = ([IGNORED] * len(side) if is_label else side for side in around)
+        return np.concatenate([np.array(before, np.int32), tokens, np.array(behind, np.int32)])
+
+    def _whole(self, texts: Sequence[_Text]) -> Iterator[tuple[Tokens, Tokens]]:
+        """Ids and labels of texts that the tokenizer is given as they are."""
         if not texts:
             return
-        texts = [self._shortened(text) for text in texts]
-        special = texts[0].special
         # verbose: transformers would warn about texts beyond the model's length, which are cut further down.
         batch = self.tokenizer(
             [text.text for text in texts],
-            add_special_tokens=special,
+            add_special_tokens=texts[0].special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -263,11 +306,7 @@ class _Batches:
         for text, ids, encoding in zip(texts, batch["input_ids"], encodings, strict=True):
             tokens = np.array(ids, np.int32)
             # Reading offsets takes time: they are read where something is not learned.
-            offsets = [] if self.learns_all or encoding is None else encoding.offsets
-            labels = tokens if self.learns_all else self._labels(text, tokens, offsets)
-            own = own_tokens(ids, self.tokenizer) if special else slice(None)
-            end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
-            yield _with(tokens[own], end), _with(labels[own], end)
+            yield tokens, tokens if self.learns_all else self._labels(text, tokens, encoding)
 
     def _shortened(self, text: _Text) -> _Text:
         """A text without what lies beyond any `max_length` tokens, which would be tokenised to be thrown away."""
@@ -281,8 +320,8 @@ class _Batches:
     def _longest_token(self) -> int:
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def _labels(self, text: _Text, ids: _Tokens, offsets: Sequence[Span]) -> _Tokens:
-        given = places_of(offsets)
+    def _labels(self, text: _Text, ids: Tokens, encoding: Encoding | None) -> Tokens:
+        given = places_of([]) if encoding is None else places_in(encoding)
         if are_sound(given, text.text):
             places = extents(given)
             learned = learned_by_extent(text.spans, places)
@@ -301,7 +340,7 @@ class _Batches:
             return [slice(start, start + self.max_length) for start in range(0, length, self.max_length)]
         return [slice(0, self.max_length)]
 
-    def _add(self, ids: _Tokens, labels: _Tokens, encoded: dict[str, list[_Tokens]]) -> bool:
+    def _add(self, ids: Tokens, labels: Tokens, encoded: list[tuple[Tokens, Tokens]]) -> bool:
         """Add one row, unless there is nothing to learn in it; whether it was added."""
         # The first token of a row has nothing before it to be predicted from.
         learned = int(np.count_nonzero(labels[1:] != IGNORED))
@@ -309,15 +348,20 @@ class _Batches:
             # The last piece of a text may be one token, which is no row lost.
             self.counts.dropped += not self.is_text
             return False
-        encoded["input_ids"].append(ids)
-        encoded["labels"].append(labels)
+        encoded.append((ids, labels))
         self.counts.rows += 1
         self.counts.tokens += len(ids)
         self.counts.learned += learned
         return True
 
 
-def _with(tokens: _Tokens, end: Sequence[int]) -> _Tokens:
+def _lists(rows: Sequence[Tokens]) -> Any:
+    """Rows as one pyarrow array of lists."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *rows]))
+
+
+def _with(tokens: Tokens, end: Sequence[int]) -> Tokens:
     return np.append(tokens, np.array(end, np.int32)) if end else tokens
 
 
