@@ -34,7 +34,7 @@ from typing import Any
 from jobs_process import OURS, Place, ProcessFailed, compile_bytecode, packages_folder, run_process
 from jobs_report import goals, tables
 from jobs_shapes import JOBS, job_of, tokenizer_of, write_model, write_rows
-from jobs_ways import WAYS, Ground, Way, demos, evaluations, tokenizings, trainings
+from jobs_ways import COMPARED, WAYS, Ground, Way, demos, evaluations, tokenizings, trainings
 from train_step import say
 
 from theodora.bench import describe_machine
@@ -49,12 +49,14 @@ def main() -> None:
         sources = [OURS, *([args.before / "src"] if args.before else [])]
         packages = [packages_folder(), *([args.unsloth_path] if args.unsloth_path else [])]
         bytecode = compile_bytecode(Path(scratch), sources, packages)
+        if args.before:
+            check_imports(Place(Path(scratch) / "before", (args.before / "src",), bytecode))
         for name in args.jobs:
             ground = Ground(Path(scratch) / name, args, bytecode)
             ground.folder.mkdir()
             measure(name, ground)
             shutil.rmtree(ground.folder)
-    report = json.loads(args.output.read_text(encoding="utf-8"))
+    report = read(args.output)
     print(f"{tables(report)}\n\n{goals(report)}")
     if args.figure:
         from jobs_figure import draw
@@ -78,6 +80,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to give the models, and e")
     parser.add_argument("--before", type=Path, help="an earlier checkout, which takes turns in a, d and e")
     parser.add_argument("--unsloth-path", type=Path, help="folder to import Unsloth and what it needs from")
+    parser.add_argument("--add", action="store_true", help="keep the file's other ways of a job, measured alike")
     parser.add_argument("--commit", help="to be noted where the code is not in a checkout")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/jobs.json"), help="JSON file")
     parser.add_argument("--figure", type=Path, help="PNG or SVG of a to d")
@@ -98,6 +101,13 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_imports(place: Place) -> None:
+    """Stop unless the earlier checkout is what its processes import: two of the same would be compared."""
+    _, printed = run_process(["-c", "import theodora; print(theodora.__file__)"], place)
+    if not Path(printed.strip()).is_relative_to(place.imports[0]):
+        raise SystemExit(f"--before: {printed.strip()} is imported instead of {place.imports[0]}")
+
+
 def measure(name: str, ground: Ground) -> None:
     """All rounds of a job, written to the results file after each."""
     args = ground.args
@@ -105,21 +115,24 @@ def measure(name: str, ground: Ground) -> None:
         "machine": describe_machine() | ({"commit": args.commit} if args.commit else {}),
         "settings": {key: _plain(value) for key, value in vars(args).items() if key not in ("output", "figure")},
         "bytecode": "beside the packages" if ground.bytecode is None else "compiled before, in a folder of its own",
-        "before": args.before and (commit_of(args.before) or args.before.name),
-        "imports": [],
+        "before": (commit_of(args.before) or args.before.name) if args.before and name in COMPARED else None,
+        "parts": 1,
         "ways": {},
     }
     ways = prepare(name, ground, found)
+    if args.add:
+        add_to(args.output, name, found)
+    found["ways"] |= {way: {"runs": []} for way in ways}  # what they were measured to be before is forgotten
     for number in range(args.rounds):
+        more: dict[str, Any] = {"first": number == 0}
         if name not in "ef":
-            imports, _ = run_process(IMPORTS, Place(ground.folder / "imports", bytecode=ground.bytecode))
-            found["imports"].append(imports)
+            more["imports"], _ = run_process(IMPORTS, Place(ground.folder / "imports", bytecode=ground.bytecode))
         for way, how in ways.items():
-            taken = found["ways"].setdefault(way, {"runs": []})
+            taken = found["ways"][way]
             if how.skipped:
                 taken["skipped"] = how.skipped
             elif number == 0 or not how.once:
-                turn(f"{name} {way}, round {number + 1} of {args.rounds}", how, taken, first=number == 0)
+                turn(f"{name} {way}, round {number + 1} of {args.rounds}", how, taken, more)
         save(args.output, name, found)
 
 
@@ -147,8 +160,8 @@ def prepare(name: str, ground: Ground, found: dict[str, Any]) -> dict[str, Way]:
     return trainings(name, job, tokens, ground)
 
 
-def turn(title: str, way: Way, taken: dict[str, Any], *, first: bool) -> None:
-    """One run of a way; a failure is noted and stops no other."""
+def turn(title: str, way: Way, taken: dict[str, Any], more: dict[str, Any]) -> None:
+    """One run of a way, noted with what there is to note of its round; a failure is noted and stops no other."""
     say(f"{title} ...")
     try:
         run = way.measure()
@@ -156,14 +169,36 @@ def turn(title: str, way: Way, taken: dict[str, Any], *, first: bool) -> None:
         taken["failed"] = str(error)
         say(f"{title}: failed: {error}")
         return
-    taken["runs"].append({"first": first, **run})
+    taken["runs"].append(more | run)
     seconds = {key: run[key] for key in ("whole", "before", "step") if run.get(key) is not None}
     say(f"{title}: " + ", ".join(f"{key} {value:.3g} s" for key, value in seconds.items()))
 
 
+def add_to(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Take over the ways that the results file has of a job, if they were measured under the same conditions."""
+    earlier = read(path).get("jobs", {}).get(name)
+    if earlier is None:
+        return
+    if different := [what for what, value in conditions(found).items() if conditions(earlier)[what] != value]:
+        raise SystemExit(f"--add: job {name} in {path} was measured with other {', '.join(different)}")
+    found["ways"], found["parts"] = dict(earlier["ways"]), earlier["parts"] + 1
+
+
+def conditions(found: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for figures to stand in one table."""
+    machine, settings = found["machine"], found["settings"]
+    hardware = [gpu.split(",")[0] for gpu in machine["gpus"]] or [machine["cpu"]]
+    alike = {"hardware": hardware, "versions": machine["versions"], "commit": machine["commit"]}
+    return alike | {"tokens": found.get("tokens"), "steps": settings["steps"], "earlier checkout": found["before"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def save(path: Path, name: str, found: dict[str, Any]) -> None:
     """Put one job into the results file, and leave the others."""
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report = read(path)
     report.setdefault("jobs", {})[name] = found
     report["jobs"] = dict(sorted(report["jobs"].items()))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Found = dict[str, Any]
-"""What jobs.py wrote of a job: machine, settings, seconds of bare imports, and ways with their runs."""
+"""What jobs.py wrote of a job: machine, settings, and ways with their runs."""
 
 WHOSE = {"before-": "Theodora {}, before", "peft-": "TRL + PEFT {}", "unsloth-": "Unsloth {}", "": "Theodora {}"}
 NAMES = {
@@ -45,12 +45,14 @@ def value_of(found: Found, way: str, key: str, *, first: bool = False) -> float 
 
 
 def imports_of(found: Found) -> float | None:
-    """Seconds of bare imports: as with the ways, the first round's count where there are no others."""
-    return statistics.median(found["imports"][1:] or found["imports"]) if found["imports"] else None
+    """Seconds of bare imports over the rounds of all ways but the first; or the only round's."""
+    runs = [run for taken in found["ways"].values() for run in taken["runs"] if "imports" in run]
+    chosen = [run for run in runs if not run["first"]] or runs
+    return statistics.median(run["imports"] for run in chosen) if chosen else None
 
 
 def beyond_imports(found: Found, way: str, *, first: bool = False) -> float | None:
-    """Seconds before the end of the first step, less those of bare imports."""
+    """Seconds before the end of the first step, less those of bare imports (of the later rounds)."""
     before, imports = value_of(found, way, "before", first=first), imports_of(found)
     return None if before is None or imports is None else before - imports
 
@@ -190,7 +192,9 @@ def _conditions(name: str, found: Found) -> list[str]:
         )
     if settings["rounds"] == 1 and name in "abcd":
         parts.append("one round: every figure is a first start's")
-    if found.get("before") and name in "ade":
+    if found["parts"] > 1:
+        parts.append(f"measured in {found['parts']} parts, whose ways took no turns with one another's")
+    if found.get("before"):
         parts.append(f"before is {found['before']}")
     return parts
 
@@ -238,15 +242,15 @@ class Goal:
 
 
 def goals(report: dict[str, Any]) -> str:
-    """The goals as a table. Ratios are of medians."""
-    found = goals_of(report["jobs"])
+    """The goals as a table; tiny jobs say nothing of them. Ratios are of medians."""
+    found = goals_of({name: job for name, job in report["jobs"].items() if not job["settings"].get("tiny")})
     rows = [[goal.text, goal.measured(), goal.verdict(goal.first), goal.verdict(goal.then)] for goal in found]
     return _table(["goal", "measured", "first", "then"], rows)
 
 
 def goals_of(jobs: dict[str, Found]) -> list[Goal]:
     """The goals of jobs a to f, those that were not measured too."""
-    none: Found = {"ways": {}, "imports": [], "settings": {}}
+    none: Found = {"ways": {}, "settings": {}}
     a, d, e, f = (jobs.get(name, none) for name in "adef")
     steps = a["settings"].get("steps", 100)
     found = [

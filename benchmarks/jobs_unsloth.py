@@ -67,7 +67,7 @@ def main() -> None:
             max_length=LONGEST,
             packing=False,
             learning_rate=2e-4,
-            bf16=True,
+            bf16=torch.cuda.is_available(),
             gradient_checkpointing=False,
             logging_steps=10,
             save_strategy="no",

@@ -164,19 +164,38 @@ def test_a_failure_is_noted_and_stops_nothing(module, ground, tmp_path, monkeypa
     jobs.measure("a", ground("--output", output, "--rounds", 2))
     report = json.loads(output.read_text())["jobs"]
     assert report["c"] == {"left": "alone"}
-    assert report["a"]["imports"] == [1.5, 1.5]
+    first = {"first": True, "imports": 1.5}
     assert report["a"]["ways"] == {
-        "works": {"runs": [{"first": True, "whole": 2.0}, {"first": False, "whole": 2.0}]},
+        "works": {"runs": [run | {"whole": 2.0} for run in (first, first | {"first": False})]},
         "fails": {"runs": [], "failed": "exit code 1: no room"},
         "missing": {"runs": [], "skipped": "not installed"},
-        "once": {"runs": [{"first": True, "whole": 3.0}]},
+        "once": {"runs": [first | {"whole": 3.0}]},
     }
+    monkeypatch.setattr(jobs, "prepare", lambda name, ground, found: {"other": here["works"], "once": here["works"]})
+    jobs.measure("a", ground("--output", output, "--rounds", 1, "--add"))
+    added = json.loads(output.read_text())["jobs"]["a"]
+    assert added["parts"] == 2
+    assert added["ways"]["fails"] == report["a"]["ways"]["fails"]
+    assert added["ways"]["once"] == added["ways"]["other"] == {"runs": [first | {"whole": 2.0}]}
+    with pytest.raises(SystemExit, match="was measured with other steps"):
+        jobs.measure("a", ground("--output", output, "--steps", 5, "--add"))
 
 
 def test_an_earlier_checkout_has_to_be_one(ground, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ground("--before", tmp_path)
     assert "has no src/theodora" in capsys.readouterr().err
+
+
+def test_an_earlier_checkout_has_to_be_what_is_imported(module, tmp_path):
+    process, jobs = module("jobs_process"), module("jobs")
+    package = tmp_path / "src" / "theodora"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    jobs.check_imports(process.Place(tmp_path / "way", (tmp_path / "src",)))
+    other = process.Place(tmp_path / "way", (tmp_path / "other", tmp_path / "src"))
+    with pytest.raises(SystemExit, match="is imported instead of"):
+        jobs.check_imports(other)
 
 
 def test_a_cpu_of_avx2_alone(monkeypatch):
@@ -218,5 +237,5 @@ def test_it_runs_and_reports(tmp_path):
     for job in found.values():
         for way, taken in job["ways"].items():
             assert [run["first"] for run in taken["runs"]] == [True, False][: 1 if way == "tokenize-all" else 2]
-    assert "| a: whole command, 3 steps | not measured |" in done.stdout
+    assert "| a | TRL + PEFT LoRA |" in done.stdout
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -21,29 +21,30 @@ def taken(*runs, **more):
     return {"runs": [{"first": number == 0, **run} for number, run in enumerate(runs)], **more}
 
 
-def trained(whole, before, step):
-    return {"whole": whole, "before": before, "stepping": 99 * step, "step": step, "busy": 0.9}
+def trained(whole, before, step, imports=4.0):
+    return {"whole": whole, "before": before, "stepping": 99 * step, "step": step, "busy": 0.9, "imports": imports}
 
 
 def job(ways, machine=MACHINE, **more):
     settings = {"rounds": 3, "steps": 100}
-    return {"machine": machine, "settings": settings, "bytecode": "beside", "imports": [], "ways": ways, **more}
+    return {"machine": machine, "settings": settings, "bytecode": "beside", "parts": 1, "ways": ways, **more}
 
 
 def test_first_starts_stand_beside_later_ones(report):
     ways = {
-        "dora": taken(trained(40.0, 30.0, 0.5), trained(11.0, 8.0, 0.02), trained(13.0, 10.0, 0.04)),
+        "dora": taken(trained(40.0, 30.0, 0.5, imports=7.0), trained(11.0, 8.0, 0.02), trained(13.0, 10.0, 0.04)),
         "peft-dora": taken(trained(60.0, 9.0, 0.45), failed="exit code 1: no room | none"),
         "unsloth-dora": taken(skipped="not installed"),
         "peft-lora": taken(failed="exit code 1: no room | none"),
     }
-    text = report.tables({"jobs": {"a": job(ways, imports=[7.0, 4.0, 4.0], tokens=300.0)}})
+    text = report.tables({"jobs": {"a": job(ways, tokens=300.0, parts=2)}})
     assert "| a | Theodora DoRA | 5.0 s | 26.0 s | 30.0 ms | 10,000 | 90% | 12.0 s | 40.0 s |" in text
     assert "| a | TRL + PEFT DoRA (1 run, then failed) | 5.0 s | 5.0 s | 450.0 ms |" in text
     assert "| a | Unsloth DoRA | skipped: not installed |" in text
     assert "| a | TRL + PEFT LoRA | failed: exit code 1: no room / none |" in text
     assert "- a: Some GPU; commit abc, 2026-11-29; torch 2.11; bytecode beside." in text
     assert "one round" not in text
+    assert "measured in 2 parts" in text
 
 
 def test_goals_are_held_against_what_was_measured(report):
@@ -51,7 +52,7 @@ def test_goals_are_held_against_what_was_measured(report):
         return {"whole": 1.0, "rows": 10, "kinds": {"chats": {"rows_a_second_a_core": rate, "megabytes_at_most": most}}}
 
     jobs = {
-        "a": job({"dora": taken(trained(20.0, 9.0, 0.04)), "peft-dora": taken(trained(50.0, 9.0, 0.4))}, imports=[4.0]),
+        "a": job({"dora": taken(trained(20.0, 9.0, 0.04)), "peft-dora": taken(trained(50.0, 9.0, 0.4))}),
         "b": job({"dora": taken(trained(9.0, 9.0, 0.10)), "bare": taken({"step": 0.09, "tokens": 270})}, tokens=300.0),
         "d": job({"evaluate": taken({"whole": 5.0}), "before-evaluate": taken({"whole": 61.0})}),
         "e": job({"tokenize": taken(tokenized(100, 500)), "before-tokenize": taken(tokenized(30, 500))}),
@@ -72,6 +73,8 @@ def test_goals_are_held_against_what_was_measured(report):
         "| f: the demo, AVX2 and float32 | not measured | 8 min | 5 min |",
     ):
         assert line in found
+    jobs["d"]["settings"] |= {"tiny": True}
+    assert "| d: evaluate, against before | not measured | 6 × | 12 × |" in report.goals({"jobs": jobs})
     text = report.tables({"jobs": jobs})
     assert "| f | theodora demo | float32 | 80 |" in text
     assert "| e | tokenising, all rows | 10 | chats | 100 | 600 |" in text
