@@ -1,335 +1,213 @@
-"""Whole jobs as people run them: the command beside its peer, from the shell to the adapter.
+"""Whole jobs as people run them: our command beside its peers, from the shell to the adapter.
 
-    python benchmarks/jobs.py                                   # on a GPU: rows a, b, c and d, each with its peers
-    python benchmarks/jobs.py --jobs a --rounds 3 --steps 100
-    python benchmarks/jobs.py --tiny --jobs a --steps 6 --rows 40    # on a CPU, to see that it runs
+    python benchmarks/jobs.py                                           # all jobs, three rounds
+    python benchmarks/jobs.py --jobs a --before ../earlier --unsloth-path FOLDER
+    python benchmarks/jobs.py --tiny                                    # small, on a CPU, to see that it runs
 
 | job | model | rows | batch |
 |---|---|---|---|
 | a | SmolLM2-135M's shape | 4,000 prompts and completions of some 64 tokens | 16, unpacked |
 | b | Llama-3.2-1B's shape | the same | 16, unpacked |
-| c | Llama-3-8B's shape, 8 layers | 64 to 1,024 tokens | 4, unpacked |
+| c | Llama-3-8B's shape, 8 layers | 1,000 of 64 to 1,024 tokens | 4, unpacked |
 | d | a's | `theodora evaluate` of 400 of a's rows, generated answers | its own |
+| e | none | tokenizing.py: chats, a million of them once and a tenth in turns | |
+| f | the demo's | `theodora demo` on two cores, as the CPU is and as one of AVX2 alone | its own |
 
-Models have random weights and the tokenizer of --tokenizer (a folder; without one, words of a vocabulary of 252). Every
-run is a process of its own under the same clock (jobs_clock.py); ours and the peers take turns. Columns: seconds from
-the start of the process to the first step, less the bare imports of torch, transformers and TRL (measured in between);
-seconds of a step (the steps after the first ten, by the wall clock from the first's beginning to the last's end);
-tokens that a step learns from or reads, padding not counted, a second; the share of that time in which the GPU ran
-anything (nvidia-smi, ten times a second); and seconds of the whole process. Everything is the median of the rounds.
+Every run is a process of its own, all under one clock (jobs_clock.py), and the ways of a job take turns. The peers are
+plain scripts of TRL and PEFT (jobs_peer.py) and of Unsloth (jobs_unsloth.py). The first round finds nothing that was
+compiled, tuned or tried out before; later ones find what their own way left. What is said of a way is the median of the
+later rounds, with the first beside it. Each job goes into the results file after every round, and other jobs in the
+file stay, so that jobs can be run one by one. docs/jobs.md says what the columns are; jobs_report.py prints the tables
+of a file, and jobs_figure.py draws it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs_process import OURS, Place, ProcessFailed, compile_bytecode, packages_folder, run_process
+from jobs_report import goals, tables
+from jobs_shapes import JOBS, job_of, tokenizer_of, write_model, write_rows
+from jobs_ways import COMPARED, WAYS, Ground, Way, demos, evaluations, tokenizings, trainings
+from train_step import say
+
 from theodora.bench import describe_machine
 
-HERE = Path(__file__).parent
-WARM_UP = 10  # steps
-
-LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
-SMOL = LLAMA | {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
-LLAMA_1B = LLAMA | {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
-LLAMA_8B = LLAMA | {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-
-
-TINY = LLAMA | {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained on what."""
-
-    shape: dict[str, Any]
-    batch: int
-    tokens: tuple[int, int]
-    """Of a row: least and most, drawn evenly."""
-    rows: int = 4000
-
-
-JOBS = {"a": Job(SMOL, 16, (32, 96)), "b": Job(LLAMA_1B, 16, (32, 96)), "c": Job(LLAMA_8B, 4, (64, 1024), 1000)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one process did, in seconds."""
-
-    first_step: float
-    step: float
-    whole: float
-    busy: float | None
-    """Share of the steps' time."""
+NAMES = [*JOBS, "d", "e", "f"]
+IMPORTS = ["-c", "import torch, transformers, trl"]
 
 
 def main() -> None:
     args = parse_args()
-    found: dict[str, Any] = {}
-    imports: list[float] = []
     with tempfile.TemporaryDirectory(prefix="theodora-jobs-") as scratch:
+        sources = [OURS, *([args.before / "src"] if args.before else [])]
+        packages = [packages_folder(), *([args.unsloth_path] if args.unsloth_path else [])]
+        bytecode = compile_bytecode(Path(scratch), sources, packages)
+        if args.before:
+            check_imports(Place(Path(scratch) / "before", (args.before / "src",), bytecode))
         for name in args.jobs:
-            job = JOBS["a" if name == "d" else name]
-            job = replace(job, shape=TINY) if args.tiny else job
-            folder = Path(scratch) / name
-            model, data = folder / "model", folder / "rows.jsonl"
-            tokens = write_rows(data, job, args)
-            write_model(model, job, args.tokenizer)
-            runs: dict[str, list[Any]] = {}
-            for _ in range(args.rounds):
-                imports.append(seconds_of([sys.executable, "-c", "import torch, transformers, trl"]))
-                ways = evaluations(model, data) if name == "d" else trainings(model, data, job, args)
-                for way, command in ways.items():
-                    print(f"{name} {way} ...", file=sys.stderr, flush=True)
-                    measure = seconds_of if name == "d" else clocked
-                    try:
-                        runs.setdefault(way, []).append(measure(command))
-                    except subprocess.CalledProcessError as error:
-                        print(f"failed: {error.stderr[-2000:]}", file=sys.stderr)
-            found[name] = {way: summary(each, tokens * job.batch) for way, each in runs.items() if each}
-            shutil.rmtree(folder)
-    report = {
-        "machine": describe_machine(),
-        "settings": {name: str(value) for name, value in vars(args).items() if name != "output"},
-        "imports": statistics.median(imports),
-        "jobs": found,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))
+            ground = Ground(Path(scratch) / name, args, bytecode)
+            ground.folder.mkdir()
+            measure(name, ground)
+            shutil.rmtree(ground.folder)
+    report = read(args.output)
+    print(f"{tables(report)}\n\n{goals(report)}")
+    if args.figure:
+        from jobs_figure import draw
+
+        draw(report, args.figure)
+        say(f"drawn to {args.figure}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=[*JOBS, "d"], default=[*JOBS, "d"], help="default: all")
-    parser.add_argument("--ways", nargs="+", default=["dora", "lora", "peft-dora", "peft-lora"], help="default: all")
-    parser.add_argument("--rounds", type=int, default=1, help="times that all take their turns; default: 1")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps; default: 100")
-    parser.add_argument("--tiny", action="store_true", help="a model of two small layers in the place of each")
-    parser.add_argument("--rows", type=int, help="rows of data; default: the job's")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to give the models")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/jobs.json"), help="JSON file")
-    return parser.parse_args()
-
-
-def trainings(model: Path, data: Path, job: Job, args: argparse.Namespace) -> dict[str, list[str]]:
-    """The commands that train, by what they are called in the table."""
-    output = data.parent / "out"
-    shared = {"model": model, "data": data, "output": output}
-    ours = {
-        **shared,
-        "per-device-train-batch-size": job.batch,
-        "max-steps": args.steps,
-        "max-length": 1024,
-        "rank": 16,
-        "alpha": 32,
-        "learning-rate": 2e-4,
-        "save-steps": 10 * args.steps,
-        "held-out": 0,
-    }
-    peers = {**shared, "batch": job.batch, "steps": args.steps}
-    ways: dict[str, list[str]] = {}
-    for way in ("dora", "lora"):
-        ways[way] = ["-m", "theodora", "train", *words({**ours, "method": way}), "--overwrite"]
-        ways[f"peft-{way}"] = [str(HERE / "jobs_peer.py"), *words({**peers, "method": way})]
-    return {way: command for way, command in ways.items() if way in args.ways}
-
-
-def evaluations(model: Path, data: Path) -> dict[str, list[str]]:
-    """The commands that evaluate."""
-    few = data.with_name("few.jsonl")
-    few.write_text("".join(f"{line}\n" for line in data.read_text(encoding="utf-8").splitlines()[:400]))
-    return {"evaluate": [sys.executable, "-m", "theodora", "evaluate", *words({"model": model, "data": few})]}
-
-
-def words(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def seconds_of(command: list[str]) -> float:
-    """Wall-clock seconds of a process."""
-    began = time.perf_counter()
-    _run(command)
-    return time.perf_counter() - began
-
-
-def clocked(program: list[str]) -> Run:
-    """A training run under the clock."""
-    with tempfile.TemporaryDirectory(prefix="theodora-clock-") as folder, gpu_use() as use:
-        times = Path(folder) / "times.json"
-        began = time.time()
-        _run([sys.executable, str(HERE / "jobs_clock.py"), str(times), *program])
-        ended = time.time()
-        found = json.loads(times.read_text(encoding="utf-8"))
-    steps = found["steps"]
-    timed = steps[min(WARM_UP, len(steps) // 2) :]
-    busy = [share for at, share in use if timed[0][0] <= at <= timed[-1][1]]
-    return Run(
-        first_step=steps[0][1] - began,
-        step=(timed[-1][1] - timed[0][0]) / len(timed),
-        whole=ended - began,
-        busy=statistics.mean(busy) if busy else None,
+    parser.add_argument("--jobs", nargs="+", choices=NAMES, help="default: all; with --tiny all but f")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="of training. Default: all; with --tiny both of DoRA")
+    parser.add_argument("--rounds", type=int, help="turns of each way. Default: 3; with --tiny 1")
+    parser.add_argument("--steps", type=int, help="optimizer steps. Default: 100; with --tiny 6")
+    parser.add_argument("--rows", type=int, help="rows of a to d. Default: the job's; with --tiny 40")
+    parser.add_argument("--chat-rows", type=int, help="rows of e. Default: 1,000,000; with --tiny 200")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["chats-qwen3", "chats-llama3"], help="of rows, in e: tokenizing.py's"
     )
+    parser.add_argument("--tiny", action="store_true", help="a model of two small layers in the place of each")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to give the models, and e")
+    parser.add_argument("--before", type=Path, help="an earlier checkout, which takes turns in a, d and e")
+    parser.add_argument("--unsloth-path", type=Path, help="folder to import Unsloth and what it needs from")
+    parser.add_argument("--add", action="store_true", help="keep the file's other ways of a job, measured alike")
+    parser.add_argument("--commit", help="to be noted where the code is not in a checkout")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/jobs.json"), help="JSON file")
+    parser.add_argument("--figure", type=Path, help="PNG or SVG of a to d")
+    args = parser.parse_args(words)
+    small: dict[str, Any] = {"rounds": 1, "steps": 6, "rows": 40, "chat_rows": 200, "jobs": NAMES[:-1]}
+    large: dict[str, Any] = {"rounds": 3, "steps": 100, "rows": None, "chat_rows": 1_000_000, "jobs": NAMES}
+    chosen = small | {"ways": ["dora", "peft-dora"]} if args.tiny else large | {"ways": WAYS}
+    for name, value in chosen.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("tokenizer", "before", "unsloth_path"):  # processes have working directories of their own
+        if getattr(args, name):
+            setattr(args, name, getattr(args, name).resolve())
+    if args.before and not (args.before / "src" / "theodora").is_dir():
+        parser.error(f"--before {args.before} is no checkout: it has no src/theodora")
+    if args.steps < 2:
+        parser.error(f"--steps is {args.steps}; at least 2 are needed")
+    return args
 
 
-def _run(command: list[str]) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+def check_imports(place: Place) -> None:
+    """Stop unless the earlier checkout is what its processes import: two of the same would be compared."""
+    _, printed = run_process(["-c", "import theodora; print(theodora.__file__)"], place)
+    if not Path(printed.strip()).is_relative_to(place.imports[0]):
+        raise SystemExit(f"--before: {printed.strip()} is imported instead of {place.imports[0]}")
 
 
-@contextmanager
-def gpu_use() -> Iterator[list[tuple[float, float]]]:
-    """(when, share of the last tenth of a second in which the first GPU ran anything), while the block lasts."""
-    use: list[tuple[float, float]] = []
-    if shutil.which("nvidia-smi") is None:
-        yield use
-        return
-    query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
-
-        def read() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                use.append((time.time(), float(line) / 100))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield use
-        finally:
-            process.terminate()
-            reader.join()
-
-
-def write_rows(path: Path, job: Job, args: argparse.Namespace) -> float:
-    """Rows of random words; the tokens that a row has on average."""
-    draw, count = random.Random(0), args.rows or job.rows
-    tokenizer = tokenizer_of(args.tokenizer)
-    vocabulary = [w for w in tokenizer.get_vocab() if w.startswith("Ġ") and w[1:].isalpha() and w[1:].isascii()]
-    names = [w[1:] for w in sorted(vocabulary)] or [f"word{i}" for i in range(4, 256)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = 0
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            length = draw.randint(*job.tokens)
-            total += length
-            said = [draw.choice(names) for _ in range(length)]
-            split = max(1, length * 2 // 3)
-            row = {"prompt": " ".join(said[:split]), "completion": " " + " ".join(said[split:])}
-            file.write(json.dumps(row) + "\n")
-    return total / count
-
-
-def tokenizer_of(folder: Path | None) -> Any:
-    if folder is None:
-        import train_step
-
-        return train_step.word_tokenizer()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def write_model(folder: Path, job: Job, tokenizer: Path | None) -> None:
-    """The job's model with random weights, in bf16, in a process of its own, which frees its memory."""
-    import multiprocessing
-
-    process = multiprocessing.get_context("spawn").Process(target=_write_model, args=(folder, job, tokenizer))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit("the model could not be written")
-
-
-def _write_model(folder: Path, job: Job, tokenizer: Path | None) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    shape = dict(job.shape)
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer_of(tokenizer).save_pretrained(folder)
-
-
-def summary(runs: list[Any], tokens: float) -> dict[str, Any]:
-    """Medians over the rounds."""
-    if runs and isinstance(runs[0], float):
-        return {"whole": statistics.median(runs), "runs": runs}
-    columns = ("first_step", "step", "whole")
-    found = {name: statistics.median(getattr(run, name) for run in runs) for name in columns}
-    busy = [run.busy for run in runs if run.busy is not None]
-    return {
-        **found,
-        "tokens_per_second": tokens / found["step"],
-        "busy": statistics.median(busy) if busy else None,
-        "runs": [asdict(run) for run in runs],
+def measure(name: str, ground: Ground) -> None:
+    """All rounds of a job, written to the results file after each."""
+    args = ground.args
+    found: dict[str, Any] = {
+        "machine": describe_machine() | ({"commit": args.commit} if args.commit else {}),
+        "settings": {key: _plain(value) for key, value in vars(args).items() if key not in ("output", "figure")},
+        "bytecode": "beside the packages" if ground.bytecode is None else "compiled before, in a folder of its own",
+        "before": (commit_of(args.before) or args.before.name) if args.before and name in COMPARED else None,
+        "parts": 1,
+        "ways": {},
     }
+    ways = prepare(name, ground, found)
+    if args.add:
+        add_to(args.output, name, found)
+    found["ways"] |= {way: {"runs": []} for way in ways}  # what they were measured to be before is forgotten
+    for number in range(args.rounds):
+        more: dict[str, Any] = {"first": number == 0}
+        if name not in "ef":
+            more["imports"], _ = run_process(IMPORTS, Place(ground.folder / "imports", bytecode=ground.bytecode))
+        for way, how in ways.items():
+            taken = found["ways"][way]
+            if how.skipped:
+                taken["skipped"] = how.skipped
+            elif number == 0 or not how.once:
+                turn(f"{name} {way}, round {number + 1} of {args.rounds}", how, taken, more)
+        save(args.output, name, found)
 
 
-def table(report: dict[str, Any]) -> str:
-    """As Markdown."""
-    lines = [
-        "| job | way | before the first step | a step | tokens/s | GPU busy | whole |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, ways in report["jobs"].items():
-        for way, found in ways.items():
-            if "step" not in found:
-                lines.append(f"| {name} | {way} | | | | | {found['whole']:.1f} s |")
-                continue
-            busy = "" if found["busy"] is None else f"{found['busy']:.0%}"
-            before = f"{found['first_step'] - report['imports']:.1f} s"
-            rate = f"{found['tokens_per_second']:,.0f}"
-            step, whole = f"{1000 * found['step']:.1f} ms", f"{found['whole']:.1f} s"
-            lines.append(f"| {' | '.join((name, way, before, step, rate, busy, whole))} |")
-    return "\n".join([*lines, f"\nImports of torch, transformers and TRL alone: {report['imports']:.1f} s."])
+def commit_of(checkout: Path) -> str | None:
+    """The commit that a checkout stands at, or None where git knows of none."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def prepare(name: str, ground: Ground, found: dict[str, Any]) -> dict[str, Way]:
+    """Write what the job needs, note what it is, and give its ways."""
+    if name in "ef":
+        return tokenizings(ground) if name == "e" else demos(ground)
+    args = ground.args
+    job = job_of(name, tiny=args.tiny, rows=args.rows)
+    tokens = job.batch * write_rows(ground.folder / "rows.jsonl", job, tokenizer_of(args.tokenizer))
+    write_model(ground.folder / "model", job, args.tokenizer)
+    found |= {"rows": job.rows}
+    if name == "d":
+        return evaluations(ground)
+    found |= {"tokens": tokens, "batch": job.batch}
+    return trainings(name, job, tokens, ground)
+
+
+def turn(title: str, way: Way, taken: dict[str, Any], more: dict[str, Any]) -> None:
+    """One run of a way, noted with what there is to note of its round; a failure is noted and stops no other."""
+    say(f"{title} ...")
+    try:
+        run = way.measure()
+    except ProcessFailed as error:
+        taken["failed"] = str(error)
+        say(f"{title}: failed: {error}")
+        return
+    taken["runs"].append(more | run)
+    seconds = {key: run[key] for key in ("whole", "before", "step") if run.get(key) is not None}
+    say(f"{title}: " + ", ".join(f"{key} {value:.3g} s" for key, value in seconds.items()))
+
+
+def add_to(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Take over the ways that the results file has of a job, if they were measured under the same conditions."""
+    earlier = read(path).get("jobs", {}).get(name)
+    if earlier is None:
+        return
+    if different := [what for what, value in conditions(found).items() if conditions(earlier)[what] != value]:
+        raise SystemExit(f"--add: job {name} in {path} was measured with other {', '.join(different)}")
+    found["ways"], found["parts"] = dict(earlier["ways"]), earlier["parts"] + 1
+
+
+def conditions(found: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for figures to stand in one table."""
+    machine, settings = found["machine"], found["settings"]
+    hardware = [gpu.split(",")[0] for gpu in machine["gpus"]] or [machine["cpu"]]
+    alike = {"hardware": hardware, "versions": machine["versions"], "commit": machine["commit"]}
+    return alike | {"tokens": found.get("tokens"), "steps": settings["steps"], "earlier checkout": found["before"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Put one job into the results file, and leave the others."""
+    report = read(path)
+    report.setdefault("jobs", {})[name] = found
+    report["jobs"] = dict(sorted(report["jobs"].items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON takes it; of a folder its name, because where it lies is nobody's business."""
+    return value.name if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

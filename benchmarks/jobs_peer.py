@@ -34,6 +34,7 @@ def main() -> None:
             per_device_train_batch_size=args.batch,
             max_steps=args.steps,
             max_length=1024,
+            packing=False,  # the default: rows are padded to the longest of their batch
             learning_rate=2e-4,
             bf16=cuda,
             gradient_checkpointing=False,

@@ -60,6 +60,11 @@ def bars(axes: Any, rows: list[dict[str, Any]], values: list[float], floor: floa
             bbox=halo,
         )
     axes.set_xlim(0, 1.3 * max(values))
+    plain_axes(axes)
+
+
+def plain_axes(axes: Any) -> None:
+    """Horizontal bars over a faint grid, and no frame."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(axis="y", length=0)
