@@ -6,7 +6,7 @@ from rich.console import Console
 from tokenizers import pre_tokenizers
 
 from theodora.cli.main import main
-from theodora.demo import job, task
+from theodora.demo import job, pace, task
 from theodora.demo.model import split_digits
 from theodora.errors import UsageError
 from theodora.files.alone import alone_in
@@ -127,6 +127,58 @@ def test_what_lies_beside_an_earlier_demo_stays(tmp_path):
     job.prepare_output(output, findings, ["text"], settings)
     left = sorted(path.name for path in output.rglob("*"))
     assert left == ["README.md", "data", "general.jsonl", "held_out.jsonl", "thesis.txt", "train.jsonl"]
+
+
+class Clock:
+    """A clock on which scoring takes a minute, and nothing else any time."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_slow_machine_does_less_and_says_so(findings, tiny_model_dir, tmp_path, monkeypatch):
+    settings = job.DemoSettings(steps=50, batch_size=2, held_out_rows=10, general_texts=4, text_length=64)
+    clock, measured = Clock(), job._measure
+    monkeypatch.setattr(job, "_step_seconds", lambda *args: 10.0)
+    monkeypatch.setattr(job, "_merge", lambda *args: (0.0, 1.0))
+    monkeypatch.setattr(job, "draw", lambda *args: None)
+    monkeypatch.setattr(pace, "_LEAST_STEPS", 2)
+    monkeypatch.setattr(pace, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(pace, "_LEAST_TEXTS", 3)
+
+    def measure(*args):
+        clock.now += 60
+        return measured(*args)
+
+    monkeypatch.setattr(job, "_measure", measure)
+    console, texts = Console(file=io.StringIO(), width=120), ["A text.", "Another text.", "A third.", "A fourth."]
+    given = job.TimeGiven(minutes=3.6, since=clock() - 4)
+    model, output = tiny_model_dir("llama"), tmp_path / "out"
+    results = job.run_job(model, findings, texts, output, settings, console, given=given, clock=clock)
+    # 216 s, of which 4 are over before it begins; 60 s of scoring, 72 s of scoring once more, 58 s of all else.
+    assert (results.steps, results.held_out_rows, results.general_texts) == (2, 8, 3)
+    assert (results.all_steps, results.all_held_out_rows, results.all_general_texts) == (50, 10, 4)
+    assert (results.measured_step_seconds, results.minutes, results.total_seconds) == (10.0, 3.6, 120.0)
+    assert results.training_rows == 4
+    printed = console.file.getvalue()
+    assert "A training step takes 10.0 s here: 8 of the 10 held-out rows and 3 of 4 general texts are scored" in printed
+    assert "At 10.0 s a step: 2 steps instead of 50, to be done in about 4 minutes." in printed
+    assert "exact match, 8 of 10 held-out rows" in printed
+    assert "2 of 50 steps were taken" in printed
+    assert "held_out.jsonl --limit 8" in printed
+    assert len((output / "data/held_out.jsonl").read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_a_step_is_tried_out_and_leaves_nothing(findings, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    data = job.prepare_output(tmp_path / "demo", findings, [], SETTINGS)
+    before = sorted(tmp_path.rglob("*"))
+    model = tiny_model_dir("llama")
+    assert 0 < job._step_seconds(model, data, SETTINGS, "float32", Console(quiet=True)) < 60
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_each_digit_is_a_token_and_blanks_before_it_stay_together(tiny_tokenizer):

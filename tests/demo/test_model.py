@@ -11,7 +11,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exports import adapter_folder
-from theodora.demo import job
 from theodora.demo.model import cached_model, convert
 from theodora.errors import CheckpointError, UsageError
 from theodora.export import export_adapter
@@ -66,9 +65,3 @@ def test_the_model_is_fetched_and_converted_once(gguf, tmp_path, monkeypatch, re
     assert cached_model(console) == first
     assert fetched == [module.MODEL]
     assert (first / "config.json").is_file()
-
-
-@pytest.mark.parametrize(("bf16", "steps"), [(True, job.DemoSettings().steps), (False, 60)])
-def test_settings_are_those_of_the_machine(bf16, steps):
-    assert job.DemoSettings.chosen(quick=False, bf16=bf16).steps == steps
-    assert job.DemoSettings.chosen(quick=True, bf16=bf16).steps == 5

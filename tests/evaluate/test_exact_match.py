@@ -9,6 +9,7 @@ from datasets import Dataset
 from chat_shapes import ONE, RESULT, SHAPES, TRL_TEMPLATES, USER, answer, tokenizer_for, tools_for
 from theodora.data import Examples, expected_answer, load_examples, tokenize
 from theodora.evaluate import evaluate
+from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choices, labels_of
 
 # A template, and the tokens that end its turns.
@@ -150,3 +151,17 @@ def test_labels_stand_behind_reasoning_and_before_later_turns():
     ):
         assert tokenizer.decode(question.endings[question.right]) == f"{label}<|im_end|>"
         assert tokenizer.decode(question.prefix).endswith("<think>\nHm.\n</think>\n\n")
+
+
+def test_the_head_reads_one_piece(tiny_model, tiny_tokenizer, monkeypatch):
+    # With gaps in its input, torch copies a frozen weight once for each row.
+    model = tiny_model("llama").requires_grad_(False)
+    head, seen = model.get_output_embeddings(), []
+    product = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: seen.append(x.is_contiguous()) or product(x))
+    prompts = [[5, 6, 7], [8, 9]]
+    given = answers(model, tiny_tokenizer, prompts, max_new_tokens=2, first_line_only=False)
+    assert len(given) == 2
+    assert seen
+    assert all(seen)
+    assert not head._forward_pre_hooks

@@ -1,12 +1,16 @@
 """Options of TRL's that torch would refuse once everything is loaded are refused before."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import accelerate.state
 import pytest
+import torch
 
 import tiny
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
-from theodora.train.arguments import choose_precision, finish_arguments, sft_arguments
+from theodora.train.arguments import choose_precision, computes_in_bf16, finish_arguments, sft_arguments
 from theodora.train.processes import links_unasked
 
 
@@ -90,3 +94,26 @@ def test_a_process_alone_does_not_look_at_gpus_links(monkeypatch, environment, a
     with links_unasked():
         assert (accelerate.state.check_cuda_p2p_ib_support is look) == asked
     assert accelerate.state.check_cuda_p2p_ib_support is look
+
+
+@pytest.mark.parametrize(
+    ("found", "onednn", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True}, True, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False, False),  # ONEDNN_MAX_CPU_ISA=AVX2, for one
+        ({"architecture": "x86_64", "avx2": True}, True, False),
+        ({"architecture": "aarch64", "bf16": True}, False, True),
+        ({}, True, False),
+    ],
+)
+def test_bf16_is_chosen_where_its_instructions_are_and_are_used(found, onednn, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert computes_in_bf16(torch.device("cpu")) is expected
+    config = TrainConfig(model="m", data="d", output="o")
+    arguments = SimpleNamespace(fp16=False, device=torch.device("cpu"))
+    assert choose_precision(config, arguments).bf16 is expected
+    for asked in (True, False):  # what the user says holds
+        assert choose_precision(replace(config, bf16=asked), arguments).bf16 is asked

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from theodora.adapters import adapter_disabled
 from theodora.adapters.models import best_device, load_model_and_tokenizer
 from theodora.config import TrainConfig
 from theodora.data import encode_prompt, load_examples, reference_answer
-from theodora.demo import assets, task
-from theodora.demo.model import cached_model
+from theodora.demo import assets, pace, task
+from theodora.demo.model import cached_model, fetch_model
+from theodora.demo.pace import DemoSettings
 from theodora.demo.results import Answers, Measured, Results, answers_table, draw, result_table
 from theodora.errors import UsageError
 from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate.decoding import decoding, end_tokens
 from theodora.files.alone import alone_in, is_empty
 from theodora.files.atomic import atomic_write, remove_folder
+from theodora.locks import temporary_folder
 from theodora.merging import merge_checkpoint
 from theodora.safe_text import quoted
 from theodora.terminal import Terminal
@@ -42,35 +46,21 @@ _CONTENTS = """
 _FOLDERS = ("data", "adapter", "merged")
 _FILES = ("results.json", "before_after.png")
 _QUESTIONS = 3
+_MINUTES = 5.0  # on a CPU; what a GPU takes needs no fitting
+_TRIAL_STEPS = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """How much is done. The defaults take a few minutes on two cores."""
-
-    steps: int = 100
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    held_out_rows: int = 200
-    general_texts: int = 64
-    text_length: int = 256
-    """Tokens of a general text that are scored."""
-
-    @staticmethod
-    def chosen(*, quick: bool, bf16: bool) -> DemoSettings:
-        """Settings for this machine: where bf16 is emulated, a step takes about twice as long, so fewer are taken."""
-        if quick:
-            return DemoSettings(steps=5, batch_size=4, held_out_rows=16, general_texts=4, text_length=128)
-        return DemoSettings() if bf16 else DemoSettings(steps=60)
-
-
-def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: bool = False) -> Results:
+def run_demo(
+    output: Path, console: Console, *, quick: bool = False, minutes: float | None = None, overwrite: bool = False
+) -> Results:
     """Fetch model and data, and run the job on them.
 
     Args:
         output: the folder for everything that the demo writes.
         console: where progress and results are shown.
         quick: a few steps and rows only, to see that it works.
+        minutes: how long it may take, what is fetched left aside: on a slow machine fewer steps are taken and fewer
+            rows scored. Default: 5 on a CPU; else, and for a quick demo, as long as it takes.
         overwrite: replace an earlier demo at `output`; other files in that folder stay.
 
     Raises:
@@ -83,12 +73,30 @@ def run_demo(output: Path, console: Console, *, quick: bool = False, overwrite: 
         for note in notes:
             console.print(f"Note: {note}", style="yellow", markup=False)
         check_output(output, overwrite)  # once more: it may have been written meanwhile
-        model = cached_model(console)
+        fetch_model(console)
         findings = task.read_findings(assets.fetch(assets.FINDINGS, console))
         summaries = assets.fetch(assets.GENERAL_TEXTS, console)
-        settings = DemoSettings.chosen(quick=quick, bf16=computes_in_bf16(best_device()))
+        fetched = time.monotonic()
+        model = cached_model(console)
+        settings = DemoSettings.quick() if quick else DemoSettings()
         texts = task.read_general_texts(summaries, settings.general_texts)
-        return run_job(model, findings, texts, output, settings, console, start=start)
+        if minutes is None and not quick and best_device().type == "cpu":
+            minutes = _MINUTES
+        given = None if minutes is None else TimeGiven(minutes=minutes, since=fetched)
+        return run_job(model, findings, texts, output, settings, console, start=start, given=given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeGiven:
+    """In what time a demo should be done."""
+
+    minutes: float
+    since: float
+    """What the clock said when they began."""
+
+    def left(self, now: float) -> float:
+        """Seconds that are left; below 0 where it is over."""
+        return self.since + 60 * self.minutes - now
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -115,6 +123,8 @@ def run_job(
     console: Console,
     *,
     start: float | None = None,
+    given: TimeGiven | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Results:
     """Train on findings and measure; everything is written into `output`, in place of an earlier demo's parts.
 
@@ -125,19 +135,33 @@ def run_job(
         output: the folder to write.
         settings: how much is done.
         console: where progress and results are shown.
-        start: `time.monotonic()` at which the time of everything began. Default: now.
+        start: what the clock said when everything began. Default: now.
+        given: in what time: less than `settings` say is done, if that takes longer. Default: as long as it takes.
+        clock: seconds that only grow.
     """
-    start = time.monotonic() if start is None else start
+    start = clock() if start is None else start
     data = prepare_output(output, findings, texts, settings)
     console.print(
         f"The task: name the body system of a medical finding, one of {len({f.system for f in findings})}. "
         f"{settings.held_out_rows} of {len(findings):,} findings are held out.\n"
     )
     dtype = "bfloat16" if computes_in_bf16(best_device()) else "float32"
+    whole, step = settings, None
+    if given is not None:
+        step = _step_seconds(model_path, data, settings, dtype, console)
+        settings = pace.with_scores_that_fit(whole, step, given.left(clock()))
+        console.print(pace.what_is_scored(whole, settings, step) + "\n", soft_wrap=True)
+        texts = texts[: settings.general_texts]
     model, tokenizer = load_model_and_tokenizer(model_path, dtype=dtype)
+    began = clock()
     before = _measure(model, tokenizer, data, texts, settings, console, "before")
     del model
-    trained = train(_train_config(model_path, data, output, settings, dtype), console=console, show_result=False)
+    if given is not None and step is not None:
+        scoring = clock() - began
+        settings = pace.with_steps_that_fit(settings, step, scoring, given.left(clock()))
+        total = clock() + pace.seconds_to_come(settings, step, scoring) - given.since
+        console.print(pace.what_is_trained(whole, settings, step, given.minutes, total) + "\n", soft_wrap=True)
+    trained = train(_train_config(model_path, data.train, output, settings, dtype), console=console, show_result=False)
     console.print()
     after = _measure(trained.model, trained.tokenizer, data, texts, settings, console, "after")
     answers = _answer(trained.model, trained.tokenizer, data, console)
@@ -148,14 +172,19 @@ def run_job(
         before=before,
         after=after,
         training_rows=settings.steps * settings.batch_size,
-        held_out_rows=settings.held_out_rows,
+        held_out_rows=settings.scored,
         general_texts=len(texts),
         steps=trained.steps,
+        all_steps=whole.steps,
+        all_held_out_rows=whole.scored,
+        all_general_texts=whole.general_texts,
+        measured_step_seconds=step,
+        minutes=None if given is None else given.minutes,
         trainable_parameters=trained.trainable_parameters,
         total_parameters=trained.total_parameters,
         training_seconds=trained.seconds,
         tokens_per_second=trained.tokens_per_second,
-        total_seconds=time.monotonic() - start,
+        total_seconds=clock() - start,
         peak_memory=trained.peak_memory,
         merged_difference=difference,
         merged_scale=scale,
@@ -193,10 +222,22 @@ def prepare_output(output: Path, findings: list[task.Finding], texts: list[str],
     return data
 
 
-def _train_config(model: Path, data: DataFiles, output: Path, settings: DemoSettings, dtype: str) -> TrainConfig:
+def _step_seconds(model: Path, data: DataFiles, settings: DemoSettings, dtype: str, console: Console) -> float:
+    """How long a training step takes here: the mean of a few, in a run of their own of which nothing is kept."""
+    settings = replace(settings, steps=_TRIAL_STEPS)
+    with console.status("Trying out how long a training step takes here ..."), temporary_folder("demo") as folder:
+        rows = folder / "train.jsonl"
+        with data.train.open(encoding="utf-8") as lines:
+            rows.write_text("".join(islice(lines, settings.steps * settings.batch_size)), encoding="utf-8")
+        config = replace(_train_config(model, rows, folder, settings, dtype), warmup_steps=0)
+        tried = train(config, console=Terminal(quiet=True), show_result=False)
+    return tried.tokens / tried.tokens_per_second / tried.steps
+
+
+def _train_config(model: Path, data: Path, output: Path, settings: DemoSettings, dtype: str) -> TrainConfig:
     return TrainConfig(
         model=str(model),
-        data=str(data.train),
+        data=str(data),
         output=str(output / "adapter"),
         held_out=0,  # they are in a file of their own, and scored before and after
         max_steps=settings.steps,
@@ -219,7 +260,9 @@ def _measure(
     when: str,
 ) -> Measured:
     shown = console.is_terminal
-    scores = evaluate(model, tokenizer, load_examples(data.held_out), max_new_tokens=16, progress=shown)
+    examples = load_examples(data.held_out)
+    examples = examples.with_dataset(examples.dataset.select(range(min(settings.scored, len(examples)))))
+    scores = evaluate(model, tokenizer, examples, max_new_tokens=16, progress=shown)
     general = text_loss(model, tokenizer, texts, max_length=settings.text_length, progress=shown)
     assert scores.exact_match is not None
     console.print(
@@ -301,6 +344,11 @@ def _report(results: Results, output: Path, model: Path, console: Console) -> No
     console.print(answers_table(results))
     console.print(f"Trained on {results.training_rows:,} findings for {results.training_seconds:.0f} s:", style="bold")
     console.print(result_table(results))
+    if results.steps < results.all_steps:
+        console.print(
+            f"{results.steps} of {results.all_steps} steps were taken, to be done in time: with more of them the model "
+            "learns more.\n"
+        )
     console.print(
         Text.assemble("Everything is in ", (str(output), "bold"), " (picture: before_after.png). Next:\n"),
         soft_wrap=True,
@@ -308,7 +356,8 @@ def _report(results: Results, output: Path, model: Path, console: Console) -> No
     for command in (
         f"theodora chat {quoted(output / 'adapter')}",
         f"theodora info {quoted(output / 'adapter')}",
-        f"theodora evaluate --model {quoted(output / 'merged')} --data {quoted(output / 'data/held_out.jsonl')}",
+        f"theodora evaluate --model {quoted(output / 'merged')} --data {quoted(output / 'data/held_out.jsonl')}"
+        + (f" --limit {results.held_out_rows}" if results.held_out_rows < results.all_held_out_rows else ""),
         f"theodora train --model {quoted(model)} --data {quoted(output / 'data/train.jsonl')} --output runs/longer "
         "--num-train-epochs 1",
     ):

@@ -29,6 +29,20 @@ Converted by `theodora demo` from `{MODEL.member}` (4-bit weights, stored here i
 """
 
 
+def fetch_model(console: Console) -> Path | None:
+    """Give the file that the model is converted from, fetched if it is not there; None if it was converted before.
+
+    Raises:
+        UsageError: the package `gguf` is missing.
+        TheodoraError: the model cannot be fetched.
+    """
+    if (cache_folder() / NAME / "config.json").is_file():
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("The demo reads its model with the package gguf: python -m pip install 'gguf>=0.19'")
+    return fetch(MODEL, console)
+
+
 def cached_model(console: Console) -> Path:
     """Give the folder of the model, in the cache; fetched and converted if it is not there yet (about 25 s).
 
@@ -36,12 +50,9 @@ def cached_model(console: Console) -> Path:
         UsageError: the package `gguf` is missing.
         TheodoraError: the model cannot be fetched.
     """
-    folder = cache_folder() / NAME
-    if (folder / "config.json").is_file():
+    folder, source = cache_folder() / NAME, fetch_model(console)
+    if source is None:
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError("The demo reads its model with the package gguf: python -m pip install 'gguf>=0.19'")
-    source = fetch(MODEL, console)
     # transformers shows a bar here that no setting turns off, on the line that the status uses.
     with console.status(f"Converting {NAME} into a model folder, once ..."), redirect_stderr(StringIO()):
         convert(source, folder)

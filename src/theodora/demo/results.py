@@ -48,8 +48,17 @@ class Results:
     after: Measured
     training_rows: int
     held_out_rows: int
+    """Held-out rows that were scored."""
+    all_held_out_rows: int
+    """As many as are scored where time allows it."""
     general_texts: int
+    all_general_texts: int
     steps: int
+    all_steps: int
+    measured_step_seconds: float | None
+    """What a step took when it was tried out, by which the numbers above were chosen; None where they were not."""
+    minutes: float | None
+    """In which the demo was to be done."""
     trainable_parameters: int
     total_parameters: int
     training_seconds: float
@@ -77,8 +86,11 @@ def result_table(results: Results) -> Table:
     table.add_column("")
     table.add_column("before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", style="bold", no_wrap=True)
+    of_all = f" of {results.all_held_out_rows}" if results.held_out_rows < results.all_held_out_rows else ""
     table.add_row(
-        f"exact match, {results.held_out_rows} held-out rows", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}"
+        f"exact match, {results.held_out_rows}{of_all} held-out rows",
+        f"{before.exact_match:.1%}",
+        f"{after.exact_match:.1%}",
     )
     table.add_row("loss on held-out rows", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row(

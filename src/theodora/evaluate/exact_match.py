@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,13 +100,36 @@ def _in_a_batch(
     """Tokens of the answers to some of the prompts, by `generate`, with padding behind them."""
     batch = [prompts[i] for i in indices]
     width, pad_token = max(map(len, batch)), rules.ends[0]
-    output: Any = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
-        input_ids=pad(batch, pad_token, left=True).to(model.device),
-        attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(model.device),
-        generation_config=decoding(rules.ends, max_new_tokens),
-        stopping_criteria=StoppingCriteriaList([_Judge(rules, indices, width)]),
-    )
+    with _head_reads_one_piece(model):
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
+            input_ids=pad(batch, pad_token, left=True).to(model.device),
+            attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(model.device),
+            generation_config=decoding(rules.ends, max_new_tokens),
+            stopping_criteria=StoppingCriteriaList([_Judge(rules, indices, width)]),
+        )
     return output[:, width:].tolist()
+
+
+@contextmanager
+def _head_reads_one_piece(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the output head is given contiguous tensors.
+
+    The states at the last position of each row are a view with gaps. torch multiplies such a view by a frozen weight
+    row by row, and copies the weight for each row first: gigabytes, and much of the time where the vocabulary is large.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: tuple(map(_in_one_piece, args)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _in_one_piece(given: Any) -> Any:
+    return given.contiguous() if isinstance(given, Tensor) else given
 
 
 class _Rules:
