@@ -221,21 +221,32 @@ def test_a_cpu_of_avx2_alone(monkeypatch):
 @pytest.mark.long
 def test_it_runs_and_reports(tmp_path):
     output, figure = tmp_path / "jobs.json", tmp_path / "jobs.png"
-    words = ["--tiny", "--steps", "3", "--rows", "20", "--rounds", "2", "--ways", "dora", "peft-lora"]
+    words = [
+        "--tiny",
+        "--steps",
+        "3",
+        "--rows",
+        "20",
+        "--rounds",
+        "2",
+        "--ways",
+        "dora",
+        "peft-lora",
+        "--kinds",
+        "text",
+    ]
+    words += ["--jobs", "b", "d", "e"]
     command = [sys.executable, scripts.ROOT / SCRIPT, "--output", output, "--figure", figure, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["jobs"]
-    trained = ["dora", "peft-lora"]
     assert {name: [*job["ways"]] for name, job in found.items()} == {
-        "a": trained,
-        "b": [*trained, "bare"],
-        "c": [*trained, "bare"],
+        "b": ["dora", "peft-lora", "bare"],
         "d": ["evaluate"],
         "e": ["tokenize", "tokenize-all"],
     }
     for job in found.values():
         for way, taken in job["ways"].items():
             assert [run["first"] for run in taken["runs"]] == [True, False][: 1 if way == "tokenize-all" else 2]
-    assert "| a | TRL + PEFT LoRA |" in done.stdout
+    assert "| b | TRL + PEFT LoRA |" in done.stdout
     assert figure.read_bytes().startswith(b"\x89PNG")
