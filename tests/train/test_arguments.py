@@ -2,6 +2,8 @@
 
 import accelerate.state
 import pytest
+import torch
+from trl.trainer.sft_config import SFTConfig
 
 import tiny
 from theodora.config import TrainConfig
@@ -90,3 +92,11 @@ def test_a_process_alone_does_not_look_at_gpus_links(monkeypatch, environment, a
     with links_unasked():
         assert (accelerate.state.check_cuda_p2p_ib_support is look) == asked
     assert accelerate.state.check_cuda_p2p_ib_support is look
+
+
+@pytest.mark.parametrize(("device", "rows", "expected"), [("cpu", 16, 8), ("cuda", 16, 32), ("cuda", 1, 8)])
+def test_an_evaluation_takes_more_rows_on_a_gpu(tmp_path, monkeypatch, device, rows, expected):
+    monkeypatch.setattr(SFTConfig, "device", property(lambda self: torch.device(device)))
+    made = arguments(tmp_path, per_device_train_batch_size=rows)
+    assert made.per_device_eval_batch_size == expected
+    assert arguments(tmp_path, per_device_eval_batch_size=3).per_device_eval_batch_size == 3

@@ -129,7 +129,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     recomputes = config.gradient_checkpointing
     if recomputes is None and (recomputes := model.num_parameters() >= _LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
-    config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes)
+    rows = arguments.per_device_eval_batch_size
+    config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
     if (config.packing and arguments.packing_strategy != "wrapped") and not tried(
         "packing", model, lambda: packing_is_safe(model), is_true
     ):
