@@ -90,6 +90,21 @@ def test_the_distance_ends_where_tokens_part():
     assert trial.distance([parted, other]) == pytest.approx(0.6 / 6, abs=1e-4)  # 2 tokens of one, 4 of the other
 
 
+def test_capped_scores_are_served_capped():
+    made = engine(tiny_model("gemma2", attn_logit_softcapping=0.5))
+    prompt = [n % 250 + 3 for n in range(40)]
+    try:
+        made.start()
+        request = made.submit(prompt, Sampling(max_tokens=16, temperature=0.0))
+        while not (output := request.updates.get(timeout=60)).is_finished():
+            pass
+    finally:
+        made.stop()
+    with torch.no_grad():
+        tokens = expected(tiny_model("gemma2", attn_logit_softcapping=0.5), prompt, 16)[0]
+        assert output.generated_tokens == tokens != expected(tiny_model("gemma2"), prompt, 16)[0]
+
+
 def test_longrope_is_served_up_to_where_its_frequencies_change():
     """Beyond, a long request would change the frequencies of the short ones beside it."""
     made = engine(tiny_model("phi3", **LONGROPE), page_size=16)

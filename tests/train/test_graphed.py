@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import masking_utils
+from transformers import masking_utils, modeling_utils
 from trl.trainer.sft_trainer import SFTTrainer
 
 from formula import DEVICE
@@ -186,6 +186,19 @@ def test_what_the_host_knows_of_packed_rows_changes_nothing(lengths, tiny_model)
         expected = model(**batch).logits
         with packed_rows() if len(lengths) > 1 else whole_rows():
             assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [packed_rows, whole_rows])
+def test_no_model_looks_at_its_tokens_for_padding(rows, tiny_model, monkeypatch):
+    model, said = tiny_model("gpt2"), []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    batch = {"input_ids": torch.full((1, 4), model.config.pad_token_id), "position_ids": torch.arange(4)[None]}
+    with torch.no_grad(), rows():
+        model(**batch)
+    assert not said
+    with torch.no_grad():
+        model(**batch)
+    assert said
 
 
 def test_random_states_are_kept_for_those_who_draw(run, tiny_model):

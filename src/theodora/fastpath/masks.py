@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from theodora.patches import replaced
 
@@ -20,7 +20,7 @@ def whole_rows() -> Iterator[None]:
     so and builds a full mask, with which attention takes twice as long. Nothing public says "no".
     """
     no_search = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
-    with replaced(masking_utils, **no_search):
+    with replaced(masking_utils, **no_search), _no_look_for_padding():
         yield
 
 
@@ -36,5 +36,10 @@ def packed_rows() -> Iterator[None]:
         with replaced(masking_utils, is_tracing=lambda tensor=None: True):
             return search(position_ids)
 
-    with replaced(masking_utils, find_packed_sequence_indices=search_unasked):
+    with replaced(masking_utils, find_packed_sequence_indices=search_unasked), _no_look_for_padding():
         yield
+
+
+def _no_look_for_padding() -> AbstractContextManager[None]:
+    """Inside the block GPT-2 does not read its first and last tokens, for a warning of padding without a mask."""
+    return replaced(PreTrainedModel, warn_if_padding_and_no_attention_mask=lambda *_: None)

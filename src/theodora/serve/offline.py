@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -24,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from theodora.errors import TheodoraError
 from theodora.layers.norm_cache import looked_at_once
+from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
 from theodora.serve.trial import Trial, heads_differ
 from theodora.serve.watch import mask_with_infinity
@@ -164,8 +166,6 @@ def runnable(model: Any) -> Any:
     text: Any = base.config.get_text_config()
     if heads_differ(text):
         raise Unfit("its layers have heads of different sizes")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise Unfit("its attention caps scores, which transformers' attention over pages does not")
     return base
 
 
@@ -251,6 +251,7 @@ def _as_when_answering(model: Any) -> Iterator[None]:
 def _paged_attention(model: Any) -> Iterator[None]:
     """The model's attention by pages, of the kind that it has: another kernel would round otherwise."""
     before = model.config._attn_implementation
+    cap_scores()
     if before == "eager" and model.dtype == torch.float16:
         # Its scores are float16: another row's large key makes them infinite, whatever the mask.
         raise Unfit("attention without a kernel does not keep rows apart in float16")
@@ -336,6 +337,8 @@ class _Manager(ContinuousBatchingManager):
         self._hook = self.model.register_forward_pre_hook(before, with_kwargs=True)
         runner: Any = processor.model_runner
         ios: Any = processor.inputs_and_outputs
+        if ios.compute_stream is not None:
+            ios.compute_stream = _compute_stream(ios.compute_stream.device)
         choose, stream = runner._get_forward_fn, ios.compute_stream
 
         def forward(use_block_table: bool) -> tuple[Any, bool]:
@@ -360,6 +363,12 @@ class _Manager(ContinuousBatchingManager):
             vars(processor.model_runner).pop("_get_forward_fn", None)
             vars(processor.cache).pop("update", None)
         self.destroy()
+
+
+@cache
+def _compute_stream(device: torch.device) -> Any:
+    """One for all runs: cuBLAS keeps a workspace (32 MiB on an H200) for every stream that it has run on."""
+    return torch.cuda.Stream(device)
 
 
 def _greedy(model: Any, asked: _Asked) -> GenerationConfig:

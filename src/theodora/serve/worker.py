@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from theodora.serve.batching import NotRun, RoutedManager, Router
+from theodora.serve.capped_attention import cap_scores
 from theodora.serve.config import ServeConfig
 from theodora.serve.errors import Unavailable
 from theodora.serve.requests import Request, Sampling
@@ -137,6 +138,7 @@ class Worker:
     def _running_manager(self) -> RoutedManager:
         model = self._model
         attention = model.config._attn_implementation
+        cap_scores()
         try:
             with _without_reports():
                 manager = self._new_manager()
