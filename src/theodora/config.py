@@ -278,8 +278,9 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl; below 1 a share of all steps."""
     eval_steps: float = 0.1
     """Steps between two evaluations of the held-out rows; below 1 a share of all steps."""
-    per_device_eval_batch_size: int = 8
-    """Rows in a forward pass of an evaluation, on each device."""
+    per_device_eval_batch_size: int | None = None
+    """Rows in a forward pass of an evaluation, on each device. Default: 8, and on a GPU twice as many as in training,
+    whose passes keep more in memory, if that is more."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a better held-out loss, and keep the best adapter."""
     save_steps: float = 0.1

@@ -74,6 +74,11 @@ def test_the_folder_of_one_model_is_not_kept(library):
         assert len(module.READ) == 1
 
 
+def test_a_version_without_the_function_is_imported_all_the_same(library):
+    (library.models.parent / "utils" / "import_utils.py").write_text("OTHER = 1\n")
+    assert library().OTHER == 1
+
+
 def test_nothing_stays_where_nothing_was_imported():
     before = list(sys.meta_path)
     with exports_kept():

@@ -12,7 +12,9 @@ import torch
 from transformers import GenerationConfig
 
 from serving import trained
-from theodora import adapter_disabled
+from theodora import adapter_disabled, inject_adapter
+from theodora.adapters.state import trained_tensors
+from theodora.config import AdapterConfig
 from theodora.evaluate.decoding import decoding
 from theodora.serve import offline
 from theodora.serve.offline import Unfit, answer_together, runnable
@@ -189,6 +191,40 @@ def test_a_model_is_tried_once(monkeypatch):
     for _ in range(2):
         together(model, prompts_of((3, 5)))
     assert len(tried) == 1
+
+
+def test_a_model_that_was_fit_is_not_tried_at_the_next_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
+    tried = []
+    of = offline.Trial.of
+    monkeypatch.setattr(offline.Trial, "of", lambda *args: tried.append(1) or of(*args))
+
+    def runs(model):
+        tried.clear()
+        answers = together(model, prompts_of((3, 5)))
+        return answers, len(tried)
+
+    def model(alpha=8.0):
+        torch.manual_seed(0)
+        return inject_adapter(tiny_model(), AdapterConfig(rank=2, alpha=alpha))
+
+    first, again = runs(model()), runs(model())
+    assert (first[1], again[1]) == (1, 0)
+    assert first[0] == again[0]
+    assert runs(model(alpha=16.0))[1] == 1
+    other = model()
+    next(iter(trained_tensors(other).values())).data[0] += 1
+    assert runs(other)[1] == 1
+
+
+def test_why_a_model_is_unfit_is_found_out_each_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
+    tried = []
+    monkeypatch.setattr(offline, "_why_unfit", lambda model: tried.append(1) or "it is not")
+    for _ in range(2):
+        with pytest.raises(Unfit, match="it is not"):
+            together(tiny_model(), prompts_of((3, 5)))
+    assert len(tried) == 2
 
 
 def test_settings_that_pick_otherwise_are_for_generate():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import accelerate.state
 import pytest
 import torch
+from trl.trainer.sft_config import SFTConfig
 
 import tiny
 from theodora.config import TrainConfig
@@ -117,3 +118,11 @@ def test_bf16_is_chosen_where_its_instructions_are_and_are_used(found, onednn, e
     assert choose_precision(config, arguments).bf16 is expected
     for asked in (True, False):  # what the user says holds
         assert choose_precision(replace(config, bf16=asked), arguments).bf16 is asked
+
+
+@pytest.mark.parametrize(("device", "rows", "expected"), [("cpu", 16, 8), ("cuda", 16, 32), ("cuda", 1, 8)])
+def test_an_evaluation_takes_more_rows_on_a_gpu(tmp_path, monkeypatch, device, rows, expected):
+    monkeypatch.setattr(SFTConfig, "device", property(lambda self: torch.device(device)))
+    made = arguments(tmp_path, per_device_train_batch_size=rows)
+    assert made.per_device_eval_batch_size == expected
+    assert arguments(tmp_path, per_device_eval_batch_size=3).per_device_eval_batch_size == 3

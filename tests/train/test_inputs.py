@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from theodora.adapters.conditions import hash_of_weights
 from theodora.config import TrainConfig
 from theodora.data import load_examples
 from theodora.errors import ConfigError
@@ -16,7 +17,6 @@ from theodora.train.inputs import (
     KeepInputs,
     changes_since,
     hash_of_tokens,
-    hash_of_weights,
     inputs_of,
     missing_random_state,
     write_inputs,

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from trl.trainer.sft_trainer import SFTTrainer
 
 from theodora.config import TrainConfig
 from theodora.data.packing import packed_batch
@@ -80,3 +81,33 @@ def test_pieces_hold_the_rows_between_them_and_what_is_learned_of_them():
     assert len(split(batch, 16)) == 4
     labels[:, 0] = labels[:, 7] = 1  # learned across the bound of documents: not a place to cut
     assert [part["input_ids"].shape[1] for part in split({**batch, "labels": labels}, 2)] in ([5, 11], [13, 3])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_evaluation_that_does_not_fit_goes_on_with_half_of_it(run, tmp_path, losses, monkeypatch, request, fused):
+    if fused:
+        request.getfixturevalue("made")
+    settings = {"max_steps": 1, "held_out": 8, "per_device_eval_batch_size": 8}
+    run(output=str(tmp_path / "roomy"), **settings)
+    predict, sizes = SFTTrainer.prediction_step, []
+
+    def short_of_memory(self, model, inputs, *args, **kwargs):
+        sizes.append(int((inputs["labels"] != -100).sum()))
+        if inputs["input_ids"].numel() > 70:
+            raise torch.OutOfMemoryError("out of memory")
+        return predict(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", short_of_memory)
+    run(output=str(tmp_path / "tight"), **settings)
+    assert len(sizes) > 4  # two evaluations, of more than one batch and its halves
+    expected = losses(tmp_path / "roomy", "eval_loss")
+    assert losses(tmp_path / "tight", "eval_loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_of_one_row_that_does_not_fit_fails(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", full)
+    with pytest.raises(TheodoraError, match="Out of memory"):
+        run(max_steps=1, held_out=8)

@@ -7,8 +7,8 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_callback import CallbackHandler
 
 from theodora.adapters import inject_adapter
+from theodora.adapters.conditions import hash_of_weights
 from theodora.config import AdapterConfig
-from theodora.train.inputs import hash_of_weights
 from theodora.train.text_only import check_continues_text, without_gradient
 from theodora.train.tried import is_true, know, tried
 

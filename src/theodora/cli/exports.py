@@ -29,7 +29,7 @@ Structure = dict[frozenset[str], dict[str, set[str]]]
 @contextmanager
 def exports_kept() -> Iterator[None]:
     """Around an import of transformers, which it does not bring about."""
-    finder = _WhenImported(_WHERE, lambda module: wrap_once(module, _FUNCTION, lambda find: _keeping(module, find)))
+    finder = _WhenImported(_WHERE, _keep)
     if _WHERE not in sys.modules:
         sys.meta_path.insert(0, finder)  # pyright: ignore[reportArgumentType]
     try:
@@ -57,10 +57,16 @@ class _WhenImported:
 
         def exec_module(module: Any) -> None:
             load(module)
-            self._then(module)
+            if module.__name__ == self._name:  # some loaders load others, too
+                self._then(module)
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def _keep(module: Any) -> None:
+    if hasattr(module, _FUNCTION):  # versions to come may have another
+        wrap_once(module, _FUNCTION, lambda find: _keeping(module, find))
 
 
 def _keeping(module: Any, find: Callable[..., Structure]) -> Callable[..., Structure]:

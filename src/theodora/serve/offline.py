@@ -23,7 +23,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
+from theodora.adapters.conditions import conditions, hash_of_weights
+from theodora.adapters.state import find_state
 from theodora.errors import TheodoraError
+from theodora.kept import kept
 from theodora.layers.norm_cache import looked_at_once
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
@@ -182,13 +185,26 @@ def _tried(model: Any) -> None:
     how = _how(model)
     known = _VERDICTS.get(model)
     if known is None or known[0] != how:
-        known = _VERDICTS[model] = (how, _why_unfit(model))
+        known = _VERDICTS[model] = (how, _verdict(model))
     if known[1] is not None:
         raise Unfit(known[1])
 
 
 def _how(model: Any) -> tuple[Any, ...]:
     return model.dtype, model.device, model.config._attn_implementation
+
+
+def _verdict(model: Any) -> str | None:
+    """`_why_unfit`; that nothing speaks against a model is kept for the next start with the very same one."""
+    # What is stored in a byte is no part of its hash.
+    plain = all(p.is_floating_point() and p.element_size() > 1 and not p.is_meta for p in model.parameters())
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        known = conditions(model, hash_of_weights(model)) if plain else None
+        if known is None:
+            return _why_unfit(model)
+        state = find_state(model)
+        known["adapter"] = None if state is None else [state.active, state.merged, repr(state.configs)]
+        return kept("tried-answering-together", known, lambda: _why_unfit(model), lambda why: why is None)
 
 
 def _why_unfit(model: Any) -> str | None:

@@ -50,6 +50,9 @@ _NO_CPU = {
 # The least that makes sense of options that SFTConfig takes as they are, and torch refuses in the middle of a run.
 _LEAST = {"dataloader_num_workers": 0, "neftune_noise_alpha": 0, "eval_accumulation_steps": 1}
 
+_EVAL_ROWS = 8
+"""Rows in a pass of an evaluation, at least, unless told otherwise."""
+
 # Arguments of from_pretrained that have to be said elsewhere, or not at all.
 _NOT_OF_LOADING = {
     "trust_remote_code": "it is an option of its own, which only the flag --trust-remote-code grants",
@@ -90,7 +93,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size or _EVAL_ROWS,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
@@ -130,6 +133,8 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
             arguments = SFTConfig(**values | other)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
+    if config.per_device_eval_batch_size is None and arguments.device.type != "cpu":
+        arguments.per_device_eval_batch_size = max(_EVAL_ROWS, 2 * config.per_device_train_batch_size)
     _check_model_options(arguments.model_init_kwargs, config.trust_remote_code)
     _check_values(arguments)
     _check_optimizer(arguments)

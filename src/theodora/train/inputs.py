@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from theodora.config import TrainConfig
@@ -26,7 +24,6 @@ from theodora.files.read_back import write_json
 
 INPUTS_FILE = "inputs.json"
 _ROWS_AT_ONCE = 1000
-_SMALL = 1 << 20  # bytes of a tensor up to which sha256 costs nothing
 # Options that change which tokens rows become, and which values the base model has.
 _TOKENS = (
     *("model", "revision", "from_adapter", "use_chat_template", "train_on", "max_length"),
@@ -177,22 +174,3 @@ def hash_of_tokens(rows: Dataset) -> str:
             for part in (column.value_lengths(), column.flatten()):
                 hashed.update(part.to_numpy(zero_copy_only=False).tobytes())
     return hashed.hexdigest()
-
-
-def hash_of_weights(model: nn.Module) -> str:
-    """The hash of a model's parameters by name; large ones go into it by torch's own hash, which is fast."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(_stored(model)):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.nbytes <= _SMALL:
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            hashed.update(str(int(torch.hash_tensor(tensor).item())).encode())
-    return hashed.hexdigest()
-
-
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters that are as the files have them: not what was quantised on loading, which devices do differently."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta:
-            yield name, parameter.detach()

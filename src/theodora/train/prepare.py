@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
+from theodora.adapters.conditions import hash_of_weights
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
 from theodora.adapters.state import adapter_layers
@@ -36,7 +37,6 @@ from theodora.train.arguments import Precision, choose_precision
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
-from theodora.train.inputs import hash_of_weights
 from theodora.train.processes import Processes
 from theodora.train.resumed import Past
 from theodora.train.text_only import check_continues_text
@@ -129,7 +129,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     recomputes = config.gradient_checkpointing
     if recomputes is None and (recomputes := model.num_parameters() >= _LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
-    config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes)
+    rows = arguments.per_device_eval_batch_size
+    config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
     if (config.packing and arguments.packing_strategy != "wrapped") and not tried(
         "packing", model, lambda: packing_is_safe(model), is_true
     ):

@@ -15,6 +15,7 @@ from theodora.kernels.graph import GraphedStep
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
+from theodora.train.out_of_memory import split
 from theodora.train.packed_rows import takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
 
@@ -117,11 +118,16 @@ class PassOverrides(LossOverrides):
         """Let go of the graphs and their memory, for good; whether there were any."""
         return self._graphed is not None and self._graphed.release(why)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it."""
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it, and then goes on
+        with half of the rows at a time, whose losses add up to the same."""
         try:
-            return super().prediction_step(*args, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         except torch.OutOfMemoryError:
-            if not self.release_graphs("evaluation needs the memory"):
+            again = [inputs] if self.release_graphs("evaluation needs the memory") else split(dict(inputs), 2)
+            if again[0] is not inputs and not (len(again) > 1 and prediction_loss_only and self.processes.alone):
                 raise
-            return super().prediction_step(*args, **kwargs)
+        # Outside the handler, which holds what did not fit.
+        return [self.prediction_step(model, part, prediction_loss_only, *args, **kwargs) for part in again][-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import Trainer, TrainerState
 
 from theodora.files.atomic import atomic_write, flush
 from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
-from theodora.files.read_back import check_tokenizer, unlike
+from theodora.files.read_back import TOKENIZER_NAME, check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE, write_inputs
 from theodora.train.processes import Processes
 
@@ -61,14 +62,17 @@ def read_back(trainer: Trainer, checkpoint: Path) -> None:
     for path in checkpoint.rglob("*"):
         if path.is_file():
             flush(path)
-    found = _unreadable(checkpoint)
+    tokenizer = trainer.processing_class
+    has_tokenizer = tokenizer is not None and (checkpoint / "tokenizer_config.json").is_file()
+    if has_tokenizer:
+        check_tokenizer(tokenizer, checkpoint)
+    native = has_tokenizer and getattr(tokenizer, "backend_tokenizer", None) is not None
+    found = _unreadable(checkpoint, {TOKENIZER_NAME} if native else set())
     if found:
         raise unlike(checkpoint / found[0].split()[0], found[0])
     state = TrainerState.load_from_json(str(checkpoint / _STATE))
     if state.global_step != trainer.state.global_step or len(state.log_history) != len(trainer.state.log_history):
         raise unlike(checkpoint / _STATE, f"it says step {state.global_step}")
-    if trainer.processing_class is not None and (checkpoint / "tokenizer_config.json").is_file():
-        check_tokenizer(trainer.processing_class, checkpoint)
 
 
 def note_divergence(checkpoint: Path, reason: str) -> None:
@@ -147,8 +151,8 @@ def _state_faults(checkpoint: Path) -> list[str]:
     return []
 
 
-def _unreadable(checkpoint: Path) -> list[str]:
-    """Files that show their damage by themselves."""
+def _unreadable(checkpoint: Path, known: Collection[str] = ()) -> list[str]:
+    """Files that show their damage by themselves; `known` ones were compared with what they are to hold."""
     archives = sorted({path for pattern in _ARCHIVES for path in checkpoint.glob(pattern)})
     found = [f"{path.name} is damaged: {why}" for path in archives if (why := _archive_fault(path))]
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -158,6 +162,8 @@ def _unreadable(checkpoint: Path) -> list[str]:
         except (SafetensorError, OSError) as error:
             found.append(f"{path.name} is damaged: {error}")
     for path in sorted(checkpoint.glob("*.json")):
+        if path.name in known:
+            continue
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:

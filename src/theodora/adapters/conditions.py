@@ -1,0 +1,111 @@
+"""What an answer of a model depends on, for those that keep answers from start to start (`theodora.kept`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import theodora
+from theodora import kernels
+
+_KNOWN_CODE = {"torch", "transformers", "theodora"}
+_SMALL = 1 << 20  # bytes of a tensor up to which sha256 costs nothing
+
+
+def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
+    """All that a model's answers depend on, as JSON takes it; None where nobody knows all of it.
+
+    Args:
+        model: of a class of transformers' or ours.
+        weights: `hash_of_weights` of it, or of what it was made from.
+    """
+    device = model.device
+    if any(_root(module) not in _KNOWN_CODE for module in model.modules()):
+        return None
+    try:
+        config = json.loads(model.config.to_json_string(use_diff=False))
+    except (TypeError, ValueError):
+        return None
+    return {
+        "weights": weights,
+        "config": config,
+        "attention": model.config.get_text_config()._attn_implementation,  # pyright: ignore[reportPrivateUsage]
+        "modules": _structure(model),
+        "code": _code(),
+        "own_code": _file(sys.modules[_own_class(model).__module__].__file__),
+        "device": str(device),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "fast": kernels.fast(),
+        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "precision": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+    }
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class from the library that the model is of, below those that we have made."""
+    return next(each for each in type(module).__mro__ if not each.__module__.startswith("theodora"))
+
+
+def _root(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _structure(model: nn.Module) -> str:
+    """The hash of what stands where, of which class and dtype, what is trained, and what was put in anybody's way."""
+    modules = [
+        f"{path} {type(m).__module__} {type(m).__qualname__} {'forward' in vars(m)} "
+        f"{len(m._forward_hooks)} {len(m._forward_pre_hooks)}"  # pyright: ignore[reportPrivateUsage]
+        for path, m in model.named_modules()
+    ]
+    parameters = [f"{name} {p.dtype} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
+    return hashlib.sha256("\n".join([*modules, *parameters]).encode()).hexdigest()
+
+
+@cache
+def _code() -> list[Any]:
+    """Versions of what runs a model, and the state of our own files."""
+    versions: list[str] = [sys.version, torch.__version__]
+    for library in ("transformers", "trl", "triton", "liger-kernel"):
+        try:
+            versions.append(metadata.version(library))
+        except metadata.PackageNotFoundError:
+            versions.append("none")
+    own = sorted(Path(theodora.__file__).parent.rglob("*.py"))
+    return [*versions, hashlib.sha256(repr([_file(str(path)) for path in own]).encode()).hexdigest()]
+
+
+def _file(path: str | None) -> list[Any]:
+    if path is None:
+        return []
+    found = Path(path).stat()
+    return [path, found.st_size, found.st_mtime_ns]
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """The hash of a model's parameters by name; large ones go into it by torch's own hash, which is fast."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(_stored(model)):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.nbytes <= _SMALL:
+            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            hashed.update(str(int(torch.hash_tensor(tensor).item())).encode())
+    return hashed.hexdigest()
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that are as the files have them: not what was quantised on loading, which devices do differently."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta:
+            yield name, parameter.detach()
