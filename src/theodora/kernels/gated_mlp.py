@@ -42,7 +42,7 @@ from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
 from theodora.kernels.recompute import once_in_a_block
 
-_MOST_DH = 2**27  # bytes
+_MOST_DH = 2**28  # bytes; as many as logits are held at once, before whose end all blocks hold what they keep
 
 
 class Stacks(NamedTuple):

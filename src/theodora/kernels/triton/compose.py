@@ -24,12 +24,12 @@ from theodora.kernels.triton.common import (
     sum_rows,
 )
 
-# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
-_FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
+# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100 and, at rank 16, on an H200.
+_FORWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
 _BACKWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (64, 64, 8, 3), 128: (32, 128, 8, 3)}
-_BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (16, 64, 4, 3), 32: (16, 64, 4, 3)}
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 1056, 384
-"""How many share the work: what the GPU has room for at once, or twice that, because the last of them work alone."""
+_BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (32, 64, 4, 3), 32: (32, 64, 4, 3)}
+_PROGRAMS = {"forward": 1056, "backward": 528, "from output": 384}
+"""How many share the work."""
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
@@ -98,7 +98,7 @@ def compose(
     block = rank_block(rank)
     bt, bo, warps, stages = fitting(_FORWARD[block], z.dtype)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt, _FORWARD_PROGRAMS)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _PROGRAMS["forward"])
     _compose[(blocks, chunks)](
         z, other1, other2, xa, b, magnitude, norm, bias, residual, y, tokens, outputs, rank, size,
         z.stride(0), _row(other1), _row(other2), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0,
@@ -202,7 +202,7 @@ def compose_backward_into(
     block = rank_block(rank)
     bt, bo, warps, stages = fitting((_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block], dy.dtype)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt, _BACKWARD_PROGRAMS)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _PROGRAMS["from output" if from_output else "backward"])
     if z is not None:
         z = row_contiguous(z)
     if low:
