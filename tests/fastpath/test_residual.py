@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
+from formula import DEVICE
 from steps import IDS, adapted, expected, needs_triton, same, step
 from theodora.fastpath.accelerate import speed_up_model
-from theodora.kernels import fused, rms_norm
+from theodora.kernels import fused, gated_mlp, rms_norm
 from theodora.kernels.operators import interpreted
 
 pytestmark = needs_triton
@@ -19,13 +20,14 @@ pytestmark = needs_triton
 @pytest.fixture
 def made(monkeypatch):
     """Counts the states that were made again."""
-    count, own = [0], fused._output_onto
+    count = [0]
+    for module in (fused, gated_mlp):
 
-    def counted(*args):
-        count[0] += 1
-        return own(*args)
+        def counted(*args, own=module._output_onto):
+            count[0] += 1
+            return own(*args)
 
-    monkeypatch.setattr(fused, "_output_onto", counted)
+        monkeypatch.setattr(module, "_output_onto", counted)
     return count
 
 
@@ -37,10 +39,12 @@ def test_gradients_are_those_of_a_kept_state_to_the_bit(family, dtype, made, mon
     model = adapted(family, blocks=3, dtype=dtype)
     speed_up_model(model)
     found = step(model)
-    assert made[0] == 2  # nothing flows into the first block, whose norm has nothing to learn from
+    # States of three blocks, and the last norm's: h'₀, which the first norm with a gradient reads, is kept, and what
+    # comes fourth behind it.
+    assert made[0] == 4
     monkeypatch.setattr(rms_norm, "remade", lambda x: None)
     kept = step(model)
-    assert made[0] == 2
+    assert made[0] == 4
     for name, value in kept.items():
         assert torch.equal(found[name], value), name
 
@@ -77,18 +81,23 @@ class Between(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [lambda x: 2 * x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x[:, :1]],
-    ids=["scaled", "copied", "broadcast"],
+    ("change", "states"),
+    [
+        (lambda x: x, 3),
+        (lambda x: 2 * x, 2),
+        (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), 2),
+        (lambda x: x[:, :1], 2),
+    ],
+    ids=["nothing", "a scale", "a copy", "a part"],
 )
-def test_what_stands_between_a_layer_and_the_sum_is_not_passed_over(change, made):
+def test_what_stands_between_a_layer_and_the_sum_is_not_passed_over(change, states, made):
     model = adapted(blocks=2)
     block = model.model.layers[1]
     block.self_attn = Between(block.self_attn, change)
     wanted = expected(model)
     speed_up_model(model)
     same(step(model), wanted)
-    assert made[0] == 0
+    assert made[0] == states
 
 
 def test_hooks_on_what_is_saved_keep_it(made):
@@ -98,3 +107,12 @@ def test_hooks_on_what_is_saved_keep_it(made):
     with save_on_cpu():
         same(step(model), wanted)
     assert made[0] == 0
+
+
+def test_half_precision_added_to_float32_is_not_made_again(made):
+    model = adapted(blocks=2)
+    speed_up_model(model)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = step(model)
+    assert made[0] == 0
+    assert all(bool(value.isfinite().all()) for value in found.values())

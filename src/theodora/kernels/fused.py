@@ -94,7 +94,8 @@ class _AdaptedLinears(torch.autograd.Function):
             for y, output in zip(ys, ctx.outputs, strict=True):
                 note_output(y, output)
         # What one layer's output is added to, and the z that it keeps, let the residual stream do without the sum.
-        ctx.output_onto = _output_onto if len(layers) == 1 and _remakes(layers[0], kept[0], xa) else None
+        ctx.output_dtype = x_TI.dtype
+        ctx.output_onto = _output_onto if len(layers) == 1 and remakes(layers[0], kept[0], xa) else None
         ctx.set_materialize_grads(False)
         save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
         return tuple(ys)
@@ -144,19 +145,10 @@ class _AdaptedLinears(torch.autograd.Function):
         return found.dx_TI, dx_lora, None, None, None, None, *flat_gradients(ctx.forms, gradients)
 
 
-def _remakes(layer: Parts, z_TO: Tensor | None, xa_TR: Tensor | None) -> bool:
-    """Whether `_output_onto` can make the layer's output from z to the bit."""
-    if z_TO is None or xa_TR is None or layer.norm_O is None or torch.compiler.is_compiling():
-        return False
-    return in_one_pass(z_TO, layer)
-
-
 def _output_onto(node: Any, residual_TO: Tensor) -> Tensor:
-    """residual + y of the one layer of `node`, rounded as the forward pass and an addition after it have rounded."""
+    """residual + y of the one layer of `node`."""
     _, (xa, z, *tensors) = saved_input(node)
-    (layer,) = layers_of(node.forms, tensors)
-    y, magnitude = (xa, layer.b_OR, layer.scale), layer.magnitude_O
-    return compose_onto(z, *y, magnitude, layer.norm_O, layer.bias_O, residual_TO)
+    return layer_onto(layers_of(node.forms, tensors)[0], z, xa, residual_TO)
 
 
 # The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
@@ -256,6 +248,19 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
     if norm is None or magnitude is None:
         return z_TO if bias is None else z_TO + bias, None
     return _scale_rows(z_TO, magnitude, norm, bias), z_TO
+
+
+def remakes(layer: Parts, z_TO: Tensor | None, xa_TR: Tensor | None) -> bool:
+    """Whether `layer_onto` can make the layer's output from z to the bit."""
+    if z_TO is None or xa_TR is None or layer.norm_O is None or torch.compiler.is_compiling():
+        return False
+    return in_one_pass(z_TO, layer)
+
+
+def layer_onto(layer: Parts, z_TO: Tensor, xa_TR: Tensor, residual_TO: Tensor) -> Tensor:
+    """residual + y, rounded as `composed` and an addition after it have rounded."""
+    factors, magnitude, norm = (xa_TR, layer.b_OR, layer.scale), layer.magnitude_O, layer.norm_O
+    return compose_onto(z_TO, *factors, magnitude, norm, layer.bias_O, residual_TO)
 
 
 @dataclass(frozen=True, slots=True)

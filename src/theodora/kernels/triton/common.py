@@ -98,7 +98,7 @@ def sum_chunks(parts: Tensor, out: Tensor) -> Tensor:
 @triton.jit
 def _sum_rows(db_parts, dg_parts, norm, db, dm, O, SIZE, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
               BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
-    """Programs for dB come first, those for dm behind them. TOGETHER chunks are loaded at once: there is little else."""
+    """Programs for dB come first, those for dm behind them. TOGETHER chunks are loaded at once, to wait once."""
     program = tl.program_id(0)
     own = 0
     if LOW:
