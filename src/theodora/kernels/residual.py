@@ -70,11 +70,11 @@ def remade(x: Tensor) -> Remade | None:
     node: Any = x.grad_fn
     if norm is None or node is None or node.name() != "AddBackward0" or x._version or saves_through_hooks():
         return None
-    edges, before = list(node.next_functions), norm.next_functions[0]
+    edges: list[Any] = list(node.next_functions)
+    before = norm.next_functions[0]
     if before not in edges or node._saved_alpha != 1:
         return None
     edges.remove(before)
-    product: Any
     product, output = edges[0]
     while product is not None and product.name() in _VIEWS:
         product, output = product.next_functions[0]
