@@ -78,7 +78,7 @@ def remade(x: Tensor) -> Remade | None:
     product, output = edges[0]
     while product is not None and product.name() in _VIEWS:
         product, output = product.next_functions[0]
-    if output or getattr(product, "output_onto", None) is None or product.output_dtype != x.dtype:
+    if product is None or output or not getattr(product, "output_onto", None) or product.output_dtype != x.dtype:
         return None  # (under autocast half precision may be added to float32)
     kept: Tensor | Remade = norm.saved_tensors[0] if norm.remade is None else norm.remade
     long = isinstance(kept, Remade) and kept.depth >= _LONGEST
