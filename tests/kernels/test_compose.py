@@ -106,6 +106,15 @@ def test_sums(count, dtype):
     check([y], [one_by_one], [exact], dtype)
 
 
+@pytest.mark.parametrize("parts", [{LOW, SCALED}, {SCALED, BIASED}, {LOW}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_onto_the_residual(dtype, parts):
+    given, residual = inputs((37, 70, 6), parts, dtype)
+    found = kernel.compose_onto(*given, residual)
+    exact = residual.double() + kernel.compose_reference(*wide(given))
+    check([found], [residual + kernel.compose_reference(*given)], [exact], dtype)
+
+
 @pytest.mark.parametrize("over_z", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 17, 128])
@@ -174,6 +183,7 @@ def test_the_operators_keep_their_word(kind):
     z, xa, b, scale, magnitude, norm, bias = given
     if xa is not None and norm is None:
         torch.library.opcheck(operators.compose_, (z, xa, b, scale, bias, [dy]))
+    torch.library.opcheck(operators.compose_onto, (z, xa, b, scale, magnitude, norm, bias, dy))
     if xa is not None and norm is not None:
         dz = torch.empty_like(dy)
         torch.library.opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, dz))

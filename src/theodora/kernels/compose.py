@@ -131,6 +131,25 @@ def _compose(
     )
 
 
+def _compose_onto(
+    z: Tensor,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """residual + y, y rounded before it is added: what `compose` and an addition after it give, to the bit."""
+    if not runs_triton(z):
+        return residual + compose_reference(z, xa, b, scale, magnitude, norm, bias)
+    from theodora.kernels.triton import compose as triton
+
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    return triton.compose(z, xa, b, scale, magnitude, norm, bias, y, residual=residual)
+
+
 def _compose_in_place(
     z: Tensor, xa: Tensor, b: Tensor, scale: float, bias: Tensor | None, others: Sequence[Tensor]
 ) -> None:
@@ -245,6 +264,12 @@ compose = operator(
     "compose(Tensor z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm, Tensor? bias) -> Tensor",
     _compose,
     lambda z, xa, b, scale, magnitude, norm, bias: z.new_empty(z.shape),
+)
+compose_onto = operator(
+    "compose_onto(Tensor z, Tensor? xa, Tensor? b, float scale, Tensor? magnitude, Tensor? norm, Tensor? bias, "
+    "Tensor residual) -> Tensor",
+    _compose_onto,
+    lambda z, xa, b, scale, magnitude, norm, bias, residual: z.new_empty(z.shape),
 )
 compose_in_place = operator(
     "compose_(Tensor(a!) z, Tensor xa, Tensor b, float scale, Tensor? bias, Tensor[] others) -> ()",

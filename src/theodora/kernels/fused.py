@@ -31,12 +31,14 @@ from theodora.kernels.compose import (
     compose_backward_from_output,
     compose_backward_into,
     compose_in_place,
+    compose_onto,
     zero_scale_gradient,
 )
 from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
 from theodora.kernels.notes import Output, norm_of, note_output
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
+from theodora.kernels.residual import Remade
 from theodora.kernels.shared_outputs import SharedOutputs
 
 
@@ -91,6 +93,9 @@ class _AdaptedLinears(torch.autograd.Function):
             ctx.outputs = [Output(y, read_by_rotary=turned) for y, turned in zip(ys, shared.turned, strict=True)]
             for y, output in zip(ys, ctx.outputs, strict=True):
                 note_output(y, output)
+        # What one layer's output is added to, and the z that it keeps, let the residual stream do without the sum.
+        ctx.output_dtype = x_TI.dtype
+        ctx.output_onto = _output_onto if len(layers) == 1 and remakes(layers[0], kept[0], xa) else None
         ctx.set_materialize_grads(False)
         save_input(ctx, x_TI if x_lora_TI is None else x_lora_TI, source, xa, *kept, *tensors)
         return tuple(ys)
@@ -140,16 +145,32 @@ class _AdaptedLinears(torch.autograd.Function):
         return found.dx_TI, dx_lora, None, None, None, None, *flat_gradients(ctx.forms, gradients)
 
 
+def _output_onto(node: Any, residual_TO: Tensor) -> Tensor:
+    """residual + y of the one layer of `node`."""
+    _, (xa, z, *tensors) = saved_input(node)
+    return layer_onto(layers_of(node.forms, tensors)[0], z, xa, residual_TO)
+
+
 # The steps that `_AdaptedLinears` and the gated MLP share -----------------------------------------------------------
 
 
 class NormedInput:
-    """x as the output of an RMSNorm, x = h · rstd · weight: kept as h and rstd, which the norm keeps anyway."""
+    """x as the output of an RMSNorm, x = h · rstd · weight: kept as h, or the way to it, and rstd, as the norm does."""
 
-    __slots__ = ("h_TI", "rstd_T", "weight_I")
+    __slots__ = ("_h_TI", "rstd_T", "weight_I")
 
-    def __init__(self, h_TI: Tensor, rstd_T: Tensor, weight_I: Tensor) -> None:
-        self.h_TI, self.rstd_T, self.weight_I = h_TI, rstd_T, weight_I
+    def __init__(self, h_TI: Tensor | Remade, rstd_T: Tensor, weight_I: Tensor) -> None:
+        self._h_TI, self.rstd_T, self.weight_I = h_TI, rstd_T, weight_I
+
+    @property
+    def h_TI(self) -> Tensor:
+        """h, (T, I)."""
+        return self._h_TI.get() if isinstance(self._h_TI, Remade) else self._h_TI
+
+    @property
+    def kept(self) -> tuple[Tensor | None, Remade | None]:
+        """h, or the way to it."""
+        return (None, self._h_TI) if isinstance(self._h_TI, Remade) else (self._h_TI, None)
 
     @classmethod
     def of(cls, x: Tensor) -> NormedInput | None:
@@ -164,22 +185,26 @@ class NormedInput:
 
     def left_product(self, left_TR: Tensor) -> Tensor:
         """leftᵀ x, (R, I), without forming x."""
-        left = torch.empty_like(left_TR, dtype=self.h_TI.dtype, memory_format=torch.contiguous_format)
+        h_TI = self.h_TI
+        left = torch.empty_like(left_TR, dtype=h_TI.dtype, memory_format=torch.contiguous_format)
         torch.mul(left_TR, self.rstd_T[:, None], out=left)
-        return wide_product(left.T, self.h_TI).mul_(self.weight_I)
+        return wide_product(left.T, h_TI).mul_(self.weight_I)
 
 
 def save_input(ctx: Any, x_TI: Tensor, source: NormedInput | None, *others: Tensor | None) -> None:
     """Save x, or what it can be had from, beside the other tensors."""
-    ctx.normed = source is not None
-    kept = (x_TI, None, None) if source is None else (source.h_TI, source.rstd_T, source.weight_I)
+    ctx.normed, ctx.remade = source is not None, None
+    kept = (x_TI, None, None)
+    if source is not None:
+        h, ctx.remade = source.kept
+        kept = h, source.rstd_T, source.weight_I
     ctx.save_for_backward(*kept, *others)
 
 
 def saved_input(ctx: Any) -> tuple[Tensor | NormedInput, list[Any]]:
     """What `save_input` saved."""
     x, rstd, weight, *others = ctx.saved_tensors
-    return (NormedInput(x, rstd, weight) if ctx.normed else x), others
+    return (NormedInput(x if ctx.remade is None else ctx.remade, rstd, weight) if ctx.normed else x), others
 
 
 def input_of(source: Tensor | NormedInput) -> Tensor:
@@ -223,6 +248,19 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
     if norm is None or magnitude is None:
         return z_TO if bias is None else z_TO + bias, None
     return _scale_rows(z_TO, magnitude, norm, bias), z_TO
+
+
+def remakes(layer: Parts, z_TO: Tensor | None, xa_TR: Tensor | None) -> bool:
+    """Whether `layer_onto` can make the layer's output from z to the bit."""
+    if z_TO is None or xa_TR is None or layer.norm_O is None or torch.compiler.is_compiling():
+        return False
+    return in_one_pass(z_TO, layer)
+
+
+def layer_onto(layer: Parts, z_TO: Tensor, xa_TR: Tensor, residual_TO: Tensor) -> Tensor:
+    """residual + y, rounded as `composed` and an addition after it have rounded."""
+    factors, magnitude, norm = (xa_TR, layer.b_OR, layer.scale), layer.magnitude_O, layer.norm_O
+    return compose_onto(z_TO, *factors, magnitude, norm, layer.bias_O, residual_TO)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,9 @@ from theodora.kernels.fused import (
     in_one_pass,
     inner_bias,
     input_gradient,
+    layer_onto,
     layers_backward,
+    remakes,
     save_input,
     saved_input,
     scaled_b,
@@ -42,7 +44,7 @@ from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
 from theodora.kernels.recompute import once_in_a_block
 
-_MOST_DH = 2**27  # bytes
+_MOST_DH = 2**28  # bytes; as many as logits are held at once, before whose end all blocks hold what they keep
 
 
 class Stacks(NamedTuple):
@@ -122,6 +124,8 @@ class _GatedMLP(torch.autograd.Function):
         ctx.stacks, ctx.forms, ctx.activation = stacks, forms, activation
         zs = (None, z1, z2) if z is None else (z, None, None)
         saved = _Saved(xa, xa3, *zs, z3 if room3 is None else None, room3)
+        ctx.output_dtype = x_TI.dtype
+        ctx.output_onto = _output_onto if remakes(down, z3, xa3) else None
         save_input(ctx, x_TI, source, *saved, *tensors)
         return y
 
@@ -168,6 +172,17 @@ class _GatedMLP(torch.autograd.Function):
         found.gate.a_RI, found.up.a_RI = a_gradients(dzb, [gate, up], source)
         dx = _input_gradient(z, z1, z2, dzb, gate, up, ctx.stacks.inner) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *flat_gradients(ctx.forms, [found.gate, found.up, found.down])
+
+
+def _output_onto(node: Any, residual_TI: Tensor) -> Tensor:
+    """residual + the MLP's output, before its backward pass (see `residual.py`)."""
+    _, others = saved_input(node)
+    count = len(_Saved._fields)
+    saved, (*_, down) = _Saved(*others[:count]), layers_of(node.forms, others[count:])
+    z = saved.z3_TI if saved.room3 is None else saved.room3[:, : down.weight.shape[0]]
+    assert z is not None
+    assert saved.xa3_TR is not None
+    return layer_onto(down, z, saved.xa3_TR, residual_TI)
 
 
 def _slices(z_TF: Tensor, down: Parts) -> int:

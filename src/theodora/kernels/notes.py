@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from theodora.kernels.residual import Remade
+
 _NORM, _OUTPUT, _TURNED = "_theodora_norm", "_theodora_output", "_theodora_turned"
 
 Remake = Callable[[], Tensor]
@@ -30,7 +32,8 @@ Remake = Callable[[], Tensor]
 class Norm(NamedTuple):
     """How an RMSNorm made its output: y = x ⊙ r ⊙ (offset + weight)."""
 
-    x_TI: Tensor
+    x_TI: Tensor | Remade
+    """x, or the way to it."""
     rstd_T: Tensor
     """r = 1/√(mean(x²) + eps), float32 or float64."""
     weight_I: Tensor

@@ -6,7 +6,8 @@
 Models differ in two points. `offset` is 1 where the weight is kept as its distance from one (Gemma). `cast` says where
 half precision begins: "llama" rounds h before it meets the weight, "gemma" rounds y alone.
 
-Only x and r are kept for the backward pass. Layers that read y find them by a note on it, see `fast_forward`.
+Only x and r are kept for the backward pass, or the way to x and r (`residual.py`). Layers that read y find them by a
+note on it, see `fast_forward`.
 Legend: T tokens (rows), I features.
 """
 
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from theodora.functional import wide_dtype
 from theodora.kernels.notes import Norm, note_norm
 from theodora.kernels.operators import operator, runs_triton
+from theodora.kernels.residual import Remade, read_by_norm, remade
 
 Cast = Literal["llama", "gemma"]
 
@@ -33,7 +35,12 @@ WIDEST = 32768
 
 
 def rms_norm(
-    x_TI: Tensor, weight_I: Tensor, eps: float, offset: float = 0.0, cast: Cast = "llama"
+    x_TI: Tensor,
+    weight_I: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    cast: Cast = "llama",
+    remade: Remade | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of each row, differentiable in x alone.
 
@@ -43,12 +50,13 @@ def rms_norm(
         eps: what is added to the mean square.
         offset: what is added to the weight.
         cast: where half precision begins.
+        remade: the way to x, which is not kept then.
 
     Returns:
         y (…, I), of x's dtype (with "llama" of the wider one of x's and the weight's), and r (T,), float32 or float64,
         without gradient, T being all leading dimensions.
     """
-    y, rstd = RmsNormFunction.apply(x_TI, weight_I, eps, offset, cast)  # pyright: ignore[reportGeneralTypeIssues]
+    y, rstd = RmsNormFunction.apply(x_TI, weight_I, eps, offset, cast, remade)  # pyright: ignore[reportGeneralTypeIssues]
     return y, rstd
 
 
@@ -78,24 +86,26 @@ def rms_norm_backward_reference(
 
 
 class RmsNormFunction(torch.autograd.Function):
-    """(x, weight, eps, offset, cast) -> (y, r)."""
+    """(x, weight, eps, offset, cast, the way to x) -> (y, r)."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, x_TI: Tensor, weight_I: Tensor, eps: float, offset: float, cast: Cast
+        ctx: Any, x_TI: Tensor, weight_I: Tensor, eps: float, offset: float, cast: Cast, remade: Remade | None
     ) -> tuple[Tensor, Tensor]:
         x_TI = x_TI.contiguous()
         y, rstd = _rms_norm(x_TI, weight_I, eps, offset, cast)
-        ctx.save_for_backward(x_TI, rstd, weight_I)
-        ctx.offset = offset
+        ctx.save_for_backward(x_TI if remade is None else None, rstd, weight_I)
+        ctx.offset, ctx.remade = offset, remade
         ctx.mark_non_differentiable(rstd)
         return y, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TI: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx = _rms_norm_backward(dy_TI.contiguous(), *ctx.saved_tensors, ctx.offset)
-        return dx, None, None, None, None
+        x, rstd, weight = ctx.saved_tensors
+        x = x if ctx.remade is None else ctx.remade.take().view(dy_TI.shape)
+        dx = _rms_norm_backward(dy_TI.contiguous(), x, rstd, weight, ctx.offset)
+        return dx, None, None, None, None, None
 
 
 def _forward(x_TI: Tensor, weight_I: Tensor, eps: float, offset: float, cast: Cast) -> tuple[Tensor, Tensor]:
@@ -209,7 +219,10 @@ def fast_forward(module: nn.Module, style: NormStyle, x: Tensor, original: Calla
     if weight.requires_grad or type(x) is not Tensor or type(weight) is not nn.Parameter:
         return original(x)
     x = x.contiguous()
-    y, rstd = rms_norm(x, weight, style.eps, style.offset, style.cast)
-    if y.requires_grad and not torch.compiler.is_compiling():
-        note_norm(y, Norm(x.detach().view(-1, x.shape[-1]), rstd, weight, style.offset))
+    noted = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    way = remade(x) if noted else None
+    y, rstd = rms_norm(x, weight, style.eps, style.offset, style.cast, way)
+    if noted:
+        note_norm(y, Norm(x.detach().view(-1, x.shape[-1]) if way is None else way, rstd, weight, style.offset))
+        read_by_norm(y.grad_fn)
     return y

@@ -95,32 +95,33 @@ def sum_chunks(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-_SUM_ROWS = 128
-"""Values that a program of `_sum_rows` adds up: few, because it has little to do but wait."""
+@triton.jit
+def _sum_rows(db_parts, dg_parts, norm, db, dm, O, SIZE, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
+              BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+    """Programs for dB come first, those for dm behind them. TOGETHER chunks are loaded at once, to wait once."""
+    program = tl.program_id(0)
+    own = 0
+    if LOW:
+        own = tl.cdiv(SIZE, BLOCK)
+        if program < own:
+            i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(db + i, _sum_of_parts(db_parts, i, SIZE, CHUNKS, BLOCK, TOGETHER) * scale, mask=i < SIZE)
+    if SCALED:  # noqa: SIM102 - it is known when compiling, and what is inside is not
+        if program >= own:
+            o = (program - own).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            total = _sum_of_parts(dg_parts, o, O, CHUNKS, BLOCK, TOGETHER)
+            n = tl.load(norm + o, mask=o < O, other=1.0).to(tl.float32)
+            tl.store(dm + o, tl.where(n == 0, 0.0, total / tl.where(n == 0, 1.0, n)), mask=o < O)
 
 
 @triton.jit
-def _sum_rows(db_parts, dg_parts, norm, db, dm, O, R, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
-              BO: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    r = tl.arange(0, BR)
-    inside = (o[:, None] < O) & (r[None, :] < R)
-    at = o[:, None] * R + r[None, :]
-    db_sum = tl.zeros((BO, BR), tl.float32)
-    dg_sum = tl.zeros((BO,), tl.float32)
-    for start in range(0, CHUNKS, 8):
-        for k in tl.static_range(8):  # eight loads under way at once: a program has little to do but wait
-            chunk = start + k
-            there = (o < O) & (tl.full((BO,), start, tl.int32) < CHUNKS - k)
-            if LOW:
-                db_sum += tl.load(db_parts + chunk * O * R + at, mask=inside & there[:, None], other=0.0)
-            if SCALED:
-                dg_sum += tl.load(dg_parts + chunk * O + o, mask=there, other=0.0)
-    if LOW:
-        tl.store(db + at, db_sum * scale, mask=inside)
-    if SCALED:
-        n = tl.load(norm + o, mask=o < O, other=1.0).to(tl.float32)
-        tl.store(dm + o, tl.where(n == 0, 0.0, dg_sum / tl.where(n == 0, 1.0, n)), mask=o < O)
+def _sum_of_parts(parts, i, SIZE, CHUNKS, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    total = tl.zeros((TOGETHER, BLOCK), tl.float32)
+    for start in range(0, CHUNKS, TOGETHER):
+        chunk = (start + tl.arange(0, TOGETHER)).to(tl.int64)
+        inside = (chunk < CHUNKS)[:, None] & (i < SIZE)[None, :]
+        total += tl.load(parts + chunk[:, None] * SIZE + i[None, :], mask=inside, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 def rounded_b(b_OR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -139,10 +140,11 @@ def sum_rows(
     empty = parts.new_empty(0)
     db = empty if db_parts is None else parts.new_empty(out_features, rank)
     dm = empty if dg_parts is None else parts.new_empty(out_features)
-    block = rank_block(rank)
-    rows = max(1, _SUM_ROWS // block)
-    _sum_rows[(triton.cdiv(out_features, rows),)](
-        db_parts, dg_parts, norm, db, dm, out_features, rank, chunks, scale,
-        LOW=db_parts is not None, SCALED=dg_parts is not None, BO=rows, BR=block, num_warps=4,
+    size = out_features * rank
+    programs = triton.cdiv(size, 256) * (db_parts is not None) + triton.cdiv(out_features, 256) * (dg_parts is not None)
+    _sum_rows[(programs,)](
+        db_parts, dg_parts, norm, db, dm, out_features, size, chunks, scale,
+        LOW=db_parts is not None, SCALED=dg_parts is not None, BLOCK=256,
+        TOGETHER=min(16, triton.next_power_of_2(chunks)), num_warps=4,
     )  # fmt: skip
     return db, dm

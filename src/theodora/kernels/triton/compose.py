@@ -24,22 +24,22 @@ from theodora.kernels.triton.common import (
     sum_rows,
 )
 
-# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100.
-_FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
+# (tokens, features, warps, stages) of a program, by padded rank; measured on an H100 and, at rank 16, on an H200.
+_FORWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
 _BACKWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (64, 64, 8, 3), 128: (32, 128, 8, 3)}
-_BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (16, 64, 4, 3), 32: (16, 64, 4, 3)}
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 1056, 384
-"""How many share the work: what the GPU has room for at once, or twice that, because the last of them work alone."""
+_BACKWARD_FROM_OUTPUT = {**_BACKWARD, 16: (32, 64, 4, 3), 32: (32, 64, 4, 3)}
+_PROGRAMS = {"forward": 1056, "backward": 528, "from output": 384}
+"""How many share the work."""
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
 
 
 @triton.jit
-def _compose(z, other1, other2, xa, b, magnitude, norm, bias, y, T, O, R, CHUNK,
-             z_row, row1, row2, xa_row, b_row, b_col, y_row, scale,
+def _compose(z, other1, other2, xa, b, magnitude, norm, bias, residual, y, T, O, R, CHUNK,
+             z_row, row1, row2, xa_row, b_row, b_col, residual_row, y_row, scale,
              OTHERS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-             PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+             ONTO: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
              STAGES: tl.constexpr):  # fmt: skip
     """One block of output features over one chunk of tokens."""
     block, chunk = tl.program_id(0), tl.program_id(1)
@@ -65,6 +65,9 @@ def _compose(z, other1, other2, xa, b, magnitude, norm, bias, y, T, O, R, CHUNK,
             v *= g[None, :]
         if BIASED:
             v += bias_tile[None, :]
+        if ONTO:  # y is rounded first, as where it is written and added afterwards
+            v = v.to(y.dtype.element_ty).to(tl.float32)
+            v += tl.load(residual + t[:, None] * residual_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(y + t[:, None] * y_row + o[None, :], v.to(y.dtype.element_ty), mask=inside)
 
 
@@ -78,9 +81,12 @@ def compose(
     bias: Tensor | None,
     y: Tensor,
     others: Sequence[Tensor] = (),
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Write g ⊙ (z + Σ others + s·xa Bᵀ) + bias into y, which may be z itself."""
+    """Write g ⊙ (z + Σ others + s·xa Bᵀ) + bias into y, which may be z itself; rounded, and added to the residual."""
     z = row_contiguous(z)
+    if residual is not None:
+        residual = row_contiguous(residual)
     for other in others[2:]:
         z = z + other
     other1, other2 = [*(row_contiguous(other) for other in others[:2]), None, None][:2]
@@ -92,12 +98,13 @@ def compose(
     block = rank_block(rank)
     bt, bo, warps, stages = fitting(_FORWARD[block], z.dtype)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt, _FORWARD_PROGRAMS)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _PROGRAMS["forward"])
     _compose[(blocks, chunks)](
-        z, other1, other2, xa, b, magnitude, norm, bias, y, tokens, outputs, rank, size,
+        z, other1, other2, xa, b, magnitude, norm, bias, residual, y, tokens, outputs, rank, size,
         z.stride(0), _row(other1), _row(other2), _row(xa), b.stride(0) if low else 0, b.stride(1) if low else 0,
-        y.stride(0), scale, OTHERS=min(len(others), 2), LOW=low, SCALED=norm is not None, BIASED=bias is not None,
-        PRECISION=precision(z.dtype), BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
+        _row(residual), y.stride(0), scale, OTHERS=min(len(others), 2), LOW=low, SCALED=norm is not None,
+        BIASED=bias is not None, ONTO=residual is not None, PRECISION=precision(z.dtype),
+        BT=bt, BO=bo, BR=block, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
@@ -195,7 +202,7 @@ def compose_backward_into(
     block = rank_block(rank)
     bt, bo, warps, stages = fitting((_BACKWARD_FROM_OUTPUT if from_output else _BACKWARD)[block], dy.dtype)
     blocks = triton.cdiv(outputs, bo)
-    chunks, size = chunks_of_tokens(tokens, blocks, bt, _BACKWARD_PROGRAMS)
+    chunks, size = chunks_of_tokens(tokens, blocks, bt, _PROGRAMS["from output" if from_output else "backward"])
     if z is not None:
         z = row_contiguous(z)
     if low:

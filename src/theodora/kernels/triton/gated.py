@@ -24,9 +24,9 @@ from theodora.kernels.triton.common import (
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100. Small tiles and three stages,
 # which load what comes next while one computes: with two, most of the time goes into waiting for memory.
-_FORWARD = {16: (32, 128, 8, 3), 32: (32, 128, 8, 3), 64: (16, 64, 4, 3), 128: (32, 128, 4, 2)}
-_BACKWARD = {16: (16, 64, 4, 4), 32: (32, 64, 4, 3), 64: (16, 32, 2, 3), 128: (16, 64, 4, 3)}
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2112, 1056
+_FORWARD = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (16, 64, 4, 3), 128: (32, 128, 4, 2)}
+_BACKWARD = {16: (16, 64, 4, 3), 32: (32, 64, 4, 3), 64: (16, 32, 2, 3), 128: (16, 64, 4, 3)}
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2112, 1568
 REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB and dA; beyond it, products of their own do."""
 
