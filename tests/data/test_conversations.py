@@ -6,7 +6,9 @@ import re
 import pytest
 
 from chat_shapes import TOOL, TRL_TEMPLATES, answer, call, tokenizer_for
+from theodora.data import messages as data_messages
 from theodora.data.chat import ChatRenderer
+from theodora.data.notes import Notes
 from theodora.data.templates import TEMPLATE_ERRORS
 
 _OF_OTHERS = re.compile(r"[SUT]\d+w")
@@ -64,3 +66,19 @@ def test_the_models_words_and_no_others(name):
                     shown = words in chat.text
                     is_learned = words in learned
                     assert is_learned == (shown and message.get("weight") != 0)
+
+
+def test_turns_of_a_role_and_words_are_read_as_all_others(monkeypatch):
+    speakers = ["user", "gpt", "system", "observation", "function_call", "User", "nobody", 3, None]
+    words = ["Hi", " Hi ", "", " ", "é", 4, None, ["a"], "\ud800", '{"name": "f", "arguments": {}}']
+    keys = [("role", "content"), ("from", "value"), ("role", "value"), ("role", "from"), ("human", "assistant")]
+    turns = [{who: speaker, what: said} for who, what in keys for speaker in speakers for said in words]
+    turns += [{what: said, who: speaker} for who, what in keys[:1] for speaker in speakers for said in words]
+
+    def read(turn):
+        notes = Notes()
+        return data_messages.read_turns([turn], "messages", notes), notes.problems, notes.left_out
+
+    at_a_glance = [read(turn) for turn in turns]
+    monkeypatch.setattr(data_messages, "_plain_role", lambda turn: None)
+    assert at_a_glance == [read(turn) for turn in turns]

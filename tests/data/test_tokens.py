@@ -2,7 +2,17 @@
 
 import pytest
 
-from theodora.data import encode_prompt, load_examples, reference_answer, render_prompt, tokenize
+from theodora.data import (
+    encode_prompt,
+    expected_answer,
+    load_examples,
+    prompts,
+    reference_answer,
+    render_prompt,
+    tokenize,
+)
+from theodora.data.chat import ChatRenderer
+from theodora.data.prompts import encode_prompts, expected_answers
 from theodora.errors import ConfigError, DataError
 
 TALK = [
@@ -291,3 +301,23 @@ def test_a_prompt_that_the_template_refuses(make_tokenizer):
     row = {"prompt": TALK[1:2], "completion": TALK[1:2]}
     with pytest.raises(DataError, match="must alternate"):
         render_prompt(row, make_tokenizer(template="gemma"))
+
+
+def test_rows_are_rendered_by_one_renderer_and_tokenised_together(make_tokenizer, monkeypatch):
+    made, calls = [], []
+    tokenizer = make_tokenizer(template="qwen3")
+    monkeypatch.setattr(prompts, "ChatRenderer", lambda *given: made.append(given) or ChatRenderer(*given))
+    rows = [{"prompt": f"Is it {i}?", "completion": f"<think>\nHm.\n</think>\n\nIt is {i}."} for i in range(6)]
+    alone = [(encode_prompt(row, tokenizer), expected_answer(row, tokenizer)) for row in rows]
+    made.clear()
+    monkeypatch.setattr(type(tokenizer), "__call__", counted(type(tokenizer).__call__, calls))
+    assert list(zip(encode_prompts(rows, tokenizer), expected_answers(rows, tokenizer), strict=True)) == alone
+    assert len(made) == len(calls) == 2
+
+
+def counted(method, calls):
+    def call(*given, **named):
+        calls.append(given)
+        return method(*given, **named)
+
+    return call

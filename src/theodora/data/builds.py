@@ -13,6 +13,7 @@ from theodora.data.marks import TAG
 from theodora.data.messages import Message, calls_of
 from theodora.data.tracing import PLAIN, ROOM, WITHIN
 
+_PLAIN = ("role", "content")
 _LONGEST_LITERAL = 1000  # characters
 
 
@@ -32,7 +33,7 @@ class BuildReader:
 
     @property
     def said(self) -> frozenset[int]:
-        """The numbers of the words that are an answer's text or reasoning."""
+        """The numbers of the words that are an answer's text or reasoning; known of placeholders."""
         return frozenset(self._said)
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[Message], Any]:
@@ -50,8 +51,10 @@ class BuildReader:
 
     def message(self, message: Message) -> Message:
         """One turn."""
-        self.key.append(len(message))
         role = message["role"]
+        if not self._stands_in and self._is_plain(role, message):
+            return message
+        self.key.append(len(message))
         made: Message = {}
         for name, value in message.items():
             before = len(self.words)
@@ -73,6 +76,17 @@ class BuildReader:
             if role == "assistant" and name != "tool_calls":
                 self._said.update(range(before, len(self.words)))
         return made
+
+    def _is_plain(self, role: Any, message: Message) -> bool:
+        """Whether a turn is a role and words, as most are, which are then noted: the key is the role alone."""
+        words = message.get("content")
+        if tuple(message) != _PLAIN or not isinstance(words, str) or not isinstance(role, str) or not words:
+            return False
+        if words.strip() != words or (role == "assistant" and ("<" in words or "[" in words) and TAG.search(words)):
+            return False
+        self.key.append(role)
+        self.words.append(words)
+        return True
 
     def literal(self, value: Any) -> Any:
         """A part that belongs to the build itself."""

@@ -18,7 +18,16 @@ from theodora.data.tools import (
     storable_calls,
     text_of_result,
 )
-from theodora.data.words import LEARNED_WHOLE, PARTLY, REASONING, are_parts, read_parts, read_text, read_words
+from theodora.data.words import (
+    LEARNED_WHOLE,
+    PARTLY,
+    REASONING,
+    are_parts,
+    is_storable,
+    read_parts,
+    read_text,
+    read_words,
+)
 from theodora.errors import shown
 
 Message = dict[str, Any]
@@ -174,6 +183,8 @@ def _as_turns(value: Any) -> Any:
 
 def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Turn]:
     """One item of a conversation: a turn, or a question with its answer."""
+    if (plain := _plain_role(turn)) is not None:
+        return [Turn(dict(zip(("role", "content"), plain, strict=True)))]
     if isinstance(turn, str):  # a table that holds turns of many shapes may keep each as JSON text
         parsed = parsed_or_same(turn)
         turn = parsed if isinstance(parsed, dict) else turn
@@ -187,6 +198,17 @@ def _read_entry(turn: Any, what: str, notes: Notes, schemas: Schemas) -> list[Tu
         pair = {"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}
         return [read for part in pair if (read := _read_turn(part, what, notes, schemas)).message]
     return [read for part in turns_of_blocks(turn) if (read := _read_turn(part, what, notes, schemas)).message]
+
+
+def _plain_role(turn: Any) -> tuple[str, str] | None:
+    """Role and words of a turn that holds nothing else, as most are: there is nothing to look for in it."""
+    if not isinstance(turn, dict) or len(cast(Message, turn)) != 2:
+        return None
+    name, words = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = ROLES.get(name) if isinstance(name, str) and name not in _CALLS else None
+    if not role or not isinstance(words, str) or not words or words.isspace() or not is_storable(words):
+        return None
+    return role, words
 
 
 def _with_known_keys(turn: Message) -> Message:

@@ -174,7 +174,7 @@ class PieceTokenizer:
         numbers = np.fromiter(map(self._numbers.__getitem__, pieces), np.int64, len(pieces))
         self._learn(sum(map(len, texts)))
         lengths, text_lengths = self._lengths[numbers], np.fromiter(map(len, texts), np.int64, len(texts))
-        token_begins, piece_begins = _begins(lengths), _begins(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        token_begins, piece_begins = _begins(lengths), _begins(self._sizes[numbers])
         of_pieces = _begins(np.fromiter(map(len, cut), np.int64, len(cut)))
         places = np.repeat(self._begins[numbers] - token_begins[:-1], lengths) + np.arange(token_begins[-1])
         ids = self._ids[places]
@@ -195,14 +195,17 @@ class PieceTokenizer:
         self._begins = np.concatenate([self._begins, len(self._ids) + _begins(lengths)[:-1]])
         self._lengths = np.concatenate([self._lengths, lengths])
         self._ids = np.concatenate([self._ids, flat])
-        new_characters = sum(map(len, new))
+        sizes = np.fromiter(map(len, new), np.int64, len(new))
+        self._sizes = np.concatenate([self._sizes, sizes])
+        new_characters = int(sizes.sum())
         self._characters += new_characters
         if _PRICE * len(new) > characters - new_characters:
             self._resting = _PAUSE
 
     def _forget(self) -> None:
         self._numbers, self._characters = _Numbers(), 0
-        self._begins, self._lengths = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # Of each piece: where its ids begin, how many they are, and how many characters it has.
+        self._begins, self._lengths, self._sizes = (np.zeros(0, np.int64) for _ in range(3))
         self._ids = np.zeros(0, np.int32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Value
@@ -29,12 +29,17 @@ def render_prompt(
     Raises:
         DataError: a row of plain text, which asks nothing, or one that the chat template refuses.
     """
+    verbatim = is_verbatim(example, tokenizer, use_chat_template)
+    return _render_prompt(example, None if verbatim else ChatRenderer(tokenizer, use_chat_template))
+
+
+def _render_prompt(example: Mapping[str, Any], renderer: ChatRenderer | None) -> str:
     _refuse_text(example)
-    if is_verbatim(example, tokenizer, use_chat_template):
+    if renderer is None:
         return example["prompt"]
     asked, _ = _question_and_answer(example)
     try:
-        return ChatRenderer(tokenizer, use_chat_template).render(asked, tools_of(example), generation_prompt=True)
+        return renderer.render(asked, tools_of(example), generation_prompt=True)
     except TEMPLATE_ERRORS as error:
         raise DataError(f"The chat template refuses a prompt: {error}") from error
 
@@ -43,11 +48,20 @@ def encode_prompt(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
 ) -> list[int]:
     """`render_prompt` as token ids: BOS from the chat template or from the tokenizer, never from both, and no EOS."""
-    text = render_prompt(example, tokenizer, use_chat_template)
-    if not is_verbatim(example, tokenizer, use_chat_template):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text)["input_ids"]
-    return ids[own_tokens(ids, tokenizer)]
+    return encode_prompts([example], tokenizer, use_chat_template)[0]
+
+
+def encode_prompts(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> list[list[int]]:
+    """`encode_prompt` of each row, with one call of the tokenizer. The rows are of one data set."""
+    if not examples:
+        return []
+    verbatim = is_verbatim(examples[0], tokenizer, use_chat_template)
+    renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
+    texts = [_render_prompt(example, renderer) for example in examples]
+    ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=verbatim)["input_ids"])
+    return [row[own_tokens(row, tokenizer)] for row in ids] if verbatim else ids
 
 
 def reference_answer(example: Mapping[str, Any]) -> str:
@@ -78,20 +92,37 @@ def expected_answer(
     Raises:
         DataError: a row of plain text, which answers nothing, or one that the chat template refuses.
     """
-    _refuse_text(example)
-    if is_verbatim(example, tokenizer, use_chat_template):
-        return example["completion"]
+    return expected_answers([example], tokenizer, use_chat_template)[0]
+
+
+def expected_answers(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> list[str]:
+    """`expected_answer` of each row, with one call of the tokenizer. The rows are of one data set."""
+    for example in examples:
+        _refuse_text(example)
+    if not examples or is_verbatim(examples[0], tokenizer, use_chat_template):
+        return [example["completion"] for example in examples]
+    renderer = ChatRenderer(tokenizer, use_chat_template)
+    shown = [_shown_answer(example, renderer) for example in examples]
+    texts = [text for text in shown if text is not None]
+    ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    decoded = (tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in ids)
+    return [
+        reference_answer(example) if text is None else str(next(decoded))
+        for example, text in zip(examples, shown, strict=True)
+    ]
+
+
+def _shown_answer(example: Mapping[str, Any], renderer: ChatRenderer) -> str | None:
+    """What the chat template makes of the answer; None if it shows nothing of it."""
     asked, _ = _question_and_answer(example)
     turn = sum(message["role"] == "assistant" for message in asked)
     try:
-        renderer = ChatRenderer(tokenizer, use_chat_template)
         chat = renderer.render_for_training(whole_conversation(example), tools_of(example))
     except TEMPLATE_ERRORS as error:
         raise DataError(f"The chat template refuses an answer: {error}") from error
-    if chat is None or turn not in chat.answers:
-        return reference_answer(example)
-    ids = tokenizer(chat.answers[turn], add_special_tokens=False)["input_ids"]
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return chat.answers.get(turn) if chat is not None else None
 
 
 def with_answer(example: Mapping[str, Any], answer: str) -> dict[str, Any]:

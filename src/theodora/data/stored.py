@@ -7,7 +7,8 @@ address stands in each row, used or not, offline or not. Nothing is learned from
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from datasets import Features, Json, LargeList, List, Value
 
@@ -32,6 +33,28 @@ def plain_rows(table: Any, json: Features) -> Iterator[dict[str, Any]]:
     for part in parts:
         for row in part.to_pylist(maps_as_pydicts="strict"):
             yield row | json.decode_example({name: row[name] for name in json})
+
+
+def plain_columns(table: Any, features: Features) -> dict[str, list[Any]]:
+    """The columns of a few rows of a data set of ours: strings, and lists of JSON texts, which are decoded together.
+
+    Args:
+        table: the rows, as a pyarrow table.
+        features: of the data set.
+    """
+    return {name: _decoded(table.column(name), features[name]) for name in table.column_names}
+
+
+def _decoded(column: Any, feature: Any) -> list[Any]:
+    if not isinstance(feature, List) or not isinstance(feature.feature, Json):
+        return column.to_pylist()
+    lists = [part for part in column.chunks if len(part)]
+    texts = [text for part in lists for text in part.flatten().storage.to_pylist()]
+    counts = [count for part in lists for count in part.value_lengths().to_pylist()]
+    # Decoding one by one takes several calls for each turn of each row.
+    together = f"[{','.join('null' if text is None else text for text in texts)}]"
+    values = iter(cast("list[Any]", feature.feature.decode_example(together)))
+    return [None if count is None else list(islice(values, count)) for count in counts]
 
 
 def _json_alone(feature: Any) -> Any:

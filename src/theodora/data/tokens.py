@@ -40,6 +40,7 @@ from theodora.data.messages import Message
 from theodora.data.pieces import PieceTokenizer, Tokens
 from theodora.data.problems import Problems
 from theodora.data.prompts import is_verbatim, own_tokens, whole_conversation
+from theodora.data.stored import plain_columns
 from theodora.data.templates import TEMPLATE_ERRORS
 from theodora.errors import ConfigError, DataError
 from theodora.kernels.cross_entropy import IGNORED
@@ -94,7 +95,7 @@ def tokenize(
         raise ConfigError("The tokenizer has no EOS token, so that a model never learns to stop; set its eos_token")
     batches = _Batches(examples, tokenizer, max_length, use_chat_template, train_on)
     with _progress_bars(progress), whole_job():
-        tokenised = examples.dataset.map(
+        tokenised = examples.dataset.with_format("arrow").map(
             batches.encode,
             batched=True,
             batch_size=_rows_at_once(examples.dataset),
@@ -105,6 +106,7 @@ def tokenize(
             new_fingerprint=generate_random_fingerprint(),
             desc="Tokenising",
         )
+    tokenised.reset_format()
     batches.problems.raise_if_any("Bring these conversations into the form that the chat template expects.")
     left_out = batches.counts.hidden.left_out()
     if not len(tokenised) and batches.counts.unseen:
@@ -200,7 +202,7 @@ class _Batches:
         use_chat_template: bool | None,
         train_on: TrainOn,
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.features = tokenizer, max_length, examples.dataset.features
         self.problems, self.counts = Problems(examples.source), _Counts()
         self.is_text = "text" in examples.dataset.column_names
         self.learns_all = self.is_text or train_on == "all"
@@ -208,8 +210,9 @@ class _Batches:
         self.renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
         self._piece_tokenizer = PieceTokenizer.of(tokenizer)
 
-    def encode(self, columns: dict[str, list[Any]], indices: list[int]) -> Any:
-        """One batch, as a pyarrow table; a row may give no row, or several."""
+    def encode(self, table: Any, indices: list[int]) -> Any:
+        """One batch, as pyarrow tables; a row may give no row, or several."""
+        columns = plain_columns(table, self.features)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
         encoded: list[tuple[Tokens, Tokens]] = []
@@ -227,15 +230,16 @@ class _Batches:
 
     def _chat(self, renderer: ChatRenderer, index: int, row: dict[str, Any]) -> _Text | None:
         messages = whole_conversation(row)
-        where = f"row {index + 1} ({_beginning(messages)})"
         try:
             chat = renderer.render_for_training(messages, tools_of(row))
         except TEMPLATE_ERRORS as error:
-            self.problems.add(where, f"the chat template refuses it: {error}{_hint_of_tools(messages)}")
+            self.problems.add(
+                _where(index, messages), f"the chat template refuses it: {error}{_hint_of_tools(messages)}"
+            )
             return None
         if chat is None:
             self.problems.add(
-                where,
+                _where(index, messages),
                 "the chat template leaves an assistant turn out, or begins it so that it cannot be found; "
                 "use a template that has {% generation %} and {% endgeneration %} around assistant turns",
             )
@@ -371,9 +375,10 @@ def _hint_of_tools(messages: Sequence[Message]) -> str:
     return f" (the row holds tool calls or results; {mend})" if with_tools else ""
 
 
-def _beginning(messages: Sequence[Message]) -> str:
+def _where(index: int, messages: Sequence[Message]) -> str:
+    """A row for people: its number, and how it begins."""
     text = " ".join(messages[0]["content"].split())
-    return f"{messages[0]['role']}: {text[:40]}{'…' if len(text) > 40 else ''}"
+    return f"row {index + 1} ({messages[0]['role']}: {text[:40]}{'…' if len(text) > 40 else ''})"
 
 
 @contextmanager

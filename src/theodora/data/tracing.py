@@ -424,11 +424,16 @@ def render_traced(
         Untraceable: that depends on the words that they stand for.
         one of TEMPLATE_ERRORS: the template refuses them.
     """
-    aliased = cast(Any, chat_template_utils)._alias_reasoning_fields(list(messages))
+    aliased = _with_aliases(list(messages))
     given = {"messages": [_worded(message) for message in aliased], "documents": None, **tokens}
     given |= {"tools": [_offered(tool) for tool in tools] if tools else None, "add_generation_prompt": prompt}
     rendered = cast(Any, _compiled(template).render(**given))
     return rendered.text if isinstance(rendered, _Words) else rendered
+
+
+def _with_aliases(messages: list[Any]) -> list[Any]:
+    """Messages as transformers gives them to templates: newer versions give reasoning all its names."""
+    return getattr(chat_template_utils, "_alias_reasoning_fields", list)(messages)
 
 
 def _offered(tool: Any) -> Any:

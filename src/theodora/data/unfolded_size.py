@@ -62,7 +62,7 @@ def size_of(value: Any) -> int:
         size += VALUE
         if isinstance(item, str | bytes):
             size += len(item)
-        elif isinstance(item, Mapping):
+        elif isinstance(item, dict | Mapping):  # a dict is one, which takes longer to find out
             waiting.extend(item.values())
         elif isinstance(item, list | tuple):
             waiting.extend(item)

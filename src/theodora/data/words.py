@@ -74,10 +74,18 @@ def _storable_text(value: Any, what: str, notes: Notes) -> str:
     if not isinstance(value, str):
         notes.wrong(f"{what} is {describe(value)}; expected text")
         return ""
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            notes.wrong(f"{what} holds half a character (a lone surrogate) at position {error.start + 1}")
-            return ""
+    if not is_storable(value):
+        at = next(i for i, character in enumerate(value, 1) if "\ud800" <= character <= "\udfff")
+        notes.wrong(f"{what} holds half a character (a lone surrogate) at position {at}")
+        return ""
     return value
+
+
+def is_storable(text: str) -> bool:
+    """Whether a text is one that UTF-8 can write."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.data import Examples, encode_prompt, expected_answer, tokenize
+from theodora.data import Examples, tokenize
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut
-from theodora.data.prompts import is_verbatim
+from theodora.data.prompts import encode_prompts, expected_answers, is_verbatim
 from theodora.errors import DataError
 from theodora.evaluate.labels import Choice, choices
 
@@ -75,8 +75,8 @@ def questions(
     single_line = False
     if answered and examples.format != "text":
         rows: list[Any] = list(examples.dataset)
-        prompts = [encode_prompt(row, tokenizer, use_chat_template) for row in rows]
-        references = [expected_answer(row, tokenizer, use_chat_template) for row in rows]
+        prompts = encode_prompts(rows, tokenizer, use_chat_template)
+        references = expected_answers(rows, tokenizer, use_chat_template)
         # Without a template nothing tells an untrained model where an answer ends.
         single_line = is_verbatim(rows[0], tokenizer, use_chat_template) and not any(
             "\n" in reference.strip() for reference in references
