@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from theodora import functional
 from theodora.functional import row_norm_squared, wide_dtype
-from theodora.kernels import weight_norm
+from theodora.kernels import onednn, weight_norm
 from theodora.kernels.beside import stacked_rows
 from theodora.kernels.float8 import (
     dequantized,
@@ -186,6 +186,8 @@ class _TensorWeight(BaseWeight):
 
     def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
         """The library's own, added in the same pass."""
+        if (dx := onednn.input_gradient(dz_TO, self.weight_OI, onto)) is not None:
+            return dx
         return dz_TO @ self.weight_OI if onto is None else add_product(onto, dz_TO, self.weight_OI)
 
     def rows(self, at: slice | Tensor = slice(None)) -> Tensor:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
+from theodora.kernels import onednn
 from theodora.kernels.base_weight import StackedWeight, add_product, products
 from theodora.kernels.beside import stacked_rows, times_scaled_b
 from theodora.kernels.compose import (
@@ -294,8 +295,8 @@ def composed_backward(step: LayerStep) -> tuple[Tensor, Tensor | None, LayerGrad
         dz, dm = _scale_rows_backward(dy_TO, z_TO, magnitude, norm)
     if xa_TR is None or b is None:
         return dz, None, LayerGradients(magnitude_O=dm)
-    db = (dz.T @ xa_TR).to(b.dtype).mul_(layer.scale)
-    return dz, dz @ scaled_b(layer, dz.dtype), LayerGradients(b_OR=db, magnitude_O=dm)
+    db = onednn.thin_product(dz.T, xa_TR).to(b.dtype).mul_(layer.scale)
+    return dz, onednn.thin_product(dz, scaled_b(layer, dz.dtype)), LayerGradients(b_OR=db, magnitude_O=dm)
 
 
 def in_one_pass(z_TO: Tensor, layer: Parts) -> bool:
