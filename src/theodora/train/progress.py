@@ -42,6 +42,7 @@ class ProgressView(TrainerCallback):
         self._tokens = 0
         self._busy = 0.0
         self._all_tokens, self._all_busy = 0, 0.0
+        self._first_tokens, self._first_busy = 0, 0.0
         self._last_line = 0.0
         self._eval_steps = 0
 
@@ -108,6 +109,8 @@ class ProgressView(TrainerCallback):
                 self.tokens_per_second = (tokens - self._tokens) / self._busy
             self._all_tokens += tokens - self._tokens
             self._all_busy += self._busy
+            if not self._first_busy:
+                self._first_tokens, self._first_busy = self._all_tokens, self._all_busy
             self._tokens, self._busy = tokens, 0.0
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
@@ -118,6 +121,12 @@ class ProgressView(TrainerCallback):
     def mean_tokens_per_second(self) -> float:
         """Tokens over the time spent in training steps, without that of evaluations and checkpoints."""
         return self._all_tokens / self._all_busy if self._all_busy else 0.0
+
+    @property
+    def warm_tokens_per_second(self) -> float:
+        """Likewise from the second logged step on, if there is one: the first makes ready what later ones use."""
+        busy = self._all_busy - self._first_busy
+        return (self._all_tokens - self._first_tokens) / busy if busy > 0 else self.mean_tokens_per_second
 
     def count_tokens_from(self, tokens: int) -> None:
         """Set how many tokens a resumed run had seen, so that the first rate is right."""

@@ -36,6 +36,8 @@ class TrainResult:
     """Time of training and evaluation, without loading; since the resume, if there was one."""
     tokens_per_second: float
     """Tokens over the time spent in optimizer steps, evaluation and saving left out."""
+    warm_tokens_per_second: float
+    """Likewise without the first logged step, if there are others: it makes ready what they use."""
     peak_memory: int
     """Most bytes held: of the GPU if there is one, else of main memory."""
     moved: Mapping[str, tuple[int, int]]

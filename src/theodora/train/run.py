@@ -419,6 +419,7 @@ def _result(
         tokens=trainer.tokens_seen,
         seconds=seconds,
         tokens_per_second=view.mean_tokens_per_second,
+        warm_tokens_per_second=view.warm_tokens_per_second,
         peak_memory=peak_memory(),
         moved=moved,
         left_out=prepared.left_out,
