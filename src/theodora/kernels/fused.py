@@ -40,7 +40,7 @@ from theodora.kernels.notes import Output, norm_of, note_output
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 from theodora.kernels.residual import Remade
-from theodora.kernels.shared_outputs import SharedOutputs
+from theodora.kernels.shared_outputs import SharedOutputs, saves_through_hooks
 
 
 def adapted_linears(
@@ -252,10 +252,10 @@ def composed(z_TO: Tensor, xa_TR: Tensor | None, layer: Parts) -> tuple[Tensor, 
 
 
 def remakes(layer: Parts, z_TO: Tensor | None, xa_TR: Tensor | None) -> bool:
-    """Whether `layer_onto` can make the layer's output from z to the bit."""
+    """Whether `layer_onto` can make the layer's output from z to the bit, and what is saved can be read for it."""
     if z_TO is None or xa_TR is None or layer.norm_O is None or torch.compiler.is_compiling():
         return False
-    return in_one_pass(z_TO, layer)
+    return in_one_pass(z_TO, layer) and not saves_through_hooks()
 
 
 def layer_onto(layer: Parts, z_TO: Tensor, xa_TR: Tensor, residual_TO: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _LONGEST = 3
 Onto = Callable[[Any, Tensor], Tensor]
 """What a node of autograd's graph has as `output_onto`: gives residual + output once more, from what the node saved.
 
-Beside it stands the output's dtype, as `output_dtype`.
+Beside it stands the output's dtype, as `output_dtype`. A node has it only where no hooks took what it saved.
 """
 
 
@@ -87,4 +87,5 @@ def remade(x: Tensor) -> Remade | None:
 
 def read_by_norm(node: Any) -> None:
     """Let `remade` find the node of a norm that has just read the residual stream, which it has saved first."""
-    _LOCAL.norm = weakref.ref(node)
+    # What hooks have taken (checkpointing, offloading) may be asked for once only, by the node itself.
+    _LOCAL.norm = (lambda: None) if saves_through_hooks() else weakref.ref(node)
