@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from theodora.data import load_examples, pieces, tokenize, tokens
+from theodora.data import borders, load_examples, pieces, tokenize, tokens
 from theodora.data.borders import borders_of
 from theodora.data.masks import extents, learned_by_extent, places_in, straddles
 from theodora.data.pieces import PieceTokenizer
@@ -239,3 +239,17 @@ def test_the_tokenizer_is_asked_for_new_pieces_only(write, monkeypatch):
     examples = load_examples(write([{"prompt": "a b a b", "completion": " a b a b" * 20}] * 20))
     assert len(tokenize(examples, tokenizer, max_length=50)) == 20
     assert asked == [[]]
+
+
+def test_new_pieces_are_kept_apart_by_a_token_that_nothing_beside_it_changes(monkeypatch):
+    # One is part of another, and one begins as another ends.
+    assert borders._separator(["<|im_end|>", "<|im_end|>x", "<|im_start|>", "a<|"]) == "a<|"
+    assert borders._separator(["<a>", "b<"]) == "b<"
+    assert borders._separator(["<a>", "<a>b"]) is None
+    chance = random.Random(5)
+    texts = [text_of(chance, 9) for _ in range(200)]
+    monkeypatch.setattr(borders, "_separator", lambda tokens: None)
+    compare(byte_level("qwen3.5"), texts, chance)
+    # A word that is written as the separator is: its id says no longer where pieces end.
+    monkeypatch.setattr(borders, "_separator", lambda tokens: "a")
+    compare(byte_level("qwen3.5", [*ADDED, AddedToken("a", special=True)]), texts, chance)

@@ -54,6 +54,8 @@ class Borders:
     """Added tokens, which the tokenizer looks for before anything else; None if there are none."""
     pieces: re.Pattern[str]
     """Matches the pieces of what stands between them, one after another."""
+    separator: str | None
+    """One of the added tokens that stays itself whatever stands beside it; None if there is none."""
     normalizes: bool
     """Whether the tokenizer brings texts into NFC, so that tokens of others lie elsewhere than their characters."""
     around: tuple[Sequence[int], Sequence[int]] | None
@@ -91,9 +93,17 @@ def borders_of(tokenizer: PreTrainedTokenizerBase) -> Borders | None:
         return None
     longest_first = sorted(hard, key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if hard else None
-    return Borders(
-        pattern, _BY_LINES if by_lines else _BY_WORDS, bool(normalizer), _around(_state(backend.post_processor))
-    )
+    around = _around(_state(backend.post_processor))
+    return Borders(pattern, _BY_LINES if by_lines else _BY_WORDS, _separator(hard), bool(normalizer), around)
+
+
+def _separator(hard: Sequence[str]) -> str | None:
+    def stays(token: str) -> bool:
+        """Whether no other token holds it, or ends as it begins: of those, the leftmost and longest would be found."""
+        begins = tuple(token[:end] for end in range(1, len(token)))
+        return not any(other != token and (token in other or other.endswith(begins)) for other in hard)
+
+    return next(filter(stays, hard), None)
 
 
 def _calls_are_its_own(kind: type[Any]) -> bool:

@@ -26,6 +26,8 @@ _Counts = NDArray[np.int64]
 
 _MOST_PIECES, _MOST_CHARACTERS = 1 << 17, 1 << 23
 """To remember, at most: some 30 MB. Then all are forgotten; those that are used often soon come again."""
+_TOGETHER = 256
+"""New pieces that are tokenised as one text."""
 _PRICE = 20
 """A new piece costs as much as so many characters of a text that is tokenised whole."""
 _PAUSE = 8
@@ -131,6 +133,7 @@ class PieceTokenizer:
         self._backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._borders = borders
         self._within = _PlacesWithin(self._backend)
+        self._separator = borders.separator
         self._resting = 0
         self._forget()
 
@@ -189,9 +192,7 @@ class PieceTokenizer:
         new, self._numbers.new = self._numbers.new, []
         if not new:
             return
-        ids = [one.ids for one in self._backend.encode_batch_fast(new, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        flat, lengths = self._tokens_of(new)
         self._begins = np.concatenate([self._begins, len(self._ids) + _begins(lengths)[:-1]])
         self._lengths = np.concatenate([self._lengths, lengths])
         self._ids = np.concatenate([self._ids, flat])
@@ -202,11 +203,32 @@ class PieceTokenizer:
         if _PRICE * len(new) > characters - new_characters:
             self._resting = _PAUSE
 
+    def _tokens_of(self, new: list[str]) -> tuple[Tokens, _Counts]:
+        """The ids of pieces one after another, and how many each has."""
+        if self._separator is not None:
+            # A call for each piece takes longer than its tokens: many are one text, with a token between them.
+            parts = [new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER)]
+            texts = [self._separator.join([*part, ""]) for part in parts]
+            flat = np.concatenate([np.array(ids, np.int32) for ids in self._encoded(texts)])
+            ends = np.flatnonzero(flat == self._ids[0])
+            if len(ends) == len(new):  # or else a word is written as the separator is
+                return np.delete(flat, ends), np.diff(ends, prepend=-1) - 1
+        ids = self._encoded(new)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     def _forget(self) -> None:
-        self._numbers, self._characters = _Numbers(), 0
         # Of each piece: where its ids begin, how many they are, and how many characters it has.
         self._begins, self._lengths, self._sizes = (np.zeros(0, np.int64) for _ in range(3))
-        self._ids = np.zeros(0, np.int32)
+        self._ids, self._numbers, self._characters = np.zeros(0, np.int32), _Numbers(), 0
+        if self._separator is not None:
+            # The first piece, so that no new one is the separator itself.
+            self._numbers[self._separator], self._ids = 0, np.array(self._encoded([self._separator])[0], np.int32)
+            self._begins, self._lengths = np.zeros(1, np.int64), np.array([len(self._ids)])
+            self._sizes = np.array([len(self._separator)])
 
 
 def _begins(lengths: _Counts) -> _Counts:
