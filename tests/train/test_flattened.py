@@ -61,7 +61,9 @@ def test_losses_are_those_of_padded_batches(others, run, made, uneven, tmp_path,
     rounding = 5e-2 if settings["bf16"] else 1e-5
     for name in ("loss", "eval_loss", "entropy", "mean_token_accuracy"):
         found, expected = losses(tmp_path / "flat", name), losses(tmp_path / "padded", name)
-        torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-5)
+        # (Of some thirty tokens in a batch rounding may make another the likeliest.)
+        few = 2 / 28 if settings["bf16"] and name == "mean_token_accuracy" else 1e-5
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=few)
 
 
 def test_attention_covers_what_fills_up_a_short_batch(run, made, uneven, monkeypatch):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.trainer_callback import CallbackHandler
 
+from formula import DEVICE
 from theodora.adapters import inject_adapter
 from theodora.adapters.conditions import hash_of_weights
 from theodora.config import AdapterConfig
