@@ -18,9 +18,9 @@ _TILES = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (16, 64, 4, 3), 128: (16
 _FORMS = 32
 """Padded ranks up to which the kernel that adds up the terms also forms the rows whose terms cancel. Beyond it the room
 that forming wants, which is hardly ever used, would leave few programs under way at once."""
-_GRAMS = 64
+_GRAMS = 32
 """Padded ranks up to which A Aᵀ is added up where A is split, and meets B in the kernel of the norms."""
-_SHARES = 16
+_SHARES = 32
 """Programs that split one A, each with a share of A Aᵀ."""
 
 
@@ -237,9 +237,11 @@ def _split(a, a3, R, I, a_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _split_and_gram(a, a3, gram, R, I, SHARE, a_row, PRECISION: tl.constexpr,
-                    BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    """A share of the features: A in three parts, and what it adds to A Aᵀ, from the parts, as exact as float32."""
+def _split_and_gram(a, a3, gram, R, I, SHARE, a_row, BI: tl.constexpr, BR: tl.constexpr):
+    """A share of the features: A in three parts, and what it adds to A Aᵀ.
+
+    In float32, not from the parts: tensor cores cut off what they add up, always downwards where all of it is positive.
+    """
     r = tl.arange(0, BR)
     first = tl.program_id(0) * SHARE
     total = tl.zeros((BR, BR), tl.float32)
@@ -247,6 +249,7 @@ def _split_and_gram(a, a3, gram, R, I, SHARE, a_row, PRECISION: tl.constexpr,
         i = start + tl.arange(0, BI)
         inside = (r[:, None] < R) & (i[None, :] < tl.minimum(first + SHARE, I))
         rest = tl.load(a + r[:, None] * a_row + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.dot(rest, tl.trans(rest), input_precision="ieee")
         high = rest.to(tl.bfloat16)
         rest -= high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
@@ -255,9 +258,6 @@ def _split_and_gram(a, a3, gram, R, I, SHARE, a_row, PRECISION: tl.constexpr,
         tl.store(at, high, mask=inside)
         tl.store(at + R * I, middle, mask=inside)
         tl.store(at + 2 * R * I, low, mask=inside)
-        mixed = product(high, tl.trans(middle), PRECISION) + product(high, tl.trans(low), PRECISION)
-        total += product(high, tl.trans(high), PRECISION) + product(middle, tl.trans(middle), PRECISION)
-        total += mixed + tl.trans(mixed)
     square = (r[:, None] < R) & (r[None, :] < R)
     tl.store(gram + (tl.program_id(0) * R + r[:, None]) * R + r[None, :], total, mask=square)
 
@@ -269,8 +269,7 @@ def _split_with_gram(a: Tensor, block: int) -> tuple[Tensor, Tensor]:
     gram = torch.empty(_SHARES, rank, rank, dtype=torch.float32, device=a.device)
     share = triton.cdiv(triton.cdiv(inputs, _SHARES), 128) * 128
     _split_and_gram[(_SHARES,)](
-        a, a3, gram, rank, inputs, share, a.stride(0), PRECISION=precision(torch.bfloat16),
-        BI=128, BR=block, num_warps=4,
+        a, a3, gram, rank, inputs, share, a.stride(0), BI=128, BR=block, num_warps=4,
     )  # fmt: skip
     return a3, gram
 
