@@ -74,7 +74,7 @@ def load_xa(xa, t, r, T, R, xa_row):
     return tl.load(xa + t[:, None] * xa_row + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def _sum_chunks(parts, out, COUNT, SIZE, COLS, out_row, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = parts + i
@@ -95,7 +95,7 @@ def sum_chunks(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CHUNKS"])
 def _sum_rows(db_parts, dg_parts, norm, db, dm, O, SIZE, CHUNKS, scale, LOW: tl.constexpr, SCALED: tl.constexpr,
               BLOCK: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
     """Programs for dB come first, those for dm behind them. TOGETHER chunks are loaded at once, to wait once."""

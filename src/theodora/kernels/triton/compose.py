@@ -35,7 +35,7 @@ REDUCES = 64
 """Padded ranks up to which the backward kernel also makes dB; beyond it, a product of its own is faster."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CHUNK"])
 def _compose(z, other1, other2, xa, b, magnitude, norm, bias, residual, y, T, O, R, CHUNK,
              z_row, row1, row2, xa_row, b_row, b_col, residual_row, y_row, scale,
              OTHERS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
@@ -114,7 +114,7 @@ def _row(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CHUNK"])
 def _compose_backward(dy, z, xa, b, magnitude, norm, dz, db_parts, dg_parts, T, O, R, CHUNK,
                       dy_row, z_row, xa_row, b_row, b_col, dz_row, scale,
                       LOW: tl.constexpr, SCALED: tl.constexpr, OUTPUT: tl.constexpr, REDUCE: tl.constexpr,
@@ -223,7 +223,7 @@ def compose_backward_into(
     return db, dm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, O, I, R,
                          dy_row, h_row, w_row, xa_row, b_row, b_col, scale,
                          NORMED: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,

@@ -107,7 +107,7 @@ def _add_low_rank(sums, b, xa, o, T, O, R, xa_row, xa_col,
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, xa_row, xa_col, sync_start,
             a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
             OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,

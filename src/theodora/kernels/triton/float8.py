@@ -96,7 +96,7 @@ def _to_e4m3(x, ROUND: tl.constexpr):
     return x.to(tl.float8e4nv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize_rows(
     x_ptr, times_ptr, x8_ptr, scale_ptr, tokens, width, stride, smallest,
     TIMES: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,7 +116,7 @@ def _quantize_rows(
             tl.store(scale_ptr + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize_long_rows(
     x_ptr, times_ptr, x8_ptr, scale_ptr, tokens, width, stride, smallest,
     TIMES: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,

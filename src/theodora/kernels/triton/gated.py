@@ -51,7 +51,7 @@ def _activate(x, ACT: tl.constexpr):
         return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CHUNK"])
 def _gated(z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2, act, T, O, R1, R2, CHUNK,
            z1_row, z2_row, xa1_row, xa2_row, b1_row, b1_col, b2_row, b2_col, scale1, scale2,
            LOW1: tl.constexpr, LOW2: tl.constexpr, SCALED1: tl.constexpr, SCALED2: tl.constexpr,
@@ -123,7 +123,7 @@ def _low_strides(update: Update) -> tuple[int, int, int]:
     return update.xa_TR.stride(0), update.b_OR.stride(0), update.b_OR.stride(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CHUNK"])
 def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2,
                     dz1, dz2, act, db1, db2, da, dg1, dg2, T, O, R1, R2, R3, CHUNK,
                     dact_row, low_row, a_row, z1_row, z2_row, dz1_row, dz2_row, xa1_row, xa2_row,

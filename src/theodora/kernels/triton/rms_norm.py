@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(x_ptr, w_ptr, y_ptr, rstd_ptr, rows, width, eps, offset, ROUND_H: tl.constexpr,
              ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -29,7 +29,7 @@ def _forward(x_ptr, w_ptr, y_ptr, rstd_ptr, rows, width, eps, offset, ROUND_H: t
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(dy_ptr, x_ptr, rstd_ptr, w_ptr, dx_ptr, rows, width, offset,
               ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

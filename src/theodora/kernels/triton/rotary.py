@@ -10,7 +10,7 @@ from torch import Tensor
 _MOST = 2048  # pairs that a program holds at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _turn(x, cos, sin, y, H, T, HALF, BATCHED: tl.constexpr,
           x_b, x_h, x_t, cos_b, cos_t, sin_b, sin_t, y_b, y_h, y_t,
           BACK: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):  # fmt: skip
