@@ -2,11 +2,13 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from formula import DEVICE
 from steps import IDS, adapted, expected, needs_triton, same, step
@@ -123,6 +125,23 @@ def test_the_last_norm_asks_nothing_of_a_block_that_hooks_have_taken_from(made):
         block.forward = taken.__get__(block)
     same(step(model), wanted)
     assert made[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "states"), [(["layers.1"], 4), (["layers.0", "layers.1", "layers.2", "layers.3"], 0),
+                          (["layers.1.mlp", "layers.2.self_attn"], 6), (["layers.1.post_attention_layernorm"], 5)],
+    ids=["a block", "all blocks", "modules", "a norm"],
+)  # fmt: skip
+def test_what_is_checkpointed_is_left_alone(parts, states, made):
+    model = adapted(blocks=4)
+    model.enable_input_require_grads()
+    wanted = expected(model)
+    speed_up_model(model)
+    for part in parts:
+        module = model.model.get_submodule(part)
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    same(step(model), wanted)
+    assert made[0] == states
 
 
 def test_half_precision_added_to_float32_is_not_made_again(made):
