@@ -246,6 +246,9 @@ def test_new_pieces_are_kept_apart_by_a_token_that_nothing_beside_it_changes(mon
     assert borders._separator(["<|im_end|>", "<|im_end|>x", "<|im_start|>", "a<|"]) == "a<|"
     assert borders._separator(["<a>", "b<"]) == "b<"
     assert borders._separator(["<a>", "<a>b"]) is None
+    # Behind a word that ends in "|", its first half would be found: as often, elsewhere.
+    assert borders._separator(["|||IP|||"]) is None
+    compare(byte_level("gpt2", [AddedToken("||", special=True)]), ["x| y", "a|b c||d|"], random.Random(6))
     chance = random.Random(5)
     texts = [text_of(chance, 9) for _ in range(200)]
     monkeypatch.setattr(borders, "_separator", lambda tokens: None)

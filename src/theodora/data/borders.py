@@ -99,9 +99,9 @@ def borders_of(tokenizer: PreTrainedTokenizerBase) -> Borders | None:
 
 def _separator(hard: Sequence[str]) -> str | None:
     def stays(token: str) -> bool:
-        """Whether no other token holds it, or ends as it begins: of those, the leftmost and longest would be found."""
+        """Whether no other token holds it, and none (itself, too: "||") ends as it begins: the leftmost is found."""
         begins = tuple(token[:end] for end in range(1, len(token)))
-        return not any(other != token and (token in other or other.endswith(begins)) for other in hard)
+        return not any((other != token and token in other) or other.endswith(begins) for other in hard)
 
     return next(filter(stays, hard), None)
 
