@@ -114,8 +114,6 @@ def compare(tokenizer, texts, chance):
     texts = [text for text in texts if by_pieces.fits(text)]
     found = by_pieces.encode(texts)
     assert found is not None
-    # Spaces that `trim_offsets` takes from a token's end would go to the next one.
-    tokenizer.backend_tokenizer.post_processor = None
     whole = tokenizer(texts, add_special_tokens=False).encodings
     spans = []
     for text in texts:
@@ -125,7 +123,7 @@ def compare(tokenizer, texts, chance):
     expected = 0
     for i, (begin, end) in enumerate(pairwise(found.begins.tolist())):
         assert found.ids[begin:end].tolist() == whole[i].ids, repr(texts[i])
-        places = extents(places_in(whole[i]))
+        places = extents(places_in(whole[i], len(texts[i])))
         assert flags[begin:end].tolist() == learned_by_extent(spans[i], places).tolist(), repr((texts[i], spans[i]))
         expected += straddles(spans[i], places)
     assert straddled == expected
@@ -226,6 +224,20 @@ def test_rows_of_every_kind_are_the_same(bos, write, monkeypatch):
                 made.append((by_pieces, done["input_ids"][:], done["labels"][:], done.info.description))
     half = len(made) // 2
     assert [one[1:] for one in made[:half]] == [one[1:] for one in made[half:]]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_trimmed_spaces_are_given_back_to_the_tokens_that_hold_them(bos):
+    tokenizer, chance = byte_level("gpt2", [*ADDED, AddedToken(" ", special=True)], bos=bos), random.Random(7)
+    texts = [" ", "  ", " \n ", "a\n </s>", *(text_of(chance, chance.randint(1, 6)) for _ in range(200))]
+    single = tokenizer.backend_tokenizer.post_processor
+    made = []
+    for trims in (True, False):
+        own = processors.ByteLevel(trim_offsets=trims)
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, single]) if bos else own
+        encodings = tokenizer(texts, add_special_tokens=bos).encodings
+        made.append([extents(places_in(one, len(text))).tolist() for one, text in zip(encodings, texts, strict=True)])
+    assert made[0] == made[1]
 
 
 def asked_and_answered(question, answer):

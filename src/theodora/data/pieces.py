@@ -105,7 +105,7 @@ class _PlacesWithin:
         return self._cached(piece)
 
     def _read(self, piece: str) -> Places:
-        return extents(places_in(self._backend.encode(piece, add_special_tokens=False)))
+        return extents(places_in(self._backend.encode(piece, add_special_tokens=False), len(piece)))
 
 
 class _Numbers(dict[str, int]):
