@@ -173,11 +173,14 @@ class _Watched(Template):
         except TEMPLATE_ERRORS as error:
             try:
                 self._traced(messages, tools, prompt)
-            except TemplateError as same:
-                if str(same) == str(error):
+            except TEMPLATE_ERRORS as same:
+                if isinstance(same, TemplateError) and str(same) == str(error):
                     raise error from None
             raise Untraceable from error
-        traced = self._traced(messages, tools, prompt)
+        try:
+            traced = self._traced(messages, tools, prompt)
+        except TEMPLATE_ERRORS as error:  # words were no string to it, which is no refusal of the template's
+            raise Untraceable from error
         if _expanded(traced, self.seen.trace) != text:
             raise Untraceable
         if self.seen.first is None:
