@@ -103,7 +103,10 @@ def byte_level(name, added=ADDED, bos=False, **changed):
     if bos:
         single = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
         tokenizer.post_processor = single
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    for part in {"continuing_subword_prefix", "end_of_word_suffix"} & changed.keys():
+        setattr(made.backend_tokenizer.model, part, changed[part])
+    return made
 
 
 def compare(tokenizer, texts, chance):
@@ -150,6 +153,8 @@ CHANGES = {
     "NFKC": {"normalizer": normalizers.NFKC()},
     "something put in front": {"normalizer": normalizers.Prepend("x")},
     "dropout": {"dropout": 0.1},
+    "other letters within words": {"continuing_subword_prefix": "##"},
+    "other letters at ends of words": {"end_of_word_suffix": "</w>"},
     "an unknown pattern": {"patterns": [r"\S+ \S+|\s+(?!\S)|\s+"]},
     "nothing for white space": {"patterns": [r"\p{N}{1,3}"]},
     "line breaks late": {"patterns": [rf"{LETTERS}|\s+(?!\S)|\s+|\s*[\r\n]+"]},
@@ -171,6 +176,9 @@ def test_a_tokenizer_that_does_something_of_its_own_is_not_cut(make_tokenizer):
 
     tokenizer = Own(tokenizer_object=byte_level("gpt2").backend_tokenizer, eos_token="</s>")
     assert PieceTokenizer.of(tokenizer) is None
+    replaced = byte_level("gpt2")
+    replaced._encode_plus = lambda text, **options: PreTrainedTokenizerFast._encode_plus(replaced, text, **options)
+    assert PieceTokenizer.of(replaced) is None
     assert PieceTokenizer.of(make_tokenizer("metaspace")) is None
     assert PieceTokenizer.of(make_tokenizer("python")) is None
 
@@ -198,6 +206,13 @@ def test_what_is_remembered_is_bounded(monkeypatch):
         found = by_pieces.encode(texts)
         assert found.ids.tolist() == list(chain(*tokenizer(texts)["input_ids"]))
         assert len(by_pieces._numbers) <= 50
+
+
+def test_places_within_long_pieces_are_not_remembered():
+    by_pieces = PieceTokenizer.of(byte_level("llama3"))
+    texts = [letter * length for letter in "acgt" for length in (2, 5000)]
+    assert by_pieces.encode(texts).learned([[(1, len(text))] for text in texts])[0].any()
+    assert by_pieces._within._cached.cache_info().currsize == 4
 
 
 def test_words_that_never_come_again_are_left_to_the_tokenizer():

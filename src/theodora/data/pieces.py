@@ -26,6 +26,8 @@ _Counts = NDArray[np.int64]
 
 _MOST_PIECES, _MOST_CHARACTERS = 1 << 17, 1 << 23
 """To remember, at most: some 30 MB. Then all are forgotten; those that are used often soon come again."""
+_LONGEST_PLACED = 200
+"""Characters of a piece at most, for the places of its tokens to be remembered."""
 _TOGETHER = 256
 """New pieces that are tokenised as one text."""
 _PRICE = 20
@@ -102,7 +104,8 @@ class _PlacesWithin:
         self._cached = lru_cache(maxsize=1 << 12)(self._read)
 
     def __call__(self, piece: str) -> Places:
-        return self._cached(piece)
+        # Some texts are one piece (a sequence of bases): thousands of those would not fit into memory.
+        return self._cached(piece) if len(piece) <= _LONGEST_PLACED else self._read(piece)
 
     def _read(self, piece: str) -> Places:
         return extents(places_in(self._backend.encode(piece, add_special_tokens=False), len(piece)))
