@@ -222,6 +222,19 @@ def test_words_that_never_come_again_are_left_to_the_tokenizer():
     assert given_back == [False, *[True] * pieces._PAUSE, False]
 
 
+@pytest.mark.parametrize("left", ["padding", "truncation", "words"])
+def test_what_others_left_in_a_tokenizer_makes_no_tokens(left):
+    tokenizer, text = byte_level("llama3"), "<|im_start|>a b<|im_end|>" * 9
+    expected = tokenizer(text)["input_ids"]
+    if left == "padding":
+        tokenizer.backend_tokenizer.enable_padding(length=8)
+    elif left == "truncation":
+        tokenizer.backend_tokenizer.enable_truncation(1)
+    else:
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+    assert PieceTokenizer.of(tokenizer).encode([text]).ids.tolist() == expected
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_rows_of_every_kind_are_the_same(bos, write, monkeypatch):
     tokenizer, chance = byte_level("llama3", bos=bos), random.Random(4)

@@ -146,9 +146,10 @@ class PieceTokenizer:
         borders = borders_of(tokenizer)
         if borders is None:
             return None
-        made = PieceTokenizer(tokenizer, borders)
         probes = [*_PROBES, "".join(f"{token} x\n{token}y" for token in tokenizer.all_special_tokens)]
+        # First, because this undoes what others left: padding, cutting, special tokens that are taken for words.
         whole = tokenizer(probes, add_special_tokens=False, verbose=False)["input_ids"]
+        made = PieceTokenizer(tokenizer, borders)
         cut = made.encode(probes)
         same = cut is not None and [cut.ids[a:b].tolist() for a, b in pairwise(cut.begins.tolist())] == whole
         made._resting = 0
@@ -229,8 +230,9 @@ class PieceTokenizer:
         self._ids, self._numbers, self._characters = np.zeros(0, np.int32), _Numbers(), 0
         if self._separator is not None:
             # The first piece, so that no new one is the separator itself.
-            self._numbers[self._separator], self._ids = 0, np.array(self._encoded([self._separator])[0], np.int32)
-            self._begins, self._lengths = np.zeros(1, np.int64), np.array([len(self._ids)])
+            self._numbers[self._separator] = 0
+            self._ids = np.array([self._backend.token_to_id(self._separator)], np.int32)
+            self._begins, self._lengths = np.zeros(1, np.int64), np.ones(1, np.int64)
             self._sizes = np.array([len(self._separator)])
 
 
