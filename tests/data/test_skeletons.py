@@ -165,6 +165,15 @@ def test_words_that_are_no_string_while_traced_are_no_refusal():
     assert not fast._skeletons._built
 
 
+def test_a_name_that_the_answer_holds_is_shown():
+    fast, thorough = Counting(tokenizer_for(CHATML)), ChatRenderer(tokenizer_for(CHATML))
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    for words_of_answer in ["Hm.", "So.", "Ah.", "Let me look."]:
+        turns = [chat("Is it?", "")[0], {"role": "assistant", "content": words_of_answer, "tool_calls": [call]}]
+        assert fast.render_for_training(turns) == thorough._rendered_alone(thorough.template, turns, None)
+    assert fast.alone == 4
+
+
 def test_a_clock_is_read_for_each_row(monkeypatch):
     template = "{{ strftime_now('%Y') + '\\n' }}" + CHATML
     renderer = Counting(tokenizer_for(template))
