@@ -103,7 +103,10 @@ def byte_level(name, added=ADDED, bos=False, **changed):
     if bos:
         single = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
         tokenizer.post_processor = single
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    for part in {"continuing_subword_prefix", "end_of_word_suffix"} & changed.keys():
+        setattr(made.backend_tokenizer.model, part, changed[part])
+    return made
 
 
 def compare(tokenizer, texts, chance):
@@ -114,8 +117,6 @@ def compare(tokenizer, texts, chance):
     texts = [text for text in texts if by_pieces.fits(text)]
     found = by_pieces.encode(texts)
     assert found is not None
-    # Spaces that `trim_offsets` takes from a token's end would go to the next one.
-    tokenizer.backend_tokenizer.post_processor = None
     whole = tokenizer(texts, add_special_tokens=False).encodings
     spans = []
     for text in texts:
@@ -125,7 +126,7 @@ def compare(tokenizer, texts, chance):
     expected = 0
     for i, (begin, end) in enumerate(pairwise(found.begins.tolist())):
         assert found.ids[begin:end].tolist() == whole[i].ids, repr(texts[i])
-        places = extents(places_in(whole[i]))
+        places = extents(places_in(whole[i], len(texts[i])))
         assert flags[begin:end].tolist() == learned_by_extent(spans[i], places).tolist(), repr((texts[i], spans[i]))
         expected += straddles(spans[i], places)
     assert straddled == expected
@@ -152,6 +153,8 @@ CHANGES = {
     "NFKC": {"normalizer": normalizers.NFKC()},
     "something put in front": {"normalizer": normalizers.Prepend("x")},
     "dropout": {"dropout": 0.1},
+    "other letters within words": {"continuing_subword_prefix": "##"},
+    "other letters at ends of words": {"end_of_word_suffix": "</w>"},
     "an unknown pattern": {"patterns": [r"\S+ \S+|\s+(?!\S)|\s+"]},
     "nothing for white space": {"patterns": [r"\p{N}{1,3}"]},
     "line breaks late": {"patterns": [rf"{LETTERS}|\s+(?!\S)|\s+|\s*[\r\n]+"]},
@@ -173,6 +176,9 @@ def test_a_tokenizer_that_does_something_of_its_own_is_not_cut(make_tokenizer):
 
     tokenizer = Own(tokenizer_object=byte_level("gpt2").backend_tokenizer, eos_token="</s>")
     assert PieceTokenizer.of(tokenizer) is None
+    replaced = byte_level("gpt2")
+    replaced._encode_plus = lambda text, **options: PreTrainedTokenizerFast._encode_plus(replaced, text, **options)
+    assert PieceTokenizer.of(replaced) is None
     assert PieceTokenizer.of(make_tokenizer("metaspace")) is None
     assert PieceTokenizer.of(make_tokenizer("python")) is None
 
@@ -202,11 +208,31 @@ def test_what_is_remembered_is_bounded(monkeypatch):
         assert len(by_pieces._numbers) <= 50
 
 
+def test_places_within_long_pieces_are_not_remembered():
+    by_pieces = PieceTokenizer.of(byte_level("llama3"))
+    texts = [letter * length for letter in "acgt" for length in (2, 5000)]
+    assert by_pieces.encode(texts).learned([[(1, len(text))] for text in texts])[0].any()
+    assert by_pieces._within._cached.cache_info().currsize == 4
+
+
 def test_words_that_never_come_again_are_left_to_the_tokenizer():
     by_pieces = PieceTokenizer.of(byte_level("llama3"))
     batches = [" ".join(f"x{i}-{j}" for j in range(100)) for i in range(2 + pieces._PAUSE)]
     given_back = [by_pieces.encode([text]) is None for text in batches]
     assert given_back == [False, *[True] * pieces._PAUSE, False]
+
+
+@pytest.mark.parametrize("left", ["padding", "truncation", "words"])
+def test_what_others_left_in_a_tokenizer_makes_no_tokens(left):
+    tokenizer, text = byte_level("llama3"), "<|im_start|>a b<|im_end|>" * 9
+    expected = tokenizer(text)["input_ids"]
+    if left == "padding":
+        tokenizer.backend_tokenizer.enable_padding(length=8)
+    elif left == "truncation":
+        tokenizer.backend_tokenizer.enable_truncation(1)
+    else:
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+    assert PieceTokenizer.of(tokenizer).encode([text]).ids.tolist() == expected
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -228,6 +254,20 @@ def test_rows_of_every_kind_are_the_same(bos, write, monkeypatch):
     assert [one[1:] for one in made[:half]] == [one[1:] for one in made[half:]]
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_trimmed_spaces_are_given_back_to_the_tokens_that_hold_them(bos):
+    tokenizer, chance = byte_level("gpt2", [*ADDED, AddedToken(" ", special=True)], bos=bos), random.Random(7)
+    texts = [" ", "  ", " \n ", "a\n </s>", *(text_of(chance, chance.randint(1, 6)) for _ in range(200))]
+    single = tokenizer.backend_tokenizer.post_processor
+    made = []
+    for trims in (True, False):
+        own = processors.ByteLevel(trim_offsets=trims)
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, single]) if bos else own
+        encodings = tokenizer(texts, add_special_tokens=bos).encodings
+        made.append([extents(places_in(one, len(text))).tolist() for one, text in zip(encodings, texts, strict=True)])
+    assert made[0] == made[1]
+
+
 def asked_and_answered(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -246,6 +286,9 @@ def test_new_pieces_are_kept_apart_by_a_token_that_nothing_beside_it_changes(mon
     assert borders._separator(["<|im_end|>", "<|im_end|>x", "<|im_start|>", "a<|"]) == "a<|"
     assert borders._separator(["<a>", "b<"]) == "b<"
     assert borders._separator(["<a>", "<a>b"]) is None
+    # Behind a word that ends in "|", its first half would be found: as often, elsewhere.
+    assert borders._separator(["|||IP|||"]) is None
+    compare(byte_level("gpt2", [AddedToken("||", special=True)]), ["x| y", "a|b c||d|"], random.Random(6))
     chance = random.Random(5)
     texts = [text_of(chance, 9) for _ in range(200)]
     monkeypatch.setattr(borders, "_separator", lambda tokens: None)

@@ -155,6 +155,25 @@ def test_what_templates_ask_about_words_is_asked_of_each_row(name):
         assert fast.render_for_training(turns) == thorough._rendered_alone(thorough.template, turns, None)
 
 
+def test_words_that_are_no_string_while_traced_are_no_refusal():
+    asked = "{% if m.role == 'user' and loop.last and 'What?'.index(m.content) %}{% endif %}"
+    tokenizer = tokenizer_for(CHATML.replace("{{ '<|im_start|>'", asked + "{{ '<|im_start|>'", 1))
+    fast, thorough = ChatRenderer(tokenizer), ChatRenderer(tokenizer)
+    for question in ["So?", "So?", "So?", "What?"]:
+        turns = chat(question, "Yes")
+        assert fast.render_for_training(turns) == thorough._rendered_alone(thorough.template, turns, None)
+    assert not fast._skeletons._built
+
+
+def test_a_name_that_the_answer_holds_is_shown():
+    fast, thorough = Counting(tokenizer_for(CHATML)), ChatRenderer(tokenizer_for(CHATML))
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    for words_of_answer in ["Hm.", "So.", "Ah.", "Let me look."]:
+        turns = [chat("Is it?", "")[0], {"role": "assistant", "content": words_of_answer, "tool_calls": [call]}]
+        assert fast.render_for_training(turns) == thorough._rendered_alone(thorough.template, turns, None)
+    assert fast.alone == 4
+
+
 def test_a_clock_is_read_for_each_row(monkeypatch):
     template = "{{ strftime_now('%Y') + '\\n' }}" + CHATML
     renderer = Counting(tokenizer_for(template))

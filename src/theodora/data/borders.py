@@ -79,7 +79,7 @@ class Borders:
 
 def borders_of(tokenizer: PreTrainedTokenizerBase) -> Borders | None:
     """How to cut texts for a tokenizer; None where it is not sure that this gives the same tokens."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not _calls_are_its_own(type(tokenizer)):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not _calls_are_its_own(tokenizer):
         return None
     backend: Tokenizer = tokenizer.backend_tokenizer
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
@@ -99,23 +99,29 @@ def borders_of(tokenizer: PreTrainedTokenizerBase) -> Borders | None:
 
 def _separator(hard: Sequence[str]) -> str | None:
     def stays(token: str) -> bool:
-        """Whether no other token holds it, or ends as it begins: of those, the leftmost and longest would be found."""
+        """Whether no other token holds it, and none (itself, too: "||") ends as it begins: the leftmost is found."""
         begins = tuple(token[:end] for end in range(1, len(token)))
-        return not any(other != token and (token in other or other.endswith(begins)) for other in hard)
+        return not any((other != token and token in other) or other.endswith(begins) for other in hard)
 
     return next(filter(stays, hard), None)
 
 
-def _calls_are_its_own(kind: type[Any]) -> bool:
-    """Whether texts go to the tokenizers library as they are: no class of anybody's own does something to them."""
-    return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus"))
+def _calls_are_its_own(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether texts go to the tokenizers library as they are: nobody's own class or function does something to them."""
+    kind, names = type(tokenizer), ("__call__", "_encode_plus")
+    is_replaced = not vars(tokenizer).keys().isdisjoint(names)
+    return not is_replaced and all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in names)
 
 
 def _model_is_sure(backend: Tokenizer) -> bool:
     """Whether the model always gives the same tokens, at least one for each byte."""
     model = backend.model
-    is_sure = isinstance(model, models.BPE) and not model.dropout
-    return is_sure and all(model.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet())
+    if not isinstance(model, models.BPE) or model.dropout:
+        return False
+    # With these, letters within a word or at its end are other tokens, which may not be there.
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    return all(model.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet())
 
 
 def _stands_alone(token: AddedToken) -> bool:

@@ -24,12 +24,20 @@ def places_of(offsets: Sequence[Span]) -> Places:
     return np.array(offsets, np.int64).reshape(-1, 2)
 
 
-def places_in(encoding: Encoding) -> Places:
-    """Where the tokens of a text stand in it, as a tokenizer says."""
-    places = places_of(encoding.offsets)
-    # ByteLevel gives a text's first token no place if that is spaces alone: it may have put one there itself.
-    if len(places) and not places[0].any() and not (spaces := encoding.tokens[0]).strip("Ġ"):
-        places[0, 1] = len(spaces)
+def places_in(encoding: Encoding, length: int) -> Places:
+    """Where the tokens of a text of so many characters stand in it, as a tokenizer says.
+
+    With the spaces that `trim_offsets` takes from a token's end, which would otherwise go to the next one, whatever
+    that is. Those from a token's front are left to `extents`.
+    """
+    places, tokens = places_of(encoding.offsets), encoding.tokens
+    for i in [i for i, token in enumerate(tokens) if token[-1:] == "Ġ" or token[-1:].isspace()]:
+        trimmed = len(tokens[i]) - len(tokens[i].replace("Ġ", " ").rstrip())
+        # A token of spaces alone keeps its end; only the first of a text gets no place: it may have been put there.
+        if trimmed < len(tokens[i]) or not places[i].any():
+            is_last = i + 1 == len(places) or not places[i + 1].any()  # but for EOS
+            bound = length if is_last else int(places[i + 1, 0])
+            places[i, 1] = max(places[i, 1], min(places[i, 1] + trimmed, bound))
     return places
 
 

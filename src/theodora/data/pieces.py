@@ -26,6 +26,8 @@ _Counts = NDArray[np.int64]
 
 _MOST_PIECES, _MOST_CHARACTERS = 1 << 17, 1 << 23
 """To remember, at most: some 30 MB. Then all are forgotten; those that are used often soon come again."""
+_LONGEST_PLACED = 200
+"""Characters of a piece at most, for the places of its tokens to be remembered."""
 _TOGETHER = 256
 """New pieces that are tokenised as one text."""
 _PRICE = 20
@@ -102,10 +104,11 @@ class _PlacesWithin:
         self._cached = lru_cache(maxsize=1 << 12)(self._read)
 
     def __call__(self, piece: str) -> Places:
-        return self._cached(piece)
+        # Some texts are one piece (a sequence of bases): thousands of those would not fit into memory.
+        return self._cached(piece) if len(piece) <= _LONGEST_PLACED else self._read(piece)
 
     def _read(self, piece: str) -> Places:
-        return extents(places_in(self._backend.encode(piece, add_special_tokens=False)))
+        return extents(places_in(self._backend.encode(piece, add_special_tokens=False), len(piece)))
 
 
 class _Numbers(dict[str, int]):
@@ -143,9 +146,10 @@ class PieceTokenizer:
         borders = borders_of(tokenizer)
         if borders is None:
             return None
-        made = PieceTokenizer(tokenizer, borders)
         probes = [*_PROBES, "".join(f"{token} x\n{token}y" for token in tokenizer.all_special_tokens)]
+        # First, because this undoes what others left: padding, cutting, special tokens that are taken for words.
         whole = tokenizer(probes, add_special_tokens=False, verbose=False)["input_ids"]
+        made = PieceTokenizer(tokenizer, borders)
         cut = made.encode(probes)
         same = cut is not None and [cut.ids[a:b].tolist() for a, b in pairwise(cut.begins.tolist())] == whole
         made._resting = 0
@@ -226,8 +230,9 @@ class PieceTokenizer:
         self._ids, self._numbers, self._characters = np.zeros(0, np.int32), _Numbers(), 0
         if self._separator is not None:
             # The first piece, so that no new one is the separator itself.
-            self._numbers[self._separator], self._ids = 0, np.array(self._encoded([self._separator])[0], np.int32)
-            self._begins, self._lengths = np.zeros(1, np.int64), np.array([len(self._ids)])
+            self._numbers[self._separator] = 0
+            self._ids = np.array([self._backend.token_to_id(self._separator)], np.int32)
+            self._begins, self._lengths = np.zeros(1, np.int64), np.ones(1, np.int64)
             self._sizes = np.array([len(self._separator)])
 
 

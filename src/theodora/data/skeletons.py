@@ -94,6 +94,8 @@ class _Skeleton:
     """Where tokens stand that can end a turn."""
     spans: tuple[tuple[Place, Place], ...]
     answered: Mapping[int, tuple[Place, Place]]
+    unshown: tuple[int, ...]
+    """The numbers of the words that the template does not write."""
     chat: RenderedChat
     """That of the placeholders."""
 
@@ -114,6 +116,8 @@ class _Skeleton:
             words = [*words, *written]
         parts = [words[piece] if isinstance(piece, int) else piece for piece in self.pieces]
         text = "".join(parts)
+        if any(words[i] in text for i in self.unshown):
+            return None  # a call's name counts as shown where the answer holds it
         begins = list(accumulate(map(len, parts), initial=0))
         found = [token.span() for token in ends.finditer(text)]
         if len(found) != len(self.ends) or found != _spans(self.ends, begins):
@@ -173,11 +177,14 @@ class _Watched(Template):
         except TEMPLATE_ERRORS as error:
             try:
                 self._traced(messages, tools, prompt)
-            except TemplateError as same:
-                if str(same) == str(error):
+            except TEMPLATE_ERRORS as same:
+                if isinstance(same, TemplateError) and str(same) == str(error):
                     raise error from None
             raise Untraceable from error
-        traced = self._traced(messages, tools, prompt)
+        try:
+            traced = self._traced(messages, tools, prompt)
+        except TEMPLATE_ERRORS as error:  # words were no string to it, which is no refusal of the template's
+            raise Untraceable from error
         if _expanded(traced, self.seen.trace) != text:
             raise Untraceable
         if self.seen.first is None:
@@ -330,6 +337,7 @@ def _skeleton(
         ends=tuple(places(token.span()) for token in ends.finditer(chat.text)),
         spans=tuple(map(places, chat.spans)),
         answered={turn: places(span) for turn, span in chat.answered.items()},
+        unshown=tuple(sorted(set(range(words)) - set(escaped) - set(pieces))),
         chat=chat,
     )
 

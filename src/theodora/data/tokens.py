@@ -325,7 +325,7 @@ class _Batches:
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def _labels(self, text: _Text, ids: Tokens, encoding: Encoding | None) -> Tokens:
-        given = places_of([]) if encoding is None else places_in(encoding)
+        given = places_of([]) if encoding is None else places_in(encoding, len(text.text))
         if are_sound(given, text.text):
             places = extents(given)
             learned = learned_by_extent(text.spans, places)
