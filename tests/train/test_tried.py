@@ -58,6 +58,8 @@ def _own_code(model):
         (lambda model: None, {"rms_norm_eps": 1e-3}),
         (lambda model: None, {"dtype": torch.bfloat16}),
         (inject_adapter, {}),
+        (lambda model: setattr(model.model.layers[0].self_attn, "is_causal", False), {}),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(2), {}),
         (_add_hook, {}),
         (_own_code, {}),
         (lambda model: model.set_attn_implementation("eager"), {}),
@@ -66,6 +68,13 @@ def _own_code(model):
 def test_another_model_is_tried_out_itself(asked, change, of_model):
     asked()
     asked(change, **of_model)
+    assert asked.count == 2
+
+
+@pytest.mark.parametrize("other", [{"alpha": 1e-30}, {"init": "pissa"}, {"dropout": 0.5}], ids=str)
+def test_another_adapter_is_tried_out_itself(asked, other):
+    for settings in ({}, other):
+        asked(lambda model, settings=settings: inject_adapter(model, AdapterConfig(rank=2, **settings)))
     assert asked.count == 2
 
 

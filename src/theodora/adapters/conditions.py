@@ -18,8 +18,15 @@ from transformers import PreTrainedModel
 
 import theodora
 from theodora import kernels
+from theodora.adapters.state import find_state
 
 _KNOWN_CODE = {"torch", "transformers", "theodora"}
+# Beside torch, what runs a model; some models of transformers' call the last ones where they are installed.
+_LIBRARIES = (
+    *("transformers", "trl", "accelerate", "triton", "liger-kernel", "kernels", "flash-attn", "flash-attn-3"),
+    *("flash-linear-attention", "causal-conv1d", "mamba-ssm", "xformers"),
+)
+_PLAIN = (bool, int, float, str, type(None))
 _SMALL = 1 << 20  # bytes of a tensor up to which sha256 costs nothing
 
 
@@ -37,9 +44,11 @@ def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
         config = json.loads(model.config.to_json_string(use_diff=False))
     except (TypeError, ValueError):
         return None
+    state = find_state(model)
     return {
         "weights": weights,
         "config": config,
+        "adapters": None if state is None else [state.active, state.merged, repr(state.configs)],
         "attention": model.config.get_text_config()._attn_implementation,  # pyright: ignore[reportPrivateUsage]
         "modules": _structure(model),
         "code": _code(),
@@ -62,21 +71,32 @@ def _root(module: nn.Module) -> str:
 
 
 def _structure(model: nn.Module) -> str:
-    """The hash of what stands where, of which class and dtype, what is trained, and what was put in anybody's way."""
+    """The hash of what stands where, of which class and dtype, what is trained, what was put in anybody's way, and of
+    what modules keep beside their weights: numbers and names, and small buffers."""
     modules = [
         f"{path} {type(m).__module__} {type(m).__qualname__} {'forward' in vars(m)} "
-        f"{len(m._forward_hooks)} {len(m._forward_pre_hooks)}"  # pyright: ignore[reportPrivateUsage]
+        f"{len(m._forward_hooks)} {len(m._forward_pre_hooks)} "  # pyright: ignore[reportPrivateUsage]
+        f"{sorted((name, value) for name, value in vars(m).items() if type(value) in _PLAIN)}"
         for path, m in model.named_modules()
     ]
     parameters = [f"{name} {p.dtype} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
-    return hashlib.sha256("\n".join([*modules, *parameters]).encode()).hexdigest()
+    hashed = hashlib.sha256("\n".join([*modules, *parameters]).encode())
+    for name, buffer in model.named_buffers():
+        hashed.update(f"{name} {buffer.dtype} {tuple(buffer.shape)} ".encode())
+        if buffer.nbytes <= _SMALL and not buffer.is_meta:
+            hashed.update(_bytes(buffer.detach()))
+    return hashed.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @cache
 def _code() -> list[Any]:
     """Versions of what runs a model, and the state of our own files."""
     versions: list[str] = [sys.version, torch.__version__]
-    for library in ("transformers", "trl", "triton", "liger-kernel"):
+    for library in _LIBRARIES:
         try:
             versions.append(metadata.version(library))
         except metadata.PackageNotFoundError:
@@ -98,7 +118,7 @@ def hash_of_weights(model: nn.Module) -> str:
     for name, tensor in sorted(_stored(model)):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         if tensor.nbytes <= _SMALL:
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            hashed.update(_bytes(tensor))
         else:
             hashed.update(str(int(torch.hash_tensor(tensor).item())).encode())
     return hashed.hexdigest()

@@ -24,7 +24,6 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
 from theodora.adapters.conditions import conditions, hash_of_weights
-from theodora.adapters.state import find_state
 from theodora.errors import TheodoraError
 from theodora.kept import kept
 from theodora.layers.norm_cache import looked_at_once
@@ -202,8 +201,6 @@ def _verdict(model: Any) -> str | None:
         known = conditions(model, hash_of_weights(model)) if plain else None
         if known is None:
             return _why_unfit(model)
-        state = find_state(model)
-        known["adapter"] = None if state is None else [state.active, state.merged, repr(state.configs)]
         return kept("tried-answering-together", known, lambda: _why_unfit(model), lambda why: why is None)
 
 
