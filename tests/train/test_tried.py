@@ -1,5 +1,8 @@
 """`train/tried`: a model is tried out once, and again when anything about it is another."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_callback import CallbackHandler
 
 from formula import DEVICE
+from theodora.adapters import conditions as conditions_module
 from theodora.adapters import inject_adapter
 from theodora.adapters.conditions import hash_of_weights
 from theodora.config import AdapterConfig
@@ -75,6 +79,39 @@ def test_another_model_is_tried_out_itself(asked, change, of_model):
 def test_another_adapter_is_tried_out_itself(asked, other):
     for settings in ({}, other):
         asked(lambda model, settings=settings: inject_adapter(model, AdapterConfig(rank=2, **settings)))
+    assert asked.count == 2
+
+
+def test_a_model_whose_class_was_changed_is_tried_out_itself(asked, monkeypatch):
+    asked()
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: None)
+    asked()
+    assert asked.count == 2
+
+
+@pytest.mark.parametrize("file", ["transformers/masking_utils.py", "transformers/integrations/sdpa_attention.py"])
+def test_libraries_that_are_worked_on_are_tried_out_anew(asked, monkeypatch, file):
+    asked()
+    stat = Path.stat
+
+    def changed(path, **options):
+        found = stat(path, **options)
+        is_it = path.as_posix().endswith(file)
+        return SimpleNamespace(st_size=1, st_mtime_ns=1, st_mode=found.st_mode) if is_it else found
+
+    monkeypatch.setattr(Path, "stat", changed)
+    conditions_module._code.cache_clear()
+    asked()
+    conditions_module._code.cache_clear()
+    assert asked.count == 2
+
+
+def test_where_files_cannot_be_looked_at_it_is_tried_out(asked, monkeypatch):
+    def archived(path):
+        raise NotADirectoryError(path)
+
+    monkeypatch.setattr(conditions_module, "_file", archived)
+    assert [asked(), asked()] == [True, True]
     assert asked.count == 2
 
 

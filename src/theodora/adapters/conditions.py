@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import platform
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,7 +44,8 @@ def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(model.config.to_json_string(use_diff=False))
-    except (TypeError, ValueError):
+        code, own_code = _code(), _file(sys.modules[_own_class(model).__module__].__file__)
+    except (TypeError, ValueError, OSError):  # OSError: files of an archive
         return None
     state = find_state(model)
     return {
@@ -51,8 +54,8 @@ def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
         "adapters": None if state is None else [state.active, state.merged, repr(state.configs)],
         "attention": model.config.get_text_config()._attn_implementation,  # pyright: ignore[reportPrivateUsage]
         "modules": _structure(model),
-        "code": _code(),
-        "own_code": _file(sys.modules[_own_class(model).__module__].__file__),
+        "code": code,
+        "own_code": own_code,
         "device": str(device),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "fast": kernels.fast(),
@@ -79,13 +82,21 @@ def _structure(model: nn.Module) -> str:
         f"{sorted((name, value) for name, value in vars(m).items() if type(value) in _PLAIN)}"
         for path, m in model.named_modules()
     ]
+    kinds = {type(module) for module in model.modules()}
+    methods = sorted(f"{kind.__module__} {kind.__qualname__} {_place(kind)}" for kind in kinds)
     parameters = [f"{name} {p.dtype} {tuple(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
-    hashed = hashlib.sha256("\n".join([*modules, *parameters]).encode())
+    hashed = hashlib.sha256("\n".join([*modules, *methods, *parameters]).encode())
     for name, buffer in model.named_buffers():
         hashed.update(f"{name} {buffer.dtype} {tuple(buffer.shape)} ".encode())
         if buffer.nbytes <= _SMALL and not buffer.is_meta:
             hashed.update(_bytes(buffer.detach()))
     return hashed.hexdigest()
+
+
+def _place(kind: type[nn.Module]) -> str:
+    """Where the code of a class's `forward` stands: another library may have put its own there."""
+    code: Any = getattr(kind.forward, "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -94,15 +105,24 @@ def _bytes(tensor: Tensor) -> bytes:
 
 @cache
 def _code() -> list[Any]:
-    """Versions of what runs a model, and the state of our own files."""
+    """Versions of what runs a model, and the state of the files that may change under one version: ours, and those of
+    a transformers or TRL that is worked on where it lies."""
     versions: list[str] = [sys.version, torch.__version__]
     for library in _LIBRARIES:
         try:
             versions.append(metadata.version(library))
         except metadata.PackageNotFoundError:
             versions.append("none")
-    own = sorted(Path(theodora.__file__).parent.rglob("*.py"))
-    return [*versions, hashlib.sha256(repr([_file(str(path)) for path in own]).encode()).hexdigest()]
+    others = Path(transformers.__file__).parent
+    files = [
+        *Path(theodora.__file__).parent.rglob("*.py"),
+        *(path for folder in (others, others / "integrations", others / "utils") for path in folder.glob("*.py")),
+        *(others / "generation").rglob("*.py"),
+    ]
+    found = importlib.util.find_spec("trl")  # which need not be imported for this
+    if found is not None and found.origin is not None:
+        files += (Path(found.origin).parent / "trainer").glob("sft_*.py")
+    return [*versions, hashlib.sha256(repr([_file(str(path)) for path in sorted(files)]).encode()).hexdigest()]
 
 
 def _file(path: str | None) -> list[Any]:
