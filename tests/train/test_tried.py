@@ -89,6 +89,15 @@ def test_a_model_whose_class_was_changed_is_tried_out_itself(asked, monkeypatch)
     assert asked.count == 2
 
 
+def test_what_torch_may_choose_from_is_part_of_it(asked, monkeypatch):
+    asked()
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: "another")
+    asked()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    asked()
+    assert asked.count == 3
+
+
 @pytest.mark.parametrize("file", ["transformers/masking_utils.py", "transformers/integrations/sdpa_attention.py"])
 def test_libraries_that_are_worked_on_are_tried_out_anew(asked, monkeypatch, file):
     asked()

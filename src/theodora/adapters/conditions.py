@@ -61,7 +61,15 @@ def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
         "fast": kernels.fast(),
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
         "precision": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+        "kernels": [torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.enabled, *_attention_kernels()],
     }
+
+
+def _attention_kernels() -> list[bool]:
+    """Which kernels torch may choose from for attention on a GPU."""
+    choices = torch.backends.cuda
+    first = [choices.flash_sdp_enabled(), choices.mem_efficient_sdp_enabled()]
+    return [*first, choices.math_sdp_enabled(), choices.cudnn_sdp_enabled()]
 
 
 def _own_class(module: nn.Module) -> type:
