@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import tiny
 import tiny_families
 from formula import DEVICE
+from theodora.errors import TheodoraError
 from theodora.fastpath import packed_attention
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train import trainer_passes
@@ -109,6 +110,15 @@ def test_rows_whose_state_would_run_on_are_padded(run, made, uneven, tmp_path):
     run(model=str(tmp_path / "model"), data=uneven, **settings)
     assert made[0].fast_notes
     assert not made[0].shapes
+
+
+def test_what_fills_up_is_not_among_the_rows_of_a_bad_batch(run, made, uneven, tmp_path):
+    with pytest.raises(TheodoraError, match="more than max_loss"):
+        run(data=uneven, max_loss=0.01, **SETTINGS, bf16=DEVICE == "cuda")
+    assert made[0].shapes
+    told = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
+    assert len(told) == 5
+    assert all(row["learned_text"] for row in told)
 
 
 def test_a_batch_as_one_row():
