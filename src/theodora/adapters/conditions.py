@@ -81,14 +81,20 @@ def _root(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
 
-def _structure(model: nn.Module) -> str:
-    """The hash of what stands where, of which class and dtype, what is trained, what was put in anybody's way, and of
-    what modules keep beside their weights: numbers and names, and small buffers."""
-    modules = [
+def construction(model: nn.Module) -> list[str]:
+    """What stands where, of which class, and what was put in its way."""
+    return [
         f"{path} {type(m).__module__} {type(m).__qualname__} {'forward' in vars(m)} "
-        f"{len(m._forward_hooks)} {len(m._forward_pre_hooks)} "  # pyright: ignore[reportPrivateUsage]
-        f"{sorted((name, value) for name, value in vars(m).items() if type(value) in _PLAIN)}"
+        f"{len(m._forward_hooks)} {len(m._forward_pre_hooks)}"  # pyright: ignore[reportPrivateUsage]
         for path, m in model.named_modules()
+    ]
+
+
+def _structure(model: nn.Module) -> str:
+    """The hash of `construction`, of dtypes, of what is trained, and of what modules keep beside their weights:
+    numbers and names, and small buffers."""
+    modules = construction(model) + [
+        f"{sorted((name, value) for name, value in vars(m).items() if type(value) in _PLAIN)}" for m in model.modules()
     ]
     kinds = {type(module) for module in model.modules()}
     methods = sorted(f"{kind.__module__} {kind.__qualname__} {_place(kind)}" for kind in kinds)
