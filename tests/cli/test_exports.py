@@ -1,7 +1,10 @@
 """`cli/exports`: what the files of transformers' models export is read out of them once."""
 
+import importlib.util
 import sys
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import spec_from_file_location
 
 import pytest
 from transformers.utils import import_utils
@@ -77,6 +80,20 @@ def test_the_folder_of_one_model_is_not_kept(library):
 def test_a_version_without_the_function_is_imported_all_the_same(library):
     (library.models.parent / "utils" / "import_utils.py").write_text("OTHER = 1\n")
     assert library().OTHER == 1
+
+
+def test_a_loader_that_cannot_be_watched_imports_it_all_the_same(library, monkeypatch):
+    class Fixed(SourceFileLoader):
+        def __setattr__(self, name, value):
+            if name == "exec_module":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    find = importlib.util.find_spec
+    loaded = library.models.parent / "utils" / "import_utils.py"
+    fixed = lambda name: spec_from_file_location(name, loaded, loader=Fixed(name, str(loaded)))  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fixed(name) if name == exports._WHERE else find(name))
+    assert library().READ == []
 
 
 def test_nothing_stays_where_nothing_was_imported():

@@ -2,6 +2,8 @@
 
 import gc
 import importlib.metadata
+import sys
+import weakref
 
 import pytest
 
@@ -79,6 +81,7 @@ def test_nobody_gets_the_same_lists(installed):
 def test_afterwards_all_is_as_it_was(monkeypatch):
     before = importlib.metadata.packages_distributions
     frozen = []
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(module.gc, "freeze", lambda: frozen.append(gc.isenabled()))
     for collects in (True, False):
         monkeypatch.setattr(module.gc, "isenabled", lambda collects=collects: collects)
@@ -89,3 +92,21 @@ def test_afterwards_all_is_as_it_was(monkeypatch):
         assert bool(enabled) == collects
     assert len(frozen) == 1
     assert importlib.metadata.packages_distributions is before
+
+
+def test_what_a_process_that_goes_on_holds_is_collected_afterwards(monkeypatch):
+    class Model:
+        def __init__(self):
+            self.me = self
+
+    monkeypatch.setitem(sys.modules, "torch", gc)  # any module
+    monkeypatch.setattr(module.gc, "isenabled", lambda: True)
+    monkeypatch.setattr(module.gc, "enable", lambda: None)
+    gone, held = weakref.ref(Model()), Model()
+    goes_later = weakref.ref(held)
+    with imports():
+        pass
+    del held
+    gc.collect()
+    assert gone() is None
+    assert goes_later() is None

@@ -1,5 +1,6 @@
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from theodora.demo import job, pace, task
 from theodora.demo.model import split_digits
 from theodora.errors import UsageError
 from theodora.files.alone import alone_in
+from theodora.train.stop import TrainingInterrupted
 
 SETTINGS = job.DemoSettings(steps=3, batch_size=2, held_out_rows=4, general_texts=2, text_length=64)
 
@@ -179,6 +181,24 @@ def test_a_step_is_tried_out_and_leaves_nothing(findings, tiny_model_dir, tmp_pa
     model = tiny_model_dir("llama")
     assert 0 < job._step_seconds(model, data, SETTINGS, "float32", Console(quiet=True)) < 60
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_stops_while_a_step_is_tried_out_is_not_sent_to_a_folder_that_is_gone(findings, tmp_path, monkeypatch):
+    def stopped(config, **_):
+        raise TrainingInterrupted(f"Resume with: theodora train --resume {config.output}", 143)
+
+    monkeypatch.setattr(job, "train", stopped)
+    data = job.prepare_output(tmp_path / "demo", findings, [], SETTINGS)
+    with pytest.raises(TrainingInterrupted, match="Stopped before training began; nothing was") as stop:
+        job._step_seconds(tmp_path, data, SETTINGS, "float32", Console(quiet=True))
+    assert stop.value.exit_code == 143
+
+
+def test_a_step_too_short_to_be_measured_takes_no_time(findings, tmp_path, monkeypatch):
+    tried = SimpleNamespace(tokens=100, steps=3, warm_tokens_per_second=0.0)
+    monkeypatch.setattr(job, "train", lambda *_, **__: tried)
+    data = job.prepare_output(tmp_path / "demo", findings, [], SETTINGS)
+    assert job._step_seconds(tmp_path, data, SETTINGS, "float32", Console(quiet=True)) == 0
 
 
 def test_each_digit_is_a_token_and_blanks_before_it_stay_together(tiny_tokenizer):

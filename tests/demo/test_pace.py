@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -53,6 +54,15 @@ def test_something_is_shown_however_slow_it_is(left):
     small = DemoSettings(steps=3, held_out_rows=4, general_texts=2)
     assert replace(pace.with_scores_that_fit(small, 60.0, left), scored_rows=None) == small
     assert pace.with_steps_that_fit(small, 60.0, 500.0, left) == small
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "steps"),
+    [(0.0, 300.0, 100), (0.0, 0.0, 10), (1.0, math.inf, 100), (math.inf, 300.0, 10), (math.nan, 300.0, 10)],
+)
+def test_odd_seconds_choose_all_or_the_least(step, left, steps):
+    settings = pace.with_scores_that_fit(WHOLE, step, left)
+    assert pace.with_steps_that_fit(settings, step, 0.0, left).steps == steps
 
 
 def test_it_is_said_what_was_measured_and_chosen():

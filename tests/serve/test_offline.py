@@ -193,6 +193,19 @@ def test_a_model_is_tried_once(monkeypatch):
     assert len(tried) == 1
 
 
+def test_a_model_that_has_got_a_hook_since_is_tried_again():
+    model = tiny_model("llama")
+    together(model, prompts_of())
+
+    def steer(module, args, output):
+        output[:, -1] *= -3  # of the last row alone, where rows are one behind the other
+        return output
+
+    model.model.layers[0].mlp.register_forward_hook(steer)
+    with pytest.raises(Unfit, match="log-probabilities are off"):
+        together(model, prompts_of())
+
+
 def test_a_model_that_was_fit_is_not_tried_at_the_next_start(monkeypatch, tmp_path):
     monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
     tried = []

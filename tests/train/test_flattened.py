@@ -7,7 +7,10 @@ import torch
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import tiny
+import tiny_families
 from formula import DEVICE
+from theodora.errors import TheodoraError
 from theodora.fastpath import packed_attention
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train import trainer_passes
@@ -97,6 +100,25 @@ def test_learned_positions_and_rows_as_long_as_they_go(run, made, uneven, tiny_m
 def test_what_a_single_row_would_change_is_padded(family, others, run, made, uneven, tiny_model_dir):
     run(model=str(tiny_model_dir(family)), data=uneven, max_steps=1, bf16=DEVICE == "cuda", **others)
     assert not made[0].shapes
+
+
+def test_rows_whose_state_would_run_on_are_padded(run, made, uneven, tmp_path):
+    model = tiny_families.tiny_family("recurrent_gemma", tiny_families.families()["recurrent_gemma"])
+    model.save_pretrained(tmp_path / "model")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"targets": ["q_proj"], "max_steps": 1, "held_out": 0, "bf16": DEVICE == "cuda"}
+    run(model=str(tmp_path / "model"), data=uneven, **settings)
+    assert made[0].fast_notes
+    assert not made[0].shapes
+
+
+def test_what_fills_up_is_not_among_the_rows_of_a_bad_batch(run, made, uneven, tmp_path):
+    with pytest.raises(TheodoraError, match="more than max_loss"):
+        run(data=uneven, max_loss=0.01, **SETTINGS, bf16=DEVICE == "cuda")
+    assert made[0].shapes
+    told = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
+    assert len(told) == 5
+    assert all(row["learned_text"] for row in told)
 
 
 def test_a_batch_as_one_row():

@@ -1,5 +1,8 @@
 """`train/tried`: a model is tried out once, and again when anything about it is another."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_callback import CallbackHandler
 
 from formula import DEVICE
+from theodora.adapters import conditions as conditions_module
 from theodora.adapters import inject_adapter
 from theodora.adapters.conditions import hash_of_weights
 from theodora.config import AdapterConfig
@@ -58,6 +62,8 @@ def _own_code(model):
         (lambda model: None, {"rms_norm_eps": 1e-3}),
         (lambda model: None, {"dtype": torch.bfloat16}),
         (inject_adapter, {}),
+        (lambda model: setattr(model.model.layers[0].self_attn, "is_causal", False), {}),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(2), {}),
         (_add_hook, {}),
         (_own_code, {}),
         (lambda model: model.set_attn_implementation("eager"), {}),
@@ -66,6 +72,55 @@ def _own_code(model):
 def test_another_model_is_tried_out_itself(asked, change, of_model):
     asked()
     asked(change, **of_model)
+    assert asked.count == 2
+
+
+@pytest.mark.parametrize("other", [{"alpha": 1e-30}, {"init": "pissa"}, {"dropout": 0.5}], ids=str)
+def test_another_adapter_is_tried_out_itself(asked, other):
+    for settings in ({}, other):
+        asked(lambda model, settings=settings: inject_adapter(model, AdapterConfig(rank=2, **settings)))
+    assert asked.count == 2
+
+
+def test_a_model_whose_class_was_changed_is_tried_out_itself(asked, monkeypatch):
+    asked()
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: None)
+    asked()
+    assert asked.count == 2
+
+
+def test_what_torch_may_choose_from_is_part_of_it(asked, monkeypatch):
+    asked()
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: "another")
+    asked()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    asked()
+    assert asked.count == 3
+
+
+@pytest.mark.parametrize("file", ["transformers/masking_utils.py", "transformers/integrations/sdpa_attention.py"])
+def test_libraries_that_are_worked_on_are_tried_out_anew(asked, monkeypatch, file):
+    asked()
+    stat = Path.stat
+
+    def changed(path, **options):
+        found = stat(path, **options)
+        is_it = path.as_posix().endswith(file)
+        return SimpleNamespace(st_size=1, st_mtime_ns=1, st_mode=found.st_mode) if is_it else found
+
+    monkeypatch.setattr(Path, "stat", changed)
+    conditions_module._code.cache_clear()
+    asked()
+    conditions_module._code.cache_clear()
+    assert asked.count == 2
+
+
+def test_where_files_cannot_be_looked_at_it_is_tried_out(asked, monkeypatch):
+    def archived(path):
+        raise NotADirectoryError(path)
+
+    monkeypatch.setattr(conditions_module, "_file", archived)
+    assert [asked(), asked()] == [True, True]
     assert asked.count == 2
 
 

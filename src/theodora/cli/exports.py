@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class _WhenImported:
             if module.__name__ == self._name:  # some loaders load others, too
                 self._then(module)
 
-        spec.loader.exec_module = exec_module
+        with suppress(AttributeError):  # of programs made into one file: it is imported, and nothing is kept
+            spec.loader.exec_module = exec_module
         return spec
 
 

@@ -38,13 +38,17 @@ def imports(*, gpu: bool = False) -> Iterator[None]:
     """
     if gpu:
         threading.Thread(target=_wake_driver, name="theodora-driver").start()
-    collects = gc.isenabled()
-    gc.disable()
+    # Where it is turned off, somebody else looks after garbage. And a process that has torch by now goes on after the
+    # command: what it holds, models of earlier commands, say, becomes garbage, which nobody would collect.
+    rests = gc.isenabled() and "torch" not in sys.modules
+    if rests:
+        gc.collect()
+        gc.disable()
     try:
         with replaced(importlib.metadata, packages_distributions=_packages_distributions), exports_kept():
             yield
     finally:
-        if collects:  # in a process that has turned it off, somebody else looks after garbage
+        if rests:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries would call it a leak
             gc.enable()

@@ -34,6 +34,7 @@ from theodora.terminal import Terminal
 from theodora.train import train
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.quiet import quiet_libraries
+from theodora.train.stop import TrainingInterrupted
 
 _README = "README.md"
 _MARK = "# A run of `theodora demo`\n"
@@ -230,8 +231,12 @@ def _step_seconds(model: Path, data: DataFiles, settings: DemoSettings, dtype: s
         with data.train.open(encoding="utf-8") as lines:
             rows.write_text("".join(islice(lines, settings.steps * settings.batch_size)), encoding="utf-8")
         config = replace(_train_config(model, rows, folder, settings, dtype), warmup_steps=0)
-        tried = train(config, console=Terminal(quiet=True), show_result=False)
-    return tried.tokens / tried.steps / tried.warm_tokens_per_second
+        try:
+            tried = train(config, console=Terminal(quiet=True), show_result=False)
+        except TrainingInterrupted as stop:  # its message names a folder that is gone by then
+            raise TrainingInterrupted("Stopped before training began; nothing was trained.", stop.exit_code) from None
+    rate = tried.warm_tokens_per_second
+    return tried.tokens / tried.steps / rate if rate else 0.0  # 0: too short for this clock
 
 
 def _train_config(model: Path, data: Path, output: Path, settings: DemoSettings, dtype: str) -> TrainConfig:

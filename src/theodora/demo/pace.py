@@ -61,7 +61,7 @@ def with_scores_that_fit(settings: DemoSettings, step: float, left: float) -> De
     if seconds_needed(settings, step) <= left:
         return settings
     room = _FOR_SCORES * max(left - _rest(step), 0.0)
-    share = min(room / ((1 + _ADAPTED) * _scoring(settings, step)), 1.0)
+    share = min(room / ((1 + _ADAPTED) * _scoring(settings, step)), 1.0) if room > 0 else 0.0
     return replace(
         settings,
         scored_rows=_part(settings.scored, share, _LEAST_ROWS),
@@ -78,7 +78,10 @@ def with_steps_that_fit(settings: DemoSettings, step: float, scoring: float, lef
         scoring: seconds that scoring took before training.
         left: seconds in which training, scoring once more, and all else should be done.
     """
-    fit = int((left - _ADAPTED * scoring - _rest(step)) / step)
+    room = left - _ADAPTED * scoring - _rest(step)
+    if room >= settings.steps * step:
+        return settings
+    fit = int(room / step) if room > 0 else 0
     return replace(settings, steps=min(max(fit, _LEAST_STEPS), settings.steps))
 
 

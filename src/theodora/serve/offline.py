@@ -23,8 +23,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
-from theodora.adapters.conditions import conditions, hash_of_weights
-from theodora.adapters.state import find_state
+from theodora.adapters.conditions import conditions, construction, hash_of_weights
 from theodora.errors import TheodoraError
 from theodora.kept import kept
 from theodora.layers.norm_cache import looked_at_once
@@ -90,7 +89,7 @@ def answer_together(
 ) -> list[list[int]]:
     """The tokens that the model goes on with after each prompt, greedily: those of `generate`.
 
-    The model is tried out first, once in its life, as a server tries it (`trial.py`). It is left as it was: modes,
+    The model is tried out first, once as it is built, as a server tries it (`trial.py`). It is left as it was: modes,
     attention and memory, also after an error or Ctrl-C.
 
     Args:
@@ -191,7 +190,7 @@ def _tried(model: Any) -> None:
 
 
 def _how(model: Any) -> tuple[Any, ...]:
-    return model.dtype, model.device, model.config._attn_implementation
+    return model.dtype, model.device, model.config._attn_implementation, construction(model)
 
 
 def _verdict(model: Any) -> str | None:
@@ -202,8 +201,6 @@ def _verdict(model: Any) -> str | None:
         known = conditions(model, hash_of_weights(model)) if plain else None
         if known is None:
             return _why_unfit(model)
-        state = find_state(model)
-        known["adapter"] = None if state is None else [state.active, state.merged, repr(state.configs)]
         return kept("tried-answering-together", known, lambda: _why_unfit(model), lambda why: why is None)
 
 

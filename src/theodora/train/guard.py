@@ -21,6 +21,7 @@ from theodora.errors import TheodoraError
 from theodora.files.atomic import atomic_write
 from theodora.train.callbacks import Diverged, read_metrics
 from theodora.train.deferred_metrics import DeferredMetrics
+from theodora.train.fused_loss import LEARNED
 
 _UNDER_WAY = 2  # steps that the host may be ahead of what it looks at
 _SKIPS_IN_A_ROW = 10  # after which nothing will get better
@@ -61,7 +62,11 @@ class StepGuard:
     def note(self, inputs: dict[str, Any], loss: Tensor) -> None:
         """Remember a forward and backward pass of the step at hand: the batch, and its share of the step's loss."""
         names = ("input_ids", "labels", "attention_mask", "position_ids")
-        self._batches.append({name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)})
+        batch = {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
+        if LEARNED in inputs and "attention_mask" not in batch and len(batch["input_ids"]) == 1:
+            # What fills up a row of rows is none of the user's.
+            batch = {name: value[:, : inputs[LEARNED]["tokens"]] for name, value in batch.items()}
+        self._batches.append(batch)
         self._losses.append(loss.detach())
 
     def forget(self) -> None:

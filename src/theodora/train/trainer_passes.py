@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from theodora.data.packing import packing_is_safe
 from theodora.kernels.graph import GraphedStep
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
@@ -18,6 +19,7 @@ from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bou
 from theodora.train.out_of_memory import split
 from theodora.train.packed_rows import takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
+from theodora.train.tried import is_true, tried
 
 
 class PassOverrides(LossOverrides):
@@ -58,7 +60,7 @@ class PassOverrides(LossOverrides):
         pads = type(collate) is DataCollatorForLanguageModeling and not collate.padding_free
         # NEFTune's noise is as large as the batch is long.
         free = pads and not collate.pad_to_multiple_of and not self.args.neftune_noise_alpha
-        return free and self.why_no_graph is None and self._takes_bounds()
+        return free and self.why_no_graph is None and self._takes_bounds() and self._keeps_rows_apart()
 
     def _shapes(self) -> list[Shape]:
         """What flattened batches are filled up to."""
@@ -74,6 +76,12 @@ class PassOverrides(LossOverrides):
     def _takes_bounds(self) -> bool:
         with self.compute_loss_context_manager():
             return takes_bounds(self.model, self.args.max_length)
+
+    def _keeps_rows_apart(self) -> bool:
+        """Whether all layers go by the positions alone: a state or convolution would run on from row to row."""
+        model: Any = self.model
+        with self.compute_loss_context_manager():
+            return tried("packing", model, lambda: packing_is_safe(model), is_true) and not reads_bounds(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
