@@ -1,4 +1,4 @@
-"""Kernels are compiled once for all numbers of tokens: what is tried out on few tokens is not compiled again for many."""
+"""Kernels are compiled once for all numbers of tokens: those of a trial on few are those of a batch."""
 
 import importlib
 import inspect
@@ -20,7 +20,8 @@ def launched():
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         source = inspect.getsource(module)
         for name, kernel in vars(module).items():
-            if isinstance(kernel, triton.runtime.JITFunction) and re.search(rf"\b{name}\[|: Any = .*\b{name}\b", source):
+            is_launched = re.search(rf"\b{name}\[|: Any = .*\b{name}\b", source)
+            if is_launched and isinstance(kernel, triton.runtime.JITFunction):
                 yield pytest.param(kernel, id=f"{info.name}.{name}")
 
 
