@@ -49,7 +49,8 @@ def test_first_starts_stand_beside_later_ones(report):
 
 def test_goals_are_held_against_what_was_measured(report):
     def tokenized(rate, most):
-        return {"whole": 1.0, "rows": 10, "kinds": {"chats": {"rows_a_second_a_core": rate, "megabytes_at_most": most}}}
+        chats = {"rows_a_second_a_core": rate, "own_megabytes_at_most": most}
+        return {"whole": 1.0, "rows": 10, "kinds": {"chats": chats}}
 
     jobs = {
         "a": job({"dora": taken(trained(20.0, 9.0, 0.04)), "peft-dora": taken(trained(50.0, 9.0, 0.4))}),
