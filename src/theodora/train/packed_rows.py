@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from theodora.data.packing import packed_batch
+from theodora.data.packing import packed_batch, packing_is_safe
 from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
@@ -43,6 +43,11 @@ def attention_by_bounds() -> Iterator[None]:
             yield
     finally:
         build_masks_again()
+
+
+def keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """`packing_is_safe`, kept for the next start."""
+    return tried("packing", model, lambda: packing_is_safe(model), is_true)
 
 
 def takes_bounds(model: PreTrainedModel, longest: int | None) -> bool:

@@ -21,7 +21,6 @@ from theodora.data import (
     Examples,
     fallback_chat_template,
     load_examples,
-    packing_is_safe,
     split_examples,
     tokenize,
 )
@@ -37,10 +36,11 @@ from theodora.train.arguments import Precision, choose_precision
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.packed_rows import keeps_rows_apart
 from theodora.train.processes import Processes
 from theodora.train.resumed import Past
 from theodora.train.text_only import check_continues_text
-from theodora.train.tried import is_true, know, tried
+from theodora.train.tried import know
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _COUNTED_AT_ONCE = 10_000  # rows
@@ -131,9 +131,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
     rows = arguments.per_device_eval_batch_size
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
-    if (config.packing and arguments.packing_strategy != "wrapped") and not tried(
-        "packing", model, lambda: packing_is_safe(model), is_true
-    ):
+    if (config.packing and arguments.packing_strategy != "wrapped") and not keeps_rows_apart(model):
         raise ConfigError(
             f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
             "other. Train without packing."

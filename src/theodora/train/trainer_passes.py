@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from theodora.data.packing import packing_is_safe
 from theodora.kernels.graph import GraphedStep
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.out_of_memory import split
-from theodora.train.packed_rows import takes_bounds
+from theodora.train.packed_rows import keeps_rows_apart, takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
-from theodora.train.tried import is_true, tried
 
 
 class PassOverrides(LossOverrides):
@@ -81,7 +79,7 @@ class PassOverrides(LossOverrides):
         """Whether all layers go by the positions alone: a state or convolution would run on from row to row."""
         model: Any = self.model
         with self.compute_loss_context_manager():
-            return tried("packing", model, lambda: packing_is_safe(model), is_true) and not reads_bounds(model)
+            return keeps_rows_apart(model) and not reads_bounds(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
