@@ -165,3 +165,12 @@ def test_a_base_on_another_machine_is_told_with_its_adapter(base, tmp_path):
     save_adapter(model, tmp_path / "a")
     with pytest.raises(CheckpointError, match=rf"adapter in {tmp_path}/a names {base} as its base(.|\n)*--model BASE"):
         load_model_and_tokenizer(tmp_path / "a")
+
+
+def test_scores_that_a_model_caps_are_capped(tmp_path):
+    capped = tiny.tiny_model("gemma2", attn_logit_softcapping=0.5, attn_implementation="eager")
+    capped.save_pretrained(tmp_path / "capped")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "capped")
+    assert torch.equal(logits(load_model(tmp_path / "capped").eval()), logits(capped))
+    uncapped = tiny.tiny_model("gemma2", attn_logit_softcapping=None)
+    assert not torch.allclose(logits(capped), logits(uncapped), atol=1e-2)

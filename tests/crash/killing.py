@@ -31,6 +31,8 @@ def fork_server() -> Any:
     context.set_forkserver_preload(["crash.jobs"])
     with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the server does not get sys.path otherwise
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        # Asking CUDA itself whether there is a GPU, as imports do, would keep it from those that are forked.
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         forkserver.ensure_running()
     return context
 

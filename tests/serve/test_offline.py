@@ -58,7 +58,7 @@ def test_the_tokens_are_those_of_generate(family, adapter):
 
 
 def test_capped_scores_stay_capped():
-    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5, attn_implementation="eager")
     uncapped = tiny_model("gemma2", attn_logit_softcapping=None)
     expected = generated(model, prompts_of())
     assert together(model, prompts_of()) == expected != generated(uncapped, prompts_of())
@@ -268,7 +268,7 @@ def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
     def noted(model, asked, waiting, rows):
         config = batching(model, asked, waiting, rows)
         runs.append((asked.graphs, len(waiting)))
-        config.use_cuda_graph = None  # there are none on a CPU
+        config.use_cuda_graph = False  # there are none on a CPU
         return config
 
     def once(row, tokens):

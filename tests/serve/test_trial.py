@@ -91,7 +91,7 @@ def test_the_distance_ends_where_tokens_part():
 
 
 def test_capped_scores_are_served_capped():
-    made = engine(tiny_model("gemma2", attn_logit_softcapping=0.5))
+    made = engine(tiny_model("gemma2", attn_logit_softcapping=0.5, attn_implementation="eager"))
     prompt = [n % 250 + 3 for n in range(40)]
     try:
         made.start()
@@ -101,7 +101,7 @@ def test_capped_scores_are_served_capped():
     finally:
         made.stop()
     with torch.no_grad():
-        tokens = expected(tiny_model("gemma2", attn_logit_softcapping=0.5), prompt, 16)[0]
+        tokens = expected(tiny_model("gemma2", attn_logit_softcapping=0.5, attn_implementation="eager"), prompt, 16)[0]
         assert output.generated_tokens == tokens != expected(tiny_model("gemma2"), prompt, 16)[0]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters.load import load_adapter
 from theodora.errors import CheckpointError, ConfigError, bullet_list
-from theodora.files.classes import auto_classes, check_kernels, model_alone
+from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone
 from theodora.files.distrust import expanded
 from theodora.files.generation import set_ends
 from theodora.files.model_folder import (
@@ -113,6 +113,7 @@ def load_model(
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
             **model_alone(model),
+            **capped_attention(config),
             **(model_kwargs or {}),
         }
         with bounded:

@@ -16,7 +16,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
-from theodora.files.classes import check_kernels, model_alone
+from theodora.files.classes import capped_attention, check_kernels, model_alone
 
 # From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
 PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")
@@ -151,6 +151,7 @@ def _model(path: Path, dtype: str, config: Any, shapes: dict[str, torch.Size]) -
             config=config,
             trust_remote_code=False,
             **model_alone(path.parent),
+            **capped_attention(config),
         )
     # Some versions of transformers take tensors of other shapes than the configuration's without a word.
     wrong = [name for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)]

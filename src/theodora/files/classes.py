@@ -115,6 +115,15 @@ def model_alone(model: str | Path) -> dict[str, Any]:
     return {"adapter_kwargs": {"subfolder": os.devnull}} if Path(model).is_dir() else {}
 
 
+def capped_attention(config: PreTrainedConfig) -> dict[str, str]:
+    """What has `from_pretrained` give a model that caps its attention scores (Gemma 2) an attention that does so.
+
+    Until some version after 5.17 transformers gives it SDPA, which leaves the cap out without a word.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def auto_name(config: PreTrainedConfig) -> str:
     """The name of the `AutoModel…` class for a model that is loaded, by its own configuration."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
