@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,13 +27,14 @@ _SECONDS = 240  # in which any job ends
 
 
 def fork_server() -> Any:
-    """Processes that have everything imported already, so that a run takes half a second."""
+    """Processes that have everything imported already, so that a run takes half a second; new ones where there is a GPU,
+    which an import may ask something and so keep from all that is forked."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["crash.jobs"])
     with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the server does not get sys.path otherwise
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        # Asking CUDA itself whether there is a GPU, as imports do, would keep it from those that are forked.
-        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         forkserver.ensure_running()
     return context
 

@@ -30,7 +30,7 @@ def _with_cap(attend: Callable[..., Any]) -> Callable[..., Any]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
         scaling: float,
         **others: Any,
     ) -> Any:
@@ -42,8 +42,9 @@ def _with_cap(attend: Callable[..., Any]) -> Callable[..., Any]:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         # In the order of Gemma 2's own attention, whose roundings these are.
         scores = torch.tanh(torch.matmul(query, key.transpose(2, 3)) * scaling / cap) * cap
-        if attention_mask is not None:
-            scores = scores + attention_mask
+        mask = _mask_of(module, attention_mask)
+        if mask is not None:
+            scores = scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -53,6 +54,15 @@ def _with_cap(attend: Callable[..., Any]) -> Callable[..., Any]:
 def _update(cache: Any, key: Tensor, value: Tensor, layer: int, others: dict[str, Any]) -> tuple[Tensor, Tensor]:
     update = {"key_states": key, "value_states": value, "layer_idx": layer}
     if "read_index" in inspect.signature(type(cache).update).parameters:  # transformers 5.17
-        return cache.update(**update, read_index=others["read_index"], write_index=others["write_index"])
+        key, value = cache.update(**update, read_index=others["read_index"], write_index=others["write_index"])
+        return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
     others.pop("cache")
     return cache.update(**update, kwargs=others)
+
+
+def _mask_of(module: Any, mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    """The layer's own, of those of each kind of layer that transformers 5.17 gives to all."""
+    if not isinstance(mask, dict):
+        return mask
+    slides = getattr(module, "sliding_window", None) not in (None, 1)
+    return mask["sliding_attention" if slides else "full_attention"]
