@@ -27,7 +27,7 @@ _SECONDS = 240  # in which any job ends
 
 
 def fork_server() -> Any:
-    """Processes that have everything imported already, so that a run takes half a second; new ones where there is a GPU,
+    """Processes that have everything imported already, so that a run takes half a second; new ones on a GPU machine,
     which an import may ask something and so keep from all that is forked."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
