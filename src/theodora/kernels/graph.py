@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
+_NO_MEMORY = "there is no memory for a graph beside batches of other shapes"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class GraphedStep:
             step: a function of tensors alone that returns a tensor or a (nested) tuple of them, without gradient. It
                 must not depend on anything else that changes, but the values of tensors that stay where they are.
             parameters: what gets gradients.
-            warmup: calls of a shape before it is captured, at least 1.
+            warmup: calls of the first shape before it is captured, at least 1; the others are captured after one.
             most_shapes: shapes that are captured; they share the memory of the largest step.
             least_share: of the calls, so that a shape is worth its memory.
         """
@@ -91,12 +92,15 @@ class GraphedStep:
         if self.why_not is not None or len(self._graphs) >= self._most_shapes:
             return self._plain(inputs)
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if seen < self._warmup or seen < self._least_share * sum(self._seen.values()):
+        # What a step does at its first calls it has done where there is a graph of another shape.
+        calls = 1 if self._graphs else self._warmup
+        if seen < calls or seen < self._least_share * sum(self._seen.values()):
             return self._plain(inputs)
         try:
             return self._first(key, inputs)
         except RuntimeError as error:
-            self.release(_reason(error))
+            short = bool(self._graphs) and isinstance(error, torch.OutOfMemoryError)
+            self.release(_NO_MEMORY if short else _reason(error))
         return self._step(inputs)
 
     def release(self, why_not: str) -> bool:
@@ -114,7 +118,7 @@ class GraphedStep:
         try:
             return self._apart(inputs)[0]
         except torch.OutOfMemoryError:
-            self.release("there is no memory for a graph beside batches of other shapes")
+            self.release(_NO_MEMORY)
         return self._step(inputs)
 
     def _first(self, key: Any, inputs: Inputs) -> Any:
