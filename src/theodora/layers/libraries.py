@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,17 +83,20 @@ def prepare(model: nn.Module) -> None:
     """
     dtype = None
     known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
-    modules: Iterable[Any] = model.modules() if known4 is not None else ()
-    for module in modules:
+    for module in model.modules():
         if known4 is not None and isinstance(module, known4):
-            module.support_avx512bf16_for_cpu = False
-            bias, compute = module.bias, module.compute_dtype
-            if bias is not None and compute is not None and bias.dtype != compute:
-                bias.data = bias.data.to(compute)
+            _prepare4(module)
         elif known8 is not None and isinstance(module, known8):
             if dtype is None:
                 dtype = _dtype_of(model)
             module.__dict__.setdefault(_DTYPE, dtype)
+
+
+def _prepare4(module: Any) -> None:
+    module.support_avx512bf16_for_cpu = False
+    bias, compute = module.bias, module.compute_dtype
+    if bias is not None and compute is not None and bias.dtype != compute:
+        bias.data = bias.data.to(compute)
 
 
 def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
