@@ -159,9 +159,20 @@ def test_products_are_in_the_dtype_that_is_asked_for(dtype, compute, tiny_model_
 
 
 def test_what_is_quantised_is_not_quantised_again(kind, folder):
-    with pytest.raises(ConfigError, match=f"is quantised already \\({NAMES[kind]}\\).*Leave quantize out"):
+    with pytest.raises(
+        ConfigError, match=f"quantize is nf4, but .* is quantised already \\({NAMES[kind]}\\).*Leave that out"
+    ):
         load(folder, "nf4")
     assert quantization_of(load(folder, "none")).name == NAMES[kind]
+
+
+def test_a_quantised_folder_stands_above_what_an_adapter_remembers(folder, adapter):
+    model, _ = load_model_and_tokenizer(folder, adapter=adapter[0], device="cpu")
+    assert quantization_of(model).kind is None
+    torch.testing.assert_close(logits(model), adapter[1], atol=1e-5, rtol=0)
+    for options in ({"quantize": "fp8"}, {"plain_for": "base_dtype is fp8"}):
+        with pytest.raises(ConfigError, match=r"is fp8, but .* is quantised already"):
+            load(folder, **options)
 
 
 def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(kind, folder, tiny_model_dir, monkeypatch):

@@ -57,7 +57,7 @@ def imports(*, gpu: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what torchao and bitsandbytes say of files of theirs: transformers and PEFT import them if they are there."""
+    """Without what torchao and bitsandbytes say of their own files: they are imported by others."""
     loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes", "torch.utils._pytree")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
