@@ -13,7 +13,7 @@ from theodora.errors import CheckpointError, UsageError
 from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
 from theodora.export.predictions import Difference, Predictions, difference
-from theodora.export.probe import PROBE_TEXT
+from theodora.merging.probe import PROBE_TEXT
 from theodora.export.server import is_server
 from theodora.files.distrust import expanded
 from theodora.files.ours import described
