@@ -26,6 +26,7 @@ METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "base"]
 BaseDtype = Literal["auto", "fp8"]
+QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +262,9 @@ class TrainConfig:
     base_dtype: BaseDtype = "auto"
     """Storage of the frozen weights of linear layers: auto (as bf16 says), or fp8: float8 with a scale for each row and
     float8 products, half the memory of bfloat16, faster from Hopper GPUs on, emulated elsewhere."""
+    quantize: QuantizeTo | None = None
+    """Quantise the frozen weights of linear layers as they are loaded: nf4 (bitsandbytes, double-quantised: a quarter of
+    bfloat16's memory), int8 (bitsandbytes), int4 (torchao), fp8 (base_dtype's), none. Default: as from_adapter's base."""
     kernels: Literal["auto", "reference"] = "auto"
     """Code that runs: auto (fused kernels where there is a GPU), or reference (the plain formulas, slower)."""
     gradient_checkpointing: bool | None = None
@@ -316,6 +320,9 @@ class TrainConfig:
             object.__setattr__(self, "max_steps", None)
         if isinstance(self.resume, str) and self.resume.lower() in ("true", "false"):
             object.__setattr__(self, "resume", self.resume.lower() == "true")
+        if self.quantize == "fp8":  # one mechanism under two names, of which base_dtype is the one in records
+            object.__setattr__(self, "base_dtype", "fp8")
+            object.__setattr__(self, "quantize", None)
         if self.resume is False:
             object.__setattr__(self, "resume", None)
         if self.report_to in (("none",), ("",)):
@@ -352,6 +359,8 @@ class TrainConfig:
             yield "resume and overwrite are both given; expected one of them"
         if self.bf16 and self.trainer.get("fp16"):
             yield "bf16 and fp16 are both on; expected one of them"
+        if self.base_dtype != "auto" and self.quantize is not None:
+            yield f"base_dtype={self.base_dtype} and quantize={self.quantize} are both given; expected one of them"
         odd = [key for key in list[Any](self.trainer) if not isinstance(key, str)]
         if odd:
             yield f"trainer has the key {shown(odd[0])}; expected names of options"

@@ -91,9 +91,8 @@ NAMES = {
 """Their name → ours, or SFTConfig's, with the same value."""
 
 _METHODS = {"lora": "method: lora", "dora": "method: dora"}
-_QLORA = (
-    "there are no 4-bit bases in training here; write method: lora (or dora) and, for a smaller base, base_dtype: fp8"
-)
+_QLORA = "write method: lora (or dora) and quantize: nf4"
+_BITS = {"4": "nf4", "8": "int8"}
 _CHAT = "leave it out; the tokenizer's own template is used, and chat_template_path: FILE takes another"
 _ATTENTION = "leave it out; attention is chosen by itself, and model_init_kwargs: {attn_implementation: …} overrules"
 _NOT_HERE = {
@@ -225,8 +224,14 @@ def _by_value(name: str, value: Any) -> str | None:
             if text == "qlora"
             else "write method: lora or dora"
         )
-    if name in ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "quantization", "gptq"):
-        return "leave it out" if text in ("false", "none", "0") else _QLORA
+    if name in ("load_in_4bit", "load_in_8bit"):
+        return f"write quantize: {_BITS[name[8]]}" if text == "true" else "leave it out"
+    if name in ("quantization_bit", "quant_bits"):
+        known = f"write quantize: {_BITS[text]}" if text in _BITS else "write quantize: nf4, int8 or int4"
+        return "leave it out" if text in ("false", "none", "0") else known
+    if name in ("quantization", "gptq"):
+        loads = "a model that is quantised already is loaded as it is; to quantise one, write quantize: nf4"
+        return "leave it out" if text in ("false", "none", "0") else loads
     if name in _TRAIN_ON:
         everything = (text == "true") is _TRAIN_ON[name]
         return f"write train_on: {'all' if everything else 'completion'}"

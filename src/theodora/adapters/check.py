@@ -83,8 +83,8 @@ def low_rank_of(model: nn.Module, module: str, file: AdapterFile, config: Adapte
         rank = a.shape[0] // 2
         a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
     if file.starts_from is not None:  # as PEFT does whenever it loads such a file
-        w_OI = base_weight(model.get_submodule(module)).dense()
-        start = start_values(file.starts_from, w_OI, a.shape[0], tensors.scale, tensors.embedding)[2]
+        weight = base_weight(model.get_submodule(module))
+        start = start_values(file.starts_from, weight, a.shape[0], tensors.scale, tensors.embedding)[2]
     return new_low_rank(model.get_submodule(module), a, b, tensors.magnitude, tensors.scale, config, start)
 
 

@@ -161,5 +161,6 @@ def hash_of_weights(model: nn.Module) -> str:
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters that are as the files have them: not what was quantised on loading, which devices do differently."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta:
+        plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.element_size() > 1
+        if plain and not parameter.is_meta:
             yield name, parameter.detach()

@@ -106,11 +106,10 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
     problems: list[str] = []
     for path in paths:
         module: Any = model.get_submodule(path)
-        w_OI = base_weight(module).dense()
         rank = config.rank_of(path)
         scale = config.scale(rank, config.alpha_of(path))
         try:
-            a, b, start = start_values(config.init, w_OI, rank, scale, isinstance(module, nn.Embedding))
+            a, b, start = start_values(config.init, base_weight(module), rank, scale, isinstance(module, nn.Embedding))
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue

@@ -37,6 +37,7 @@ from theodora.adapters.token_rows import loaded_rows
 from theodora.config import AdapterConfig, AdapterDtype
 from theodora.fastpath.accelerate import check_fast_path
 from theodora.files.adapter import AdapterFile, read_adapter
+from theodora.layers.libraries import prepare
 
 
 def load_adapter(model: Model, path: str | Path, name: str = "default", trainable: bool = False) -> Model:
@@ -70,6 +71,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     state = find_state(model) or AdapterState()
     check_name(state, name)
     check_fast_path(model)
+    prepare(model)
     read = in_names_of(model, read_adapter(path, for_model=True))
     if read.left_out:
         warnings.warn(left_out_note(read), stacklevel=2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from theodora.config import METHOD_NAMES, AdapterConfig
 from theodora.files.adapter import AdapterFile
+from theodora.files.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LoadReport:
     """How far the base weights are from those it was trained on, relative; None where the file does not tell."""
     token_rows: int = 0
     """Rows of single tokens."""
+    trained_on: TrainedOn | None = None
+    """What base it was trained on, if the file remembers."""
     tokens: int | None = None
     """The number of tokens that the model's embeddings were resized to; None where they were not."""
 
@@ -60,5 +63,6 @@ def report_of(name: str, file: AdapterFile, config: AdapterConfig, distance: flo
         full=tuple(sorted(file.full)),
         parameters=sum(t.numel() for t in (*tensors, *file.full.values(), *(t.rows for t in file.token_rows.values()))),
         token_rows=sum(len(rows.ids) for rows in file.token_rows.values()),
+        trained_on=file.trained_on,
         base_distance=distance if file.fingerprint else None,
     )

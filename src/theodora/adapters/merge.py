@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from theodora.adapters.state import Model, activate, active_name, adapter_layers
 from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge_token_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
-from theodora.layers.float8 import Float8Layer
+from theodora.kernels.library_weight import LibraryWeight
+from theodora.layers import AdapterLayer
 from theodora.layers.swap import cannot_replace_weight
 
 
@@ -26,8 +27,10 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     The base weights stay in memory for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
 
-    A base in float8 (`quantize_base`) is widened to the dtype it had: the result is the quantised base with the
-    adapter, at twice the memory. `merge_checkpoint` merges onto the original weights instead.
+    A quantised base is widened: one in float8 (`quantize_base`) to the dtype it had, one of another library's to the
+    dtype that its layers compute in. The result is the quantised base with the adapter, at more memory, and the
+    quantised weight itself is what `unmerge_adapter` puts back. `merge_checkpoint` merges onto the original weights
+    instead.
 
     Args:
         model: carries the adapter.
@@ -64,15 +67,26 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
             layer.unmerge()
         unmerge_token_rows(model)
         raise
-    if any(isinstance(layer, Float8Layer) for layer in layers.values()):
-        warnings.warn(
-            "The adapter was merged into a base in float8: the merged weights are the quantised ones, widened. "
-            "merge_checkpoint, or `theodora merge`, merges it onto the original weights.",
-            stacklevel=2,
-        )
+    _say_what_was_widened(layers.values())
     state.merged = name
     state.tied_before = _untie(model)
     return model
+
+
+def _say_what_was_widened(layers: Iterable[AdapterLayer]) -> None:
+    """Warn where the merged weights are not as exact as the original ones would make them."""
+    bases = [layer.base_weight for layer in layers]
+    formats = dict.fromkeys(
+        base.format.name if isinstance(base, LibraryWeight) else base.stored for base in bases if base.stored != "plain"
+    )
+    if formats:
+        dtypes = dict.fromkeys(str(base.dtype).removeprefix("torch.") for base in bases)
+        warnings.warn(
+            f"The adapter was merged into a base in {', '.join(formats)}: the merged weights are the quantised ones, "
+            f"widened to {', '.join(dtypes)}. merge_checkpoint, or `theodora merge`, merges it onto the original "
+            "weights.",
+            stacklevel=3,
+        )
 
 
 def _check_places(model: nn.Module, name: str) -> None:

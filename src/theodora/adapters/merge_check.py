@@ -22,7 +22,6 @@ from theodora import kernels
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
 from theodora.layers import AdapterLayer
-from theodora.layers.float8 import Float8Layer
 from theodora.layers.linear import GROUP
 
 _TOKENS = 16  # T
@@ -119,8 +118,8 @@ def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:
 def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
     """The layer alone: without hooks, dropout, autocast, or the layers that read the same input."""
     own: Any = type(layer)
-    # A float8 product rounds x, which a merged weight does not.
-    exactly = kernels.reference() if isinstance(layer, Float8Layer) else nullcontext()
+    # A product of float8 or int8 rounds x, which a merged weight does not.
+    exactly = kernels.reference() if layer.base_weight.rounds_input else nullcontext()
     with exactly, _alone(layer), torch.autocast(x.device.type, enabled=False):
         return own.forward(layer, x)
 

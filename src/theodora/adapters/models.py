@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from theodora.adapters.load import load_adapter
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.adapters.load import load_adapter, load_report
+from theodora.adapters.quantize import quantize_base
+from theodora.adapters.quantized import loading_options, quantization_of
+from theodora.adapters.state import find_state
+from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
+from theodora.files.adapter import read_trained_on
 from theodora.files.classes import auto_classes, check_kernels, model_alone
 from theodora.files.distrust import expanded
 from theodora.files.generation import set_ends
@@ -19,6 +23,7 @@ from theodora.files.model_folder import (
     DTYPES,
     base_model_of,
     check_model_folder,
+    check_no_gguf,
     check_weights,
     damaged_weights,
     has_tokenizer,
@@ -37,6 +42,7 @@ def load_model_and_tokenizer(
     revision: str | None = None,
     device: str | torch.device | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, with its adapter if there is one.
 
@@ -51,9 +57,11 @@ def load_model_and_tokenizer(
         revision: branch, tag or commit on the hub, of the base model.
         device: where the model goes. Default: the accelerator, if there is one.
         model_kwargs: more arguments for transformers' `from_pretrained`.
+        quantize: what the frozen weights are quantised to as they are loaded: nf4, int8, int4, fp8, or none. Default:
+            as they were while the adapter was trained; none without an adapter. (`base_note` says which.)
 
     Raises:
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or what the quantisation wants is not there.
         CheckpointError: a folder is missing, holds no model, or lacks weights that the model has.
     """
     named = None  # the adapter that says which model
@@ -64,6 +72,9 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
+    place = torch.device(device or best_device())
+    if quantize is None and adapter is not None and (remembered := read_trained_on(adapter)) is not None:
+        quantize = remembered.quantize
     with _named_by(named, model):
         tokenizer = load_tokenizer(
             adapter if adapter is not None and has_tokenizer(adapter) else model,
@@ -71,12 +82,19 @@ def load_model_and_tokenizer(
             revision=None if adapter is not None and has_tokenizer(adapter) else revision,
         )
         loaded = load_model(
-            model, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, model_kwargs=model_kwargs
+            model,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            model_kwargs=model_kwargs,
+            quantize=quantize,
+            device=place,
+            adapted=adapter is not None,
         )
     if adapter is not None:
         load_adapter(loaded, adapter)
     set_ends(loaded, tokenizer)
-    return loaded.to(device or best_device()).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+    return move(loaded, place).eval(), tokenizer
 
 
 @contextmanager
@@ -97,11 +115,30 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
+    compute: torch.dtype | None = None,
+    device: torch.device | None = None,
+    keep: tuple[str, ...] = (),
+    adapted: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model on the CPU. Arguments and errors as in `load_model_and_tokenizer`."""
+    """Load a causal language model, a plain one on the CPU. Arguments and errors as in `load_model_and_tokenizer`.
+
+    Args:
+        model: a model folder or hub name.
+        dtype: of the weights; of a quantised model, of those that stay plain.
+        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit on the hub.
+        model_kwargs: more arguments for transformers' `from_pretrained`.
+        quantize: as in `load_model_and_tokenizer`; without an adapter to look at, none by default.
+        compute: dtype of a quantised weight's products. Default: the plain weights'.
+        device: where a quantised model is going to be, which goes there straight. Default: the accelerator.
+        keep: names of modules that are not quantised, such as those that are trained in full.
+        adapted: whether an adapter comes onto it: quantisations that none can be put on are refused then.
+    """
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
+    check_no_gguf(model)
     check_model_folder(model)
     bounded = check_weights(expanded(model))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -113,13 +150,24 @@ def load_model(
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
             **model_alone(model),
+            **loading_options(
+                config,
+                model,
+                quantize=None if quantize == "fp8" else quantize,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                compute=compute,
+                device=device or best_device(),
+                keep=keep,
+                auto_class=classes[0],
+                adapted=adapted,
+            ),
             **(model_kwargs or {}),
         }
         with bounded:
             result: Any = classes[0].from_pretrained(model, **options, output_loading_info=True)
             if result[1]["missing_keys"] and len(classes) > 1:
                 result = classes[1].from_pretrained(model, **options, output_loading_info=True)
-    except CheckpointError:
+    except TheodoraError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file leads it to
         why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
@@ -134,7 +182,42 @@ def load_model(
             f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
             + (", …" if len(missing) > 5 else "")
         )
-    return loaded
+    return quantize_base(loaded, exclude=keep) if quantize == "fp8" else loaded
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on a device. Quantised ones are there already: libraries pack weights for the device, and some refuse
+    to move them."""
+    alike = model.device.type == device.type and device.index in (None, model.device.index)
+    return model if alike else model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def base_note(model: PreTrainedModel, name: str | None = None) -> str | None:
+    """What a model is quantised to, and whether its adapter was trained on it so; None where all is plain.
+
+    Args:
+        model: with an adapter that was loaded, or without one.
+        name: which; by default the active one.
+    """
+    here = quantization_of(model)
+    if find_state(model) is None:
+        return None if here is None else f"The model is quantised: {here}."
+    report = load_report(model, name)
+    then = None if report is None or report.trained_on is None else report.trained_on.quantization
+    if here is None:
+        return (
+            None
+            if then is None
+            else (f"The adapter was trained on its base quantised as {then}; here the base is not quantised.")
+        )
+    if then == here.name:
+        undo = " (--quantize none loads it as it is stored)" if here.kind is not None else ""
+        return f"The base is quantised as it was in training: {here}{undo}."
+    known = report is not None and report.trained_on is not None
+    trained = (
+        f"quantised as {then}" if then is not None else "not quantised" if known else "of a kind nobody wrote down"
+    )
+    return f"The base is quantised: {here}. In training it was {trained}."
 
 
 def best_device() -> torch.device:

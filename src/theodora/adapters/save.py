@@ -13,6 +13,7 @@ from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.embeddings import base_parameter, end_weights
 from theodora.adapters.heads import task_type
 from theodora.adapters.quantize import module_fingerprint
+from theodora.adapters.quantized import trained_on
 from theodora.adapters.state import AdapterState, active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.targets import saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
@@ -26,6 +27,7 @@ from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METAD
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
 from theodora.files.read_back import save_tensors, write_text
 from theodora.files.token_rows import DELTA
+from theodora.files.trained_on import TRAINED_ON_KEY
 from theodora.layers import AdapterLayer, LowRank
 from theodora.layers.linear import Conv1DAdapterLayer
 
@@ -147,7 +149,12 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
     if state.resized:  # the base on disk has embeddings of another size: they recognise nothing
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
     with originals_in_place(model):
-        return {"starts": starts_from_weight(config), "init": config.init, FINGERPRINT_KEY: layers_fingerprint(layers)}
+        return {
+            "starts": starts_from_weight(config),
+            "init": config.init,
+            FINGERPRINT_KEY: layers_fingerprint(layers),
+            TRAINED_ON_KEY: trained_on(model).to_json(),
+        }
 
 
 def layers_fingerprint(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
 from theodora.layers.kinds import is_conv1d, is_linear
+from theodora.layers.libraries import prepare
 from theodora.paths import PathPattern, endings, matches, nearest
 
 _TOLD = 20  # unknown names that an error tells
@@ -30,6 +31,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         ConfigError: listing every target that matches nothing (with the nearest real names) and every module that
             cannot be adapted (with the reason).
     """
+    prepare(model)
     modules = {path: module for path, module in model.named_modules() if path}
     problems: list[str] = []
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):

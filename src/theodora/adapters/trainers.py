@@ -8,6 +8,9 @@ TRL's trainers get a reference: the policy as it was when they began. DPO, KTO, 
 the policy's folder once more for it. For a model with a loaded adapter that is the base, not what training starts
 from; for any other adapter it is all weights twice. So the policy's own frozen twin (`reference_model`) is given to
 them, and what cannot be right is refused before a step is taken.
+
+On a quantised base both ask for PEFT's model, and TRL turns whatever is trained into bfloat16, without a word: an
+adapter's factors and DoRA's magnitudes alike. While a trainer is made, such a model passes for one that has its adapter.
 """
 
 from __future__ import annotations
@@ -68,11 +71,39 @@ def _with_reference(make: Any) -> Any:
         takes_one = "ref_model" in signature.parameters
         if takes_one and given.arguments.get("ref_model") is None and _own_reference_pays(type(self)):
             given.arguments["ref_model"] = _reference(policy, given.arguments.get("args"))
-        with _loading_reference(type(self), policy, given.arguments.get("args")):
+        with _loading_reference(type(self), policy, given.arguments.get("args")), as_adapted(policy):
             make(*given.args, **given.kwargs)
         _check_reference(self, given.arguments)
 
     return init
+
+
+def _of_adapted(make: Any) -> Any:
+    """The `__init__` of transformers' trainer, which wants a quantised model to carry PEFT's adapter."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        with as_adapted(model):
+            make(self, *args, **kwargs)
+
+    return init
+
+
+@contextmanager
+def as_adapted(model: Any) -> Iterator[None]:
+    """Within the block a quantised model that carries our adapter says that it has one, and nothing of its bits."""
+    if not isinstance(model, PreTrainedModel) or find_state(model) is None or not getattr(model, "is_quantized", False):
+        yield
+        return
+    said = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+    before = {name: vars(model)[name] for name in said if name in vars(model)}
+    vars(model).update(said)
+    try:
+        yield
+    finally:
+        for name in said:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _check(name: str, policy: nn.Module, given: dict[str, Any]) -> None:
@@ -158,6 +189,7 @@ def teach_trainers(model: nn.Module) -> None:
         return
     trainer_module = sys.modules.get("transformers.trainer") or importlib.import_module("transformers.trainer")
     trainer: Any = trainer_module.Trainer
+    wrap_once(trainer, "__init__", _of_adapted)
     wrap_once(trainer, "_load_from_checkpoint", _loading_adapters(lambda self, folder, *_: folder))
     wrap_once(trainer, "_load_best_model", _loading_adapters(lambda self: self.state.best_model_checkpoint))
     _teach_trl(trainer)

@@ -19,6 +19,7 @@ from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.folder import read_file
 from theodora.files.ours import changes, described
+from theodora.files.trained_on import TrainedOn
 from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
 from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
@@ -110,6 +111,8 @@ class AdapterReport:
     """What is wrong with it."""
     written: str | None = None
     """Whether the adapter's folder is as it was written."""
+    trained_on: TrainedOn | None = None
+    """What base it was trained on, if its file remembers."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON: NaN (the mean of no rows) becomes None."""
@@ -173,6 +176,7 @@ def inspect_adapter(
         notes=tuple(notes),
         warnings=(*warnings, *_changes(file.path)),
         written=described(file.path),
+        trained_on=file.trained_on,
     )
 
 
@@ -195,7 +199,12 @@ def _open_base(
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
     distance = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path))
-    if distance > SAME_BASE:
+    if file.trained_on is not None and file.trained_on.quantize is not None:
+        notes.append(
+            f"Trained on the base quantised as {file.trained_on.quantization}, and measured against the unquantised "
+            f"weights: the magnitudes began at the norms of the quantised ones, {distance:.1%} away."
+        )
+    elif distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "
             "trained further?)."

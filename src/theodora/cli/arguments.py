@@ -65,6 +65,16 @@ def field_docstrings(config_class: type) -> dict[str, str]:
     }
 
 
+def add_quantize(parser: Any) -> None:
+    """Add `--quantize` of commands that load a model and perhaps an adapter."""
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "nf4", "int8", "int4", "fp8"],
+        help="what the weights of linear layers are quantised to as they are loaded. Default: as they were when the "
+        "adapter was trained",
+    )
+
+
 def other_options(arguments: list[str]) -> dict[str, Any]:
     """`--optim adafactor --neftune-noise-alpha=5 --full-determinism` as options: name -> text, list of texts or True.
 

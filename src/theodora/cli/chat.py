@@ -15,6 +15,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from theodora.cli.arguments import add_quantize
 from theodora.cli.imports import imports
 from theodora.errors import ConfigError, UsageError
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", help="of the weights: auto (as stored), fp32, bf16, fp16. Default: auto."
     )
+    add_quantize(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
 
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         from theodora.adapters.models import best_device, load_model_and_tokenizer
-        from theodora.cli.console import stderr, stdout
+        from theodora.cli.console import say_base, stderr, stdout
         from theodora.cli.conversation import Conversation
         from theodora.kernels.ahead import begin_with_gpu
 
@@ -85,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
+            quantize=args.quantize,
         )
+    say_base(loaded)
     set_seed(args.seed)
     conversation = Conversation(
         loaded,

@@ -16,7 +16,7 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING
 
-from theodora.cli.arguments import positive
+from theodora.cli.arguments import add_quantize, positive
 from theodora.cli.imports import imports
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", help="of the weights: auto (as stored), fp32, bf16, fp16. Default: auto."
     )
+    add_quantize(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         from theodora.adapters.models import best_device, load_model_and_tokenizer
-        from theodora.cli.console import print_json, stderr, stdout
+        from theodora.cli.console import print_json, say_base, stderr, stdout
         from theodora.data import load_examples
         from theodora.evaluate import evaluate
         from theodora.evaluate.harness import check_harness, run_harness
@@ -111,7 +112,9 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
+            quantize=args.quantize,
         )
+    say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         scores = evaluate(

@@ -107,12 +107,23 @@ def _facts(report: AdapterReport) -> dict[str, str]:
         "method": method + (" with rsLoRA's scale" if report.rslora else ""),
         "rank": f"{ranks}; alpha {report.alpha:g}, scale {scales}" if ranks else "",
         "base model": (report.base_model or "not named") + at_hand,
+        "trained on": _base(report),
         "adapts": f"{len(report.modules)} modules: {', '.join(group.name for group in report.by_kind)}",
         "in full": ", ".join(report.modules_to_save),
         "size": f"{report.parameters:,} parameters{share}, {report.bytes / 1e6:.1f} MB, {report.dtype}",
         "files": report.written or "",
         "training": ", ".join(f"{name} {settings[name]}" for name in _SETTINGS if settings.get(name) is not None),
     }
+
+
+def _base(report: AdapterReport) -> str:
+    """What the file remembers of the base beyond its name."""
+    on = report.trained_on
+    if on is None or not (on.quantization or on.revision):
+        return ""
+    stored = f", quantised as it was loaded (--quantize {on.quantize})" if on.quantize else ""
+    parts = [f"{on.quantization}{stored}" if on.quantization else "", f"commit {on.revision}" if on.revision else ""]
+    return "; ".join(part for part in parts if part)
 
 
 def _kinds(report: AdapterReport) -> Table:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from theodora.serve.engine import Engine
 
 _GROUPS = {
-    "The model": ("served_name", "dtype", "device"),
+    "The model": ("served_name", "dtype", "quantize", "device"),
     "Adapters": ("slots", "host_adapters", "max_rank", "adapter_folder"),
     "Batches": (
         *("max_batch", "max_queue", "max_batch_tokens", "max_length", "kv_tokens", "kv_memory", "page_size"),
@@ -90,6 +90,8 @@ def _panel(engine: Engine) -> Any:
     from rich import box
     from rich.table import Table
 
+    from theodora.adapters.quantized import quantization_of
+
     config = engine.config
     table = Table(box=box.SIMPLE_HEAD, title=f"http://{config.host}:{config.port}/v1", title_justify="left")
     table.add_column("model", overflow="fold")
@@ -97,7 +99,8 @@ def _panel(engine: Engine) -> Any:
     table.add_column("rank", no_wrap=True, justify="right")
     table.add_column("loaded in", no_wrap=True, justify="right")
     dtype = str(engine.model.dtype).removeprefix("torch.")
-    table.add_row(config.name, f"base, {engine.device.type}, {dtype}, up to {engine.window:,} tokens", "", "")
+    stored = dtype if (found := quantization_of(engine.model)) is None else f"{found.name}, {dtype}"
+    table.add_row(config.name, f"base, {engine.device.type}, {stored}, up to {engine.window:,} tokens", "", "")
     for adapter in engine.adapters.adapters():
         table.add_row(adapter.name, adapter.method, str(adapter.rank), f"{adapter.seconds * 1e3:.0f} ms")
     return table

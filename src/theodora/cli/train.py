@@ -72,6 +72,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "max_grad_norm",
             "bf16",
             "base_dtype",
+            "quantize",
             "kernels",
             "gradient_checkpointing",
             "on_nan",

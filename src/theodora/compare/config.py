@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from theodora.coerce import coerce, type_hints
 from theodora.compare.methods import Variant, variants
-from theodora.config import is_number
+from theodora.config import QuantizeTo, is_number
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.naming import alike, name_problem, path_problem
 from theodora.trust import check_code_granted, check_granted
@@ -97,6 +97,10 @@ class CompareConfig:
     """Hold the base model in bfloat16; full fine-tuning trains float32 weights under autocast then. Default: where the
     hardware computes in it."""
 
+    quantize: QuantizeTo | None = None
+    """Quantise the frozen weights of the base as they are loaded: nf4, int8, int4, fp8, as in `theodora train`. Methods
+    that train all weights (full) cannot stand on it."""
+
     validation_rows: int | None = None
     """Score at most so many validation rows."""
     test_rows: int | None = None
@@ -159,6 +163,9 @@ class CompareConfig:
             chosen = variants(self.methods, self.ranks, self.learning_rates)
         except ConfigError as error:
             yield from str(error).splitlines()
+        whole = [v.name for v in chosen if v.adapter is None]
+        if self.quantize not in (None, "none") and whole:
+            yield f"quantize is {self.quantize}, and {', '.join(whole)} trains the weights themselves: leave one out"
         if any(v.replay for v in chosen) and self.general is None:
             yield "a method has replay, and general is missing; expected a file with general text"
         names = {v.name for v in chosen}

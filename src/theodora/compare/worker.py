@@ -13,14 +13,15 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from theodora.adapters import inject_adapter, remove_adapter, save_adapter
-from theodora.adapters.models import load_model
+from theodora.adapters.models import load_model, move
+from theodora.adapters.quantized import quantization_of
 from theodora.adapters.state import trained_tensors
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.compare.material import Material, prepare, read_splits
 from theodora.compare.methods import Variant
 from theodora.data.vocabulary import safe_padding
-from theodora.errors import TheodoraError
+from theodora.errors import ConfigError, TheodoraError
 from theodora.evaluate import Scores
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions
@@ -47,8 +48,16 @@ class Bench:
             config.model,
             dtype="bfloat16" if self.bf16 else "float32",
             trust_remote_code=config.trust_remote_code,
+            quantize=config.quantize,
+            device=device,
+            adapted=True,
         )
-        self.model: Any = loaded.to(device).eval()  # pyright: ignore[reportArgumentType]
+        if (quantization := quantization_of(loaded)) is not None and any(v.adapter is None for v in config.variants):
+            raise ConfigError(
+                f"{config.model} is quantised ({quantization.name}), and a method trains the weights themselves (full). "
+                "Leave it out, or name the model of plain weights."
+            )
+        self.model: Any = move(loaded, device).eval()
         self.model.requires_grad_(False)
         if self.model.generation_config is not None:
             self.model.generation_config.use_cache = True

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
-from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files
+from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files, read_adapter_metadata
 from theodora.files.distrust import read_object
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.files.folder import Place
@@ -43,6 +43,7 @@ from theodora.files.peft_options import (
     task_of,
 )
 from theodora.files.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
+from theodora.files.trained_on import TrainedOn, trained_on
 from theodora.files.wrapper_names import plain_keys
 from theodora.paths import matches
 
@@ -108,6 +109,8 @@ class AdapterFile:
     """Module path → some values of its base weight; see `fingerprint.py`."""
     only_layers: tuple[int, ...] | None = None
     """Numbers of the blocks that were adapted, where the configuration names them beside the targets."""
+    trained_on: TrainedOn | None = None
+    """What base it was trained on, if the file remembers."""
     mlx: bool = False
     """Whether it was read from MLX's files."""
     stamp: Stamp = (None, None)
@@ -147,7 +150,7 @@ def read_adapter(
         peft, tensors = peft_from_mlx(read.fields, read.tensors, read.folder)
     else:
         peft, tensors = _checked_base(read.fields, where), plain_keys(read.tensors, weights)
-    config = _config_from_peft(peft, where, for_model)
+    config, base = _config_from_peft(peft, where, for_model), trained_on(metadata)
     if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
         raise CheckpointError(f"{where} says an odd rank, but half of it is to be the start that is taken away again")
     return replace(
@@ -155,13 +158,31 @@ def read_adapter(
         task=task_of(peft),
         starts_from=start_of(peft),
         base_model=peft.get("base_model_name_or_path") or None,
-        base_revision=revision if isinstance(revision := peft.get("revision"), str) else None,
+        base_revision=_revision(peft, base),
         starts=bool(metadata.get("starts")),
         fingerprint=metadata.get(FINGERPRINT_KEY),
+        trained_on=base,
         only_layers=_layers(peft),
         mlx=mlx,
         stamp=read.stamp,
     )
+
+
+def read_trained_on(path: str | Path | Place) -> TrainedOn | None:
+    """What base an adapter folder says that it was trained on; None if it says nothing.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    return trained_on(read_adapter_metadata(path))
+
+
+def _revision(peft: Mapping[str, Any], base: TrainedOn | None) -> str | None:
+    """The commit of the base: PEFT's note, or ours if it is of the same model."""
+    noted = peft.get("revision")
+    if isinstance(noted, str):
+        return noted
+    return base.revision if base is not None and base.model == peft.get("base_model_name_or_path") else None
 
 
 def adapter_of(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from theodora.errors import CheckpointError
-from theodora.files.distrust import expanded, parse_object, read_tensors
+from theodora.files.distrust import checked_metadata, expanded, parse_object, read_tensors
 from theodora.files.folder import LARGEST_TEXT, Folder, Place, Seen
-from theodora.files.names import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.names import CONFIG_NAME, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.safetensors import read_header
 
 Stamp = tuple[Seen | None, Seen | None]
 """What tells an adapter's configuration and tensors from files that took their places or were written anew."""
@@ -75,6 +76,23 @@ def read_adapter_files(
         if stamp_of(folder) != stamp:  # one file may be of another adapter than the other
             raise CheckpointError(f"{folder.path} changed while it was read. Read it again when it is written.")
         return AdapterFiles(folder.path, weights.path, fields, tensors, metadata, stamp)
+
+
+def read_adapter_metadata(path: str | Path | Place) -> dict[str, Any]:
+    """What we store beside the tensors, read from the header alone; empty where a damaged file does not tell.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    with _open_folder(path) as folder:
+        weights = folder.open(WEIGHTS_NAME) or folder.open(MLX_WEIGHTS_NAME)
+        if weights is None:
+            return {}
+        with weights:
+            try:
+                return checked_metadata(read_header(weights).metadata.get(METADATA_KEY, "{}"))
+            except (ValueError, OSError, CheckpointError):  # whoever reads the tensors says so
+                return {}
 
 
 def stamp_of(folder: Folder) -> Stamp:

@@ -81,14 +81,14 @@ def read_tensors(
                 tensors, metadata = read_safetensors(opened, device, longest)
         else:
             tensors, metadata = read_safetensors(file, device, longest)
-        return tensors, _checked_metadata(metadata.get(METADATA_KEY, "{}"))
+        return tensors, checked_metadata(metadata.get(METADATA_KEY, "{}"))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}). Use another copy, or an earlier checkpoint."
         ) from error
 
 
-def _checked_metadata(text: str) -> dict[str, Any]:
+def checked_metadata(text: str) -> dict[str, Any]:
     """What we store beside PEFT's tensors; a ValueError if it is not of our making."""
     metadata = parse_json(text)
     if not isinstance(metadata, dict):

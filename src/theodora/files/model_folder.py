@@ -171,6 +171,24 @@ def looks_local(model: str | Path) -> bool:
     return Path(model).is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1
 
 
+def check_no_gguf(model: str | Path) -> None:
+    """Refuse a GGUF file, or a folder with no other weights, which transformers would take for a hub name.
+
+    Raises:
+        CheckpointError: with the way to a folder that can be loaded, and quantised again.
+    """
+    path = expanded(model)
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if not files or any(path.glob("*.safetensors")):
+        return
+    raise CheckpointError(
+        f"{files[0]} is a GGUF file; weights are read from safetensors here. transformers writes a folder of it, "
+        f"dequantised: AutoModelForCausalLM.from_pretrained({str(files[0].parent)!r}, gguf_file={files[0].name!r}, "
+        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(FOLDER), and AutoTokenizer likewise. Then "
+        "name that folder; quantize: nf4 makes it as small as the file was."
+    )
+
+
 def check_model_folder(model: str | Path) -> None:
     """Refuse a name that can only be a folder's, if there is no model in it, before the hub is asked for that name.
 

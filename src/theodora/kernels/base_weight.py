@@ -45,9 +45,12 @@ class BaseWeight(ABC):
     __slots__ = ()
 
     stored: ClassVar[str]
-    """What the numbers lie in: "plain" (a tensor of a floating point dtype) or "float8"."""
+    """What the numbers lie in: "plain" (a tensor of a floating point dtype), "float8", or "library" (as another one
+    quantises: `library_weight.py`)."""
     captures: ClassVar[bool] = True
     """Whether its products may run inside a CUDA graph."""
+    rounds_input: ClassVar[bool] = False
+    """Whether `product` rounds x to fewer bits than its dtype has."""
     product_takes_bias: ClassVar[bool] = True
     """Whether a bias that joins `product` is rounded once with it, as in `nn.Linear`."""
     backward_adds: ClassVar[bool] = True
@@ -137,7 +140,11 @@ class BaseWeight(ABC):
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that it is made of, as the module holds them: what autograd saves, and what caches watch."""
+        """The tensors that it is made of, as the module holds them: what autograd saves."""
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """The memory behind them, by which caches notice a change."""
+        return self.tensors()
 
     @abstractmethod
     def maker(self) -> Callable[..., BaseWeight]:
@@ -250,6 +257,7 @@ class Float8Weight(BaseWeight):
     """W ≈ scale ⊙ W8, see `float8.py`. Its products round x to float8 as it comes, whatever its dtype."""
 
     stored = "float8"
+    rounds_input = True
     product_takes_bias = False
     backward_adds = False
     backward_in_slices = False  # on a GPU W8 is transposed for each product

@@ -16,6 +16,7 @@ from theodora import kernels
 from theodora.functional import dora_norm, merged_weight
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
+from theodora.layers import libraries
 from theodora.layers.base_weights import stored_transposed, weight_in
 from theodora.layers.float8 import move
 from theodora.layers.low_rank import LowRank
@@ -169,10 +170,12 @@ class AdapterLayer(Swapped):
 
     def _apply(self, fn: Any, recurse: bool = True):
         self.norm_cache.invalidate(weight=True)
-        if self._set_aside is not None:
+        if self._set_aside is not None and not libraries.moved(self.base_parameter, fn):
             # The Parameter itself stays, because another module may be tied to it.
             self.base_parameter.data = move(fn, self.base_parameter.data)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        libraries.follow(self)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.norm_cache.invalidate()

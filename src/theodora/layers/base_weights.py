@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from theodora.kernels.base_weight import BaseWeight, Float8Weight, PlainWeight
 from theodora.kernels.float8 import FLOAT8
+from theodora.layers import libraries
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 
@@ -43,6 +44,10 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
     weight: Any = module.weight
     if is_float8(module, weight):
         return weight_in(module, weight, transposed)
+    if isinstance(weight, Tensor) and libraries.library_weight(module, weight) is not None and not weight.is_meta:
+        return weight_in(module, weight, transposed)
+    if (reason := libraries.why_unfit(module, weight)) is not None:
+        return Unfit(reason)
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         dtype = getattr(weight, "dtype", "no dtype")
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")
@@ -60,7 +65,7 @@ def weight_in(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight
     """
     if is_float8(module, tensor):
         return Float8Weight(tensor, module.weight_scale, module.plain_dtype, transposed)  # pyright: ignore[reportArgumentType]
-    return PlainWeight(tensor, transposed)
+    return libraries.library_weight(module, tensor) or PlainWeight(tensor, transposed)
 
 
 def stored_transposed(module: nn.Module) -> bool | None:

@@ -11,24 +11,30 @@ import math
 import torch
 from torch import Tensor
 
+from theodora.kernels.base_weight import BaseWeight, PlainWeight
+
 # Above this size the principal singular vectors come from a randomised decomposition, which is far faster.
 _EXACT_SVD = 2048
 
 
 def start_values(
-    init: str, w_OI: Tensor, rank: int, scale: float, embedding: bool = False
+    init: str, weight: BaseWeight | Tensor, rank: int, scale: float, embedding: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """A (R, I), B (O, R) and the start factors (A₀, B₀) or None; float32, on the weight's device.
+
+    The values of the weight (O, I) are read for starts that are taken from it (pissa, olora), and for no others.
 
     Raises:
         ValueError: the rank is larger than the weight has singular values (pissa, olora).
     """
-    out_features, in_features = w_OI.shape
+    weight = PlainWeight(weight) if isinstance(weight, Tensor) else weight
+    out_features, in_features = weight.shape
     if init in ("pissa", "olora"):
-        if rank > min(w_OI.shape):
-            raise ValueError(f"init={init!r} needs a rank of at most {min(w_OI.shape)} here, found {rank}")
+        if rank > min(weight.shape):
+            raise ValueError(f"init={init!r} needs a rank of at most {min(weight.shape)} here, found {rank}")
         with torch.no_grad():
-            a, b = _principal(w_OI.float(), rank, scale) if init == "pissa" else _qr(w_OI.float(), rank)
+            w_OI = weight.dense().float()
+            a, b = _principal(w_OI, rank, scale) if init == "pissa" else _qr(w_OI, rank)
             # Rounding leaves about 1e-9 in the rows of B where W has zeros: DoRA would take it for a direction.
             b[(w_OI == 0).all(1)] = 0
         return a.clone(), b.clone(), (a, b)
@@ -46,7 +52,7 @@ def start_values(
             a = torch.randn(rank, in_features) / rank
         else:
             a = torch.nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
-    return a.contiguous().to(w_OI.device), b.contiguous().to(w_OI.device), None
+    return a.contiguous().to(weight.device), b.contiguous().to(weight.device), None
 
 
 def _principal(w_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from theodora.layers.float8 import Float8Layer
+from theodora.layers.libraries import runs_as_linear
 
 # Falcon's is written out, and the same; float8 layers are made of linear ones only.
 _FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
@@ -16,7 +17,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward in _FORWARDS
+        and (type(module).forward in _FORWARDS or runs_as_linear(module))
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
@@ -13,6 +14,7 @@ from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
 from theodora.layers.base import AdapterLayer
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
+from theodora.layers.libraries import reads_packed
 from theodora.layers.low_rank import LowRank
 from theodora.layers.norm_cache import DecodeTensors, one_token_each
 
@@ -31,12 +33,18 @@ class LinearAdapterLayer(AdapterLayer):
         if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.active is None:
-            return super().forward(x)
+            return self._merged(x) if self.merged_adapter is not None and reads_packed(self) else super().forward(x)
         dtype = autocast_dtype(x)
         if dtype is None:
             return _adapted(x, self.parts(one_token), self.active)
         with without_autocast(x.device):
             return _adapted(x.to(dtype), in_dtype(self.parts(one_token), dtype), self.active)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """The product with a merged weight, in that one's dtype, which the module's own class could not read."""
+        dtype = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.weight, bias).to(autocast_dtype(x) or x.dtype)
 
     def parts(self, one_token: bool = False) -> Parts:
         """What the layer computes in this pass, which runs over `one_token` of each sequence or over several."""

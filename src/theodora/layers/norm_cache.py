@@ -105,7 +105,7 @@ class NormCache:
         known = self._weight_norm
         if torch.compiler.is_compiling():
             return compute() if known is None else known.norm_sq_O
-        tensors, block = weight.tensors(), _ONCE.get()
+        tensors, block = weight.watched(), _ONCE.get()
         if known is not None and look and block is not None and known.looked is block:
             look = False
         if known is None or not known.stamp.fits(tensors, rounding) or (look and known.content != content(*tensors)):
@@ -176,7 +176,7 @@ class NormCache:
 
     def look_at(self, weight: BaseWeight) -> None:
         """Forget ‖W‖² if the values of W have changed."""
-        if self._weight_norm is not None and self._weight_norm.content != content(*weight.tensors()):
+        if self._weight_norm is not None and self._weight_norm.content != content(*weight.watched()):
             self._weight_norm = None
 
     def invalidate(self, *, weight: bool = False) -> None:
@@ -186,6 +186,8 @@ class NormCache:
             self._weight_norm = None
 
 
+_PACKED = 1 << 18
+"""Numbers beyond which a vector is part of a packed weight: norms and magnitudes are shorter."""
 _ONCE: ContextVar[object] = ContextVar("theodora_looked_at_once", default=None)
 
 
@@ -219,7 +221,7 @@ class Stamp:
 
 
 def _tensors(weight: BaseWeight, adapter: LowRank) -> tuple[Tensor | None, ...]:
-    return *weight.tensors(), adapter.lora_A, adapter.lora_B, adapter.magnitude
+    return *weight.watched(), adapter.lora_A, adapter.lora_B, adapter.magnitude
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
@@ -238,8 +240,12 @@ def content(*tensors: Tensor | None) -> list[int]:
         if tensor is None:
             continue
         t = tensor.detach()
-        large = t.dim() == 2 and min(t.shape) > 256
-        few = t[:: t.shape[0] // 8, :: t.shape[1] // 8] if large else t
+        if t.dim() == 2 and min(t.shape) > 256:
+            few = t[:: t.shape[0] // 8, :: t.shape[1] // 8]
+        elif t.numel() > _PACKED and 1 in (t.dim(), *t.shape):
+            few = t.flatten()[:: t.numel() // 64]
+        else:
+            few = t
         wide = few.to(wide_dtype(t.dtype))
         hashes += [torch.hash_tensor(wide), torch.hash_tensor(wide.sum())]
     return torch.stack(hashes).tolist()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from theodora.autocast import autocast_dtype
 from theodora.errors import ConfigError, bullet_list
+from theodora.layers.libraries import library_weight
 
 CHANGED = "_theodora_autocast"
 """Where a module notes what `autocast_changes` has found."""
@@ -84,7 +85,7 @@ def cannot_replace_weight(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
     if weight is None:
         return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
-    if type(weight.data) is not Tensor:
+    if type(weight.data) is not Tensor and library_weight(module, weight) is None:
         return f"its weight is sharded or special ({type(weight.data).__name__})"
     return None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from theodora.coerce import coerce_all
-from theodora.config import is_number
+from theodora.config import QuantizeTo, is_number
 from theodora.errors import ConfigError, bullet_list
 
 
@@ -24,6 +24,9 @@ class ServeConfig:
     """Name of the base model in requests. Default: as given."""
     dtype: str = "auto"
     """Dtype of the base model: auto (as stored), fp32, bf16, fp16."""
+    quantize: QuantizeTo | None = None
+    """Quantise the base's linear layers as they are loaded: nf4, int8, int4, fp8, none. Default: as the base of the
+    adapters was while they were trained, if all of them say the same."""
     device: str | None = None
     """Device to run on. Default: the GPU, if there is one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from theodora.adapters.models import load_model_and_tokenizer
+from theodora.files.adapter import read_trained_on
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 
+LOG = logging.getLogger(__name__)
 _LAST_WORDS = 10  # seconds after the grace in which answers that are ended are told so
 
 
@@ -24,7 +27,10 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
         CheckpointError: the model or an adapter cannot be served.
         ConfigError: a name is given twice.
     """
-    model, tokenizer = load_model_and_tokenizer(config.model, dtype=config.dtype, device=config.device)
+    quantize = config.quantize or _trained_with(adapters or {})
+    model, tokenizer = load_model_and_tokenizer(
+        config.model, dtype=config.dtype, device=config.device, quantize=quantize
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.adapter_folder is None:  # no others will come
@@ -33,6 +39,26 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     for name, path in (adapters or {}).items():
         engine.load(name, path)
     return engine, tokenizer
+
+
+def _trained_with(adapters: Mapping[str, str | Path]) -> str | None:
+    """What the base was quantised to while the adapters were trained, if they agree; None for plain weights."""
+    kinds = {
+        name: None if on is None else on.quantize
+        for name, on in ((name, read_trained_on(path)) for name, path in adapters.items())
+    }
+    first = next(iter(kinds.values()), None)
+    if all(kind == first for kind in kinds.values()):
+        if first is not None:
+            LOG.warning("The base is quantised to %s, on which its adapters were trained.", first)
+        return first
+    told = ", ".join(f"{name}: {kind or 'none'}" for name, kind in kinds.items())
+    LOG.warning(
+        "The adapters were trained on a base that was quantised in different ways (%s), and all share one here: it is "
+        "served as it is stored. --quantize KIND chooses.",
+        told,
+    )
+    return None
 
 
 def server_settings(engine: Engine, tokenizer: Any, **more: Any) -> Any:

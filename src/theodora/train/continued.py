@@ -50,8 +50,12 @@ def continued(config: TrainConfig) -> TrainConfig:
     taken = {name: getattr(theirs, name) for name in _TAKEN}
     where = {} if any(name in chosen for name in _WHERE) else {"targets": theirs.targets, "exclude": ()}
     dropout = mine.dropout if "dropout" in chosen else theirs.dropout
+    on, quantize, base_dtype = file.trained_on, config.quantize, config.base_dtype
+    if quantize is None and base_dtype == "auto" and on is not None:  # the base as the adapter knows it
+        quantize = on.quantize  # pyright: ignore[reportAssignmentType]
     return replace(
         config,
+        quantize=quantize,
         model=config.model or base_model_of(file.path),
         revision=config.revision or (None if config.model else file.base_revision),
         adapter=replace(mine, **taken, **where, dropout=dropout),

@@ -36,7 +36,7 @@ _TOKENS_OF_TRL = (
     "assistant_only_loss",
     "dataset_text_field",
 )
-_BASE = ("model", "revision", "bf16", "modules_to_save")
+_BASE = ("model", "revision", "bf16", "quantize", "modules_to_save")
 _BASE_OF_TRL = ("model_init_kwargs", "fp16")
 
 

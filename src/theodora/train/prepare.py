@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
@@ -14,6 +15,7 @@ from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
+from theodora.adapters.quantized import count_parameters, quantization_of
 from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
@@ -114,6 +116,11 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
+        quantize=config.quantize,
+        compute=torch.bfloat16 if precision.bf16 else None,
+        device=arguments.device,
+        keep=config.adapter.modules_to_save,
+        adapted=True,
     )
     base_hash = hash_of_weights(model)
     if config.from_adapter is None and Processes.of(arguments).alone:
@@ -127,7 +134,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     notes += targets_note
     notes += end_as_taught(model, tokenizer)
     recomputes = config.gradient_checkpointing
-    if recomputes is None and (recomputes := model.num_parameters() >= _LARGE_MODEL):
+    if recomputes is None and (recomputes := count_parameters(model) >= _LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
     rows = arguments.per_device_eval_batch_size
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
@@ -138,9 +145,10 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         )
     if config.base_dtype == "fp8":
         quantize_base(model, exclude=config.adapter.modules_to_save)
-        dtype = f"float8, the rest {dtype},"
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
+    if (quantization := quantization_of(model)) is not None:
+        dtype = f"{quantization}, the rest {dtype},"
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
     notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])

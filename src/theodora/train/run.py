@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
+from theodora.adapters.quantized import count_parameters
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
@@ -263,7 +264,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         dtype=prepared.dtype,
         modules=list(adapter_layers(model)),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=model.num_parameters(),
+        total=count_parameters(model),
         data_format=prepared.training.format,
         rows=len(prepared.train_rows),
         tokens=tokens,

@@ -1,0 +1,124 @@
+"""A frozen weight that another library stores, quantised: its tensors, and their `Format`.
+
+It is dequantised for a product and let go of at once: the forward pass does so once, and so does the backward pass for
+dx. ‖W‖² is summed over blocks of rows.
+
+Shapes: T tokens, I in features, O out features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodora.functional import wide_dtype
+from theodora.kernels import weight_norm
+from theodora.kernels.base_weight import BaseWeight, PlainWeight
+from theodora.kernels.formats import Format, Part
+
+
+class LibraryWeight(BaseWeight):
+    """W (O, I) as a library stores it. Its products take an x of any dtype, and give outputs of that dtype."""
+
+    __slots__ = ("_tensors", "format")
+
+    stored = "library"
+
+    def __init__(self, form: Format, *tensors: Tensor) -> None:
+        """Of what the module holds.
+
+        Args:
+            form: how it is stored.
+            tensors: what the format's docstring lists.
+        """
+        self.format, self._tensors = form, tensors
+
+    @property
+    def captures(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The format's."""
+        return self.format.captures
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether `product` rounds x to fewer bits than its dtype has."""
+        return self.format.rounds_input
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.format.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that it stands for: the module's compute dtype."""
+        return self.format.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed numbers lie."""
+        return self._tensors[0].device
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Any floating point dtype but float64."""
+        return self.format.takes(dtype)
+
+    def to(self, dtype: torch.dtype) -> BaseWeight:
+        """Itself."""
+        return self
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None = None, shared: Any = None) -> Tensor:
+        """The library's own."""
+        if not x_TI.numel():
+            return x_TI.new_empty(*x_TI.shape[:-1], self.shape[0])
+        return self.format.product(self._tensors, x_TI, bias_O)
+
+    def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Of W, dequantised in the dtype that it is multiplied in."""
+        dtype = self.format.computes_in(dz_TO.dtype)
+        weight = PlainWeight(self.format.dense(self._tensors, dtype))
+        if dtype == dz_TO.dtype:
+            return weight.product_backward(dz_TO, onto)
+        dx = weight.product_backward(dz_TO.to(dtype)).to(dz_TO.dtype)
+        return dx if onto is None else onto.add_(dx)
+
+    def rows(self, at: slice | Tensor = slice(None)) -> Tensor:
+        """Dequantised, and widened."""
+        if isinstance(at, slice) and len(range(*at.indices(self.shape[0]))) == 0:
+            return torch.empty(0, self.shape[1], dtype=wide_dtype(self.dtype), device=self.device)
+        return self.format.rows(self._tensors, at, wide_dtype(self.dtype))
+
+    def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
+        """Of half a precision in one pass over the dequantised weight; a wide one some rows at a time."""
+        if wide_dtype(self.dtype) == self.dtype:
+            return super().dora_norm(a_RI, b_OR, scale, w_norm_sq_O)
+        return weight_norm.dora_norm(self.dense(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
+
+    def split(self, outputs: int) -> list[BaseWeight]:
+        """Rows of the same tensors."""
+        rows = self.shape[0]
+        ends = [(start, min(start + outputs, rows)) for start in range(0, rows, outputs)]
+        return [LibraryWeight(Part.of(self.format, start, stop), *self._tensors) for start, stop in ends]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dequantised."""
+        return self.format.dense(self._tensors, dtype or self.dtype)
+
+    def plain(self) -> Tensor | None:
+        """None."""
+        return None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the module holds."""
+        return self._tensors
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """The plain tensors behind these."""
+        return self.format.watched(self._tensors)
+
+    def maker(self) -> Callable[..., BaseWeight]:
+        """Of the same format."""
+        return partial(LibraryWeight, self.format)

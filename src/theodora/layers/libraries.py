@@ -1,0 +1,203 @@
+"""Linear layers of other libraries that store their weight quantised: the one file that knows them.
+
+    weight = library_weight(module, module.weight)      # LibraryWeight, or None for a plain weight
+
+A module is known by its class, a tensor by its own. No library is imported: where one has not been, no module is its.
+
+| library | module | weight |
+|---|---|---|
+| bitsandbytes | `Linear4bit` (NF4, FP4, double quantised or not) | `Params4bit`, and the `quant_state` on it |
+| bitsandbytes | `Linear8bitLt` (LLM.int8()) | `Int8Params`, and SCB on it or on the module's `state` |
+| torchao | `nn.Linear` | a tensor of torchao's, of two dimensions, that can `dequantize` |
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora.kernels.formats import Bits4, Bits8, Subclass, inner_tensors
+from theodora.kernels.library_weight import LibraryWeight
+
+_DTYPE = "_theodora_dtype"  # on a Linear8bitLt: the dtype of the model around it
+
+
+def runs_as_linear(module: nn.Module) -> bool:
+    """Whether the module is a library's linear layer, by the forward of its class."""
+    forward = type(module).forward
+    return any(forward is known.forward for known in (_class("Linear4bit"), _class("Linear8bitLt")) if known)
+
+
+def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
+    """The weight `tensor` of `module` as a library stores it; None if it is a plain tensor, or not ready for use."""
+    if type(tensor) in (nn.Parameter, Tensor):
+        return None
+    if _is(tensor, "Params4bit"):
+        return _bits4(module, tensor)
+    if _is(tensor, "Int8Params"):
+        return _bits8(module, tensor)
+    return _subclass(tensor)
+
+
+def why_unfit(module: nn.Module, tensor: Any) -> str | None:
+    """Why a library's module has no frozen weight to stand beside: part of a sentence, or None if it has one."""
+    if _is(tensor, "Params4bit") and _state4(module, tensor) is None:
+        return (
+            "bitsandbytes has not quantised its weight yet, which moving the model to its device does "
+            f"(model.to({tensor.device.type!r}))"
+        )
+    if _is(tensor, "Int8Params") and module.state.has_fp16_weights:  # pyright: ignore[reportAttributeAccessIssue]
+        return (
+            "its weight is trained in 16 bits and quantised in each pass; expected Linear8bitLt with "
+            "has_fp16_weights=False, or nn.Linear"
+        )
+    if _is(tensor, "Int8Params") and tensor.dtype != torch.int8:
+        return (
+            "bitsandbytes has not quantised its weight yet, which moving the model to its device does "
+            f"(model.to({tensor.device.type!r}))"
+        )
+    return None
+
+
+def reads_packed(module: nn.Module) -> bool:
+    """Whether the forward of the module's own class reads a packed weight, and no plain one in its place."""
+    return any(isinstance(module, known) for known in (_class("Linear4bit"), _class("Linear8bitLt")) if known)
+
+
+def prepare(model: nn.Module) -> None:
+    """Make the layers of bitsandbytes ready for adapters; what they compute stays.
+
+    On CPUs with AVX512-BF16 `Linear4bit` repacks its weight for inference and rounds the largest number of each block
+    to bfloat16: training and inference would run on two weights, and the first could not be had back. So that is
+    switched off. And `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
+    """
+    dtype = None
+    for module in model.modules():
+        known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
+        if known4 is not None and isinstance(module, known4):
+            module.support_avx512bf16_for_cpu = False
+        elif known8 is not None and isinstance(module, known8):
+            if dtype is None:
+                dtype = _dtype_of(model)
+            module.__dict__.setdefault(_DTYPE, dtype)
+
+
+def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
+    """Apply `fn`, which `nn.Module._apply` hands on, to a library's parameter that is no module's at the moment.
+
+    Returns:
+        Whether it was a library's.
+    """
+    if _is(parameter, "Params4bit") or _is(parameter, "Int8Params"):
+        new: Any = fn(parameter)  # moves the quant_state, too
+        parameter.data = new.data
+        if getattr(new, "SCB", None) is not None:
+            parameter.CB, parameter.SCB = new.CB, new.SCB  # pyright: ignore[reportAttributeAccessIssue]
+        return True
+    return False
+
+
+def follow(module: nn.Module) -> None:
+    """After a move: the state of a `Linear8bitLt`, which moves with nobody, goes where its weight is."""
+    known = _class("Linear8bitLt")
+    if known is None or not isinstance(module, known):
+        return
+    state: Any = module.state
+    parameter: Any = getattr(module, "base_parameter", module.weight)
+    if state.SCB is not None and parameter.device.type != "meta":
+        state.SCB = state.SCB.to(parameter.device)
+        state.CB = parameter.data
+
+
+def _class(name: str) -> type[Any] | None:
+    library = sys.modules.get("bitsandbytes.nn")
+    return None if library is None else getattr(library, name, None)
+
+
+def _is(tensor: Any, name: str) -> bool:
+    known = _class(name)
+    return known is not None and isinstance(tensor, known)
+
+
+def _state4(module: nn.Module, tensor: Any) -> Any:
+    state = getattr(tensor, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def _bits4(module: Any, tensor: Any) -> LibraryWeight | None:
+    state = _state4(module, tensor)
+    if state is None:
+        return None
+    if getattr(state, "packing_format_for_cpu", False):
+        _unpack(tensor, state)
+    outputs, inputs = state.shape
+    compute = module.compute_dtype
+    packed = tensor.data.view(torch.uint8)
+    outer = getattr(state, "state2", None)
+    nested = () if outer is None else (outer.absmax, outer.code, state.offset)
+    form = Bits4(
+        (outputs, inputs),
+        compute or state.dtype,
+        table=state.quant_type,
+        block=state.blocksize,
+        nested=0 if outer is None else outer.blocksize,
+        compute=compute,
+    )
+    return LibraryWeight(form, packed, state.absmax, *nested)
+
+
+def _unpack(tensor: Any, state: Any) -> None:
+    """Undo the packing for inference on CPUs with AVX512-BF16, with the numbers that it has left.
+
+    (The library's own way back quantises them once more.)
+    """
+    unpack = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
+    nested, state.original_nested = state.original_nested, False
+    tensor.data, _ = unpack(tensor.data, state)
+    state.original_nested = nested
+    state.absmax = state.absmax.T.reshape(-1).float()
+    state.nested, state.state2, state.offset = False, None, None
+
+
+def _bits8(module: Any, tensor: Any) -> LibraryWeight | None:
+    if tensor.dtype != torch.int8:
+        return None
+    state = module.state
+    scale = tensor.SCB if getattr(tensor, "SCB", None) is not None else state.SCB
+    if scale is None:
+        return None
+    outputs, inputs = tensor.shape
+    dtype = getattr(module, _DTYPE, None) or (torch.float16 if module.bias is None else module.bias.dtype)
+    whole = tensor.device.type != "cpu" or not module.training
+    form = Bits8((outputs, inputs), dtype, threshold=state.threshold, int8_product=whole)
+    return LibraryWeight(form, tensor.data, scale.to(tensor.device))
+
+
+def _subclass(tensor: Any) -> LibraryWeight | None:
+    library = type(tensor).__module__.partition(".")[0]
+    if library != "torchao" or tensor.dim() != 2 or not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    outputs, inputs = tensor.shape
+    numbers = str(inner_tensors(tensor)[0].dtype).removeprefix("torch.")
+    rounds = any(getattr(tensor, name, None) is not None for name in _ACTIVATION)
+    form = Subclass((outputs, inputs), tensor.dtype, f"torchao {type(tensor).__name__} ({numbers})", rounds)
+    return LibraryWeight(form, tensor)
+
+
+_ACTIVATION = ("act_quant_kwargs", "activation_quantization")
+"""Where torchao's tensors say how x is quantised in their products."""
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that most of the model's plain numbers are in."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float16)
