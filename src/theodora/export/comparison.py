@@ -13,10 +13,10 @@ from theodora.errors import CheckpointError, UsageError
 from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
 from theodora.export.predictions import Difference, Predictions, difference
-from theodora.merging.probe import PROBE_TEXT
 from theodora.export.server import is_server
 from theodora.files.distrust import expanded
 from theodora.files.ours import described
+from theodora.merging.probe import PROBE_TEXT
 from theodora.parse import finite_values
 
 # By the coarser form's precision: how large a difference of a logit may be, relative to the standard deviation of A's

@@ -180,7 +180,7 @@ def merge_checkpoint(
     output = expanded(output).absolute()
     _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder})
     base = found.open(trust_remote_code=trust_remote_code)
-    plan = plan_merge(base, file, wanted)
+    plan = plan_merge(base, file, wanted, other_base=found.trained is not None)
     shards = _shards(plan.outputs, max_shard_size)
     total = sum(tensor.nbytes() for tensor in plan.outputs)
     _check_disk(output, total if way != "quantised" else _size_of_files(base))
@@ -435,6 +435,28 @@ def _size_of_files(base: BaseCheckpoint) -> int:
     return sum(file.stat().st_size for file in {tensor.file for tensor in base.stored.values()})
 
 
+_CARD_QUANTISED = "It is quantised as its base is: load it like that."
+_CARD_ONTO = {
+    "original": "The adapter was trained on quantised weights ({}), and is merged onto the original ones.",
+    "dequantised": "It holds the dequantised weights ({}) that the adapter was trained on, merged.",
+    "quantised": "The weights that the adapter changed were dequantised, merged, and quantised again ({}).",
+}
+
+
+def _card_of_training(report: MergeReport) -> list[str]:
+    if report.quantisation is None:
+        return []
+    lines = ["", _CARD_ONTO[report.onto].format(report.quantisation)]
+    if report.layers:
+        worst = report.layers[0]
+        mean = math.fsum(layer.error for layer in report.layers) / len(report.layers)
+        lines.append(f"Its layers are {mean:.2%} from what was trained (worst: {worst.path}, {worst.error:.2%}).")
+    if report.logits is not None:
+        kl, effect = report.logits.kl_mean, report.logits.kl_effect
+        lines.append(f"Mean KL of its predictions from what was trained: {kl:.2g} nats; from the base: {effect:.2g}.")
+    return lines
+
+
 def _model_card(report: MergeReport, file: AdapterFile) -> str:
     # A path of the machine that merged says nothing to others: only its last part is written.
     local = Path(report.base_model).expanduser().exists()
@@ -455,7 +477,8 @@ def _model_card(report: MergeReport, file: AdapterFile) -> str:
             "",
             f"{base_name} with a {METHOD_NAMES[config.method]} adapter "
             f"(rank {config.rank}, alpha {config.alpha:g}) merged into its weights by Theodora, in {report.dtype}.",
-            "It is a plain model: load it like its base.",
+            "It is a plain model: load it like its base." if report.onto != "quantised" else _CARD_QUANTISED,
+            *_card_of_training(report),
             "",
             "Relative to the base weights, per kind of layer: what the adapter changed, and what rounding to "
             f"{report.dtype} added.",

@@ -65,7 +65,13 @@ class Drift:
         """What there is to compare a merge with."""
         try:
             trained = start.open_trained(trust_remote_code=trust_remote_code)
-            return cls(start, base, plan, trained, None if trained is None else plan_merge(trained, file, None))
+            return cls(
+                start,
+                base,
+                plan,
+                trained,
+                None if trained is None else plan_merge(trained, file, None, other_base=True),
+            )
         except CheckpointError as error:
             return cls(start, base, plan, missing=str(error))
 

@@ -56,7 +56,8 @@ def probe_rows(folder: Path, vocabulary: int, *, trust_remote_code: bool = False
     ids: list[int] = []
     if has_tokenizer(folder):
         try:
-            ids = load_tokenizer(folder, trust_remote_code=trust_remote_code).encode(PROBE_TEXT)[: _ROWS * _TOKENS]
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+            ids = tokenizer.encode(PROBE_TEXT, truncation=True, max_length=_ROWS * _TOKENS)
         except CheckpointError:
             ids = []
     if len(ids) < _ROWS * 2 or max(ids) >= vocabulary:

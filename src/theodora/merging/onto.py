@@ -22,13 +22,13 @@ from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import read_file
 from theodora.files.packed import method_of
 from theodora.files.quantised_store import OWN_FLOAT8, quantisation_of
+from theodora.files.trained_on import KINDS
 
 Onto = Literal["original", "dequantised", "quantised"]
 _WAYS = (
     "There are three ways: --onto original with --base-model and the unquantised model; --onto dequantised, an "
     "ordinary model of the numbers that the adapter was trained on; --onto quantised, in the same format again."
 )
-_KINDS = ("nf4", "int8", "int4", "fp8")
 # torchao's Int4WeightOnlyConfig as transformers writes it: the one layout whose kernels come with torch itself.
 _INT4: dict[str, Any] = {
     "_type": "Int4WeightOnlyConfig",
@@ -111,14 +111,15 @@ def find_start(
         CheckpointError: they are not at hand; naming the three ways.
         ConfigError: nothing says how the base was quantised, or `quantize` is none of the kinds.
     """
-    if quantize is not None and quantize not in _KINDS:
-        raise ConfigError(f"quantize is {shown(quantize)}; expected one of {', '.join(_KINDS)}")
+    if quantize is not None and quantize not in KINDS:
+        raise ConfigError(f"quantize is {shown(quantize)}; expected one of {', '.join(KINDS)}")
     name = str(base_model or file.base_model or "")
     folder = find_base(name, revision=None if base_model else file.base_revision, download=True)
     stored = quantisation_of(read_config(folder))
     if stored is not None and quantize is not None:
         raise ConfigError(f"quantize is {quantize}, but {name} is quantised already ({method_of(stored)})")
-    kind = quantize or getattr(getattr(file, "trained_on", None), "quantize", None)
+    remembered = file.trained_on
+    kind = quantize or (remembered.quantize if remembered is not None else None)
     if onto == "original":
         return _original(file, name, folder, stored, kind, given=base_model is not None)
     if stored is not None:
