@@ -26,8 +26,9 @@ from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_
 from theodora.export.server import Server, is_server
 from theodora.files import safetensors
 from theodora.files.adapter import read_adapter
-from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import OpenFile
+from theodora.files.quantised_store import quantisation_of
 from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
 from theodora.files.tokenizer import load_tokenizer
 
@@ -180,7 +181,10 @@ def _adapter_precision(path: Path, kind: str) -> str:
 
 def _stored_precision(name: str) -> str:
     try:
-        stored = BaseCheckpoint(find_base(name))
+        folder = find_base(name)
+        if quantisation_of(read_config(folder)) is not None:
+            return "quantised"
+        stored = BaseCheckpoint(folder)
     except CheckpointError:
         return "unknown"
     return coarsest({tensor.dtype for tensor in stored.tensors.values()})
