@@ -263,8 +263,8 @@ class TrainConfig:
     """Storage of the frozen weights of linear layers: auto (as bf16 says), or fp8: float8 with a scale for each row and
     float8 products, half the memory of bfloat16, faster from Hopper GPUs on, emulated elsewhere."""
     quantize: QuantizeTo | None = None
-    """Quantise the frozen weights of linear layers as they are loaded: nf4 (bitsandbytes, double-quantised: a quarter of
-    bfloat16's memory), int8 (bitsandbytes), int4 (torchao), fp8 (base_dtype's), none. Default: as from_adapter's base."""
+    """Quantise the frozen weights of linear layers as they load: nf4 (bitsandbytes, double-quantised, a quarter of
+    bfloat16's memory), int8 (bitsandbytes), int4 (torchao), fp8 (as base_dtype), none. Default: as from_adapter has."""
     kernels: Literal["auto", "reference"] = "auto"
     """Code that runs: auto (fused kernels where there is a GPU), or reference (the plain formulas, slower)."""
     gradient_checkpointing: bool | None = None

@@ -31,6 +31,7 @@ from theodora.files.model_folder import (
     not_here,
 )
 from theodora.files.tokenizer import load_tokenizer
+from theodora.layers.libraries import prepare
 
 
 def load_model_and_tokenizer(
@@ -182,6 +183,7 @@ def load_model(
             f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
             + (", …" if len(missing) > 5 else "")
         )
+    prepare(loaded)  # before the first forward pass, in which bitsandbytes packs weights anew on some CPUs
     return quantize_base(loaded, exclude=keep) if quantize == "fp8" else loaded
 
 

@@ -62,7 +62,7 @@ class Quantization:
 
     def __str__(self) -> str:
         unit, size = ("GiB", 30) if self.bytes >= 1 << 29 else ("MiB", 20)
-        return f"{self.name}, {self.bytes / 2**size:,.1f} {unit} in all"
+        return f"{self.name}, {self.bytes / 2**size:,.2f} {unit} in all"
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:

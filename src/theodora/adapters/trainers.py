@@ -10,7 +10,7 @@ from; for any other adapter it is all weights twice. So the policy's own frozen 
 them, and what cannot be right is refused before a step is taken.
 
 On a quantised base both ask for PEFT's model, and TRL turns whatever is trained into bfloat16, without a word: an
-adapter's factors and DoRA's magnitudes alike. While a trainer is made, such a model passes for one that has its adapter.
+adapter's factors and DoRA's magnitudes alike. While a trainer is made, such a model passes for PEFT's.
 """
 
 from __future__ import annotations

@@ -52,9 +52,10 @@ class Bench:
             device=device,
             adapted=True,
         )
-        if (quantization := quantization_of(loaded)) is not None and any(v.adapter is None for v in config.variants):
+        stored = quantization_of(loaded)
+        if stored is not None and any(variant.adapter is None for variant in config.variants):
             raise ConfigError(
-                f"{config.model} is quantised ({quantization.name}), and a method trains the weights themselves (full). "
+                f"{config.model} is quantised ({stored.name}), and a method (full) trains weights themselves. "
                 "Leave it out, or name the model of plain weights."
             )
         self.model: Any = move(loaded, device).eval()
