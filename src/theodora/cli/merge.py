@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if report.layers:
         print_table(console, _layers(report))
     if report.logits is not None:
-        console.print(_predictions(report.logits), markup=False, soft_wrap=True)
+        console.print(_predictions(report.logits, report.onto), markup=False, soft_wrap=True)
     for note in (*report.notes, *_advice(report)):
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
     files = "1 weight file" if report.files == 1 else f"{report.files} weight files"
@@ -205,11 +205,12 @@ def _figures(report: MergeReport) -> list[tuple[float, float, float]]:
     return [(layer.error, layer.change, layer.norms) for layer in report.layers]
 
 
-def _predictions(logits: LogitsReport) -> str:
-    share = "" if math.isnan(logits.loss) else f", {logits.loss:.1%} of what the adapter does ({logits.kl_effect:.2g})"
+def _predictions(logits: LogitsReport, onto: str) -> str:
+    share = "" if math.isnan(logits.loss) or onto == "original" else f", {100 * logits.loss:.2g} % of it"
     return (
-        f"Predictions after {logits.positions} tokens: mean KL from what was trained {logits.kl_mean:.2g} nats{share}; "
-        f"largest difference of a logit {logits.largest:.2g}; same likeliest token {logits.agreeing:.0%}."
+        f"Predictions after {logits.positions} tokens, mean KL: the adapter changes them by {logits.kl_effect:.2g} nats, "
+        f"and the merged model is {logits.kl_mean:.2g} nats from what was trained{share}; largest difference of a "
+        f"logit {logits.largest:.2g}; same likeliest token {logits.agreeing:.0%}."
     )
 
 

@@ -180,7 +180,7 @@ def merge_checkpoint(
     output = expanded(output).absolute()
     _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder})
     base = found.open(trust_remote_code=trust_remote_code)
-    plan = plan_merge(base, file, wanted, other_base=found.trained is not None)
+    plan = plan_merge(base, file, wanted, other_base=found.trained is not None or found.quantised_as is not None)
     shards = _shards(plan.outputs, max_shard_size)
     total = sum(tensor.nbytes() for tensor in plan.outputs)
     _check_disk(output, total if way != "quantised" else _size_of_files(base))
@@ -256,7 +256,7 @@ def merge_checkpoint(
             check_reads_again(partial, base, trust_remote_code=trust_remote_code)
         else:
             _verify(partial, shards, base)
-        mark_written(partial, "merged")
+        mark_written(partial, "merged", onto=way)
         if overwrite:  # meanwhile a training run, say, may have begun there: it must not be replaced
             _check_output(output, overwrite, {})
     return replace(report, seconds=time.monotonic() - start)

@@ -198,7 +198,7 @@ def _original(
             )
         note = f"The adapter was trained on {name} ({method_of(stored)}); it is merged onto {original}, its original."
         return Start("original", original, plain, None, method_of(stored), (folder, None), (note,))
-    if given and (trained := _quantised_base(file)) is not None:
+    if given and (trained := quantised_base(file)) is not None:
         return Start("original", name, folder, None, *trained)
     if kind is None:
         return Start("original", name, folder, None, None)
@@ -206,8 +206,8 @@ def _original(
     return Start("original", name, folder, None, _told(kind, config), (folder, config))
 
 
-def _quantised_base(file: AdapterFile) -> tuple[str, tuple[Path, None]] | None:
-    """The quantised folder that the adapter names, where another base was given and this one is at hand."""
+def quantised_base(file: AdapterFile) -> tuple[str, tuple[Path, None]] | None:
+    """How the base that an adapter names is quantised, and its folder; None if it is plain, or not at hand."""
     try:
         folder = find_base(file.base_model, revision=file.base_revision)
         stored = quantisation_of(read_config(folder))
