@@ -208,9 +208,9 @@ def _figures(report: MergeReport) -> list[tuple[float, float, float]]:
 def _predictions(logits: LogitsReport, onto: str) -> str:
     share = "" if math.isnan(logits.loss) or onto == "original" else f", {100 * logits.loss:.2g} % of it"
     return (
-        f"Predictions after {logits.positions} tokens, mean KL: the adapter changes them by {logits.kl_effect:.2g} nats, "
-        f"and the merged model is {logits.kl_mean:.2g} nats from what was trained{share}; largest difference of a "
-        f"logit {logits.largest:.2g}; same likeliest token {logits.agreeing:.0%}."
+        f"Predictions after {logits.positions} tokens, mean KL: the adapter changes them by {logits.kl_effect:.2g} "
+        f"nats, and the merged model is {logits.kl_mean:.2g} nats from what was trained{share}; largest difference of "
+        f"a logit {logits.largest:.2g}; same likeliest token {logits.agreeing:.0%}."
     )
 
 

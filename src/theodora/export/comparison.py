@@ -113,7 +113,7 @@ def verify(
         raise UsageError("Two servers cannot be compared with each other: compare each with the files it serves")
 
     # An adapter computes on the weights that the other form was merged onto.
-    onto = next((way for form in (a, b) if (way := _merged_onto(form)) is not None), None)
+    onto: Onto | None = next((way for form in (a, b) if (way := _merged_onto(form)) is not None), None)
 
     def open_named(name: str) -> Form:
         return open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code, onto=onto)

@@ -217,10 +217,10 @@ class PackedWeights:
         """Whether files in this format describe their tensors in their headers."""
         return self.method.startswith("torchao")
 
-    def _module(self, parameter: str) -> nn.Module:
+    def _module(self, parameter: str) -> Any:
         return self._model.get_submodule(parameter.rpartition(".")[0])
 
-    def _quantised(self, parameter: str, module: nn.Module, w_OI: Tensor) -> dict[str, Tensor]:
+    def _quantised(self, parameter: str, module: Any, w_OI: Tensor) -> dict[str, Tensor]:
         path, name = parameter.rpartition(".")[0], parameter.rpartition(".")[2]
         # bitsandbytes' Conv1D was turned round by transformers when it read a plain checkpoint: w is (O, I) already.
         source, module.__dict__["source_cls"] = module.__dict__.get("source_cls"), nn.Linear
@@ -270,9 +270,9 @@ class PackedWeights:
         return next(iter(made.values()))
 
     @contextmanager
-    def _emptied(self, module: nn.Module) -> Iterator[None]:
+    def _emptied(self, module: Any) -> Iterator[None]:
         """Give a module its empty weight back, so that one module at a time holds its own."""
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         notes = dict(getattr(weight, "__dict__", {}))
         try:
             yield
@@ -296,8 +296,8 @@ def _dense_of(weight: Any) -> Tensor:
         state = weight.quant_state
         state.shape, shape = torch.Size([math.prod(state.shape)]), state.shape
         return dequantize_bnb_weight(weight).reshape(shape)
-    if callable(dequantize := getattr(weight, "dequantize", None)) and type(weight).__module__.startswith("torchao"):
-        return dequantize()
+    if type(weight).__module__.startswith("torchao"):
+        return weight.dequantize()
     raise ValueError(f"it is a {kind}, which nothing here dequantises")
 
 

@@ -140,10 +140,10 @@ class Drift:
             return None, [f"The predictions were not compared: {error}"]
         if bounded and report.kl_effect > _NO_EFFECT and not report.loss <= max_loss:
             raise CheckpointError(
-                f"Quantised again ({self._start.method}), the merged model is {100 * report.loss:.3g} % as far from base "
-                f"and adapter as the base alone is (mean KL {report.kl_mean:.2g} of {report.kl_effect:.2g} nats); "
-                f"{100 * max_loss:.3g} % is allowed. Nothing was written. Merge with --onto dequantised or onto the original "
-                "weights, or allow more with --max-loss."
+                f"Quantised again ({self._start.method}), the merged model is {100 * report.loss:.3g} % as far from "
+                f"base and adapter as the base alone is (mean KL {report.kl_mean:.2g} of {report.kl_effect:.2g} nats); "
+                f"{100 * max_loss:.3g} % is allowed. Nothing was written. Merge with --onto dequantised or onto the "
+                "original weights, or allow more with --max-loss."
             )
         return report, []
 

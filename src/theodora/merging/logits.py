@@ -126,7 +126,8 @@ def streamed_logits(checkpoint: BaseCheckpoint, values: Values, ids_BT: Tensor) 
 def _streaming(model: PreTrainedModel, values: Values, device: torch.device) -> Iterator[None]:
     _fill_buffers(model, values, device)
     hooks: list[Any] = []
-    for path, module in model.named_modules():
+    modules: Any = model.named_modules()
+    for path, module in modules:
         if module._parameters:
             held = _Held(module, path, values, device)
             hooks.append(module.register_forward_pre_hook(held.fill))
@@ -141,28 +142,28 @@ def _streaming(model: PreTrainedModel, values: Values, device: torch.device) -> 
 class _Held:
     """The parameters of one module, which are there while it runs."""
 
-    def __init__(self, module: nn.Module, path: str, values: Values, device: torch.device) -> None:
+    def __init__(self, module: Any, path: str, values: Values, device: torch.device) -> None:
         self._values, self._device = values, device
-        self._empty = {name: p for name, p in module._parameters.items() if p is not None}
+        self._empty: dict[str, Any] = {name: p for name, p in module._parameters.items() if p is not None}
         self._names = {name: f"{path}.{name}" if path else name for name in self._empty}
 
-    def fill(self, module: nn.Module, _inputs: Any) -> None:
+    def fill(self, module: Any, _inputs: Any) -> None:
         for name, full_name in self._names.items():
             value = self._values(full_name).to(self._device, torch.float32)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
-    def empty(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def empty(self, module: Any, _inputs: Any, _output: Any) -> None:
         module._parameters.update(self._empty)
 
 
-def _fill_buffers(model: PreTrainedModel, values: Values, device: torch.device) -> None:
+def _fill_buffers(model: Any, values: Values, device: torch.device) -> None:
     """Buffers of the files come from there; those that no file holds are computed as transformers does."""
     stored = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     for path, module in model.named_modules():
         names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for name in names:
             full_name = f"{path}.{name}" if path else name
-            given = values(full_name) if full_name in stored else torch.empty_like(module._buffers[name], device="cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
+            given = values(full_name) if full_name in stored else torch.empty_like(module._buffers[name], device="cpu")
             module._buffers[name] = given.to(device)
         if any(name in module._non_persistent_buffers_set for name in names):
             with torch.no_grad():
