@@ -161,6 +161,7 @@ def load_model(
                 keep=keep,
                 auto_class=classes[0],
                 adapted=adapted,
+                trust_remote_code=trust_remote_code,
             ),
             **(model_kwargs or {}),
         }
