@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers import auto
 
 from theodora.errors import CheckpointError, bullet_list, shown
 
@@ -66,15 +66,16 @@ def method_of(config: Mapping[str, Any]) -> str:
     if method == "bitsandbytes":
         return f"bitsandbytes {config.get('bnb_4bit_quant_type', 'fp4') if config.get('load_in_4bit') else 'int8'}"
     if method == "torchao":
-        kinds = re.findall(r"(Int4|Int8|Float8|IntX|Int)\w*Config|\b(int4|int8|float8)\w*", json.dumps(_plain(config)))
-        return f"torchao {(kinds[0][0] or kinds[0][1]).lower()}" if kinds else "torchao"
+        kinds = re.findall(r'"_type": "(\w+)Config"', json.dumps(_plain(config.get("quant_type"))))
+        return f"torchao {kinds[0]}" if kinds else "torchao"
     return shown(method)[1:-1]
 
 
 def bits_of(config: Mapping[str, Any]) -> int:
-    """Bits of a weight, as far as its bound of errors goes: 4, or 8."""
-    method = method_of(config)
-    return 4 if re.search(r"4|intx", method) or config.get("bits") in (2, 3, 4) else 8
+    """Bits of a weight, as far as its bound of errors goes: 4 (or fewer), or 8."""
+    said = f"{method_of(config)} {json.dumps(_plain(config.get('quant_type')))}"
+    few = re.search(r"(nf|fp|[iI]nt|[fF]loat)[1-4](?!\d)", said) or config.get("bits") in (1, 2, 3, 4)
+    return 4 if few else 8
 
 
 def group_parts(keys: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -127,7 +128,7 @@ class PackedWeights:
                 "--base-model with the unquantised model."
             )
         try:
-            self._quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(dict(config)), pre_quantized=stored)
+            self._quantizer: Any = auto.AutoHfQuantizer.from_config(copy.deepcopy(dict(config)), pre_quantized=stored)
             if name != "fp8":  # it asks for a GPU, which only its products need
                 self._quantizer.validate_environment(device_map={"": "cpu"})
             self._quantizer.preprocess_model(model, device_map={"": "cpu"})

@@ -178,7 +178,8 @@ def merge_checkpoint(
     file = read_adapter(adapter)
     found = find_start(file, way, base_model=base_model, quantize=quantize)
     output = expanded(output).absolute()
-    _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder})
+    trained = {} if found.trained is None else {"base model of the training": found.trained[0]}
+    _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder, **trained})
     base = found.open(trust_remote_code=trust_remote_code)
     plan = plan_merge(base, file, wanted, other_base=found.trained is not None or found.quantised_as is not None)
     shards = _shards(plan.outputs, max_shard_size)
