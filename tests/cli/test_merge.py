@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantised import save_adapted, save_plain, save_quantised
 from theodora.adapters import inject_adapter, save_adapter
 from theodora.cli.main import main
 from theodora.config import AdapterConfig
@@ -72,3 +73,49 @@ def test_rounding_that_eats_the_change_is_said(adapter, tmp_path, tiny_model, ti
     command = ["merge", str(tmp_path / "faint"), "--base-model", str(tiny_model_dir()), "--output", str(tmp_path / "m")]
     assert main([*command, "--dtype", "bf16"]) == 0
     assert "--dtype fp32 keeps all of it" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def on_nf4(tmp_path_factory):
+    """A quantised folder that names the plain one it was made from, and an adapter trained on it."""
+    folder = tmp_path_factory.mktemp("on_nf4")
+    base = save_quantised(save_plain(folder / "plain"), folder / "base", "nf4")
+    save_adapted(base, folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("onto", "said"),
+    [
+        ("original", "Onto the original weights; the adapter was trained on them quantised (bitsandbytes nf4)."),
+        ("dequantised", "Onto the dequantised weights (bitsandbytes nf4)"),
+        ("quantized", "Onto the quantised weights (bitsandbytes nf4), which were quantised again."),
+    ],
+)
+def test_each_way_says_how_far_it_is_from_what_was_trained(on_nf4, tmp_path, capsys, onto, said):
+    command = ["merge", str(on_nf4 / "adapter"), "--output", str(tmp_path / "merged"), "--onto", onto]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "worst of 14 layers" in printed
+    assert "Predictions after" in printed
+    assert "model.layers." in printed
+    assert ("It is quantised as its base is." in printed) is (onto == "quantized")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "Mean KL of its predictions from what was trained" in card
+    assert str(on_nf4) not in card or onto == "original"
+    assert main(["verify", str(on_nf4 / "adapter"), str(tmp_path / "merged"), "--bound", "9", "--kl-bound", "9"]) == 0
+
+
+def test_the_bounds_and_the_short_way_reach_the_merge(on_nf4, tmp_path, capsys):
+    command = ["merge", str(on_nf4 / "adapter"), "--output", str(tmp_path / "merged"), "--onto", "quantised"]
+    assert main([*command, "--max-error", "0.01"]) == 1
+    assert "--max-error" in capsys.readouterr().err
+    assert main([*command, "--max-loss", "0.001"]) == 1
+    assert "--max-loss" in capsys.readouterr().err
+    assert main([*command, "--max-loss", "0.001", "--no-logits"]) == 0
+    assert "Predictions" not in capsys.readouterr().out
+    assert main([*command, "--overwrite", "--quantize", "nf4"]) == 2
+    assert "quantised already" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--onto", "sideways"]) == 2
+    assert "expected one of original, dequantised, quantised" in capsys.readouterr().err

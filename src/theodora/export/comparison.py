@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,10 +13,11 @@ from theodora.errors import CheckpointError, UsageError
 from theodora.export.forms import Form, open_form, release
 from theodora.export.gguf_files import PRECISIONS
 from theodora.export.predictions import Difference, Predictions, difference
-from theodora.export.probe import PROBE_TEXT
 from theodora.export.server import is_server
 from theodora.files.distrust import expanded
-from theodora.files.ours import described
+from theodora.files.ours import described, merged_onto
+from theodora.merging.onto import Onto
+from theodora.merging.probe import PROBE_TEXT
 from theodora.parse import finite_values
 
 # By the coarser form's precision: how large a difference of a logit may be, relative to the standard deviation of A's
@@ -111,8 +112,11 @@ def verify(
     if is_server(a) and is_server(b):
         raise UsageError("Two servers cannot be compared with each other: compare each with the files it serves")
 
+    # An adapter computes on the weights that the other form was merged onto.
+    onto: Onto | None = next((way for form in (a, b) if (way := _merged_onto(form)) is not None), None)
+
     def open_named(name: str) -> Form:
-        return open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code)
+        return open_form(name, base_model=base_model, dtype=dtype, trust_remote_code=trust_remote_code, onto=onto)
 
     limit = tokens or (_SERVER_TOKENS if is_server(a) or is_server(b) else _TOKENS)
     answers = _ask_both(a, b, open_named, text, limit, progress or (lambda _line: None))
@@ -140,6 +144,11 @@ def verify(
         notes=tuple(notes),
         written=(described(expanded(a)), described(expanded(b))),
     )
+
+
+def _merged_onto(form: str) -> Onto | None:
+    said = None if is_server(form) else merged_onto(expanded(form))
+    return said if said in get_args(Onto) else None  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from theodora.files.read_back import copy_file, write_json
 from theodora.locks import temporary_folder
 from theodora.merging.checkpoint import merge_checkpoint
 from theodora.merging.fit import FitReport
+from theodora.merging.onto import find_start, quantised_base
 from theodora.merging.to_lora import folder_to_lora
 
 
@@ -239,6 +240,7 @@ def export_adapter(
     _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
+    base_model = base_model or _original(file, form)
     check_output(output, form, overwrite, {"adapter": file.path, **_known_base(base_model or file.base_model)})
     job = Job(file, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code)
     _check_form(form, job, as_lora=lora_rank is not None)
@@ -269,12 +271,23 @@ def export_adapter(
                     job, place, name, form, notes, {**asked, "bound": bound, "kl_bound": kl_bound}, say
                 )
             if not is_one_file(form):
-                mark_written(place, form)
+                mark_written(place, form, onto="original" if form == "hf" else None)
             if overwrite:  # meanwhile a training run, say, may have begun there: it must not be replaced
                 check_output(output, form, overwrite, {})
             files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
     return ExportReport(form, output, file.path, size, verification, tuple(notes))
+
+
+def _original(file: AdapterFile, form: str) -> str | None:
+    """The unquantised base, where the adapter names a quantised folder; every form but PEFT's own holds or wants it.
+
+    Raises:
+        CheckpointError: it is not at hand.
+    """
+    if form == "peft" or quantised_base(file) is None:
+        return None
+    return find_start(file, "original").name
 
 
 def _check_form(form: str, job: Job, *, as_lora: bool) -> None:

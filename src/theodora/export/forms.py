@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, load_adapter
 from theodora.adapters.models import best_device, load_model
-from theodora.errors import CheckpointError, UsageError
+from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export.gguf_files import coarsest, load_gguf, read_gguf_header
 from theodora.export.gguf_lora import put_gguf_lora_on
 from theodora.export.predictions import Predictions
@@ -26,10 +26,13 @@ from theodora.export.served import SERVED_WEIGHTS, is_served, load_served, read_
 from theodora.export.server import Server, is_server
 from theodora.files import safetensors
 from theodora.files.adapter import read_adapter
-from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import OpenFile
 from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
+from theodora.files.quantised_store import quantisation_of
 from theodora.files.tokenizer import load_tokenizer
+from theodora.layers import AdapterLayer
+from theodora.merging.onto import Onto, find_start
 
 
 @dataclass
@@ -85,7 +88,12 @@ def kind_of(name: str) -> str:
 
 
 def open_form(
-    name: str, *, base_model: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    name: str,
+    *,
+    base_model: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    onto: Onto | None = None,
 ) -> Form:
     """Load a form of a model.
 
@@ -95,6 +103,8 @@ def open_form(
         base_model: for adapters that do not say what base they belong to, or say it wrong.
         dtype: to compute in. float32 tells what the files hold.
         trust_remote_code: run Python code that comes with the model.
+        onto: for an adapter that was trained on a quantised base: whether it computes on the original weights, or on
+            those of the training. Default: on the base that it names, as it is.
 
     Raises:
         CheckpointError: it does not load.
@@ -108,11 +118,15 @@ def open_form(
         header = read_gguf_header(path)
         model, tokenizer, note = load_gguf(path, dtype, base_model)
         return Form(name, kind, header.precision, _ready(model), None, tokenizer, note)
-    base = name
-    if kind != "model":
+    base, quantize, note = name, None, None
+    if kind == "adapter" and onto is not None:
+        base, quantize, note = _base_of_training(name, onto, base_model)
+    elif kind != "model":
         base = base_model or _base_of(name, kind)
     with quiet():
-        model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(
+            base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize, adapted=kind == "adapter"
+        )
         if kind == "adapter":
             load_adapter(model, name)
         elif kind == "gguf-lora":
@@ -121,7 +135,9 @@ def open_form(
             load_served(model, path)
     tokenizer = _tokenizer(name if has_tokenizer(path) else base, trust_remote_code)
     precision = _stored_precision(base) if kind == "model" else _adapter_precision(path, kind)
-    return Form(name, kind, precision, _ready(model), None, tokenizer)  # pyright: ignore[reportArgumentType]
+    if any(isinstance(layer, AdapterLayer) and layer.base_weight.rounds_input for layer in model.modules()):
+        precision = "quantised"  # of the inputs, as they come
+    return Form(name, kind, precision, _ready(model), None, tokenizer, note)  # pyright: ignore[reportArgumentType]
 
 
 def release(form: Form) -> None:
@@ -159,6 +175,22 @@ def _base_of(name: str, kind: str) -> str:
     raise UsageError(f"{name} does not say where its base model is: name it with --base-model")
 
 
+def _base_of_training(name: str, onto: Onto, base_model: str | None) -> tuple[str, str | None, str | None]:
+    """Folder or hub name of the weights that an adapter is to compute on, what they are quantised to, and a note."""
+    file = read_adapter(name)
+    try:
+        start = find_start(file, onto, base_model=base_model)
+    except ConfigError:  # nothing was quantised
+        return base_model or base_model_of(name), None, None
+    if start.method is None:
+        return start.name, None, None
+    if onto == "original":
+        note = f"{name} computes on the original weights ({start.name}), onto which the other form was merged."
+        return start.name, None, note
+    kind = file.trained_on.quantize if start.quantised_as is not None and file.trained_on is not None else None
+    return start.name, kind, f"{name} computes on its base in {start.method}, as it was trained."
+
+
 def _tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -180,7 +212,10 @@ def _adapter_precision(path: Path, kind: str) -> str:
 
 def _stored_precision(name: str) -> str:
     try:
-        stored = BaseCheckpoint(find_base(name))
+        folder = find_base(name)
+        if quantisation_of(read_config(folder)) is not None:
+            return "quantised"
+        stored = BaseCheckpoint(folder)
     except CheckpointError:
         return "unknown"
     return coarsest({tensor.dtype for tensor in stored.tensors.values()})

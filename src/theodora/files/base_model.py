@@ -8,7 +8,7 @@ model class itself knows: it is built here without memory (on the meta device), 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from theodora.files.distrust import expanded
 from theodora.files.folder import OpenFile, read_file
 from theodora.files.model_bounds import Stored, bounded_build, check_layers
 from theodora.files.model_folder import StoredTensor, read_headers
+from theodora.files.packed import group_parts, method_of
+from theodora.files.quantised_store import QuantisedStore, plain_view, quantisation_of, store_of
 from theodora.files.safetensors import Header, read_header, read_tensor
 from theodora.parse import parse_json
 from theodora.synonyms import Names
@@ -78,32 +80,62 @@ class BaseCheckpoint:
     Args:
         folder: the model's folder.
         trust_remote_code: whether Python code in the folder may run.
+        dequantise: whether a quantised folder is read as if its weights were stored dequantised, each as one tensor
+            under the key of the plain weight, which is dequantised as it is read.
+        quantised_as: what an unquantised folder is quantised with as it is read, and dequantised again: transformers'
+            `quantization_config` as a mapping. Implies `dequantise`.
 
     Raises:
-        CheckpointError: the folder holds no usable, unquantised safetensors weights.
+        CheckpointError: the folder holds no usable safetensors weights; they are quantised, and that was not asked for;
+            or the library that reads them is missing.
     """
 
     folder: Path
     config: dict[str, Any]
     """config.json as it stands."""
     tensors: dict[str, StoredTensor]
-    """Every stored tensor by its key, file by file in the order of their bytes."""
+    """Every tensor by its key, file by file in the order of their bytes; a quantised weight is one tensor."""
+    stored: dict[str, StoredTensor]
+    """Every tensor of the files by its key: of a quantised weight its parts."""
     model: PreTrainedModel
     """The model class, without weights (on the meta device)."""
     keys: dict[str, str]
     """Parameter of the model -> key in the checkpoint."""
     converted: dict[str, list[str]]
     """Parameter of the model -> keys it is computed from, where loading does more than rename."""
+    quantised: QuantisedStore | None
+    """How the weights are packed that `read` dequantises; None where nothing is quantised."""
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        trust_remote_code: bool = False,
+        dequantise: bool = False,
+        quantised_as: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
-        self.tensors = read_headers(folder)
-        for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.tensors)):
+        self.config = read_config(folder)
+        dequantise = dequantise or quantised_as is not None
+        quantisation = quantisation_of(self.config)
+        if quantisation is not None and not dequantise:
+            raise CheckpointError(
+                f"The base model {folder} is quantised ({method_of(quantisation)}): merging into it would round every "
+                "weight again. Name the unquantised model it was made from with --base-model."
+            )
+        self.stored, self._trusted = read_headers(folder), trust_remote_code
+        parts = {} if quantisation is None else group_parts(self.stored)
+        self.tensors = plain_view(self.stored, parts)
+        for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.stored)):
             self.model = model
             self._to_model_name, self.keys, self.converted = _map_names(model, list(self.tensors))
             if not _missing(model, {*self.keys, *self.converted}):
                 break
+        self.quantised = None
+        if quantisation is not None or quantised_as is not None:
+            config: Mapping[str, Any] = quantisation or quantised_as or {}
+            self.quantised = store_of(self, self.twin(), config, parts, stored=quantisation is not None)
+            self.tensors |= self.quantised.described()
         self._names = Names([*self.keys, *self.converted, *self._tied()])
         self._unloaded = Names(self.unloaded())
         self._open: tuple[OpenFile, Header] | None = None
@@ -156,8 +188,14 @@ class BaseCheckpoint:
         return isinstance(module, Conv1D | nn.Embedding)
 
     def read(self, key: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        stored = self.tensors[key]
+        """One tensor, in memory of its own; a quantised weight dequantised."""
+        if self.quantised is not None and key in self.quantised.parameters:
+            return self.quantised.read(key)
+        return self.read_stored(key)
+
+    def read_stored(self, key: str) -> Tensor:
+        """One tensor as it stands in the files, in memory of its own."""
+        stored = self.stored[key]
         try:
             if self._open is None or self._open[0].path != stored.file:
                 self.close()
@@ -168,6 +206,11 @@ class BaseCheckpoint:
             return read_tensor(file, header, header.tensors[key])
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{stored.file} changed while the model was read: {error}") from error
+
+    def twin(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model once more, without weights (on the meta device); in `dtype`, if one is given."""
+        models = _meta_models(self.folder, self._trusted, self.config, _stored(self.stored), dtype)
+        return next(model for model in models if type(model) is type(self.model))
 
     def close(self) -> None:
         """Let go of the file read last."""
@@ -183,7 +226,12 @@ class BaseCheckpoint:
         return self.model.all_tied_weights_keys
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        CheckpointError: there is none, it is no JSON object, or the folder is an adapter.
+    """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter, not a model. Name the adapter's base model instead.")
     try:
@@ -194,14 +242,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / 'config.json'} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} holds {type(config).__name__}; expected an object.")
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and (quantisation := part.get("quantization_config")):
-            known = isinstance(quantisation, dict) and quantisation.get("quant_method")
-            method = shown(known)[1:-1] if isinstance(known, str) else "of an unknown kind"
-            raise CheckpointError(
-                f"The base model {folder} is quantised ({method}): merging into it would round every weight again. "
-                "Name the unquantised model it was made from with --base-model."
-            )
     return config
 
 
@@ -210,7 +250,7 @@ def _stored(tensors: dict[str, StoredTensor]) -> Stored:
 
 
 def _meta_models(
-    folder: Path, trust_remote_code: bool, fields: dict[str, Any], stored: Stored
+    folder: Path, trust_remote_code: bool, fields: dict[str, Any], stored: Stored, dtype: torch.dtype | None = None
 ) -> Iterator[PreTrainedModel]:
     """The model as each class that `load_model` would try, in the same order: adapters are trained on its choice."""
     try:
@@ -228,7 +268,7 @@ def _meta_models(
         builders = [partial(chosen.from_config, config, trust_remote_code=trust_remote_code) for chosen in classes]
         for build in builders or [partial(named._from_config, config)]:  # pyright: ignore[reportOptionalMemberAccess]
             with torch.device("meta"), bounded_build(folder, fields, stored):
-                model = build()
+                model = build() if dtype is None else build(dtype=dtype)
             yield model
     except CheckpointError:
         raise

@@ -34,13 +34,29 @@ _NAMES_TOLD = 5
 _WHERE = ("base_model_name_or_path", "revision")
 
 
-def mark_written(folder: Path, form: str) -> None:
-    """Write into a folder that is finished what it is and which files it consists of."""
+def mark_written(folder: Path, form: str, onto: str | None = None) -> None:
+    """Write into a folder that is finished what it is and which files it consists of.
+
+    Args:
+        folder: the folder.
+        form: what it is.
+        onto: of a merged model: which weights the adapter was merged onto (see `merging/onto.py`).
+    """
     names = [name for name in _files(folder) if name != MARK]
     hashes = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
-    fields = {"form": form, "files": names, "sha256": hashes}
+    fields: dict[str, Any] = {"form": form, "files": names, "sha256": hashes}
+    fields |= {} if onto is None else {"onto": onto}
     with atomic_write(folder / MARK) as file:
         write_json(file, fields)
+
+
+def merged_onto(folder: Path) -> str | None:
+    """Which weights an adapter was merged onto in a folder, as its list says; None where nothing says so."""
+    try:
+        said = parse_json(read_file(folder / MARK).decode("utf-8")).get("onto")
+    except (OSError, ValueError, AttributeError, CheckpointError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def sha256(path: Path) -> str:

@@ -7,11 +7,12 @@ once, and read back before the folder gets its name.
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ from theodora.config import METHOD_NAMES
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
-from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.base_model import BaseCheckpoint
 from theodora.files.distrust import expanded
 from theodora.files.finite import finite
 from theodora.files.generation import TOKENIZER_FILES, write_ends
 from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
 from theodora.files.ours import check_outside, check_replaceable, mark_written, why_not_ours
 from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
+from theodora.merging.drift import Drift
+from theodora.merging.logits import LogitsReport
+from theodora.merging.onto import Onto, as_onto, find_start
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
+from theodora.merging.requantised import LayerError, check_reads_again, write_requantised
 from theodora.paths import layer_kinds
 
 Progress = Callable[[int, int, str], None]
@@ -77,6 +82,15 @@ class MergeReport:
     kinds: tuple[KindReport, ...]
     notes: tuple[str, ...]
     seconds: float
+    onto: str = "original"
+    """Which weights it was merged onto: original, dequantised or quantised."""
+    quantisation: str | None = None
+    """How the base was quantised while the adapter was trained, as far as is known."""
+    layers: tuple[LayerError, ...] = ()
+    """Every changed layer where a quantised base is in play, the worst first: how far what was written is from W' of
+    the weights that the adapter was trained on."""
+    logits: LogitsReport | None = None
+    """The same of the predictions; None where it was not measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -112,13 +126,21 @@ def merge_checkpoint(
     output: str | Path,
     *,
     base_model: str | Path | None = None,
+    onto: str = "original",
+    quantize: str | None = None,
     dtype: str | torch.dtype | None = None,
+    max_error: float | None = None,
+    max_loss: float = 0.5,
+    check_logits: bool = True,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write base model and adapter as one plain model folder, streaming.
+
+    Where the adapter was trained on a quantised base, `onto` says which weights it is added to, and the report how far
+    each layer and the predictions are from what was trained.
 
     Example:
         `merge_checkpoint("runs/first", "merged", dtype="bfloat16")`
@@ -127,7 +149,16 @@ def merge_checkpoint(
         adapter: the adapter's folder (PEFT's files).
         output: the folder to write; it appears whole or not at all.
         base_model: folder or hub name of the base. Default: the one that the adapter names.
+        onto: original: the unquantised weights, found by the name that a quantised folder gives for them, if the
+            adapter was trained on one; dequantised: the numbers that training multiplied by, written as an ordinary
+            model; quantised: those, quantised again in the same format.
+        quantize: how the base was quantised as it was loaded for the training (nf4, int8, int4, fp8), if the adapter
+            does not say so.
         dtype: of the merged weights: float32, bfloat16, float16 (or fp32, bf16, fp16). Default: as in the base.
+        max_error: for quantised: the largest relative error of a layer. Default: 0.2 for formats of 4 bits, 0.05 of 8.
+        max_loss: for quantised: how much of the adapter's effect may be lost, as a share of the mean KL from the base.
+        check_logits: whether the predictions are compared where a quantised base is in play: three passes over the
+            model, a module at a time.
         overwrite: replace a model folder that stands at `output`.
         max_shard_size: largest weight file, such as "5GB"; a single tensor may exceed it.
         trust_remote_code: run Python code that comes with the base model.
@@ -135,59 +166,101 @@ def merge_checkpoint(
 
     Raises:
         UsageError: the output is taken, or is the base or the adapter; an unknown dtype or size.
-        CheckpointError: adapter and base do not fit, a file is damaged, or the disk is too small. Nothing is written.
+        ConfigError: an unknown `onto` or `quantize`, or one that does not fit the base.
+        CheckpointError: adapter and base do not fit, a file is damaged, the original of a quantised base is not at
+            hand, the library of one is not installed, the error is beyond its bounds, or the disk is too small. Nothing
+            is written.
     """
     start = time.monotonic()
-    wanted = _dtype(dtype)
+    wanted, way = _dtype(dtype), as_onto(onto)
+    if way == "quantised" and wanted is not None:
+        raise ConfigError("dtype is given, but onto is quantised: the weights are stored as the base stores them")
     file = read_adapter(adapter)
-    name = str(base_model or file.base_model or "")
-    folder = find_base(name, revision=None if base_model else file.base_revision, download=True)
+    found = find_start(file, way, base_model=base_model, quantize=quantize)
     output = expanded(output).absolute()
-    _check_output(output, overwrite, {"adapter": file.path, "base model": folder})
-    base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
-    plan = plan_merge(base, file, wanted)
+    trained = {} if found.trained is None else {"base model of the training": found.trained[0]}
+    _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder, **trained})
+    base = found.open(trust_remote_code=trust_remote_code)
+    plan = plan_merge(base, file, wanted, other_base=found.trained is not None or found.quantised_as is not None)
     shards = _shards(plan.outputs, max_shard_size)
     total = sum(tensor.nbytes() for tensor in plan.outputs)
-    _check_disk(output, total)
+    _check_disk(output, total if way != "quantised" else _size_of_files(base))
 
     kinds = _kinds(base, plan)
     roundings = {kind: _Rounding() for kind in kinds.values()}
+    drift = Drift.of(found, base, plan, file, trust_remote_code=trust_remote_code)
     with atomic_directory(output, overwrite=overwrite) as partial:
         done = 0
-        for shard_name, tensors in shards.items():
-            shard: dict[str, Tensor] = {}
-            for tensor in tensors:
-                shard[tensor.key] = _merge_one(base, tensor, roundings.get(kinds.get(tensor.key, "")))
-                done += tensor.nbytes()
-                if progress is not None:
-                    progress(done, total, tensor.key)
-            base.close()
-            save_tensors(shard, partial / shard_name, {"format": "pt"}, checked=True)
-        if len(shards) > 1:
-            _write_index(partial, shards, total)
-        _write_config(partial, base, plan, wanted)
+
+        def told(tensor: OutputTensor) -> None:
+            nonlocal done
+            done += tensor.nbytes()
+            if progress is not None:
+                progress(done, total, tensor.key)
+
+        def plain(tensor: OutputTensor) -> Tensor:
+            written = _merge_one(base, tensor, roundings.get(kinds.get(tensor.key, "")))
+            drift.add(tensor, written)
+            return written
+
+        if way == "quantised":
+
+            def packed(tensor: OutputTensor, merged: Tensor | None, written: Tensor | None) -> None:
+                if merged is not None and written is not None:
+                    roundings[kinds[tensor.key]].add(base.read(tensor.key), merged, written)
+                told(tensor)
+
+            quantised = write_requantised(
+                partial, base, plan, plain, max_shard_size=max_shard_size, max_error=max_error, done=packed
+            )
+            drift.layers += quantised.layers
+            files, total = quantised.shards, quantised.bytes
+        else:
+            for shard_name, tensors in shards.items():
+                shard: dict[str, Tensor] = {}
+                for tensor in tensors:
+                    shard[tensor.key] = plain(tensor)
+                    told(tensor)
+                base.close()
+                save_tensors(shard, partial / shard_name, {"format": "pt"}, checked=True)
+            files = {name: [tensor.key for tensor in tensors] for name, tensors in shards.items()}
+        if len(files) > 1:
+            _write_index(partial, files, total)
+        _write_config(partial, base, plan, wanted, way)
         _copy_files(partial, file, base)
-        notes = [*plan.notes, *write_ends(partial, file.path, trust_remote_code=trust_remote_code)]
+        notes = [*found.notes, *plan.notes, *drift.notes()]
+        notes += write_ends(partial, file.path, trust_remote_code=trust_remote_code)
+        logits = None
+        if check_logits and drift.measures:
+            logits, why_not = drift.logits(partial, way == "quantised", max_loss, trust_remote_code=trust_remote_code)
+            notes += why_not
         report = MergeReport(
             output=output,
             adapter=file.path,
-            base_model=name,
+            base_model=found.name,
             method=file.config.method,
-            dtype=", ".join(_dtype_names(plan)),
+            dtype=_stored_as(base, plan, way),
             tensors=len(plan.outputs),
             changed=sum(tensor.change is not None for tensor in plan.outputs),
             bytes=total,
-            files=len(shards),
+            files=len(files),
             kinds=tuple(rounding.report(kind) for kind, rounding in roundings.items()),
             notes=tuple(notes),
             seconds=time.monotonic() - start,
+            onto=way,
+            quantisation=found.method,
+            layers=tuple(drift.worst_first()),
+            logits=logits,
         )
         write_text(partial / "README.md", _model_card(report, file))
-        _verify(partial, shards, base)
-        mark_written(partial, "merged")
+        if way == "quantised":
+            check_reads_again(partial, base, trust_remote_code=trust_remote_code)
+        else:
+            _verify(partial, shards, base)
+        mark_written(partial, "merged", onto=way)
         if overwrite:  # meanwhile a training run, say, may have begun there: it must not be replaced
             _check_output(output, overwrite, {})
-    return report
+    return replace(report, seconds=time.monotonic() - start)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -276,15 +349,20 @@ def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
     return {changed[name]: kind for name, kind in kinds.items()}
 
 
-def _write_index(folder: Path, shards: dict[str, list[OutputTensor]], total: int) -> None:
-    weight_map = {tensor.key: name for name, tensors in shards.items() for tensor in tensors}
+def _write_index(folder: Path, files: dict[str, list[str]], total: int) -> None:
+    weight_map = {key: name for name, keys in files.items() for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
 
 
-def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: torch.dtype | None) -> None:
-    config = base.config
+def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: torch.dtype | None, onto: Onto) -> None:
+    config = copy.deepcopy(base.config)
     parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, dict))]
+    if onto == "dequantised":
+        for part in parts:
+            part.pop("quantization_config", None)
+    elif onto == "quantised" and base.quantised is not None and not base.quantised.stored:
+        config["quantization_config"] = base.quantised.config
     for part in parts:
         # `torch_dtype` is what transformers before 4.56 and other engines call it.
         for name in ("dtype", "torch_dtype"):
@@ -346,9 +424,38 @@ def _verify(folder: Path, shards: dict[str, list[OutputTensor]], base: BaseCheck
         raise CheckpointError("What was written does not read back right (a failing disk?):" + bullet_list(problems))
 
 
-def _dtype_names(plan: MergePlan) -> list[str]:
+def _stored_as(base: BaseCheckpoint, plan: MergePlan, onto: Onto) -> str:
+    """The dtypes of the changed weights, or the format that they are quantised in again."""
+    if onto == "quantised" and base.quantised is not None:
+        return base.quantised.packed.method
     used = [str(t.dtype).removeprefix("torch.") for t in plan.outputs if t.change is not None and t.dtype is not None]
-    return list(dict.fromkeys(used))
+    return ", ".join(dict.fromkeys(used))
+
+
+def _size_of_files(base: BaseCheckpoint) -> int:
+    return sum(file.stat().st_size for file in {tensor.file for tensor in base.stored.values()})
+
+
+_CARD_QUANTISED = "It is quantised as its base is: load it like that."
+_CARD_ONTO = {
+    "original": "The adapter was trained on quantised weights ({}), and is merged onto the original ones.",
+    "dequantised": "It holds the dequantised weights ({}) that the adapter was trained on, merged.",
+    "quantised": "The weights that the adapter changed were dequantised, merged, and quantised again ({}).",
+}
+
+
+def _card_of_training(report: MergeReport) -> list[str]:
+    if report.quantisation is None:
+        return []
+    lines = ["", _CARD_ONTO[report.onto].format(report.quantisation)]
+    if report.layers:
+        worst = report.layers[0]
+        mean = math.fsum(layer.error for layer in report.layers) / len(report.layers)
+        lines.append(f"Its layers are {mean:.2%} from what was trained (worst: {worst.path}, {worst.error:.2%}).")
+    if report.logits is not None:
+        kl, effect = report.logits.kl_mean, report.logits.kl_effect
+        lines.append(f"Mean KL of its predictions from what was trained: {kl:.2g} nats; from the base: {effect:.2g}.")
+    return lines
 
 
 def _model_card(report: MergeReport, file: AdapterFile) -> str:
@@ -371,7 +478,8 @@ def _model_card(report: MergeReport, file: AdapterFile) -> str:
             "",
             f"{base_name} with a {METHOD_NAMES[config.method]} adapter "
             f"(rank {config.rank}, alpha {config.alpha:g}) merged into its weights by Theodora, in {report.dtype}.",
-            "It is a plain model: load it like its base.",
+            "It is a plain model: load it like its base." if report.onto != "quantised" else _CARD_QUANTISED,
+            *_card_of_training(report),
             "",
             "Relative to the base weights, per kind of layer: what the adapter changed, and what rounding to "
             f"{report.dtype} added.",

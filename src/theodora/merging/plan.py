@@ -115,8 +115,17 @@ class MergePlan:
     notes: list[str] = field(default_factory=list[str])
 
 
-def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(
+    base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | None, *, other_base: bool = False
+) -> MergePlan:
     """Match every tensor of the adapter with a tensor of the base.
+
+    Args:
+        base: the base.
+        adapter: the adapter.
+        dtype: of the merged weights; None: as they are stored.
+        other_base: whether it is known that the adapter was trained on other weights (on quantised ones), whose
+            distance is told elsewhere.
 
     Raises:
         CheckpointError: listing every tensor of the adapter that has no place in the base, or another shape.
@@ -135,7 +144,7 @@ def plan_merge(base: BaseCheckpoint, adapter: AdapterFile, dtype: torch.dtype | 
         )
     notes = [left_out_note(adapter)] if adapter.left_out else []
     distance = check_fingerprint(adapter, lambda path: fingerprint_on_disk(base, path))
-    if distance > SAME_BASE:
+    if distance > SAME_BASE and not other_base:
         notes.append(
             f"The base weights are {distance:.1%} away from those the adapter was trained on (quantised, or trained "
             "further?): the merged model may not do what the adapted one did."
@@ -311,7 +320,10 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
         if change is None:
             continue
         if stored.dtype not in FLOAT_DTYPES:
-            problems.append(f"{output.parameter}: stored as {stored.dtype}, so the base is quantised; expected floats")
+            problems.append(
+                f"{output.parameter}: stored as {stored.dtype}, so the base is quantised, and its config.json does not "
+                "say how; expected floats, or a quantization_config"
+            )
         resizable = output.parameter in embeddings and output.shape[1:] == stored.shape[1:]
         if output.shape != stored.shape and not resizable:
             problems.append(f"{output.parameter}: {output.shape} in the adapter, {stored.shape} in the base")
