@@ -9,7 +9,7 @@ from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.embedding import EmbeddingAdapterLayer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, PackedAdapterLayer
-from theodora.layers.packed import owns_forward, packed_tensor, refused
+from theodora.layers.packed import owns_forward, packed_tensor, refused, why_replaced
 from theodora.layers.swap import swap_class
 
 
@@ -40,6 +40,8 @@ def cannot_adapt(module: nn.Module) -> str | None:
     if mixin is None and isinstance(module, nn.Linear | nn.Embedding):
         return f"{kind} has a forward pass of its own, which an adapter would bypass"
     if mixin is not None and "forward" in module.__dict__ and not owns_forward(module):
+        if (reason := why_replaced(module)) is not None:
+            return reason
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = base_weight_of(module)
     return weight.reason + _instead(module) if isinstance(weight, Unfit) else None

@@ -97,8 +97,8 @@ def prepare(model: nn.Module) -> None:
     def dtype_of_model() -> torch.dtype:
         return _dtype_of(model)
 
+    packed.prepare_model(model, dtype_of_model)
     for module in model.modules():
-        packed.prepare_packed(module, dtype_of_model)
         known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
         if known4 is not None and isinstance(module, known4):
             module.support_avx512bf16_for_cpu = False

@@ -98,14 +98,29 @@ def why_packed_unfit(module: Any) -> str | None:
 
 
 def owns_forward(module: nn.Module) -> bool:
-    """Whether the forward that was put on this module is compressed-tensors', which `begin` takes aside."""
+    """Whether the forward that was put on this module is one that `begin` takes aside: compressed-tensors'."""
+    return _scheme(module) is not None and (_FORWARD in module.__dict__ or _written_in(module, _QUANTIZES))
+
+
+def why_replaced(module: nn.Module) -> str | None:
+    """What to say of a forward that was put on this module, if it is known: part of a sentence."""
+    if _written_in(module, _OFFLOADS):
+        return (
+            "compressed-tensors has decompressed the model's weights for good and put a forward on each module, as it "
+            "does when the model first runs. Put the adapter on before, or load the model with "
+            "CompressedTensorsConfig(dequantize=True)"
+        )
+    return None
+
+
+_QUANTIZES = "compressed_tensors/quantization/lifecycle/forward.py"
+_OFFLOADS = "compressed_tensors/offload/module.py"
+
+
+def _written_in(module: nn.Module, file: str) -> bool:
     forward = module.__dict__.get("forward")
-    made = getattr(getattr(forward, "__func__", None), "__code__", None)
-    return (
-        _scheme(module) is not None
-        and made is not None
-        and made.co_filename.replace("\\", "/").endswith("compressed_tensors/quantization/lifecycle/forward.py")
-    )
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return code is not None and code.co_filename.replace("\\", "/").endswith(file)
 
 
 def runs_aside(module: nn.Module) -> bool:
@@ -120,26 +135,45 @@ def runs_aside(module: nn.Module) -> bool:
 def begin(module: nn.Module) -> None:
     """Before `module` is an adapter layer: nothing of a library may change how its weight is stored from now on.
 
-    compressed-tensors decompresses the modules that have a scheme when the model first runs, so the scheme is set
-    aside, and with it the forward that it has put on the module. gptqmodel's `TorchAten…` repack their weight for
-    inference on a CPU, unless they have been used for training.
+    What compressed-tensors has put on a module, its scheme and a forward, is set aside. gptqmodel's `TorchAten…` repack
+    their weight for inference on a CPU, unless they have been used for training.
     """
-    if _scheme(module) is not None and _ASIDE not in module.__dict__:
-        own = module.__dict__
+    own = module.__dict__
+    if _scheme(module) is not None and _ASIDE not in own:
+        if _FORWARD in own:
+            own["forward"] = own.pop(_FORWARD)
         own[_ASIDE] = {name: own.pop(name) for name in ("quantization_scheme", "forward") if name in own}
     if _kind(type(module)) in (_GPTQ, _AWQ) and getattr(module, "linear_mode", "") is None:
         module.linear_mode = "train"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def end(module: nn.Module) -> None:
-    """Undo `begin`. A weight that the library has not decompressed, as it did with others, it will when it is used."""
+    """Undo `begin`."""
     aside = module.__dict__.pop(_ASIDE, None)
-    if aside is None:
-        return
-    module.__dict__.update(aside)
-    if _status(module) == "compressed" and "forward" in aside:
-        module.__dict__[_FORWARD] = aside["forward"]
-        module.__dict__["forward"] = MethodType(_decompressing, module)
+    if aside is not None:
+        module.__dict__.update(aside)
+        _decompress_later(module)
+
+
+def _decompress_one_by_one(model: nn.Module) -> None:
+    """Have each module decompressed when it is first used, and not all of them when the model is.
+
+    The library's hook on a model makes all of its weights wide, and moves the parameters of all of its modules,
+    adapters included, into caches for offloading.
+    """
+    for holder in [module for module in model.modules() if hasattr(module, "ct_decompress_hook")]:
+        hook: Any = holder.ct_decompress_hook
+        hook.remove()
+        del holder.ct_decompress_hook
+        for module in holder.modules():
+            if _scheme(module) is not None and _ASIDE not in module.__dict__:
+                _decompress_later(module)
+
+
+def _decompress_later(module: nn.Module) -> None:
+    own = module.__dict__
+    if _status(module) == "compressed" and "forward" in own and _FORWARD not in own:
+        own[_FORWARD], own["forward"] = own["forward"], MethodType(_decompressing, module)
 
 
 def _decompressing(module: Any, x: Tensor) -> Tensor:
@@ -150,7 +184,14 @@ def _decompressing(module: Any, x: Tensor) -> Tensor:
     return module.forward(x)
 
 
-def prepare_packed(module: Any, dtype_of_model: Callable[[], torch.dtype]) -> None:
+def prepare_model(model: nn.Module, dtype_of_model: Callable[[], torch.dtype]) -> None:
+    """Before adapters are put on some of its modules; what the model computes stays."""
+    _decompress_one_by_one(model)
+    for module in model.modules():
+        _prepare(module, dtype_of_model)
+
+
+def _prepare(module: Any, dtype_of_model: Callable[[], torch.dtype]) -> None:
     """Note what a module has forgotten: the dtype that the model computes in.
 
     gptqmodel's AWQ layers round their scales to it when they first run, and all of its layers their bias each time;
