@@ -9,6 +9,7 @@ hqq is with the tests (`.[quant]`); where gptqmodel or compressed-tensors is not
 import copy
 import importlib
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import formula
 from formula import F64, error
 from theodora import (
     AdapterConfig,
+    accelerate,
     adapter_disabled,
     inject_adapter,
     load_adapter,
@@ -29,11 +32,13 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
+from theodora.errors import ConfigError
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.packed_formats import unpacked
-from theodora.layers import base_weight
+from theodora.layers import base_weight, cannot_adapt
 from theodora.layers.base_weights import base_weight_of
 from theodora.layers.libraries import prepare
+from tiny import tiny_model
 
 IN, OUT, GROUP, RANK = 64, 96, 32, 4
 
@@ -102,16 +107,16 @@ def _awq(file, name):
     return module
 
 
-def compressed(dtype, bits=4, kind="int", symmetric=True, strategy="group", of_x=None):
+def compressed(dtype, bits=4, kind="int", symmetric=True, strategy="group", of_x=None, like=None):
     quantization = library("compressed_tensors.quantization")
     helpers = library("compressed_tensors.quantization.utils")
     group = {"group_size": GROUP} if strategy == "group" else {}
     weights = quantization.QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, **group)
     x = None if of_x is None else quantization.QuantizationArgs(num_bits=8, type=kind, symmetric=True, **of_x)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=x)
-    module = linear(dtype)
+    module = linear(dtype) if like is None else like.requires_grad_(False)
     library("compressed_tensors.quantization.lifecycle").initialize_module_for_quantization(module, scheme)
-    groups = module.weight.view(OUT, -1, GROUP if group else IN)
+    groups = module.weight.view(module.out_features, -1, GROUP if group else module.in_features)
     scale, zero = helpers.calculate_qparams(groups.amin(-1), groups.amax(-1), weights)
     module.weight_scale.data = scale.to(dtype)
     module.weight_zero_point.data = zero
@@ -460,3 +465,202 @@ def test_unpacking_is_a_stream_of_bits(bits):
     words = torch.tensor([[(s >> (32 * i)) & 0xFFFFFFFF for s in stream] for i in range(bits)])
     signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     assert torch.equal(unpacked(signed, bits, 32, 32).long(), numbers)
+
+
+# Whole models --------------------------------------------------------------------------------------------------------
+
+
+def quantised_llama(kind, dtype=torch.float32):
+    """A tiny Llama whose layers are of `kind`, in place of its own."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=16, dtype=dtype)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            own = KINDS[kind].make(dtype)
+            own.bias = None
+            setattr(layer.mlp, name, own)
+    return model
+
+
+WHOLE = ["hqq", "gptq", "awq", "w4a16", "w8a8", "float8"]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_fast_path_gives_the_same(kind):
+    ids = torch.randint(3, 200, (2, 9))
+    results = []
+    for fast in (False, True):
+        model = quantised_llama(kind)
+        torch.manual_seed(2)
+        inject_adapter(model, AdapterConfig(method="dora", rank=RANK))
+        for layer in model.model.layers:
+            nn.init.normal_(layer.mlp.gate_proj.adapters["default"].lora_B, std=0.1)
+        if fast:
+            accelerate(model)
+        logits = model.train()(ids).logits
+        logits.square().sum().backward()
+        gradient = model.model.layers[0].mlp.gate_proj.adapters["default"].lora_A.grad
+        results.append((logits.detach(), gradient))
+    tolerance = 1e-2 if kind in ("awq", "w8a8") else 1e-5  # (half precision; rounding of x to eight bits)
+    for fast, plain in zip(*results[::-1], strict=True):
+        assert error(fast, plain.to(F64)) < tolerance
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_merged_model_is_saved_as_a_plain_one(kind, tmp_path):
+    ids = torch.randint(3, 200, (2, 9))
+    model = inject_adapter(quantised_llama(kind), AdapterConfig(method="dora", rank=RANK, targets=("gate_proj",)))
+    for layer in model.model.layers:
+        nn.init.normal_(layer.mlp.gate_proj.adapters["default"].lora_B, std=0.1)
+    with pytest.warns(UserWarning, match="widened"):
+        merge_adapter(model)
+    if kind == "float8":  # the library's own layers, without an adapter, run on GPUs alone
+        for layer in model.model.layers:
+            up = layer.mlp.up_proj
+            layer.mlp.up_proj = linear(bias=False)
+            layer.mlp.up_proj.weight.data = of_float8(up, torch.float32)
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.save_pretrained(tmp_path)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert type(plain.model.layers[0].mlp.gate_proj) is nn.Linear
+        assert error(plain(ids).logits, logits.to(F64)) < (2e-2 if kind in ("awq", "w8a8") else 1e-5)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_checkpoints_of_trainers_hold_the_adapter(kind):
+    model = inject_adapter(quantised_llama(kind), AdapterConfig(method="dora", rank=RANK, targets=("gate_proj",)))
+    state = model.state_dict()
+    assert "model.layers.1.mlp.gate_proj.adapters.default.lora_A" in state
+
+
+# compressed-tensors as transformers loads it -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["w4a16", "w8a8", "fp8"])
+def compressed_folder(request, tmp_path):
+    quantization = library("compressed_tensors.quantization")
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=16)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            own = compressed_like(module, request.param)
+            model.set_submodule(name, own)
+    library("compressed_tensors.compressors")
+    scheme = own.quantization_scheme
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head"],
+        format=scheme.format.value,
+        quantization_status="compressed",
+    )
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    told = {**config.model_dump(), "quant_method": "compressed-tensors"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": told}))
+    return tmp_path / "model"
+
+
+def compressed_like(module, kind):
+    options = {
+        "w4a16": {},
+        "w8a8": {"bits": 8, "strategy": "channel", "of_x": TOKEN},
+        "fp8": {"bits": 8, "kind": "float", "strategy": "channel", "of_x": TOKEN},
+    }[kind]
+    return compressed(torch.float32, like=module, **options)
+
+
+def test_adapted_layers_stay_compressed(compressed_folder):
+    ids = torch.randint(3, 200, (2, 9))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(compressed_folder)(ids).logits
+    model = AutoModelForCausalLM.from_pretrained(compressed_folder)
+    inject_adapter(model, AdapterConfig(method="dora", rank=RANK, targets=("q_proj", "down_proj")))
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        assert error(model(ids).logits, expected.to(F64)) < 1e-6
+    assert mlp.down_proj.weight.dtype in (torch.int32, torch.int8, torch.float8_e4m3fn)
+    assert mlp.up_proj.weight.dtype == torch.float32  # decompressed by the library, as it is used
+    assert type(model.model.layers[0].input_layernorm._parameters) is dict  # and nothing else was touched
+    remove_adapter(model)
+    with torch.no_grad():
+        assert error(model(ids).logits, expected.to(F64)) < 1e-6
+    assert mlp.down_proj.weight.dtype == torch.float32
+
+
+def test_a_model_that_compressed_tensors_has_taken_over_is_refused(compressed_folder):
+    model = AutoModelForCausalLM.from_pretrained(compressed_folder)
+    model(torch.randint(3, 200, (2, 9)))
+    with pytest.raises(ConfigError, match="Put the adapter on before"):
+        inject_adapter(model, AdapterConfig(rank=RANK))
+
+
+def test_gptq_as_transformers_loads_it(tmp_path):
+    library("optimum.gptq")
+    model = quantised_llama("gptq")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    told = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+    told |= {"backend": "gptq_torch"}
+    told |= {"modules_in_block_to_quantize": [["mlp.gate_proj", "mlp.up_proj"]], "checkpoint_format": "gptq_v2"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": told}))
+    ids = torch.randint(3, 200, (2, 9))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    inject_adapter(loaded, AdapterConfig(method="dora", rank=RANK))
+    assert type(loaded.model.layers[0].mlp.gate_proj).__name__ == "AdaptedTorchLinear"
+    with torch.no_grad():
+        assert error(loaded(ids).logits, model(ids).logits.to(F64)) < 1e-5
+
+
+# What cannot be adapted ----------------------------------------------------------------------------------------------
+
+
+def pretended(module, name):
+    """An object of a class that bears a library's name."""
+    made = type(name, (nn.Module,), {"__module__": module, "forward": lambda self, x: x})()
+    made.in_features, made.out_features, made.weight = IN, OUT, nn.Parameter(torch.zeros(OUT, IN), requires_grad=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "told"),
+    [
+        ("transformers.integrations.eetq", "EetqLinear", "EETQ.*--quantize"),
+        ("transformers.integrations.bitnet", "BitLinear", "BitNet.*--quantize"),
+        ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear", r"FBGEMM.*dequantize=True"),
+        ("transformers.integrations.higgs", "HiggsLinear", r"HIGGS.*model.dequantize\(\)"),
+        ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts", r"MXFP4.*Mxfp4Config\(dequantize=True\)"),
+        ("aqlm.inference", "QuantizedLinear", "AQLM.*--quantize"),
+        ("spqr_quant.inference", "QuantizedLinear", "SpQR.*--quantize"),
+        ("vptq.layers.vqlinear", "VQuantLinear", "VPTQ.*--quantize"),
+        ("optimum.quanto.nn.qlinear", "QLinear", "quanto.*--quantize"),
+        ("gptqmodel.nn_modules.qlinear.marlin", "MarlinLinear", "MarlinLinear.*inference alone.*auto_trainable"),
+    ],
+)
+def test_others_are_refused_by_name(module, name, told):
+    model = Model(pretended(module, name), torch.float32)
+    assert cannot_adapt(model.proj) is not None
+    for targets in ("all-linear", ("proj",)):
+        with pytest.raises(ConfigError, match=told):
+            inject_adapter(model, AdapterConfig(rank=RANK, targets=targets))
+
+
+def test_layers_that_are_not_ready_say_why():
+    module = gptq(torch.float32)
+    module.online_full_had = True
+    assert "rotates its input" in cannot_adapt(module)
+    module = gptq(torch.float32, kind=("torch_aten_kernel", "TorchAtenLinear")).eval()
+    module(torch.randn(2, IN, dtype=torch.float16))
+    assert "before the model first runs" in cannot_adapt(module)
+    module = compressed(torch.float32)
+    module.quantization_status = type(module.quantization_status).FROZEN
+    assert "anew in each pass (it is frozen)" in cannot_adapt(module)
+
+
+def test_hqq_that_is_not_ready_says_why():
+    quantize = library("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=GROUP)
+    module = quantize.HQQLinear(linear(), config, compute_dtype=torch.float32, device="cpu", initialize=False)
+    assert "call its initialize()" in cannot_adapt(module)
+    module.initialize()
+    del module.meta["scale"]
+    assert "quant_scale=False" in cannot_adapt(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,15 @@ class PackedAdapterLayer(LinearAdapterLayer):
         held = packed.packed_tensor(self)
         assert held is not None
         return held
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, and the adapters, which HQQ's leaves out."""
+        state: Any = super().state_dict(*args, **kwargs)
+        destination, prefix = kwargs.get("destination", state), kwargs.get("prefix", "") + "adapters."
+        if not any(key.startswith(prefix) for key in destination):
+            keep = kwargs.get("keep_vars", False)
+            self.adapters.state_dict(destination=destination, prefix=prefix, keep_vars=keep)
+        return state
 
     def merge(self, name: str) -> None:
         """Put the merged weight beside the packed numbers."""

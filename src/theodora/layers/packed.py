@@ -58,6 +58,20 @@ def packed_tensor(module: nn.Module) -> Tensor | None:
     return None if _scheme(module) is None else getattr(module, "weight_packed", None)
 
 
+def packed_names(module: Any) -> tuple[str, ...]:
+    """What such a module's packed numbers, and all that is beside them but its bias, are called in a state dict."""
+    kind = _kind(type(module))
+    if kind is _HQQ:
+        return tuple(module.state_dict_keys() - {"bias"})
+    if kind in (_GPTQ, _AWQ):
+        return "qweight", "qzeros", "scales", "g_idx"
+    if kind is _FLOAT8:
+        return "weight", "weight_scale_inv", "activation_scale"
+    if _scheme(module) is None:
+        return ()
+    return tuple(name for name in (*module._parameters, *module._buffers) if name != "bias")
+
+
 def runs_as_linear(module: nn.Module) -> bool:
     """Whether the module is one of these, and runs as its class does."""
     kind = _kind(type(module))
@@ -165,9 +179,9 @@ def _decompress_one_by_one(model: nn.Module) -> None:
         hook: Any = holder.ct_decompress_hook
         hook.remove()
         del holder.ct_decompress_hook
-        for module in holder.modules():
-            if _scheme(module) is not None and _ASIDE not in module.__dict__:
-                _decompress_later(module)
+    for module in model.modules():
+        if _scheme(module) is not None and _ASIDE not in module.__dict__:
+            _decompress_later(module)
 
 
 def _decompress_later(module: nn.Module) -> None:
