@@ -196,4 +196,4 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
 def is_tied(model: nn.Module, embedding: nn.Module) -> bool:
     """Whether the output head shares the embedding's weight."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and head is not embedding and head.weight is embedding.weight
+    return head is not None and head is not embedding and getattr(head, "weight", None) is embedding.weight

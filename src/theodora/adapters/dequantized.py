@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from theodora.layers.libraries import library_weight
+from theodora.layers.base_weights import weight_in
+from theodora.layers.libraries import held_weight, library_weight
+from theodora.layers.packed import packed_names
 
 _PARTS = ("weight.", "SCB", "weight_format")
 """What libraries put into a state dict beside a module's weight, by the beginnings of the names."""
@@ -24,6 +26,13 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     for path, module in model.named_modules():
         tensor = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
         key, prefix = f"{path}.weight", f"{path}."
+        if names := packed_names(module):
+            for name in names:
+                plain.pop(prefix + name, None)
+            plain[key] = _whole(module)
+            if isinstance(module.bias, Tensor):
+                plain[prefix + "bias"] = module.bias
+            continue
         weight = None if tensor is None or key not in plain else library_weight(module, tensor)
         if weight is None:
             continue
@@ -31,6 +40,11 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
             del plain[name]
         plain[key] = weight.dense()
     return plain
+
+
+def _whole(module: nn.Module) -> Tensor:
+    merged = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    return weight_in(module, held_weight(module) if merged is None else merged, transposed=False).dense()
 
 
 @contextmanager

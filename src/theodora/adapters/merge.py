@@ -144,7 +144,7 @@ def _untie(model: nn.Module) -> list[Any]:
     """
     embedding, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
     config: Any = getattr(model, "config", None)
-    if embedding is None or head is None or config is None or embedding.weight is head.weight:
+    if embedding is None or head is None or config is None or embedding.weight is getattr(head, "weight", None):
         return []
     changed = []
     for part in {id(c): c for c in (config, config.get_text_config())}.values():

@@ -19,6 +19,7 @@ from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
 from theodora.layers.kinds import is_conv1d, is_linear
 from theodora.layers.libraries import prepare
+from theodora.layers.packed import refused
 from theodora.paths import PathPattern, endings, matches, nearest
 
 _TOLD = 20  # unknown names that an error tells
@@ -186,7 +187,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
         for path, module in modules.items()
         if module is not head
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module))
+        and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module) or refused(module))
         and not isinstance(module, nn.Embedding)
     ]
 

@@ -89,8 +89,12 @@ DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "float8": torch.bfloat16,
+    "nf4": torch.bfloat16,
+    "int8": torch.bfloat16,
+    "hqq": torch.bfloat16,
 }
-"""Name → what the model is stored in; with float8 its linear layers are put into float8 then."""
+"""Name → what the model is stored in; with float8 its linear layers are put into float8 then, with the last three they
+are quantised by the library that stores numbers so (`quantised.py`)."""
 
 
 class SpecimenConfig(PretrainedConfig):
@@ -200,9 +204,16 @@ def base_numbers(model: nn.Module) -> dict[str, Numbers]:
         numbers[kind] = Numbers(
             stored_weight(module),
             None if bias is None else bias.detach().to("cpu", F64),
-            float8=weight_of(module).stored == "float8",
+            rounds=_rounds(weight_of(module)),
         )
     return numbers
+
+
+def _rounds(weight: BaseWeight) -> Literal["", "float8", "int8"]:
+    """What the weight's products round x to."""
+    if not weight.rounds_input:
+        return ""
+    return "float8" if weight.stored == "float8" else "int8"
 
 
 def trained_values(n: Numbers, variant: Variant, kind: str, seed: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ Shapes: T tokens, I in features, O out features, R rank; an embedding is the pro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Numbers:
     scale: float = 1.0
     start: tuple[Tensor, Tensor] | None = None
     """A₀ and B₀ where training started from factors of W (PiSSA, OLoRA): the update is s·(B·A − B₀·A₀)."""
-    float8: bool = False
-    """Whether the weight is stored in float8 and multiplies inputs rounded to float8."""
+    rounds: Literal["", "float8", "int8"] = ""
+    """What inputs are rounded to before they are multiplied by the weight; with float8 output gradients are, too."""
 
     def base(self) -> Numbers:
         """The layer without its adapter."""
@@ -137,7 +138,7 @@ def summed(adapters: list[Numbers], weights: list[float]) -> Numbers:
         b.append(weight * n.scale * row_scale(n)[:, None] * factors[1])
     dora = any(n.magnitude_O is not None for n in adapters)
     whole = Numbers(
-        adapters[0].weight_OI, adapters[0].bias_O, torch.cat(a), torch.cat(b, 1) / c[:, None], float8=adapters[0].float8
+        adapters[0].weight_OI, adapters[0].bias_O, torch.cat(a), torch.cat(b, 1) / c[:, None], rounds=adapters[0].rounds
     )
     return replace(whole, magnitude_O=c * direction(whole).square().sum(1).sqrt()) if dora else whole
 
@@ -215,8 +216,8 @@ def walk(
 ) -> Walk:
     """Forward: x Wᵀ, x Aᵀ, (x Aᵀ) Bᵀ, s, the sum, g and the bias, each rounded to `dtype` once."""
     x = Rounded.exact(x_TI)
-    if n.float8:
-        x = x.to_float8_rows()
+    if n.rounds:
+        x = x.to_float8_rows() if n.rounds == "float8" else x.to_int8_rows()
     z = (x @ Rounded.exact(n.weight_OI).to(dtype).T).to(dtype)
     factors, xa = n.factors(), None
     if factors is not None:
@@ -237,7 +238,7 @@ def walk_back(n: Numbers, x_TI: Tensor, dy_TO: Tensor, dtype: torch.dtype) -> di
     forward, x, dy = walk(n, x_TI, dtype), Rounded.exact(x_TI), Rounded.exact(dy_TO)
     scaled = _row_scale(n)
     dz = dy if scaled is None else (dy * scaled[0]).to(dtype)
-    base = dz.to_float8_rows() if n.float8 else dz
+    base = dz.to_float8_rows() if n.rounds == "float8" else dz
     gradient_of = {"x": (base @ Rounded.exact(n.weight_OI).to(dtype)).to(dtype)}
     factors = n.factors()
     if factors is not None and n.a_RI is not None and n.b_OR is not None and forward.xa is not None:

@@ -56,6 +56,11 @@ class Rounded:
         step = (roundoff(_FLOAT8) * self.value).square() + (scale * smallest).square()
         return Rounded(self.value, self.variance + step / 3)
 
+    def to_int8_rows(self) -> Rounded:
+        """Rounded to whole numbers, each row by its own scale, which maps its largest value to 127."""
+        step = (self.value.abs().amax(-1, keepdim=True) / 127 / 2).square().expand_as(self.value)
+        return Rounded(self.value, self.variance + step / 3)
+
     def __add__(self, other: Rounded) -> Rounded:
         return Rounded(self.value + other.value, self.variance + other.variance)
 

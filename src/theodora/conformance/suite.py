@@ -16,6 +16,7 @@ import torch
 
 from theodora.conformance.cases import DTYPES, KINDS, VARIANTS
 from theodora.conformance.operations import OPERATIONS, Operation
+from theodora.conformance.quantised import installed
 from theodora.conformance.trial import Check, NotOfferedError, OneKindError, Trial
 
 LIBRARIES = ("theodora", "peft")
@@ -79,7 +80,7 @@ def plan(
         for variant in VARIANTS
         if (not variants or variant in variants) and _applies(operation, library, variant, every_variant)
         for dtype in DTYPES
-        if not dtypes or dtype in dtypes
+        if (not dtypes or dtype in dtypes) and installed(dtype)
     ]
     return sorted(jobs, key=lambda job: (-OPERATIONS[job.operation].cost, job.library))
 

@@ -26,6 +26,7 @@ from theodora.conformance.cases import (
     trained_values,
 )
 from theodora.conformance.formula import Numbers
+from theodora.conformance.quantised import LIBRARIES, quantise
 from theodora.conformance.rounding import Rounded, distance
 from theodora.locks import temporary_folder
 
@@ -176,12 +177,14 @@ class Trial:
         return DTYPES[self.dtype]
 
     def bare(self) -> Specimen:
-        """The specimen without adapters, in float8 where the dtype says so."""
+        """The specimen without adapters, quantised where the dtype says so."""
         model = build(self.dtype, self.device)
         if self.dtype == "float8":
             from theodora.adapters import quantize_base
 
             quantize_base(model)
+        elif self.dtype in LIBRARIES:
+            quantise(model, self.dtype, KINDS)
         return model
 
     def subject(self, **seeds: int) -> Library:

@@ -55,6 +55,11 @@ class Format(ABC):
         """Whether `product` rounds x, as one of int8 does: then it is a few per cent from a product with `dense`."""
         return False
 
+    @property
+    def cuts(self) -> bool:
+        """Whether `rows` costs no more than those rows."""
+        return True
+
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of products with an x of `dtype`, which they are rounded to afterwards."""
         return self.dtype
@@ -290,6 +295,11 @@ class Part(Format):
     def name(self) -> str:
         """The whole's."""
         return self.whole.name
+
+    @property
+    def cuts(self) -> bool:
+        """As the whole."""
+        return self.whole.cuts
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """The whole's."""

@@ -91,9 +91,17 @@ class LibraryWeight(BaseWeight):
             return torch.empty(0, self.shape[1], dtype=wide_dtype(self.dtype), device=self.device)
         return self.format.rows(self._tensors, at, wide_dtype(self.dtype))
 
+    def times_a(self, a_RI: Tensor) -> Tensor:
+        """W Aᵀ: some rows at a time, or dequantised once where rows cannot be had alone."""
+        return super().times_a(a_RI) if self.format.cuts else PlainWeight(self.dense()).times_a(a_RI)
+
+    def norm_squared(self) -> Tensor:
+        """‖W‖² of each output row: some rows at a time, or dequantised once where rows cannot be had alone."""
+        return super().norm_squared() if self.format.cuts else PlainWeight(self.dense()).norm_squared()
+
     def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
         """Of half a precision in one pass over the dequantised weight; a wide one some rows at a time."""
-        if wide_dtype(self.dtype) == self.dtype:
+        if wide_dtype(self.dtype) == self.dtype and self.format.cuts:
             return super().dora_norm(a_RI, b_OR, scale, w_norm_sq_O)
         return weight_norm.dora_norm(self.dense(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
 

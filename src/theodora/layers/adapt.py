@@ -8,7 +8,8 @@ from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.embedding import EmbeddingAdapterLayer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
-from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer
+from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, PackedAdapterLayer
+from theodora.layers.packed import owns_forward, packed_tensor, refused, why_replaced
 from theodora.layers.swap import swap_class
 
 
@@ -34,9 +35,13 @@ def cannot_adapt(module: nn.Module) -> str | None:
     kind, mixin = type(module).__name__, _mixin(module)
     if isinstance(module, AdapterLayer):
         return None
+    if (reason := refused(module)) is not None:
+        return reason
     if mixin is None and isinstance(module, nn.Linear | nn.Embedding):
         return f"{kind} has a forward pass of its own, which an adapter would bypass"
-    if mixin is not None and "forward" in module.__dict__:
+    if mixin is not None and "forward" in module.__dict__ and not owns_forward(module):
+        if (reason := why_replaced(module)) is not None:
+            return reason
         return f"this {kind}'s forward method was replaced (by an offloading hook, say), and would bypass the adapter"
     weight = base_weight_of(module)
     return weight.reason + _instead(module) if isinstance(weight, Unfit) else None
@@ -54,7 +59,7 @@ def _instead(module: nn.Module) -> str:
 def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
     """The kind of adapter layer that fits the module, known by how the module runs rather than by its name."""
     if is_linear(module):
-        return LinearAdapterLayer
+        return LinearAdapterLayer if packed_tensor(module) is None else PackedAdapterLayer
     if is_conv1d(module):
         return Conv1DAdapterLayer
     if is_embedding(module):

@@ -16,7 +16,7 @@ from theodora import kernels
 from theodora.functional import dora_norm, merged_weight
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
-from theodora.layers import libraries
+from theodora.layers import libraries, packed
 from theodora.layers.base_weights import stored_transposed, weight_in
 from theodora.layers.float8 import move
 from theodora.layers.low_rank import LowRank
@@ -43,6 +43,7 @@ class AdapterLayer(Swapped):
 
     def begin(self) -> None:
         """Set up an adapter layer without adapters; its class's `__init__` has run long ago."""
+        packed.begin(self)
         self.adapters = nn.ModuleDict().train(self.training)
         self.active_adapter = self.merged_adapter = self._set_aside = None
         self.norm_cache = NormCache()
@@ -58,6 +59,7 @@ class AdapterLayer(Swapped):
         for name in ("adapters", "active_adapter", "merged_adapter", "norm_cache", "_set_aside"):
             delattr(self, name)
         swap_back(self, AdapterLayer)
+        packed.end(self)
 
     # The weight
 
@@ -194,7 +196,7 @@ def base_weight(module: nn.Module) -> BaseWeight:
     """The base weight of a module that is adapted or can be, also while an adapter is merged."""
     if isinstance(module, AdapterLayer):
         return module.base_weight
-    transposed, tensor = stored_transposed(module), module.weight
+    transposed, tensor = stored_transposed(module), libraries.held_weight(module)
     assert transposed is not None
     assert isinstance(tensor, Tensor)
     return weight_in(module, tensor, transposed)

@@ -41,13 +41,13 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
     transposed = stored_transposed(module)
     if transposed is None:
         return Unfit(f"{type(module).__name__} is no linear layer or embedding")
-    weight: Any = module.weight
+    weight: Any = libraries.held_weight(module)
     if is_float8(module, weight):
-        return weight_in(module, weight, transposed)
-    if isinstance(weight, Tensor) and libraries.library_weight(module, weight) is not None and not weight.is_meta:
         return weight_in(module, weight, transposed)
     if (reason := libraries.why_unfit(module, weight)) is not None:
         return Unfit(reason)
+    if isinstance(weight, Tensor) and libraries.library_weight(module, weight) is not None and not weight.is_meta:
+        return weight_in(module, weight, transposed)
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         dtype = getattr(weight, "dtype", "no dtype")
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")

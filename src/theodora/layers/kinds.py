@@ -15,9 +15,11 @@ _FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module runs as `nn.Linear` does. (`nn.MultiheadAttention` reads its output layer's weight itself.)"""
+    if runs_as_linear(module):
+        return True
     return (
         isinstance(module, nn.Linear)
-        and (type(module).forward in _FORWARDS or runs_as_linear(module))
+        and type(module).forward in _FORWARDS
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     )
 

@@ -9,6 +9,7 @@ A module is known by its class, a tensor by its own. No library is imported: whe
 | bitsandbytes | `Linear4bit` (NF4, FP4, double quantised or not) | `Params4bit`, and the `quant_state` on it |
 | bitsandbytes | `Linear8bitLt` (LLM.int8()) | `Int8Params`, and SCB on it or on the module's `state` |
 | torchao | `nn.Linear` | a tensor of torchao's, of two dimensions, that can `dequantize` |
+| HQQ, GPTQ, AWQ, compressed-tensors, fine-grained FP8 | in `packed.py` | |
 
 Shapes: O out features, I in features.
 """
@@ -25,20 +26,25 @@ from torch import Tensor, nn
 
 from theodora.kernels.formats import Bits4, Bits8, Subclass
 from theodora.kernels.library_weight import LibraryWeight
+from theodora.layers import packed
+from theodora.layers.packed import DTYPE as _DTYPE
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _log = logging.getLogger(__name__)
-
-_DTYPE = "_theodora_dtype"  # on a Linear8bitLt: the dtype of the model around it
 
 
 def runs_as_linear(module: nn.Module) -> bool:
     """Whether the module is a library's linear layer, by the forward of its class."""
+    if packed.runs_as_linear(module):
+        return True
     forward = type(module).forward
     return any(forward is known.forward for known in (_class("Linear4bit"), _class("Linear8bitLt")) if known)
 
 
 def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
     """The weight `tensor` of `module` as a library stores it; None if it is a plain tensor, or not ready for use."""
+    if (weight := packed.packed_weight(module, tensor)) is not None:
+        return weight
     if type(tensor) in (nn.Parameter, Tensor):
         return _bits4(module, tensor) if _lost_its_class(module, tensor) else None
     if _is(tensor, "Params4bit"):
@@ -50,6 +56,8 @@ def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
 
 def why_unfit(module: nn.Module, tensor: Any) -> str | None:
     """Why a library's module has no frozen weight to stand beside: part of a sentence, or None if it has one."""
+    if (reason := packed.why_packed_unfit(module)) is not None:
+        return reason
     if _is(tensor, "Params4bit") and _state4(module, tensor) is None:
         return (
             "bitsandbytes has not quantised its weight yet, which moving the model to its device does "
@@ -70,7 +78,15 @@ def why_unfit(module: nn.Module, tensor: Any) -> str | None:
 
 def reads_packed(module: nn.Module) -> bool:
     """Whether the forward of the module's own class reads a packed weight, and no plain one in its place."""
+    if packed.packed_tensor(module) is not None:
+        return True
     return any(isinstance(module, known) for known in (_class("Linear4bit"), _class("Linear8bitLt")) if known)
+
+
+def held_weight(module: nn.Module) -> Any:
+    """What the module holds as its weight: its `weight`, or its packed numbers by another name."""
+    weight = packed.packed_tensor(module)
+    return getattr(module, "weight", None) if weight is None else weight
 
 
 def prepare(model: nn.Module) -> None:
@@ -82,6 +98,11 @@ def prepare(model: nn.Module) -> None:
     And `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
     """
     dtype = None
+
+    def dtype_of_model() -> torch.dtype:
+        return _dtype_of(model)
+
+    packed.prepare_model(model, dtype_of_model)
     known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
     for module in model.modules():
         if known4 is not None and isinstance(module, known4):
@@ -116,6 +137,7 @@ def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
 
 def follow(module: nn.Module) -> None:
     """After a move: the state of a `Linear8bitLt`, which moves with nobody, goes where its weight is."""
+    packed.follow_packed(module)
     known = _class("Linear8bitLt")
     if known is None or not isinstance(module, known):
         return
@@ -219,6 +241,6 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype that most of the model's plain numbers are in."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
-        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+        if parameter.dtype in _PLAIN and type(parameter) is nn.Parameter:
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float16)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodora import kernels
 from theodora.autocast import autocast_dtype, without_autocast
 from theodora.functional import dora_scale, wide_dtype
 from theodora.kernels import Parts
+from theodora.layers import packed
 from theodora.layers.base import AdapterLayer
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.libraries import reads_packed
@@ -33,12 +35,23 @@ class LinearAdapterLayer(AdapterLayer):
         if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.active is None:
-            return self._merged(x) if self.merged_adapter is not None and reads_packed(self) else super().forward(x)
+            return self._bare(x)
         dtype = autocast_dtype(x)
         if dtype is None:
             return _adapted(x, self.parts(one_token), self.active)
         with without_autocast(x.device):
             return _adapted(x.to(dtype), in_dtype(self.parts(one_token), dtype), self.active)
+
+    def _bare(self, x: Tensor) -> Tensor:
+        """The product where no adapter is active: the module's own, if its class can read the weight."""
+        if self.merged_adapter is not None and reads_packed(self):
+            return self._merged(x)
+        if not packed.runs_aside(self):
+            return super().forward(x)
+        weight, dtype = self.current_weight, autocast_dtype(x)
+        with without_autocast(x.device):
+            own = in_dtype(Parts(weight, self.bias), dtype or x.dtype)
+            return kernels.adapted_linears(x.to(dtype or x.dtype), [own])[0]
 
     def _merged(self, x: Tensor) -> Tensor:
         """The product with a merged weight, in that one's dtype, which the module's own class could not read."""
@@ -89,6 +102,45 @@ class LinearAdapterLayer(AdapterLayer):
         # s goes in before rounding, so that it costs no precision.
         b = (adapter.scale * b.detach().to(wide_dtype(dtype))).to(dtype)
         return DecodeTensors(a.detach().to(dtype), b, g)
+
+
+class PackedAdapterLayer(LinearAdapterLayer):
+    """A library's linear layer whose packed numbers go by another name than `weight`, which is the merged weight's."""
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The merged weight while an adapter is merged, else the packed numbers."""
+        merged = self._parameters.get("weight")
+        return self.base_parameter if merged is None else merged
+
+    @property
+    def base_parameter(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The packed numbers, which stay where they are."""
+        held = packed.packed_tensor(self)
+        assert held is not None
+        return held
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, and the adapters, which HQQ's leaves out."""
+        state: Any = super().state_dict(*args, **kwargs)
+        destination, prefix = kwargs.get("destination", state), kwargs.get("prefix", "") + "adapters."
+        if not any(key.startswith(prefix) for key in destination):
+            keep = kwargs.get("keep_vars", False)
+            self.adapters.state_dict(destination=destination, prefix=prefix, keep_vars=keep)
+        return state
+
+    def merge(self, name: str) -> None:
+        """Put the merged weight beside the packed numbers."""
+        merged = self.merged_weight(name).to(self.base_weight.dtype)
+        self.norm_cache.invalidate()
+        self._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapter = name
+
+    def unmerge(self) -> None:
+        """Take it away."""
+        self._parameters.pop("weight", None)
+        self.norm_cache.invalidate()
+        self.merged_adapter = None
 
 
 class Conv1DAdapterLayer(LinearAdapterLayer):

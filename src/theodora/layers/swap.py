@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from theodora.autocast import autocast_dtype
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers.libraries import library_weight
+from theodora.layers.packed import packed_tensor
 
 CHANGED = "_theodora_autocast"
 """Where a module notes what `autocast_changes` has found."""
@@ -83,6 +84,8 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
 def cannot_replace_weight(module: nn.Module) -> str | None:
     """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can."""
     weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if weight is None and packed_tensor(module) is not None:
+        return None
     if weight is None:
         return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
     if type(weight.data) is not Tensor and library_weight(module, weight) is None:

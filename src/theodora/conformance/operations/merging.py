@@ -40,7 +40,7 @@ def merge_disk(trial: Trial) -> Iterator[Check]:
     subject, x = trial.subject(), trial.inputs()
     base, numbers = build(trial.dtype), trial.numbers["one"]
     plain = base_numbers(base)
-    numbers = {kind: replace(n, weight_OI=plain[kind].weight_OI, float8=False) for kind, n in numbers.items()}
+    numbers = {kind: replace(n, weight_OI=plain[kind].weight_OI, rounds="") for kind, n in numbers.items()}
     with torch.no_grad(), trial.folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a float8 base is a little way off
         subject.save(folder / "adapter", "one")
