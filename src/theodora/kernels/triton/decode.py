@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from theodora.kernels.triton.common import precision, product
+from theodora.kernels.triton.common import precision, processors, product
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
@@ -195,7 +195,7 @@ def decode(
             return decode(x, w, a, b, g, bias, cut)
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     (tokens, inputs), (outputs, rank) = x.shape, b.shape
-    cut = cut or plan(tokens, outputs, inputs, _processors(x.device))
+    cut = cut or plan(tokens, outputs, inputs, processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
     ai = min(cut.bi, _A_TILE // _A_ROWS)
     a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
@@ -269,8 +269,3 @@ def _counters(device: torch.device, w: Tensor, count: int) -> int | None:
         return None
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _pools[device].start((stream, w.data_ptr(), count))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
