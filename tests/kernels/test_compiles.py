@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from theodora.kernels.operators import interpreted
 from theodora.kernels.packed import Packed
 from theodora.kernels.parts import MOST_LAYERS, SlottedWeights, Update
-from theodora.kernels.triton import beside, compose, finite, gated, packed, rotary, routed, weight_norm
+from theodora.kernels.triton import beside, compose, decode, finite, gated, packed, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
@@ -143,6 +143,22 @@ def test_norm_of_packed(rank, table, nested, dtype, launched):
     packed.dora_norms([weight], torch.zeros(1, rank, 1024), torch.zeros(1, 256, rank), 2.0, torch.ones(1, 256))
     assert {"_times_a", "_dora_norm", "_form"} <= launched.keys()
     assert max(launched.values()) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("how", ["nf4", "int8", "given"])
+def test_decode_of_packed(how, tokens, launched, monkeypatch):
+    monkeypatch.setattr(decode, "_pools", {})
+    decode.prepare(torch.device("cpu"))
+    x, g, bias = (
+        torch.zeros(tokens, 1024, dtype=torch.bfloat16),
+        torch.ones(256),
+        torch.zeros(256, dtype=torch.bfloat16),
+    )
+    w = packed_weight(how, True, torch.bfloat16) if how != "given" else torch.zeros(tokens, 256, dtype=torch.bfloat16)
+    rest = torch.zeros(16, 1024, dtype=torch.bfloat16), torch.zeros(256, 16, dtype=torch.bfloat16)
+    decode.decode(x, w, *rest, g, bias, given=how == "given")
+    assert launched["_decode"] <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("rank", [16, 256])

@@ -3,13 +3,18 @@
 The kernels run on a GPU, or under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn import functional as F
 
+import formula
 from formula import DEVICE
 from theodora import functional
-from theodora.kernels import packed
+from theodora.kernels import decode, packed
 from theodora.kernels.formats import Bits4, Bits8, Part
+from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.operators import runs_triton
 
 pytest.importorskip("triton")
@@ -160,3 +165,63 @@ def test_tables_are_the_librarys():
             numbers, torch.ones(1, device=DEVICE), 64, name, (1, 64), torch.float32
         )
         assert torch.equal(wide[0, :16], torch.tensor(table, device=DEVICE))
+
+
+def decoded_exactly(x, w, a, b, g, bias):
+    y = x.double() @ w.double().T + (x.double() @ a.double().T) @ b.double().T
+    y = y if g is None else y * g.double()
+    return y if bias is None else y + bias.double()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4], KINDS[-1]])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 3), (1, 40), (5, 16), (40, 3)])
+def test_decoding(tokens, rank, kind, dtype, monkeypatch):
+    """In one launch or with xa apart, and of z that another kernel has made."""
+    from theodora.kernels.triton import decode as kernel
+
+    form, tensors = quantized(45, 768, kind, dtype)
+    weight, w = LibraryWeight(form, *tensors), form.dense(tensors, dtype)
+    assert decode.runs(weight)
+    a, b = (factor.to(dtype) for factor in factors(45, 768, rank))
+    x, g, bias = torch.randn(tokens, 768, device=DEVICE).to(dtype), torch.rand(45, device=DEVICE), w[:, 0].clone()
+    numbers = list(weight.packed().tensors), list(weight.packed().form), weight.packed().table
+    for pools in (True, False):
+        monkeypatch.setattr(kernel, "_pools", {})
+        if pools:
+            decode.prepare(x.device)
+        for rest in ((a, b, g, bias), (a, b, None, None)):
+            expected = decoded_exactly(x, w, *rest)
+            plain = formula.error(decode.decode_linear_reference(x, w, *rest), expected)
+            allowed = 2 * plain + torch.finfo(dtype).eps / 8
+            found = decode.decode_packed(x, *rest, *numbers)
+            assert formula.error(found, expected) <= allowed
+            assert torch.equal(decode.decode_packed(x, *rest, *numbers), found)
+            assert formula.error(decode.decode_onto(x, F.linear(x, w), *rest), expected) <= allowed
+        for pool in kernel._pools.values():
+            assert not pool.counters.any()
+
+
+@needs_kernel
+def test_decoding_asks_the_library_where_it_rounds_x():
+    form, tensors = quantized(20, 512, KINDS[-1], torch.float16)
+    rounding = replace(form, int8_product=True)
+    weight = LibraryWeight(rounding, *tensors)
+    a, b = (factor.half() for factor in factors(20, 512, 3))
+    x = torch.randn(2, 512, device=DEVICE).half()
+    z = weight.product(x)
+    assert not torch.equal(z, F.linear(x, weight.dense()))
+    found = decode.decode(x, weight, a, b, None, None)
+    assert formula.error(found, z.double() + (x.double() @ a.double().T) @ b.double().T) < 1e-3
+
+
+@needs_kernel
+def test_decoding_is_an_operator():
+    form, tensors = quantized(16, 128, KINDS[0], torch.float16)
+    weight = form.packed(tensors)
+    a, b = (factor.half() for factor in factors(16, 128, 4))
+    x = torch.randn(2, 128, device=DEVICE).half()
+    given = x, a, b, None, None, list(tensors), list(weight.form), weight.table
+    torch.library.opcheck(torch.ops.theodora.decode_packed.default, given)
+    torch.library.opcheck(torch.ops.theodora.decode_onto.default, (x, x @ a.T @ b.T, a, b, None, None))

@@ -32,6 +32,7 @@ from theodora.kernels.float8 import (
     float8_product,
     quantize_rows,
 )
+from theodora.kernels.packed import Packed
 
 _ALIGNED = 16  # columns; what the tensor cores read at once
 
@@ -137,6 +138,10 @@ class BaseWeight(ABC):
 
         For what reads W itself (decoding, stacks): the module's own parameter, unless that is transposed.
         """
+
+    def packed(self) -> Packed | None:
+        """The weight as our own kernels read numbers of a few bits; None where it is none or they cannot."""
+        return None
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:

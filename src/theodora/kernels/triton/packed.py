@@ -26,44 +26,62 @@ _INTERPRETED = tl.constexpr(interpreted())
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that add up to one of these
 
-TILES = {16: (128, 128, 8, 3), 32: (128, 128, 8, 3), 64: (64, 128, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
-"""(output features, input features, warps, stages) of a program, by padded rank."""
-_FORMED = {16: (16, 128, 4, 1), 32: (16, 128, 4, 1), 64: (16, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)}
+TILES = {16: (128, 128, 8), 32: (128, 128, 8), 64: (64, 128, 4), 128: (64, 64, 4), 256: (64, 32, 8)}
+"""(output features, input features, warps) of a program, by padded rank."""
+_FORMED = {16: (16, 128), 32: (16, 128), 64: (16, 64), 128: (16, 64), 256: (16, 32)}
 PROGRAMS = 3
 """For each processor, at least so many programs, if the input features can be shared out among them."""
 
 
 @triton.jit
-def load_packed(w, o, start, O, I, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
-                BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
-    """W of rows o and features start .. start + BI (a multiple of BI), dequantised and rounded."""
-    numbers, largest, outer, code, mean, table, first = w
+def load_numbers(w, o, start, O, I, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+                 BI: tl.constexpr):  # fmt: skip
+    """Of rows o and features start .. start + BI (a multiple of BI): the numbers, and their scales, as they lie."""
+    numbers, largest, outer, code, mean, _, first = w
     row = (o + first).to(tl.int64)
     if BITS == 8:
         i = start + tl.arange(0, BI)
         q = tl.load(numbers + row[:, None] * I + i[None, :], mask=(o[:, None] < O) & (i[None, :] < I), other=0)
-        wide = q.to(tl.float32) * (tl.load(largest + row, mask=o < O, other=0.0) * 0.007874015718698502)[:, None]
+        scale = (tl.load(largest + row, mask=o < O, other=0.0) * 0.007874015718698502)[:, None]  # 1 / 127
     else:
+        half = start // 2 + tl.arange(0, BI // 2)
+        q = tl.load(numbers + (row * (I // 2))[:, None] + half[None, :],
+                    mask=(o[:, None] < O) & (half[None, :] < I // 2), other=0)  # fmt: skip
         # Blocks that lie in the tile, or the one that the tile lies in.
         SIZE: tl.constexpr = BI if BLOCK > BI else BLOCK
-        COUNT: tl.constexpr = BI // SIZE
-        at = start + SIZE * tl.arange(0, COUNT)
+        at = start + SIZE * tl.arange(0, BI // SIZE)
         block, inside = (row[:, None] * I + at[None, :]) // BLOCK, (o[:, None] < O) & (at[None, :] < I)
         if NESTED > 0:
-            scale = tl.load(code + tl.load(largest + block, mask=inside, other=0).to(tl.int32), mask=inside, other=0.0)
+            scale = tl.load(code + tl.load(largest + block, mask=inside, other=0).to(tl.int32))
             scale = scale * tl.load(outer + block // NESTED, mask=inside, other=0.0) + tl.load(mean)
+            scale = tl.where(inside, scale, 0.0)
         else:
             scale = tl.load(largest + block, mask=inside, other=0.0)
-        scale = tl.where(inside, scale, 0.0)
-        half = start // 2 + tl.arange(0, BI // 2)
-        both = tl.load(numbers + (row * (I // 2))[:, None] + half[None, :],
-                       mask=(o[:, None] < O) & (half[None, :] < I // 2), other=0).to(tl.int32)  # fmt: skip
-        scale = tl.broadcast_to(scale[:, :, None], (BO, COUNT, SIZE // 2)).reshape(BO, BI // 2)
+    return q, scale
+
+
+@triton.jit
+def dequantized(w, q, scale, BITS: tl.constexpr, DTYPE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):
+    """W, (BO, BI), rounded to DTYPE, from what `load_numbers` gives."""
+    if BITS == 8:
+        wide = q.to(tl.float32) * scale
+    else:
+        table, both = w[5], q.to(tl.int32)
+        COUNT: tl.constexpr = scale.shape[1]
+        scale = tl.broadcast_to(scale[:, :, None], (BO, COUNT, BI // 2 // COUNT)).reshape(BO, BI // 2)
         wide = tl.interleave(tl.load(table + (both >> 4)) * scale, tl.load(table + (both & 15)) * scale)
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # Triton's interpreter cuts digits off, and does not round
         bits = wide.to(tl.int32, bitcast=True)
         wide = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return wide.to(DTYPE)
+
+
+@triton.jit
+def load_packed(w, o, start, O, I, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
+                BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    """W of rows o and features start .. start + BI (a multiple of BI), dequantised and rounded; 0 beyond I."""
+    q, scale = load_numbers(w, o, start, O, I, BITS, BLOCK, NESTED, BI)
+    return dequantized(w, q, scale, BITS, DTYPE, BO, BI)
 
 
 def argument(weight: Packed) -> tuple[Any, ...]:
@@ -88,19 +106,33 @@ def _times_a(w, a3, products, O, I, R, SHARE,
     """W Aᵀ over a share of the features, (O, SHARES, R) float32."""
     o, r = tl.program_id(0) * BO + tl.arange(0, BO), tl.arange(0, BR)
     first = tl.program_id(1) * SHARE
+    stop = tl.minimum(first + SHARE, I)
     w_a = tl.zeros((BO, BR), tl.float32)
-    for start in range(first, tl.minimum(first + SHARE, I), BI):
+    q, scale = load_numbers(w, o, first, O, I, BITS, BLOCK, NESTED, BI)
+    # The compiler's own way to load ahead would put each number of the table into shared memory first.
+    for start in tl.range(first, stop, BI, num_stages=1):
         k = start + tl.arange(0, BI)
-        rest = load_packed(w, o, start, O, I, BITS, BLOCK, NESTED, DTYPE, BO, BI)
         inside = (r[None, :] < R) & (k[:, None] < I)
+        a_at = a3 + r[None, :] * I + k[:, None]
+        a_high = tl.load(a_at, mask=inside, other=0.0)
+        a_middle = tl.load(a_at + R * I, mask=inside, other=0.0)
+        a_low = tl.load(a_at + 2 * R * I, mask=inside, other=0.0)
+        rows = tl.where(start + BI < stop, O, 0)
+        next_q, next_scale = load_numbers(w, o, start + BI, rows, I, BITS, BLOCK, NESTED, BI)
+        rest = dequantized(w, q, scale, BITS, DTYPE, BO, BI)
         # W and A are sums of bfloat16 numbers; the products of the smallest of them are below float32's last digit.
-        for part in tl.static_range(PARTS):
+        high = rest.to(tl.bfloat16)
+        w_a += product(high, a_high, PRECISION)
+        w_a += product(high, a_middle, PRECISION)
+        w_a += product(high, a_low, PRECISION)
+        if PARTS > 1:
+            rest = rest.to(tl.float32) - high.to(tl.float32)
             high = rest.to(tl.bfloat16)
-            if part + 1 < PARTS:
-                rest = rest.to(tl.float32) - high.to(tl.float32)
-            for a_part in tl.static_range(3 - part):
-                a_tile = tl.load(a3 + (a_part * R + r[None, :]) * I + k[:, None], mask=inside, other=0.0)
-                w_a += product(high, a_tile, PRECISION)
+            w_a += product(high, a_high, PRECISION)
+            w_a += product(high, a_middle, PRECISION)
+        if PARTS > 2:
+            w_a += product((rest - high.to(tl.float32)).to(tl.bfloat16), a_high, PRECISION)
+        q, scale = next_q, next_scale
     at = products + (o[:, None].to(tl.int64) * SHARES + tl.program_id(1)) * R + r[None, :]
     tl.store(at, w_a, mask=(o[:, None] < O) & (r[None, :] < R))
 
@@ -130,7 +162,7 @@ def dora_norms(weights: Sequence[Packed], a_NRI: Tensor, b_NOR: Tensor, scale: f
     _, outputs, rank = b_NOR.shape
     a_NRI, b_NOR, inputs = a_NRI.contiguous(), b_NOR.contiguous(), a_NRI.shape[2]
     block = rank_block(rank)
-    bo, bi, warps, stages = TILES[min(block, 256)]
+    bo, bi, warps = TILES[min(block, 256)]
     blocks = triton.cdiv(outputs, bo)
     shares = shares_of(blocks, inputs // bi, a_NRI.device)
     share = triton.cdiv(triton.cdiv(inputs, shares), bi) * bi
@@ -140,14 +172,14 @@ def dora_norms(weights: Sequence[Packed], a_NRI: Tensor, b_NOR: Tensor, scale: f
         _times_a[(blocks, shares)](
             argument(weight), a3, into, outputs, inputs, rank, share, **constants(weight), PARTS=_PARTS[weight.dtype],
             SHARES=shares, PRECISION=precision(torch.bfloat16), BO=bo, BI=bi, BR=block,
-            num_warps=warps, num_stages=stages, **EXACT,
+            num_warps=warps, num_stages=1, **EXACT,
         )  # fmt: skip
     norm = weight_norm.norms_of_products(products, gram, b_NOR, scale, w_norm_sq_NO, None)
-    bo, bi, warps, _ = _FORMED[min(block, 256)]
+    bo, bi = _FORMED[min(block, 256)]
     for weight, a, b, found in zip(weights, a_NRI, b_NOR, norm, strict=True):
         _form[(triton.cdiv(outputs, bo),)](
             argument(weight), a, b, found, outputs, inputs, rank, inputs, scale, **constants(weight),
-            BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=1, **EXACT,
+            BO=bo, BI=bi, BR=block, num_warps=4, num_stages=1, **EXACT,
         )  # fmt: skip
     return norm
 
