@@ -93,6 +93,10 @@ class BaseWeight(ABC):
     def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
         """dz W, (…, I), in the dtype of dz: the gradient of x in `product`. Where `backward_adds`, added `onto`."""
 
+    def held(self, dtype: torch.dtype) -> BaseWeight:
+        """The same weight for several products in a row with tensors of `dtype`: dequantised once, while it is held."""
+        return self
+
     @staticmethod
     def shared_input(x_TI: Tensor) -> Any:
         """What products of one x with several weights of this kind need to make only once, if anything."""

@@ -87,6 +87,10 @@ class LibraryWeight(BaseWeight):
         dx = weight.product_backward(dz_TO.to(dtype)).to(dz_TO.dtype)
         return dx if onto is None else onto.add_(dx)
 
+    def held(self, dtype: torch.dtype) -> BaseWeight:
+        """Dequantised, where it is multiplied in `dtype`."""
+        return PlainWeight(self.dense(dtype)) if self.format.computes_in(dtype) == dtype else self
+
     def rows(self, at: slice | Tensor = slice(None)) -> Tensor:
         """Dequantised, and widened."""
         if isinstance(at, slice) and len(range(*at.indices(self.shape[0]))) == 0:

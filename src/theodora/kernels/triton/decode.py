@@ -27,12 +27,11 @@ from torch import Tensor
 
 from theodora.kernels.packed import LEAST_BLOCK, Packed
 from theodora.kernels.triton.common import precision, processors, product
-from theodora.kernels.triton.packed import argument, constants, dequantized, load_numbers
+from theodora.kernels.triton.packed import UNPACKED, argument, constants, dequantized, load_numbers
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
 _A_TILE = 4096  # numbers of A that a program holds: fewer than of W, so that A takes no more registers
-_UNPACKED = {"BITS": 0, "BLOCK": 0, "NESTED": 0, "DTYPE": tl.float32}
 _POOL = 1 << 18  # counters of one device: a decoder layer of 8B shape uses some 600 on each stream
 
 
@@ -261,7 +260,7 @@ def decode(
     ai = min(cut.bi, _A_TILE // _A_ROWS)
     a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
     a_splits = triton.cdiv(inputs, a_features)
-    (row, column), form, owner, w_argument = (0, 0), _UNPACKED, b, w
+    (row, column), form, owner, w_argument = (0, 0), UNPACKED, b, w
     if isinstance(w, Packed):
         form, owner, w_argument = constants(w), w.tensors[0], argument(w)
     elif not given:

@@ -22,6 +22,8 @@ from theodora.kernels.triton import weight_norm
 from theodora.kernels.triton.common import precision, processors, product, rank_block
 
 EXACT = {"enable_fp_fusion": False}
+UNPACKED = {"BITS": 0, "BLOCK": 0, "NESTED": 0, "DTYPE": tl.float32}
+"""The constants of a plain tensor."""
 _INTERPRETED = tl.constexpr(interpreted())
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that add up to one of these
