@@ -14,14 +14,17 @@ from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
+from theodora.kernels.packed import Packed
 from theodora.kernels.parts import MOST_LAYERS, SlottedWeights, Update
-from theodora.kernels.triton import beside, compose, finite, gated, rotary, routed, weight_norm
+from theodora.kernels.triton import beside, compose, decode, finite, gated, packed, rotary, routed, weight_norm
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024  # bytes a program can have on an H100
 TYPES = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float32: "*fp32",
@@ -31,24 +34,31 @@ TYPES = {
 }
 
 
+def kind(value):
+    """What a kernel is told of an argument."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Kernel name -> bytes of shared memory, of every launch in the test."""
     used: dict[str, int] = {}
 
-    def run(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **constants):
+    def run(kernel, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **constants):
         values = dict(zip(kernel.arg_names, args, strict=False)) | constants
         signature, constexprs = {}, {}
         for index, parameter in enumerate(kernel.params):
             value = values[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constexprs[(index,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
+            elif isinstance(value, tuple):
+                signature[parameter.name] = tuple(map(kind, value))
             else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                signature[parameter.name] = kind(value)
         source = ASTSource(kernel, signature, constexprs)
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         made = compile_kernel(source, target=HOPPER, options=options)
         used[kernel.__name__] = made.metadata.shared
 
@@ -104,6 +114,51 @@ def test_weight_norm(rank, dtype, launched, monkeypatch):
     weight_norm.dora_norm(w, *rest)
     assert max(launched.values()) <= SHARED_MEMORY
     assert ("_form_cancelled" in launched) == (rank > 32 and dtype != torch.float32)
+
+
+def packed_weight(table, nested, dtype, outputs=256, inputs=1024):
+    if table == "int8":
+        tensors = torch.zeros(outputs, inputs, dtype=torch.int8), torch.ones(outputs)
+        return Packed.of(tensors, (outputs, inputs), table, dtype)
+    numbers, blocks = torch.zeros(outputs * inputs // 2, 1, dtype=torch.uint8), outputs * inputs // 64
+    largest = torch.ones(blocks)
+    if nested:
+        largest = torch.zeros(blocks, dtype=torch.uint8), torch.ones(-(-blocks // 256)), torch.ones(256), torch.ones(())
+    tensors = (numbers, *largest) if nested else (numbers, largest)
+    return Packed.of(tensors, (outputs, inputs), table, dtype, 64, 256 if nested else 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "table", "nested", "dtype"),
+    [
+        *((rank, "nf4", True, torch.bfloat16) for rank in (16, 64, 128, 256)),
+        *((16, "nf4", False, dtype) for dtype in (torch.float16, torch.float32)),
+        (256, "nf4", True, torch.float32),
+        (16, "int8", False, torch.bfloat16),
+    ],
+)
+def test_norm_of_packed(rank, table, nested, dtype, launched):
+    weight = packed_weight(table, nested, dtype)
+    assert weight is not None
+    packed.dora_norms([weight], torch.zeros(1, rank, 1024), torch.zeros(1, 256, rank), 2.0, torch.ones(1, 256))
+    assert {"_times_a", "_dora_norm", "_form"} <= launched.keys()
+    assert max(launched.values()) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("how", ["nf4", "int8", "given"])
+def test_decode_of_packed(how, tokens, launched, monkeypatch):
+    monkeypatch.setattr(decode, "_pools", {})
+    decode.prepare(torch.device("cpu"))
+    x, g, bias = (
+        torch.zeros(tokens, 1024, dtype=torch.bfloat16),
+        torch.ones(256),
+        torch.zeros(256, dtype=torch.bfloat16),
+    )
+    w = packed_weight(how, True, torch.bfloat16) if how != "given" else torch.zeros(tokens, 256, dtype=torch.bfloat16)
+    rest = torch.zeros(16, 1024, dtype=torch.bfloat16), torch.zeros(256, 16, dtype=torch.bfloat16)
+    decode.decode(x, w, *rest, g, bias, given=how == "given")
+    assert launched["_decode"] <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("rank", [16, 256])

@@ -32,6 +32,7 @@ from theodora.kernels.float8 import (
     float8_product,
     quantize_rows,
 )
+from theodora.kernels.packed import Packed
 
 _ALIGNED = 16  # columns; what the tensor cores read at once
 
@@ -92,6 +93,10 @@ class BaseWeight(ABC):
     def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
         """dz W, (…, I), in the dtype of dz: the gradient of x in `product`. Where `backward_adds`, added `onto`."""
 
+    def held(self, dtype: torch.dtype) -> BaseWeight:
+        """The same weight for several products in a row with tensors of `dtype`: dequantised once, while it is held."""
+        return self
+
     @staticmethod
     def shared_input(x_TI: Tensor) -> Any:
         """What products of one x with several weights of this kind need to make only once, if anything."""
@@ -137,6 +142,10 @@ class BaseWeight(ABC):
 
         For what reads W itself (decoding, stacks): the module's own parameter, unless that is transposed.
         """
+
+    def packed(self) -> Packed | None:
+        """The weight as our own kernels read numbers of a few bits; None where it is none or they cannot."""
+        return None
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:

@@ -310,3 +310,12 @@ zero_scale_gradient = operator(
     _zero_scale_gradient,
     lambda dm, dy, h, rstd, weight, w, xa, b, scale, magnitude, norm: None,
 )
+
+
+def compose_backward_with_output(
+    dy_TO: Tensor, y_TO: Tensor, xa_TR: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor, norm_O: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`compose_backward_from_output_reference`, by the kernel where it runs."""
+    dz_TO = torch.empty_like(dy_TO, memory_format=torch.contiguous_format)
+    db_OR, dm_O = compose_backward_from_output(dy_TO, y_TO, xa_TR, b_OR, scale, magnitude_O, norm_O, dz_TO)
+    return dz_TO, dz_TO @ (scale * b_OR).to(dz_TO.dtype), db_OR, dm_O

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.operators import interpreted, operator, runs_triton
+from theodora.kernels.packed import Packed
 
 MOST_TOKENS = 64
 """Tokens up to which the kernel is meant: beyond, a product is no longer bound by reading W."""
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def decode_linear_reference(
@@ -34,15 +36,22 @@ def decode_linear_reference(
 def runs(weight: BaseWeight) -> bool:
     """Whether the kernel can run a layer of this weight."""
     w_OI = weight.plain()
-    if w_OI is None or type(w_OI.data) is not Tensor:  # or a DTensor
+    if w_OI is None:
+        return knows(weight) and weight.dtype in _DTYPES and runs_triton(weight.tensors()[0])
+    if type(w_OI.data) is not Tensor:  # or a DTensor
         return False
-    return w_OI.dtype in (torch.bfloat16, torch.float16) and runs_triton(w_OI)
+    return w_OI.dtype in _DTYPES and runs_triton(w_OI)
+
+
+def knows(weight: BaseWeight) -> bool:
+    """Whether it is of a kind that the kernel runs on, on one device or another."""
+    return weight.stored in ("plain", "library")
 
 
 def fits(x: Tensor) -> bool:
     """Whether x (…, I) is few enough tokens for the kernel, on a device and of a dtype that it knows."""
     tokens = x.numel() // max(1, x.shape[-1])
-    known = x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or interpreted())
+    known = x.dtype in _DTYPES and (x.is_cuda or interpreted())
     return known and 0 < tokens <= MOST_TOKENS
 
 
@@ -74,3 +83,56 @@ decode_linear = operator(
     "decode_linear(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? g, Tensor? bias) -> Tensor", _implementation, _fake
 )
 """`decode_linear_reference`, by the Triton kernel on a GPU."""
+
+
+def _packed(
+    x_TI: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    g_O: Tensor | None,
+    bias_O: Tensor | None,
+    w: list[Tensor],
+    form: list[int],
+    table: str,
+) -> Tensor:
+    from theodora.kernels.triton.decode import decode
+
+    return decode(x_TI, Packed(tuple(w), tuple(form), table, x_TI.dtype), a_RI, b_OR, g_O, bias_O)
+
+
+decode_packed = operator(
+    "decode_packed(Tensor x, Tensor a, Tensor b, Tensor? g, Tensor? bias, Tensor[] w, int[] form, str table) -> Tensor",
+    _packed,
+    lambda x, a, b, *_: x.new_empty(x.shape[0], b.shape[0]),
+)
+"""`decode_linear` of a packed weight, whose numbers are rounded to the dtype of x."""
+
+
+def _onto(x_TI: Tensor, z_TO: Tensor, a_RI: Tensor, b_OR: Tensor, g_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
+    from theodora.kernels.triton.decode import decode
+
+    return decode(x_TI, z_TO, a_RI, b_OR, g_O, bias_O, given=True)
+
+
+decode_onto = operator(
+    "decode_onto(Tensor x, Tensor z, Tensor a, Tensor b, Tensor? g, Tensor? bias) -> Tensor",
+    _onto,
+    lambda x, z, *_: torch.empty_like(z),
+)
+"""y = g ⊙ (z + (x Aᵀ) Bᵀ) + bias, (T, O), from z = x Wᵀ, in one launch."""
+
+
+def decode(
+    x_TI: Tensor, weight: BaseWeight, a_RI: Tensor, b_OR: Tensor, g_O: Tensor | None, bias_O: Tensor | None
+) -> Tensor:
+    """`decode_linear` of a weight that `runs`, for an x that `fits`, of the weight's dtype.
+
+    A packed weight is read as it is; with any other of a library's, that library multiplies.
+    """
+    if (w_OI := weight.plain()) is not None:
+        return decode_linear(x_TI, w_OI, a_RI, b_OR, g_O, bias_O)
+    packed = None if weight.rounds_input else weight.packed()
+    if packed is None:
+        return decode_onto(x_TI, weight.product(x_TI), a_RI, b_OR, g_O, bias_O)
+    rest = list(packed.tensors), list(packed.form), packed.table
+    return decode_packed(x_TI, a_RI, b_OR, g_O, bias_O, *rest)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from theodora.kernels.packed import Packed
+
 Tensors = tuple[Tensor, ...]
 Rows = slice | Tensor
 """Some rows of a weight: a slice without a step, a mask (O,), or indices."""
@@ -85,6 +87,10 @@ class Format(ABC):
     def watched(self, tensors: Tensors) -> Tensors:
         """The memory behind the tensors, by which a change shows."""
         return tensors
+
+    def packed(self, tensors: Tensors) -> Packed | None:
+        """The weight as our own kernels read it, if they can."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +153,10 @@ class Bits4(Format):
             z = product(x_TI.to(dtype), packed, self.shape, absmax, *form, bias=bias)
         return z.to(x_TI.dtype)
 
+    def packed(self, tensors: Tensors) -> Packed | None:
+        """Where no block spans two rows."""
+        return Packed.of(tensors, self.shape, self.table, self.dtype, self.block, self.nested)
+
     def _dequantized(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         # Rounded to the dtype that it is multiplied in before any other.
         first = dtype if dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32 else self.dtype
@@ -206,6 +216,10 @@ class Bits8(Format):
     def rows(self, tensors: Tensors, at: Rows, dtype: torch.dtype) -> Tensor:
         """Of those rows alone."""
         return _bits8(tensors[0][at], tensors[1][at], self.dtype).to(dtype)
+
+    def packed(self, tensors: Tensors) -> Packed | None:
+        """Always."""
+        return Packed.of(tensors, self.shape, "int8", self.dtype)
 
     def product(self, tensors: Tensors, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """As `bitsandbytes.matmul`, without autograd."""
@@ -323,3 +337,8 @@ class Part(Format):
     def watched(self, tensors: Tensors) -> Tensors:
         """The whole's."""
         return self.whole.watched(tensors)
+
+    def packed(self, tensors: Tensors) -> Packed | None:
+        """Those rows of the whole."""
+        whole = self.whole.packed(tensors)
+        return None if whole is None else whole.rows(self.start, self.start + self.shape[0])

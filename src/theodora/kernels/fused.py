@@ -31,16 +31,16 @@ from theodora.kernels.compose import (
     compose_backward,
     compose_backward_from_output,
     compose_backward_into,
+    compose_backward_with_output,
     compose_in_place,
     compose_onto,
-    zero_scale_gradient,
 )
 from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
 from theodora.kernels.notes import Output, norm_of, note_output
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 from theodora.kernels.residual import Remade
-from theodora.kernels.shared_outputs import SharedOutputs, saves_through_hooks
+from theodora.kernels.shared_outputs import SharedOutputs, add_zero_scales, saves_through_hooks
 
 
 def adapted_linears(
@@ -61,7 +61,7 @@ def adapted_linears(
     # Without magnitudes the outputs are the base products themselves, which must not be views of one another.
     if stack is not None and (x_lora is not None or not _scaled(layers) or not stack_holds(stack, layers)):
         stack = None
-    if stack is None or (shared is not None and not shared.fit(x, layers)):
+    if shared is not None and (x_lora is not None or not shared.fit(x, layers, stacked=stack is not None)):
         shared = None
     ys: Any = _AdaptedLinears.apply(x, x_lora, source, stack, shared, forms, *tensors)
     return [y.view(*x_TI.shape[:-1], y.shape[-1]) for y in ys]
@@ -132,8 +132,7 @@ class _AdaptedLinears(torch.autograd.Function):
             normed = isinstance(source, NormedInput)
             x = (source.h_TI, source.rstd_T, source.weight_I) if normed else (source, None, None)
             for of_layer, dy, xa_TR, layer in zip(found.gradients, dys, xas, layers, strict=True):
-                rest = layer.weight.plain(), xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
-                zero_scale_gradient(of_layer.magnitude_O, dy, *x, *rest)
+                add_zero_scales(of_layer.magnitude_O, dy, x, xa_TR, layer)
         dx_lora = None
         if needs_x_lora and found.dzb_TR is not None:
             a = stacked_a(chosen, found.dzb_TR.dtype)
@@ -275,14 +274,13 @@ class LayerStep:
     xa_TR: Tensor | None
 
 
-def composed_backward(step: LayerStep) -> tuple[Tensor, Tensor | None, LayerGradients]:
-    """dz and dzb of `composed`, and the gradients of B and the magnitude."""
+def composed_backward(step: LayerStep, from_output: bool = False) -> tuple[Tensor, Tensor | None, LayerGradients]:
+    """dz and dzb of `composed`, and the gradients of B and the magnitude; perhaps from the output that was kept."""
     layer, dy_TO, z_TO, xa_TR = step.layer, step.dy_TO, step.kept_TO, step.xa_TR
     magnitude, norm, b = layer.magnitude_O, layer.norm_O, layer.b_OR
     if xa_TR is not None and b is not None and in_one_pass(dy_TO, layer):
-        dz, dzb, db, dm = compose_backward(
-            dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm
-        )
+        backward = compose_backward_with_output if from_output else compose_backward
+        dz, dzb, db, dm = backward(dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm)
         if norm is None or magnitude is None:
             return dy_TO, dzb, LayerGradients(b_OR=db.to(b.dtype))
         return dz, dzb, LayerGradients(b_OR=db.to(b.dtype), magnitude_O=dm.to(magnitude.dtype))
@@ -354,7 +352,7 @@ def layers_backward(
         needs_x: whether dx is wanted.
         joins_x: whether the low-rank branches read x too, and add to dx.
         over: with a stack, what holds the z, which [dz₁ | dz₂ | … | dzb] may be written over.
-        from_outputs: whether the layers' outputs were kept, not z: with a stack only.
+        from_outputs: whether the layers' outputs were kept, not z.
     """
     layers = [step.layer for step in steps]
     if stack is not None and _scaled(layers) and all(in_one_pass(steps[0].dy_TO, layer) for layer in layers):
@@ -363,7 +361,7 @@ def layers_backward(
     dzbs: list[Tensor | None] = []
     gradients: list[LayerGradients] = []
     for step in steps:
-        dz, dzb, of_layer = composed_backward(step)
+        dz, dzb, of_layer = composed_backward(step, from_outputs)
         dzs.append(dz)
         dzbs.append(dzb)
         gradients.append(of_layer)

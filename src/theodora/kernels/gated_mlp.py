@@ -8,7 +8,7 @@ same graph is an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -146,12 +146,15 @@ class _GatedMLP(torch.autograd.Function):
         assert z2 is not None
         xa1, xa2 = split_ranks(saved.xa_TR, [gate, up])
 
-        mlp = _Layers(gate, up, down, ctx.stacks.outer, ctx.activation)
+        slices = _slices(z1, down)
+        held = replace(down, weight=down.weight.held(dy_TI.dtype)) if slices > 1 else down
+        mlp = _Layers(gate, up, held, ctx.stacks.outer, ctx.activation)
         tokens = _Tokens(dy_TI, z1, z2, z3, xa1, xa2, saved.xa3_TR, saved.room3)
-        size = -(-dy_TI.shape[0] // _slices(z1, down))
+        size = -(-dy_TI.shape[0] // slices)
         found = _joined(
             [_to_gate_and_up(tokens.some(slice(at, at + size)), mlp) for at in range(0, dy_TI.shape[0], size)]
         )
+        del mlp, held
         torch.autograd.graph.increment_version([z1, z2] if saved.room3 is None else [z1, z2, saved.room3])
         if down.a_RI is not None and found.down.a_RI is not None:
             found.down.a_RI = found.down.a_RI.to(down.a_RI.dtype)

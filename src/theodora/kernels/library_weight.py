@@ -8,7 +8,7 @@ Shapes: T tokens, I in features, O out features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from theodora.functional import wide_dtype
+from theodora.kernels import packed as packed_weight
 from theodora.kernels import weight_norm
 from theodora.kernels.base_weight import BaseWeight, PlainWeight
 from theodora.kernels.formats import Format, Part
+from theodora.kernels.packed import Packed
 
 
 class LibraryWeight(BaseWeight):
@@ -85,6 +87,10 @@ class LibraryWeight(BaseWeight):
         dx = weight.product_backward(dz_TO.to(dtype)).to(dz_TO.dtype)
         return dx if onto is None else onto.add_(dx)
 
+    def held(self, dtype: torch.dtype) -> BaseWeight:
+        """Dequantised, where it is multiplied in `dtype`."""
+        return PlainWeight(self.dense(dtype)) if self.format.computes_in(dtype) == dtype else self
+
     def rows(self, at: slice | Tensor = slice(None)) -> Tensor:
         """Dequantised, and widened."""
         if isinstance(at, slice) and len(range(*at.indices(self.shape[0]))) == 0:
@@ -99,11 +105,32 @@ class LibraryWeight(BaseWeight):
         """‖W‖² of each output row: some rows at a time, or dequantised once where rows cannot be had alone."""
         return super().norm_squared() if self.format.cuts else PlainWeight(self.dense()).norm_squared()
 
+    def packed(self) -> Packed | None:
+        """The weight as our own kernels read it, if they can, where it lies."""
+        packed = self.format.packed(self._tensors)
+        return packed if packed is not None and packed.runs else None
+
     def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
-        """Of half a precision in one pass over the dequantised weight; a wide one some rows at a time."""
+        """By a kernel that reads the packed numbers, if it can.
+
+        Else of half a precision in one pass over the dequantised weight; a wide one some rows at a time.
+        """
+        if (packed := self.packed()) is not None:
+            return packed_weight.dora_norm(packed, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O)
         if wide_dtype(self.dtype) == self.dtype and self.format.cuts:
             return super().dora_norm(a_RI, b_OR, scale, w_norm_sq_O)
         return weight_norm.dora_norm(self.dense(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
+
+    @classmethod
+    def dora_norms(
+        cls, weights: Sequence[LibraryWeight], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor
+    ) -> Tensor:
+        """In few launches, where a kernel reads them all."""
+        all_packed = [weight.packed() for weight in weights]
+        packed = [one for one in all_packed if one is not None]
+        if len(packed) < len(weights) or len({(one.form[:-1], one.table, one.dtype) for one in packed}) > 1:
+            return super().dora_norms(weights, a_NRI, b_NOR, scale, w_norm_sq_NO)
+        return packed_weight.dora_norms(packed, a_NRI, b_NOR, scale, w_norm_sq_NO)
 
     def split(self, outputs: int) -> list[BaseWeight]:
         """Rows of the same tensors."""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from theodora.kernels.compose import zero_scale_gradient
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 
@@ -32,13 +33,13 @@ class SharedOutputs:
         """For each layer, whether rotary embeddings are to read its output."""
         self.possible = True
 
-    def fit(self, x_TI: Tensor, layers: Sequence[Parts]) -> bool:
-        """Whether outputs may be kept in this pass."""
+    def fit(self, x_TI: Tensor, layers: Sequence[Parts], stacked: bool) -> bool:
+        """Whether outputs may be kept in this pass; `stacked`: the layers' weights lie in one buffer."""
         # float16 has not the range to be divided by a small g. Where hooks take what autograd saves elsewhere
         # (checkpointing, offloading), outputs would be held past them.
         fits = self.possible and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         fits = fits and x_TI.dtype != torch.float16 and runs_triton(x_TI) and not saves_through_hooks()
-        return fits and all(map(_invertible, layers))
+        return fits and all(_invertible(layer, stacked) for layer in layers)
 
 
 def saves_through_hooks() -> bool:
@@ -46,7 +47,20 @@ def saves_through_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
 
 
-def _invertible(layer: Parts) -> bool:
+def add_zero_scales(
+    dm_O: Tensor, dy_TO: Tensor, x: tuple[Tensor, Tensor | None, Tensor | None], xa_TR: Tensor, layer: Parts
+) -> None:
+    """`zero_scale_gradient` of one layer: x is (h, rstd, weight), or (x, None, None)."""
+    rest = xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
+    if (packed := layer.weight.packed()) is None:
+        zero_scale_gradient(dm_O, dy_TO, *x, layer.weight.plain(), *rest)
+        return
+    from theodora.kernels.triton import compose as triton
+
+    triton.zero_scale_gradient(dm_O, dy_TO, *x, packed, *rest)  # pyright: ignore[reportArgumentType]
+
+
+def _invertible(layer: Parts, stacked: bool) -> bool:
     low = layer.b_OR is not None and layer.b_OR.shape[1] <= MOST_FUSED_RANK
     # A bias may be far larger than the rest of an output, whose digits it then costs.
-    return low and layer.norm_O is not None and layer.bias_O is None and layer.weight.plain() is not None
+    return low and layer.norm_O is not None and layer.bias_O is None and (stacked or layer.weight.packed() is not None)

@@ -78,8 +78,7 @@ class LinearAdapterLayer(AdapterLayer):
         if adapter is None or not kernels.decode.fits(x) or adapter.drops:
             return None
         weight = self.current_weight
-        w_OI = weight.plain()
-        if w_OI is None or not weight.takes(x.dtype):
+        if x.dtype != weight.dtype or not kernels.decode.knows(weight):
             return None
         if autocast_dtype(x) is not None or not kernels.fast():
             return None
@@ -87,7 +86,7 @@ class LinearAdapterLayer(AdapterLayer):
         if ready is None or ready.decode is None:
             return None
         a, b, g = ready.decode.a_RI, ready.decode.b_OR, ready.decode.g_O
-        y = kernels.decode.decode_linear(x.reshape(-1, x.shape[-1]), w_OI, a, b, g, self.bias)
+        y = kernels.decode.decode(x.reshape(-1, x.shape[-1]), weight, a, b, g, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _decode_tensors(self, adapter: LowRank, norm_O: Tensor | None) -> DecodeTensors | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,12 @@ def precision(dtype: torch.dtype) -> str:
 def row_contiguous(t: Tensor) -> Tensor:
     """`t`, or a copy whose rows are contiguous, as the kernels read them; rows themselves may lie apart."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """How many of them a GPU has; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def chunks_of_tokens(tokens: int, blocks: int, block_t: int, programs: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from theodora.kernels.packed import Packed
 from theodora.kernels.parts import LEAST_SCALE
 from theodora.kernels.triton.common import (
     chunks_of_tokens,
@@ -23,6 +24,7 @@ from theodora.kernels.triton.common import (
     row_scale,
     sum_rows,
 )
+from theodora.kernels.triton.packed import UNPACKED, argument, constants, load_packed
 
 # (tokens, features, warps, stages) of a program, by padded rank; measured on an H100 and, at rank 16, on an H200.
 _FORWARD = {16: (16, 128, 4, 3), 32: (16, 128, 4, 3), 64: (32, 64, 4, 3), 128: (32, 64, 4, 2)}
@@ -227,7 +229,8 @@ def compose_backward_into(
 def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, O, I, R,
                          dy_row, h_row, w_row, xa_row, b_row, b_col, scale,
                          NORMED: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
-                         BR: tl.constexpr):  # fmt: skip
+                         BR: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+                         DTYPE: tl.constexpr):  # fmt: skip
     """Some output rows, whose program ends at once unless a scale among them is zero: there are hardly ever any."""
     first_row = tl.program_id(0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
@@ -243,8 +246,13 @@ def _zero_scale_gradient(dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, T, 
                 b_tile = tl.load(b + row * b_row + r * b_col, mask=r < R, other=0.0).to(tl.float32) * scale
                 for first in range(0, I, BI):
                     i = first + tl.arange(0, BI)
-                    w_at = w + tl.cast(row, tl.int64) * w_row + i
-                    w_tile = tl.load(w_at, mask=i < I, other=0.0).to(tl.float32)
+                    if BITS > 0:
+                        own = row + tl.arange(0, 1)
+                        w_tile = load_packed(w, own, first, O, I, BITS, BLOCK, NESTED, DTYPE, 1, BI).reshape(BI)
+                        w_tile = w_tile.to(tl.float32)
+                    else:
+                        w_at = w + tl.cast(row, tl.int64) * w_row + i
+                        w_tile = tl.load(w_at, mask=i < I, other=0.0).to(tl.float32)
                     if NORMED:
                         w_tile *= tl.load(weight + i, mask=i < I, other=0.0).to(tl.float32)
                     for start in range(0, T, BT):
@@ -267,7 +275,7 @@ def zero_scale_gradient(
     h: Tensor,
     rstd: Tensor | None,
     weight: Tensor | None,
-    w: Tensor,
+    w: Tensor | Packed,
     xa: Tensor,
     b: Tensor,
     scale: float,
@@ -275,11 +283,17 @@ def zero_scale_gradient(
     norm: Tensor,
 ) -> None:
     """`zero_scale_gradient_reference` on the GPU, which alone knows whether there are such rows."""
-    dy, h, w, xa = (row_contiguous(t) for t in (dy, h, w, xa))
+    dy, h, xa = (row_contiguous(t) for t in (dy, h, xa))
+    if isinstance(w, Packed):
+        w_row, w_argument, form = 0, argument(w), constants(w)
+    else:
+        w = w_argument = row_contiguous(w)
+        w_row, form = w.stride(0), UNPACKED
     tokens, inputs = h.shape
     rank = b.shape[1]
     _zero_scale_gradient[(triton.cdiv(dm.shape[0], 64),)](
-        dm, dy, h, rstd, weight, w, xa, b, magnitude, norm, tokens, dm.shape[0], inputs, rank,
-        dy.stride(0), h.stride(0), w.stride(0), xa.stride(0), b.stride(0), b.stride(1), scale,
-        NORMED=rstd is not None, ROWS=64, BT=16, BI=256, BR=rank_block(rank), num_warps=4,
+        dm, dy, h, rstd, weight, w_argument, xa, b, magnitude, norm, tokens, dm.shape[0], inputs, rank,
+        dy.stride(0), h.stride(0), w_row, xa.stride(0), b.stride(0), b.stride(1), scale,
+        NORMED=rstd is not None, ROWS=64, BT=16, BI=256, BR=rank_block(rank), **form,
+        num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`theodora.kernels.decode` in Triton: one launch for each linear layer, which reads W once.
+"""`theodora.kernels.decode` in Triton: one launch for each linear layer, which reads W once, packed or not.
 
 The first programs of the grid multiply x with rows of A, all others with rows of W. Both split the I features where
 there are too few rows to fill the GPU: each program writes its partial sums, and the one that arrives last adds them
@@ -17,7 +17,7 @@ Shapes as in `theodora.functional`; within the kernel tiles lie as (rows, tokens
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -25,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from theodora.kernels.triton.common import precision, product
+from theodora.kernels.packed import LEAST_BLOCK, Packed
+from theodora.kernels.triton.common import precision, processors, product
+from theodora.kernels.triton.packed import UNPACKED, argument, constants, dequantized, load_numbers
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
@@ -52,6 +54,34 @@ def _partial(x, rows, o, count, start, stop, T, I, row, col,
         else:
             x_tile = tl.load(x_start + i[None, :], mask=(t[:, None] < T) & inside[None, :], other=0.0)
             sums += product(w_tile, tl.trans(x_tile), PRECISION)
+    if BT == 1:
+        sums = tl.sum(sums, 1)[:, None]
+    return sums
+
+
+@triton.jit
+def _partial_packed(x, w, o, O, start, stop, T, I,
+                    BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
+                    PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    """`_partial` of a packed weight (see `packed.py`)."""
+    t = tl.arange(0, BT)
+    sums = tl.zeros([BO, BI if BT == 1 else BT], dtype=tl.float32)
+    q, scale = load_numbers(w, o, start, O, I, BITS, BLOCK, NESTED, BI)
+    for first in tl.range(start, stop, BI, num_stages=1):
+        i = first + tl.arange(0, BI)
+        inside = i < stop
+        if BT == 1:
+            x_tile = tl.load(x + i, mask=inside, other=0.0)
+        else:
+            x_tile = tl.load(x + t[:, None] * I + i[None, :], mask=(t[:, None] < T) & inside[None, :], other=0.0)
+        rows = tl.where(first + BI < stop, O, 0)
+        next_q, next_scale = load_numbers(w, o, first + BI, rows, I, BITS, BLOCK, NESTED, BI)
+        w_tile = dequantized(w, q, scale, BITS, DTYPE, BO, BI)
+        if BT == 1:
+            sums += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
+        else:
+            sums += product(w_tile, tl.trans(x_tile), PRECISION)
+        q, scale = next_q, next_scale
     if BT == 1:
         sums = tl.sum(sums, 1)[:, None]
     return sums
@@ -112,7 +142,10 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
             a_blocks, a_splits, a_features, w_blocks, w_splits, w_features,
             OWN_XA: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
             PRECISION: tl.constexpr, STAGES: tl.constexpr,
-            BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, AI: tl.constexpr):  # fmt: skip
+            BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, AI: tl.constexpr,
+            GIVEN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+            DTYPE: tl.constexpr):  # fmt: skip
+    """With GIVEN, w is z = x Wᵀ, (T, O); with BITS a tuple, see `packed.py`."""
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
     program = tl.program_id(0) - a_programs
@@ -125,8 +158,14 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
     block, split = program // w_splits, program % w_splits
     o, t = block * BO + tl.arange(0, BO), tl.arange(0, BT)
     start = split * w_features
-    sums = _partial(x, w, o, O, start, tl.minimum(start + w_features, I), T, I, w_row, w_col,
-                    PRECISION, STAGES, BT, BO, BI)  # fmt: skip
+    stop = tl.minimum(start + w_features, I)
+    if GIVEN:
+        at = w + t[None, :].to(tl.int64) * O + o[:, None]
+        sums = tl.load(at, mask=(o[:, None] < O) & (t[None, :] < T), other=0.0).to(tl.float32)
+    elif BITS > 0:
+        sums = _partial_packed(x, w, o, O, start, stop, T, I, BITS, BLOCK, NESTED, DTYPE, PRECISION, BT, BO, BI)
+    else:
+        sums = _partial(x, w, o, O, start, stop, T, I, w_row, w_col, PRECISION, STAGES, BT, BO, BI)
     if SPLIT:
         w_parts = parts + a_programs * (BR * BT) + block.to(tl.int64) * w_splits * (BO * BT)
         sums, last = _gather(sums, w_parts, counters + a_blocks + block, split, w_splits, BT, BO)
@@ -180,27 +219,53 @@ def plan(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
     return Plan(64, bt, bi, splits, stages=3 if bt == 64 else 4)
 
 
+@lru_cache(maxsize=256)
+def plan_packed(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
+    """`plan` of a packed weight, whose programs must be more to have as many bytes in flight."""
+    if tokens == 1:
+        bo = 8 if outputs >= 16 * processors else 4
+        return Plan(bo, 1, min(8192 // bo, max(LEAST_BLOCK, triton.next_power_of_2(inputs))))
+    return replace(plan(tokens, outputs, inputs, processors), stages=1)
+
+
+def _plan_given(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
+    """Where xa and B are all there is to read."""
+    return Plan(64, 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)), 256)
+
+
 def decode(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | Packed,
     a: Tensor,
     b: Tensor,
     g: Tensor | None,
     bias: Tensor | None,
     cut: Plan | None = None,
+    *,
+    given: bool = False,
 ) -> Tensor:
-    """`theodora.kernels.decode.decode_linear`, cut up as the plan says (by default by `plan`)."""
+    """`theodora.kernels.decode.decode_linear`, cut up as the plan says (by default by `plan`).
+
+    `given`: w is z = x Wᵀ, (T, O), that another kernel has made.
+    """
     if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(x.device):
-            return decode(x, w, a, b, g, bias, cut)
+            return decode(x, w, a, b, g, bias, cut, given=given)
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     (tokens, inputs), (outputs, rank) = x.shape, b.shape
-    cut = cut or plan(tokens, outputs, inputs, _processors(x.device))
+    if cut is None:
+        how = _plan_given if given else plan_packed if isinstance(w, Packed) else plan
+        cut = how(tokens, outputs, inputs, processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
     ai = min(cut.bi, _A_TILE // _A_ROWS)
     a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
     a_splits = triton.cdiv(inputs, a_features)
-    sync_start = _counters(x.device, w, 2 + a_blocks + (blocks if cut.splits > 1 else 0))
+    (row, column), form, owner, w_argument = (0, 0), UNPACKED, b, w
+    if isinstance(w, Packed):
+        form, owner, w_argument = constants(w), w.tensors[0], argument(w)
+    elif not given:
+        (row, column), owner = w.stride(), w
+    sync_start = _counters(x.device, owner, 2 + a_blocks + (blocks if cut.splits > 1 else 0))
     own_xa = sync_start is not None
     y = x.new_empty(tokens, outputs)
     if own_xa:
@@ -216,12 +281,12 @@ def decode(
     w_features = _share(inputs, splits, cut.bi)
     splits = triton.cdiv(inputs, w_features)
     _decode[(a_blocks * a_splits + blocks * splits,)](
-        x, w, a, b, y if g is None else g, y if bias is None else bias, xa, parts, sync, y,
-        tokens, outputs, inputs, rank, w.stride(0), w.stride(1), xa_row, xa_col, sync_start,
+        x, w_argument, a, b, y if g is None else g, y if bias is None else bias, xa, parts, sync, y,
+        tokens, outputs, inputs, rank, row, column, xa_row, xa_col, sync_start,
         a_blocks, a_splits, a_features, blocks, splits, w_features,
         own_xa, splits > 1, g is not None, bias is not None,
         precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS, ai,
-        num_warps=cut.warps, num_stages=cut.stages,
+        GIVEN=given, **form, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return y
 
@@ -269,8 +334,3 @@ def _counters(device: torch.device, w: Tensor, count: int) -> int | None:
         return None
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _pools[device].start((stream, w.data_ptr(), count))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -11,7 +11,6 @@ Shapes as in `theodora.kernels.routed`; P parts. What belongs to one layer has i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from theodora.kernels.parts import MOST_LAYERS, TILE, SlottedWeights
-from theodora.kernels.triton.common import precision, product, row_contiguous
+from theodora.kernels.triton.common import precision, processors, product, row_contiguous
 
 _MOST_RANKS = 64  # that a program holds at once
 
@@ -134,7 +133,7 @@ def routed(
     br = min(_MOST_RANKS, max(16, triton.next_power_of_2(max(ranks))))
     bi, bo = _blocks(x.dtype, br)
     blocks = sum(triton.cdiv(rank, br) for rank in ranks)
-    splits = splits_of(count * blocks, inputs, bi, _processors(x.device))
+    splits = splits_of(count * blocks, inputs, bi, processors(x.device))
     steps = triton.cdiv(triton.cdiv(inputs, splits), bi)
     splits = triton.cdiv(inputs, steps * bi)
     parts = torch.empty(splits * tokens * sum(ranks), dtype=torch.float32, device=x.device)
@@ -165,8 +164,3 @@ def _blocks(dtype: torch.dtype, br: int) -> tuple[int, int]:
 def splits_of(programs: int, inputs: int, bi: int, processors: int) -> int:
     """Programs that share the features, such that two or so fall on each of the GPU's `processors`."""
     return max(1, min(triton.cdiv(2 * processors, programs), inputs // (2 * bi), 16))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -57,9 +57,9 @@ def _formed(w, a, b_tile, row_scale, o, r, O, I, R, w_row, w_col, a_row, scale,
 @triton.jit
 def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R,
                w_row, w_col, a_row, b_row, b_col, scale,
-               MULTIPLIED: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-               TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr, FORM: tl.constexpr, SHARES: tl.constexpr,
-               BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+               MULTIPLIED: tl.constexpr, PARTS: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT: tl.constexpr,
+               PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, CANCELLED: tl.constexpr, FORM: tl.constexpr,
+               SHARES: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """The norm of each row; without FORM, −1 for rows whose terms cancel.
 
     `gram` is B (A Aᵀ), (O, R); or A Aᵀ as the sum of so many SHARES, each (R, R).
@@ -68,9 +68,9 @@ def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R,
     r = tl.arange(0, BR)
     w_a = tl.zeros((BO, BR), tl.float32)
     if MULTIPLIED:
-        for part in tl.static_range(3):
+        for part in tl.static_range(PARTS):
             w_a += tl.load(
-                products + o[:, None] * (3 * R) + part * R + r[None, :],
+                products + o[:, None] * (PARTS * R) + part * R + r[None, :],
                 mask=(o[:, None] < O) & (r[None, :] < R), other=0.0,
             )  # fmt: skip
     else:
@@ -149,7 +149,7 @@ def dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, 
     _dora_norm[(triton.cdiv(outputs, own),)](
         w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, outputs, inputs, rank,
         w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
-        MULTIPLIED=products is not None, QUANTIZED=w_scale is not None, SPLIT=split,
+        MULTIPLIED=products is not None, PARTS=3, QUANTIZED=w_scale is not None, SPLIT=split,
         PRECISION=precision(torch.bfloat16 if split else torch.float32),
         TRANSPOSED=_transposed(w), CANCELLED=CANCELLED, FORM=forms, SHARES=shares,
         BO=own, BI=bi, BR=block, num_warps=warps, num_stages=stages,
@@ -173,7 +173,7 @@ def dora_norms(
     """
     count, outputs, rank = b_NOR.shape
     a_NRI, b_NOR = a_NRI.contiguous(), b_NOR.contiguous()
-    parts = _in_three(a_NRI)
+    parts, gram = _in_three(a_NRI), _times_gram(b_NOR, a_NRI)
     scales: Sequence[Tensor | None] = [None] * count if w_scale_NO is None else list(w_scale_NO)
     products = torch.empty(count, outputs, 3 * rank, dtype=torch.float32, device=a_NRI.device)
     for into, w, a3, w_scale in zip(products, ws, parts, scales, strict=True):
@@ -181,22 +181,51 @@ def dora_norms(
         if product is None:
             return None
         into.copy_(product)
-    norm = torch.empty(count, outputs, dtype=torch.float32, device=a_NRI.device)
-    block = rank_block(rank)
-    _, bi, warps, stages = _TILES[min(block, 256)]
-    rows = max(1, 1024 // block)
-    w, inputs = ws[0], ws[0].shape[1]  # (not read: rows that cancel are formed below)
-    _dora_norm[(triton.cdiv(count * outputs, rows),)](
-        w, a_NRI, parts, products, b_NOR, _times_gram(b_NOR, a_NRI), w_norm_sq_NO, w_scale_NO, norm,
-        count * outputs, inputs, rank, *w.stride(), inputs, rank, 1, scale,
-        MULTIPLIED=True, QUANTIZED=w_scale_NO is not None, SPLIT=True, PRECISION=precision(torch.bfloat16),
-        TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False, SHARES=0,
-        BO=rows, BI=bi, BR=block, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    norm = norms_of_products(products.unflatten(2, (3, rank)), gram, b_NOR, scale, w_norm_sq_NO, w_scale_NO)
     if bool((norm < 0).any()):
         for w, a, b, w_scale, found in zip(ws, a_NRI, b_NOR, scales, norm, strict=True):
             _form_rows(w, a, b, w_scale, found, scale)
     return norm
+
+
+def norms_of_products(
+    products_NOPR: Tensor,
+    gram: Tensor,
+    b_NOR: Tensor,
+    scale: float,
+    w_norm_sq_NO: Tensor,
+    w_scale_NO: Tensor | None,
+) -> Tensor:
+    """The norms, (N, O), from W Aᵀ as the sum of P products; −1 where the terms cancel.
+
+    Args:
+        products_NOPR: float32.
+        gram: B (A Aᵀ), (N, O, R); or, of one weight, A Aᵀ as the sum of `_SHARES`, (shares, R, R).
+        b_NOR: B, contiguous.
+        scale: s.
+        w_norm_sq_NO: ‖W‖² of each row.
+        w_scale_NO: what the rows of the weight that was multiplied are to be multiplied by.
+    """
+    count, outputs, parts, rank = products_NOPR.shape
+    norm = torch.empty(count, outputs, dtype=torch.float32, device=b_NOR.device)
+    block = rank_block(rank)
+    rows = max(1, 1024 // block)
+    _dora_norm[(triton.cdiv(count * outputs, rows),)](
+        norm, b_NOR, b_NOR, products_NOPR, b_NOR, gram, w_norm_sq_NO, w_scale_NO, norm,  # (W and A are not read)
+        count * outputs, 1, rank, 1, 1, 1, rank, 1, scale,
+        MULTIPLIED=True, PARTS=parts, QUANTIZED=w_scale_NO is not None, SPLIT=True,
+        PRECISION=precision(torch.bfloat16), TRANSPOSED=False, CANCELLED=CANCELLED, FORM=False,
+        SHARES=0 if gram.shape == b_NOR.shape else _SHARES, BO=rows, BI=16, BR=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return norm
+
+
+def in_three_with_gram(a_NRI: Tensor, b_NOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Each A as the sum of three bfloat16 tensors, (N, 3, R, I), and the `gram` of `norms_of_products`."""
+    if len(a_NRI) == 1 and (block := rank_block(a_NRI.shape[1])) <= _GRAMS:
+        a3, gram = _split_with_gram(a_NRI[0], block)
+        return a3[None], gram
+    return _in_three(a_NRI), _times_gram(b_NOR, a_NRI)
 
 
 def _form_rows(w: Tensor, a: Tensor, b: Tensor, w_scale: Tensor | None, norm: Tensor, scale: float) -> None:

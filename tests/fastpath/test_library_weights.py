@@ -1,0 +1,112 @@
+"""A training step on a base that bitsandbytes stores in four bits: right, and no dequantising beyond the base's own."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from formula import DEVICE
+from steps import expected, moved, needs_triton, same, step
+from theodora import AdapterConfig, inject_adapter
+from theodora.adapters.state import trained_tensors
+from theodora.fastpath.accelerate import speed_up_model
+from theodora.kernels import fused, gated_mlp
+from tiny import tiny_model
+
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = needs_triton
+
+WIDTH, HIDDEN = 64, 128
+
+
+def quantized(dtype=torch.float32, blocks=2, **config):
+    """A tiny Llama whose layers are quantised twice, with DoRA."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN}
+    model = tiny_model("llama", dtype=dtype, num_hidden_layers=blocks, **sizes)
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                options = {"bias": False, "compute_dtype": dtype, "compress_statistics": True, "quant_type": "nf4"}
+                packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
+                packed.load_state_dict(linear.state_dict())
+                setattr(parent, name, packed)
+    return moved(inject_adapter(model.to(DEVICE), AdapterConfig(rank=3, **config)))
+
+
+@pytest.fixture
+def from_outputs(monkeypatch):
+    """Counts the layers whose gradients came from outputs."""
+    count, own = [0], fused.compose_backward_with_output
+
+    def counted(*args):
+        count[0] += 1
+        return own(*args)
+
+    monkeypatch.setattr(fused, "compose_backward_with_output", counted)
+    return count
+
+
+def test_a_step(from_outputs):
+    model = quantized()
+    wanted = expected(model)
+    speed_up_model(model)
+    same(step(model), wanted)
+    assert from_outputs[0] == 6  # q, k and v keep nothing that attention does not keep
+
+
+def test_rows_whose_magnitude_is_zero(from_outputs):
+    model = quantized(blocks=1)
+    with torch.no_grad():
+        for name, tensor in trained_tensors(model).items():
+            if "magnitude" in name and ("q_proj" in name or "v_proj" in name):
+                tensor[[0, 2]] = 0
+    wanted = expected(model)
+    speed_up_model(model)
+    same(step(model), wanted)
+    assert from_outputs[0] == 3
+
+
+class Counted(TorchDispatchMode):
+    """Counts the library's operators, and float32 tensors as large as a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == "bitsandbytes":
+            self.count[func._schema.name.removeprefix("bitsandbytes::")] += 1
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+            sizes = {(WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN), (WIDTH // 2, WIDTH)}
+            self.count["float32"] += tuple(found.shape) in sizes
+        return found
+
+
+@pytest.mark.parametrize("slices", [1, 5])
+def test_each_weight_is_dequantised_once_in_each_direction(slices, monkeypatch):
+    model = quantized(torch.bfloat16)
+    speed_up_model(model)
+    wanted = step(model)  # ‖W‖² is known from here on
+    if slices > 1:
+        monkeypatch.setattr(gated_mlp, "_MOST_DH", 2 * HIDDEN * 2)
+    with Counted() as counted:
+        found = step(model)
+    same(found, wanted, within=3e-2)
+    # The layers that read the embeddings have no dx to find.
+    assert counted.count["gemm_4bit"] == 14
+    assert counted.count["dequantize_4bit"] == 11
+    assert counted.count["float32"] == 0
+
+
+def test_decoding_reads_the_packed_weights():
+    model = quantized(torch.bfloat16, blocks=1).eval()
+    ids = torch.arange(3, 9, device=DEVICE).view(1, 6)
+    with torch.no_grad():
+        known = model(ids, use_cache=True)
+        model(ids[:, :1], past_key_values=known.past_key_values)
+        with Counted() as counted:
+            model(ids[:, :1], past_key_values=known.past_key_values)
+    assert counted.count == {"float32": 0}
