@@ -118,10 +118,11 @@ def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:
 def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
     """The layer alone: without hooks, dropout, autocast, or the layers that read the same input."""
     own: Any = type(layer)
-    # A product of float8 or int8 rounds x, which a merged weight does not.
-    exactly = kernels.reference() if layer.base_weight.rounds_input else nullcontext()
-    with exactly, _alone(layer), torch.autocast(x.device.type, enabled=False):
-        return own.forward(layer, x)
+    with _alone(layer):
+        # A product of float8 rounds x, which a merged weight does not; so do some of int8, outside training only.
+        exactly = kernels.reference() if layer.base_weight.rounds_input else nullcontext()
+        with exactly, torch.autocast(x.device.type, enabled=False):
+            return own.forward(layer, x)
 
 
 @contextmanager

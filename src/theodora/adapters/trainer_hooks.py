@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from theodora.adapters.dequantized import plain_state, saved_as_plain
 from theodora.adapters.new_tokens import Resizer
 from theodora.adapters.save import save_adapter
 from theodora.adapters.state import active_name, find_state
@@ -76,6 +77,7 @@ class AdapterSaver:
         if state.merged is not None:
             full = self.model.state_dict() if state_dict is None else state_dict
             plain = {key: value for key, value in full.items() if ".adapters." not in key and ".token_rows." not in key}
+            plain = plain_state(self.model, plain)
             own: Any = type(self.model).save_pretrained
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
             if bad := not_finite((name, tensor) for name, tensor in plain.items() if name in parameters):
@@ -83,7 +85,8 @@ class AdapterSaver:
                     "The merged model holds NaN or infinite values and was not saved:" + bullet_list(bad)
                 )
             # (a copy, because transformers empties it)
-            own(self.model, save_directory, is_main_process=is_main_process, state_dict=dict(plain), **kwargs)
+            with saved_as_plain(self.model):
+                own(self.model, save_directory, is_main_process=is_main_process, state_dict=dict(plain), **kwargs)
             if is_main_process:
                 check_model(Path(save_directory), plain)
         elif is_main_process:

@@ -226,13 +226,13 @@ class Subclass(Format):
     """A tensor of a class of its own, which knows its products: torchao's."""
 
     kind: str
-    """"torchao int8": of the class and the numbers inside."""
+    """"torchao Int8Tensor": of library and class."""
     rounds: bool
     """Whether its products round x ("dynamic activation")."""
 
     @property
     def name(self) -> str:
-        """Of the class and the numbers inside."""
+        """Of library and class."""
         return self.kind
 
     @property

@@ -43,7 +43,7 @@ class LibraryWeight(BaseWeight):
         return self.format.captures
 
     @property
-    def rounds_input(self) -> bool:
+    def rounds_input(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether `product` rounds x to fewer bits than its dtype has."""
         return self.format.rounds_input
 

@@ -15,6 +15,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theodora.kernels.formats import Bits4, Bits8, Subclass, inner_tensors
+from theodora.kernels.formats import Bits4, Bits8, Subclass
 from theodora.kernels.library_weight import LibraryWeight
+
+_log = logging.getLogger(__name__)
 
 _DTYPE = "_theodora_dtype"  # on a Linear8bitLt: the dtype of the model around it
 
@@ -37,7 +40,7 @@ def runs_as_linear(module: nn.Module) -> bool:
 def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
     """The weight `tensor` of `module` as a library stores it; None if it is a plain tensor, or not ready for use."""
     if type(tensor) in (nn.Parameter, Tensor):
-        return None
+        return _bits4(module, tensor) if _lost_its_class(module, tensor) else None
     if _is(tensor, "Params4bit"):
         return _bits4(module, tensor)
     if _is(tensor, "Int8Params"):
@@ -75,17 +78,25 @@ def prepare(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16 `Linear4bit` repacks its weight for inference and rounds the largest number of each block
     to bfloat16: training and inference would run on two weights, and the first could not be had back. So that is
-    switched off. And `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
+    switched off. Its bias, which its own first forward pass would round to the compute dtype, in place, is rounded now.
+    And `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
     """
     dtype = None
+    known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
     for module in model.modules():
-        known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
         if known4 is not None and isinstance(module, known4):
-            module.support_avx512bf16_for_cpu = False
+            _prepare4(module)
         elif known8 is not None and isinstance(module, known8):
             if dtype is None:
                 dtype = _dtype_of(model)
             module.__dict__.setdefault(_DTYPE, dtype)
+
+
+def _prepare4(module: Any) -> None:
+    module.support_avx512bf16_for_cpu = False
+    bias, compute = module.bias, module.compute_dtype
+    if bias is not None and compute is not None and bias.dtype != compute:
+        bias.data = bias.data.to(compute)
 
 
 def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
@@ -125,8 +136,14 @@ def _is(tensor: Any, name: str) -> bool:
     return known is not None and isinstance(tensor, known)
 
 
+def _lost_its_class(module: Any, tensor: Tensor) -> bool:
+    """Whether a plain tensor is a packed weight: sharding and pickling keep the numbers, and the module their state."""
+    state = module.__dict__.get("quant_state")
+    return state is not None and tensor.dtype == module.quant_storage and tensor.dim() == 2 and tensor.shape[1] == 1
+
+
 def _state4(module: nn.Module, tensor: Any) -> Any:
-    state = getattr(tensor, "quant_state", None)
+    state = getattr(tensor, "quant_state", None)  # (lost where torch has pickled or sharded the weight)
     return getattr(module, "quant_state", None) if state is None else state
 
 
@@ -157,6 +174,10 @@ def _unpack(tensor: Any, state: Any) -> None:
 
     (The library's own way back quantises them once more.)
     """
+    _log.warning(
+        "bitsandbytes had packed a weight for inference on this CPU, and rounded the largest number of each of its "
+        "blocks to bfloat16: the adapter sees the rounded weight. Put adapters on a model before it first runs."
+    )
     unpack = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
     nested, state.original_nested = state.original_nested, False
     tensor.data, _ = unpack(tensor.data, state)
@@ -180,14 +201,14 @@ def _bits8(module: Any, tensor: Any) -> LibraryWeight | None:
 
 
 def _subclass(tensor: Any) -> LibraryWeight | None:
-    library = type(tensor).__module__.partition(".")[0]
-    if library != "torchao" or tensor.dim() != 2 or not hasattr(tensor, "__tensor_flatten__"):
+    kind = type(tensor)
+    if not kind.__module__.startswith("torchao.") or not hasattr(kind, "dequantize") or tensor.dim() != 2:
         return None
     outputs, inputs = tensor.shape
-    numbers = str(inner_tensors(tensor)[0].dtype).removeprefix("torch.")
     rounds = any(getattr(tensor, name, None) is not None for name in _ACTIVATION)
-    form = Subclass((outputs, inputs), tensor.dtype, f"torchao {type(tensor).__name__} ({numbers})", rounds)
-    return LibraryWeight(form, tensor)
+    numbers = getattr(tensor, "target_dtype", None)
+    name = f"torchao {kind.__name__}" + ("" if numbers is None else f" ({str(numbers).removeprefix('torch.')})")
+    return LibraryWeight(Subclass((outputs, inputs), tensor.dtype, name, rounds), tensor)
 
 
 _ACTIVATION = ("act_quant_kwargs", "activation_quantization")
