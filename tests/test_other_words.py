@@ -41,7 +41,8 @@ wandb_project: mine
 """,
         [
             "base_model: it is called model here: write model: NousResearch/Llama-3.2-1B",
-            "adapter: there are no 4-bit bases in training here; write method: lora",
+            "load_in_4bit: write quantize: nf4",
+            "adapter: write method: lora (or dora) and quantize: nf4",
             "datasets: it is called data here: write data: mhenrichsen/alpaca_2k_test",
             "val_set_size: it is called held_out here: write held_out: 0.05",
             "sequence_len: it is called max_length here: write max_length: 2048",

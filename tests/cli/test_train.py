@@ -74,6 +74,7 @@ TYPED = {
     "max_grad_norm": ("2", 2.0),
     "bf16": ("true", True),
     "base_dtype": ("fp8", "fp8"),
+    "quantize": ("none", "none"),
     "kernels": ("reference", "reference"),
     "gradient_checkpointing": (None, True),
     "seed": ("5", 5),

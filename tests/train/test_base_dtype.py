@@ -49,5 +49,5 @@ def test_the_panel_says_so(options):
     console = Console(file=output, width=120)
     train(TrainConfig.from_options(options | {"base_dtype": "fp8", "max_steps": 1}), console=console)
     device = best_device()
-    assert f"float8, the rest float32, on {device.type}" in output.getvalue()
+    assert f"in all, the rest float32, on {device.type}" in output.getvalue()
     assert ("has no products of float8" in output.getvalue()) != multiplies_float8(device)

@@ -8,7 +8,10 @@ is stored in. (`quantize.py` has float8, which is ours.)
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers import auto
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from theodora.adapters.targets import find_modules_to_save
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.trained_on import KINDS, TrainedOn
+from theodora.layers import LowRank
 from theodora.layers.float8 import Float8Layer
 
 _INT4_GROUP = 128
@@ -61,8 +65,8 @@ class Quantization:
     """All weights of the model, the plain ones included."""
 
     def __str__(self) -> str:
-        unit, size = ("GiB", 30) if self.bytes >= 1 << 29 else ("MiB", 20)
-        return f"{self.name}, {self.bytes / 2**size:,.2f} {unit} in all"
+        size = f"{self.bytes / 1e9:,.2f} GB" if self.bytes >= 1e9 else f"{self.bytes / 1e6:,.2f} MB"
+        return f"{self.name}, {size} in all"
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
@@ -131,19 +135,25 @@ def loading_options(
     keep: tuple[str, ...],
     auto_class: Any,
     adapted: bool,
+    trust_remote_code: bool,
+    remembered: bool = False,
+    plain_for: str | None = None,
 ) -> dict[str, Any]:
     """What `from_pretrained` has to be given for a quantised base; everything that speaks against it is said here.
 
     Args:
         config: the model's.
         model: its folder or hub name, for messages.
-        quantize: a kind of `KINDS` but fp8, none, or None.
+        quantize: a kind of `KINDS`, none, or None; fp8 is ours, done afterwards, and only checked here.
         dtype: of the weights that stay plain; auto for the model's own.
         compute: dtype of the products. Default: the plain weights'.
         device: where the model is going to be.
         keep: names of modules that stay plain, beside the embeddings and the output head.
         auto_class: of transformers, for this model.
         adapted: whether an adapter comes onto it.
+        trust_remote_code: whether Python code that comes with the model may run.
+        remembered: whether `quantize` is what an adapter remembers, which a folder of quantised weights stands above.
+        plain_for: what else wants plain weights, for the message.
 
     Raises:
         ConfigError: `quantize` on a model that is quantised already, a library that is not installed, or a device that
@@ -152,15 +162,16 @@ def loading_options(
     """
     stored = stored_quantization(config)
     if stored is not None:
-        if quantize not in (None, "none"):
+        wanted = plain_for or (f"quantize is {quantize}" if quantize not in (None, "none") else None)
+        if wanted is not None and not remembered:
             raise ConfigError(
-                f"quantize is {quantize}, but {model} is quantised already ({name_of(stored)}): quantising it again "
-                "would round every weight twice. Leave quantize out to use it as it is, or name the model that it was "
-                "made from."
+                f"{wanted}, but {model} is quantised already ({name_of(stored)}): quantising it again "
+                "would round every weight twice. Leave that out, or say none, to use it as it is, or name the model "
+                "that it was made from."
             )
         _check_stored(stored, model, device, adapted=adapted)
         return _device_map(device)
-    if quantize in (None, "none"):
+    if quantize in (None, "none", "fp8"):
         return {}
     if quantize not in KINDS:
         raise ConfigError(f"quantize is {shown(quantize)}; expected one of none, {', '.join(KINDS)}")
@@ -168,16 +179,17 @@ def loading_options(
     if missing:
         raise ConfigError(f"quantize={quantize} wants {missing[0]}, which is not installed: {_PIP[missing[0]]}")
     plain = _dtype_of(config) if isinstance(dtype, str) else dtype
-    skipped = _plain_modules(config, auto_class, keep) if keep else None
+    skipped = _plain_modules(config, auto_class, keep, trust_remote_code) if keep else None
+    _import(_OF_KIND[quantize])
     made = _config_for(quantize, plain, compute or plain, device, skipped)
     _check_environment(made.to_dict() if quantize != "int4" else made, model, device, stored=False)
     return {"quantization_config": made, **_device_map(device)}
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers as they lie in memory, packed ones with their scales."""
+    """Bytes of a base model's parameters and buffers as they lie in memory, packed ones with their scales."""
     seen: dict[Any, int] = {}
-    for module in model.modules():
+    for module in (module for module in model.modules() if not isinstance(module, LowRank)):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *_beside(module)):
             for part in _plain_parts(tensor):
                 seen[part.data_ptr() or id(part)] = part.nbytes
@@ -228,11 +240,10 @@ def _config_for(
             f"quantize=int4 computes in bfloat16 alone, and the base here is {str(plain).removeprefix('torch.')} (as "
             "bf16, fp16 or modules_to_save have it). Write quantize: nf4."
         )
-    from torchao.quantization import Int4WeightOnlyConfig
-
     # The one layout whose kernels come with torch itself.
-    made = Int4WeightOnlyConfig(group_size=_INT4_GROUP, int4_packing_format="tile_packed_to_4d")  # pyright: ignore[reportArgumentType]
-    return TorchAoConfig(made, modules_to_not_convert=skipped)
+    data = {"group_size": _INT4_GROUP, "int4_packing_format": "tile_packed_to_4d"}
+    int4 = {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": data}
+    return TorchAoConfig.from_dict({"quant_type": {"default": int4}, "modules_to_not_convert": skipped})
 
 
 def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device, *, adapted: bool) -> None:
@@ -248,13 +259,15 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
             f"{model} is quantised ({name_of(fields)}), which takes {' and '.join(missing)}, not installed here: "
             + " && ".join(_PIP[library] for library in missing)
         )
+    for library in _OF_METHOD.get(method or "", ()):
+        _import(library)
     _check_environment(dict(fields), model, device, stored=True)
 
 
 def _check_environment(fields: Any, model: object, device: torch.device, *, stored: bool) -> None:
     """What transformers itself has against this machine, before it reads weights for minutes."""
     try:
-        quantizer = AutoHfQuantizer.from_config(fields, pre_quantized=stored)
+        quantizer = auto.AutoHfQuantizer.from_config(fields, pre_quantized=stored)
         quantizer.validate_environment(device_map=_device_map(device).get("device_map"), weights_only=True)
     except Exception as error:  # ImportError, ValueError, RuntimeError, and what a strange configuration leads to
         name = name_of(fields if isinstance(fields, Mapping) else fields.to_dict())
@@ -269,16 +282,39 @@ def _device_map(device: torch.device) -> dict[str, Any]:
     return {} if alone else {"device_map": {"": device}}
 
 
-def _plain_modules(config: PreTrainedConfig, auto_class: Any, keep: tuple[str, ...]) -> list[str]:
+def _plain_modules(
+    config: PreTrainedConfig, auto_class: Any, keep: tuple[str, ...], trust_remote_code: bool
+) -> list[str]:
     """Paths of the modules that stay plain: those that are named, and those that transformers leaves alone."""
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     return [*get_keys_to_not_convert(model), *find_modules_to_save(model, keep)]
 
 
 def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return getattr(torch, found, torch.float32) if isinstance(found, str) else found
+
+
+def _import(library: str) -> None:
+    """Import a library as transformers is about to, without what it says, and without code from the hub.
+
+    bitsandbytes 0.50 fetches a kernel from the hub and runs it, as soon as it is imported where `kernels` is installed.
+    """
+    # It goes on to tell each layer of each pass that inputs are rounded to float16, as LLM.int8() does.
+    logging.getLogger(library).setLevel(logging.ERROR)
+    if library in sys.modules:
+        return
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType] (how Python is told that there is none)
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise ConfigError(f"{library} is installed and cannot be imported: {error}") from error
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 def _installed(library: str) -> bool:

@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from theodora.adapters.quantized import quantization_of
+from theodora.adapters.state import adapter_layers
+from theodora.config import TrainConfig
 from theodora.data.packing import packed_batch
+from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
+from theodora.train.progress import as_size
 
 Inputs = dict[str, Any]
+_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Of a weight, with its share of the scales and of theirs."""
 
 
 class Pieces:
@@ -37,6 +46,8 @@ class Pieces:
         self.run, self.start_over, self.say = run, start_over, say
         self.count = 1
         """Pieces of each batch."""
+        self.advice = ""
+        """A sentence: what would let the batch fit as it is."""
         self.halves = True
         """Whether to halve; several processes would have to do so together."""
         self._batches: list[Inputs] = []
@@ -54,7 +65,7 @@ class Pieces:
             self.say(
                 f"Out of memory ({message}) Each batch now takes {self.count} passes of a "
                 f"{'half' if self.count == 2 else f'{self.count}th'} of its rows, as if gradient_accumulation_steps "
-                f"were {self.count} times as many: the same steps, more slowly."
+                f"were {self.count} times as many: the same steps, more slowly. {self.advice}".rstrip()
             )
             self.start_over()
             gc.collect()
@@ -75,6 +86,25 @@ class Pieces:
             return self.run(inputs, *args)
         losses = [self.run(dict(piece), *args) for piece in split(inputs, self.count)]
         return torch.stack(losses).sum()
+
+
+def memory_advice(config: TrainConfig, model: PreTrainedModel) -> str:
+    """What a run could say that leaves more memory for its batch: a sentence, or nothing.
+
+    Args:
+        config: with every choice made.
+        model: with its adapter, whose frozen weights tell what there is to save.
+    """
+    ways: list[str] = []
+    if quantization_of(model) is None:
+        sizes = [
+            base_weight(layer).shape for layer in adapter_layers(model).values() if not isinstance(layer, nn.Embedding)
+        ]
+        saved = sum(map(math.prod, sizes)) * (model.dtype.itemsize - _NF4_BYTES)
+        ways.append(f"--quantize nf4, the frozen weights in a quarter ({as_size(saved)} less)")
+    if not config.gradient_checkpointing:
+        ways.append("--gradient-checkpointing, activations computed twice (about a third slower)")
+    return f"What makes room: {'; '.join(ways)}." if ways else ""
 
 
 def split(inputs: Inputs, pieces: int) -> list[Inputs]:

@@ -40,6 +40,7 @@ from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
+from theodora.train.out_of_memory import memory_advice
 from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
@@ -112,7 +113,7 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
             with (
                 restored_afterwards(prepared.model),
                 fast_path(prepared.model, prepared.config, arguments.device) as path,
-                _explained_memory_errors(),
+                _explained_memory_errors(prepared),
             ):
                 result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
     if show_result:
@@ -156,6 +157,7 @@ def _train(
     callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, view]
     trainer = _build_trainer(prepared, arguments, callbacks)
     trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
+    trainer.pieces.advice = memory_advice(prepared.config, prepared.model)
     trainer.guard = _guard(prepared, trainer, output)
     trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
@@ -385,13 +387,14 @@ def _interrupted(config: TrainConfig) -> str:
 
 
 @contextmanager
-def _explained_memory_errors() -> Iterator[None]:
+def _explained_memory_errors(prepared: Prepared) -> Iterator[None]:
+    advice = memory_advice(prepared.config, prepared.model)
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TheodoraError(
             f"Out of memory: {str(error).splitlines()[0]}\nLower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps by as much), lower max_length, or turn gradient_checkpointing on."
+            f"gradient_accumulation_steps by as much), or lower max_length. {advice}".rstrip()
         ) from error
 
 
