@@ -148,15 +148,16 @@ def _keep_layers(text: Any, count: int) -> None:
 def _quantized_by_blocks(
     config: Any, dtype: torch.dtype, device: str, quantize: str, seed: int, trust_remote_code: bool
 ) -> Any:
-    # What speaks against it is said before anything is built. (fp8 is ours, and needs no library.)
+    # What speaks against it is said before anything is built.
     options = loading_options(
         config,
         "the random model",
-        quantize=None if quantize == "fp8" else quantize,
+        quantize=quantize,
         dtype=dtype,
         compute=None,
         device=torch.device(device),
         keep=(),
+        trust_remote_code=trust_remote_code,
         auto_class=AutoModelForCausalLM,
         adapted=True,
     )
