@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                        # 8 layers of Llama-3-8B's shape, under a minute
     python benchmarks/decode.py --layers 32 --variants base dora       # the whole model; 16 GB for each variant
+    python benchmarks/decode.py --quantize nf4 --batches 1             # beside the base in 4 bits, alone
 
 Weights are random: time does not depend on them. Each variant lives in a process of its own; the processes take turns,
 so that whatever else slows the machine down slows all of them. A ratio is taken within each round, and the table shows
@@ -10,6 +11,8 @@ the median over the rounds. Three ways to generate:
     graph      the model's forward under torch.compile (reduce-overhead: CUDA graphs) with a static cache, in a loop
     static     `model.generate(cache_implementation="static")`, which does the same and works on the host beside it
     eager      `model.generate()`, no compilation
+
+With --quantize the base of every variant is built in few bits, block by block; nothing is merged then.
 
 With few layers `static` and `eager` measure the host, which waits for nobody: look at `graph` for the GPU's own time.
 """
@@ -27,6 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path("benchmarks/results")
 VARIANTS = {
     "base": "base model",
     "merged": "theodora DoRA, merged",
@@ -102,12 +106,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompts; default: 32")
     parser.add_argument("--tokens", type=int, default=48, help="timed tokens of a run; default: 48")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each kind; default: 5")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="default: all; on a quantised base, all but merged"
+    )
+    parser.add_argument("--quantize", choices=("nf4", "int8", "int4", "fp8"), help="store the linear layers so")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script out on a CPU")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"), help="JSON file")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="JSON file; default: results/decode.json or quantised_decode.json")
+    args = parser.parse_args()
+    args.variants = args.variants or [name for name in VARIANTS if args.quantize is None or name != "merged"]
+    args.output = args.output or RESULTS / ("decode.json" if args.quantize is None else "quantised_decode.json")
+    if args.quantize is not None and "merged" in args.variants:
+        parser.error("merged is the base's own weights plus the adapter, and --quantize leaves none to add to")
+    return args
 
 
 # The worker -----------------------------------------------------------------------------------------------------------
@@ -132,13 +144,13 @@ def work(pipe: Connection, variant: str, args: argparse.Namespace) -> None:
 def build(variant: str, args: argparse.Namespace) -> Any:
     """The model with its adapter, whose B differs from zero."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    torch.manual_seed(0)
+    from theodora.bench.models import random_model
+
     shape = {**(TINY if args.tiny else LLAMA_8B), "num_hidden_layers": args.layers, "bos_token_id": None}
     config = AutoConfig.for_model("llama", **shape, eos_token_id=None, pad_token_id=0, max_position_embeddings=8192)
-    with torch.device(args.device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    model = random_model(config, dtype=torch.bfloat16, device=args.device, quantize=args.quantize).eval()
     if variant.startswith("peft"):
         from peft import LoraConfig, get_peft_model
 
@@ -153,7 +165,9 @@ def build(variant: str, args: argparse.Namespace) -> Any:
         inject_adapter(model, AdapterConfig(method=method, rank=args.rank, alpha=2 * args.rank, adapter_dtype="base"))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_A" in name:  # the libraries draw it in different ways
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        elif "lora_B" in name:
             parameter.normal_(std=0.02)
     if variant == "merged":
         from theodora import merge_adapter
@@ -267,7 +281,8 @@ def show(rows: list[dict[str, Any]], seconds: dict[str, Any], args: argparse.Nam
     from rich.table import Table
 
     table = Table(
-        title=f"Milliseconds a token (× base model): {args.layers} layers, rank {args.rank}, all linear layers, bf16",
+        title=f"Milliseconds a token (× base model): {args.layers} layers, rank {args.rank}, all linear layers, "
+        f"{'bf16' if args.quantize is None else f'base in {args.quantize}'}",
         caption="a step generates one token for each sequence of the batch; × is the median of the rounds' ratios",
     )
     table.add_column("")

@@ -93,9 +93,9 @@ def write_rows(path: Path, job: Job, tokenizer: Any) -> float:
 def tokenizer_of(folder: Path | None) -> Any:
     """The tokenizer in a folder; without one, 252 words."""
     if folder is None:
-        import train_step
+        from random_folder import word_tokenizer
 
-        return train_step.word_tokenizer()
+        return word_tokenizer()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 def make_files(folder: Path, adapters: int) -> None:
     """A small llama of random weights with a tokenizer, and adapters of several kinds and ranks."""
     import torch
-    import train_step
+    from random_folder import word_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from theodora import AdapterConfig, inject_adapter, remove_adapter, save_adapter
@@ -83,7 +83,7 @@ def make_files(folder: Path, adapters: int) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "model")
-    tokenizer = train_step.word_tokenizer()
+    tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(folder / "model")
     for index in range(adapters):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import train_step
+from random_folder import save_random_model
 
 from theodora.bench import Job, Runner, describe_machine
 from theodora.train.callbacks import read_metrics
@@ -36,7 +37,7 @@ def main() -> None:
     workload = train_step.base_workload(args)
     with tempfile.TemporaryDirectory(prefix="theodora-command-") as scratch:
         model, data = Path(scratch) / "model", Path(scratch) / "rows.jsonl"
-        train_step.save_random_model(workload, model)
+        save_random_model(workload, model)
         write_rows(data, args)
         bare = [bare_step(workload, args)]
         command = run_command(model, data, Path(scratch) / "run", args)

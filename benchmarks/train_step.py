@@ -3,6 +3,10 @@
     python benchmarks/train_step.py                                # the table: Llama-3-8B's shape, 8 of 32 layers
     python benchmarks/train_step.py --layers 32 --variants floor lora dora dora-fp8
     python benchmarks/train_step.py --sweep rank                   # or tokens, checkpointing, targets, hidden, family
+    python benchmarks/train_step.py --quantize nf4 --sweep checkpointing              # on a base in 4 bits, or int8, …
+    python benchmarks/train_step.py --quantize nf4 --hidden 8192 --layers 80 --batch 1 --gradient-checkpointing \
+        --memory-limit 80 --variants floor-eager lora dora         # 70B's shape, as if the GPU had 80 GiB
+    python benchmarks/train_step.py --sweep memory --memory-limit 24                  # what 24 GiB are enough for
     python benchmarks/train_step.py --layers 1 --hidden 64 --length 64 --batch 2 --vocabulary 256    # on a CPU
 
 The weights are random, so nothing is downloaded. Each variant has a process of its own and they take turns (see
@@ -19,6 +23,11 @@ bf16. `first step s` runs from the model on its device to the end of the first s
 caches, and all; a process's start and imports are not in it. With --keep-caches, the user's caches of compiled code are
 used instead.
 
+With --quantize every model is built in few bits, block by block, and never exists in bf16 (Unsloth's, which it loads
+itself, is quantised from a folder of the same shape). The floor is then the faster of the two without an adapter:
+compiled blocks, and eager with Liger's kernels. --memory-limit is what PyTorch's allocator may take in each process;
+the CUDA context, about half a GiB, lies beside it. `--sweep memory` takes the optimizer's step, too.
+
 A peer that is not installed, or fails, has a row that says so.
 """
 
@@ -29,7 +38,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +46,7 @@ from typing import Any
 
 from theodora.bench import (
     Job,
+    Row,
     Runner,
     Variant,
     Workload,
@@ -47,6 +57,7 @@ from theodora.bench import (
     step_table,
     timings,
 )
+from theodora.files.trained_on import KINDS
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -62,10 +73,17 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# Hidden size -> the rest of the shape: Llama-3.2-1B and Llama-3-70B.
-SHAPES = {
+# Hidden size -> the rest of the shape: Llama-3.2-1B, Llama-3-8B, Qwen2.5-14B and Llama-3-70B.
+SHAPES: dict[int, dict[str, Any]] = {
     2048: {"hidden_size": 2048, "intermediate_size": 8192},
     4096: {},
+    5120: {
+        "model_type": "qwen2",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "vocab_size": 152064,
+    },
     8192: {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
 }
 
@@ -113,6 +131,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+RESULTS = Path("benchmarks/results/train_step.json")
+QUANTIZED_RESULTS = Path("benchmarks/results/quantised_step.json")
+FLOORS = ("floor", "floor-eager")
+
 PEFT, OURS = (
     partial(Variant, library="peft", liger="all"),
     partial(Variant, library="theodora", accelerate=True, graph=True),
@@ -137,6 +159,7 @@ VARIANTS = {
     ),
 }
 TABLE = [name for name in VARIANTS if name not in ("dora-compiled", "dora-reference")]
+QUANTIZED = [name for name in TABLE if name not in ("dora-fp8", "dora-eager")]
 SWEEPS: dict[str, list[str]] = {
     "rank": ["floor", "dora"],
     "tokens": ["floor", "dora"],
@@ -144,7 +167,11 @@ SWEEPS: dict[str, list[str]] = {
     "targets": ["floor", "unsloth-lora", "dora"],
     "hidden": ["floor", "dora"],
     "family": ["floor", "dora", "dora-compiled"],
+    "memory": ["dora"],
 }
+# Name, hidden size, layers, and whether activations are recomputed.
+MODELS_IN_MEMORY = [("8B", 4096, 32, False), ("8B", 4096, 32, True), ("14B", 5120, 48, True)]
+MEMORY = 24  # GiB, unless told otherwise: the cards that most people have
 
 
 def main() -> None:
@@ -155,8 +182,9 @@ def main() -> None:
             run_sweep(args)
             return
         workload = base_workload(args)
-        report = run(args, make_jobs(args, args.variants or TABLE, workload), "floor", title(args, workload))
-        save(args, "table", report)
+        names = args.variants or (TABLE if args.quantize is None else QUANTIZED)
+        report = run(args, make_jobs(args, names, workload), title(args, workload))
+        save(args, part(args), report)
     if args.figure:
         from train_step_figure import draw
 
@@ -170,21 +198,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sweep", choices=SWEEPS, help="a series of small tables instead of the large one")
     add_workload_arguments(parser)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block")
+    parser.add_argument("--quantize", choices=KINDS, help="store the frozen linear layers so; default: in bf16")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="of the GPU, for each process; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant; default: 5")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn; default: 2")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no variant after so many seconds")
     parser.add_argument("--unsloth-path", help="folder to import Unsloth and what it needs from")
     parser.add_argument("--commit", help="to be noted where the code is not in a checkout")
     parser.add_argument("--keep-caches", action="store_true", help="use the user's caches of compiled code")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"), help="JSON file")
+    parser.add_argument("--output", type=Path, help=f"JSON file; default: {RESULTS}, or {QUANTIZED_RESULTS}")
     parser.add_argument("--figure", type=Path, help="PNG of the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.sweep == "memory" and args.quantize is None:
+        args.quantize = "nf4"
+    if args.quantize is not None and "dora-fp8" in (args.variants or []):
+        parser.error(
+            f"dora-fp8 puts a bf16 base into float8, and --quantize {args.quantize} leaves none; expected dora"
+        )
+    args.output = args.output or (RESULTS if args.quantize is None else QUANTIZED_RESULTS)
+    return args
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `base_workload` reads, but for `gradient_checkpointing`."""
-    parser.add_argument("--layers", type=int, default=8, help="default: 8")
-    parser.add_argument("--hidden", type=int, help="another shape: 2048, 8192, or any small number for a test")
+    """What `base_workload` reads, but for `gradient_checkpointing`, `quantize` and `memory_limit`."""
+    parser.add_argument("--layers", type=int, help="default: 8; of --sweep memory, all")
+    parser.add_argument("--hidden", type=int, help="another shape: 2048, 5120, 8192, or any small number for a test")
     parser.add_argument("--vocabulary", type=int, help="default: the family's")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a batch; default: 4")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence; default: 2048")
@@ -198,8 +236,13 @@ def base_workload(args: argparse.Namespace) -> Workload:
     import torch
 
     cuda = torch.cuda.is_available()
+    limit = getattr(args, "memory_limit", None)
+    if limit is not None and not cuda:
+        say("there is no GPU, so nothing is limited to --memory-limit")
     return Workload(
         model={**LLAMA, **shape(args)},
+        quantize=getattr(args, "quantize", None),
+        memory_limit=limit if cuda else None,
         dtype="bfloat16" if cuda else "float32",
         device="cuda" if cuda else "cpu",
         batch=args.batch,
@@ -214,7 +257,7 @@ def shape(args: argparse.Namespace) -> dict[str, Any]:
     hidden = args.hidden or LLAMA["hidden_size"]
     small = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
     vocabulary = {"vocab_size": args.vocabulary} if args.vocabulary else {}
-    return {**SHAPES.get(hidden, small), "num_hidden_layers": args.layers, **vocabulary}
+    return {**SHAPES.get(hidden, small), "num_hidden_layers": args.layers or 8, **vocabulary}
 
 
 def sweep_points(args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
@@ -232,14 +275,23 @@ def sweep_points(args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
         yield "all linear", base
         yield "q, v only", replace(base, targets=("q_proj", "v_proj"))
     elif args.sweep == "hidden":
-        for hidden, layers in ((2048, args.layers), (4096, args.layers), (8192, max(1, args.layers // 2))):
+        count = args.layers or 8
+        for hidden, layers in ((2048, count), (4096, count), (8192, max(1, count // 2))):
             model = {**LLAMA, **SHAPES[hidden], "num_hidden_layers": layers}
             yield f"hidden {hidden}, {layers} layers", replace(base, model=model)
+    elif args.sweep == "memory":
+        for name, hidden, layers, recomputes in MODELS_IN_MEMORY:
+            own = shape(args) if args.hidden else {**SHAPES[hidden], "num_hidden_layers": args.layers or layers}
+            model, checkpointing = {**LLAMA, **own}, ", checkpointing" * recomputes
+            workload = replace(base, model=model, batch=1, gradient_checkpointing=recomputes, optimizer=True)
+            if base.device != "cpu" and base.memory_limit is None:
+                workload = replace(workload, memory_limit=MEMORY)
+            yield f"{name}, 1 × {base.length}{checkpointing}", workload
     else:
         for family, settings in FAMILIES.items():
             model = {"max_position_embeddings": 16384} if family != "gpt2" else {}
             small = small_family(family, shape(args)) if args.hidden else {}
-            model |= {"model_type": family, **settings, **small, "num_hidden_layers": args.layers}
+            model |= {"model_type": family, **settings, **small, "num_hidden_layers": args.layers or 8}
             yield family, replace(base, model=model, length=min(base.length, 2048))
 
 
@@ -260,6 +312,8 @@ def make_jobs(args: argparse.Namespace, names: list[str], workload: Workload, la
                 continue
             variant = without_gpu(variant)
         if variant.imports:
+            from train_step_unsloth import unsloth_variant
+
             variant = unsloth_variant(variant, workload, args)
         job_name = f"{name} {label}".strip()
         variant = replace(variant, environment={**variant.environment, **cache_folders(args, job_name)})
@@ -282,101 +336,17 @@ def cache_folders(args: argparse.Namespace, name: str) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
 
 
-# Unsloth, which loads its models itself -------------------------------------------------------------------------------
-
-
-def unsloth_variant(variant: Variant, workload: Workload, args: argparse.Namespace) -> Variant:
-    folder = args.scratch / f"model-{abs(hash(repr(workload.model)))}"
-    if not folder.exists():
-        save_random_model(workload, folder)
-    environment = {
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": str(args.scratch / "unsloth"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    path = (args.unsloth_path,) if args.unsloth_path else ()
-    build = partial(build_unsloth, folder=str(folder))
-    return replace(variant, build=build, python_path=path, environment=environment)
-
-
-def save_random_model(workload: Workload, folder: Path) -> None:
-    """The random model of the other rows as a folder with a tokenizer. In a process of its own, which frees its GPU."""
-    import multiprocessing
-
-    process = multiprocessing.get_context("spawn").Process(target=write_model, args=(workload, folder))
-    process.start()
-    process.join()
-
-
-def write_model(workload: Workload, folder: Path) -> None:
-    from theodora.bench.build import load_base
-
-    load_base(workload).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-
-
-def word_tokenizer() -> Any:
-    """A tokenizer whose tokens are word4 to word255, and four special ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, **{f"word{i}": i for i in range(4, 256)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def build_unsloth(workload: Workload, variant: Variant, folder: str) -> tuple[Any, Callable[[], Any]]:
-    """As `theodora.bench.build.build`; bf16 autocast, under which Unsloth's trainers run."""
-    import torch
-    from unsloth import FastLanguageModel  # pyright: ignore
-
-    from theodora.bench.build import Step, random_batch
-
-    model, _ = FastLanguageModel.from_pretrained(
-        folder,
-        load_in_4bit=False,
-        dtype=torch.bfloat16,
-        max_seq_length=workload.length,
-        use_exact_model_name=True,
-    )
-
-    def prepare() -> Step:
-        checkpointing = "unsloth" if workload.gradient_checkpointing else False
-        all_linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        adapted = FastLanguageModel.get_peft_model(
-            model,
-            r=workload.rank,
-            lora_alpha=2 * workload.rank,
-            lora_dropout=0,
-            bias="none",
-            target_modules=all_linear if workload.targets == "all-linear" else list(workload.targets),
-            use_gradient_checkpointing=checkpointing,
-            use_dora=variant.method == "dora",
-        )
-        adapted.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-        FastLanguageModel.for_training(adapted, use_gradient_checkpointing=checkpointing)
-        ids_BT = random_batch(workload, adapted.config.vocab_size)
-
-        def loss() -> Any:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                return adapted(input_ids=ids_BT, labels=ids_BT).loss
-
-        return Step(loss, [p for p in adapted.parameters() if p.requires_grad])
-
-    return model, prepare
-
-
 # Running and reporting ------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, jobs: list[Job], floor: str, heading: str) -> dict[str, Any]:
-    """Measure, print the table, and give the report."""
+def run(args: argparse.Namespace, jobs: list[Job], heading: str, floors: Sequence[str] = FLOORS) -> dict[str, Any]:
+    """Measure, print the table, and give the report, with ratios to the first of the `floors`; of a quantised base, to
+    the fastest."""
     from rich.console import Console
 
     cuda = jobs[0].workload.device == "cuda"
+    floors = [name for name in floors if any(job.name == name for job in jobs)]
+    floor = floors[0] if floors else jobs[0].name
     measured = Runner(
         jobs,
         floor=floor,
@@ -389,7 +359,9 @@ def run(args: argparse.Namespace, jobs: list[Job], floor: str, heading: str) -> 
     for name, m in measured.items():
         if m.failure and m.failure.traceback and not m.failure.out_of_memory:
             say(f"{name}:\n{m.failure.traceback[-2500:]}")
-    rows = make_rows(measured, against=[floor])
+    if args.quantize is not None:
+        floor = fastest(make_rows(measured, against=[]), floors) or floor
+    rows = make_rows(measured, against=floors or [floor])
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(step_table(rows, title=heading, floor=floor))
     if warning := differing_losses(rows):
@@ -412,10 +384,28 @@ def run_sweep(args: argparse.Namespace) -> None:
         jobs = tables.setdefault(repr(replace(workload, rank=1, targets="all-linear")), [])
         names = args.variants or SWEEPS[args.sweep]
         jobs += make_jobs(args, [n for n in names if not (jobs and n.startswith("floor"))], workload, label)
+    if args.sweep == "memory":  # nothing is compared: all at once save the time of as many starts
+        tables = {"": [job for jobs in tables.values() for job in jobs]}
     reports: list[dict[str, Any]] = []
     for jobs in tables.values():
-        reports.append(run(args, jobs, jobs[0].name, title(args, jobs[0].workload)))
-        save(args, args.sweep, reports)
+        floors = [job.name for job in jobs if job.name.startswith("floor")]
+        reports.append(run(args, jobs, title(args, jobs[0].workload), floors))
+        save(args, part(args), reports)
+
+
+def fastest(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """Of those rows the one with the shortest step; None if none of them was measured."""
+    done = [row for row in rows if row.name in names and row.failure is None]
+    return min(done, key=lambda row: row.step).name if done else None
+
+
+def part(args: argparse.Namespace) -> str:
+    """Under which name the results file has it: "nf4_checkpointing_8192x80"."""
+    hidden, layers = args.hidden or LLAMA["hidden_size"], args.layers or 8
+    if args.quantize is None or args.sweep:
+        return "_".join(filter(None, [args.quantize, args.sweep])) or "table"
+    sizes = "" if (hidden, layers) == (LLAMA["hidden_size"], 8) else f"{hidden}x{layers}"
+    return "_".join(filter(None, [args.quantize, "checkpointing" * args.gradient_checkpointing, sizes]))
 
 
 def save(args: argparse.Namespace, part: str, report: Any) -> None:
@@ -431,11 +421,15 @@ def title(args: argparse.Namespace, workload: Workload) -> str:
     model: Any = workload.model
     hidden = model.get("hidden_size") or model.get("n_embd")
     checkpointing = ", activation checkpointing" * workload.gradient_checkpointing
+    stored = "" if args.quantize is None else f" on a frozen base in {args.quantize}"
+    within = "" if workload.memory_limit is None else f", within {workload.memory_limit:g} GiB"
+    if args.sweep == "memory":
+        return f"One training step with AdamW's{stored}, rank {workload.rank} on all linear layers{within}"
     rank = "" if args.sweep == "rank" else f", rank {workload.rank}"
     targets = "" if args.sweep == "targets" else " on all linear layers"
     return (
         f"One training step, {model['model_type']} of hidden size {hidden}, {model['num_hidden_layers']} layers, "
-        f"{workload.batch} × {workload.length} tokens{rank}{targets}, {workload.dtype}{checkpointing}"
+        f"{workload.batch} × {workload.length} tokens{rank}{targets}, {workload.dtype}{stored}{checkpointing}{within}"
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from scripts import measure_here
 from theodora.bench import VARIANTS, Job, Runner, Variant, Workload, make_rows, step_table
 from theodora.bench import runner as runner_module
-from theodora.bench.build import build, decoder_blocks, load_base, matmul_flops, shifted_labels
+from theodora.bench.build import build, matmul_flops, shifted_labels
 from theodora.bench.machine import bf16_peak
+from theodora.bench.models import decoder_blocks, load_base
 from theodora.bench.runner import Measured
 from theodora.bench.table import differing_losses
 from theodora.bench.worker import Failure, Loaded, Memory, Turn

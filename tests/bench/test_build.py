@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from theodora.bench import VARIANTS, Workload
-from theodora.bench.build import build, compile_blocks, decoder_blocks, load_base, prepare
+from theodora.bench.build import build, compile_blocks, prepare
+from theodora.bench.models import decoder_blocks, load_base
 from theodora.errors import CheckpointError, ConfigError
 from tiny import FAMILIES, VOCAB_SIZE
 

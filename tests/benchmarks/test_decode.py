@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import scripts
+from theodora.adapters.quantized import quantization_of
 
 SCRIPT = "benchmarks/decode.py"
 SMALL = "--tiny --device cpu --layers 1 --rank 4 --batches 1 2 --prompt 4 --tokens 3 --rounds 2 --modes eager"
@@ -31,6 +32,26 @@ def test_each_variant_does_the_same_work_and_has_a_row(monkeypatch, capsys):
     assert rows[0][run]["ratio"] == 1
     script.show(rows, seconds, args)
     assert "theodora DoRA, merged" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_same_on_a_base_in_four_bits(monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    script = scripts.load(SCRIPT)
+    monkeypatch.setattr(sys, "argv", ["decode.py", *shlex.split(f"{SMALL} --quantize nf4")])
+    args = script.parse_args()
+    assert (args.output.name, "merged" in args.variants) == ("quantised_decode.json", False)
+    models = {name: script.build(name, args) for name in args.variants}
+    assert all(quantization_of(model).kind == "nf4" for name, model in models.items())
+    differences = script.check_same_work({name: script.first_logits(model, args) for name, model in models.items()})
+    assert max(differences.values()) < 0.05
+    run = script.key("eager", 1)
+    rows = [script.row(name, {run: {n: [script.run_eager(m, 1, args)] for n, m in models.items()}}) for name in models]
+    script.show(rows, {run: {}}, args)
+    assert "base in nf4" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(sys, "argv", ["decode.py", *shlex.split("--quantize nf4 --variants base merged")])
+    with pytest.raises(SystemExit):
+        script.parse_args()
 
 
 @pytest.mark.long

@@ -5,6 +5,8 @@ import shlex
 import sys
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts
 from theodora.bench import VARIANTS
@@ -52,6 +54,58 @@ def test_every_family_builds(points):
     for workload in families.values():
         _, prepare = build(workload, VARIANTS["dora"])
         assert prepare().loss().isfinite()
+
+
+def test_a_quantised_table_has_the_faster_floor(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    output = tmp_path / "quantised.json"
+    scripts.measure_here(monkeypatch)
+    words = f"{SMALL} --quantize nf4 --gradient-checkpointing --memory-limit 24 --output {output}"
+    script = scripts.run(monkeypatch, SCRIPT, *shlex.split(words))
+    report = json.loads(output.read_text(encoding="utf-8"))["nf4_checkpointing_64x1"]
+    assert "on a frozen base in nf4, activation checkpointing" in report["title"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [name for name in script["QUANTIZED"] if "unsloth" not in name]
+    assert all(row["failure"] is None for row in rows.values())
+    assert report["floor"] == min(("floor", "floor-eager"), key=lambda name: rows[name]["step"])
+    assert all(set(row["ratios"]) == {"floor", "floor-eager"} for row in rows.values())
+    assert "there is no GPU, so nothing is limited" in capsys.readouterr().err
+    assert report["workloads"]["dora"]["quantize"] == "nf4"
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+
+def test_what_fits_into_memory_is_measured_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    output = tmp_path / "quantised.json"
+    scripts.measure_here(monkeypatch)
+    scripts.run(monkeypatch, SCRIPT, *shlex.split(f"{SMALL} --sweep memory --output {output}"))
+    (report,) = json.loads(output.read_text(encoding="utf-8"))["nf4_memory"]
+    names = ["8B, 1 × 16", "8B, 1 × 16, checkpointing", "14B, 1 × 16, checkpointing"]
+    assert [row["name"] for row in report["rows"]] == [f"dora {name}" for name in names]
+    assert all(row["failure"] is None and row["peak"] for row in report["rows"])
+    assert report["title"].startswith("One training step with AdamW's on a frozen base in nf4")
+
+
+def test_the_shapes_of_large_models(monkeypatch):
+    module = scripts.load(SCRIPT)
+
+    def parameters(words):
+        monkeypatch.setattr(sys, "argv", ["train_step.py", *shlex.split(words)])
+        config = AutoConfig.for_model(**module.base_workload(module.parse_args()).model)
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+    assert parameters("--layers 32") == 8_030_261_248  # Llama-3-8B
+    assert parameters("--hidden 5120 --layers 48") == 14_770_033_664  # Qwen2.5-14B
+    assert parameters("--hidden 8192 --layers 80") == 70_553_706_496  # Llama-3-70B
+
+
+def test_a_base_that_is_quantised_already_is_not_put_into_float8(monkeypatch, capsys):
+    module = scripts.load(SCRIPT)
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *shlex.split("--quantize nf4 --variants floor dora-fp8")])
+    with pytest.raises(SystemExit):
+        module.parse_args()
+    assert "dora-fp8 puts a bf16 base into float8, and --quantize nf4 leaves none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sweep", "count"), [("rank", 7), ("tokens", 5), ("checkpointing", 2), ("hidden", 3)])

@@ -6,28 +6,22 @@ Runs in the worker's process. Shapes: B sequences, T tokens, H hidden size.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from theodora.adapters import inject_adapter
-from theodora.adapters.models import load_model
 from theodora.adapters.quantize import quantize_base
+from theodora.bench.models import decoder_blocks, load_base
 from theodora.bench.variants import Variant, Workload
 from theodora.config import AdapterConfig
-from theodora.errors import CheckpointError, ConfigError
 from theodora.fastpath.accelerate import accelerate, recompute_less
 from theodora.fastpath.masks import whole_rows
-from theodora.files.classes import check_kernels
-from theodora.files.model_folder import check_model_folder
 from theodora.kernels.cross_entropy import linear_cross_entropy
 
 
@@ -49,22 +43,6 @@ def build(workload: Workload, variant: Variant) -> tuple[Any, Callable[[], Step]
     """
     model = load_base(workload)
     return model, partial(prepare, model, workload, variant)
-
-
-def load_base(workload: Workload) -> Any:
-    """The model of a workload, frozen, on its device, without a cache of keys and values."""
-    model: Any = _random_model(workload) if wants_random_weights(workload) else _loaded_model(workload)
-    model.config.use_cache = False
-    return model.requires_grad_(False)
-
-
-def wants_random_weights(workload: Workload) -> bool:
-    """Whether weights are drawn: asked for, or the model is a bare configuration."""
-    if workload.random_weights or not isinstance(workload.model, str):
-        return True
-    folder = Path(workload.model).expanduser()
-    weights = ("*.safetensors", "*.bin", "*.gguf")
-    return (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def prepare(model: Any, workload: Workload, variant: Variant) -> Step:
@@ -107,58 +85,14 @@ def matmul_flops(model: nn.Module, workload: Workload) -> float:
     input; there is no gradient of a frozen weight. Causal attention: two products over half of the T × T scores
     forward, four backward. Not counted: pointwise work, the adapter, and what checkpointing computes again.
     """
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    # By the layers' sizes: a quantised weight is packed, and has another shape than its numbers.
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    weights += sum(m.weight.numel() for m in model.modules() if isinstance(m, Conv1D))
     config = model.config.get_text_config()  # pyright: ignore
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = 6 * workload.batch * workload.length**2 * width * config.num_hidden_layers
     return 4.0 * weights * workload.tokens + attention
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
-def _random_model(workload: Workload) -> Any:
-    torch.manual_seed(workload.seed)
-    with torch.device(workload.device):
-        return AutoModelForCausalLM.from_config(
-            _config(workload), dtype=getattr(torch, workload.dtype), trust_remote_code=workload.trust_remote_code
-        )
-
-
-def _loaded_model(workload: Workload) -> Any:
-    assert isinstance(workload.model, str)
-    model = load_model(
-        workload.model,
-        dtype=workload.dtype,
-        trust_remote_code=workload.trust_remote_code,
-        model_kwargs={"config": _config(workload)} if workload.layers else None,
-    ).to(workload.device)  # pyright: ignore
-    # Weights are mapped lazily: touch each page, so that no step reads the disk.
-    assert all(p.detach().view(-1)[::512].float().sum().isfinite() for p in model.parameters()), (
-        "weights are not finite"
-    )
-    return model
-
-
-def _config(workload: Workload) -> Any:
-    if isinstance(workload.model, str):
-        check_model_folder(workload.model)
-        try:
-            config = AutoConfig.from_pretrained(workload.model, trust_remote_code=workload.trust_remote_code)
-            check_kernels(config, workload.model, trust_remote_code=workload.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{workload.model} has no configuration of a model: {error}") from error
-    else:
-        config = AutoConfig.for_model(**workload.model)
-    if workload.layers:
-        text = config.get_text_config()
-        if workload.layers > text.num_hidden_layers:
-            raise ConfigError(f"layers is {workload.layers}; the model has {text.num_hidden_layers}")
-        text.num_hidden_layers = workload.layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: workload.layers]
-    return config
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------
@@ -216,18 +150,6 @@ def compile_blocks(model: Any) -> None:
     """Each decoder block under torch.compile, one graph for all of them."""
     for block in decoder_blocks(model):
         block.compile(dynamic=False)
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: its longest list of modules of one class.
-
-    Raises:
-        ConfigError: it has no such list.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(Counter(map(type, m))) == 1]
-    if not lists:
-        raise ConfigError(f"{type(model).__name__} has no list of decoder blocks to compile one by one")
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
 
 
 def _loss_function(model: Any, ids_BT: Tensor, variant: Variant) -> Callable[[], Tensor]:

@@ -14,7 +14,17 @@ from typing import Any
 
 import theodora
 
-_PACKAGES = ("theodora", "torch", "triton", "transformers", "peft", "accelerate", "liger_kernel")
+_PACKAGES = (
+    "theodora",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "liger_kernel",
+    "bitsandbytes",
+    "torchao",
+)
 
 # Dense bf16 products with float32 accumulation, TFLOP/s, from NVIDIA's datasheets; a name that says more goes first.
 _BF16_PEAKS = {
@@ -68,8 +78,9 @@ def git_commit() -> str | None:
 
 
 def _command() -> str:
+    """Without this machine's folders: of an absolute path the last part."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(word.replace(str(Path.home()), "~") for word in words)
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def _cpu() -> str:

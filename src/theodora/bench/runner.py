@@ -40,6 +40,8 @@ class Measured:
     """Number of the round → seconds of its steps. Variants that alternate share numbers."""
     memory: Memory | None = None
     """The largest over the turns."""
+    why_no_graph: str | None = None
+    """Why its steps are not the CUDA graph that the variant asks for."""
 
 
 class Runner:
@@ -142,6 +144,7 @@ class Runner:
         if isinstance(turn, Turn):
             result.rounds[self.round] = turn.seconds
             result.memory = _largest(result.memory, turn.memory)
+            result.why_no_graph = turn.why_no_graph
 
     def _last(self, name: str) -> str:
         seconds = self.measured[name].rounds.get(self.round)

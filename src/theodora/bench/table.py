@@ -45,6 +45,8 @@ class Row:
     first_step: float = 0.0
     first_loss: float = 0.0
     trained_parameters: int = 0
+    why_no_graph: str | None = None
+    """Why its steps did not run as the CUDA graph that the variant asks for."""
     ratios: Mapping[str, Ratio] = field(default_factory=dict[str, Ratio])
     """Name of another variant → step time against it."""
     peak_ratios: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -80,6 +82,7 @@ def step_table(rows: Sequence[Row], *, title: str, caption: str = "", floor: str
 
     share = any(row.flops_share for row in rows)
     notes = [caption, *(f"{row.label}: {row.failure}" for row in rows if row.failure)]
+    notes += [f"{row.label}: no CUDA graph ({row.why_no_graph})" for row in rows if row.why_no_graph]
     table = Table(title=title, caption="\n".join(filter(None, notes)), caption_justify="left", caption_style="dim")
     table.add_column("", no_wrap=True)
     columns = ["ms", "× floor", "peak GiB", "× floor", "tokens/s", *["% of peak"] * share, "first step s"]
@@ -125,6 +128,7 @@ def _row(name: str, measured: Mapping[str, Measured], against: Sequence[str]) ->
         first_step=m.loaded.first_step_seconds,
         first_loss=m.loaded.first_loss,
         trained_parameters=m.loaded.trained_parameters,
+        why_no_graph=m.why_no_graph,
         ratios={other: _ratio(m, measured[other]) for other in against},
         peak_ratios={other: m.memory.peak / measured[other].memory.peak for other in against},  # pyright: ignore
     )

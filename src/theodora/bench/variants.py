@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from theodora.errors import ConfigError, bullet_list
+from theodora.files.trained_on import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class Workload:
     layers: int | None = None
     """Keep only the first so many decoder layers. Default: all."""
     dtype: str = "bfloat16"
+    quantize: str | None = None
+    """What the linear layers are quantised to as the model is built or loaded: a kind of
+    `theodora.files.trained_on.KINDS`. Default: they stay in `dtype`."""
     device: str = "cpu"
     batch: int = 4
     """Sequences in a batch."""
@@ -35,6 +39,8 @@ class Workload:
     gradient_checkpointing: bool = False
     optimizer: bool = False
     """Whether the step includes an AdamW update of the adapter."""
+    memory_limit: float | None = None
+    """GiB of the GPU that PyTorch's allocator may take, as if there were no more. Default: all."""
     seed: int = 0
     """Of random weights and of the batch."""
     trust_remote_code: bool = False
@@ -44,6 +50,14 @@ class Workload:
         wrong = [f"{n} is {v!r}; expected at least 1" for n, v in counts.items() if v is not None and v < 1]
         if self.length == 1:
             wrong.append("length is 1; expected at least 2, because a token is predicted from those before it")
+        if self.quantize not in (None, "none", *KINDS):
+            wrong.append(f"quantize is {self.quantize!r}; expected one of none, {', '.join(KINDS)}")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            wrong.append(f"memory_limit is {self.memory_limit}; expected GiB, more than 0")
+        if self.memory_limit is not None and not self.device.startswith("cuda"):
+            wrong.append(
+                f"memory_limit is {self.memory_limit}, and device is {self.device}; only a GPU's can be limited"
+            )
         if wrong:
             raise ConfigError("What is to be measured:" + bullet_list(wrong))
 

@@ -66,6 +66,8 @@ class Turn:
 
     seconds: list[float]
     memory: Memory
+    why_no_graph: str | None = None
+    """Why the step does not run as the CUDA graph that its variant asks for."""
 
 
 def work(pipe: Connection, job: Job, log: str) -> None:
@@ -105,6 +107,9 @@ class Stepper:
     def load(self) -> Loaded:
         """Build the model and the adapter, and take the first step."""
         torch, workload = self.torch, self.job.workload
+        if workload.memory_limit is not None:
+            total = torch.cuda.get_device_properties().total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, workload.memory_limit * GIB / total))
         model, prepare = (self.job.variant.build or self.build.build)(workload, self.job.variant)
         flops = self.build.matmul_flops(model, workload)
         self._wait()
@@ -144,7 +149,7 @@ class Stepper:
             self._wait()
             seconds.append(time.perf_counter() - start)
             self._between_steps()
-        return Turn(seconds[warm_up:], self._memory())
+        return Turn(seconds[warm_up:], self._memory(), getattr(self.forward_backward, "why_not", None))
 
     def _step(self) -> Any:
         loss = self.forward_backward({})
