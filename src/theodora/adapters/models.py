@@ -73,10 +73,9 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
-    place = torch.device(device or best_device())
-    if quantize is None and adapter is not None and (remembered := read_trained_on(adapter)) is not None:
-        quantize = remembered.quantize
-    with _named_by(named, model):
+    place, on = torch.device(device or best_device()), None if adapter is None else read_trained_on(adapter)
+    remembered = quantize is None and on is not None and on.quantize is not None
+    with _named_by(named, model), _remembered(remembered):
         tokenizer = load_tokenizer(
             adapter if adapter is not None and has_tokenizer(adapter) else model,
             trust_remote_code=trust_remote_code,
@@ -88,9 +87,10 @@ def load_model_and_tokenizer(
             trust_remote_code=trust_remote_code,
             revision=revision,
             model_kwargs=model_kwargs,
-            quantize=quantize,
+            quantize=on.quantize if remembered and on is not None else quantize,
             device=place,
             adapted=adapter is not None,
+            remembered=remembered,
         )
     if adapter is not None:
         load_adapter(loaded, adapter)
@@ -109,6 +109,19 @@ def _named_by(adapter: str | Path | None, model: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{not_here(adapter, str(model))}\n{error}") from error
 
 
+@contextmanager
+def _remembered(remembered: bool) -> Iterator[None]:
+    """If the base cannot be quantised as an adapter remembers it, add that it need not be."""
+    try:
+        yield
+    except ConfigError as error:
+        if not remembered:
+            raise
+        raise ConfigError(
+            f"{error}\nThe adapter was trained on a base quantised so. --quantize none takes the base as it is stored."
+        ) from error
+
+
 def load_model(
     model: str | Path,
     *,
@@ -121,6 +134,8 @@ def load_model(
     device: torch.device | None = None,
     keep: tuple[str, ...] = (),
     adapted: bool = False,
+    remembered: bool = False,
+    plain_for: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, a plain one on the CPU. Arguments and errors as in `load_model_and_tokenizer`.
 
@@ -135,6 +150,8 @@ def load_model(
         device: where a quantised model is going to be, which goes there straight. Default: the accelerator.
         keep: names of modules that are not quantised, such as those that are trained in full.
         adapted: whether an adapter comes onto it: quantisations that none can be put on are refused then.
+        remembered: whether `quantize` is what an adapter remembers: a folder of quantised weights is taken as it is.
+        plain_for: what is going to be done to plain weights: a folder of quantised ones is refused with it.
     """
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
@@ -154,7 +171,7 @@ def load_model(
             **loading_options(
                 config,
                 model,
-                quantize=None if quantize == "fp8" else quantize,
+                quantize=quantize,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 compute=compute,
                 device=device or best_device(),
@@ -162,6 +179,8 @@ def load_model(
                 auto_class=classes[0],
                 adapted=adapted,
                 trust_remote_code=trust_remote_code,
+                remembered=remembered,
+                plain_for=plain_for,
             ),
             **(model_kwargs or {}),
         }
@@ -185,7 +204,8 @@ def load_model(
             + (", …" if len(missing) > 5 else "")
         )
     prepare(loaded)  # before the first forward pass, in which bitsandbytes packs weights anew on some CPUs
-    return quantize_base(loaded, exclude=keep) if quantize == "fp8" else loaded
+    to_float8 = quantize == "fp8" and quantization_of(loaded) is None
+    return quantize_base(loaded, exclude=keep) if to_float8 else loaded
 
 
 def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

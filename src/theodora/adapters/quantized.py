@@ -136,13 +136,15 @@ def loading_options(
     auto_class: Any,
     adapted: bool,
     trust_remote_code: bool,
+    remembered: bool = False,
+    plain_for: str | None = None,
 ) -> dict[str, Any]:
     """What `from_pretrained` has to be given for a quantised base; everything that speaks against it is said here.
 
     Args:
         config: the model's.
         model: its folder or hub name, for messages.
-        quantize: a kind of `KINDS` but fp8, none, or None.
+        quantize: a kind of `KINDS`, none, or None; fp8 is ours, done afterwards, and only checked here.
         dtype: of the weights that stay plain; auto for the model's own.
         compute: dtype of the products. Default: the plain weights'.
         device: where the model is going to be.
@@ -150,6 +152,8 @@ def loading_options(
         auto_class: of transformers, for this model.
         adapted: whether an adapter comes onto it.
         trust_remote_code: whether Python code that comes with the model may run.
+        remembered: whether `quantize` is what an adapter remembers, which a folder of quantised weights stands above.
+        plain_for: what else wants plain weights, for the message.
 
     Raises:
         ConfigError: `quantize` on a model that is quantised already, a library that is not installed, or a device that
@@ -158,15 +162,16 @@ def loading_options(
     """
     stored = stored_quantization(config)
     if stored is not None:
-        if quantize not in (None, "none"):
+        wanted = plain_for or (f"quantize is {quantize}" if quantize not in (None, "none") else None)
+        if wanted is not None and not remembered:
             raise ConfigError(
-                f"quantize is {quantize}, but {model} is quantised already ({name_of(stored)}): quantising it again "
-                "would round every weight twice. Leave quantize out to use it as it is, or name the model that it was "
-                "made from."
+                f"{wanted}, but {model} is quantised already ({name_of(stored)}): quantising it again "
+                "would round every weight twice. Leave that out, or say none, to use it as it is, or name the model "
+                "that it was made from."
             )
         _check_stored(stored, model, device, adapted=adapted)
         return _device_map(device)
-    if quantize in (None, "none"):
+    if quantize in (None, "none", "fp8"):
         return {}
     if quantize not in KINDS:
         raise ConfigError(f"quantize is {shown(quantize)}; expected one of none, {', '.join(KINDS)}")

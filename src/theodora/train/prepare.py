@@ -117,6 +117,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         revision=config.revision,
         model_kwargs=arguments.model_init_kwargs if isinstance(arguments.model_init_kwargs, dict) else None,
         quantize=config.quantize,
+        plain_for="base_dtype is fp8" if config.base_dtype == "fp8" else None,
         compute=torch.bfloat16 if precision.bf16 else None,
         device=arguments.device,
         keep=config.adapter.modules_to_save,
