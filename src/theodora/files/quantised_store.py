@@ -165,7 +165,11 @@ class QuantisedStore:
 
     def read(self, key: str) -> Tensor:
         """A weight dequantised, in the layout of the plain model: (in, out) for a Conv1D."""
-        dense = self.packed.dense(self.parameters[key], self.read_parts(key))
+        return self.dense(key, self.read_parts(key))
+
+    def dense(self, key: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """What the parts of a weight stand for, in the layout of the plain model."""
+        dense = self.packed.dense(self.parameters[key], parts)
         return dense.T.contiguous() if self.turned(key) else dense
 
     def read_parts(self, key: str) -> dict[str, Tensor]:

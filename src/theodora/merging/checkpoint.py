@@ -205,9 +205,9 @@ def merge_checkpoint(
 
         if way == "quantised":
 
-            def packed(tensor: OutputTensor, merged: Tensor | None, written: Tensor | None) -> None:
-                if merged is not None and written is not None:
-                    roundings[kinds[tensor.key]].add(base.read(tensor.key), merged, written)
+            def packed(tensor: OutputTensor, weights: tuple[Tensor, Tensor, Tensor] | None) -> None:
+                if weights is not None:
+                    roundings[kinds[tensor.key]].add(*weights)
                 told(tensor)
 
             quantised = write_requantised(

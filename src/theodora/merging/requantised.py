@@ -66,7 +66,7 @@ def write_requantised(
     *,
     max_shard_size: str | int,
     max_error: float | None,
-    done: Callable[[OutputTensor, Tensor | None, Tensor | None], None],
+    done: Callable[[OutputTensor, tuple[Tensor, Tensor, Tensor] | None], None],
 ) -> Written:
     """Write the weight files of the merged model, in the format of its base.
 
@@ -77,7 +77,8 @@ def write_requantised(
         plain: gives a tensor that is not quantised, as it is written.
         max_shard_size: largest file.
         max_error: largest relative error of a layer. Default: by the format (`MAX_ERROR`).
-        done: called after each tensor; with W' and what the written one stands for, where a quantised weight changed.
+        done: called after each tensor; with W, W' and what the written one stands for, where a quantised weight
+            changed.
 
     Raises:
         CheckpointError: layers are further from the formula than that; with the worst of them.
@@ -90,16 +91,16 @@ def write_requantised(
         if output.key not in store.parameters:
             tensor = plain(output)
             files.add({output.key: tensor}, {output.key: json.dumps({"_type": "Tensor"})})
-            done(output, None, None)
+            done(output, None)
             continue
-        merged = written = None
+        weights = None
         parts = store.read_parts(output.key)
         if output.change is not None:
-            merged, written, parts, error = _requantise(base, store, output, parts)
+            weights, parts, error = _requantise(base, store, output, parts)
             layers.append(error)
         named = {store.part_key(output.key, part): tensor for part, tensor in parts.items()}
         files.add(named, store.packed.metadata_of(store.parameters[output.key]))
-        done(output, merged, written)
+        done(output, weights)
     files.finish()
     layers.sort(key=lambda layer: -layer.error)
     bound = MAX_ERROR[bits_of(store.config)] if max_error is None else max_error
@@ -163,24 +164,19 @@ def layer_error(path: str, stored: Tensor, exact: Tensor, written: Tensor, *, tr
 
 def _requantise(
     base: BaseCheckpoint, store: QuantisedStore, output: OutputTensor, old: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor], LayerError]:
-    stored = base.read(output.key)
-    exact = exact_weight(output, stored)
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor], LayerError]:
     name = store.parameters[output.key]
+    stored = store.dense(output.key, old)
+    exact = exact_weight(output, stored)
     if not bool(exact.isfinite().all()):
         raise CheckpointError(f"{output.key}: the merged weight holds NaN or infinite values. Nothing was written.")
     if exact.shape != stored.shape:
         raise CheckpointError(f"{output.key}: {tuple(exact.shape)} in the adapter, {tuple(stored.shape)} in the base")
     dtype = stored.dtype if store.stored else base.read_stored(output.key).dtype
     parts = store.pack(output.key, exact.to(dtype), old if store.stored else None)
-    dense = store.packed.dense(name, parts)
-    written = dense.T if store.turned(output.key) else dense
-    return (
-        exact,
-        written,
-        parts,
-        layer_error(name.removesuffix(".weight"), stored, exact, written, transposed=store.turned(output.key)),
-    )
+    written = store.dense(output.key, parts)
+    error = layer_error(name.removesuffix(".weight"), stored, exact, written, transposed=store.turned(output.key))
+    return (stored, exact, written), parts, error
 
 
 class _Files:
