@@ -36,7 +36,7 @@ def quantise(model: nn.Module, dtype: str, kinds: tuple[str, ...]) -> None:
     prepare(model)
 
 
-def _nf4(layer: nn.Linear) -> nn.Module:
+def _nf4(layer: Any) -> nn.Module:
     library: Any = import_module("bitsandbytes").nn
     dtype, device = layer.weight.dtype, layer.weight.device
     made = library.Linear4bit(
@@ -46,7 +46,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     return made.to(dtype).to(device)
 
 
-def _int8(layer: nn.Linear) -> nn.Module:
+def _int8(layer: Any) -> nn.Module:
     library: Any = import_module("bitsandbytes").nn
     dtype, device = layer.weight.dtype, layer.weight.device
     bias = layer.bias is not None

@@ -80,7 +80,7 @@ def plan(
         for variant in VARIANTS
         if (not variants or variant in variants) and _applies(operation, library, variant, every_variant)
         for dtype in DTYPES
-        if (not dtypes or dtype in dtypes) and installed(dtype)
+        if (not dtypes or dtype in dtypes) and installed(dtype) and dtype not in operation.not_on
     ]
     return sorted(jobs, key=lambda job: (-OPERATIONS[job.operation].cost, job.library))
 

@@ -66,7 +66,9 @@ class AdapterLayer(Swapped):
     @property
     def current_weight(self) -> BaseWeight:
         """What the module multiplies by: the merged weight while an adapter is merged, else the base weight."""
-        return weight_in(self, self.weight, self.stored_transposed)
+        tensor = self._parameters.get("weight")
+        tensor = libraries.held_weight(self) if tensor is None else tensor
+        return weight_in(self, tensor, self.stored_transposed)
 
     @property
     def base_weight(self) -> BaseWeight:

@@ -158,7 +158,7 @@ def begin(module: nn.Module) -> None:
             own["forward"] = own.pop(_FORWARD)
         own[_ASIDE] = {name: own.pop(name) for name in ("quantization_scheme", "forward") if name in own}
     if _kind(type(module)) in (_GPTQ, _AWQ) and getattr(module, "linear_mode", "") is None:
-        module.linear_mode = "train"  # pyright: ignore[reportAttributeAccessIssue]
+        own["linear_mode"] = "train"
 
 
 def end(module: nn.Module) -> None:
@@ -359,7 +359,7 @@ def _status(module: Any) -> str:
 
 
 def _compressed(module: Any, tensor: Tensor, scheme: Any) -> LibraryWeight | None:
-    own: dict[str, Tensor] = module._parameters
+    own: dict[str, Any] = module._parameters
     wide = tensor.is_floating_point() and tensor.element_size() > 1
     aside = getattr(module, "_set_aside", None)
     merged = "weight_packed" in own or (aside is not None and aside[0] is not tensor)
@@ -370,7 +370,7 @@ def _compressed(module: Any, tensor: Tensor, scheme: Any) -> LibraryWeight | Non
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         dtype = torch.bfloat16
     packed = "weight_packed" in own and tensor is own["weight_packed"]
-    shape = _shape(module) if packed else tuple(tensor.shape)
+    shape = _shape(module) if packed else (int(tensor.shape[0]), int(tensor.shape[1]))
     no_scale = ("bias", "weight", "weight_packed", "weight_shape")
     names = [name for name, parameter in own.items() if name not in no_scale and parameter is not None]
     first = "weight_packed" if packed else "weight"

@@ -149,10 +149,10 @@ class SlottedLayer(AdapterLayer):
 
     def _ones(self) -> Tensor:
         shape = self.routing.slots, self.current_weight.shape[0]
-        return torch.ones(*shape, dtype=wide_dtype(self.product_dtype), device=self.weight.device)
+        return torch.ones(*shape, dtype=wide_dtype(self.product_dtype), device=self.current_weight.device)
 
     def _new(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=self.product_dtype, device=self.weight.device)
+        return torch.zeros(*shape, dtype=self.product_dtype, device=self.current_weight.device)
 
     _a_SRI: Tensor | None
     _b_SRO: Tensor | None
@@ -178,7 +178,7 @@ def prepare_slots(
     Returns:
         tensors on the layers' device; those of one kind share memory.
     """
-    device, dtype = layers[0].weight.device, layers[0].product_dtype
+    device, dtype = layers[0].current_weight.device, layers[0].product_dtype
     wide, g_NO = wide_dtype(dtype), None
     with torch.inference_mode(False), torch.no_grad():
         # (copies in any case: on a CPU the tensors could be the file itself, mapped, which others may write to)

@@ -117,7 +117,8 @@ def deepcopy(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(subject, "one", leaves, dy)
 
 
-@operation("pickle", "pickle of the module", CARRY)
+# (A copy of bitsandbytes' Int8Params by pickle is a plain Parameter of int8.)
+@operation("pickle", "pickle of the module", CARRY, not_on=("int8",))
 def pickle(trial: Trial) -> Iterator[Check]:
     """What comes back from `torch.save` of a whole module computes and trains the same."""
     subject = trial.subject()
@@ -128,7 +129,8 @@ def pickle(trial: Trial) -> Iterator[Check]:
     yield from trial.gradients(subject, "one", leaves, dy)
 
 
-@operation("state-dict", "state_dict round trip", CARRY)
+# (bitsandbytes' Linear4bit writes keys into a state_dict that its load_state_dict calls unexpected.)
+@operation("state-dict", "state_dict round trip", CARRY, not_on=("nf4",))
 def state_dict(trial: Trial) -> Iterator[Check]:
     """Loaded into another model with an adapter of other numbers, all of them arrive."""
     subject, x = trial.subject(), trial.inputs()

@@ -24,6 +24,8 @@ class Operation:
     sample: tuple[str, ...] = ()
     """The only variants that a slow operation runs on; the others differ from them in numbers alone. It runs on every
     kind and dtype, and with `plan(every_variant=True)` on every variant, too."""
+    not_on: tuple[str, ...] = ()
+    """Dtypes whose library cannot do it with its own layers, whatever stands beside them."""
     cost: int = 0
     """How long it takes, as a rank: the longest begin first."""
 
