@@ -74,7 +74,7 @@ def report_of(args: argparse.Namespace, reference: str, others: Sequence[str], r
 
     if args.draw:
         return json.loads(args.draw.read_text(encoding="utf-8"))
-    report = {
+    report: dict[str, Any] = {
         "machine": describe_machine(),
         "settings": settings(args),
         "runs": measure(args, (reference, *others), run),
