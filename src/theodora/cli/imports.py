@@ -13,7 +13,6 @@ import ctypes
 import functools
 import gc
 import importlib.metadata
-import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -46,27 +45,13 @@ def imports(*, gpu: bool = False) -> Iterator[None]:
         gc.collect()
         gc.disable()
     try:
-        with _silent(), replaced(importlib.metadata, packages_distributions=_packages_distributions), exports_kept():
+        with replaced(importlib.metadata, packages_distributions=_packages_distributions), exports_kept():
             yield
     finally:
         if rests:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries would call it a leak
             gc.enable()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without what torchao and bitsandbytes say of their own files: they are imported by others."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes", "torch.utils._pytree")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 def _wake_driver() -> None:
