@@ -28,8 +28,8 @@ import curves
 REFERENCE = "peft-lora"
 NAMES = {
     REFERENCE: "PEFT QLoRA",
-    "lora": "Theodora LoRA on NF4",
-    "dora": "Theodora DoRA on NF4",
+    "lora": "Theodora LoRA",
+    "dora": "Theodora DoRA",
     "peft-dora": "PEFT QDoRA",
 }
 COLOURS = {"lora": "#8a5a00", "dora": "#1f7a5c", "peft-dora": "#3b6fb6"}
@@ -189,7 +189,7 @@ def statement(report: dict[str, Any]) -> str:
     within = " and ".join(NAMES[way] for way in judged if found[way])
     beyond = " and ".join(NAMES[way] for way in judged if not found[way])
     parts = [f"{within} within" if within else "", f"{beyond} beyond" if beyond else ""]
-    return f"{', '.join(filter(None, parts))} the seed-to-seed spread of {NAMES[REFERENCE]}"
+    return f"On NF4: {', '.join(filter(None, parts))} the seed-to-seed spread of {NAMES[REFERENCE]}"
 
 
 if __name__ == "__main__":
