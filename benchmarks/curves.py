@@ -284,4 +284,4 @@ def footnote(report: dict[str, Any], run_of: str) -> str:
     runs = (
         f"{run_of}, rank {chosen['rank']}, {chosen['steps']} steps of {chosen['batch']} rows, {chosen['seeds']} seeds"
     )
-    return f"{chosen['model']} on {chosen['data']}: {runs}, {chosen['seeds']} seeds, on {where}."
+    return f"{chosen['model']} on {chosen['data']}: {runs}, on {where}."
