@@ -74,7 +74,7 @@ def report_of(args: argparse.Namespace, reference: str, others: Sequence[str], r
 
     if args.draw:
         return json.loads(args.draw.read_text(encoding="utf-8"))
-    report = {
+    report: dict[str, Any] = {
         "machine": describe_machine(),
         "settings": settings(args),
         "runs": measure(args, (reference, *others), run),
@@ -254,6 +254,8 @@ def draw(
                 change = differences([(one, other)])
                 below.plot(steps, change, color=colours[way], linewidth=1, alpha=0.8, label=label)
         below.axhline(0, color=INK, linewidth=0.8)
+        bottom, top = below.get_ylim()  # room for the legend over the lines
+        below.set_ylim(bottom, top + 0.14 * (1 + len(report["judgement"])) * (top - bottom))
         above.set_title(title, loc="left", fontsize=10, color=INK)
         below.set_xlabel("step", color=FAINT, fontsize=9)
         for panel in (above, below):
@@ -273,7 +275,7 @@ def style(axes: Any) -> None:
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
-    axes.legend(loc="best", fontsize=8, facecolor="white", framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper right", fontsize=8, facecolor="white", framealpha=0.9, edgecolor="none")
 
 
 def footnote(report: dict[str, Any], run_of: str) -> str:
@@ -282,4 +284,4 @@ def footnote(report: dict[str, Any], run_of: str) -> str:
     runs = (
         f"{run_of}, rank {chosen['rank']}, {chosen['steps']} steps of {chosen['batch']} rows, {chosen['seeds']} seeds"
     )
-    return f"{chosen['model']} on {chosen['data']}: {runs}, {chosen['seeds']} seeds, on {where}."
+    return f"{chosen['model']} on {chosen['data']}: {runs}, on {where}."

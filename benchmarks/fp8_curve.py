@@ -20,7 +20,7 @@ import curves
 
 NAMES = {"bf16": "bf16", "fp8": "fp8"}
 COLOURS = {"fp8": "#1f7a5c"}
-DTYPES = {"bf16": "auto", "fp8": "fp8"}
+DTYPES: dict[str, Any] = {"bf16": "auto", "fp8": "fp8"}
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import curves
 REFERENCE = "peft-lora"
 NAMES = {
     REFERENCE: "PEFT QLoRA",
-    "lora": "Theodora LoRA on NF4",
-    "dora": "Theodora DoRA on NF4",
+    "lora": "Theodora LoRA",
+    "dora": "Theodora DoRA",
     "peft-dora": "PEFT QDoRA",
 }
 COLOURS = {"lora": "#8a5a00", "dora": "#1f7a5c", "peft-dora": "#3b6fb6"}
@@ -70,7 +70,7 @@ def peft_trained(config: Any) -> curves.Run:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from theodora.adapters.models import load_model
     from theodora.train.arguments import finish_arguments, sft_arguments
@@ -144,9 +144,10 @@ def start_alike(peft: Any, ours: Any) -> None:
 @contextmanager
 def batches_noted() -> Iterator[Any]:
     """A hash of the rows of every training batch, in their order, while the block runs."""
-    from torch.utils.data import DataLoader
+    from torch.utils import data
 
-    digest, before = hashlib.sha256(), DataLoader.__init__
+    loaders: Any = data.DataLoader
+    digest, before = hashlib.sha256(), loaders.__init__
 
     def noting(loader: Any, *args: Any, **kwargs: Any) -> None:
         before(loader, *args, **kwargs)
@@ -156,11 +157,11 @@ def batches_noted() -> Iterator[Any]:
             return
         loader.collate_fn = Noted(digest, collate)
 
-    DataLoader.__init__ = noting
+    loaders.__init__ = noting
     try:
         yield digest
     finally:
-        DataLoader.__init__ = before
+        loaders.__init__ = before
 
 
 class Noted:
@@ -188,7 +189,7 @@ def statement(report: dict[str, Any]) -> str:
     within = " and ".join(NAMES[way] for way in judged if found[way])
     beyond = " and ".join(NAMES[way] for way in judged if not found[way])
     parts = [f"{within} within" if within else "", f"{beyond} beyond" if beyond else ""]
-    return f"{', '.join(filter(None, parts))} the seed-to-seed spread of {NAMES[REFERENCE]}"
+    return f"On NF4: {', '.join(filter(None, parts))} the seed-to-seed spread of {NAMES[REFERENCE]}"
 
 
 if __name__ == "__main__":

@@ -264,6 +264,15 @@ def test_the_command_measures_a_bare_configuration(tmp_path, monkeypatch, capsys
     assert {"cpu", "versions", "commit", "command"} <= report["machine"].keys()
 
 
+@pytest.mark.filterwarnings("ignore:Products with float8 weights:UserWarning")
+def test_the_command_measures_a_quantised_base(tmp_path, monkeypatch, capsys):
+    measure_here(monkeypatch)
+    load_base(workload()).config.save_pretrained(tmp_path)
+    options = ["--batch", "2", "--length", "8", "--rank", "4", "--rounds", "1", "--dtype", "fp32", "--device", "cpu"]
+    assert main(["bench", str(tmp_path), *options, "--quantize", "fp8", "--methods", "floor", "dora"]) == 0
+    assert "fp32 on a base in fp8, cpu" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_says_what_cannot_be_measured(tmp_path, capsys):
     assert main(["bench", str(tmp_path / "absent")]) == 1
     assert "there is no such folder" in capsys.readouterr().err

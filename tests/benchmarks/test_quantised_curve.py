@@ -51,9 +51,9 @@ def test_the_statement(monkeypatch):
         judged = {way: {"train": {"within_the_spread": within}} for way, within in (("lora", lora), ("dora", dora))}
         return script.statement({"judgement": judged})
 
-    ours = "Theodora LoRA on NF4", "Theodora DoRA on NF4"
-    assert said(True, True) == f"{ours[0]} and {ours[1]} within the seed-to-seed spread of PEFT QLoRA"
-    assert said(True, False) == f"{ours[0]} within, {ours[1]} beyond the seed-to-seed spread of PEFT QLoRA"
+    spread = "the seed-to-seed spread of PEFT QLoRA"
+    assert said(True, True) == f"On NF4: Theodora LoRA and Theodora DoRA within {spread}"
+    assert said(True, False) == f"On NF4: Theodora LoRA within, Theodora DoRA beyond {spread}"
 
 
 @pytest.mark.long

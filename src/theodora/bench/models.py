@@ -202,7 +202,7 @@ def _quantize_block(model: Any, block: nn.Module, quantizer: Any) -> None:
     prefix = next(name for name, module in model.named_modules() if module is block)
     layers: dict[str, Any] = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if quantizer.quantization_config.quant_method == "bitsandbytes":
-        from transformers.integrations import replace_with_bnb_linear
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         replace_with_bnb_linear(block, quantization_config=quantizer.quantization_config)
     operation = quantizer.get_quantize_ops()

@@ -3,6 +3,7 @@
 example:
   theodora bench HuggingFaceTB/SmolLM2-135M-Instruct
   theodora bench path/to/model --rank 64 --batch 2 --length 4096 --output bench.json
+  theodora bench path/to/model --quantize nf4 --batch 1 --length 2048
   theodora bench meta-llama/Llama-3.1-8B --layers 8 --random-weights --methods floor peft-dora dora
 
 A step is forward and backward on a batch of random tokens. The floor is the frozen model without an adapter, its
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="modules to adapt. Default: all linear layers.")
     parser.add_argument(
         "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of the model's weights. Default: bf16."
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "nf4", "int8", "int4", "fp8"],
+        help="quantise the frozen linear layers as the model is loaded, or drawn. Default: none.",
     )
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute each block in the backward pass"
@@ -101,6 +107,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         random_weights=args.random_weights,
         layers=args.layers,
         dtype=DTYPES[args.dtype],
+        quantize=args.quantize,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch=args.batch,
         length=args.length,
@@ -131,9 +138,10 @@ def _title(args: argparse.Namespace, workload: Workload) -> str:
     checkpointing = ", gradient checkpointing" * workload.gradient_checkpointing
     targets = ", ".join(args.targets) if args.targets else "all linear layers"
     layers = f", {args.layers} layers" if args.layers else ""
+    stored = f" on a base in {args.quantize}" if args.quantize not in (None, "none") else ""
     return (
         f"One step of {Path(args.model).name}{layers}: {workload.batch} × {workload.length} tokens, "
-        f"rank {workload.rank} on {targets}, {args.dtype}, {workload.device}{checkpointing}"
+        f"rank {workload.rank} on {targets}, {args.dtype}{stored}, {workload.device}{checkpointing}"
     )
 
 
