@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import formula
 from formula import F64
@@ -27,7 +28,7 @@ from theodora import (
 )
 from theodora.kernels.base_weight import PlainWeight, dora_norms, products
 from theodora.kernels.library_weight import LibraryWeight
-from theodora.layers import base_weight, cannot_adapt
+from theodora.layers import AdapterLayer, base_weight, cannot_adapt
 from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.libraries import prepare
 
@@ -504,3 +505,73 @@ def test_once_prepared_a_base_is_not_packed():
     with torch.no_grad():
         module(x)
     assert formula.error(base_weight(module).dense(), exact) < 2e-7
+
+
+# In transformers' models ---------------------------------------------------------------------------------------------
+
+LOADED = {
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao": lambda: TorchAoConfig(ao.Int8WeightOnlyConfig()),
+}
+
+
+@pytest.fixture
+def load(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+
+    def load(kind):
+        options = {"quantization_config": LOADED[kind](), "dtype": torch.float32, "device_map": "cpu"}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options)
+
+    return load
+
+
+@pytest.mark.parametrize("kind", LOADED)
+@pytest.mark.filterwarnings("ignore:The adapter was merged into a base in:UserWarning")
+def test_a_model_from_start_to_end(kind, load, tmp_path):
+    model, ids = load(kind), torch.randint(50, (2, 9))
+    inject_adapter(model, AdapterConfig(rank=RANK, exclude=("k_proj",)))
+    layers = [layer for layer in model.modules() if isinstance(layer, AdapterLayer)]
+    assert {layer.base_weight.stored for layer in layers} == {"library"}
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        before = model(ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        other = load(kind)
+        load_adapter(other, tmp_path / "adapter")
+        assert torch.equal(other.eval()(ids).logits, before)
+        merge_adapter(model)
+        merged = model(ids).logits
+        # (int8 products round x, and merged layers do not.)
+        assert formula.error(merged, before.double()) < (0.05 if kind == "int8" else 1e-5)
+        model.save_pretrained(tmp_path / "merged")
+        unmerge_adapter(model)
+        assert torch.equal(model(ids).logits, before)
+    assert model.config.quantization_config is not None
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert all(type(module) is not type(layers[0]) for module in plain.modules())
+    with torch.no_grad():
+        assert formula.error(plain(ids).logits, merged.double()) < (0.05 if kind == "int8" else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_blocks_of_a_model(load):
+    model, ids = load("nf4").train(), torch.randint(50, (2, 9))
+    inject_adapter(model, AdapterConfig(rank=RANK))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(ids, labels=ids).loss, parameters)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, parameters)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from theodora.cli.ending import end_process
+from theodora.cli.import_notes import without_import_notes
 from theodora.cli.streams import steady_streams
 from theodora.errors import TheodoraError
 from theodora.safe_text import plain_lines
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _steadily(argv: list[str]) -> int:
-    with steady_streams() as streams, _fit_for_terminals():
+    with steady_streams() as streams, _fit_for_terminals(), without_import_notes():
         try:
             code = _main(argv)
         except KeyboardInterrupt as stop:  # 0 after SIGTERM that ended a run: no failure

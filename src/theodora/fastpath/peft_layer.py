@@ -1,8 +1,9 @@
-"""PEFT's linear LoRA and DoRA layer on our kernels: its parameters, its formulas, another forward pass.
+"""PEFT's linear LoRA and DoRA layers on our kernels: their parameters, their formulas, another forward pass.
 
-`FastPeftLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`). It adds no parameter,
-buffer or submodule, and goes by the name of PEFT's class, which people and libraries read. Where its conditions do not
-hold, in this very pass, PEFT's forward runs instead.
+`FastPeftLinear` is a class that PEFT's own layers are given in place (see `peft_models.py`), and the layers that PEFT
+puts around bitsandbytes' get one made of `FastPeft` and theirs. These add no parameter, buffer or submodule, and go by
+the name of PEFT's class, which people and libraries read. Where their conditions do not hold, in this very pass, PEFT's
+forward runs instead.
 
 Shapes: T tokens (any leading dimensions), I in features, O out features, R rank.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copyreg
 import logging
+import sys
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from theodora.layers.base import norm_of
 from theodora.layers.base_weights import FLOATS, weight_in
 from theodora.layers.identity import base_output, changes_nothing, with_value_of
 from theodora.layers.kinds import is_conv1d
+from theodora.layers.libraries import library_weight
 from theodora.layers.linear import GROUP, in_dtype
 from theodora.layers.low_rank import drops
 from theodora.layers.norm_cache import NormCache, one_token_each
@@ -40,7 +43,6 @@ from theodora.layers.norm_cache import NormCache, one_token_each
 __all__ = ["BaseTunerLayer", "FastPeftLinear", "accelerate_layer", "restore_layer"]
 
 _log = logging.getLogger(__name__)
-_FORWARD_HOME = "peft.tuners.lora.layer"
 _PIECE = 1 << 22  # elements of the weight that are widened together, in whole rows
 
 
@@ -57,7 +59,7 @@ _MERGED = Fallback("an adapter is merged", idle=True)
 _INACTIVE = Fallback("no adapter is active on it", idle=True)
 
 
-class FastPeftLinear(Linear):
+class FastPeft(nn.Module):
     """y = x Wᵀ + bias + s·(x Aᵀ) Bᵀ, or DoRA's, from the tensors PEFT keeps in `base_layer`, `lora_A`, `lora_B`, ..."""
 
     base_layer: Any
@@ -66,6 +68,11 @@ class FastPeftLinear(Linear):
     lora_dropout: Any
     lora_magnitude_vector: Any
 
+    scaling: Any
+    lora_variant: Any
+    fan_in_fan_out: bool
+    merged_adapters: list[str]
+    _disable_adapters: bool
     _theodora_norms: NormCache  # of ‖W‖² alone
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,6 +81,8 @@ class FastPeftLinear(Linear):
         dtype = autocast_dtype(x)
         if why is None and dtype is None and not self._weight().takes(x.dtype):
             why = Fallback("an input of another dtype than its weight")
+        if why is None and dtype not in (None, x.dtype) and self._weight().stored == "library":
+            why = Fallback("an input of another dtype than autocast's on a quantised weight")
         if why is not None:
             if not why.idle and not torch.compiler.is_compiling():
                 _say_once(why.reason)
@@ -136,7 +145,10 @@ class FastPeftLinear(Linear):
         if dropped is not None and drops_base:
             # PEFT's DoRA drops the base weight's input, too, where it changes the product:
             #     y = x Wᵀ + (g - 1) ⊙ (x' Wᵀ) + g ⊙ s·(x' Aᵀ) Bᵀ + bias = (x - x') Wᵀ + dora(x') + bias
-            y = kernels.adapted_linears(dropped, [parts])[0] + F.linear(x - dropped, parts.weight.dense())
+            y, rest = kernels.adapted_linears(dropped, [parts])[0], x - dropped
+            w_OI = parts.weight.plain()
+            base = [Parts(parts.weight, None)]
+            y = y + (kernels.adapted_linears(rest, base)[0] if w_OI is None else F.linear(rest, w_OI))
         else:
             y = kernels.adapted_linears(x, [parts], dropped)[0]
         return y if bias is None or not self._trained_bias() else y + bias
@@ -157,11 +169,15 @@ class FastPeftLinear(Linear):
         a, b, dora = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         with torch.no_grad():
             update = dora.get_lora_weight(lora_A=a, lora_B=b, adapter_name=name)
-            weight = self.base_layer.weight.to(a.weight.dtype)
+            base = self._weight()
+            weight = (
+                base.dense(a.weight.dtype) if base.stored == "library" else self.base_layer.weight.to(a.weight.dtype)
+            )
             return dora.get_weight_norm(weight, update, scaling=self.scaling[name], adapter_name=name).detach()
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
+        active: Any = self.active_adapters
+        return [name for name in active if name in self.lora_A]
 
     def _slow_adapter(self, name: str) -> str | None:
         variant, a, b = self.lora_variant.get(name), self.lora_A[name], self.lora_B[name]
@@ -190,7 +206,7 @@ class FastPeftLinear(Linear):
         weight = base.weight
         if _touched(base):
             return "hooks on its base layer (offloading, say)"
-        if not _plain(weight) or weight.dtype not in FLOATS:
+        if library_weight(base, weight) is None and (not _plain(weight) or weight.dtype not in FLOATS):
             return f"its base weight is sharded or quantised ({type(weight).__name__})"
         if hasattr(weight, "ds_id"):
             return "DeepSpeed ZeRO-3 gathers its weights only when PEFT's own forward runs"
@@ -204,7 +220,7 @@ class FastPeftLinear(Linear):
 
     def _weight(self) -> BaseWeight:
         base = self.base_layer
-        return weight_in(base, base.weight, self.is_target_conv_1d_layer)
+        return weight_in(base, base.weight, getattr(self, "is_target_conv_1d_layer", False))
 
     def _trained_bias(self) -> bool:
         bias = self.base_layer.bias
@@ -220,7 +236,7 @@ class FastPeftLinear(Linear):
         """
         weight, look = self._weight(), not (one_token or torch.is_grad_enabled())
         return self._theodora_norms.weight_norm_squared(
-            weight, lambda: _row_norm_squared(weight.dense(), dtype), rounding=dtype, look=look
+            weight, lambda: _row_norm_squared(weight, dtype), rounding=dtype, look=look
         )
 
     # PEFT writes to the base weight through `.data`, which leaves no version behind: forget at each of its doors.
@@ -229,19 +245,20 @@ class FastPeftLinear(Linear):
         """Forget what is known of the base weight."""
         self._theodora_norms.invalidate(weight=True)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        super().merge(*args, **kwargs)
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self.forget()
 
-    def unmerge(self) -> None:  # noqa: D102
-        super().unmerge()
+    def unmerge(self) -> None:
+        super().unmerge()  # pyright: ignore[reportAttributeAccessIssue]
         self.forget()
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        super().update_layer(*args, **kwargs)  # PiSSA and its like change the base weight
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        # PiSSA and its like change the base weight
+        super().update_layer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self.forget()
 
-    def train(self, mode: bool = True):  # noqa: D102
+    def train(self, mode: bool = True):
         if mode != self.training:
             self.forget()
         return super().train(mode)
@@ -252,28 +269,57 @@ class FastPeftLinear(Linear):
 
     def __reduce__(self) -> Any:
         # What goes by another class's name is not found under it: pickle and deepcopy make it here.
-        made = (_new, ()) if type(self) is FastPeftLinear else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
+        made = (_new, (own_class(self),)) if is_ours(self) else (copyreg.__newobj__, (type(self),))  # pyright: ignore[reportAttributeAccessIssue]
         return *made, self.__getstate__()
 
 
-def _new() -> FastPeftLinear:
-    return FastPeftLinear.__new__(FastPeftLinear)
+class FastPeftLinear(FastPeft, Linear):
+    """PEFT's layer around `nn.Linear` and `Conv1D`."""
 
 
-# `repr`, `get_layer_status` and whoever else tells layers by their class find what they would without us.
-for _attribute in ("__name__", "__qualname__", "__module__"):
-    setattr(FastPeftLinear, _attribute, getattr(Linear, _attribute))
+def is_ours(layer: FastPeft) -> bool:
+    """Whether the layer's class is the very one that it was given: no other library has put one on top."""
+    return type(layer) is _fast(own_class(layer))
+
+
+def own_class(layer: FastPeft) -> type[nn.Module]:
+    """PEFT's class of the layer."""
+    mro = type(layer).__mro__
+    return mro[mro.index(FastPeft) + 1]
+
+
+@cache
+def _fast(own: type[nn.Module]) -> type[FastPeft]:
+    made = FastPeftLinear if own is Linear else type(own.__name__, (FastPeft, own), {})
+    # `repr`, `get_layer_status` and whoever else tells layers by their class find what they would without us.
+    for attribute in ("__name__", "__qualname__", "__module__"):
+        setattr(made, attribute, getattr(own, attribute))
+    return made
+
+
+def _new(own: type[nn.Module]) -> FastPeft:
+    made = _fast(own)
+    return made.__new__(made)
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether the layer is one of PEFT's that our forward pass can stand in for."""
+    around_bnb = sys.modules.get("peft.tuners.lora.bnb")
+    return type(layer) in (Linear, *(getattr(around_bnb, name, None) for name in ("Linear4bit", "Linear8bitLt")))
+
+
+_fast(Linear)
 
 
 def accelerate_layer(layer: nn.Module) -> str | None:
     """Give `layer` our forward pass if it can ever use it; says why not, or why not at present, else None."""
-    if type(layer) is Linear:
+    if _known(layer):
         why = _cannot(layer)
         if why is not None:
             return why
-        layer.__class__ = FastPeftLinear
+        layer.__class__ = _fast(type(layer))
         layer._theodora_norms = NormCache()  # pyright: ignore[reportArgumentType]
-    if not isinstance(layer, FastPeftLinear):
+    if not isinstance(layer, FastPeft):
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
         return f"{kind} is not PEFT's plain LoRA layer (lora.layer.Linear)"
     why = layer.fallback()
@@ -282,23 +328,26 @@ def accelerate_layer(layer: nn.Module) -> str | None:
 
 def restore_layer(layer: nn.Module) -> None:
     """Undo `accelerate_layer`; does nothing to other modules."""
-    if isinstance(layer, FastPeftLinear):
+    if isinstance(layer, FastPeft):
         del layer._theodora_norms  # pyright: ignore[reportPrivateUsage]
-        layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
+        layer.__class__ = own_class(layer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _cannot(layer: Linear) -> str | None:
+def _cannot(layer: Any) -> str | None:
     if "forward" in layer.__dict__:
         return "its forward method was replaced"
-    if Linear.forward.__module__ != _FORWARD_HOME:
-        return f"{Linear.forward.__module__} has replaced the forward of PEFT's LoRA layers"
+    home = type(layer).forward.__module__
+    if home != type(layer).__module__:
+        return f"{home} has replaced the forward of PEFT's LoRA layers"
     base: nn.Module = layer.base_layer
     why = cannot_adapt(base)
     if why is not None and hasattr(base.weight, "device_mesh"):
         return "its base weight is sharded already: call accelerate_peft before the model is sharded"
     if why is not None:
         return f"base layer: {why}"
-    if is_conv1d(base) != layer.fan_in_fan_out or layer.is_target_conv_1d_layer != layer.fan_in_fan_out:
+    if is_conv1d(base) != layer.fan_in_fan_out or (
+        getattr(layer, "is_target_conv_1d_layer", False) != layer.fan_in_fan_out
+    ):
         return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit its {type(base).__name__}"
     return None
 
@@ -314,11 +363,14 @@ def _touched(module: Any) -> bool:
     )
 
 
-def _row_norm_squared(w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_norm_squared(weight: BaseWeight, dtype: torch.dtype) -> Tensor:
     """‖W‖² of each row, (O,), where ‖W‖ is what PEFT computes: in `dtype`."""
-    rows = max(1, _PIECE // max(1, w_OI.shape[1]))
-    norm = torch.cat([torch.linalg.norm(piece.to(dtype), dim=1) for piece in w_OI.split(rows)])
-    return norm.to(wide_dtype(w_OI.dtype)).square()
+    outputs, inputs = weight.shape
+    w_OI, some = weight.plain(), max(1, _PIECE // max(1, inputs))
+    slices = [slice(at, at + some) for at in range(0, outputs, some)]
+    pieces = (weight.rows(at) if w_OI is None else w_OI[at] for at in slices)
+    norm = torch.cat([torch.linalg.norm(piece.to(dtype), dim=1) for piece in pieces])
+    return norm.to(wide_dtype(weight.dtype)).square()
 
 
 def _plain(tensor: Tensor) -> bool:

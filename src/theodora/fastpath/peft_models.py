@@ -21,6 +21,7 @@ from torch import nn
 from theodora.errors import ConfigError, bullet_list, in_line
 from theodora.fastpath.accelerate import FastPath, check_fast_path, restore_model, speed_up_model
 from theodora.layers import AdapterLayer
+from theodora.layers.libraries import prepare
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
     """
     peft_layer = _peft_layer()
     check_fast_path(model)
+    prepare(model)
     fast: list[str] = []
     left_alone: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -102,8 +104,8 @@ def restore_peft(model: nn.Module) -> None:
     if importlib.util.find_spec("peft") is None:
         return
     peft_layer = _peft_layer()
-    layers = [module for module in model.modules() if isinstance(module, peft_layer.FastPeftLinear)]
-    odd = sorted({type(layer).__name__ for layer in layers if type(layer) is not peft_layer.FastPeftLinear})
+    layers = [module for module in model.modules() if isinstance(module, peft_layer.FastPeft)]
+    odd = sorted({type(layer).__name__ for layer in layers if not peft_layer.is_ours(layer)})
     if odd:
         raise ConfigError(
             f"Since accelerate_peft, another library has made {', '.join(odd)} of this model's layers, as FSDP2's "
