@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import formula
 from formula import DEVICE
 from theodora import functional
-from theodora.kernels import decode, packed
+from theodora.kernels import decode, packed, weight_norm
 from theodora.kernels.formats import Bits4, Bits8, Part
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.operators import runs_triton
@@ -97,7 +97,7 @@ def test_norm(rank, kind, dtype):
         for size in (1e-3, 0.3, 10.0):
             a, b = factors(*some.shape, rank, size)
             expected = exact(w, a, b, 0.5)
-            found = packed.dora_norm(weight, a, b, 0.5, squared)
+            found = weight_norm.dora_norm_packed(weight, a, b, 0.5, squared)
             plain = functional.dora_norm(w, a, b, 0.5, squared)
             worst = [float(((norm.double() - expected).abs() / expected).max()) for norm in (found, plain)]
             assert worst[0] <= 2 * worst[1] + 4 * EPS
@@ -120,7 +120,7 @@ def test_several_at_once(rank, kind):
         all_a.append(a)
         all_b.append(b)
     squared = torch.stack([functional.row_norm_squared(w) for w in dense])
-    found = packed.dora_norms(weights, torch.stack(all_a), torch.stack(all_b), 0.5, squared)
+    found = weight_norm.dora_norms_packed(weights, torch.stack(all_a), torch.stack(all_b), 0.5, squared)
     expected = torch.stack([exact(*each, 0.5) for each in zip(dense, all_a, all_b, strict=True)])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
@@ -131,11 +131,11 @@ def test_factors_in_any_order_and_dtype():
     weight, w = form.packed(tensors), form.dense(tensors, torch.bfloat16)
     a, b = factors(20, 512, 5)
     squared = functional.row_norm_squared(w)
-    expected = packed.dora_norm(weight, a, b, 0.5, squared)
-    turned = packed.dora_norm(weight, a.T.contiguous().T, b.T.contiguous().T, 0.5, squared)
+    expected = weight_norm.dora_norm_packed(weight, a, b, 0.5, squared)
+    turned = weight_norm.dora_norm_packed(weight, a.T.contiguous().T, b.T.contiguous().T, 0.5, squared)
     torch.testing.assert_close(turned, expected, rtol=1e-6, atol=0)
     rounded = a.bfloat16(), b.bfloat16()
-    found = packed.dora_norm(weight, *rounded, 0.5, squared)
+    found = weight_norm.dora_norm_packed(weight, *rounded, 0.5, squared)
     torch.testing.assert_close(found.double(), exact(w, *rounded, 0.5), rtol=1e-5, atol=0)
 
 

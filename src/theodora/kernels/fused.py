@@ -132,7 +132,7 @@ class _AdaptedLinears(torch.autograd.Function):
             normed = isinstance(source, NormedInput)
             x = (source.h_TI, source.rstd_T, source.weight_I) if normed else (source, None, None)
             for of_layer, dy, xa_TR, layer in zip(found.gradients, dys, xas, layers, strict=True):
-                add_zero_scales(of_layer.magnitude_O, dy, x, xa_TR, layer)
+                add_zero_scales(of_layer.magnitude_O, dy, x, xa_TR, layer)  # pyright: ignore[reportArgumentType]
         dx_lora = None
         if needs_x_lora and found.dzb_TR is not None:
             a = stacked_a(chosen, found.dzb_TR.dtype)
@@ -279,7 +279,7 @@ def composed_backward(step: LayerStep, from_output: bool = False) -> tuple[Tenso
     layer, dy_TO, z_TO, xa_TR = step.layer, step.dy_TO, step.kept_TO, step.xa_TR
     magnitude, norm, b = layer.magnitude_O, layer.norm_O, layer.b_OR
     if xa_TR is not None and b is not None and in_one_pass(dy_TO, layer):
-        backward = compose_backward_with_output if from_output else compose_backward
+        backward: Any = compose_backward_with_output if from_output else compose_backward
         dz, dzb, db, dm = backward(dy_TO, None if norm is None else z_TO, xa_TR, b, layer.scale, magnitude, norm)
         if norm is None or magnitude is None:
             return dy_TO, dzb, LayerGradients(b_OR=db.to(b.dtype))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from theodora.functional import wide_dtype
-from theodora.kernels import packed as packed_weight
 from theodora.kernels import weight_norm
 from theodora.kernels.base_weight import BaseWeight, PlainWeight
 from theodora.kernels.formats import Format, Part
@@ -116,7 +115,7 @@ class LibraryWeight(BaseWeight):
         Else of half a precision in one pass over the dequantised weight; a wide one some rows at a time.
         """
         if (packed := self.packed()) is not None:
-            return packed_weight.dora_norm(packed, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O)
+            return weight_norm.dora_norm_packed(packed, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O)
         if wide_dtype(self.dtype) == self.dtype and self.format.cuts:
             return super().dora_norm(a_RI, b_OR, scale, w_norm_sq_O)
         return weight_norm.dora_norm(self.dense(), a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O, None)
@@ -130,7 +129,7 @@ class LibraryWeight(BaseWeight):
         packed = [one for one in all_packed if one is not None]
         if len(packed) < len(weights) or len({(one.form[:-1], one.table, one.dtype) for one in packed}) > 1:
             return super().dora_norms(weights, a_NRI, b_NOR, scale, w_norm_sq_NO)
-        return packed_weight.dora_norms(packed, a_NRI, b_NOR, scale, w_norm_sq_NO)
+        return weight_norm.dora_norms_packed(packed, a_NRI, b_NOR, scale, w_norm_sq_NO)
 
     def split(self, outputs: int) -> list[BaseWeight]:
         """Rows of the same tensors."""

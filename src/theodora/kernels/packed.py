@@ -5,19 +5,18 @@
 
 rounded as the library that quantised them rounds, so that the kernels see the very numbers of its dequantised W.
 
-Shapes: T tokens, I in features, O out features, R rank, N weights.
+Shapes: I in features, O out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from theodora.kernels.operators import operator, runs_triton
+from theodora.kernels.operators import runs_triton
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,7 +28,7 @@ FP4 = (*_FP4, *(-value for value in _FP4))
 """What the four bits of a number stand for, as in bitsandbytes' kernels (`csrc/kernels.cu`)."""
 TABLES = {"nf4": NF4, "fp4": FP4}
 LEAST_BLOCK = 32
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +48,16 @@ class Packed:
 
     @classmethod
     def of(
-        cls, tensors: tuple[Tensor, ...], shape: tuple[int, int], table: str, dtype: torch.dtype, block=0, nested=0
+        cls,
+        tensors: tuple[Tensor, ...],
+        shape: tuple[int, int],
+        table: str,
+        dtype: torch.dtype,
+        block: int = 0,
+        nested: int = 0,
     ) -> Packed | None:
         """A whole weight, or None if the kernels cannot read it."""
-        if dtype not in _DTYPES or not all(t.is_contiguous() for t in tensors):
+        if dtype not in DTYPES or not all(t.is_contiguous() for t in tensors):
             return None
         if table != "int8":
             power = block >= LEAST_BLOCK and block & (block - 1) == 0 and nested & (nested - 1) == 0
@@ -77,33 +82,3 @@ def table_on(name: str, device: torch.device) -> Tensor:
     """The table of `TABLES`, (16,) float32; made before CUDA graphs are recorded, and kept."""
     with torch.inference_mode(False):
         return torch.tensor(TABLES[name], dtype=torch.float32, device=device)
-
-
-def _dora_norm(
-    a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w: list[Tensor], form: list[int], table: str, dtype: int
-) -> Tensor:
-    from theodora.kernels.triton import packed as triton
-
-    weight = Packed(tuple(w), tuple(form), table, _DTYPES[dtype])
-    return triton.dora_norms([weight], a[None], b[None], scale, w_norm_sq[None])[0]
-
-
-_operator = operator(
-    "dora_norm_packed(Tensor a, Tensor b, float scale, Tensor w_norm_sq, Tensor[] w, int[] form, str table, int dtype)"
-    " -> Tensor",
-    _dora_norm,
-    lambda a, b, scale, w_norm_sq, *_: torch.empty_like(w_norm_sq),
-)
-
-
-def dora_norm(weight: Packed, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
-    """‖W + s·B·A‖ of each output row, (O,) float32, by a kernel that reads the packed numbers once."""
-    rest = list(weight.tensors), list(weight.form), weight.table, _DTYPES.index(weight.dtype)
-    return _operator(a_RI, b_OR, scale, w_norm_sq_O, *rest)
-
-
-def dora_norms(weights: Sequence[Packed], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor) -> Tensor:
-    """`dora_norm` of several weights of one shape and form, (N, O): in few launches."""
-    from theodora.kernels.triton import packed as triton
-
-    return triton.dora_norms(weights, a_NRI, b_NOR, scale, w_norm_sq_NO)

@@ -14,6 +14,7 @@ from theodora import functional
 from theodora.functional import wide_dtype
 from theodora.kernels.float8 import dequantized
 from theodora.kernels.operators import operator, runs_triton
+from theodora.kernels.packed import DTYPES, Packed
 
 
 def dora_norm_reference(
@@ -60,3 +61,35 @@ def dora_norms(
     scales = [None] * len(ws) if w_scale_NO is None else w_scale_NO
     each = zip(ws, a_NRI, b_NOR, w_norm_sq_NO, scales, strict=True)
     return torch.stack([dora_norm(w, a, b, scale, w_norm_sq, w_scale) for w, a, b, w_norm_sq, w_scale in each])
+
+
+def _dora_norm_packed(
+    a: Tensor, b: Tensor, scale: float, w_norm_sq: Tensor, w: list[Tensor], form: list[int], table: str, dtype: int
+) -> Tensor:
+    from theodora.kernels.triton import packed as triton
+
+    weight = Packed(tuple(w), tuple(form), table, DTYPES[dtype])
+    return triton.dora_norms([weight], a[None], b[None], scale, w_norm_sq[None])[0]
+
+
+_packed = operator(
+    "dora_norm_packed(Tensor a, Tensor b, float scale, Tensor w_norm_sq, Tensor[] w, int[] form, str table, int dtype)"
+    " -> Tensor",
+    _dora_norm_packed,
+    lambda a, b, scale, w_norm_sq, *_: torch.empty_like(w_norm_sq),
+)
+
+
+def dora_norm_packed(weight: Packed, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
+    """`dora_norm` of a packed weight that `runs`, (O,) float32, by a kernel that reads its numbers once."""
+    rest = list(weight.tensors), list(weight.form), weight.table, DTYPES.index(weight.dtype)
+    return _packed(a_RI, b_OR, scale, w_norm_sq_O, *rest)
+
+
+def dora_norms_packed(
+    weights: Sequence[Packed], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor
+) -> Tensor:
+    """`dora_norm_packed` of several weights of one shape and form, (N, O): in few launches."""
+    from theodora.kernels.triton import packed as triton
+
+    return triton.dora_norms(weights, a_NRI, b_NOR, scale, w_norm_sq_NO)

@@ -159,8 +159,11 @@ def _form(w, a, b, norm, O, I, R, a_row, scale,
 
 
 def dora_norms(weights: Sequence[Packed], a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor) -> Tensor:
-    """See `packed.dora_norms`: a launch for the product of each weight with its A, one for all norms, and one for each
-    weight where rows may have to be formed. Nothing waits for the GPU."""
+    """See `weight_norm.dora_norms_packed`.
+
+    A launch for the product of each weight with its A, one for all norms, and one for each weight where rows may have
+    to be formed. Nothing waits for the GPU.
+    """
     _, outputs, rank = b_NOR.shape
     a_NRI, b_NOR, inputs = a_NRI.contiguous(), b_NOR.contiguous(), a_NRI.shape[2]
     block = rank_block(rank)
