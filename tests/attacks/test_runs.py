@@ -263,8 +263,8 @@ def test_no_run_begins_among_the_checkpoints_of_another(name, command, finished,
 def test_a_merge_or_export_does_not_replace_a_run_that_began_in_its_place(finished, tmp_path, monkeypatch):
     output = tmp_path / "out"
 
-    def run_begins(folder, form):
-        written(folder, form)
+    def run_begins(folder, form, **more):
+        written(folder, form, **more)
         with contextlib.suppress(FileExistsError):
             shutil.copytree(finished, output)
 

@@ -172,7 +172,9 @@ def _quantized_by_blocks(
     kind: Any = type(blocks[0])
     quantizer = None
     if quantize != "fp8":
-        quantizer = AutoHfQuantizer.from_config(options["quantization_config"], pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(
+            options["quantization_config"], pre_quantized=False, trust_remote_code=False
+        )
     for index in range(whole.num_hidden_layers):
         if index:
             torch.manual_seed(seed + index)

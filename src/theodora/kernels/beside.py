@@ -37,6 +37,9 @@ def times_scaled_b(dz_TO: Tensor, all_b: Sequence[Tensor], scales: Sequence[floa
     """
     b = dz_TO.new_empty(dz_TO.shape[1], into_TC.shape[1])
     _diagonal(b, list(all_b), list(scales))
+    if not dz_TO.is_cuda:
+        # In bfloat16 oneDNN's AMX kernels read on into the columns beside dz, which may hold NaN, and multiply by zero.
+        dz_TO = dz_TO.contiguous()
     return torch.mm(dz_TO, b, out=into_TC)
 
 
