@@ -59,10 +59,16 @@ def save_quantised(plain: Path, folder: Path, form: str) -> Path:
 
 
 def save_adapted(
-    base: Path, folder: Path, *, quantize: str | None = None, size: float = 0.15, **config: Any
+    base: Path,
+    folder: Path,
+    *,
+    quantize: str | None = None,
+    dtype: str = "float32",
+    size: float = 0.15,
+    **config: Any,
 ) -> torch.Tensor:
     """Save an adapter with random weights that was put on the base; gives the logits of both after `tokens()`."""
-    model = load_model(str(base), dtype="float32", quantize=quantize, adapted=True)
+    model = load_model(str(base), dtype=dtype, quantize=quantize, adapted=True)
     inject_adapter(model, AdapterConfig(**{"rank": 4, **config}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -14,17 +15,22 @@ from torch import nn
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter
 from theodora.adapters import quantized
 from theodora.adapters.models import base_note, best_device, load_model, load_model_and_tokenizer
-from theodora.adapters.quantized import count_parameters, name_of, quantization_of, weight_bytes
+from theodora.adapters.quantize import module_fingerprint
+from theodora.adapters.quantized import count_parameters, left_plain, name_of, quantization_of, weight_bytes
 from theodora.adapters.state import trained_tensors
 from theodora.adapters.trainers import as_adapted
 from theodora.files.adapter import read_adapter, read_trained_on
+from theodora.files.fingerprint import weight_fingerprint
 from theodora.files.trained_on import TrainedOn, trained_on
+from theodora.kernels.library_weight import LibraryWeight
 from theodora.layers import base_weight
+from theodora.layers.libraries import prepare
 
 pytest.importorskip("bitsandbytes")
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 27).view(2, 12)
+LAYER = {"nf4": {"quant_type": "nf4"}, "int8": {"has_fp16_weights": False}}
 NAMES = {"nf4": "bitsandbytes nf4, double-quantised", "int8": "bitsandbytes int8"}
 
 
@@ -108,12 +114,80 @@ def test_an_adapter_finds_its_base_quantised_as_it_was(kind, adapter, tiny_model
         assert quantization_of(model).kind == kind
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
         assert "--quantize none" in base_note(model)
-    with pytest.warns(UserWarning, match="away from those") if kind == "nf4" else nullcontext():
+    said = pytest.warns(UserWarning, match=rf"those were quantised \({NAMES[kind]}\), these are not\. The adapter may")
+    with said if kind == "nf4" else nullcontext():
         model, _ = load_model_and_tokenizer(place, device="cpu", quantize="none")
     assert quantization_of(model) is None
-    assert base_note(model) == (
-        f"The adapter was trained on its base quantised as {NAMES[kind]}; here the base is not quantised."
+    once = f"The adapter was trained on its base quantised as {NAMES[kind]}; here the base is not quantised."
+    assert base_note(model) == (None if kind == "nf4" else once)
+
+
+def test_the_base_is_quantised_of_weights_in_the_dtype_of_training(tiny_model_dir, tmp_path):
+    trained = load(tiny_model_dir(), "nf4", dtype="bfloat16")
+    place, expected = saved_adapter(trained, tmp_path / "adapter")
+    assert read_trained_on(place).dtype == "bfloat16"
+    model, _ = load_model_and_tokenizer(place, device="cpu")
+    assert torch.equal(logits(model), expected)
+    assert "as it was in training: " in base_note(model)
+    other, _ = load_model_and_tokenizer(place, device="cpu", dtype="float32")
+    path = "model.layers.0.mlp.up_proj"
+    stored = [base_weight(m.get_submodule(path)).dense(torch.float32) for m in (trained, model, other)]
+    assert torch.equal(stored[0], stored[1])
+    assert not torch.allclose(stored[0], stored[2], atol=1e-3)
+    assert "in training, but of weights in float32 instead of bfloat16: " in base_note(other)
+    assert trained_on({"base": {"quantize": "nf4", "dtype": "int8"}}).dtype is None
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_an_adapter_remembers_its_base_while_it_is_on_another(kind, adapter, tiny_model_dir, tmp_path, method):
+    place, _ = saved_adapter(load(tiny_model_dir(), kind), tmp_path / "first", method)
+    first, plain = read_adapter(place), load(tiny_model_dir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_adapter(plain, place)
+    save_adapter(plain, tmp_path / "second")
+    second = read_adapter(tmp_path / "second")
+    assert (second.trained_on, second.fingerprint) == (first.trained_on, first.fingerprint)
+    assert second.base_model == first.base_model
+    with torch.no_grad():  # now it is trained here
+        next(iter(trained_tensors(plain).values())).add_(1e-3)
+    save_adapter(plain, tmp_path / "third")
+    third = read_adapter(tmp_path / "third")
+    assert third.trained_on.quantization is None
+    assert third.fingerprint != first.fingerprint
+
+
+def test_an_adapter_of_a_quantised_folder_goes_on_naming_it(folder, tiny_model_dir, tmp_path):
+    place, _ = saved_adapter(load(folder), tmp_path / "first")
+    plain = load(tiny_model_dir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_adapter(plain, place)
+    save_adapter(plain, tmp_path / "second")
+    assert read_adapter(tmp_path / "second").base_model == str(folder)
+
+
+def test_fingerprints_dequantise_a_few_rows(kind, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}[kind](128, 96, bias=False, **LAYER[kind]).to("cpu")
+    model = nn.Sequential(layer)
+    prepare(model)
+    whole = weight_fingerprint(base_weight(layer).dense())
+    seen, form = [], type(base_weight(layer).format)
+    rows = form.rows
+    monkeypatch.setattr(LibraryWeight, "dense", None)
+    monkeypatch.setattr(form, "dense", None)
+    monkeypatch.setattr(
+        form, "rows", lambda self, tensors, at, dtype: seen.append(len(at)) or rows(self, tensors, at, dtype)
     )
+    assert module_fingerprint(layer) == whole
+    assert seen == [16]
+
+
+def test_layers_that_stay_plain_are_told(kind, tiny_model_dir):
+    model = load(tiny_model_dir(), kind, keep=("down_proj",))
+    assert left_plain(model, ("down_proj",)) is None
+    assert left_plain(model) == "2 of 14 linear layers are not quantised (2 × down_proj; out × in: 32 × 48)"
 
 
 def test_an_adapter_of_plain_weights_stays_on_plain_ones_unless_told(tiny_model_dir, tmp_path):
@@ -227,8 +301,9 @@ def test_unknown_kinds_and_nonsense_are_refused(tiny_model_dir, model_with):
 def test_a_gguf_file_is_sent_on_its_way(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     for model in (tmp_path, tmp_path / "m.gguf"):
-        with pytest.raises(CheckpointError, match=r"m.gguf is a GGUF file; .*save_pretrained\(FOLDER\)"):
-            load(model, "nf4")
+        for loading in (load, load_model_and_tokenizer):  # the latter begins with the tokenizer
+            with pytest.raises(CheckpointError, match=r"m.gguf is a GGUF file; .*save_pretrained\(FOLDER\)"):
+                loading(model, quantize="nf4")
 
 
 def test_a_trainer_is_made_as_for_an_adapter_of_pefts(tiny_model_dir):

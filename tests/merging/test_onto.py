@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 import tiny
 from quantised import ERRORS, FORMATS, logits_of, save_adapted, save_plain, save_quantised
+from theodora.adapters.models import load_model_and_tokenizer
+from theodora.adapters.state import adapter_layers
 from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export import export_adapter, verify
 from theodora.files.adapter import read_adapter
@@ -159,6 +161,28 @@ def test_a_base_that_was_quantised_as_it_was_loaded(on_load, kind):
     report = merge_checkpoint(case.adapter, case.output.with_name("original"))
     assert report.quantisation is not None
     assert 1e-3 < report.layers[0].error < 0.1
+    assert verify(str(case.adapter), str(case.output.with_name("original"))).passed
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_a_base_whose_weights_were_rounded_before_they_were_quantised(on_load, kind):
+    case = on_load(kind, dtype="bfloat16")
+    assert read_adapter(case.adapter).trained_on.dtype == "bfloat16"
+    model, _ = load_model_and_tokenizer(case.adapter, device="cpu")
+    merge_checkpoint(case.adapter, case.output, onto="dequantised")
+    written = BaseCheckpoint(case.output)
+    for path, layer in adapter_layers(model).items():
+        factors = layer.adapters["default"]
+        exact = merged_weight(
+            layer.base_weight.dense().double(),
+            *(f.double() for f in factors.factors()),
+            factors.scale,
+            factors.magnitude,
+        )
+        # LLM.int8() rounds each number to the dtype of x once more, which a merge leaves out.
+        assert relative(written.read(f"{path}.weight"), exact) < (3e-3 if kind == "int8" else 1e-6)
+    assert verify(str(case.adapter), str(case.output)).passed
+    merge_checkpoint(case.adapter, case.output.with_name("original"))
     assert verify(str(case.adapter), str(case.output.with_name("original"))).passed
 
 

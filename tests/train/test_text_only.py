@@ -11,6 +11,7 @@ import tiny_families
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.models import load_model
 from theodora.errors import CheckpointError, ConfigError
+from theodora.layers.libraries import tokens_by_themselves
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.text_only import check_continues_text, without_gradient
 
@@ -23,6 +24,24 @@ def family(name):
 def test_decoders_continue_text(name):
     check_continues_text(tiny.tiny_model(name))
     check_continues_text(tiny.tiny_model(name, dtype=torch.bfloat16))
+
+
+def test_rounding_that_depends_on_the_batch_is_no_look_ahead(tiny_model_dir):
+    pytest.importorskip("bitsandbytes")
+    model = load_model(tiny_model_dir(), quantize="int8", device=torch.device("cpu")).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:  # many values beyond LLM.int8()'s threshold, in columns of some tokens
+            layer.input_layernorm.weight *= 5
+            layer.post_attention_layernorm.weight *= 5
+    ids = torch.tensor([[70, 91, 120, 33, 9, 50], [70, 91, 120, 33, 9, 51]])
+    with torch.no_grad():
+        one, two = (model(input_ids=row[None]).logits[0, :-1] for row in ids)
+    assert not torch.equal(one, two)
+    check_continues_text(model)
+    with tokens_by_themselves(model), torch.no_grad():
+        one, two = (model(input_ids=row[None]).logits[0, :-1] for row in ids)
+    assert torch.equal(one, two)
+    assert model.model.layers[0].mlp.up_proj.state.threshold == 6.0
 
 
 def test_an_encoder_is_refused():

@@ -14,6 +14,7 @@ from theodora.adapters.biases import bias_problems
 from theodora.adapters.embeddings import changed_copies, end_weights
 from theodora.adapters.heads import task_type
 from theodora.adapters.quantize import module_fingerprint
+from theodora.adapters.quantized import quantization_of
 from theodora.adapters.renamed import in_names_of
 from theodora.adapters.state import active_name, adapter_layers, new_low_rank, originals_in_place, require_state
 from theodora.adapters.token_rows import rows_problems, rows_to_write
@@ -128,10 +129,18 @@ def check_fit(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor]
     if distance > SAME_BASE:
         warnings.warn(
             f"The base weights are {distance:.1%} away from those that the adapter in {file.path} was trained on: "
-            "quantised, or trained further? The adapter may not do what it did.",
+            f"{_why_apart(model, file)} The adapter may not do what it did.",
             stacklevel=3,
         )
     return distance
+
+
+def _why_apart(model: nn.Module, file: AdapterFile) -> str:
+    found, on = quantization_of(model), file.trained_on
+    here, then = None if found is None else found.name, None if on is None else on.quantization
+    if on is None or here == then:
+        return "quantised, or trained further?"
+    return f"those were {f'quantised ({then})' if then else 'not quantised'}, these are {here or 'not'}."
 
 
 def _module_problems(

@@ -18,6 +18,7 @@ from theodora.adapters.embeddings import changed_copies_in_full, resize_embeddin
 from theodora.adapters.inject import add_adapter
 from theodora.adapters.load_report import LoadReport, report_of
 from theodora.adapters.new_tokens import tokens_before
+from theodora.adapters.origin import remember_origin
 from theodora.adapters.renamed import in_names_of, left_out_note
 from theodora.adapters.save import LOG
 from theodora.adapters.state import (
@@ -98,6 +99,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
             parameter.requires_grad_(False)
     report = replace(report_of(name, file, config, distance), tokens=tokens)
     require_state(model).loaded[name] = report
+    remember_origin(model, name, file)
     LOG.log(logging.INFO if tokens is None else logging.WARNING, "Loaded %s", report)
     return model
 

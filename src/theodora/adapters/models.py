@@ -12,18 +12,18 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters.load import load_adapter, load_report
 from theodora.adapters.quantize import quantize_base
-from theodora.adapters.quantized import loading_options, quantization_of
+from theodora.adapters.quantized import loading_options, quantization_of, trained_on
 from theodora.adapters.state import find_state
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.adapter import read_trained_on
 from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone
 from theodora.files.distrust import expanded
+from theodora.files.fingerprint import SAME_BASE
 from theodora.files.generation import set_ends
 from theodora.files.model_folder import (
     DTYPES,
     base_model_of,
     check_model_folder,
-    check_no_gguf,
     check_weights,
     damaged_weights,
     has_tokenizer,
@@ -52,7 +52,8 @@ def load_model_and_tokenizer(
 
     Args:
         model: a model folder or hub name; or an adapter folder, whose base model is loaded and the adapter on it.
-        dtype: of the base weights: auto (as stored), float32, bfloat16, float16, or bf16, fp16, fp32 for short.
+        dtype: of the base weights: auto (as stored, or, where they are quantised as the adapter remembers, what they
+            were then), float32, bfloat16, float16, or bf16, fp16, fp32 for short.
         adapter: folder of an adapter to put on `model`.
         trust_remote_code: run Python code that comes with the model.
         revision: branch, tag or commit on the hub, of the base model.
@@ -75,6 +76,8 @@ def load_model_and_tokenizer(
         named = adapter
     place, on = torch.device(device or best_device()), None if adapter is None else read_trained_on(adapter)
     remembered = quantize is None and on is not None and on.quantize is not None
+    if on is not None and quantize in (None, on.quantize) and dtype == "auto":
+        dtype = on.dtype or dtype  # few bits of rounded weights are others than those of what they were rounded from
     with _named_by(named, model), _remembered(remembered):
         tokenizer = load_tokenizer(
             adapter if adapter is not None and has_tokenizer(adapter) else model,
@@ -156,7 +159,6 @@ def load_model(
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
         raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join([*DTYPES, *DTYPES.values()])}")
-    check_no_gguf(model)
     check_model_folder(model)
     bounded = check_weights(expanded(model))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -229,14 +231,18 @@ def base_note(model: PreTrainedModel, name: str | None = None) -> str | None:
     report = load_report(model, name)
     then = None if report is None or report.trained_on is None else report.trained_on.quantization
     if here is None:
-        return (
-            None
-            if then is None
-            else (f"The adapter was trained on its base quantised as {then}; here the base is not quantised.")
-        )
+        if then is None or (report.base_distance or 0) > SAME_BASE:  # pyright: ignore[reportOptionalMemberAccess]
+            return None  # (loading has warned of weights so far apart, with the reason)
+        return f"The adapter was trained on its base quantised as {then}; here the base is not quantised."
     if then == here.name:
         undo = " (--quantize none loads it as it is stored)" if here.kind is not None else ""
-        return f"The base is quantised as it was in training: {here}{undo}."
+        dtypes = [on.dtype for on in (report.trained_on, trained_on(model))]  # pyright: ignore[reportOptionalMemberAccess]
+        other = (
+            f", but of weights in {dtypes[1]} instead of {dtypes[0]}"
+            if None not in dtypes and len({*dtypes}) > 1
+            else ""
+        )
+        return f"The base is quantised as it was in training{other}: {here}{undo}."
     known = report is not None and report.trained_on is not None
     trained = (
         f"quantised as {then}" if then is not None else "not quantised" if known else "of a kind nobody wrote down"

@@ -10,7 +10,8 @@ from torch import nn
 from theodora.adapters.state import Model, find_state
 from theodora.adapters.targets import frozen_linear
 from theodora.errors import ConfigError
-from theodora.files.fingerprint import weight_fingerprint
+from theodora.files.fingerprint import fingerprint_of_rows, weight_fingerprint
+from theodora.kernels.library_weight import LibraryWeight
 from theodora.layers import base_weight
 from theodora.layers.float8 import Float8Layer, quantize
 from theodora.layers.kinds import is_conv1d
@@ -69,7 +70,12 @@ def quantize_base(model: Model, dtype: str = "fp8", *, exclude: tuple[str, ...] 
 def module_fingerprint(module: nn.Module) -> list[float]:
     """`weight_fingerprint` of the base weight; of the original one, if it was put into float8 since."""
     original = module.__dict__.get(_FINGERPRINT)
-    return weight_fingerprint(base_weight(module).dense()) if original is None else original
+    if original is not None:
+        return original
+    weight = base_weight(module)
+    if isinstance(weight, LibraryWeight) and weight.format.cuts:  # a few rows instead of the whole matrix
+        return fingerprint_of_rows(weight.shape, weight.rows)
+    return weight_fingerprint(weight.dense())
 
 
 def _quantizable(model: nn.Module, exclude: tuple[str, ...]) -> list[str]:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,11 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 from transformers.quantizers import auto
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from theodora.adapters.targets import find_modules_to_save
+from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.trained_on import KINDS, TrainedOn
-from theodora.layers import LowRank
+from theodora.kernels.base_weight import PlainWeight
+from theodora.layers import LowRank, base_weight
 from theodora.layers.float8 import Float8Layer
 
 _INT4_GROUP = 128
@@ -90,6 +92,7 @@ def trained_on(model: nn.Module) -> TrainedOn:
         revision=getattr(config, "_commit_hash", None),
         quantization=None if found is None else found.name,
         quantize=None if found is None else found.kind,
+        dtype=None if found is None or found.kind is None else str(_dtype_of(config)).removeprefix("torch."),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -184,6 +187,24 @@ def loading_options(
     made = _config_for(quantize, plain, compute or plain, device, skipped)
     _check_environment(made.to_dict() if quantize != "int4" else made, model, device, stored=False)
     return {"quantization_config": made, **_device_map(device)}
+
+
+def left_plain(model: nn.Module, keep: tuple[str, ...] = ()) -> str | None:
+    """Which linear layers of a quantised model are not quantised, in words; None where all are that should be.
+
+    Args:
+        model: quantised.
+        keep: names of modules that were to stay plain.
+    """
+    linear = frozen_linear(model, keep)
+    plain = [path for path in linear if isinstance(base_weight(model.get_submodule(path)), PlainWeight)]
+    if not plain:
+        return None
+    names = Counter(path.rpartition(".")[2] for path in plain)
+    shapes = {tuple(base_weight(model.get_submodule(path)).shape) for path in plain}
+    told = ", ".join(f"{count} × {name}" for name, count in names.items())
+    sizes = ", ".join(f"{outputs} × {inputs}" for outputs, inputs in sorted(shapes)[:4])
+    return f"{len(plain)} of {len(linear)} linear layers are not quantised ({told}; out × in: {sizes})"
 
 
 def weight_bytes(model: nn.Module) -> int:

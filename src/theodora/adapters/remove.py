@@ -38,6 +38,7 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
                     del layer.adapters[adapter]
             del state.configs[adapter], state.full[adapter]
             state.loaded.pop(adapter, None)
+            state.origins.pop(adapter, None)
             drop_token_rows(model, adapter)
         for layer in adapter_layers(model).values():
             if not layer.adapters:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.embeddings import base_parameter, end_weights
 from theodora.adapters.heads import task_type
+from theodora.adapters.origin import origin_of, stored_quantised
 from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.quantized import trained_on
 from theodora.adapters.state import AdapterState, active_name, adapter_layers, originals_in_place, require_state
@@ -132,12 +133,17 @@ def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> L
 def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, Any]:
     layers = adapter_layers(model, name)
     hf_config: Any = getattr(model, "config", None)
+    base = getattr(hf_config, "_name_or_path", "") or None
+    if (origin := origin_of(model, name)) is not None and stored_quantised(origin.base) != stored_quantised(
+        trained_on(model)
+    ):
+        base = origin.base.model or base
     return peft_config(
         state.configs[name],
         target_modules=target_names(model, list(layers)),
         modules_to_save=saved_names(model, state.configs[name].modules_to_save),
         token_indices=peft_indices(model, name),
-        base_model=getattr(hf_config, "_name_or_path", "") or None,
+        base_model=base,
         task_type=task_type(model, list(layers)),
         fan_in_fan_out=any(isinstance(layer, Conv1DAdapterLayer) for layer in layers.values()),
         bias="all" if trained_biases(state.full[name]) else "none",
@@ -148,12 +154,13 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
     layers, state = adapter_layers(model, name), require_state(model)
     if state.resized:  # the base on disk has embeddings of another size: they recognise nothing
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight" not in end_weights(model)}
+    origin = origin_of(model, name)
     with originals_in_place(model):
         return {
             "starts": starts_from_weight(config),
             "init": config.init,
-            FINGERPRINT_KEY: layers_fingerprint(layers),
-            TRAINED_ON_KEY: trained_on(model).to_json(),
+            FINGERPRINT_KEY: layers_fingerprint(layers) if origin is None else origin.fingerprint,
+            TRAINED_ON_KEY: (trained_on(model) if origin is None else origin.base).to_json(),
         }
 
 

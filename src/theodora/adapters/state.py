@@ -17,6 +17,7 @@ from theodora.adapters.targets import find_modules_to_save
 from theodora.adapters.token_rows import own_rows, switch_token_rows, token_layers
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError
+from theodora.files.trained_on import TrainedOn
 from theodora.functional import lora_delta, wide_dtype
 from theodora.layers import AdapterLayer, LowRank, base_weight, start_norm
 
@@ -25,6 +26,16 @@ Model = TypeVar("Model", bound=nn.Module)
 STATE = "_theodora"
 _ROWS = 1024  # of a weight that are copied to float64 at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that an adapter was trained on, which its file is to name as long as nothing trains it anew."""
+
+    base: TrainedOn
+    fingerprint: dict[str, list[float]] | None
+    hashes: dict[str, int]
+    """Of the adapter's tensors as they were loaded."""
 
 
 @dataclass
@@ -45,6 +56,8 @@ class AdapterState:
     """Parameters that asked for gradients before the first adapter came."""
     loaded: dict[str, Any] = field(default_factory=dict)
     """Adapter name → what `load_adapter` read from its folder."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Adapter name → the base it was trained on, of those that were loaded onto another."""
     resized: bool = False
     """Whether an adapter brought another number of tokens: files have to bring the embeddings from then on."""
 

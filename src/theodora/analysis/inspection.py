@@ -200,16 +200,21 @@ def _open_base(
         return None
     distance = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path))
     if file.trained_on is not None and file.trained_on.quantize is not None:
-        notes.append(
-            f"Trained on the base quantised as {file.trained_on.quantization}, and measured against the unquantised "
-            f"weights: the magnitudes began at the norms of the quantised ones, {distance:.1%} away."
-        )
+        notes.append(quantised_note(file.trained_on, distance))
     elif distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "
             "trained further?)."
         )
     return base
+
+
+def quantised_note(on: TrainedOn, distance: float) -> str:
+    """Of an adapter whose base was quantised as it was loaded for the training, `distance` from the weights here."""
+    return (
+        f"Trained on the base quantised as {on.quantization}, and measured against the unquantised weights, "
+        f"{distance:.1%} away: DoRA's magnitudes began at the norms of the quantised ones."
+    )
 
 
 def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:

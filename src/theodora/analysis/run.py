@@ -11,7 +11,7 @@ from typing import Any
 
 from theodora.analysis.change import WeightChange, adapter_change, tuned_change
 from theodora.analysis.correlation import Correlation, correlate
-from theodora.analysis.inspection import plain
+from theodora.analysis.inspection import plain, quantised_note
 from theodora.analysis.states import State, find_states
 from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
@@ -199,7 +199,9 @@ def _modules(
         return matching_modules(base, source, notes)
     plan_merge(base, source, None)
     distance = check_fingerprint(source, lambda path: fingerprint_on_disk(base, path))
-    if distance > SAME_BASE:
+    if source.trained_on is not None and source.trained_on.quantize is not None:
+        notes.append(quantised_note(source.trained_on, distance))
+    elif distance > SAME_BASE:
         warnings.append(
             f"The base weights here are {distance:.1%} away from those that {state.label} was trained on (quantised, "
             "or trained further?)."

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from theodora.cli.ending import end_process
@@ -196,7 +197,14 @@ def _fit_for_terminals() -> Iterator[None]:
         def getMessage(self) -> str:
             return plain_lines(super().getMessage())
 
-    warnings.formatwarning = lambda *args, **kwargs: plain_lines(formatted(*args, **kwargs))
+    ours = str(Path(__file__).parents[1])
+
+    def fit(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> str:
+        if filename.startswith(ours):  # written for users: the line of code is none of their business
+            return plain_lines(f"Warning: {message}\n")
+        return plain_lines(formatted(message, category, filename, *args, **kwargs))
+
+    warnings.formatwarning = fit
     logging.setLogRecordFactory(FitRecord)
     try:
         yield

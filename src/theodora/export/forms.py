@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled, load_adapter
@@ -28,7 +29,7 @@ from theodora.files import safetensors
 from theodora.files.adapter import read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import OpenFile
-from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
+from theodora.files.model_folder import DTYPES, base_model_of, has_tokenizer, is_adapter_folder
 from theodora.files.quantised_store import quantisation_of
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers import AdapterLayer
@@ -118,15 +119,22 @@ def open_form(
         header = read_gguf_header(path)
         model, tokenizer, note = load_gguf(path, dtype, base_model)
         return Form(name, kind, header.precision, _ready(model), None, tokenizer, note)
-    base, quantize, note = name, None, None
+    base, quantize, note, rounded = name, None, None, None
     if kind == "adapter" and onto is not None:
-        base, quantize, note = _base_of_training(name, onto, base_model)
+        base, quantize, note, rounded = _base_of_training(name, onto, base_model)
     elif kind != "model":
         base = base_model or _base_of(name, kind)
     with quiet():
         model = load_model(
-            base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize, adapted=kind == "adapter"
+            base,
+            dtype=rounded or dtype,
+            trust_remote_code=trust_remote_code,
+            quantize=quantize,
+            compute=getattr(torch, DTYPES.get(dtype, dtype)) if rounded is not None else None,
+            adapted=kind == "adapter",
         )
+        if rounded is not None:
+            _compute_in(model, getattr(torch, rounded), getattr(torch, DTYPES.get(dtype, dtype)))
         if kind == "adapter":
             load_adapter(model, name)
         elif kind == "gguf-lora":
@@ -134,7 +142,7 @@ def open_form(
         elif kind == "served":
             load_served(model, path)
     tokenizer = _tokenizer(name if has_tokenizer(path) else base, trust_remote_code)
-    precision = _stored_precision(base) if kind == "model" else _adapter_precision(path, kind)
+    precision = rounded or (_stored_precision(base) if kind == "model" else _adapter_precision(path, kind))
     if any(isinstance(layer, AdapterLayer) and layer.base_weight.rounds_input for layer in model.modules()):
         precision = "quantised"  # of the inputs, as they come
     return Form(name, kind, precision, _ready(model), None, tokenizer, note)  # pyright: ignore[reportArgumentType]
@@ -175,20 +183,30 @@ def _base_of(name: str, kind: str) -> str:
     raise UsageError(f"{name} does not say where its base model is: name it with --base-model")
 
 
-def _base_of_training(name: str, onto: Onto, base_model: str | None) -> tuple[str, str | None, str | None]:
-    """Folder or hub name of the weights that an adapter is to compute on, what they are quantised to, and a note."""
+def _compute_in(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Widen what is not quantised from `stored`, which the quantised weights were made from, to `dtype`."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == stored and type(tensor) in (Tensor, nn.Parameter):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _base_of_training(name: str, onto: Onto, base_model: str | None) -> tuple[str, str | None, str | None, str | None]:
+    """Of the weights that an adapter is to compute on: folder or hub name, what they are quantised to, a note, and the
+    dtype that they were rounded to before, if that is half a precision."""
     file = read_adapter(name)
     try:
         start = find_start(file, onto, base_model=base_model)
     except ConfigError:  # nothing was quantised
-        return base_model or base_model_of(name), None, None
+        return base_model or base_model_of(name), None, None, None
     if start.method is None:
-        return start.name, None, None
+        return start.name, None, None, None
     if onto == "original":
         note = f"{name} computes on the original weights ({start.name}), onto which the other form was merged."
-        return start.name, None, note
+        return start.name, None, note, None
+    rounded = start.dtype if start.dtype != torch.float32 else None
     kind = file.trained_on.quantize if start.quantised_as is not None and file.trained_on is not None else None
-    return start.name, kind, f"{name} computes on its base in {start.method}, as it was trained."
+    note = f"{name} computes on its base in {start.method}, as it was trained."
+    return start.name, kind, note, None if rounded is None or kind is None else str(rounded).removeprefix("torch.")
 
 
 def _tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

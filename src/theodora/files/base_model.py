@@ -84,6 +84,7 @@ class BaseCheckpoint:
             under the key of the plain weight, which is dequantised as it is read.
         quantised_as: what an unquantised folder is quantised with as it is read, and dequantised again: transformers'
             `quantization_config` as a mapping. Implies `dequantise`.
+        quantised_from: what its weights are rounded to before. Default: they stay as they are.
 
     Raises:
         CheckpointError: the folder holds no usable safetensors weights; they are quantised, and that was not asked for;
@@ -113,6 +114,7 @@ class BaseCheckpoint:
         trust_remote_code: bool = False,
         dequantise: bool = False,
         quantised_as: Mapping[str, Any] | None = None,
+        quantised_from: torch.dtype | None = None,
     ) -> None:
         self.folder = folder
         self.config = read_config(folder)
@@ -134,7 +136,9 @@ class BaseCheckpoint:
         self.quantised = None
         if quantisation is not None or quantised_as is not None:
             config: Mapping[str, Any] = quantisation or quantised_as or {}
-            self.quantised = store_of(self, self.twin(), config, parts, stored=quantisation is not None)
+            self.quantised = store_of(
+                self, self.twin(), config, parts, stored=quantisation is not None, plain=quantised_from
+            )
             self.tensors |= self.quantised.described()
         self._names = Names([*self.keys, *self.converted, *self._tied()])
         self._unloaded = Names(self.unloaded())

@@ -33,10 +33,23 @@ def base_fingerprint(paths: list[str], of_module: Callable[[str], list[float]]) 
 
 def weight_fingerprint(w_OI: Tensor) -> list[float]:
     """Sixteen values from all over a weight."""
-    rows, columns = w_OI.shape
+    return _values(w_OI.detach()[fingerprint_positions(w_OI.shape)])
+
+
+def fingerprint_of_rows(shape: tuple[int, int], rows: Callable[[Tensor], Tensor]) -> list[float]:
+    """`weight_fingerprint` of a weight (O, I) of which `rows` gives those at some indices, (N, I)."""
+    at, columns = fingerprint_positions(shape)
+    return _values(rows(at).detach()[torch.arange(len(at)), columns])
+
+
+def fingerprint_positions(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the values, (16,) each."""
     at = torch.arange(16, dtype=torch.int64)
     # Steps coprime to most sizes spread the values over rows and columns.
-    picked = w_OI.detach()[(at * 7919) % rows, (at * 104729) % columns]
+    return (at * 7919) % shape[0], (at * 104729) % shape[1]
+
+
+def _values(picked: Tensor) -> list[float]:
     return [float(value) for value in picked.float().cpu()]
 
 

@@ -195,6 +195,7 @@ def check_model_folder(model: str | Path) -> None:
     Raises:
         CheckpointError: saying whether the folder is missing or what it holds.
     """
+    check_no_gguf(model)
     path = expanded(model)
     if path.is_dir() and not (path / "config.json").is_file():
         if is_adapter_folder(path):

@@ -64,14 +64,15 @@ def store_of(
     parts: Mapping[str, Mapping[str, str]],
     *,
     stored: bool,
+    plain: torch.dtype | None = None,
 ) -> QuantisedStore:
     """The quantised weights of a checkpoint; arguments and errors as those of `QuantisedStore`."""
     where = f"The base model {base.folder}"
     if config.get("quant_method") == OWN_FLOAT8:
-        return QuantisedStore(base, RowFloat8(twin), config, parts, stored=False)
+        return QuantisedStore(base, RowFloat8(twin), config, parts, stored=False, plain=plain)
     metadata = _metadata(base) if stored else {}
     packed = PackedWeights(twin, config, stored=stored, metadata=metadata, where=where)
-    return QuantisedStore(base, packed, config, parts, stored=stored)
+    return QuantisedStore(base, packed, config, parts, stored=stored, plain=plain)
 
 
 class RowFloat8:
@@ -117,6 +118,7 @@ class QuantisedStore:
         config: the `quantization_config`.
         parts: as `group_parts` finds them; empty for a plain checkpoint, whose weights are quantised as they are read.
         stored: whether the files are quantised.
+        plain: what weights of plain files are rounded to before they are quantised. Default: they stay as they are.
 
     Raises:
         CheckpointError: see `PackedWeights`; or a packed weight is none of the model's.
@@ -130,6 +132,7 @@ class QuantisedStore:
         parts: Mapping[str, Mapping[str, str]],
         *,
         stored: bool,
+        plain: torch.dtype | None = None,
     ) -> None:
         # (weakly: the checkpoint holds this)
         self._of: Callable[[], Any] = weakref.ref(base)
@@ -142,11 +145,11 @@ class QuantisedStore:
                 )
             self.parameters = {key: by_key[key] for key in parts}
         else:
-            plain = (key for key in by_key if base.tensors[key].dtype in FLOAT_DTYPES)
-            self.parameters = {key: by_key[key] for key in plain if self.packed.wanted(by_key[key])}
+            floats = (key for key in by_key if base.tensors[key].dtype in FLOAT_DTYPES)
+            self.parameters = {key: by_key[key] for key in floats if self.packed.wanted(by_key[key])}
         if not self.parameters:
             raise CheckpointError(f"{base.folder} holds no weight quantised with {self.packed.method}")
-        self._dtype = _plain_dtype(base)
+        self._dtype, self._plain = _plain_dtype(base), plain
 
     def _base(self) -> Checkpoint:
         return self._of()
@@ -176,7 +179,8 @@ class QuantisedStore:
         """Part -> tensor of a weight: as they are stored, or as quantising a plain one makes them."""
         if self.stored:
             return {part: self._base().read_stored(stored) for part, stored in self.parts[key].items()}
-        return self.pack(key, self._base().read_stored(key))
+        weight = self._base().read_stored(key)
+        return self.pack(key, weight if self._plain is None else weight.to(self._plain))
 
     def pack(self, key: str, weight: Tensor, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Quantise a weight in the layout of the plain model; see `PackedWeights.pack`."""

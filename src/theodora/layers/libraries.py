@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,6 +147,25 @@ def follow(module: nn.Module) -> None:
     if state.SCB is not None and parameter.device.type != "meta":
         state.SCB = state.SCB.to(parameter.device)
         state.CB = parameter.data
+
+
+@contextmanager
+def tokens_by_themselves(model: nn.Module) -> Iterator[None]:
+    """Inside the block no layer rounds a token by what others of its batch are.
+
+    LLM.int8() leaves out of the rounding the columns in which any token of the batch is large: a later token then
+    changes what earlier ones come out as, and a model looks as if it saw ahead, or rows that are packed each other.
+    """
+    known = _class("Linear8bitLt")
+    states: list[Any] = [m.state for m in model.modules() if known is not None and isinstance(m, known)]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def _class(name: str) -> type[Any] | None:

@@ -60,6 +60,8 @@ class Start:
     trained: tuple[Path, dict[str, Any] | None] | None = None
     """For `original`: the folder, and what `quantised_as` is to be for it, that give the weights of the training."""
     notes: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    """What the weights of a plain folder are rounded to before they are quantised; None: they stay as they are."""
 
     @property
     def quantised(self) -> bool:
@@ -73,6 +75,7 @@ class Start:
             trust_remote_code=trust_remote_code,
             dequantise=self.onto != "original",
             quantised_as=self.quantised_as,
+            quantised_from=self.dtype,
         )
 
     def open_trained(self, *, trust_remote_code: bool) -> BaseCheckpoint | None:
@@ -80,7 +83,13 @@ class Start:
         if self.trained is None:
             return None
         folder, quantised_as = self.trained
-        return BaseCheckpoint(folder, trust_remote_code=trust_remote_code, dequantise=True, quantised_as=quantised_as)
+        return BaseCheckpoint(
+            folder,
+            trust_remote_code=trust_remote_code,
+            dequantise=True,
+            quantised_as=quantised_as,
+            quantised_from=self.dtype if quantised_as is not None else None,
+        )
 
 
 def as_onto(text: str) -> Onto:
@@ -120,8 +129,10 @@ def find_start(
         raise ConfigError(f"quantize is {quantize}, but {name} is quantised already ({method_of(stored)})")
     remembered = file.trained_on
     kind = quantize or (remembered.quantize if remembered is not None else None)
+    rounded = remembered.dtype if remembered is not None and kind == remembered.quantize else None
+    dtype = None if rounded is None else getattr(torch, rounded)
     if onto == "original":
-        return _original(file, name, folder, stored, kind, given=base_model is not None)
+        return _original(file, name, folder, stored, kind, dtype, given=base_model is not None)
     if stored is not None:
         return Start(onto, name, folder, None, method_of(stored))
     if kind is None:
@@ -130,13 +141,13 @@ def find_start(
             "--onto out, give the quantised folder with --base-model, or say with --quantize (nf4, int8, int4, fp8) "
             "how the base was quantised as it was loaded."
         )
-    config = quantisation_config(kind, _dtype_of(folder))
+    config = quantisation_config(kind, dtype or _dtype_of(folder))
     if onto == "quantised" and kind == "fp8":
         raise ConfigError(
             "onto is quantised, but the base was in Theodora's own float8, which no folder stores. Merge with --onto "
             "dequantised, or onto the original weights."
         )
-    return Start(onto, name, folder, config, _told(kind, config))
+    return Start(onto, name, folder, config, _told(kind, config), dtype=dtype)
 
 
 def quantisation_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -173,7 +184,14 @@ def original_of(folder: Path) -> str | None:
 
 
 def _original(
-    file: AdapterFile, name: str, folder: Path, stored: Mapping[str, Any] | None, kind: str | None, *, given: bool
+    file: AdapterFile,
+    name: str,
+    folder: Path,
+    stored: Mapping[str, Any] | None,
+    kind: str | None,
+    dtype: torch.dtype | None,
+    *,
+    given: bool,
 ) -> Start:
     if stored is not None:
         if given:
@@ -202,8 +220,8 @@ def _original(
         return Start("original", name, folder, None, *trained)
     if kind is None:
         return Start("original", name, folder, None, None)
-    config = quantisation_config(kind, _dtype_of(folder))
-    return Start("original", name, folder, None, _told(kind, config), (folder, config))
+    config = quantisation_config(kind, dtype or _dtype_of(folder))
+    return Start("original", name, folder, None, _told(kind, config), (folder, config), dtype=dtype)
 
 
 def quantised_base(file: AdapterFile) -> tuple[str, tuple[Path, None]] | None:

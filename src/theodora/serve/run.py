@@ -13,6 +13,7 @@ from typing import Any
 
 from theodora.adapters.models import load_model_and_tokenizer
 from theodora.files.adapter import read_trained_on
+from theodora.files.trained_on import TrainedOn
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 
@@ -27,10 +28,10 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
         CheckpointError: the model or an adapter cannot be served.
         ConfigError: a name is given twice.
     """
-    quantize = config.quantize or _trained_with(adapters or {})
-    model, tokenizer = load_model_and_tokenizer(
-        config.model, dtype=config.dtype, device=config.device, quantize=quantize
-    )
+    quantize, dtype = config.quantize, config.dtype
+    if quantize is None and (known := _trained_with(adapters or {})) is not None:
+        quantize, dtype = known.quantize, known.dtype if dtype == "auto" and known.dtype is not None else dtype
+    model, tokenizer = load_model_and_tokenizer(config.model, dtype=dtype, device=config.device, quantize=quantize)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.adapter_folder is None:  # no others will come
@@ -41,18 +42,17 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     return engine, tokenizer
 
 
-def _trained_with(adapters: Mapping[str, str | Path]) -> str | None:
-    """What the base was quantised to while the adapters were trained, if they agree; None for plain weights."""
-    kinds = {
-        name: None if on is None else on.quantize
-        for name, on in ((name, read_trained_on(path)) for name, path in adapters.items())
-    }
-    first = next(iter(kinds.values()), None)
-    if all(kind == first for kind in kinds.values()):
-        if first is not None:
-            LOG.warning("The base is quantised to %s, on which its adapters were trained.", first)
+def _trained_with(adapters: Mapping[str, str | Path]) -> TrainedOn | None:
+    """The base of the first adapter, if all were trained on one that was quantised so; None for plain weights."""
+    known = {name: read_trained_on(path) or TrainedOn() for name, path in adapters.items()}
+    kinds = {on.quantize for on in known.values()}
+    if len(kinds) < 2:
+        if kinds <= {None}:
+            return None
+        first = next(iter(known.values()))
+        LOG.warning("The base is quantised to %s, on which its adapters were trained.", first.quantize)
         return first
-    told = ", ".join(f"{name}: {kind or 'none'}" for name, kind in kinds.items())
+    told = ", ".join(f"{name}: {on.quantize or 'none'}" for name, on in known.items())
     LOG.warning(
         "The adapters were trained on a base that was quantised in different ways (%s), and all share one here: it is "
         "served as it is stored. --quantize KIND chooses.",

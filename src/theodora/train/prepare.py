@@ -15,7 +15,7 @@ from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
-from theodora.adapters.quantized import count_parameters, quantization_of
+from theodora.adapters.quantized import count_parameters, left_plain, quantization_of
 from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
@@ -150,6 +150,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     if (quantization := quantization_of(model)) is not None:
         dtype = f"{quantization}, the rest {dtype},"
+        if (plain := left_plain(model, config.adapter.modules_to_save)) is not None:
+            notes.append(plain)
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
     notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.conditions import conditions
 from theodora.kept import kept
+from theodora.layers.libraries import tokens_by_themselves
 
 _base_hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -42,7 +43,8 @@ def tried(question: str, model: PreTrainedModel, find: Callable[[], Any], good: 
         good: whether an answer may be kept: another one may have a cause that goes away.
     """
     # Random numbers go on as if nothing had been tried, because the next time nothing is.
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    generators = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(generators), tokens_by_themselves(model):
         base_hash = _base_hashes.get(model)
         known = None if base_hash is None else conditions(model, base_hash)
         return find() if known is None else kept(f"tried-{question}", known, find, good)
