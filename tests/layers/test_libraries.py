@@ -30,7 +30,7 @@ from theodora.kernels.base_weight import PlainWeight, dora_norms, products
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.layers import AdapterLayer, base_weight, cannot_adapt
 from theodora.layers.base_weights import Unfit, base_weight_of
-from theodora.layers.libraries import prepare
+from theodora.layers.libraries import prepare, why_not_captured
 
 bnb = pytest.importorskip("bitsandbytes")
 ao = pytest.importorskip("torchao.quantization")
@@ -390,9 +390,9 @@ def test_copies_and_moves_keep_its_numbers(kind):
             assert torch.equal(other(x), y)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "4" in kind and "torchao" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "torchao" not in kind])
 def test_pickled_whole(kind):
-    """Torch forgets the class of the weight, and the module knows what it was (not those of 8 bits)."""
+    """Torch forgets the class of the weight, and the module knows what it was."""
     net, x = adapted(kind), inputs(kind)
     stream = io.BytesIO()
     torch.save(net, stream)
@@ -454,7 +454,67 @@ def test_saved_tensors_may_be_moved(kind):
     )
 
 
+@kinds
+def test_a_weight_that_is_written_to_is_noticed(kind):
+    """As a plain one's is: its norm is summed anew, and a backward pass that would need the old one is refused."""
+    net, x = adapted(kind).train(), inputs(kind)
+    layer = net[0]
+    y = net(x)
+    before = layer.weight_norm_squared().clone()
+    with torch.no_grad():
+        inner = layer.base_weight.watched()[0] if "torchao" in kind else layer.weight
+        inner.copy_(inner.flip(0))
+    after = layer.base_weight.norm_squared()
+    assert formula.error(before, after.double()) > 1e-3
+    assert torch.equal(layer.weight_norm_squared(), after)
+    if "torchao" not in kind:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_the_dtype_of_products_is_not_chosen_by_the_first_pass():
+    """Where none is given: `Linear4bit` would take that of its first x for good, and round W by it."""
+    net, x = nn.Sequential(bits4()), torch.randn(3, IN, dtype=BF16)
+    inject_adapter(net, AdapterConfig(rank=RANK, targets=("0",)))
+    dtype = net[0].base_weight.dtype
+    with torch.no_grad(), adapter_disabled(net):
+        net(x)
+    assert net[0].base_weight.dtype == dtype
+
+
+def test_products_that_wait_for_the_device_are_named(monkeypatch):
+    assert why_not_captured(nn.Sequential(nn.Linear(IN, OUT), bits4(), bits8(0.0)).eval()) is None
+    net = nn.Sequential(bits4(), bits8())
+    assert why_not_captured(net.train()) is None  # (on a CPU it multiplies no whole numbers in training)
+    inject_adapter(net, AdapterConfig(rank=RANK, targets=("0", "1")))
+    assert "llm_int8_threshold=0" in why_not_captured(net.eval())
+
+
 # What is refused, and what a library does that must not reach us -----------------------------------------------------
+
+
+def test_rows_that_the_library_dequantises_wrongly_are_told_of_once(caplog):
+    """On CPUs (bitsandbytes 0.50.2), where a row is no multiple of a block."""
+    inner = nn.Sequential(bits4(inputs=96), bits4(inputs=IN), bits4(inputs=96, double=True))
+    forms = [base_weight(module) for module in inner]
+    if forms[0].format.off(forms[0].tensors()) < 1e-3:
+        pytest.skip("it dequantises them rightly here")
+    assert forms[1].format.off(forms[1].tensors()) == 0
+    net = nn.ModuleDict({"mlp": inner})
+    for _ in range(2):
+        inject_adapter(net, AdapterConfig(rank=RANK, targets=("mlp.0", "mlp.1")))
+        remove_adapter(net)
+    [record] = [record.message for record in caplog.records if "computes wrongly" in record.message]
+    assert "in 2 of the model's layers (mlp.0, mlp.2)" in record
+    assert "llm_int8_skip_modules" in record
+
+
+def test_an_embedding_that_is_quantised():
+    net = nn.Sequential(nn.Embedding(IN, OUT))
+    config = ao.IntxWeightOnlyConfig(weight_dtype=torch.int8)
+    ao.quantize_(net, config, lambda module, _: isinstance(module, nn.Embedding))
+    assert "read in linear layers alone" in cannot_adapt(net[0])
+    assert "forward pass of its own" in cannot_adapt(bnb.nn.EmbeddingNF4(IN, OUT))
 
 
 def test_a_weight_that_is_not_quantised_yet():

@@ -157,6 +157,15 @@ class Bits4(Format):
         """Where no block spans two rows."""
         return Packed.of(tensors, self.shape, self.table, self.dtype, self.block, self.nested)
 
+    def off(self, tensors: Tensors) -> float:
+        """How far `dense` is from the numbers that are stored, relative to their norm: 0 where the kernel is right."""
+        wide = replace(self, dtype=torch.float32)
+        as_one_row = wide._dequantized(
+            tensors[0], self._absmax(tensors), (1, self.shape[0] * self.shape[1]), wide.dtype
+        )
+        stored = as_one_row.view(self.shape)
+        return float((wide.dense(tensors, wide.dtype) - stored).norm() / stored.norm().clamp_min(1e-30))
+
     def _dequantized(self, packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         # Rounded to the dtype that it is multiplied in before any other.
         first = dtype if dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32 else self.dtype

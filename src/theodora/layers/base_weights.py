@@ -46,8 +46,11 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
         return weight_in(module, weight, transposed)
     if (reason := libraries.why_unfit(module, weight)) is not None:
         return Unfit(reason)
-    if isinstance(weight, Tensor) and libraries.library_weight(module, weight) is not None and not weight.is_meta:
-        return weight_in(module, weight, transposed)
+    library = libraries.library_weight(module, weight) if isinstance(weight, Tensor) else None
+    if library is not None and transposed:
+        return Unfit(f"its weight is quantised ({library.format.name}), which is read in linear layers alone")
+    if library is not None and not library.tensors()[0].is_meta:
+        return library
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         dtype = getattr(weight, "dtype", "no dtype")
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
     if (weight := packed.packed_weight(module, tensor)) is not None:
         return weight
     if type(tensor) in (nn.Parameter, Tensor):
-        return _bits4(module, tensor) if _lost_its_class(module, tensor) else None
+        return _of_lost_class(module, tensor)
     if _is(tensor, "Params4bit"):
         return _bits4(module, tensor)
     if _is(tensor, "Int8Params"):
@@ -95,8 +96,11 @@ def prepare(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16 `Linear4bit` repacks its weight for inference and rounds the largest number of each block
     to bfloat16: training and inference would run on two weights, and the first could not be had back. So that is
-    switched off. Its bias, which its own first forward pass would round to the compute dtype, in place, is rounded now.
-    And `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
+    switched off. Its bias, which its own first forward pass would round to the compute dtype, in place, is rounded now;
+    and where it has no compute dtype, that pass no longer chooses one for good, which would round W otherwise than
+    before. `Linear8bitLt` does not remember which dtype its weight had: it is the model's.
+
+    Says once which layers it dequantises wrongly on this CPU.
     """
     dtype = None
 
@@ -112,13 +116,68 @@ def prepare(model: nn.Module) -> None:
             if dtype is None:
                 dtype = _dtype_of(model)
             module.__dict__.setdefault(_DTYPE, dtype)
+    _say_what_is_wrong(model)
 
 
 def _prepare4(module: Any) -> None:
     module.support_avx512bf16_for_cpu = False
+    module.compute_type_is_set = True
     bias, compute = module.bias, module.compute_dtype
     if bias is not None and compute is not None and bias.dtype != compute:
         bias.data = bias.data.to(compute)
+
+
+_TOLD: WeakSet[nn.Module] = WeakSet()
+"""Layers of which `_say_what_is_wrong` has spoken, or which it has found right."""
+
+
+def _say_what_is_wrong(model: nn.Module) -> None:
+    """Warn of layers on the CPU whose rows bitsandbytes (0.50.2) dequantises with the scales of other blocks.
+
+    Rows that are no multiple of a block are what its kernels for CPUs may get wrong; as one long row they are right.
+    """
+    known = _class("Linear4bit")
+    if known is None:
+        return
+    off: dict[str, float] = {}
+    found: dict[Bits4, float] = {}  # equal formats fare alike
+    for path, module in model.named_modules():
+        tensor = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        if not isinstance(module, known) or module in _TOLD or tensor is None or tensor.device.type != "cpu":
+            continue
+        weight = library_weight(module, tensor)
+        if weight is None or not isinstance(form := weight.format, Bits4):
+            continue  # not quantised yet, or merged
+        _TOLD.add(module)
+        if form.shape[1] % form.block:
+            if form not in found:
+                found[form] = form.off(weight.tensors())
+            if found[form] > _OFF:
+                off[path or type(model).__name__] = found[form]
+    if off:
+        some = ", ".join(list(off)[:3]) + (", …" if len(off) > 3 else "")
+        _log.warning(
+            f"On this CPU bitsandbytes computes wrongly in {len(off)} of the model's layers ({some}): their rows are "
+            "no multiple of its block, and it takes other blocks' scales. Their weights are off by up to "
+            f"{max(off.values()):.0%}, and what is trained beside them does not fit the same model on a GPU. Use a "
+            "GPU, quantise in 8 bits, or leave these layers as they are (llm_int8_skip_modules)."
+        )
+
+
+_OFF = 1e-3
+"""Beyond rounding."""
+
+
+def why_not_captured(model: nn.Module) -> str | None:
+    """What keeps the model's products out of CUDA graphs: part of a panel's line, or None."""
+    for module in model.modules():
+        tensor = packed.packed_tensor(module)
+        if tensor is None:
+            tensor = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        weight = None if tensor is None else library_weight(module, tensor)
+        if weight is not None and not weight.captures:
+            return f"the host waits in each product of {weight.format.name} (not with llm_int8_threshold=0)"
+    return None
 
 
 def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
@@ -178,10 +237,15 @@ def _is(tensor: Any, name: str) -> bool:
     return known is not None and isinstance(tensor, known)
 
 
-def _lost_its_class(module: Any, tensor: Tensor) -> bool:
-    """Whether a plain tensor is a packed weight: sharding and pickling keep the numbers, and the module their state."""
+def _of_lost_class(module: Any, tensor: Tensor) -> LibraryWeight | None:
+    """A packed weight that is a plain tensor: sharding and pickling keep the numbers, and the module their state."""
+    if tensor.dtype == torch.int8:
+        known = _class("Linear8bitLt")
+        return _bits8(module, tensor) if known is not None and isinstance(module, known) else None
     state = module.__dict__.get("quant_state")
-    return state is not None and tensor.dtype == module.quant_storage and tensor.dim() == 2 and tensor.shape[1] == 1
+    if state is None or tensor.dtype != module.quant_storage or tensor.dim() != 2 or tensor.shape[1] != 1:
+        return None
+    return _bits4(module, tensor)
 
 
 def _state4(module: nn.Module, tensor: Any) -> Any:
@@ -197,7 +261,7 @@ def _bits4(module: Any, tensor: Any) -> LibraryWeight | None:
         _unpack(tensor, state)
     outputs, inputs = state.shape
     compute = module.compute_dtype
-    packed = tensor.data.view(torch.uint8)
+    packed = tensor.detach().view(torch.uint8)  # (which, unlike `.data`, shares the count of writes)
     outer = getattr(state, "state2", None)
     nested = () if outer is None else (outer.absmax, outer.code, state.offset)
     form = Bits4(
@@ -239,7 +303,7 @@ def _bits8(module: Any, tensor: Any) -> LibraryWeight | None:
     dtype = getattr(module, _DTYPE, None) or (torch.float16 if module.bias is None else module.bias.dtype)
     whole = tensor.device.type != "cpu" or not module.training
     form = Bits8((outputs, inputs), dtype, threshold=state.threshold, int8_product=whole)
-    return LibraryWeight(form, tensor.data, scale.to(tensor.device))
+    return LibraryWeight(form, tensor.detach(), scale.to(tensor.device))
 
 
 def _subclass(tensor: Any) -> LibraryWeight | None:

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from theodora.adapters.conditions import conditions, construction, hash_of_weights
 from theodora.errors import TheodoraError
 from theodora.kept import kept
+from theodora.layers.libraries import why_not_captured
 from theodora.layers.norm_cache import looked_at_once
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
@@ -131,7 +132,7 @@ _NOT_RECORDED: WeakSet[Any] = WeakSet()
 
 def records(model: Any) -> bool:
     """Whether steps are recorded in CUDA graphs."""
-    return model.device.type == "cuda" and model not in _NOT_RECORDED
+    return model.device.type == "cuda" and model not in _NOT_RECORDED and why_not_captured(model) is None
 
 
 def fits(model: Any, prompt: Sequence[int], max_new_tokens: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from theodora.layers.libraries import why_not_captured
 from theodora.serve.batching import NotRun, RoutedManager, Router
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.config import ServeConfig
@@ -166,6 +167,9 @@ class Worker:
         is_cpu = device.type == "cpu"
         generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1)
         graphs = device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+        if graphs and (reason := why_not_captured(self._model)) is not None:
+            graphs = False
+            log.warning("batches are not recorded in CUDA graphs: %s", reason)
         # transformers 5.17 calls pages blocks.
         page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
         pages: Any = {page: page_size(config, device)}

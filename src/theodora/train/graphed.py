@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from theodora.data.packing import packed_batch
+from theodora.layers.libraries import why_not_captured
 from theodora.train.fused_loss import LEARNED, Head, Learned
 from theodora.train.processes import Processes
 from theodora.train.tried import is_true, tried
@@ -46,7 +47,7 @@ def why_no_graph(trainer: Trainer) -> str | None:
             ("lomo", "layerwise")
         ),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next((reason for reason, holds in reasons.items() if holds), None) or why_not_captured(model)
 
 
 def draws_at_random(model: PreTrainedModel) -> bool:
