@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fuzz.fuzzing import files_under
 from quantised import save_adapted, save_plain, save_quantised
+from theodora.adapters import quantized
 from theodora.adapters.models import load_model
 from theodora.errors import CheckpointError, TheodoraError
 from theodora.files.base_model import BaseCheckpoint
@@ -227,3 +228,20 @@ def test_scales_that_are_not_finite_are_not_merged(copy, whole, onto, value):
         with pytest.raises(CheckpointError, match=rf"{LAYER}.weight: the base model's own weight"):
             merge_checkpoint(chosen, folder.parent / "merged", base_model=folder, onto=onto)
     assert not (folder.parent / "merged").exists()
+
+
+def test_packed_weights_of_another_shape_than_their_layers_are_refused_as_they_are_loaded(copy):
+    folder = copy("torchao int8")
+    qdata = f"{LAYER}._weight_qdata"
+    change(folder, **{qdata: load_file(folder / "model.safetensors")[qdata][None]})
+    with pytest.raises(CheckpointError, match=rf"not whole:\s.*{LAYER}: it is \(1, 64, 128\); expected"):
+        load_model(folder, device=torch.device("cpu"))
+
+
+def test_states_that_lie_are_refused_without_a_folder_to_look_into(copy, monkeypatch):
+    """Those of the hub are there when they are loaded."""
+    folder = copy("nf4")
+    change(folder, **{STATE: state(blocksize=32)})
+    monkeypatch.setattr(quantized, "check_packed_folder", lambda folder: None)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}: it has 128 scales; expected 256"):
+        load_model(folder, device=torch.device("cpu"))

@@ -76,6 +76,44 @@ def why_unfit(module: nn.Module, tensor: Any) -> str | None:
     return None
 
 
+def why_damaged(module: nn.Module) -> str | None:
+    """What a file has made of a library's weight that its layer cannot be computed with: part of a sentence, or None.
+
+    By sizes alone: bitsandbytes' kernels read as far as they are told, beyond the end of memory, too.
+    """
+    tensor: Any = getattr(module, "weight", None)
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
+        return None
+    if _is(tensor, "Params4bit"):
+        state = _state4(module, tensor)
+        return (
+            None
+            if state is None or getattr(state, "packing_format_for_cpu", False)
+            else _why_4bit(tensor, state, sizes)
+        )
+    if _is(tensor, "Int8Params") and tensor.dtype == torch.int8:
+        scale = tensor.SCB if getattr(tensor, "SCB", None) is not None else module.state.SCB  # pyright: ignore
+        if scale is not None and scale.numel() != tensor.shape[0]:
+            return f"it has {scale.numel():,} scales; expected {tensor.shape[0]:,}"
+    elif not type(tensor).__module__.startswith("torchao."):
+        return None
+    return None if tuple(tensor.shape) == sizes else f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
+
+
+def _why_4bit(tensor: Any, state: Any, sizes: tuple[Any, ...]) -> str | None:
+    if tuple(state.shape) != sizes:
+        return f"it is {tuple(state.shape)}; expected (out, in) {sizes}"
+    numbers, outer = sizes[0] * sizes[1], state.state2
+    expected = [("bytes", tensor.nbytes, -(-numbers // 2))]
+    blocks = -(-numbers // state.blocksize) if state.blocksize > 0 else 0
+    expected += [("scales", state.absmax.numel(), blocks), ("numbers in its format", state.code.numel(), 16)]
+    if outer is not None:
+        blocks = -(-blocks // outer.blocksize) if outer.blocksize > 0 else 0
+        expected += [("scales of scales", outer.absmax.numel(), blocks), ("numbers for them", outer.code.numel(), 256)]
+    return next((f"it has {n:,} {what}; expected {wanted:,}" for what, n, wanted in expected if n != wanted), None)
+
+
 def reads_packed(module: nn.Module) -> bool:
     """Whether the forward of the module's own class reads a packed weight, and no plain one in its place."""
     if packed.packed_tensor(module) is not None:
