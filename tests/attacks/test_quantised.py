@@ -232,10 +232,14 @@ def test_scales_that_are_not_finite_are_not_merged(copy, whole, onto, value):
 
 def test_packed_weights_of_another_shape_than_their_layers_are_refused_as_they_are_loaded(copy):
     folder = copy("torchao int8")
-    qdata = f"{LAYER}._weight_qdata"
-    change(folder, **{qdata: load_file(folder / "model.safetensors")[qdata][None]})
-    with pytest.raises(CheckpointError, match=rf"not whole:\s.*{LAYER}: it is \(1, 64, 128\); expected"):
-        load_model(folder, device=torch.device("cpu"))
+    whole = load_file(folder / "model.safetensors")
+    for part, tensor, match in (
+        ("qdata", whole[f"{LAYER}._weight_qdata"][None], r"it is \(1, 64, 128\); expected"),
+        ("scale", whole[f"{LAYER}._weight_scale"][:1], "its scale has 1 numbers; expected 64"),
+    ):
+        change(folder, **whole | {f"{LAYER}._weight_{part}": tensor})
+        with pytest.raises(CheckpointError, match=rf"not whole:\s.*{LAYER}: {match}"):
+            load_model(folder, device=torch.device("cpu"))
 
 
 def test_states_that_lie_are_refused_without_a_folder_to_look_into(copy, monkeypatch):
@@ -245,3 +249,16 @@ def test_states_that_lie_are_refused_without_a_folder_to_look_into(copy, monkeyp
     monkeypatch.setattr(quantized, "check_packed_folder", lambda folder: None)
     with pytest.raises(CheckpointError, match=rf"{LAYER}: it has 128 scales; expected 256"):
         load_model(folder, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("form", "lost"), [("nf4", (STATE,)), ("int8", (f"{LAYER}.SCB", f"{LAYER}.weight_format"))])
+@pytest.mark.parametrize("looked", [True, False])
+def test_packed_weights_without_what_they_were_packed_with(copy, monkeypatch, form, lost, looked):
+    folder = copy(form)
+    change(folder, **dict.fromkeys(lost))
+    if not looked:
+        monkeypatch.setattr(quantized, "check_packed_folder", lambda folder: None)
+    with pytest.raises(CheckpointError, match=r"missing|automatic conversion of the weights"):
+        load_model(folder, device=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"without what they were packed with|cannot be read as"):
+        BaseCheckpoint(folder, dequantise=True).read(f"{LAYER}.weight")

@@ -92,6 +92,11 @@ def check_packed_folder(folder: Path) -> None:
         except ValueError as error:
             problems.append(f"{name}: {error}")
     for name, parts in found.items():
+        packed = "weight" in parts and parts["weight"].dtype in (torch.uint8, torch.int8)
+        if name not in states and (
+            any(part.startswith("weight.") for part in parts) or (packed and "SCB" not in parts)
+        ):
+            problems.append(f"{name}: its weight is packed, and its quant_state or its scales (SCB) are missing")
         if "SCB" in parts:
             try:
                 _check_8bit(parts)

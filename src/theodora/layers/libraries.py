@@ -85,20 +85,42 @@ def why_damaged(module: nn.Module) -> str | None:
     sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
         return None
-    if _is(tensor, "Params4bit"):
+    known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
+    if known4 is not None and isinstance(module, known4):
         state = _state4(module, tensor)
-        return (
-            None
-            if state is None or getattr(state, "packing_format_for_cpu", False)
-            else _why_4bit(tensor, state, sizes)
-        )
-    if _is(tensor, "Int8Params") and tensor.dtype == torch.int8:
-        scale = tensor.SCB if getattr(tensor, "SCB", None) is not None else module.state.SCB  # pyright: ignore
-        if scale is not None and scale.numel() != tensor.shape[0]:
+        if state is None:
+            return None if tensor.is_floating_point() else "it is packed, and its quant_state is missing"
+        return None if getattr(state, "packing_format_for_cpu", False) else _why_4bit(tensor, state, sizes)
+    if known8 is not None and isinstance(module, known8) and tensor.dtype == torch.int8:
+        state8: Any = module.state
+        scale = state8.SCB if getattr(tensor, "SCB", None) is None else tensor.SCB  # pyright: ignore
+        if scale is None:
+            return "it is packed, and its scales (SCB) are missing"
+        if scale.numel() != tensor.shape[0]:
             return f"it has {scale.numel():,} scales; expected {tensor.shape[0]:,}"
     elif not type(tensor).__module__.startswith("torchao."):
         return None
-    return None if tuple(tensor.shape) == sizes else f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
+    if tuple(tensor.shape) != sizes:
+        return f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
+    return _why_blocks(tensor, sizes) if type(tensor).__name__ in _IN_BLOCKS else None
+
+
+_IN_BLOCKS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+"""Of torchao: with a scale for each block."""
+
+
+def _why_blocks(tensor: Any, sizes: tuple[Any, ...]) -> str | None:
+    block = tuple(tensor.block_size)
+    if len(block) != len(sizes) or not all(isinstance(side, int) and side > 0 for side in block):
+        return f"its blocks are {block}; expected two sizes"
+    wanted = 1
+    for size, side in zip(sizes, block, strict=True):
+        wanted *= -(-size // side)
+    for name in ("scale", "zero_point"):
+        part = getattr(tensor, name, None)
+        if isinstance(part, Tensor) and part.numel() != wanted:
+            return f"its {name} has {part.numel():,} numbers; expected {wanted:,}, one for each block {block}"
+    return None
 
 
 def _why_4bit(tensor: Any, state: Any, sizes: tuple[Any, ...]) -> str | None:
