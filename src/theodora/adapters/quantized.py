@@ -250,7 +250,6 @@ def _config_for(
 
 
 def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device, *, adapted: bool) -> None:
-    check_quantisation(fields, model)
     method = _method(fields)
     if adapted and method not in _OF_METHOD:
         raise CheckpointError(
@@ -263,6 +262,7 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
             f"{model} is quantised ({name_of(fields)}), which takes {' and '.join(missing)}, not installed here: "
             + " && ".join(_PIP[library] for library in missing)
         )
+    check_quantisation(fields, model)
     if method == "bitsandbytes" and (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
         check_packed_folder(folder)
     for library in _OF_METHOD.get(method or "", ()):
