@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import tiny
+from quantised import save_adapted, save_plain, save_quantised
 from theodora import AdapterConfig, inject_adapter, save_adapter
 
 
@@ -23,6 +24,8 @@ def inputs(tmp_path_factory) -> Path:
     write_gguf(model, folder / "tiny.gguf")
     inject_adapter(model, AdapterConfig(rank=2, init="orthogonal"))
     save_adapter(model, folder / "adapter")
+    save_quantised(save_plain(folder / "plain"), folder / "quantised", "int8")
+    save_adapted(folder / "quantised", folder / "of quantised")
     return folder
 
 

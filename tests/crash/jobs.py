@@ -60,6 +60,14 @@ def merge(inputs: Path, folder: Path) -> None:
     merge_checkpoint(inputs / "adapter", folder / "merged", base_model=inputs / "model", overwrite=True, dtype="bf16")
 
 
+def requantise(inputs: Path, folder: Path) -> None:
+    """Merge an adapter of a quantised base back into its format, over an earlier merge."""
+    merge_checkpoint(
+        inputs / "of quantised", folder / "merged", base_model=inputs / "quantised", onto="quantised", max_loss=9,
+        overwrite=True, max_shard_size="40KB",
+    )  # fmt: skip
+
+
 def convert(inputs: Path, folder: Path) -> None:
     """From a GGUF file to a model folder."""
     if not (folder / "converted" / "config.json").is_file():
@@ -69,7 +77,7 @@ def convert(inputs: Path, folder: Path) -> None:
 def jobs() -> dict[str, Callable[..., None]]:
     """Every job by name."""
     runs = {kind: lambda inputs, folder, kind=kind: train_kind(kind, inputs, folder) for kind in KINDS}
-    return {**runs, "merge": merge, "convert": convert}
+    return {**runs, "merge": merge, "requantise": requantise, "convert": convert}
 
 
 def start(name: str, inputs: Path, folder: Path, at_event: int | None = None, count: Path | None = None) -> None:

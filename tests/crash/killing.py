@@ -161,7 +161,10 @@ def check_whole(folder: Path) -> None:
     for model in ("merged", "converted"):
         if (folder / model).is_dir():
             names = {path.name for path in (folder / model).iterdir()}
-            assert names >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}, names
+            assert names >= {"config.json", "tokenizer.json", "README.md"}, names
+            index = folder / model / "model.safetensors.index.json"
+            wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else None
+            assert names >= (wanted or {"model.safetensors"}), names
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def killing(inputs, tmp_path_factory) -> Killing:
     return Killing(inputs, tmp_path_factory.mktemp("killed"), random.Random(os.environ.get("THEODORA_SEED", "0")))
 
 
-@pytest.mark.parametrize("name", ["accumulation", "merge", "convert"])
+@pytest.mark.parametrize("name", ["accumulation", "merge", "requantise", "convert"])
 def test_a_killed_job_comes_to_the_same(name, killing):
     for way in WAYS[:2]:
         killing.survive(name, way)

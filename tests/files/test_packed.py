@@ -92,6 +92,33 @@ def test_fine_grained_fp8(tmp_path):
         assert torch.equal(made.read(key), again.read(key))
 
 
+def test_blocks_of_fine_grained_fp8_that_end_with_the_weight(tmp_path):
+    """The size of a block is the configuration's: 64 rows in blocks of 48 are 48 and 16, not twice 32."""
+    plain = save_plain(tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = FP8 | {"weight_block_size": [48, 64], "modules_to_not_convert": ["lm_head"]}
+    (plain / "config.json").write_text(json.dumps(config))
+    tensors, expected, generator = {}, {}, torch.Generator().manual_seed(0)
+    for key, w in load_file(plain / "model.safetensors").items():
+        tensors[key] = w
+        if "proj" in key:
+            rows, columns = torch.arange(w.shape[0]) // 48, torch.arange(w.shape[1]) // 64
+            scale = torch.rand(int(rows[-1]) + 1, int(columns[-1]) + 1, generator=generator) + 0.5
+            tensors[key], tensors[f"{key}_scale_inv"] = w.to(torch.float8_e4m3fn), scale
+            expected[key] = tensors[key].float() * scale[rows][:, columns]
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    base = BaseCheckpoint(plain, dequantise=True)
+    for key, w in expected.items():
+        assert torch.equal(base.read(key), w), key
+    key = next(iter(expected))
+    save_file(tensors | {f"{key}_scale_inv": torch.ones(3, 1)}, plain / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blocks of 48 × 64 have \(3, 1\) scales; expected"):
+        BaseCheckpoint(plain, dequantise=True).read(key)
+    save_file({k: t for k, t in tensors.items() if k != f"{key}_scale_inv"}, plain / "model.safetensors")
+    with pytest.raises(CheckpointError, match="without what they were packed with"):
+        BaseCheckpoint(plain, dequantise=True)
+
+
 def test_our_own_float8_is_that_of_quantize_base(tmp_path):
     from theodora.adapters import quantize_base
     from theodora.adapters.models import load_model

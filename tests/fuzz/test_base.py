@@ -12,11 +12,14 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import tiny
 from exports import write_llama
 from fuzz.fuzzing import EXAMPLES, damaged, files_under, fuzz, json_values, only_our_errors, text
+from quantised import save_plain, save_quantised
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.adapters.models import load_model, load_model_and_tokenizer
 from theodora.errors import CheckpointError, TheodoraError
@@ -280,3 +283,99 @@ def test_damaged_gguf_models(small_gguf, tmp_path_factory, data):
     (folder / "a.gguf").write_bytes(data.draw(damaged(whole[:header])) + whole[header:])
     only_our_errors(lambda: convert(folder / "a.gguf", folder / "model"))
     assert {path.name for path in folder.iterdir()} <= {"a.gguf", "model"}
+
+
+QUANTISED = ("nf4", "int8", "torchao int8")
+QUANTISATION_FIELDS = st.one_of(
+    st.sampled_from(
+        [
+            "quant_method",
+            "load_in_4bit",
+            "load_in_8bit",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+            "llm_int8_threshold",
+            "llm_int8_skip_modules",
+            "modules_to_not_convert",
+            "quant_type",
+            "_type",
+            "_data",
+            "default",
+            "bits",
+            "group_size",
+            "weight_block_size",
+        ]
+    ),
+    text,
+)
+QUANTISATION_VALUES = st.sampled_from(
+    ["bitsandbytes", "torchao", "fp8", "gptq", "nf4", "bfloat16", "lm_head", "(a+)+$", "Int8WeightOnlyConfig", 10**12]
+)
+
+
+@pytest.fixture(scope="session")
+def quantised_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    top = tmp_path_factory.mktemp("quantised")
+    plain = save_plain(top / "plain")
+    return {form: save_quantised(plain, top / form, form) for form in QUANTISED}
+
+
+def read_all(folder: Path) -> None:
+    base = BaseCheckpoint(folder, dequantise=True)
+    for key in base.tensors:
+        base.read(key)
+
+
+@fuzz(30)
+@given(
+    st.sampled_from(QUANTISED),
+    st.dictionaries(QUANTISATION_FIELDS, json_values(QUANTISATION_FIELDS, QUANTISATION_VALUES), max_size=3),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_quantisation_configurations_of_every_kind(quantised_folders, tmp_path_factory, form, fields):
+    folder = Path(shutil.copytree(quantised_folders[form], tmp_path_factory.mktemp("base") / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    before = files_under(folder)
+    only_our_errors(lambda: read_all(folder))
+    only_our_errors(lambda: load_model(folder, adapted=True, device=torch.device("cpu")))
+    assert files_under(folder) == before
+
+
+@fuzz(40)
+@given(st.sampled_from(QUANTISED), st.data())
+@pytest.mark.filterwarnings("ignore")
+def test_packed_tensors_of_every_kind(quantised_folders, tmp_path_factory, form, data):
+    """Parts of one weight are left out, cut, of another dtype or shape, or hold other bytes."""
+    folder = Path(shutil.copytree(quantised_folders[form], tmp_path_factory.mktemp("base") / "model"))
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, held = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    of_one = sorted(key for key in held if key.startswith("model.layers.0.mlp.down_proj."))
+    for key in data.draw(st.lists(st.sampled_from(of_one), min_size=1, max_size=3, unique=True)):
+        flat = held[key].reshape(-1)
+        match data.draw(st.sampled_from(["none", "cut", "dtype", "shape", "bytes"])):
+            case "none":
+                del held[key]
+            case "cut":
+                held[key] = flat[: data.draw(st.integers(0, len(flat)))].clone()
+            case "dtype":
+                held[key] = held[key].to(data.draw(st.sampled_from([torch.uint8, torch.float16, torch.int64])))
+            case "shape":
+                held[key] = flat[None, None].clone()
+            case _:
+                whole = flat.view(torch.uint8).numpy().tobytes()
+                changed = data.draw(damaged(whole)).ljust(len(whole), b"\0")[: len(whole)]
+                held[key] = torch.frombuffer(bytearray(changed), dtype=flat.dtype).reshape(held[key].shape)
+    if metadata and data.draw(st.booleans()):
+        name = data.draw(st.sampled_from(sorted(metadata)))
+        metadata[name] = data.draw(damaged(metadata[name].encode())).decode("utf-8", "replace")
+    save_file(held, path, metadata)
+    only_our_errors(lambda: read_all(folder))
+    found = only_our_errors(lambda: load_model(folder, adapted=True, device=torch.device("cpu")))
+    if isinstance(found, PreTrainedModel):
+        with torch.no_grad():
+            only_our_errors(lambda: found(torch.tensor([[5, 6, 7]])))

@@ -31,7 +31,9 @@ from theodora.files.model_folder import (
     not_here,
 )
 from theodora.files.tokenizer import load_tokenizer
-from theodora.layers.libraries import prepare
+from theodora.layers.libraries import prepare, why_damaged
+
+_TOLD = 5
 
 
 def load_model_and_tokenizer(
@@ -206,6 +208,9 @@ def load_model(
             f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
             + (", …" if len(missing) > 5 else "")
         )
+    named = {path: why_damaged(module) for path, module in loaded.named_modules()}
+    if damaged := [f"{path}: {why}" for path, why in named.items() if why is not None]:
+        raise CheckpointError(f"{model} holds packed weights that are not whole:" + bullet_list(damaged, _TOLD))
     prepare(loaded)  # before the first forward pass, in which bitsandbytes packs weights anew on some CPUs
     to_float8 = quantize == "fp8" and quantization_of(loaded) is None
     return quantize_base(loaded, exclude=keep) if to_float8 else loaded

@@ -25,6 +25,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
+from theodora.files.distrust import expanded
+from theodora.files.packed_parts import check_packed_folder
+from theodora.files.quantisation_config import check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
 from theodora.kernels.base_weight import PlainWeight
 from theodora.layers import LowRank, base_weight
@@ -123,7 +126,7 @@ def stored_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     for part in (config, config.get_text_config()):
         fields = getattr(part, "quantization_config", None)
         if fields is not None:
-            return fields if isinstance(fields, dict) else fields.to_dict()
+            return fields if isinstance(fields, dict) else fields.to_dict() if hasattr(fields, "to_dict") else {}
     return None
 
 
@@ -280,6 +283,9 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
             f"{model} is quantised ({name_of(fields)}), which takes {' and '.join(missing)}, not installed here: "
             + " && ".join(_PIP[library] for library in missing)
         )
+    check_quantisation(fields, model)
+    if method == "bitsandbytes" and (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
+        check_packed_folder(folder)
     for library in _OF_METHOD.get(method or "", ()):
         _import(library)
     _check_environment(dict(fields), model, device, stored=True)
@@ -346,11 +352,8 @@ def _installed(library: str) -> bool:
 
 
 def _method(fields: Mapping[str, Any]) -> str | None:
-    method = fields.get("quant_method")
-    if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
-        return "bitsandbytes"
-    method = getattr(method, "value", method)
-    return method if isinstance(method, str) and method.isprintable() and len(method) < 40 else None
+    method = method_named(fields)
+    return method if method is not None and method.isprintable() and len(method) < 40 else None
 
 
 def _torchao_type(fields: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
 from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.files.packed_parts import check_parts
+from theodora.files.quantisation_config import check_quantisation, method_named
 
 _LIBRARIES = {
     "bitsandbytes": "bitsandbytes",
@@ -57,11 +59,8 @@ def method_of(config: Mapping[str, Any]) -> str:
     Args:
         config: `quantization_config` of a config.json, or what transformers' `to_dict` gives for one.
     """
-    method = config.get("quant_method")
-    method = getattr(method, "value", method)
-    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if not isinstance(method, str):
+    method = method_named(config)
+    if method is None:
         return "an unknown kind"
     if method == "bitsandbytes":
         return f"bitsandbytes {config.get('bnb_4bit_quant_type', 'fp4') if config.get('load_in_4bit') else 'int8'}"
@@ -120,13 +119,14 @@ class PackedWeights:
     ) -> None:
         self.config, self.method = dict(config), method_of(config)
         self._model, self._metadata, self._where = model, dict(metadata or {}), where
-        name = str(getattr(config.get("quant_method"), "value", config.get("quant_method", "bitsandbytes")))
+        name = method_named(config) or "bitsandbytes"
         if name not in _READ:
             raise CheckpointError(
                 f"{where} is quantised with {self.method}, whose packed weights are not read one by one here (those of "
                 f"{', '.join(_READ)} are). Merge onto the original weights instead: --onto original, and "
                 "--base-model with the unquantised model."
             )
+        check_quantisation(config, where)
         try:
             self._quantizer: Any = auto.AutoHfQuantizer.from_config(copy.deepcopy(dict(config)), pre_quantized=stored)
             if name != "fp8":  # it asks for a GPU, which only its products need
@@ -160,9 +160,10 @@ class PackedWeights:
         """
         module = self._module(parameter)
         try:
+            check_parts(parts)
             with self._emptied(module):
                 if "weight_scale_inv" in parts:
-                    dense = _float8(self._quantizer, parts)
+                    dense = _float8(self._quantizer, parts, self.config.get("weight_block_size"))
                 else:
                     weight = self._deserialised(parameter, parts)
                     dense = _dense_of(weight)
@@ -302,7 +303,17 @@ def _dense_of(weight: Any) -> Tensor:
     raise ValueError(f"it is a {kind}, which nothing here dequantises")
 
 
-def _float8(quantizer: Any, parts: Mapping[str, Tensor]) -> Tensor:
+def _float8(quantizer: Any, parts: Mapping[str, Tensor], block: Any) -> Tensor:
+    weight, scale = parts["weight"], parts["weight_scale_inv"]
+    if block is not None and weight.dim() == 2:
+        grid = tuple(-(-size // side) for size, side in zip(weight.shape, block, strict=True))
+        if scale.shape != grid:
+            raise ValueError(f"its blocks of {block[0]} × {block[1]} have {tuple(scale.shape)} scales; expected {grid}")
+        if any(size % side for size, side in zip(weight.shape, block, strict=True)):
+            # transformers takes the size of a block from the number of scales, which is another where the last block
+            # is a smaller one.
+            each = scale.repeat_interleave(block[0], 0)[: weight.shape[0]].repeat_interleave(block[1], 1)
+            return (weight.float() * each[:, : weight.shape[1]].float()).to(scale.dtype)
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     made = Fp8Dequantize(quantizer).convert({name: [part] for name, part in parts.items()})

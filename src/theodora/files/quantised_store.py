@@ -143,6 +143,14 @@ class QuantisedStore:
                 raise CheckpointError(
                     f"{base.folder} holds packed weights that its model does not have: {', '.join(lost[:5])}"
                 )
+            weights = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
+            alone = {key for key, name in by_key.items() if name in weights and key not in parts}
+            bare = sorted(key for key in alone if base.tensors[key].dtype not in FLOAT_DTYPES)
+            if bare:
+                raise CheckpointError(
+                    f"{base.folder} holds packed weights without what they were packed with (scales, states): "
+                    + ", ".join(bare[:5])
+                )
             self.parameters = {key: by_key[key] for key in parts}
         else:
             floats = (key for key in by_key if base.tensors[key].dtype in FLOAT_DTYPES)

@@ -78,6 +78,66 @@ def why_unfit(module: nn.Module, tensor: Any) -> str | None:
     return None
 
 
+def why_damaged(module: nn.Module) -> str | None:
+    """What a file has made of a library's weight that its layer cannot be computed with: part of a sentence, or None.
+
+    By sizes alone: bitsandbytes' kernels read as far as they are told, beyond the end of memory, too.
+    """
+    tensor: Any = getattr(module, "weight", None)
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
+        return None
+    known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
+    if known4 is not None and isinstance(module, known4):
+        state = _state4(module, tensor)
+        if state is None:
+            return None if tensor.is_floating_point() else "it is packed, and its quant_state is missing"
+        return None if getattr(state, "packing_format_for_cpu", False) else _why_4bit(tensor, state, sizes)
+    if known8 is not None and isinstance(module, known8) and tensor.dtype == torch.int8:
+        state8: Any = module.state
+        scale = state8.SCB if getattr(tensor, "SCB", None) is None else tensor.SCB  # pyright: ignore
+        if scale is None:
+            return "it is packed, and its scales (SCB) are missing"
+        if scale.numel() != tensor.shape[0]:
+            return f"it has {scale.numel():,} scales; expected {tensor.shape[0]:,}"
+    elif not type(tensor).__module__.startswith("torchao."):
+        return None
+    if tuple(tensor.shape) != sizes:
+        return f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
+    return _why_blocks(tensor, sizes) if type(tensor).__name__ in _IN_BLOCKS else None
+
+
+_IN_BLOCKS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+"""Of torchao: with a scale for each block."""
+
+
+def _why_blocks(tensor: Any, sizes: tuple[Any, ...]) -> str | None:
+    block = tuple(tensor.block_size)
+    if len(block) != len(sizes) or not all(isinstance(side, int) and side > 0 for side in block):
+        return f"its blocks are {block}; expected two sizes"
+    wanted = 1
+    for size, side in zip(sizes, block, strict=True):
+        wanted *= -(-size // side)
+    for name in ("scale", "zero_point"):
+        part = getattr(tensor, name, None)
+        if isinstance(part, Tensor) and part.numel() != wanted:
+            return f"its {name} has {part.numel():,} numbers; expected {wanted:,}, one for each block {block}"
+    return None
+
+
+def _why_4bit(tensor: Any, state: Any, sizes: tuple[Any, ...]) -> str | None:
+    if tuple(state.shape) != sizes:
+        return f"it is {tuple(state.shape)}; expected (out, in) {sizes}"
+    numbers, outer = sizes[0] * sizes[1], state.state2
+    expected = [("bytes", tensor.nbytes, -(-numbers // 2))]
+    blocks = -(-numbers // state.blocksize) if state.blocksize > 0 else 0
+    expected += [("scales", state.absmax.numel(), blocks), ("numbers in its format", state.code.numel(), 16)]
+    if outer is not None:
+        blocks = -(-blocks // outer.blocksize) if outer.blocksize > 0 else 0
+        expected += [("scales of scales", outer.absmax.numel(), blocks), ("numbers for them", outer.code.numel(), 256)]
+    return next((f"it has {n:,} {what}; expected {wanted:,}" for what, n, wanted in expected if n != wanted), None)
+
+
 def reads_packed(module: nn.Module) -> bool:
     """Whether the forward of the module's own class reads a packed weight, and no plain one in its place."""
     if packed.packed_tensor(module) is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.base_model import BaseCheckpoint
+from theodora.files.finite import finite
 from theodora.files.packed import bits_of
 from theodora.files.quantised_store import QuantisedStore
 from theodora.files.read_back import save_tensors
@@ -28,6 +29,10 @@ MAX_ERROR = {4: 0.2, 8: 0.05}
 """Bits of the format -> largest relative error of a layer. Rounding itself makes 0.09 (nf4), 0.12 (fp4, int4), 0.03
 (float8) and 0.01 (int8); a magnitude that is left out makes 0.33."""
 _LAYERS_TOLD = 8
+_BASE_NOT_FINITE = (
+    "the base model's own weight holds NaN or infinite values. Bring its file back as it was published. Nothing was "
+    "written."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ def write_requantised(
         if output.change is not None:
             weights, parts, error = _requantise(base, store, output, parts)
             layers.append(error)
+        elif not all(finite(part) for part in parts.values() if part.is_floating_point()):
+            raise CheckpointError(f"{output.key}: {_BASE_NOT_FINITE}")
         named = {store.part_key(output.key, part): tensor for part, tensor in parts.items()}
         files.add(named, store.packed.metadata_of(store.parameters[output.key]))
         done(output, weights)
@@ -167,9 +174,14 @@ def _requantise(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor], LayerError]:
     name = store.parameters[output.key]
     stored = store.dense(output.key, old)
+    if not finite(stored):
+        raise CheckpointError(f"{output.key}: {_BASE_NOT_FINITE}")
     exact = exact_weight(output, stored)
     if not bool(exact.isfinite().all()):
-        raise CheckpointError(f"{output.key}: the merged weight holds NaN or infinite values. Nothing was written.")
+        raise CheckpointError(
+            f"{output.key}: the merged weight holds NaN or infinite values, and the base's own does not: the adapter "
+            "overflows. Nothing was written."
+        )
     if exact.shape != stored.shape:
         raise CheckpointError(f"{output.key}: {tuple(exact.shape)} in the adapter, {tuple(stored.shape)} in the base")
     dtype = stored.dtype if store.stored else base.read_stored(output.key).dtype
