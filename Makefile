@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 HQQ := 0.2.8.post1
 WITH_HQQ := PYTHONPATH=$(VENV)/hqq $(BIN)/python
 QUANTISERS := compressed-tensors==0.20.1 gptqmodel==7.7.0 optimum==2.3.0
-QUANTISERS_NEED := loguru device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28
+QUANTISERS_NEED := loguru==0.7.3 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
