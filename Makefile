@@ -9,6 +9,9 @@ ARGS ?=
 # without it these run their references again.)
 INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
+# What is left out where HQQ is not installed.
+ON_HQQ := -k hqq tests/layers/test_libraries_more.py tests/conformance/test_quantised.py
+
 # One process for each core; not more than 8, because each holds torch and some 1.5 GB. Whoever is done takes tests over.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 
@@ -19,10 +22,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
+# Other libraries that quantise stand in folders beside the environment: transformers and peft import them wherever they are
+# installed, HQQ with torch's compiler, which is 3 s for every process that starts. --no-deps, or they would bring another torch.
+HQQ := 0.2.8.post1
+WITH_HQQ := PYTHONPATH=$(VENV)/hqq $(BIN)/python
+QUANTISERS := compressed-tensors==0.20.1 gptqmodel==7.7.0 optimum==2.3.0
+QUANTISERS_NEED := loguru==0.7.3 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-kills test-attacks test-long mutants package audit sbom lock
-.PHONY: families check bench study study-small clean
+.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills test-attacks
+.PHONY: test-long mutants package audit sbom lock families check bench study study-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +40,9 @@ help: ## list the targets
 demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results in out/demo)
 	$(BIN)/theodora demo --output out/demo --overwrite $(ARGS)
 
-test: $(VENV)/.test ## run the tests (ARGS="tests/laws -x" runs some of them)
+test: $(VENV)/.test $(if $(ARGS),,$(VENV)/hqq/$(HQQ)) ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
+	$(if $(ARGS),,$(WITH_HQQ) -m pytest $(ON_HQQ))
 	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --few $(INTERPRETED))
 
 test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes some variants, and whole trajectories
@@ -42,6 +53,9 @@ fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_E
 
 test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM on the CPU (AVX-512; an environment of its own)
 	timeout 1800 .venv-vllm/bin/python -m pytest tests/vllm_plugin -o filterwarnings= $(ARGS)
+
+test-quantisers: $(VENV)/.test $(VENV)/hqq/$(HQQ) $(VENV)/quantisers/.installed ## run the tests on layers of GPTQ, AWQ and others
+	PYTHONPATH=$(VENV)/hqq:$(VENV)/quantisers $(BIN)/python -m pytest tests/layers/test_libraries_more.py $(ARGS)
 
 test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
 	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash -s $(ARGS)
@@ -60,9 +74,10 @@ fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each r
 	for reader in jsonl json csv gzip parquet yaml config safetensors; do \
 	    $(BIN)/python tests/fuzz/run_atheris.py $$reader -max_total_time=$(or $(SECONDS),60) || exit 1; done
 
-coverage: $(VENV)/.test ## run the tests as `make test` does, and fail below the floor of lines and branches covered
+coverage: $(VENV)/.test $(VENV)/hqq/$(HQQ) ## run the tests as `make test` does, and fail below the floor of lines and branches covered
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),$(PARALLEL))
+	$(WITH_HQQ) -m coverage run -m pytest $(ON_HQQ)
 	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --show-missing
@@ -128,6 +143,16 @@ clean: ## remove the environment, caches and build products
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing theodora[$*] into $(VENV) ..."
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(VENV)/hqq/$(HQQ): | $(VENV)/.created
+	rm -rf $(VENV)/hqq
+	$(PIP) install --quiet --no-deps --target $(VENV)/hqq hqq==$(HQQ) termcolor==3.3.0
+	@touch $@
+
+$(VENV)/quantisers/.installed: Makefile | $(VENV)/.test
+	rm -rf $(VENV)/quantisers
+	$(PIP) install --quiet --no-deps --no-build-isolation --target $(VENV)/quantisers $(QUANTISERS) $(QUANTISERS_NEED)
 	@touch $@
 
 # Not bin/python: it is there even if the interpreter was built without pip and the venv is useless.

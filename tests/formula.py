@@ -2,6 +2,7 @@
 
 import torch
 
+from theodora import kernels
 from theodora.kernels.operators import interpreted
 
 F64 = torch.float64
@@ -44,3 +45,19 @@ def within_budget(found, plain, exact, dtype):
     assert found.dtype == plain.dtype or not found.numel()
     allowed = budget(dtype) * (error(plain, exact) + torch.finfo(dtype).eps / 2)
     return error(found, exact) <= allowed + 1e-6  # sums of a few float32 numbers that all but cancel
+
+
+def goes_around(weight, exact, a, b, rounding):
+    """A frozen weight in one autograd step of DoRA, beside a second layer of the same x: outputs and all gradients."""
+    m = (exact + 0.5 * b.double() @ a.double()).norm(dim=1).float()
+    norm = weight.dora_norm(a, b, 0.5, weight.norm_squared())
+    outputs, inputs = exact.shape
+    x, dy = torch.randn(5, inputs, device=a.device), torch.randn(5, outputs, device=a.device)
+    x, a, b, m = leaves = [t.clone().requires_grad_() for t in (x, a, b, 1.1 * m)]
+    y, z = kernels.adapted_linears(x, [kernels.Parts(weight, None, a, b, 0.5, m, norm), kernels.Parts(weight, None)])
+    (y * dy + z).sum().backward()
+    x64, a64, b64, m64 = (t.detach().double().requires_grad_() for t in leaves)
+    y64 = dora(x64, exact, None, a64, b64, 0.5, m64)
+    (y64 * dy + x64 @ exact.T).sum().backward()
+    found, wanted = [y, *(t.grad for t in leaves)], [y64, *(t.grad for t in (x64, a64, b64, m64))]
+    return max(error(one, other) for one, other in zip(found, wanted, strict=True)) < rounding

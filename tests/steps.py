@@ -62,6 +62,18 @@ def same(found, wanted, within=1e-4):
         assert difference <= within * value.double().norm() + 1e-7, name
 
 
+def calls_of(monkeypatch, module, name):
+    """How often a function is called from now on: a list of one number."""
+    count, own = [0], getattr(module, name)
+
+    def counting(*args):
+        count[0] += 1
+        return own(*args)
+
+    monkeypatch.setattr(module, name, counting)
+    return count
+
+
 @contextmanager
 def other_defaults():
     """What torch makes is half precision without memory, as where a library builds a model."""

@@ -11,6 +11,7 @@ from theodora.cli.main import main
 from theodora.conformance import suite, table
 from theodora.conformance.cases import DTYPES, KINDS, VARIANTS
 from theodora.conformance.operations import OPERATIONS
+from theodora.conformance.quantised import LIBRARIES as QUANTISED
 from theodora.layers.base import AdapterLayer
 from theodora.layers.linear import LinearAdapterLayer
 
@@ -33,9 +34,14 @@ def broken(rows):
 
 @pytest.mark.parametrize("operation", QUICK)
 def test_ours_holds_in_every_dtype(operation):
-    rows = ours(operation, dtypes=())
+    rows = ours(operation, dtypes=[dtype for dtype in DTYPES if dtype not in QUANTISED])
     assert rows
     assert not broken(rows)
+
+
+@pytest.mark.parametrize("operation", QUICK)
+def test_ours_holds_on_layers_of_libraries(operation):
+    assert not broken(ours(operation, ["dora"], list(QUANTISED), ["linear", "biased", "zero_rows", "odd"]))
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("lora", "dora")])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from formula import DEVICE
-from steps import expected, moved, needs_triton, same, step
+from steps import calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath.accelerate import speed_up_model
@@ -38,14 +38,7 @@ def quantized(dtype=torch.float32, blocks=2, **config):
 @pytest.fixture
 def from_outputs(monkeypatch):
     """Counts the layers whose gradients came from outputs."""
-    count, own = [0], fused.compose_backward_with_output
-
-    def counted(*args):
-        count[0] += 1
-        return own(*args)
-
-    monkeypatch.setattr(fused, "compose_backward_with_output", counted)
-    return count
+    return calls_of(monkeypatch, fused, "compose_backward_with_output")
 
 
 def test_a_step(from_outputs):

@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from formula import DEVICE
-from steps import IDS, adapted, expected, moved, needs_triton, same, step
+from steps import IDS, adapted, calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath import attention as attention_file
@@ -26,14 +26,7 @@ pytestmark = needs_triton
 @pytest.fixture
 def from_outputs(monkeypatch):
     """Counts the layers whose gradients came from outputs."""
-    count, own = [0], fused.compose_backward_from_output
-
-    def counted(*args):
-        count[0] += 1
-        return own(*args)
-
-    monkeypatch.setattr(fused, "compose_backward_from_output", counted)
-    return count
+    return calls_of(monkeypatch, fused, "compose_backward_from_output")
 
 
 def attention(model):

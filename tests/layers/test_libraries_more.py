@@ -1,9 +1,7 @@
 """HQQ, GPTQ, AWQ, compressed-tensors and fine-grained FP8: adapters beside the weights of the libraries' own modules.
 
-hqq is with the tests (`.[quant]`); where gptqmodel or compressed-tensors is not installed, its kinds are left out:
-
-    pip install --no-deps compressed-tensors loguru
-    pip install --no-deps --no-build-isolation gptqmodel device-smi pypcre tokenicer logbar threadpoolctl defuser
+None of these libraries is beside the tests, and the kinds of one that is not installed are left out. `make test` gives
+HQQ a run of its own, and `make test-quantisers` runs them all.
 """
 
 import copy

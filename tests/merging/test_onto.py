@@ -25,7 +25,8 @@ from theodora.merging.logits import merged_values, stored_values, streamed_logit
 from theodora.merging.onto import find_start, original_of, quantisation_config
 from theodora.merging.plan import plan_merge
 
-CASES = [*(("llama", form) for form in FORMATS), ("gpt2", "nf4"), ("gpt2", "int8")]
+CASES = [*(("llama", form, "dora") for form in FORMATS), ("gpt2", "nf4", "dora"), ("gpt2", "int8", "lora")]
+CASES += [("llama", "nf4", "lora"), ("llama", "torchao int8", "lora")]
 
 
 @pytest.fixture
@@ -72,8 +73,7 @@ def relative(written: torch.Tensor, exact: torch.Tensor) -> float:
     return float((written.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize(("family", "form"), CASES)
+@pytest.mark.parametrize(("family", "form", "method"), CASES)
 def test_onto_the_dequantised_weights_is_what_was_trained(make, family, form, method):
     case = make(family, form, method=method, rank_pattern={"c_fc" if family == "gpt2" else "down_proj": 6})
     report = merge_checkpoint(case.adapter, case.output, onto="dequantised")
@@ -92,8 +92,7 @@ def test_onto_the_dequantised_weights_is_what_was_trained(make, family, form, me
     assert verify(str(case.adapter), str(case.output)).passed
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize(("family", "form"), CASES)
+@pytest.mark.parametrize(("family", "form", "method"), CASES)
 def test_back_into_the_quantised_format(make, family, form, method):
     case = make(family, form, method=method)
     report = merge_checkpoint(case.adapter, case.output, onto="quantised")

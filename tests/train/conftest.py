@@ -1,12 +1,15 @@
 """Runs of a few steps on tiny models: rows of small sums, and a configuration to start from."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import recorder
 from theodora.config import TrainConfig
@@ -83,6 +86,25 @@ def losses() -> Callable[..., list[float]]:
 def _losses(output: Path | str, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture
+def resumes(run, tmp_path) -> Callable[..., None]:
+    """Holds a run with these options that goes on from a checkpoint against one that nobody stopped, bit for bit."""
+
+    def compare(**others: Any) -> None:
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        settings = {"max_steps": 6, "save_steps": 3, **others}
+        run(output=str(whole), **settings)
+        shutil.copytree(whole, parts)
+        shutil.rmtree(parts / "checkpoints" / f"checkpoint-{settings['max_steps']}")  # killed in the second half
+        run(output=str(parts), resume="auto", **settings)
+        for name in ("loss", "eval_loss", "num_tokens"):
+            assert _losses(parts, name) == _losses(whole, name), name
+        one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+    return compare
 
 
 @pytest.fixture

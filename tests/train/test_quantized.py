@@ -1,14 +1,12 @@
 """`quantize`: runs on bases that another library stores in few bits."""
 
 import io
-import shutil
 import sys
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from theodora import AdapterConfig, ConfigError, TheodoraError, TrainConfig, inject_adapter, train
@@ -47,16 +45,8 @@ def test_the_panel_names_quantisation_and_memory(options):
     assert "32,928 parameters" in said
 
 
-def test_resumed_equals_uninterrupted(run, tmp_path, losses):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"quantize": "nf4", "max_steps": 6, "save_steps": 3}
-    run(output=str(whole), **settings)
-    shutil.copytree(whole, parts)
-    shutil.rmtree(parts / "checkpoints" / "checkpoint-6")
-    run(output=str(parts), resume="auto", **settings)
-    assert losses(parts) == losses(whole)
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+def test_resumed_equals_uninterrupted(resumes):
+    resumes(quantize="nf4")
 
 
 def test_training_goes_on_from_an_adapter_on_the_base_that_it_knows(run, options, tmp_path):

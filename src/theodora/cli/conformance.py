@@ -138,7 +138,7 @@ def _versions() -> dict[str, str]:
     from theodora import __version__
 
     versions = {"theodora": __version__}
-    for package in ("peft", "transformers", "torch"):
+    for package in ("peft", "transformers", "torch", "bitsandbytes", "hqq"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

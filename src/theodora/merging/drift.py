@@ -129,7 +129,9 @@ class Drift:
         """
         try:
             merged = BaseCheckpoint(written, trust_remote_code=trust_remote_code, dequantise=True)
-            vocabulary = self._base.model.config.get_text_config().vocab_size
+            vocabulary = getattr(self._base.model.config.get_text_config(), "vocab_size", None)
+            if vocabulary is None:
+                raise CheckpointError("the model's config.json has no vocab_size")
             ids = probe_rows(written, vocabulary, trust_remote_code=trust_remote_code)
             report = compare_logits(
                 streamed_logits(self._base, merged_values(self._base, self._plan), ids),

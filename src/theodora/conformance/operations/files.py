@@ -226,11 +226,10 @@ def refuse(trial: Trial) -> Iterator[Check]:
             for kind in trial.kinds:
                 yield trial.demand(kind, f"{what} was taken", refused)
         other = trial.bare()
-        for kind in trial.kinds:
-            plain = weight_of(other.get_submodule(kind)).plain()
-            if plain is not None:
-                plain.copy_(plain.flip(0))
-        if trial.dtype != "float8":
+        plain = [w for kind in trial.kinds if (w := weight_of(other.get_submodule(kind)).plain()) is not None]
+        for weight_OI in plain:
+            weight_OI.copy_(weight_OI.flip(0))
+        if plain and trial.dtype != "float8":
             strange = trial.library(other, trial.variant, trial.kinds)
             refused = _refuses(lambda: strange.load(folder / "good", "bad"))
             for kind in trial.kinds:
