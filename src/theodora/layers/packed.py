@@ -248,9 +248,18 @@ def refused(module: nn.Module) -> str | None:
     return _refused(type(module))
 
 
-@cache
+# functools.cache would be a warning wherever torch.compile comes by, and a miss.
+_KINDS: dict[type[nn.Module], tuple[_Class, ...] | None] = {}
+
+
 def _kind(of: type[nn.Module]) -> tuple[_Class, ...] | None:
     """Which of the libraries' classes a module's class is or was made of."""
+    if of not in _KINDS:
+        _KINDS[of] = _found_kind(of)
+    return _KINDS[of]
+
+
+def _found_kind(of: type[nn.Module]) -> tuple[_Class, ...] | None:
     for cls in of.__mro__:
         for kind in (_HQQ, _GPTQ, _AWQ, _FLOAT8):
             if _named(cls, kind):
