@@ -45,3 +45,11 @@ def test_what_fails_there_aloud():
 
 def test_float8_is_not_offered_there():
     assert theirs("forward", "lora", "linear", "float8").status == "not offered"
+
+
+def test_layers_of_bitsandbytes():
+    assert theirs("forward", "dora", "linear", "nf4").status == "held"
+    assert theirs("forward", "lora", "linear", "int8").status == "held"
+    assert theirs("inference", "dora", "linear", "int8").status == "raised"
+    merged = theirs("merge", "lora", "linear", "nf4")
+    assert merged.error > 10 * merged.bound  # rounded to four bits again

@@ -34,6 +34,8 @@ def quantise(model: nn.Module, dtype: str, kinds: tuple[str, ...]) -> None:
         if type(layer) is nn.Linear and kind != "tied_head" and not (dtype == "hqq" and layer.in_features % _GROUP):
             setattr(model, kind, make(layer).requires_grad_(False).eval())
     prepare(model)
+    if dtype in ("nf4", "int8"):  # as transformers says of models that it loads so, and PEFT chooses its layers by
+        setattr(model, "is_loaded_in_4bit" if dtype == "nf4" else "is_loaded_in_8bit", True)
 
 
 def _nf4(layer: Any) -> nn.Module:
