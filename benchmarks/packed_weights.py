@@ -110,7 +110,8 @@ def four_bits(
     packed, state = quantize_4bit(w, blocksize=block, compress_statistics=nested > 0, quant_type=table)
     outer: Any = state.state2
     rest = (outer.absmax, outer.code, state.offset) if nested else ()
-    return LibraryWeight(Bits4(size, dtype, table, block, nested, dtype), packed, state.absmax, *rest)
+    tensors: Any = (packed, state.absmax, *rest)
+    return LibraryWeight(Bits4(size, dtype, table, block, nested, dtype), *tensors)
 
 
 def eight_bits(size: tuple[int, int], device: str) -> LibraryWeight:
