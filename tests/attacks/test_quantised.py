@@ -1,8 +1,11 @@
 """Quantised folders that lie: in their configuration, in the numbers that native code believes, in what is missing."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -262,3 +265,29 @@ def test_packed_weights_without_what_they_were_packed_with(copy, monkeypatch, fo
         load_model(folder, device=torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"without what they were packed with|cannot be read as"):
         BaseCheckpoint(folder, dequantise=True).read(f"{LAYER}.weight")
+
+
+def test_a_merge_does_not_fetch_kernels(whole, tmp_path):
+    """bitsandbytes asks the hub for one and runs it, as it is imported, wherever `kernels` is installed."""
+    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    open({str(tmp_path / 'owned')!r}, 'w')\n")
+    code = (
+        "import sys; from pathlib import Path; from theodora.files.base_model import BaseCheckpoint; "
+        "base = BaseCheckpoint(Path(sys.argv[1]), dequantise=True); base.read(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(whole["nf4"]), f"{LAYER}.weight"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=120)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "match"),
+    [([1], "expected an object"), ({"quant_method": "theodora-float8"}, "not read one by one")],
+)
+def test_what_is_no_configuration_or_stands_for_what_no_folder_holds(copy, whole, quantization, match):
+    folder = copy("nf4")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=match):
+        merge_checkpoint(whole["nf4 adapter"], folder.parent / "merged", base_model=folder, onto="dequantised")
+    with pytest.raises(CheckpointError):
+        load_model(folder, device=torch.device("cpu"))

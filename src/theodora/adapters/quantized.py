@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.distrust import expanded
+from theodora.files.libraries import import_library
 from theodora.files.packed_parts import check_packed_folder
 from theodora.files.quantisation_config import check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
@@ -186,7 +186,7 @@ def loading_options(
         raise ConfigError(f"quantize={quantize} wants {missing[0]}, which is not installed: {_PIP[missing[0]]}")
     plain = _dtype_of(config) if isinstance(dtype, str) else dtype
     skipped = _plain_modules(config, auto_class, keep, trust_remote_code) if keep else None
-    _import(_OF_KIND[quantize])
+    import_library(_OF_KIND[quantize])
     made = _config_for(quantize, plain, compute or plain, device, skipped)
     _check_environment(made.to_dict() if quantize != "int4" else made, model, device, stored=False)
     return {"quantization_config": made, **_device_map(device)}
@@ -287,7 +287,7 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
     if method == "bitsandbytes" and (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
         check_packed_folder(folder)
     for library in _OF_METHOD.get(method or "", ()):
-        _import(library)
+        import_library(library)
     _check_environment(dict(fields), model, device, stored=True)
 
 
@@ -321,27 +321,6 @@ def _plain_modules(
 def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return getattr(torch, found, torch.float32) if isinstance(found, str) else found
-
-
-def _import(library: str) -> None:
-    """Import a library as transformers is about to, without what it says, and without code from the hub.
-
-    bitsandbytes 0.50 fetches a kernel from the hub and runs it, as soon as it is imported where `kernels` is installed.
-    """
-    # It goes on to tell each layer of each pass that inputs are rounded to float16, as LLM.int8() does.
-    logging.getLogger(library).setLevel(logging.ERROR)
-    if library in sys.modules:
-        return
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType] (how Python is told that there is none)
-    try:
-        importlib.import_module(library)
-    except ImportError as error:
-        raise ConfigError(f"{library} is installed and cannot be imported: {error}") from error
-    finally:
-        del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
 
 
 def _installed(library: str) -> bool:

@@ -3,7 +3,7 @@
 How a library stores a weight is the library's business, and transformers knows it: its quantiser says which modules are
 replaced, reads their parts from a file, quantises a dense weight and gives the parts that `save_pretrained` would
 write. All of that happens here on a model without memory (on the meta device), of which one module at a time holds its
-weight. No library is imported here; transformers does that.
+weight. The libraries are transformers' to call.
 
     X.weight, X.weight.absmax, X.weight.quant_state.…     bitsandbytes, 4 bits
     X.weight, X.SCB, X.weight_format                      bitsandbytes, 8 bits
@@ -16,6 +16,7 @@ The dequantised weight is (O, I) whatever it was before: bitsandbytes quantises 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 
 from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.files.libraries import import_library
 from theodora.files.packed_parts import check_parts
 from theodora.files.quantisation_config import check_quantisation, method_named
 
@@ -127,6 +129,8 @@ class PackedWeights:
                 "--base-model with the unquantised model."
             )
         check_quantisation(config, where)
+        if name != "fp8" and importlib.util.find_spec(name) is not None:  # otherwise transformers says so
+            import_library(name)
         try:
             self._quantizer: Any = auto.AutoHfQuantizer.from_config(copy.deepcopy(dict(config)), pre_quantized=stored)
             if name != "fp8":  # it asks for a GPU, which only its products need

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from theodora.errors import CheckpointError
+from theodora.errors import CheckpointError, shown
 from theodora.files.distrust import FLOAT_DTYPES
 from theodora.files.folder import OpenFile
 from theodora.files.model_folder import StoredTensor
@@ -41,10 +41,12 @@ class Checkpoint(Protocol):
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `quantization_config` of a config.json; None of a plain model."""
+    """The `quantization_config` of a config.json; None of a plain model. A CheckpointError if it is no object."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and (found := part.get("quantization_config")):
-            return dict(found) if isinstance(found, Mapping) else {}
+            if not isinstance(found, Mapping):
+                raise CheckpointError(f"config.json says quantization_config: {shown(found)}; expected an object")
+            return dict(found)
     return None
 
 
@@ -68,7 +70,7 @@ def store_of(
 ) -> QuantisedStore:
     """The quantised weights of a checkpoint; arguments and errors as those of `QuantisedStore`."""
     where = f"The base model {base.folder}"
-    if config.get("quant_method") == OWN_FLOAT8:
+    if config.get("quant_method") == OWN_FLOAT8 and not stored:
         return QuantisedStore(base, RowFloat8(twin), config, parts, stored=False, plain=plain)
     metadata = _metadata(base) if stored else {}
     packed = PackedWeights(twin, config, stored=stored, metadata=metadata, where=where)
