@@ -62,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
     from theodora.cli.console import stderr
 
     with imports(gpu=True):
+        from transformers.utils.logging import disable_progress_bar
+
         from theodora.serve.run import load_engine, serve
 
+    disable_progress_bar()
     with stderr().status("loading"):
         engine, tokenizer = load_engine(config, adapters)
     serve(engine, tokenizer, started=lambda: stderr().print(_panel(engine)))
@@ -95,7 +98,7 @@ def _panel(engine: Engine) -> Any:
     config = engine.config
     table = Table(box=box.SIMPLE_HEAD, title=f"http://{config.host}:{config.port}/v1", title_justify="left")
     table.add_column("model", overflow="fold")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     table.add_column("rank", no_wrap=True, justify="right")
     table.add_column("loaded in", no_wrap=True, justify="right")
     dtype = str(engine.model.dtype).removeprefix("torch.")

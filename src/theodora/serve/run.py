@@ -50,6 +50,8 @@ def _trained_with(adapters: Mapping[str, str | Path]) -> TrainedOn | None:
         if kinds <= {None}:
             return None
         first = next(iter(known.values()))
+        if len({on.dtype for on in known.values()}) > 1:  # of different weights: then those that are stored
+            first = replace(first, dtype=None)
         LOG.warning("The base is quantised to %s, on which its adapters were trained.", first.quantize)
         return first
     told = ", ".join(f"{name}: {on.quantize or 'none'}" for name, on in known.items())

@@ -149,7 +149,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
     if (quantization := quantization_of(model)) is not None:
-        dtype = f"{quantization}, the rest {dtype},"
+        # (a folder of quantised weights keeps the dtype of its others, whatever was asked for)
+        dtype = f"{quantization}, the rest {str(model.dtype).removeprefix('torch.')},"
         if (plain := left_plain(model, config.adapter.modules_to_save)) is not None:
             notes.append(plain)
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
