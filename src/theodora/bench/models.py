@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers import auto
 
 from theodora.adapters import quantize_base
 from theodora.adapters.models import load_model, move
@@ -172,9 +172,7 @@ def _quantized_by_blocks(
     kind: Any = type(blocks[0])
     quantizer = None
     if quantize != "fp8":
-        quantizer = AutoHfQuantizer.from_config(
-            options["quantization_config"], pre_quantized=False, trust_remote_code=False
-        )
+        quantizer = auto.AutoHfQuantizer.from_config(options["quantization_config"], pre_quantized=False)
     for index in range(whole.num_hidden_layers):
         if index:
             torch.manual_seed(seed + index)
