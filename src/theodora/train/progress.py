@@ -114,8 +114,9 @@ class ProgressView(TrainerCallback):
             self._tokens, self._busy = tokens, 0.0
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
-        if not self.console.is_terminal and ("loss" in logs or "eval_loss" in logs):
-            self._print_line(state, due="eval_loss" in logs)
+        evaluated = "eval_loss" in logs
+        if not self.console.is_terminal and (evaluated or ("loss" in logs and not control.should_evaluate)):
+            self._print_line(state, due=evaluated)  # where an evaluation follows, once, with what it found
 
     @property
     def mean_tokens_per_second(self) -> float:
