@@ -186,7 +186,11 @@ def _linear_cross_entropy(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows = block_rows(tokens, vocabulary, hidden.element_size())
     padded = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
-    buffer = hidden.new_empty(rows, padded)[:, :vocabulary]
+    buffer = hidden.new_empty(rows, padded)
+    if not hidden.is_cuda:
+        # In bfloat16 oneDNN's AMX kernels read on beyond a row, and multiply what lies there, NaN perhaps, by zero.
+        buffer[:, vocabulary:] = 0
+    buffer = buffer[:, :vocabulary]
     sums = hidden.new_zeros(4, tokens, dtype=wide_dtype(hidden.dtype))
     dh = torch.empty_like(hidden) if with_gradient else hidden.new_empty(0)
     settle = _settle_reference
