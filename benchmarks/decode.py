@@ -30,6 +30,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from theodora.files.trained_on import KINDS
+
 RESULTS = Path("benchmarks/results")
 VARIANTS = {
     "base": "base model",
@@ -109,7 +111,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, help="default: all; on a quantised base, all but merged"
     )
-    parser.add_argument("--quantize", choices=("nf4", "int8", "int4", "fp8"), help="store the linear layers so")
+    parser.add_argument("--quantize", choices=KINDS, help="store the linear layers so")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script out on a CPU")

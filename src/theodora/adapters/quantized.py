@@ -29,6 +29,7 @@ from theodora.files.packed_parts import check_packed_folder
 from theodora.files.quantisation_config import check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
 from theodora.kernels.base_weight import PlainWeight
+from theodora.kernels.formats import inner_tensors
 from theodora.layers import LowRank, base_weight
 from theodora.layers.float8 import Float8Layer
 
@@ -180,12 +181,12 @@ def loading_options(
         return {}
     if quantize not in KINDS:
         raise ConfigError(f"quantize is {shown(quantize)}; expected one of none, {', '.join(KINDS)}")
-    missing = [library for library in [_OF_KIND[quantize]] if not _installed(library)]
-    if missing:
-        raise ConfigError(f"quantize={quantize} wants {missing[0]}, which is not installed: {_PIP[missing[0]]}")
+    library = _OF_KIND[quantize]
+    if not _installed(library):
+        raise ConfigError(f"quantize={quantize} wants {library}, which is not installed: {_PIP[library]}")
     plain = _dtype_of(config) if isinstance(dtype, str) else dtype
     skipped = _plain_modules(config, auto_class, keep, trust_remote_code) if keep else None
-    import_library(_OF_KIND[quantize])
+    import_library(library)
     made = _config_for(quantize, plain, compute or plain, device, skipped)
     _check_environment(made.to_dict() if quantize != "int4" else made, model, device, stored=False)
     return {"quantization_config": made, **_device_map(device)}
@@ -369,12 +370,7 @@ def _beside(module: nn.Module) -> Iterator[Tensor]:
 
 def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that one is made of: a subclass's inner ones, the scales of bitsandbytes' 4 bits."""
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):
-        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
-        for name in names:
-            yield from _plain_parts(getattr(tensor, name))
-        return
-    yield tensor
+    yield from inner_tensors(tensor)
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         yield from (t for name in ("absmax", "offset") if isinstance(t := getattr(state, name, None), Tensor))

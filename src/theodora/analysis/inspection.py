@@ -198,23 +198,31 @@ def _open_base(
             raise
         notes.append(f"Measured without the base weights, so changes are absolute. {error}")
         return None
-    distance = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path))
-    if file.trained_on is not None and file.trained_on.quantize is not None:
-        notes.append(quantised_note(file.trained_on, distance))
-    elif distance > SAME_BASE:
-        warnings.append(
-            f"The base weights here are {distance:.1%} away from those the adapter was trained on (quantised, or "
-            "trained further?)."
-        )
+    check_base(file, base, "the adapter", notes, warnings)
     return base
 
 
-def quantised_note(on: TrainedOn, distance: float) -> str:
-    """Of an adapter whose base was quantised as it was loaded for the training, `distance` from the weights here."""
-    return (
-        f"Trained on the base quantised as {on.quantization}, and measured against the unquantised weights, "
-        f"{distance:.1%} away: DoRA's magnitudes began at the norms of the quantised ones."
-    )
+def check_base(file: AdapterFile, base: BaseCheckpoint, whose: str, notes: list[str], warnings: list[str]) -> None:
+    """Say how far the base at hand is from the one that an adapter was trained on, where it is.
+
+    Args:
+        file: the adapter.
+        base: what is measured against.
+        whose: "the adapter", or which of several.
+        notes: take what was to be expected: a base that was quantised as it was loaded for the training.
+        warnings: take any other distance.
+    """
+    distance, on = check_fingerprint(file, lambda path: fingerprint_on_disk(base, path)), file.trained_on
+    if on is not None and on.quantize is not None:
+        notes.append(
+            f"Trained on the base quantised as {on.quantization}, and measured against the unquantised weights, "
+            f"{distance:.1%} away: DoRA's magnitudes began at the norms of the quantised ones."
+        )
+    elif distance > SAME_BASE:
+        warnings.append(
+            f"The base weights here are {distance:.1%} away from those {whose} was trained on (quantised, or "
+            "trained further?)."
+        )
 
 
 def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:

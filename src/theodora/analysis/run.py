@@ -11,14 +11,13 @@ from typing import Any
 
 from theodora.analysis.change import WeightChange, adapter_change, tuned_change
 from theodora.analysis.correlation import Correlation, correlate
-from theodora.analysis.inspection import plain, quantised_note
+from theodora.analysis.inspection import check_base, plain
 from theodora.analysis.states import State, find_states
 from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
-from theodora.files.fingerprint import SAME_BASE, check_fingerprint
-from theodora.merging.plan import fingerprint_on_disk, plan_merge, weight_on_disk
+from theodora.merging.plan import plan_merge, weight_on_disk
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
@@ -198,14 +197,7 @@ def _modules(
             )
         return matching_modules(base, source, notes)
     plan_merge(base, source, None)
-    distance = check_fingerprint(source, lambda path: fingerprint_on_disk(base, path))
-    if source.trained_on is not None and source.trained_on.quantize is not None:
-        notes.append(quantised_note(source.trained_on, distance))
-    elif distance > SAME_BASE:
-        warnings.append(
-            f"The base weights here are {distance:.1%} away from those that {state.label} was trained on (quantised, "
-            "or trained further?)."
-        )
+    check_base(source, base, f"that {state.label}", notes, warnings)
     return {*source.modules, *_trained_in_full(base, source, notes)}
 
 

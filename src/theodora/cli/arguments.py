@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from theodora.coerce import alternatives, type_hints
+from theodora.files.trained_on import KINDS
 
 
 def add_field(group: Any, config_class: type, name: str) -> None:
@@ -69,7 +70,7 @@ def add_quantize(parser: Any) -> None:
     """Add `--quantize` of commands that load a model and perhaps an adapter."""
     parser.add_argument(
         "--quantize",
-        choices=["none", "nf4", "int8", "int4", "fp8"],
+        choices=["none", *KINDS],
         help="what the weights of linear layers are quantised to as they are loaded. Default: as they were when the "
         "adapter was trained",
     )

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from theodora.files.trained_on import KINDS
+
 if TYPE_CHECKING:
     from theodora.bench import Variant, Workload
 
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=["none", "nf4", "int8", "int4", "fp8"],
+        choices=["none", *KINDS],
         help="quantise the frozen linear layers as the model is loaded, or drawn. Default: none.",
     )
     parser.add_argument(

@@ -20,6 +20,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -60,17 +61,13 @@ def why_unfit(module: nn.Module, tensor: Any) -> str | None:
     """Why a library's module has no frozen weight to stand beside: part of a sentence, or None if it has one."""
     if (reason := packed.why_packed_unfit(module)) is not None:
         return reason
-    if _is(tensor, "Params4bit") and _state4(module, tensor) is None:
-        return (
-            "bitsandbytes has not quantised its weight yet, which moving the model to its device does "
-            f"(model.to({tensor.device.type!r}))"
-        )
     if _is(tensor, "Int8Params") and module.state.has_fp16_weights:  # pyright: ignore[reportAttributeAccessIssue]
         return (
             "its weight is trained in 16 bits and quantised in each pass; expected Linear8bitLt with "
             "has_fp16_weights=False, or nn.Linear"
         )
-    if _is(tensor, "Int8Params") and tensor.dtype != torch.int8:
+    waits4 = _is(tensor, "Params4bit") and _state4(module, tensor) is None
+    if waits4 or (_is(tensor, "Int8Params") and tensor.dtype != torch.int8):
         return (
             "bitsandbytes has not quantised its weight yet, which moving the model to its device does "
             f"(model.to({tensor.device.type!r}))"
@@ -87,13 +84,12 @@ def why_damaged(module: nn.Module) -> str | None:
     sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
         return None
-    known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
-    if known4 is not None and isinstance(module, known4):
+    if _is(module, "Linear4bit"):
         state = _state4(module, tensor)
         if state is None:
             return None if tensor.is_floating_point() else "it is packed, and its quant_state is missing"
         return None if getattr(state, "packing_format_for_cpu", False) else _why_4bit(tensor, state, sizes)
-    if known8 is not None and isinstance(module, known8) and tensor.dtype == torch.int8:
+    if _is(module, "Linear8bitLt") and tensor.dtype == torch.int8:
         state8: Any = module.state
         scale = state8.SCB if getattr(tensor, "SCB", None) is None else tensor.SCB  # pyright: ignore
         if scale is None:
@@ -140,9 +136,7 @@ def _why_4bit(tensor: Any, state: Any, sizes: tuple[Any, ...]) -> str | None:
 
 def reads_packed(module: nn.Module) -> bool:
     """Whether the forward of the module's own class reads a packed weight, and no plain one in its place."""
-    if packed.packed_tensor(module) is not None:
-        return True
-    return any(isinstance(module, known) for known in (_class("Linear4bit"), _class("Linear8bitLt")) if known)
+    return packed.packed_tensor(module) is not None or _is(module, "Linear4bit") or _is(module, "Linear8bitLt")
 
 
 def held_weight(module: nn.Module) -> Any:
@@ -162,20 +156,13 @@ def prepare(model: nn.Module) -> None:
 
     Says once which layers it dequantises wrongly on this CPU.
     """
-    dtype = None
-
-    def dtype_of_model() -> torch.dtype:
-        return _dtype_of(model)
-
+    dtype_of_model = cache(partial(_dtype_of, model))  # asked for where a layer has forgotten it, once
     packed.prepare_model(model, dtype_of_model)
-    known4, known8 = _class("Linear4bit"), _class("Linear8bitLt")
     for module in model.modules():
-        if known4 is not None and isinstance(module, known4):
+        if _is(module, "Linear4bit"):
             _prepare4(module)
-        elif known8 is not None and isinstance(module, known8):
-            if dtype is None:
-                dtype = _dtype_of(model)
-            module.__dict__.setdefault(_DTYPE, dtype)
+        elif _is(module, "Linear8bitLt"):
+            module.__dict__.setdefault(_DTYPE, dtype_of_model())
     _say_what_is_wrong(model)
 
 
@@ -196,14 +183,11 @@ def _say_what_is_wrong(model: nn.Module) -> None:
 
     Rows that are no multiple of a block are what its kernels for CPUs may get wrong; as one long row they are right.
     """
-    known = _class("Linear4bit")
-    if known is None:
-        return
     off: dict[str, float] = {}
     found: dict[Bits4, float] = {}  # equal formats fare alike
     for path, module in model.named_modules():
         tensor = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-        if not isinstance(module, known) or module in _TOLD or tensor is None or tensor.device.type != "cpu":
+        if not _is(module, "Linear4bit") or module in _TOLD or tensor is None or tensor.device.type != "cpu":
             continue
         weight = library_weight(module, tensor)
         if weight is None or not isinstance(form := weight.format, Bits4):
@@ -258,8 +242,7 @@ def moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> bool:
 def follow(module: nn.Module) -> None:
     """After a move: the state of a `Linear8bitLt`, which moves with nobody, goes where its weight is."""
     packed.follow_packed(module)
-    known = _class("Linear8bitLt")
-    if known is None or not isinstance(module, known):
+    if not _is(module, "Linear8bitLt"):
         return
     state: Any = module.state
     parameter: Any = getattr(module, "base_parameter", module.weight)
@@ -275,8 +258,7 @@ def tokens_by_themselves(model: nn.Module) -> Iterator[None]:
     LLM.int8() leaves out of the rounding the columns in which any token of the batch is large: a later token then
     changes what earlier ones come out as, and a model looks as if it saw ahead, or rows that are packed each other.
     """
-    known = _class("Linear8bitLt")
-    states: list[Any] = [m.state for m in model.modules() if known is not None and isinstance(m, known)]
+    states: list[Any] = [m.state for m in model.modules() if _is(m, "Linear8bitLt")]
     before = [state.threshold for state in states]
     for state in states:
         state.threshold = 0.0
@@ -292,16 +274,16 @@ def _class(name: str) -> type[Any] | None:
     return None if library is None else getattr(library, name, None)
 
 
-def _is(tensor: Any, name: str) -> bool:
+def _is(thing: Any, name: str) -> bool:
+    """Whether a module or a tensor is of that class of bitsandbytes'."""
     known = _class(name)
-    return known is not None and isinstance(tensor, known)
+    return known is not None and isinstance(thing, known)
 
 
 def _of_lost_class(module: Any, tensor: Tensor) -> LibraryWeight | None:
     """A packed weight that is a plain tensor: sharding and pickling keep the numbers, and the module their state."""
     if tensor.dtype == torch.int8:
-        known = _class("Linear8bitLt")
-        return _bits8(module, tensor) if known is not None and isinstance(module, known) else None
+        return _bits8(module, tensor) if _is(module, "Linear8bitLt") else None
     state = module.__dict__.get("quant_state")
     if state is None or tensor.dtype != module.quant_storage or tensor.dim() != 2 or tensor.shape[1] != 1:
         return None
