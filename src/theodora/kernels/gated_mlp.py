@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +43,10 @@ from theodora.kernels.fused import (
 )
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
-from theodora.kernels.recompute import once_in_a_block
+from theodora.kernels.recompute import in_a_block, once_in_a_block
 
 _MOST_DH = 2**28  # bytes; as many as logits are held at once, before whose end all blocks hold what they keep
+_MOST_DH_IN_A_BLOCK = 2**26  # where blocks are checkpointed, most is held while an MLP runs backward
 
 
 class Stacks(NamedTuple):
@@ -117,11 +119,17 @@ class _GatedMLP(torch.autograd.Function):
         xa1, xa2 = split_ranks(xa, [gate, up])
         z, z1, z2 = _base_products(x_TI, gate, up, stacks.inner, 0 if a is None else a.shape[0])
         z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
-        h = gated(z1, z2, _update(gate, xa1), _update(up, xa2), activation)
-        xa3 = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
-        z3, room3 = _product_of_down(h, down, stacks.outer)
+        through_down = partial(
+            _through_down, z1, z2, _update(gate, xa1), _update(up, xa2), activation, down, stacks.outer
+        )
+        # Without a magnitude z may be written to, and is not needed again.
+        if down.norm_O is None or not in_one_pass(z1, down):
+            xa3, z3, room3 = through_down()
+        else:
+            xa3, z3, room3 = once_in_a_block(("z", down.weight.tensors()[0].data_ptr()), through_down)
         y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.forms, ctx.activation = stacks, forms, activation
+        ctx.most_dh = _MOST_DH if not in_a_block() else _MOST_DH_IN_A_BLOCK
         zs = (None, z1, z2) if z is None else (z, None, None)
         saved = _Saved(xa, xa3, *zs, z3 if room3 is None else None, room3)
         ctx.output_dtype = x_TI.dtype
@@ -146,7 +154,7 @@ class _GatedMLP(torch.autograd.Function):
         assert z2 is not None
         xa1, xa2 = split_ranks(saved.xa_TR, [gate, up])
 
-        slices = _slices(z1, down)
+        slices = _slices(z1, down, ctx.most_dh)
         held = replace(down, weight=down.weight.held(dy_TI.dtype)) if slices > 1 else down
         mlp = _Layers(gate, up, held, ctx.stacks.outer, ctx.activation)
         tokens = _Tokens(dy_TI, z1, z2, z3, xa1, xa2, saved.xa3_TR, saved.room3)
@@ -188,9 +196,9 @@ def _output_onto(node: Any, residual_TI: Tensor) -> Tensor:
     return layer_onto(down, z, saved.xa3_TR, residual_TI)
 
 
-def _slices(z_TF: Tensor, down: Parts) -> int:
+def _slices(z_TF: Tensor, down: Parts, most_dh: int) -> int:
     """Into how many slices of tokens the backward is cut, so that dh, which is as wide as the MLP, is never whole."""
-    return -(-z_TF.numel() * z_TF.element_size() // _MOST_DH) if down.weight.backward_in_slices else 1
+    return -(-z_TF.numel() * z_TF.element_size() // most_dh) if down.weight.backward_in_slices else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,20 +304,24 @@ def _columns(z: Tensor, gate: Parts, up: Parts) -> tuple[Tensor, Tensor]:
     return z[:, :first], z[:, first : first + second]
 
 
-def _product_of_down(h_TF: Tensor, down: Parts, stack: StackedWeight | None) -> tuple[Tensor, Tensor | None]:
-    """(z, room): with a stack and a magnitude, z is columns of a tensor that has room for dzb behind them."""
-    if down.norm_O is None or not in_one_pass(h_TF, down):  # z may be written to, or is not needed again
-        return down.weight.product(h_TF, inner_bias(down)), None
-    return once_in_a_block(("z", down.weight.tensors()[0].data_ptr()), lambda: _product_with_room(h_TF, down, stack))
-
-
-def _product_with_room(h_TF: Tensor, down: Parts, stack: StackedWeight | None) -> tuple[Tensor, Tensor | None]:
-    if stack is None or down.a_RI is None:
-        return down.weight.product(h_TF), None
-    room = h_TF.new_empty(h_TF.shape[0], stack.columns(down.a_RI.shape[0]))
+def _through_down(
+    z1_TF: Tensor,
+    z2_TF: Tensor,
+    gate: Update,
+    up: Update,
+    activation: str,
+    down: Parts,
+    stack: StackedWeight | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(h Aᵀ, z, room) of down: with a stack and a magnitude, z is columns of room, which has place for dzb behind it."""
+    h = gated(z1_TF, z2_TF, gate, up, activation)
+    xa = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
+    if down.norm_O is None or not in_one_pass(h, down) or stack is None or down.a_RI is None:
+        return xa, down.weight.product(h, inner_bias(down)), None
+    room = h.new_empty(h.shape[0], stack.columns(down.a_RI.shape[0]))
     z = room[:, : stack.outputs]
-    torch.mm(h_TF, stack.weight_OI.T, out=z)
-    return z, room
+    torch.mm(h, stack.weight_OI.T, out=z)
+    return xa, z, room
 
 
 def _times_b(

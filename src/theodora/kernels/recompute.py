@@ -2,8 +2,9 @@
 
 A checkpointed block runs again in the backward pass, and what a DoRA layer computes there beyond the frozen model is
 its norms and, for the last product of an MLP, z: a frozen layer's output is kept by nobody, so without an adapter
-that product is never repeated. Inside `checkpoint_contexts` both are kept from the first run: some bytes for each
-output row, and one tensor as large as the block's input.
+that product is never repeated. Inside `checkpoint_contexts` both are kept from the first run, and so is that product's
+low-rank half, without which the activation need not be computed again: some bytes for each output row, and one tensor
+as large as the block's input.
 """
 
 from __future__ import annotations
@@ -63,5 +64,14 @@ def once_in_a_block(key: Hashable, compute: Callable[[], _T]) -> _T:
         key: tells what is computed from what else a block computes; the order within the block tells the rest.
         compute: gives tensors without a gradient, which the caller does not write to before its backward pass.
     """
-    run: _Run | None = None if torch.compiler.is_compiling() else getattr(_LOCAL, "run", None)
+    run = _run()
     return compute() if run is None else run.once(key, compute)
+
+
+def in_a_block() -> bool:
+    """Whether a checkpointed block runs, for the first time or again."""
+    return _run() is not None
+
+
+def _run() -> _Run | None:
+    return None if torch.compiler.is_compiling() else getattr(_LOCAL, "run", None)
