@@ -12,7 +12,8 @@ from steps import calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath.accelerate import speed_up_model
-from theodora.kernels import fused, gated_mlp
+from theodora.kernels import fused, gated_mlp, library_weight
+from theodora.kernels.formats import Bits4
 from tiny import tiny_model
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -92,6 +93,26 @@ def test_each_weight_is_dequantised_once_in_each_direction(slices, monkeypatch):
     assert counted.count["gemm_4bit"] == 14
     assert counted.count["dequantize_4bit"] == 11
     assert counted.count["float32"] == 0
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("tokens", [0, 10**6])
+def test_many_tokens_are_multiplied_by_stacks(tokens, method, monkeypatch, from_outputs):
+    monkeypatch.setattr(library_weight, "_FEW_TOKENS", tokens)
+    into = calls_of(monkeypatch, Bits4, "dense_into")
+    model = quantized(method=method)
+    wanted = expected(model)
+    speed_up_model(model)
+    same(step(model), wanted)
+    # Gate and up, forward and backward, and with magnitudes q, k and v, whose first block reads the embeddings.
+    stacked = 2 * 2 * 2 + (3 * 2 + 3 if method == "dora" else 0)
+    assert into[0] == (stacked if tokens == 0 else 0)
+    assert from_outputs[0] == (6 if method == "dora" and tokens else 0)
+    speed_up_model(model)
+    monkeypatch.setattr(library_weight, "in_a_block", lambda: True)
+    into[0] = 0
+    same(step(model), wanted)
+    assert into[0] == 0
 
 
 def test_decoding_reads_the_packed_weights():

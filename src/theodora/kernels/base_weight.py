@@ -370,11 +370,49 @@ class Float8Weight(BaseWeight):
         return partial(Float8Weight, plain_dtype=self.plain_dtype, transposed=self.transposed)
 
 
-class StackedWeight(_TensorWeight):
-    """Plain weights that read one x, one above the other in memory, with spare rows behind them for the adapters' A.
+class Stack(_TensorWeight):
+    """Weights that read one x, one above the other, with spare rows behind them for the adapters' A.
 
-        z = x [W₁; W₂; …]ᵀ is one product, and so is dx = [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A], low-rank branch
-        included.
+    z = x [W₁; W₂; …]ᵀ is one product, and so is dx = [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A], low-rank branch included.
+    """
+
+    outputs: int
+    """ΣO."""
+
+    @abstractmethod
+    def holds(self, weights: Sequence[BaseWeight], ranks: int) -> bool:
+        """Whether the weights lie in it, in this order, and `ranks` rows of A fit behind them."""
+
+    def columns(self, ranks: int) -> int:
+        """ΣO + ΣR, rounded up: the width of [dz₁ | dz₂ | … | dzb]."""
+        return self.outputs + -(-ranks // _ALIGNED) * _ALIGNED
+
+    @abstractmethod
+    def _top(self, rows: int) -> Tensor:
+        """So many of its rows: all weights, and room behind them."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """All weights, (ΣO, I)."""
+        return self._top(self.outputs)
+
+    def with_a(self, all_a: Sequence[Tensor]) -> Tensor:
+        """All weights and all A, each (R, I), behind them, (columns(ΣR), I)."""
+        weights_and_a = self._top(self.columns(sum(a.shape[0] for a in all_a)))
+        stacked_rows(all_a, weights_and_a[self.outputs :])
+        return weights_and_a
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All weights, as one tensor."""
+        return (self.weight_OI,)
+
+    def maker(self) -> Callable[..., BaseWeight]:
+        """Of that tensor."""
+        return PlainWeight
+
+
+class StackedWeight(Stack):
+    """A stack of plain weights that lie so in memory.
 
     The weights stay parameters of their own: their data are views of one buffer (ΣO + spare, I), which is their storage
     and held by nothing else: where they move (`model.to("cpu")`) its memory is free again. Whoever gives a parameter
@@ -401,7 +439,7 @@ class StackedWeight(_TensorWeight):
                 w.data = w.data.clone()
 
     def holds(self, weights: Sequence[BaseWeight], ranks: int) -> bool:
-        """Whether the weights lie in the buffer, in this order, and `ranks` rows of A fit behind them."""
+        """Whether they are views of the buffer."""
         if self.outputs + ranks > self._buffer[0]:
             return False
         tensors = [weight.plain() for weight in weights]
@@ -418,32 +456,13 @@ class StackedWeight(_TensorWeight):
             at += w.numel() * w.element_size()
         return at == start + self.outputs * self._buffer[1] * self._dtype.itemsize
 
+    def columns(self, ranks: int) -> int:
+        """Not beyond the buffer."""
+        return min(super().columns(ranks), self._buffer[0])
+
     def _top(self, rows: int) -> Tensor:
         inputs = self._buffer[1]
         return self.weights[0].data.as_strided((rows, inputs), (inputs, 1))
-
-    @property
-    def weight_OI(self) -> Tensor:
-        """All weights, (ΣO, I)."""
-        return self._top(self.outputs)
-
-    def columns(self, ranks: int) -> int:
-        """ΣO + ΣR, rounded up: the width of [dz₁ | dz₂ | … | dzb]."""
-        return min(self.outputs + -(-ranks // _ALIGNED) * _ALIGNED, self._buffer[0])
-
-    def with_a(self, all_a: Sequence[Tensor]) -> Tensor:
-        """All weights and all A, each (R, I), behind them, (columns(ΣR), I)."""
-        weights_and_a = self._top(self.columns(sum(a.shape[0] for a in all_a)))
-        stacked_rows(all_a, weights_and_a[self.outputs :])
-        return weights_and_a
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All weights, as one tensor."""
-        return (self.weight_OI,)
-
-    def maker(self) -> Callable[..., BaseWeight]:
-        """Of that tensor."""
-        return PlainWeight
 
 
 def products(

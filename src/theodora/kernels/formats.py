@@ -74,6 +74,10 @@ class Format(ABC):
     def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """W, (O, I): its numbers, rounded to `dtype` if that holds fewer digits."""
 
+    def dense_into(self, tensors: Tensors, out_OI: Tensor) -> None:
+        """`dense`, written to a contiguous tensor of its dtype."""
+        out_OI.copy_(self.dense(tensors, out_OI.dtype))
+
     def rows(self, tensors: Tensors, at: Rows, dtype: torch.dtype) -> Tensor:
         """Some rows of `dense`, (…, I)."""
         return self.dense(tensors, dtype)[at]
@@ -121,6 +125,14 @@ class Bits4(Format):
     def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """By the library's kernel, which multiplies in float32 and rounds once."""
         return self._dequantized(tensors[0], self._absmax(tensors), self.shape, dtype)
+
+    def dense_into(self, tensors: Tensors, out_OI: Tensor) -> None:
+        """On a GPU without a copy."""
+        if out_OI.is_cuda and out_OI.dtype == self.dtype:
+            dequantize: Any = torch.ops.bitsandbytes.dequantize_4bit.out
+            dequantize(tensors[0], self._absmax(tensors), self.block, self.table, self.shape, out_OI.dtype, out=out_OI)
+        else:
+            Format.dense_into(self, tensors, out_OI)
 
     def rows(self, tensors: Tensors, at: Rows, dtype: torch.dtype) -> Tensor:
         """The blocks of those rows alone, where no block spans two."""

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from theodora.autocast import backward_without_autocast
 from theodora.functional import dora_scale
 from theodora.kernels import onednn
-from theodora.kernels.base_weight import StackedWeight, add_product, products
+from theodora.kernels.base_weight import Stack, add_product, products
 from theodora.kernels.beside import stacked_rows, times_scaled_b
 from theodora.kernels.compose import (
     compose,
@@ -36,6 +36,7 @@ from theodora.kernels.compose import (
     compose_onto,
 )
 from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
+from theodora.kernels.library_weight import LibraryStack
 from theodora.kernels.notes import Output, norm_of, note_output
 from theodora.kernels.operators import runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
@@ -47,7 +48,7 @@ def adapted_linears(
     x_TI: Tensor,
     layers: Sequence[Parts],
     x_lora_TI: Tensor | None = None,
-    stack: StackedWeight | None = None,
+    stack: Stack | None = None,
     shared: SharedOutputs | None = None,
 ) -> list[Tensor]:
     """The outputs of several adapted layers that read the same x, each (…, O).
@@ -58,6 +59,8 @@ def adapted_linears(
     x, x_lora = flat(x_TI), None if x_lora_TI is None else flat(x_lora_TI)
     source = NormedInput.of(x_TI) if x_lora is None else None
     forms, tensors = flat_layers(layers)
+    if stack is None and len(layers) > 1:
+        stack = LibraryStack.of([layer.weight for layer in layers], x)
     # Without magnitudes the outputs are the base products themselves, which must not be views of one another.
     if stack is not None and (x_lora is not None or not _scaled(layers) or not stack_holds(stack, layers)):
         stack = None
@@ -74,7 +77,7 @@ class _AdaptedLinears(torch.autograd.Function):
         x_TI: Tensor,
         x_lora_TI: Tensor | None,
         source: NormedInput | None,
-        stack: StackedWeight | None,
+        stack: Stack | None,
         shared: SharedOutputs | None,
         forms: Sequence[LayerForm],
         *tensors: Tensor | None,
@@ -309,14 +312,14 @@ def inner_bias(layer: Parts) -> Tensor | None:
     return bias if inside else None
 
 
-def stack_holds(stack: StackedWeight, layers: Sequence[Parts]) -> bool:
+def stack_holds(stack: Stack, layers: Sequence[Parts]) -> bool:
     """Whether the stack holds the layers' weights, and has room for their A."""
     ranks = sum(layer.a_RI.shape[0] for layer in layers if layer.a_RI is not None)
     return stack.holds([layer.weight for layer in layers], ranks)
 
 
 def base_products(
-    x_TI: Tensor, layers: Sequence[Parts], stack: StackedWeight | None, biases: Sequence[Tensor | None] | None = None
+    x_TI: Tensor, layers: Sequence[Parts], stack: Stack | None, biases: Sequence[Tensor | None] | None = None
 ) -> Sequence[Tensor]:
     """x Wᵀ of each layer; with a stack, whose layers have no inner bias, views of one product."""
     if stack is None:
@@ -337,7 +340,7 @@ class StepGradients:
 
 def layers_backward(
     steps: Sequence[LayerStep],
-    stack: StackedWeight | None,
+    stack: Stack | None,
     *,
     needs_x: bool,
     joins_x: bool,
@@ -388,7 +391,7 @@ def input_gradient(dzs: Sequence[Tensor], layers: Sequence[Parts], dzb_TR: Tenso
 
 
 def _stacked_backward(
-    steps: Sequence[LayerStep], stack: StackedWeight, needs_x: bool, over: Tensor | None, from_outputs: bool
+    steps: Sequence[LayerStep], stack: Stack, needs_x: bool, over: Tensor | None, from_outputs: bool
 ) -> StepGradients:
     """`layers_backward` with one product for dx: [dz₁ | dz₂ | … | dzb] [W₁; W₂; …; A]."""
     dy, layers = steps[0].dy_TO, [step.layer for step in steps]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from theodora.autocast import backward_without_autocast
 from theodora.functional import wide_dtype
-from theodora.kernels.base_weight import StackedWeight, add_product, products
+from theodora.kernels.base_weight import Stack, add_product, products
 from theodora.kernels.beside import times_scaled_b
 from theodora.kernels.flat_layers import LayerForm, LayerGradients, flat_gradients, flat_layers, layers_of
 from theodora.kernels.fused import (
@@ -42,6 +42,7 @@ from theodora.kernels.fused import (
     stacked_a,
 )
 from theodora.kernels.gated import gated, gated_backward
+from theodora.kernels.library_weight import LibraryStack
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
 from theodora.kernels.recompute import in_a_block, once_in_a_block
 
@@ -52,9 +53,9 @@ _MOST_DH_IN_A_BLOCK = 2**26  # where blocks are checkpointed, most is held while
 class Stacks(NamedTuple):
     """What holds the weights of an MLP's layers, perhaps."""
 
-    inner: StackedWeight | None = None
+    inner: Stack | None = None
     """Gate's and up's."""
-    outer: StackedWeight | None = None
+    outer: Stack | None = None
     """Down's, with room for its A."""
 
 
@@ -74,12 +75,14 @@ def gated_mlp(x_TI: Tensor, gate: Parts, up: Parts, down: Parts, activation: str
     """
     forms, tensors = flat_layers([gate, up, down])
     inner, outer = stacks
+    x = flat(x_TI)
+    in_memory = inner is not None and stack_holds(inner, [gate, up])
     stacks = Stacks(
-        inner if inner is not None and stack_holds(inner, [gate, up]) else None,
+        inner if in_memory else LibraryStack.of([gate.weight, up.weight], x),
         outer if outer is not None and stack_holds(outer, [down]) else None,
     )
     source = NormedInput.of(x_TI)
-    y: Any = _GatedMLP.apply(flat(x_TI), source, stacks, forms, activation, *tensors)
+    y: Any = _GatedMLP.apply(x, source, stacks, forms, activation, *tensors)
     return y.view(*x_TI.shape[:-1], y.shape[-1])
 
 
@@ -208,7 +211,7 @@ class _Layers:
     gate: Parts
     up: Parts
     down: Parts
-    stack: StackedWeight | None
+    stack: Stack | None
     """What holds down's weight."""
     activation: str
 
@@ -287,7 +290,7 @@ def _tensors(found: _Found) -> list[Tensor]:
 
 
 def _base_products(
-    x_TI: Tensor, gate: Parts, up: Parts, stack: StackedWeight | None, ranks: int
+    x_TI: Tensor, gate: Parts, up: Parts, stack: Stack | None, ranks: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(z, z₁, z₂): with a stack, z₁ and z₂ are columns of z, which has room for dzb behind them."""
     if stack is None:
@@ -311,9 +314,9 @@ def _through_down(
     up: Update,
     activation: str,
     down: Parts,
-    stack: StackedWeight | None,
+    stack: Stack | None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """(h Aᵀ, z, room) of down: with a stack and a magnitude, z is columns of room, which has place for dzb behind it."""
+    """(h Aᵀ, z, room) of down: with a stack and a magnitude, z is columns of room, with place for dzb behind them."""
     h = gated(z1_TF, z2_TF, gate, up, activation)
     xa = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
     if down.norm_O is None or not in_one_pass(h, down) or stack is None or down.a_RI is None:
@@ -325,7 +328,7 @@ def _through_down(
 
 
 def _times_b(
-    z: Tensor | None, dz1_TF: Tensor, dz2_TF: Tensor, gate: Parts, up: Parts, stack: StackedWeight | None
+    z: Tensor | None, dz1_TF: Tensor, dz2_TF: Tensor, gate: Parts, up: Parts, stack: Stack | None
 ) -> Tensor | None:
     """dzb of gate and up, (T, ΣR); with a stack behind dz₁ and dz₂, which z holds by now."""
     layers = (gate, up)
@@ -345,7 +348,7 @@ def _input_gradient(
     dzb_TR: Tensor | None,
     gate: Parts,
     up: Parts,
-    stack: StackedWeight | None,
+    stack: Stack | None,
 ) -> Tensor:
     """dx of gate and up; z holds dz₁ and dz₂ by now, and dzb behind them, if `_times_b` has put it there."""
     if stack is None or z is None:

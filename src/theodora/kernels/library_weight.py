@@ -8,6 +8,7 @@ Shapes: T tokens, I in features, O out features, R rank.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from theodora.functional import wide_dtype
 from theodora.kernels import weight_norm
-from theodora.kernels.base_weight import BaseWeight, PlainWeight
+from theodora.kernels.base_weight import BaseWeight, PlainWeight, Stack
 from theodora.kernels.formats import Format, Part
 from theodora.kernels.packed import Packed
+from theodora.kernels.recompute import in_a_block
+
+_FEW_TOKENS = 1536
+"""Up to so many bitsandbytes multiplies by kernels of its own, which do not dequantise into memory."""
 
 
 class LibraryWeight(BaseWeight):
@@ -156,3 +161,41 @@ class LibraryWeight(BaseWeight):
     def maker(self) -> Callable[..., BaseWeight]:
         """Of the same format."""
         return partial(LibraryWeight, self.format)
+
+
+class LibraryStack(Stack):
+    """A stack of weights that are dequantised into it, each time that it is asked for.
+
+    It holds nothing but the weights' own tensors, and is made anew in each pass.
+    """
+
+    __slots__ = ("_weights", "outputs")
+
+    def __init__(self, weights: Sequence[LibraryWeight]) -> None:
+        self._weights, self.outputs = list(weights), sum(weight.shape[0] for weight in weights)
+
+    @classmethod
+    def of(cls, weights: Sequence[BaseWeight], x_TI: Tensor) -> LibraryStack | None:
+        """Of weights that our kernels can read packed, where x (T, I) is worth their copies in memory; else None.
+
+        Not in a checkpointed block, whose memory is what a step takes at most.
+        """
+        if x_TI.shape[0] <= _FEW_TOKENS or in_a_block() or torch.compiler.is_compiling():
+            return None
+        found = [weight for weight in weights if isinstance(weight, LibraryWeight) and weight.packed() is not None]
+        if len(found) < len(weights) or len({weight.shape[1] for weight in found}) > 1:
+            return None
+        own = all(not w.rounds_input and w.dtype == w.format.computes_in(x_TI.dtype) == x_TI.dtype for w in found)
+        return cls(found) if own else None
+
+    def holds(self, weights: Sequence[BaseWeight], ranks: int) -> bool:
+        """Whether they are the very ones."""
+        return len(weights) == len(self._weights) and all(map(operator.is_, weights, self._weights))
+
+    def _top(self, rows: int) -> Tensor:
+        first = self._weights[0]
+        buffer, at = torch.empty(rows, first.shape[1], dtype=first.dtype, device=first.device), 0
+        for weight in self._weights:
+            weight.format.dense_into(weight.tensors(), buffer[at : at + weight.shape[0]])
+            at += weight.shape[0]
+        return buffer
