@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from formula import DEVICE
 from theodora import AdapterConfig, inject_adapter, kernels
@@ -84,3 +85,15 @@ def other_defaults():
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.count = operator, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is self.operator
+        return func(*args, **(kwargs or {}))

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from formula import DEVICE
-from steps import IDS, adapted, expected, moved, needs_triton, other_defaults, same, step
+from steps import IDS, Calls, adapted, expected, moved, needs_triton, other_defaults, same, step
 from theodora import (
     AdapterConfig,
     adapter_disabled,
@@ -355,18 +354,6 @@ def test_activation_checkpointing(reentrant):
     model.enable_input_require_grads()
     for _ in range(2):
         same(step(model), wanted)
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of an operator."""
-
-    def __init__(self, operator):
-        super().__init__()
-        self.operator, self.count = operator, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is self.operator
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from formula import DEVICE
-from steps import calls_of, expected, moved, needs_triton, same, step
+from steps import Calls, calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
-from theodora.fastpath.accelerate import speed_up_model
+from theodora.fastpath.accelerate import recompute_less, speed_up_model
 from theodora.kernels import fused, gated_mlp, library_weight
 from theodora.kernels.formats import Bits4
 from tiny import tiny_model
@@ -113,6 +113,19 @@ def test_many_tokens_are_multiplied_by_stacks(tokens, method, monkeypatch, from_
     into[0] = 0
     same(step(model), wanted)
     assert into[0] == 0
+
+
+def test_every_second_checkpointed_block_keeps_what_down_gives():
+    model = quantized(blocks=4)
+    wanted = expected(model)
+    speed_up_model(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    recompute_less(model)
+    model.enable_input_require_grads()
+    with Calls(torch.ops.theodora.gated.default) as activations:
+        same(step(model), wanted)
+    assert activations.count == 4 + 2
 
 
 def test_decoding_reads_the_packed_weights():

@@ -4,11 +4,12 @@ A checkpointed block runs again in the backward pass, and what a DoRA layer comp
 its norms and, for the last product of an MLP, z: a frozen layer's output is kept by nobody, so without an adapter
 that product is never repeated. Inside `checkpoint_contexts` both are kept from the first run, and so is that product's
 low-rank half, without which the activation need not be computed again: some bytes for each output row, and one tensor
-as large as the block's input.
+as large as the block's input. Where that is too much, z is kept in every second block alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -18,13 +19,14 @@ import torch
 
 _T = TypeVar("_T")
 _LOCAL = threading.local()  # a backward pass runs in a thread of its own
+_NUMBERS = itertools.count()  # of the checkpointed blocks
 
 
 class _Run(AbstractContextManager[None]):
     """A run of a checkpointed block: the first, which keeps, or a later one (there are several if a graph is kept)."""
 
-    def __init__(self, kept: list[tuple[Hashable, Any] | None], *, first: bool) -> None:
-        self.kept, self.first, self.at = kept, first, 0
+    def __init__(self, kept: list[tuple[Hashable, Any] | None], number: int, *, first: bool) -> None:
+        self.kept, self.number, self.first, self.at = kept, number, first, 0
         self._around: _Run | None = None
 
     def __enter__(self) -> None:
@@ -54,18 +56,20 @@ class _Run(AbstractContextManager[None]):
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The `context_fn` of `torch.utils.checkpoint.checkpoint` (with `use_reentrant=False`)."""
     kept: list[tuple[Hashable, Any] | None] = []
-    return _Run(kept, first=True), _Run(kept, first=False)
+    number = next(_NUMBERS)
+    return _Run(kept, number, first=True), _Run(kept, number, first=False)
 
 
-def once_in_a_block(key: Hashable, compute: Callable[[], _T]) -> _T:
+def once_in_a_block(key: Hashable, compute: Callable[[], _T], every: int = 1) -> _T:
     """`compute()`, or in the second run of a checkpointed block what it gave in the first.
 
     Args:
         key: tells what is computed from what else a block computes; the order within the block tells the rest.
         compute: gives tensors without a gradient, which the caller does not write to before its backward pass.
+        every: of so many blocks one keeps it; the others compute it twice.
     """
     run = _run()
-    return compute() if run is None else run.once(key, compute)
+    return compute() if run is None or run.number % every else run.once(key, compute)
 
 
 def in_a_block() -> bool:
