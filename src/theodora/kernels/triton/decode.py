@@ -28,7 +28,7 @@ from torch import Tensor
 from theodora.kernels.packed import LEAST_BLOCK, Packed
 from theodora.kernels.triton.common import precision, processors, product
 from theodora.kernels.triton.lookup import aligned, chunk_of, instructions, partial_of_words
-from theodora.kernels.triton.packed import UNPACKED, argument, constants, dequantized, load_numbers
+from theodora.kernels.triton.packed import EXACT, UNPACKED, argument, constants, dequantized, load_numbers
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
@@ -145,7 +145,8 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
             PRECISION: tl.constexpr, STAGES: tl.constexpr,
             BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, AI: tl.constexpr,
             GIVEN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-            DTYPE: tl.constexpr, CHUNK: tl.constexpr, TABLE: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
+            DTYPE: tl.constexpr, CHUNK: tl.constexpr, TABLE: tl.constexpr, PRODUCT: tl.constexpr,
+            ROWS: tl.constexpr):  # fmt: skip
     """With GIVEN, w is z = x Wᵀ, (T, O); with BITS a tuple, see `packed.py`, and with CHUNK, see `lookup.py`."""
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
@@ -164,8 +165,8 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
         at = w + t[None, :].to(tl.int64) * O + o[:, None]
         sums = tl.load(at, mask=(o[:, None] < O) & (t[None, :] < T), other=0.0).to(tl.float32)
     elif CHUNK > 0:
-        sums = partial_of_words(x, w, o, O, start, stop, I, BLOCK, NESTED, DTYPE, CHUNK, TABLE, PRODUCT,
-                                STAGES, BO, BI)  # fmt: skip
+        sums = partial_of_words(x, w, block * BO, O, start, stop, I, BLOCK, NESTED, DTYPE, CHUNK, TABLE, PRODUCT,
+                                STAGES, ROWS, BO, BI)  # fmt: skip
     elif BITS > 0:
         sums = _partial_packed(x, w, o, O, start, stop, T, I, BITS, BLOCK, NESTED, DTYPE, PRECISION, BT, BO, BI)
     else:
@@ -204,6 +205,8 @@ class Plan:
     """Programs that share the features of a block of W."""
     warps: int = 4
     stages: int = 1
+    rows: int = 4
+    """Of a weight of 4 bits: rows that are read at once."""
 
 
 @lru_cache(maxsize=256)
@@ -234,7 +237,7 @@ def plan_packed(tokens: int, outputs: int, inputs: int, processors: int) -> Plan
 
 @lru_cache(maxsize=256)
 def plan_words(outputs: int, inputs: int, processors: int) -> Plan:
-    """`plan` of one token times a weight of 4 bits (see `lookup.py`): 64 features for each thread."""
+    """`plan` of one token times a weight of 4 bits (see `lookup.py`): 64 features for each thread; not yet measured."""
     bo = 8 if outputs >= 64 * processors else 4
     return Plan(bo, 1, min(4096, max(64, triton.next_power_of_2(inputs))), warps=2)
 
@@ -271,8 +274,9 @@ def decode(
         how = _plan_given if given else plan_packed if isinstance(w, Packed) else plan
         cut = how(tokens, outputs, inputs, processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
-    ai = min(cut.bi, _A_TILE // _A_ROWS)
-    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
+    warps = min(cut.warps, 4)  # four of them hold a tile of A
+    ai = min(cut.bi, _A_TILE // _A_ROWS * warps // 4)
+    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS * 4 // warps, ai)
     a_splits = triton.cdiv(inputs, a_features)
     (row, column), form, owner, w_argument, ptx = (0, 0), UNPACKED, b, w, ("", "")
     if isinstance(w, Packed):
@@ -302,8 +306,8 @@ def decode(
         a_blocks, a_splits, a_features, blocks, splits, w_features,
         own_xa, splits > 1, g is not None, bias is not None,
         precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS, ai,
-        GIVEN=given, **form, CHUNK=chunk, TABLE=ptx[0], PRODUCT=ptx[1],
-        num_warps=cut.warps, num_stages=cut.stages,
+        GIVEN=given, **form, CHUNK=chunk, TABLE=ptx[0], PRODUCT=ptx[1], ROWS=min(cut.rows, cut.bo),
+        num_warps=cut.warps, num_stages=cut.stages, **(EXACT if chunk else {}),
     )  # fmt: skip
     return y
 

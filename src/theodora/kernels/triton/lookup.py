@@ -24,9 +24,9 @@ from theodora.kernels.triton.packed import rounded
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _ALIGNED = 16  # bytes that a thread loads at once
 
-# In: a sum, the word, the tables' bytes ($3 to $6 the lower ones of four values each, $7 to $10 the upper ones) and four
-# pairs of x. Of a number's four bits three choose among eight values, and the fourth one of two such choices. (A byte
-# holds its first number in the upper half.) All in one, so that the compiler moves x between threads as pairs.
+# In: a sum, the word, the tables' bytes ($3 to $6 the lower ones of four values each, $7 to $10 the upper ones), and
+# four pairs of x. Of a number's four bits three choose among eight values, and the fourth one of two such choices. (A
+# byte holds its first number in the upper half.) All in one, so that the compiler moves x between threads as pairs.
 _LOOK_UP = """{
 .reg .b32 low, low2, high, high2, p, q, l, h, w<4>;
 and.b32 low, $2, 0x77777777;
@@ -96,7 +96,7 @@ def chunk_of(weight: Packed) -> int:
 
 
 def instructions(weight: Packed) -> tuple[str, str]:
-    """PTX for the weight's table and for products; "" where there is none: under the interpreter, and on GPUs other than NVIDIA's."""
+    """PTX for the weight's table and for products; "" under the interpreter and on GPUs that do not know it."""
     device = weight.tensors[0].device
     if interpreted() or torch.version.hip is not None:
         return "", ""
@@ -121,18 +121,22 @@ def _two(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _pairs_of_x(x, chunk, stop, PART: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """x as words, four tensors (1, CHUNKS, 4): 32 features of each chunk from its PART · 32 on, eight in a row."""
+def _pairs_of_x(x, chunk, stop, PART: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
+    """x as words: of each chunk 32 features from its PART · 32 on, (CHUNKS, 16); SPLIT: four tensors (CHUNKS, 4)."""
     word = chunk[:, None] * (CHUNK // 2) + PART * 16 + tl.arange(0, 16)[None, :]
     words = tl.load(x.to(tl.pointer_type(tl.int32)) + word, mask=2 * word < stop, other=0)
-    even, odd = tl.split(words.reshape(1, CHUNKS, 4, 2, 2))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+    if SPLIT:
+        even, odd = tl.split(words.reshape(CHUNKS, 4, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+    else:
+        return (words,)
 
 
 @triton.jit
 def _scales(w, row, chunk, inside, I, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr):
+    """Of the chunks of a row, (CHUNKS,) float32."""
     _, largest, outer, code, mean, _, _ = w
     block = row * (I // BLOCK) + (chunk if BLOCK == CHUNK else chunk * CHUNK // BLOCK)
     if NESTED > 0:
@@ -144,45 +148,62 @@ def _scales(w, row, chunk, inside, I, CHUNK: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def partial_of_words(x, w, o, O, start, stop, I,
+def partial_of_words(x, w, first_row, O, start, stop, I,
                      BLOCK: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
-                     TABLE: tl.constexpr, PRODUCT: tl.constexpr, STAGES: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
-    """rows · x over features start..stop, (BO, 1) float32; tiles lie as (rows, chunks, words)."""
+                     TABLE: tl.constexpr, PRODUCT: tl.constexpr,
+                     STAGES: tl.constexpr, ROWS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    """rows · x of BO rows over features start..stop, (BO, 1) float32, with `instructions` or without.
+
+    Tiles are of one row and lie as (chunks, words): each thread has the same part of x for all rows, of which ROWS
+    are read at once.
+    """
     CHUNKS: tl.constexpr = BI // CHUNK
-    row = (o + w[6]).to(tl.int64)[:, None, None]
+    PARTS: tl.constexpr = CHUNK // 32
+    ASSEMBLED: tl.constexpr = TABLE != ""
     words = w[0].to(tl.pointer_type(tl.int32))
-    row_start = words + row * (I // 32) * 4  # so that it is seen to be a multiple of 4
-    sums = tl.zeros([BO, CHUNKS, 1], dtype=tl.float32)
+    place = tl.arange(0, BO)[None, :]
+    sums = tl.zeros([CHUNKS, BO], dtype=tl.float32)
     for first in tl.range(start, stop, BI, num_stages=STAGES):
-        chunks = first // CHUNK + tl.arange(0, CHUNKS)
-        chunk = chunks[None, :, None]
-        inside = (o[:, None, None] < O) & (chunk * CHUNK < stop)
-        scale = _scales(w, row, chunk, inside, I, CHUNK, BLOCK, NESTED)
-        if TABLE != "":
-            t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
-                TABLE, _TABLE_REGISTERS, [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-            )
+        chunk = first // CHUNK + tl.arange(0, CHUNKS)
         # x comes first: the compiler lays products out as what it meets last, and W should stay where it is.
-        x_first = _pairs_of_x(x, chunks, stop, 0, CHUNK, CHUNKS)
-        x_rest = _pairs_of_x(x, chunks, stop, CHUNK // 32 - 1, CHUNK, CHUNKS)
-        total = tl.zeros([BO, CHUNKS, 4], dtype=tl.float32)
-        for part in tl.static_range(CHUNK // 32):
-            word = tl.load(row_start + (chunk * (CHUNK // 8) + part * 4 + tl.arange(0, 4)[None, None, :]),
-                           mask=inside, other=0)  # fmt: skip
-            x_pairs = x_first if part == 0 else x_rest
-            if TABLE != "":
-                total = tl.inline_asm_elementwise(
-                    PRODUCT, _PRODUCT_REGISTERS,
-                    [total, word, t0, t1, t2, t3, t4, t5, t6, t7, x_pairs[0], x_pairs[1], x_pairs[2], x_pairs[3]],
-                    dtype=tl.float32, is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                for k in tl.static_range(4):
-                    first_w, second_w = _two_loaded(w[5], word >> 8 * k, scale, DTYPE)
-                    first_x, second_x = _two(x_pairs[k], DTYPE)
-                    total += first_w * first_x + second_w * second_x
-        sums += tl.sum(total, 2, keep_dims=True)
-    return tl.sum(sums, 1)
+        pairs = _pairs_of_x(x, chunk, stop, 0, CHUNK, CHUNKS, ASSEMBLED)
+        if PARTS == 2:
+            pairs += _pairs_of_x(x, chunk, stop, 1, CHUNK, CHUNKS, ASSEMBLED)
+        for step in tl.range(0, BO, ROWS):
+            scales, loaded = (), ()
+            for r in tl.static_range(ROWS):
+                own = first_row + step + r
+                row = (own + w[6]).to(tl.int64)
+                inside = chunk * CHUNK < tl.where(own < O, stop, 0)
+                scales += (_scales(w, row, chunk, inside, I, CHUNK, BLOCK, NESTED),)
+                for part in tl.static_range(PARTS):
+                    word = chunk[:, None] * (CHUNK // 8) + part * 4 + tl.arange(0, 4)[None, :]
+                    row_start = words + row * (I // 32) * 4  # seen to be a multiple of 4
+                    loaded += (tl.load(row_start + word, mask=inside[:, None], other=0),)
+            for r in tl.static_range(ROWS):
+                scale = scales[r][:, None]
+                if ASSEMBLED:
+                    bytes_ = tl.inline_asm_elementwise(
+                        TABLE, _TABLE_REGISTERS, [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+                    )
+                total = tl.zeros([CHUNKS, 4 if ASSEMBLED else 16], dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    word = loaded[r * PARTS + part]
+                    if ASSEMBLED:
+                        some = pairs[4 * part], pairs[4 * part + 1], pairs[4 * part + 2], pairs[4 * part + 3]
+                        total = tl.inline_asm_elementwise(
+                            PRODUCT, _PRODUCT_REGISTERS,
+                            [total, word, bytes_[0], bytes_[1], bytes_[2], bytes_[3],
+                             bytes_[4], bytes_[5], bytes_[6], bytes_[7], some[0], some[1], some[2], some[3]],
+                            dtype=tl.float32, is_pure=True, pack=1,
+                        )  # fmt: skip
+                    else:
+                        byte = (word[:, :, None] >> 8 * tl.arange(0, 4)[None, None, :]).reshape(CHUNKS, 16)
+                        first_w, second_w = _two_loaded(w[5], byte, scale, DTYPE)
+                        first_x, second_x = _two(pairs[part], DTYPE)
+                        total += first_w * first_x + second_w * second_x
+                sums = tl.where(place == step + r, sums + tl.sum(total, 1)[:, None], sums)
+    return tl.sum(sums, 0)[:, None]
 
 
 @triton.jit
