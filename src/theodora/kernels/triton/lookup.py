@@ -4,7 +4,8 @@ A thread takes 64 neighbouring numbers of a row (32 where blocks are as short), 
 values that they can have, rounded as the library rounds, and lays them out as bytes; `prmt`, which picks four bytes out
 of eight by four bits each, then looks four numbers up at once. Beside that, a number costs a multiplication.
 
-Where there is no such instruction (`instructions` is ""), each number comes from a load of the table: the same values.
+Where there is no such instruction (`instructions` is ""), each number can come from a load of the table: the same
+values, slowly, for tests under the interpreter (`EVERYWHERE`); otherwise such weights are read as those of 8 bits are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from theodora.kernels.packed import TABLES, Packed
 from theodora.kernels.triton.packed import rounded
 
 _PAIRS = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
+EVERYWHERE = False
 _ALIGNED = 16  # bytes that a thread loads at once
 
 # In: a sum, the word, the tables' bytes ($3 to $6 the lower ones of four values each, $7 to $10 the upper ones), and
@@ -91,6 +93,7 @@ def chunk_of(weight: Packed) -> int:
     _, inputs, bits, block, _, _ = weight.form
     numbers = weight.tensors[0]
     fits = bits == 4 and weight.dtype in _PAIRS and numbers.data_ptr() % _ALIGNED == 0
+    fits = fits and (EVERYWHERE or instructions(weight)[0] != "")
     chunk = min(block, 64)
     return chunk if fits and inputs % chunk == 0 else 0
 
