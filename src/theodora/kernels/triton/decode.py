@@ -237,9 +237,9 @@ def plan_packed(tokens: int, outputs: int, inputs: int, processors: int) -> Plan
 
 @lru_cache(maxsize=256)
 def plan_words(outputs: int, inputs: int, processors: int) -> Plan:
-    """`plan` of one token times a weight of 4 bits (see `lookup.py`): 64 features for each thread; not yet measured."""
-    bo = 8 if outputs >= 64 * processors else 4
-    return Plan(bo, 1, min(4096, max(64, triton.next_power_of_2(inputs))), warps=2)
+    """`plan` of one token times a weight of 4 bits (see `lookup.py`): 64 features for each thread; for an H200."""
+    bo, rows = (8, 4) if outputs >= 16 * processors else (4, 2)
+    return Plan(bo, 1, min(4096, max(64, triton.next_power_of_2(inputs))), warps=2, rows=rows)
 
 
 def _plan_given(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
