@@ -204,6 +204,33 @@ def test_decoding(tokens, rank, kind, dtype, monkeypatch):
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    ("kind", "dtype", "inputs", "cut"),
+    [
+        (("nf4", 64, True), torch.bfloat16, 192, (4, 1, 256, 1, 2)),  # features and rows that fill no tile
+        (("fp4", 32, False), torch.float16, 96, (2, 1, 64, 2, 1)),  # chunks of 32, and two splits
+        (("nf4", 128, False), torch.float16, 256, (8, 1, 128, 1, 2, 1, 2)),  # rows in steps
+    ],
+)
+def test_decoding_one_token_by_looking_up(kind, dtype, inputs, cut, monkeypatch):
+    from theodora.kernels.triton import decode as kernel
+    from theodora.kernels.triton import lookup
+
+    monkeypatch.setattr(lookup, "EVERYWHERE", True)
+    form, tensors = quantized(9, inputs, kind, dtype)
+    decode.prepare(tensors[0].device)
+    some = Part.of(form, 2, 9)
+    weight, w = some.packed(tensors), some.dense(tensors, dtype)
+    assert lookup.chunk_of(weight) == min(kind[1], 64)
+    a, b = (factor.to(dtype) for factor in factors(7, inputs, 3))
+    x = torch.randn(1, inputs, device=DEVICE).to(dtype)
+    expected = decoded_exactly(x, w, a, b, None, None)
+    plain = formula.error(decode.decode_linear_reference(x, w, a, b, None, None), expected)
+    found = kernel.decode(x, weight, a, b, None, None, kernel.Plan(*cut))
+    assert formula.error(found, expected) <= 2 * plain + torch.finfo(dtype).eps / 2
+
+
+@needs_kernel
 def test_decoding_asks_the_library_where_it_rounds_x():
     form, tensors = quantized(20, 512, KINDS[-1], torch.float16)
     rounding = replace(form, int8_product=True)

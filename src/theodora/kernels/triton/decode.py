@@ -27,7 +27,8 @@ from torch import Tensor
 
 from theodora.kernels.packed import LEAST_BLOCK, Packed
 from theodora.kernels.triton.common import precision, processors, product
-from theodora.kernels.triton.packed import UNPACKED, argument, constants, dequantized, load_numbers
+from theodora.kernels.triton.lookup import aligned, chunk_of, instructions, partial_of_words
+from theodora.kernels.triton.packed import EXACT, UNPACKED, argument, constants, dequantized, load_numbers
 
 _A_ROWS = 16  # rows of A in one program, and ranks added in one step; `tl.dot` needs 16
 _A_SPLITS = 8  # programs that share the features of a block of A: xa should be whole before the first block of W is
@@ -144,8 +145,9 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
             PRECISION: tl.constexpr, STAGES: tl.constexpr,
             BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, AI: tl.constexpr,
             GIVEN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-            DTYPE: tl.constexpr):  # fmt: skip
-    """With GIVEN, w is z = x Wᵀ, (T, O); with BITS a tuple, see `packed.py`."""
+            DTYPE: tl.constexpr, CHUNK: tl.constexpr, TABLE: tl.constexpr, PRODUCT: tl.constexpr,
+            ROWS: tl.constexpr):  # fmt: skip
+    """With GIVEN, w is z = x Wᵀ, (T, O); with BITS a tuple, see `packed.py`, and with CHUNK, see `lookup.py`."""
     ready, done, counters = sync + sync_start, sync + sync_start + 1, sync + sync_start + 2
     a_programs = a_blocks * a_splits
     program = tl.program_id(0) - a_programs
@@ -162,6 +164,9 @@ def _decode(x, w, a, b, g, bias, xa, parts, sync, y, T, O, I, R, w_row, w_col, x
     if GIVEN:
         at = w + t[None, :].to(tl.int64) * O + o[:, None]
         sums = tl.load(at, mask=(o[:, None] < O) & (t[None, :] < T), other=0.0).to(tl.float32)
+    elif CHUNK > 0:
+        sums = partial_of_words(x, w, block * BO, O, start, stop, I, BLOCK, NESTED, DTYPE, CHUNK, TABLE, PRODUCT,
+                                STAGES, ROWS, BO, BI)  # fmt: skip
     elif BITS > 0:
         sums = _partial_packed(x, w, o, O, start, stop, T, I, BITS, BLOCK, NESTED, DTYPE, PRECISION, BT, BO, BI)
     else:
@@ -200,6 +205,8 @@ class Plan:
     """Programs that share the features of a block of W."""
     warps: int = 4
     stages: int = 1
+    rows: int = 4
+    """Of a weight of 4 bits: rows that are read at once."""
 
 
 @lru_cache(maxsize=256)
@@ -228,6 +235,13 @@ def plan_packed(tokens: int, outputs: int, inputs: int, processors: int) -> Plan
     return replace(plan(tokens, outputs, inputs, processors), stages=1)
 
 
+@lru_cache(maxsize=256)
+def plan_words(outputs: int, inputs: int, processors: int) -> Plan:
+    """`plan` of one token times a weight of 4 bits (see `lookup.py`): 64 features for each thread; for an H200."""
+    bo, rows = (8, 4) if outputs >= 16 * processors else (4, 2)
+    return Plan(bo, 1, min(4096, max(64, triton.next_power_of_2(inputs))), warps=2, rows=rows)
+
+
 def _plan_given(tokens: int, outputs: int, inputs: int, processors: int) -> Plan:
     """Where xa and B are all there is to read."""
     return Plan(64, 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens)), 256)
@@ -253,16 +267,22 @@ def decode(
             return decode(x, w, a, b, g, bias, cut, given=given)
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     (tokens, inputs), (outputs, rank) = x.shape, b.shape
-    if cut is None:
+    chunk = chunk_of(w) if isinstance(w, Packed) and tokens == 1 else 0
+    if cut is None and chunk:
+        cut = plan_words(outputs, inputs, processors(x.device))
+    elif cut is None:
         how = _plan_given if given else plan_packed if isinstance(w, Packed) else plan
         cut = how(tokens, outputs, inputs, processors(x.device))
     bt, blocks = cut.bt, triton.cdiv(outputs, cut.bo)
-    ai = min(cut.bi, _A_TILE // _A_ROWS)
-    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS, ai)
+    warps = min(cut.warps, 4)  # four of them hold a tile of A
+    ai = min(cut.bi, _A_TILE // _A_ROWS * warps // 4)
+    a_blocks, a_features = triton.cdiv(rank, _A_ROWS), _share(inputs, _A_SPLITS * 4 // warps, ai)
     a_splits = triton.cdiv(inputs, a_features)
-    (row, column), form, owner, w_argument = (0, 0), UNPACKED, b, w
+    (row, column), form, owner, w_argument, ptx = (0, 0), UNPACKED, b, w, ("", "")
     if isinstance(w, Packed):
         form, owner, w_argument = constants(w), w.tensors[0], argument(w)
+        if chunk:
+            x, ptx = aligned(x), instructions(w)
     elif not given:
         (row, column), owner = w.stride(), w
     sync_start = _counters(x.device, owner, 2 + a_blocks + (blocks if cut.splits > 1 else 0))
@@ -286,7 +306,8 @@ def decode(
         a_blocks, a_splits, a_features, blocks, splits, w_features,
         own_xa, splits > 1, g is not None, bias is not None,
         precision(x.dtype), cut.stages, bt, cut.bo, cut.bi, _A_ROWS, ai,
-        GIVEN=given, **form, num_warps=cut.warps, num_stages=cut.stages,
+        GIVEN=given, **form, CHUNK=chunk, TABLE=ptx[0], PRODUCT=ptx[1], ROWS=min(cut.rows, cut.bo),
+        num_warps=cut.warps, num_stages=cut.stages, **(EXACT if chunk else {}),
     )  # fmt: skip
     return y
 

@@ -72,6 +72,12 @@ def dequantized(w, q, scale, BITS: tl.constexpr, DTYPE: tl.constexpr, BO: tl.con
         COUNT: tl.constexpr = scale.shape[1]
         scale = tl.broadcast_to(scale[:, :, None], (BO, COUNT, BI // 2 // COUNT)).reshape(BO, BI // 2)
         wide = tl.interleave(tl.load(table + (both >> 4)) * scale, tl.load(table + (both & 15)) * scale)
+    return rounded(wide, DTYPE)
+
+
+@triton.jit
+def rounded(wide, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest."""
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # Triton's interpreter cuts digits off, and does not round
         bits = wide.to(tl.int32, bitcast=True)
         wide = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
