@@ -30,8 +30,9 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
+from theodora.adapters import quantized
 from theodora.adapters.models import load_model
-from theodora.errors import ConfigError
+from theodora.errors import CheckpointError, ConfigError
 from theodora.files.base_model import BaseCheckpoint
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.packed_formats import unpacked
@@ -595,6 +596,18 @@ def test_a_model_that_compressed_tensors_has_taken_over_is_refused(compressed_fo
         inject_adapter(model, AdapterConfig(rank=RANK))
 
 
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": GROUP,
+    "desc_act": False,
+    "sym": False,
+    "backend": "gptq_torch",
+    "modules_in_block_to_quantize": [["mlp.gate_proj", "mlp.up_proj"]],
+    "checkpoint_format": "gptq_v2",
+}
+
+
 def on_disk(model, folder, quantization):
     """A model as it is saved, with that quantization_config in its config.json; and a copy that transformers loads."""
     model.save_pretrained(folder)
@@ -646,13 +659,22 @@ def test_awq_merges_onto_its_numbers(tmp_path):
     assert error(after, logits.to(F64)) < 2e-3
 
 
+@pytest.mark.parametrize("looked", [True, False], ids=["in the folder", "as it is loaded"])
+def test_gptq_whose_groups_have_no_scales_is_refused(tmp_path, monkeypatch, looked):
+    library("optimum.gptq")
+    model = quantised_llama("gptq")
+    model.model.layers[1].mlp.up_proj.g_idx[3] = 77  # on a GPU: memory of others
+    folder = on_disk(model, tmp_path / "model", GPTQ)
+    if not looked:  # (a model of the hub)
+        monkeypatch.setattr(quantized, "check_layout_folder", lambda folder, fields: None)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj: its g_idx names groups from 0 to 77"):
+        load_model(folder, adapted=True, dtype="float32")
+
+
 def test_gptq_as_transformers_loads_it(tmp_path):
     library("optimum.gptq")
     model = quantised_llama("gptq")
-    told = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
-    told |= {"backend": "gptq_torch"}
-    told |= {"modules_in_block_to_quantize": [["mlp.gate_proj", "mlp.up_proj"]], "checkpoint_format": "gptq_v2"}
-    on_disk(model, tmp_path / "model", told)
+    on_disk(model, tmp_path / "model", GPTQ)
     ids = torch.randint(3, 200, (2, 9))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     inject_adapter(loaded, AdapterConfig(method="dora", rank=RANK))

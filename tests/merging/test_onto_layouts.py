@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from quantised import logits_of, save_plain
 from theodora.adapters import inject_adapter, save_adapter
 from theodora.config import AdapterConfig
-from theodora.errors import ConfigError
+from theodora.errors import CheckpointError, ConfigError
 from theodora.files.base_model import BaseCheckpoint
+from theodora.files.packed_layouts import check_layout_folder
 from theodora.merging import merge_checkpoint
 
 GROUP = 32
@@ -128,3 +129,112 @@ def test_gptq_is_not_quantised_again(tmp_path):
     adapter_of(plain, base, tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"found by calibration.*--onto dequantised"):
         merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", onto="quantised")
+
+
+# Tensors that do not fit ---------------------------------------------------------------------------------------------
+
+KEY = "model.layers.1.mlp.up_proj"
+LIES = {
+    "a qweight that is cut short": (lambda t: {"qweight": t["qweight"][:-1]}, "its qweight has the shape"),
+    "scales of fewer groups": (lambda t: {"scales": t["scales"][:1]}, "its scales has the shape"),
+    "scales of fewer outputs": (lambda t: {"scales": t["scales"][:, :-8]}, "its scales has the shape"),
+    "zeros of fewer outputs": (lambda t: {"qzeros": t["qzeros"][:, :-1]}, "its qzeros has the shape"),
+    "groups that have no scales": (
+        lambda t: {"g_idx": t["g_idx"] + 1},
+        "its g_idx names groups from 1 to 2; expected 0 to 1",
+    ),
+    "groups before the first": (lambda t: {"g_idx": t["g_idx"] - 1}, "its g_idx names groups from -1 to 0"),
+    "numbers of another kind": (lambda t: {"qweight": t["qweight"].float()}, "its qweight is float32; expected int32"),
+    "no zeros": (lambda t: {"qzeros": None}, "it lacks qzeros"),
+}
+
+
+def lie(folder, change, key=KEY):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in change({n: tensors[f"{key}.{n}"] for n in ("qweight", "qzeros", "scales", "g_idx")}).items():
+        del tensors[f"{key}.{name}"]
+        if tensor is not None:
+            tensors[f"{key}.{name}"] = tensor.contiguous()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("which", LIES)
+def test_gptq_that_is_not_whole_is_refused_before_it_is_read(tmp_path, which):
+    _, base = gptq_folder(tmp_path)
+    check_layout_folder(base, config_of(base))
+    change, told = LIES[which]
+    lie(base, change)
+    with pytest.raises(CheckpointError, match=f"not whole:\\n.*{KEY}: {told}"):
+        check_layout_folder(base, config_of(base))
+    with pytest.raises(CheckpointError, match=told):
+        BaseCheckpoint(base, dequantise=True).read(f"{KEY}.weight")
+
+
+def test_gptq_of_another_shape_than_the_models_is_refused(tmp_path):
+    _, base = gptq_folder(tmp_path)
+    lie(base, lambda t: {"qweight": t["qweight"][:, :64], "scales": t["scales"][:, :64], "qzeros": t["qzeros"][:, :8]})
+    check_layout_folder(base, config_of(base))  # it is whole, by itself
+    with pytest.raises(CheckpointError, match=r"qweight has the shape \(8, 64\); expected \(8, 128\)"):
+        BaseCheckpoint(base, dequantise=True).read(f"{KEY}.weight")
+
+
+INT, HALF = torch.int32, torch.float16
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": False}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+EIGHT = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+INT8 = PACKED | {"format": "int-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": EIGHT}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "whole", "damaged", "told"),
+    [
+        (AWQ, {"qweight": (64, 12), "qzeros": (2, 12), "scales": (2, 96)}, {"qweight": (64, 11)}, "its qweight has"),
+        (AWQ, {"qweight": (64, 12), "qzeros": (2, 12), "scales": (2, 96)}, {"scales": (1, 96)}, "its scales has"),
+        (AWQ, {"qweight": (64, 12), "qzeros": (2, 12), "scales": (2, 96)}, {"qzeros": (2, 8)}, "its qzeros has"),
+        (
+            PACKED,
+            {"weight_packed": (96, 8), "weight_scale": (96, 2), "weight_zero_point": (12, 2)},
+            {"weight_packed": (96, 7)},
+            "its weight_packed has",
+        ),
+        (
+            PACKED,
+            {"weight_packed": (96, 8), "weight_scale": (96, 2), "weight_zero_point": (12, 2)},
+            {"weight_zero_point": (11, 2)},
+            "its weight_zero_point has",
+        ),
+        (
+            PACKED,
+            {"weight_packed": (96, 8), "weight_scale": (96, 2), "weight_zero_point": (12, 2)},
+            {"weight_shape": (96, 96)},
+            "its weight_packed has",
+        ),
+        (INT8, {"weight": (96, 64), "weight_scale": (96, 1)}, {"weight_scale": (95, 1)}, "its weight_scale has"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, config, whole, damaged, told):
+    sizes = whole | {"weight_shape": (96, 64)} if "weight_packed" in whole else whole
+    save_parts(tmp_path, sizes)
+    check_layout_folder(tmp_path, config)
+    save_parts(tmp_path, sizes | damaged)
+    with pytest.raises(CheckpointError, match=f"x.proj: {told}"):
+        check_layout_folder(tmp_path, config)
+
+
+def save_parts(folder, sizes):
+    kinds = {"scales": HALF, "weight_scale": HALF, "weight": torch.int8}
+    tensors = {name: torch.zeros(size, dtype=kinds.get(name, INT)) for name, size in sizes.items()}
+    if "weight_shape" in sizes:
+        tensors["weight_shape"] = torch.tensor(sizes["weight_shape"])
+    named = {f"x.proj.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named | {"x.norm.weight": torch.ones(4), "x.act.scales": torch.ones(4)}, folder / "model.safetensors")

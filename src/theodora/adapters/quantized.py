@@ -25,6 +25,7 @@ from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.distrust import expanded
 from theodora.files.libraries import import_library
+from theodora.files.packed_layouts import LAYOUTS, check_layout_folder
 from theodora.files.packed_parts import check_packed_folder
 from theodora.files.quantisation_config import check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
@@ -284,8 +285,11 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
             + " && ".join(_PIP[library] for library in missing)
         )
     check_quantisation(fields, model)
-    if method == "bitsandbytes" and (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
-        check_packed_folder(folder)
+    if (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
+        if method == "bitsandbytes":
+            check_packed_folder(folder)
+        elif method in LAYOUTS:
+            check_layout_folder(folder, fields)
     for library in _OF_METHOD.get(method or "", ()):
         import_library(library)
     _check_environment(dict(fields), model, device, stored=True)

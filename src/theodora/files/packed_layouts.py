@@ -14,14 +14,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from theodora.errors import shown
+from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.files.folder import OpenFile
+from theodora.files.safetensors import Described, read_header, read_tensor
 from theodora.kernels.packed_formats import Awq, Compressed, Gptq, unpacked
-from theodora.kernels.packed_sizes import Parts, why_groups_beyond, why_not_awq, why_not_compressed, why_not_gptq
+from theodora.kernels.packed_sizes import WORD, Parts, why_groups_beyond, why_not_awq, why_not_compressed, why_not_gptq
 
 LAYOUTS = ("gptq", "awq", "compressed-tensors")
 """The methods that are read here."""
@@ -35,7 +39,7 @@ PART = {"gptq": _QWEIGHT, "awq": _QWEIGHT, "compressed-tensors": _COMPRESSED}
 VALUES = ("g_idx", "weight_g_idx", "weight_shape")
 """Parts whose numbers are looked at, not their sizes alone."""
 AWQ_FUNCTIONS = "gptqmodel.quantization.awq.utils.packing_utils"
-_PACKED = 32
+_TOLD = 5
 _GPTQ_BITS = (2, 3, 4, 8)
 _COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
@@ -73,11 +77,50 @@ def why_parts_unfit(
     """
     if method == "compressed-tensors":
         return _why_not_compressed(config, parts, values, shape)
-    group = config.get("group_size", 128)
+    group = _group(config)
     if method == "awq":
         return why_not_awq(parts, 4, group, shape)
     told = why_not_gptq(parts, config["bits"], group, shape)
     return told or why_groups_beyond(values["g_idx"], parts["scales"].shape[0])
+
+
+def check_layout_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """See that the packed weights of a folder are whole, by the headers of its files, before a library reads them.
+
+    Args:
+        folder: of the model.
+        config: its `quantization_config`, of one of `LAYOUTS`.
+
+    Raises:
+        CheckpointError: they are not; the first few are named.
+    """
+    method = str(config.get("quant_method"))
+    if why_other_layout(method, config) is not None:
+        return  # nothing is known here of how its tensors lie
+    found: dict[str, dict[str, Described]] = {}
+    values: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        with suppress(OSError, ValueError, CheckpointError), OpenFile.at(path) as file:  # whoever loads it says so
+            header = read_header(file)
+            for key, described in header.tensors.items():
+                module, _, name = key.rpartition(".")
+                found.setdefault(module, {})[name] = described
+                if name in VALUES and PART[method].search(key):
+                    values.setdefault(module, {})[name] = read_tensor(file, header, described)
+    own = {name for parts in found.values() for name in parts if PART[method].search(f".{name}")}
+    packed = {module: parts for module, parts in found.items() if _is_one(method, own & parts.keys())}
+    problems = {
+        module: why_parts_unfit(method, config, parts, values.get(module, {}), None) for module, parts in packed.items()
+    }
+    if told := [f"{module}: {problem}" for module, problem in problems.items() if problem is not None]:
+        raise CheckpointError(f"{folder} holds packed weights that are not whole:" + bullet_list(told, _TOLD))
+
+
+def _is_one(method: str, names: set[str]) -> bool:
+    """Whether the parts of a module are a weight's: `scales` alone are those of an activation, in AWQ."""
+    if method == "compressed-tensors":
+        return any(name.startswith("weight_") for name in names)
+    return bool(names - {"scales"})
 
 
 def dense_weight(
@@ -103,11 +146,11 @@ def dense_weight(
         zeros = parts["qzeros"]
         if _told_format(method, config) == "gptq":
             zeros = _second_version(zeros, bits, shape[0])
-        form = Gptq(shape, dtype, bits=bits, pack=_PACKED)
+        form = Gptq(shape, dtype, bits=bits, pack=WORD)
         return form.dense((parts["qweight"], zeros, parts["scales"], parts["g_idx"]), dtype)
     if method == "awq":
         half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-        group = config.get("group_size", 128)
+        group = _group(config)
         form = Awq(shape, half, bits=4, group=shape[1] if group <= 0 else group, half=True)
         return form.dense((parts["qweight"], parts["qzeros"], parts["scales"]), dtype)
     if scheme is None or scheme.weights is None:
@@ -119,6 +162,11 @@ def dense_weight(
     return Compressed(shape, dtype, names, scheme, kind).dense(tuple(parts[name] for name in names), dtype)
 
 
+def _group(config: Mapping[str, Any]) -> int:
+    told = config.get("group_size")
+    return 128 if told is None else int(told)  # as transformers and optimum
+
+
 def _told_format(method: str | None, config: Mapping[str, Any]) -> Any:
     """By any of the names that transformers takes it by."""
     names, default = (("version", "format"), "gemm") if method == "awq" else (("checkpoint_format", "format"), "gptq")
@@ -128,13 +176,13 @@ def _told_format(method: str | None, config: Mapping[str, Any]) -> Any:
 
 def _second_version(qzeros_GP: Tensor, bits: int, outputs: int) -> Tensor:
     """Zeros that are stored less one, as the library takes them: by whole words, where numbers do not go across."""
-    if _PACKED % bits == 0:
-        one = sum(1 << at for at in range(0, _PACKED, bits))
+    if WORD % bits == 0:
+        one = sum(1 << at for at in range(0, WORD, bits))
         return qzeros_GP + one
-    codes = (unpacked(qzeros_GP.T, bits, _PACKED, outputs) + 1) & (2**bits - 1)  # (O, G)
+    codes = (unpacked(qzeros_GP.T, bits, WORD, outputs) + 1) & (2**bits - 1)  # (O, G)
     stream = (codes[:, None] >> torch.arange(bits)[:, None]) & 1  # (O, bits, G)
-    words = stream.flatten(0, 1).unflatten(0, (-1, _PACKED))
-    return (words << torch.arange(_PACKED)[:, None]).sum(1).to(torch.int32).T.contiguous()
+    words = stream.flatten(0, 1).unflatten(0, (-1, WORD))
+    return (words << torch.arange(WORD)[:, None]).sum(1).to(torch.int32).T.contiguous()
 
 
 def _schemes(config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:
@@ -179,4 +227,6 @@ def _why_unlike(weights: Mapping[str, Any], parts: Parts, shape: tuple[int, int]
         scales = {"tensor": (0, 0), "channel": (1, 0), "group": (1, group)}.get(str(strategy), ())
     if len(scales) != 2 or not all(isinstance(each, int) for each in scales):
         return f"its strategy is {shown(strategy)}; expected tensor, channel, group or block"
-    return why_not_compressed(parts, weights.get("num_bits", 8), scales, weights.get("symmetric", True), shape)
+    return why_not_compressed(
+        parts, int(weights.get("num_bits") or 8), scales, weights.get("symmetric") is not False, shape
+    )

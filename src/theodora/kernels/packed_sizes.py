@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-_WORD = 32
+WORD = 32
 """Bits of the numbers that others are packed into."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -139,4 +139,4 @@ def _groups(size: int, group: int) -> int:
 
 
 def _words(numbers: int, bits: int) -> int:
-    return -(-numbers * bits // _WORD)
+    return -(-numbers * bits // WORD)

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from theodora.kernels.formats import Bits4, Bits8, Subclass
 from theodora.kernels.library_weight import LibraryWeight
+from theodora.kernels.packed_formats import Awq, Gptq
+from theodora.kernels.packed_sizes import WORD, why_groups_beyond, why_not_awq, why_not_gptq
 from theodora.layers import packed
 from theodora.layers.packed import DTYPE as _DTYPE
 
@@ -80,6 +82,8 @@ def why_damaged(module: nn.Module) -> str | None:
 
     By sizes alone: bitsandbytes' kernels read as far as they are told, beyond the end of memory, too.
     """
+    if (told := _why_packed(module)) is not None:
+        return told
     tensor: Any = getattr(module, "weight", None)
     sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
@@ -101,6 +105,30 @@ def why_damaged(module: nn.Module) -> str | None:
     if tuple(tensor.shape) != sizes:
         return f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
     return _why_blocks(tensor, sizes) if type(tensor).__name__ in _IN_BLOCKS else None
+
+
+def _why_packed(module: nn.Module) -> str | None:
+    """Of the modules in `packed.py`."""
+    held = held_weight(module)
+    weight = packed.packed_weight(module, held) if isinstance(held, Tensor) and not held.is_meta else None
+    if weight is None or packed.why_packed_unfit(module) is not None:  # (others' layouts, which are told of elsewhere)
+        return None
+    form, tensors = weight.format, weight.tensors()
+    group: Any = getattr(module, "group_size", None)
+    if isinstance(form, Gptq) and form.pack == WORD:
+        return why_not_gptq(_named(_GPTQ, tensors), form.bits, group, form.shape) or why_groups_beyond(
+            tensors[3], len(tensors[2])
+        )
+    if isinstance(form, Awq):
+        return why_not_awq(_named(_GPTQ[:3], tensors), form.bits, group, form.shape)
+    return None
+
+
+_GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def _named(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(names, tensors, strict=True))
 
 
 _IN_BLOCKS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
