@@ -27,7 +27,7 @@ from theodora.files.distrust import expanded
 from theodora.files.libraries import import_library
 from theodora.files.packed_layouts import LAYOUTS, check_layout_folder
 from theodora.files.packed_parts import check_packed_folder
-from theodora.files.quantisation_config import check_quantisation, method_named
+from theodora.files.quantisation_config import check_named, check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
 from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.formats import inner_tensors
@@ -123,11 +123,17 @@ def name_of(fields: Mapping[str, Any]) -> str:
 
 
 def stored_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The `quantization_config` of a model's config.json, as it stands there; None for a model of plain weights."""
+    """The `quantization_config` of a model's config.json, as it stands there; None for a model of plain weights.
+
+    Raises:
+        CheckpointError: it is empty.
+    """
     for part in (config, config.get_text_config()):
         fields = getattr(part, "quantization_config", None)
         if fields is not None:
-            return fields if isinstance(fields, dict) else fields.to_dict() if hasattr(fields, "to_dict") else {}
+            stored = fields if isinstance(fields, dict) else fields.to_dict() if hasattr(fields, "to_dict") else {}
+            check_named(stored)
+            return stored
     return None
 
 
