@@ -740,3 +740,11 @@ def test_hqq_that_is_not_ready_says_why():
     module.initialize()
     del module.meta["scale"]
     assert "quant_scale=False" in cannot_adapt(module)
+
+
+def test_what_is_saved_of_hqq_loads_nowhere_and_is_refused_by_name(tmp_path):
+    library("hqq.core.quantize")
+    quantised_llama("hqq").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"quantised with HQQ, and transformers \S+ loads no such folder"):
+        load_model(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"]  # (still so)

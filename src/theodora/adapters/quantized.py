@@ -25,6 +25,7 @@ from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.distrust import expanded
 from theodora.files.libraries import import_library
+from theodora.files.model_folder import hqq_folder
 from theodora.files.packed_layouts import LAYOUTS, check_layout_folder
 from theodora.files.packed_parts import check_packed_folder
 from theodora.files.quantisation_config import check_named, check_quantisation, method_named
@@ -42,7 +43,6 @@ _PIP = {
     "torchao": "pip install 'torchao>=0.17'",
     "gptqmodel": "pip install gptqmodel --no-build-isolation",
     "optimum": "pip install optimum",
-    "hqq": "pip install hqq",
     "compressed_tensors": "pip install compressed-tensors",
 }
 _OF_KIND = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao"}
@@ -51,7 +51,6 @@ _OF_METHOD = {
     "torchao": ("torchao",),
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
-    "hqq": ("hqq",),
     "compressed-tensors": ("compressed_tensors",),
     "fp8": (),
     "mxfp4": (),
@@ -279,6 +278,8 @@ def _config_for(
 
 def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device, *, adapted: bool) -> None:
     method = _method(fields)
+    if method == "hqq":
+        raise CheckpointError(hqq_folder(model))
     if adapted and method not in _OF_METHOD:
         raise CheckpointError(
             f"{model} is quantised ({name_of(fields)}), and no adapter can be put on that here; expected one of "
@@ -314,7 +315,7 @@ def _check_environment(fields: Any, model: object, device: torch.device, *, stor
 
 def _device_map(device: torch.device) -> dict[str, Any]:
     """Straight to the device, where weights are packed by the layout that its kernels read."""
-    # HQQ refuses to be told of the CPU, where all the others go by themselves if there is nothing else.
+    # (To the CPU they go by themselves, if there is nothing else.)
     alone = device.type == "cpu" and torch.accelerator.current_accelerator(check_available=True) is None
     return {} if alone else {"device_map": {"": device}}
 
