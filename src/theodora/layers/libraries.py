@@ -286,15 +286,36 @@ def tokens_by_themselves(model: nn.Module) -> Iterator[None]:
     LLM.int8() leaves out of the rounding the columns in which any token of the batch is large: a later token then
     changes what earlier ones come out as, and a model looks as if it saw ahead, or rows that are packed each other.
     """
+    with _threshold_of(model, 0.0):
+        yield
+
+
+@contextmanager
+def inputs_unrounded(model: nn.Module) -> Iterator[bool]:
+    """Inside the block LLM.int8() rounds no x to eight bits: all of its columns are beyond the threshold.
+
+    Yields:
+        Whether there are such layers.
+    """
+    with _threshold_of(model, _BELOW_ALL) as layers:
+        yield layers > 0
+
+
+_BELOW_ALL = 1e-30
+
+
+@contextmanager
+def _threshold_of(model: nn.Module, threshold: float) -> Iterator[int]:
+    """LLM.int8() with another threshold; gives the number of its layers."""
     states: list[Any] = [m.state for m in model.modules() if _is(m, "Linear8bitLt")]
     before = [state.threshold for state in states]
     for state in states:
-        state.threshold = 0.0
+        state.threshold = threshold
     try:
-        yield
+        yield len(states)
     finally:
-        for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold
+        for state, was in zip(states, before, strict=True):
+            state.threshold = was
 
 
 def _class(name: str) -> type[Any] | None:
