@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter
@@ -261,10 +262,31 @@ def test_what_no_adapter_can_be_put_on_is_refused_before_it_is_loaded(model_with
     folder = model_with({"quant_method": "vptq"})
     with pytest.raises(CheckpointError, match=r"is quantised \(vptq\), and no adapter can be put on that here"):
         load(folder, adapted=True)
-    for fields, missing in (({"quant_method": "awq", "bits": 4}, "gptqmodel"), ({"quant_method": "hqq"}, "hqq")):
+    for fields, missing in (
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, "compressed_tensors"),
+    ):
         if not quantized._installed(missing):
-            with pytest.raises(CheckpointError, match=f"pip install {missing}"):
+            with pytest.raises(CheckpointError, match=f"pip install {missing.replace('_', '-')}"):
                 load(model_with(fields))
+
+
+@pytest.mark.parametrize("form", ["configuration", "hqq's file", "transformers' file"])
+def test_folders_of_hqq_are_refused_by_name_at_once(model_with, tmp_path, form):
+    if form == "configuration":
+        folder = model_with({"quant_method": "hqq"})
+    else:
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
+        if form == "hqq's file":
+            (folder / "qmodel.pt").write_bytes(b"pickle")
+        else:
+            packed = {"model.layers.0.mlp.up_proj.W_q": torch.zeros(8, 8, dtype=torch.uint8)}
+            save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    for adapted in (True, False):
+        with pytest.raises(CheckpointError, match=r"quantised with HQQ, and transformers \S+ loads no such folder"):
+            load(folder, adapted=adapted)
 
 
 @pytest.fixture

@@ -291,3 +291,16 @@ def test_what_is_no_configuration_or_stands_for_what_no_folder_holds(copy, whole
         merge_checkpoint(whole["nf4 adapter"], folder.parent / "merged", base_model=folder, onto="dequantised")
     with pytest.raises(CheckpointError):
         load_model(folder, device=torch.device("cpu"))
+
+
+def test_an_empty_configuration_is_refused_alike_by_all(copy, whole):
+    folder = copy("nf4")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    told = "quantization_config: {}.*take that field out"
+    for onto in ("original", "dequantised", "quantised"):
+        with pytest.raises(CheckpointError, match=told):
+            merge_checkpoint(whole["nf4 adapter"], folder.parent / "merged", base_model=folder, onto=onto)
+    for adapted in (False, True):
+        with pytest.raises(CheckpointError, match=told):
+            load_model(folder, device=torch.device("cpu"), adapted=adapted)

@@ -146,11 +146,26 @@ def test_a_missing_library_is_named_with_its_pip_line(tmp_path, form, monkeypatc
         BaseCheckpoint(folder, dequantise=True)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "compressed-tensors", "other\x1b[1m"])
-def test_packed_weights_that_are_not_read_here_are_refused_with_what_to_do(tmp_path, method):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quant_method": "hqq", "quant_config": {}},
+        {"quant_method": "other\x1b[1m", "bits": 4},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 5},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 8}}},
+        {"quant_method": "awq", "bits": 4, "version": "GEMV"},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"a": {"weights": {}}},
+        },
+    ],
+)
+def test_packed_weights_that_are_not_read_here_are_refused_with_what_to_do(tmp_path, fields):
     folder = save_plain(tmp_path / "plain")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    config["quantization_config"] = fields
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="--onto original") as caught:
         BaseCheckpoint(folder, dequantise=True)

@@ -30,12 +30,16 @@ from theodora import (
     save_adapter,
     unmerge_adapter,
 )
-from theodora.errors import ConfigError
+from theodora.adapters import quantized
+from theodora.adapters.models import load_model
+from theodora.errors import CheckpointError, ConfigError
+from theodora.files.base_model import BaseCheckpoint
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.packed_formats import unpacked
 from theodora.layers import base_weight, cannot_adapt
 from theodora.layers.base_weights import base_weight_of
 from theodora.layers.libraries import prepare
+from theodora.merging import merge_checkpoint
 from tiny import tiny_model
 
 IN, OUT, GROUP, RANK = 64, 96, 32, 4
@@ -592,21 +596,95 @@ def test_a_model_that_compressed_tensors_has_taken_over_is_refused(compressed_fo
         inject_adapter(model, AdapterConfig(rank=RANK))
 
 
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": GROUP,
+    "desc_act": False,
+    "sym": False,
+    "backend": "gptq_torch",
+    "modules_in_block_to_quantize": [["mlp.gate_proj", "mlp.up_proj"]],
+    "checkpoint_format": "gptq_v2",
+}
+
+
+def on_disk(model, folder, quantization):
+    """A model as it is saved, with that quantization_config in its config.json; and a copy that transformers loads."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    return folder
+
+
+def merged_onto_dequantised(folder, tmp_path, targets):
+    """Merge an adapter of the model in `folder`; the report, and the logits before and after."""
+    ids = torch.randint(3, 200, (2, 9))
+    model = load_model(folder, adapted=True, dtype="float32")
+    inject_adapter(model, AdapterConfig(method="dora", rank=RANK, targets=targets))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        logits = model(ids).logits
+        read = BaseCheckpoint(folder, dequantise=True)
+        for path, module in model.named_modules():
+            if path.endswith(targets):
+                assert torch.equal(read.read(f"{path}.weight"), base_weight(module).dense(model.dtype)), path
+    save_adapter(model, tmp_path / "adapter")
+    report = merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", onto="dequantised", base_model=folder)
+    with torch.no_grad():
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    return report, logits, after
+
+
+def test_compressed_tensors_merge_onto_their_numbers(compressed_folder, tmp_path):
+    report, logits, after = merged_onto_dequantised(compressed_folder, tmp_path, ("q_proj", "down_proj"))
+    assert len(report.layers) == 4
+    assert report.layers[0].error < 1e-6
+    assert report.logits.kl_mean < 1e-9 < report.logits.kl_effect
+    if json.loads((compressed_folder / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized":
+        assert error(after, logits.to(F64)) < 1e-5  # (the others round x, too, which is in no weight)
+
+
+def test_awq_merges_onto_its_numbers(tmp_path):
+    model = quantised_llama("awq")
+    told = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    told |= {"backend": "auto_trainable", "modules_to_not_convert": plain}
+    folder = on_disk(model, tmp_path / "model", told)
+    report, logits, after = merged_onto_dequantised(folder, tmp_path, ("gate_proj", "up_proj"))
+    assert len(report.layers) == 4
+    assert report.layers[0].error < 1e-6
+    assert report.logits.kl_mean < 1e-9 < report.logits.kl_effect
+    assert error(after, logits.to(F64)) < 2e-3
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["in the folder", "as it is loaded"])
+def test_gptq_whose_groups_have_no_scales_is_refused(tmp_path, monkeypatch, looked):
+    library("optimum.gptq")
+    model = quantised_llama("gptq")
+    model.model.layers[1].mlp.up_proj.g_idx[3] = 77  # on a GPU: memory of others
+    folder = on_disk(model, tmp_path / "model", GPTQ)
+    if not looked:  # (a model of the hub)
+        monkeypatch.setattr(quantized, "check_layout_folder", lambda folder, fields: None)
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj: its g_idx names groups from 0 to 77"):
+        load_model(folder, adapted=True, dtype="float32")
+
+
 def test_gptq_as_transformers_loads_it(tmp_path):
     library("optimum.gptq")
     model = quantised_llama("gptq")
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    told = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
-    told |= {"backend": "gptq_torch"}
-    told |= {"modules_in_block_to_quantize": [["mlp.gate_proj", "mlp.up_proj"]], "checkpoint_format": "gptq_v2"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": told}))
+    on_disk(model, tmp_path / "model", GPTQ)
     ids = torch.randint(3, 200, (2, 9))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     inject_adapter(loaded, AdapterConfig(method="dora", rank=RANK))
     assert type(loaded.model.layers[0].mlp.gate_proj).__name__ == "AdaptedTorchLinear"
     with torch.no_grad():
         assert error(loaded(ids).logits, model(ids).logits.to(F64)) < 1e-5
+    report, logits, after = merged_onto_dequantised(tmp_path / "model", tmp_path, ("gate_proj", "up_proj"))
+    assert report.layers[0].error < 1e-6
+    assert report.logits.kl_mean < 1e-9 < report.logits.kl_effect
+    assert error(after, logits.to(F64)) < 1e-5
 
 
 # What cannot be adapted ----------------------------------------------------------------------------------------------
@@ -662,3 +740,11 @@ def test_hqq_that_is_not_ready_says_why():
     module.initialize()
     del module.meta["scale"]
     assert "quant_scale=False" in cannot_adapt(module)
+
+
+def test_what_is_saved_of_hqq_loads_nowhere_and_is_refused_by_name(tmp_path):
+    library("hqq.core.quantize")
+    quantised_llama("hqq").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"quantised with HQQ, and transformers \S+ loads no such folder"):
+        load_model(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"]  # (still so)

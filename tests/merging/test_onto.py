@@ -92,6 +92,17 @@ def test_onto_the_dequantised_weights_is_what_was_trained(make, family, form, me
     assert verify(str(case.adapter), str(case.output)).passed
 
 
+def test_a_small_effect_on_int8_is_told_from_the_rounding_of_inputs(make):
+    case = make(form="int8", method="dora", size=0.005)
+    merge_checkpoint(case.adapter, case.output, onto="dequantised")
+    found = verify(str(case.adapter), str(case.output))
+    assert found.passed
+    # What LLM.int8 makes of x is as large as half the effect; without it the two are the same.
+    assert found.difference.kl_mean > 0.2 * found.effect.kl_mean
+    assert found.unrounded[0].kl_mean < 0.01 * found.unrounded[1].kl_mean
+    assert verify(str(case.adapter), str(case.base)).lost
+
+
 @pytest.mark.parametrize(("family", "form", "method"), CASES)
 def test_back_into_the_quantised_format(make, family, form, method):
     case = make(family, form, method=method)

@@ -25,8 +25,10 @@ from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.distrust import expanded
 from theodora.files.libraries import import_library
+from theodora.files.model_folder import hqq_folder
+from theodora.files.packed_layouts import LAYOUTS, check_layout_folder
 from theodora.files.packed_parts import check_packed_folder
-from theodora.files.quantisation_config import check_quantisation, method_named
+from theodora.files.quantisation_config import check_named, check_quantisation, method_named
 from theodora.files.trained_on import KINDS, TrainedOn
 from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.formats import inner_tensors
@@ -41,7 +43,6 @@ _PIP = {
     "torchao": "pip install 'torchao>=0.17'",
     "gptqmodel": "pip install gptqmodel --no-build-isolation",
     "optimum": "pip install optimum",
-    "hqq": "pip install hqq",
     "compressed_tensors": "pip install compressed-tensors",
 }
 _OF_KIND = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao"}
@@ -50,7 +51,6 @@ _OF_METHOD = {
     "torchao": ("torchao",),
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
-    "hqq": ("hqq",),
     "compressed-tensors": ("compressed_tensors",),
     "fp8": (),
     "mxfp4": (),
@@ -122,11 +122,17 @@ def name_of(fields: Mapping[str, Any]) -> str:
 
 
 def stored_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The `quantization_config` of a model's config.json, as it stands there; None for a model of plain weights."""
+    """The `quantization_config` of a model's config.json, as it stands there; None for a model of plain weights.
+
+    Raises:
+        CheckpointError: it is empty.
+    """
     for part in (config, config.get_text_config()):
         fields = getattr(part, "quantization_config", None)
         if fields is not None:
-            return fields if isinstance(fields, dict) else fields.to_dict() if hasattr(fields, "to_dict") else {}
+            stored = fields if isinstance(fields, dict) else fields.to_dict() if hasattr(fields, "to_dict") else {}
+            check_named(stored)
+            return stored
     return None
 
 
@@ -272,6 +278,8 @@ def _config_for(
 
 def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device, *, adapted: bool) -> None:
     method = _method(fields)
+    if method == "hqq":
+        raise CheckpointError(hqq_folder(model))
     if adapted and method not in _OF_METHOD:
         raise CheckpointError(
             f"{model} is quantised ({name_of(fields)}), and no adapter can be put on that here; expected one of "
@@ -284,8 +292,11 @@ def _check_stored(fields: Mapping[str, Any], model: object, device: torch.device
             + " && ".join(_PIP[library] for library in missing)
         )
     check_quantisation(fields, model)
-    if method == "bitsandbytes" and (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
-        check_packed_folder(folder)
+    if (folder := expanded(model)).is_dir():  # pyright: ignore[reportArgumentType]
+        if method == "bitsandbytes":
+            check_packed_folder(folder)
+        elif method in LAYOUTS:
+            check_layout_folder(folder, fields)
     for library in _OF_METHOD.get(method or "", ()):
         import_library(library)
     _check_environment(dict(fields), model, device, stored=True)
@@ -304,7 +315,7 @@ def _check_environment(fields: Any, model: object, device: torch.device, *, stor
 
 def _device_map(device: torch.device) -> dict[str, Any]:
     """Straight to the device, where weights are packed by the layout that its kernels read."""
-    # HQQ refuses to be told of the CPU, where all the others go by themselves if there is nothing else.
+    # (To the CPU they go by themselves, if there is nothing else.)
     alone = device.type == "cpu" and torch.accelerator.current_accelerator(check_available=True) is None
     return {} if alone else {"device_map": {"": device}}
 

@@ -52,6 +52,8 @@ class Verification:
     first_text: tuple[str, str, str] | None = None
     """The text before the first position where the choice differs, A's next token, and B's."""
     notes: tuple[str, ...] = field(default=())
+    unrounded: tuple[Difference, Difference] | None = None
+    """Where layers of A round their inputs (LLM.int8): B's distance and the effect without that, which are judged."""
     written: tuple[str | None, str | None] = (None, None)
     """Whether each form, if it is a folder, is as it was written."""
 
@@ -64,10 +66,10 @@ class Verification:
     @property
     def lost(self) -> bool:
         """Whether B is further from A than half of the adapter's effect: it can hardly have the adapter in it."""
-        effect = self.effect
-        if effect is None or self.difference.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
+        found, effect = self.unrounded or (self.difference, self.effect)
+        if effect is None or found.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
             return False
-        return self.difference.kl_mean > 0.5 * effect.kl_mean
+        return found.kl_mean > 0.5 * effect.kl_mean
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
@@ -138,12 +140,20 @@ def verify(
         precisions=(forms[0].precision, forms[1].precision),
         difference=gap,
         effect=answers.effect,
+        unrounded=_unrounded(answers),
         bound=relative * spread if bound is None else bound,
         kl_bound=kl_default if kl_bound is None else kl_bound,
         first_text=_first_text(gap, ids, answers.tokenizer),
         notes=tuple(notes),
         written=(described(expanded(a)), described(expanded(b))),
     )
+
+
+def _unrounded(answers: _Answers) -> tuple[Difference, Difference] | None:
+    if answers.unrounded is None:
+        return None
+    here, base = answers.unrounded
+    return difference(here, answers.predictions[1]), difference(base, here)
 
 
 def _merged_onto(form: str) -> Onto | None:
@@ -163,6 +173,8 @@ class _Answers:
     tokenizer: PreTrainedTokenizerBase
     effect: Difference | None
     """What A's adapter does to its base, where A is an adapter."""
+    unrounded: tuple[Predictions, Predictions] | None
+    """A and its base by layers that round no inputs, where A's own do."""
     notes: list[str]
 
 
@@ -174,6 +186,7 @@ def _ask_both(
     ids: list[int] = []
     tokenizer: PreTrainedTokenizerBase | None = None
     effect: Difference | None = None
+    unrounded: tuple[Predictions, Predictions] | None = None
     notes: list[str] = []
     for side, name in (
         (("b", b), ("a", a)) if is_server(a) else (("a", a), ("b", b))
@@ -191,12 +204,12 @@ def _ask_both(
         say(f"asking {name} after each of {len(ids)} tokens")
         predictions = form.predict(ids, tokenizer)
         if side == "a" and (base := form.predict_base(ids)) is not None:
-            effect = difference(base, predictions)
+            effect, unrounded = difference(base, predictions), form.predict_unrounded(ids)
         release(form)
         asked[side] = form, predictions
     assert tokenizer is not None
     (form_a, of_a), (form_b, of_b) = asked["a"], asked["b"]
-    return _Answers((form_a, form_b), (of_a, of_b), ids, tokenizer, effect, notes)
+    return _Answers((form_a, form_b), (of_a, of_b), ids, tokenizer, effect, unrounded, notes)
 
 
 def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None, limit: int) -> list[int]:

@@ -33,6 +33,7 @@ from theodora.files.model_folder import DTYPES, base_model_of, has_tokenizer, is
 from theodora.files.quantised_store import quantisation_of
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers import AdapterLayer
+from theodora.layers.libraries import inputs_unrounded
 from theodora.merging.onto import Onto, find_start
 
 
@@ -56,6 +57,10 @@ class Form:
         """Scores of the next token after each of `ids`."""
         if self.server is not None:
             return self.server.predict(ids, tokenizer)
+        return self.predict_here(ids)
+
+    def predict_here(self, ids: list[int]) -> Predictions:
+        """The same of a form that is loaded."""
         assert self.model is not None
         with torch.no_grad():
             logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits
@@ -68,6 +73,17 @@ class Form:
         with torch.no_grad(), adapter_disabled(self.model):
             logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits
         return Predictions(logits[0].float().cpu())
+
+    def predict_unrounded(self, ids: list[int]) -> tuple[Predictions, Predictions] | None:
+        """The same with and without the adapter, by layers that round no inputs; None where none would.
+
+        LLM.int8() rounds x in each product, which moves predictions as far as a small adapter does, whatever W is.
+        """
+        if self.kind not in ("adapter", "served", "gguf-lora") or self.model is None:
+            return None
+        with inputs_unrounded(self.model) as any_would:
+            base = self.predict_base(ids) if any_would else None
+            return None if base is None else (self.predict_here(ids), base)
 
 
 def kind_of(name: str) -> str:

@@ -30,6 +30,7 @@ from theodora.files.folder import OpenFile, read_file
 from theodora.files.model_bounds import Stored, bounded_build, check_layers
 from theodora.files.model_folder import StoredTensor, read_headers
 from theodora.files.packed import group_parts, method_of
+from theodora.files.quantisation_config import method_named
 from theodora.files.quantised_store import QuantisedStore, plain_view, quantisation_of, store_of
 from theodora.files.safetensors import Header, read_header, read_tensor
 from theodora.parse import parse_json
@@ -126,7 +127,7 @@ class BaseCheckpoint:
                 "weight again. Name the unquantised model it was made from with --base-model."
             )
         self.stored, self._trusted = read_headers(folder), trust_remote_code
-        parts = {} if quantisation is None else group_parts(self.stored)
+        parts = {} if quantisation is None else group_parts(self.stored, method_named(quantisation))
         self.tensors = plain_view(self.stored, parts)
         for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.stored)):
             self.model = model

@@ -45,6 +45,8 @@ class Stored:
     tensors: int
     size: int
     """Bytes of the files."""
+    hqq: bool = False
+    """Whether HQQ has packed weights in them."""
 
 
 def stored_in(folder: Path) -> Stored:
@@ -53,15 +55,16 @@ def stored_in(folder: Path) -> Stored:
     The library reads their headers, as it does when transformers loads them: it knows kinds of numbers (F4, F6) that
     our own reader refuses.
     """
-    tensors = size = 0
+    tensors, size, hqq = 0, 0, False
     for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors += len(opened.keys())
+                keys = opened.keys()
+                tensors, hqq = tensors + len(keys), hqq or any(key.endswith(".W_q") for key in keys)
                 size += file.stat().st_size
         except (SafetensorError, OSError):
             continue  # a stray file; transformers says so if it is one of the model's
-    return Stored(tensors, size)
+    return Stored(tensors, size, hqq)
 
 
 def check_layers(folder: str | Path, config: Mapping[str, Any], stored: int) -> None:

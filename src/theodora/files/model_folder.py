@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,19 @@ def damaged_weights(folder: Path) -> list[str]:
     return damaged
 
 
+def hqq_folder(name: object) -> str:
+    """What to say of a folder that HQQ quantised, whichever of hqq and transformers wrote it."""
+    return (
+        f"{name} is quantised with HQQ, and transformers {version('transformers')} loads no such folder, not even one "
+        "that it saved. Name the model that it was made from: --quantize nf4 makes it small as it loads. (In Python, "
+        "adapters go onto what hqq's AutoHQQHFModel makes with quantize_model or from_quantized.)"
+    )
+
+
 def pickled_weights(folder: Path) -> str:
     """What to say of a model folder whose weights are pickles only; empty if it is none."""
+    if (folder / "qmodel.pt").is_file() and not any(folder.glob("*.safetensors")):
+        return hqq_folder(folder)
     if any(folder.glob("*.safetensors")) or not any(path for kind in _PICKLES for path in folder.glob(kind)):
         return ""
     return (
@@ -117,6 +129,8 @@ def check_weights(folder: Path) -> AbstractContextManager[None]:
     if pickled_weights(folder):
         raise CheckpointError(pickled_weights(folder))
     stored = stored_in(folder)
+    if stored.hqq:
+        raise CheckpointError(hqq_folder(folder))
     try:
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

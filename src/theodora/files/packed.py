@@ -9,6 +9,7 @@ weight. The libraries are transformers' to call.
     X.weight, X.SCB, X.weight_format                      bitsandbytes, 8 bits
     X._weight_qdata, X._weight_scale, …                   torchao; what they mean is in the header of the file
     X.weight, X.weight_scale_inv                          fine-grained FP8
+    X.qweight …, X.weight_packed …                        GPTQ, AWQ, compressed-tensors: `packed_layouts.py`
 
 The dequantised weight is (O, I) whatever it was before: bitsandbytes quantises GPT-2's Conv1D turned round.
 """
@@ -28,10 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 from theodora.errors import CheckpointError, bullet_list, shown
 from theodora.files.libraries import import_library
+from theodora.files.packed_layouts import (
+    AWQ_FUNCTIONS,
+    LAYOUTS,
+    PART,
+    VALUES,
+    dense_weight,
+    why_other_layout,
+    why_parts_unfit,
+)
 from theodora.files.packed_parts import check_parts
 from theodora.files.quantisation_config import check_quantisation, method_named
 
@@ -45,13 +56,17 @@ _LIBRARIES = {
     "quanto": "optimum-quanto",
     "eetq": "eetq",
 }
-_READ = ("bitsandbytes", "torchao", "fp8")
+_WRITTEN = ("bitsandbytes", "torchao", "fp8")
 """Methods whose weights are read and written here."""
+_READ = (*_WRITTEN, *LAYOUTS)
+"""Methods whose weights are read here."""
 # What is left of a key behind the path of its module, where it is a part of a quantised weight.
 _PART = re.compile(
     r"\.(weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+)|SCB|weight_format"
     r"|_weight_\w+|weight_scale_inv|activation_scale)$"
 )
+_IMPORTED = {"compressed-tensors": "compressed_tensors", "awq": "gptqmodel", "gptq": None, "fp8": None}
+"""Method -> the library that is imported for it, where it is called otherwise."""
 _MISSES_TOLD = 10
 
 
@@ -79,8 +94,20 @@ def bits_of(config: Mapping[str, Any]) -> int:
     return 4 if few else 8
 
 
-def group_parts(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+def why_not_written(config: Mapping[str, Any]) -> str | None:
+    """Why weights cannot be quantised again by this `quantization_config`: part of a sentence, or None."""
+    if (method := method_named(config)) in _WRITTEN:
+        return None
+    how = "are found by calibration with data" if method in ("gptq", "awq") else "are not computed here"
+    return f"{method_of(config)}, whose numbers {how}"
+
+
+def group_parts(keys: Iterable[str], method: str | None = None) -> dict[str, dict[str, str]]:
     """The quantised weights that a checkpoint's keys tell of.
+
+    Args:
+        keys: of the files.
+        method: transformers' name of the quantisation.
 
     Returns:
         Key of the weight, as an unquantised checkpoint would have it -> part, as the library calls it -> stored key.
@@ -88,7 +115,7 @@ def group_parts(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     keys = list(keys)
     parts: dict[str, dict[str, str]] = {}
     for key in keys:
-        if found := _PART.search(key):
+        if found := PART.get(method or "", _PART).search(key):
             parts.setdefault(f"{key[: found.start()]}.weight", {})[found.group(1)] = key
     for weight, of_weight in parts.items():
         if weight in keys:
@@ -122,16 +149,27 @@ class PackedWeights:
         self.config, self.method = dict(config), method_of(config)
         self._model, self._metadata, self._where = model, dict(metadata or {}), where
         name = method_named(config) or "bitsandbytes"
-        if name not in _READ:
+        self._layout = name if name in LAYOUTS else None
+        reason = f"{', '.join(_READ)} are" if name not in _READ else why_other_layout(name, config)
+        if reason is not None:
             raise CheckpointError(
-                f"{where} is quantised with {self.method}, whose packed weights are not read one by one here (those of "
-                f"{', '.join(_READ)} are). Merge onto the original weights instead: --onto original, and "
-                "--base-model with the unquantised model."
+                f"{where} is quantised with {self.method}, whose packed weights are not read one by one here "
+                f"({reason}). Merge onto the original weights instead: --onto original, and --base-model with the "
+                "unquantised model."
             )
         check_quantisation(config, where)
-        if name != "fp8" and importlib.util.find_spec(name) is not None:  # otherwise transformers says so
-            import_library(name)
+        self._dtype = _dtype_of(model)
+        library = _IMPORTED.get(name, name)
+        if library is not None and _installed(library):  # otherwise transformers says so
+            import_library(library)
+        if name == "gptq":
+            return  # plain torch
         try:
+            if name == "awq":
+                if not _installed("gptqmodel"):
+                    raise ImportError("its function dequantises here")
+                import_library(AWQ_FUNCTIONS)
+                return
             self._quantizer: Any = auto.AutoHfQuantizer.from_config(copy.deepcopy(dict(config)), pre_quantized=stored)
             if name != "fp8":  # it asks for a GPU, which only its products need
                 self._quantizer.validate_environment(device_map={"": "cpu"})
@@ -163,8 +201,15 @@ class PackedWeights:
             CheckpointError: the parts are not what the library expects.
         """
         module = self._module(parameter)
+        expected = _shape_of(module)
         try:
             check_parts(parts)
+            if self._layout is not None:
+                values = {name: part for name, part in parts.items() if name in VALUES}
+                if (told := why_parts_unfit(self._layout, self.config, parts, values, expected)) is not None:
+                    raise ValueError(told)
+                scheme = getattr(module, "quantization_scheme", None)
+                return dense_weight(self._layout, self.config, parts, expected, self._dtype, scheme)
             with self._emptied(module):
                 if "weight_scale_inv" in parts:
                     dense = _float8(self._quantizer, parts, self.config.get("weight_block_size"))
@@ -178,7 +223,6 @@ class PackedWeights:
                 f"{parameter}: its packed tensors cannot be read as {self.method}: {error}. They are "
                 + ", ".join(f"{name} {tuple(part.shape)} {part.dtype}" for name, part in sorted(parts.items()))
             ) from error
-        expected = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if dense.shape != expected:
             raise CheckpointError(f"{parameter}: dequantised it is {tuple(dense.shape)}, expected (out, in) {expected}")
         return dense.detach()
@@ -287,6 +331,24 @@ class PackedWeights:
             if weight is not None:
                 weight.__dict__.clear()
                 weight.__dict__.update(notes)
+
+
+def _installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _dtype_of(model: PreTrainedModel) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1), torch.bfloat16)
+
+
+def _shape_of(module: Any) -> tuple[int, int]:
+    """(O, I), whatever holds the weight at the moment."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return getattr(module, "out_features", 0), getattr(module, "in_features", 0)
 
 
 def _dense_of(weight: Any) -> Tensor:

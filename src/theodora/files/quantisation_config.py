@@ -57,6 +57,21 @@ def check_quantisation(fields: Mapping[str, Any], where: object) -> None:
         raise CheckpointError(f"{where}: its quantization_config is not to be used: {error}.") from error
 
 
+def check_named(fields: object) -> None:
+    """See that a `quantization_config` is an object with something in it.
+
+    Raises:
+        CheckpointError: it is not. (transformers refuses an empty one, too.)
+    """
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"config.json says quantization_config: {shown(fields)}; expected an object")
+    if not fields:
+        raise CheckpointError(
+            "config.json says quantization_config: {}, which names no quant_method; expected how the weights are "
+            "quantised. If they are plain, take that field out."
+        )
+
+
 def method_named(fields: Mapping[str, Any]) -> str | None:
     """The method that transformers takes a configuration for: `load_in_4bit` and `load_in_8bit` stand above a name."""
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):

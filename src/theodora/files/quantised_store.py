@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from theodora.errors import CheckpointError, shown
+from theodora.errors import CheckpointError
 from theodora.files.distrust import FLOAT_DTYPES
 from theodora.files.folder import OpenFile
 from theodora.files.model_folder import StoredTensor
 from theodora.files.packed import PackedWeights
+from theodora.files.quantisation_config import check_named
 from theodora.files.safetensors import read_header
 from theodora.kernels.float8 import dequantized, quantize_rows
 
@@ -41,11 +42,10 @@ class Checkpoint(Protocol):
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `quantization_config` of a config.json; None of a plain model. A CheckpointError if it is no object."""
+    """The `quantization_config` of a config.json; None of a plain model. Errors as those of `check_named`."""
     for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and (found := part.get("quantization_config")):
-            if not isinstance(found, Mapping):
-                raise CheckpointError(f"config.json says quantization_config: {shown(found)}; expected an object")
+        if isinstance(part, Mapping) and (found := part.get("quantization_config")) is not None:
+            check_named(found)
             return dict(found)
     return None
 

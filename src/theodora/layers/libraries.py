@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from theodora.kernels.formats import Bits4, Bits8, Subclass
 from theodora.kernels.library_weight import LibraryWeight
+from theodora.kernels.packed_formats import Awq, Gptq
+from theodora.kernels.packed_sizes import WORD, why_groups_beyond, why_not_awq, why_not_gptq
 from theodora.layers import packed
 from theodora.layers.packed import DTYPE as _DTYPE
 
@@ -80,6 +82,8 @@ def why_damaged(module: nn.Module) -> str | None:
 
     By sizes alone: bitsandbytes' kernels read as far as they are told, beyond the end of memory, too.
     """
+    if (told := _why_packed(module)) is not None:
+        return told
     tensor: Any = getattr(module, "weight", None)
     sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not isinstance(tensor, Tensor) or tensor.is_meta or None in sizes:
@@ -101,6 +105,30 @@ def why_damaged(module: nn.Module) -> str | None:
     if tuple(tensor.shape) != sizes:
         return f"it is {tuple(tensor.shape)}; expected (out, in) {sizes}"
     return _why_blocks(tensor, sizes) if type(tensor).__name__ in _IN_BLOCKS else None
+
+
+def _why_packed(module: nn.Module) -> str | None:
+    """Of the modules in `packed.py`."""
+    held = held_weight(module)
+    weight = packed.packed_weight(module, held) if isinstance(held, Tensor) and not held.is_meta else None
+    if weight is None or packed.why_packed_unfit(module) is not None:  # (others' layouts, which are told of elsewhere)
+        return None
+    form, tensors = weight.format, weight.tensors()
+    group: Any = getattr(module, "group_size", None)
+    if isinstance(form, Gptq) and form.pack == WORD:
+        return why_not_gptq(_named(_GPTQ, tensors), form.bits, group, form.shape) or why_groups_beyond(
+            tensors[3], len(tensors[2])
+        )
+    if isinstance(form, Awq):
+        return why_not_awq(_named(_GPTQ[:3], tensors), form.bits, group, form.shape)
+    return None
+
+
+_GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def _named(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(names, tensors, strict=True))
 
 
 _IN_BLOCKS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
@@ -258,15 +286,36 @@ def tokens_by_themselves(model: nn.Module) -> Iterator[None]:
     LLM.int8() leaves out of the rounding the columns in which any token of the batch is large: a later token then
     changes what earlier ones come out as, and a model looks as if it saw ahead, or rows that are packed each other.
     """
+    with _threshold_of(model, 0.0):
+        yield
+
+
+@contextmanager
+def inputs_unrounded(model: nn.Module) -> Iterator[bool]:
+    """Inside the block LLM.int8() rounds no x to eight bits: all of its columns are beyond the threshold.
+
+    Yields:
+        Whether there are such layers.
+    """
+    with _threshold_of(model, _BELOW_ALL) as layers:
+        yield layers > 0
+
+
+_BELOW_ALL = 1e-30
+
+
+@contextmanager
+def _threshold_of(model: nn.Module, threshold: float) -> Iterator[int]:
+    """LLM.int8() with another threshold; gives the number of its layers."""
     states: list[Any] = [m.state for m in model.modules() if _is(m, "Linear8bitLt")]
     before = [state.threshold for state in states]
     for state in states:
-        state.threshold = 0.0
+        state.threshold = threshold
     try:
-        yield
+        yield len(states)
     finally:
-        for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold
+        for state, was in zip(states, before, strict=True):
+            state.threshold = was
 
 
 def _class(name: str) -> type[Any] | None:

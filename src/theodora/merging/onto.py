@@ -20,7 +20,7 @@ from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.adapter import AdapterFile
 from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import read_file
-from theodora.files.packed import method_of
+from theodora.files.packed import method_of, why_not_written
 from theodora.files.quantised_store import OWN_FLOAT8, quantisation_of
 from theodora.files.trained_on import KINDS
 
@@ -127,6 +127,10 @@ def find_start(
     stored = quantisation_of(read_config(folder))
     if stored is not None and quantize is not None:
         raise ConfigError(f"quantize is {quantize}, but {name} is quantised already ({method_of(stored)})")
+    if onto == "quantised" and stored is not None and (told := why_not_written(stored)) is not None:
+        raise ConfigError(
+            f"onto is quantised, but {name} is in {told}. Merge with --onto dequantised, or onto the original weights."
+        )
     remembered = file.trained_on
     kind = quantize or (remembered.quantize if remembered is not None else None)
     rounded = remembered.dtype if remembered is not None and kind == remembered.quantize else None
