@@ -16,6 +16,7 @@ from theodora import kernels
 from theodora.functional import dora_norm, merged_weight
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
+from theodora.kernels.sharded_weight import forget_shard
 from theodora.layers import libraries, packed
 from theodora.layers.base_weights import stored_transposed, weight_in
 from theodora.layers.float8 import move
@@ -174,6 +175,7 @@ class AdapterLayer(Swapped):
 
     def _apply(self, fn: Any, recurse: bool = True):
         self.norm_cache.invalidate(weight=True)
+        forget_shard(self)
         if self._set_aside is not None and not libraries.moved(self.base_parameter, fn):
             # The Parameter itself stays, because another module may be tied to it.
             self.base_parameter.data = move(fn, self.base_parameter.data)
