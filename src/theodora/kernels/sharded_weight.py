@@ -12,7 +12,8 @@ Shapes: I in features, O out features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -55,7 +56,8 @@ def managed(module: nn.Module) -> bool:
 def managed_weight(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight | None:
     """`tensor`, the weight of a `managed` module, as it is now; None if it is neither sharded nor a plain one."""
     if is_sharded(tensor):
-        module.__dict__[_SHARD] = tensor
+        if tensor is module._parameters.get("weight"):  # not what a merged weight has set aside
+            module.__dict__[_SHARD] = tensor
         return ShardedWeight(tensor, transposed) if type(here(tensor)) is Tensor else None
     return GatheredWeight(tensor, transposed, shard_of(module)) if type(tensor.data) is Tensor else None
 
@@ -71,6 +73,51 @@ def shard_of(module: nn.Module) -> Any:
 def forget_shard(module: nn.Module) -> None:
     """After a move: the weight may be another DTensor."""
     module.__dict__.pop(_SHARD, None)
+
+
+@contextmanager
+def whole_here(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's own parameters are whole, so that it runs by itself; every process enters it."""
+    parameters = module._parameters
+    sharded = {name: tensor for name, tensor in parameters.items() if is_sharded(tensor)}
+    for name, tensor in sharded.items():
+        parameters[name] = nn.Parameter(whole(tensor.detach()), requires_grad=False)
+    try:
+        yield
+    finally:
+        parameters.update(sharded)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let all weights of a sharded model be DTensors, as between passes; those of the root stay gathered otherwise."""
+    for module in model.modules():
+        if managed(module) and hasattr(module, "reshard"):
+            module.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def replace_shard(sharded: nn.Parameter, tensor: Tensor) -> nn.Parameter:
+    """Write this process's part of `tensor`, the same whole one in every process, into the sharded parameter.
+
+    Returns:
+        What stood there before, sharded alike.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    like: Any = sharded
+    mesh, placements, own = like.device_mesh, like.placements, here(sharded)
+    with torch.no_grad():
+        before = DTensor.from_local(
+            own.detach().clone(), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        # (without a source: nothing is sent, since every process has the whole)
+        own.copy_(here(distribute_tensor(tensor.contiguous(), mesh, placements, src_data_rank=None)))
+    return nn.Parameter(before, requires_grad=False)
+
+
+def put_back(sharded: nn.Parameter, before: nn.Parameter) -> None:
+    """Undo `replace_shard`, bit for bit; nothing is sent."""
+    with torch.no_grad():
+        here(sharded).copy_(here(before))
 
 
 def _found_shard(module: nn.Module) -> Any:
@@ -97,8 +144,8 @@ class GatheredWeight(PlainWeight):
     """The DTensor that it is gathered from, if that is known."""
 
     def watched(self) -> tuple[Tensor, ...]:
-        """The rows that lie here, which a change of the weight shows in."""
-        return (self.tensor,) if self.shard is None else (here(self.shard),)
+        """The DTensor, which a change of the weight shows in."""
+        return (self.tensor,) if self.shard is None else (self.shard,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,10 +258,6 @@ class ShardedWeight(BaseWeight):
     def tensors(self) -> tuple[Tensor, ...]:
         """The DTensor."""
         return (self.tensor,)
-
-    def watched(self) -> tuple[Tensor, ...]:
-        """What lies here of it."""
-        return (here(self.tensor),)
 
     def maker(self) -> Callable[..., BaseWeight]:
         """Of the DTensor."""

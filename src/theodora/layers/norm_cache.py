@@ -226,9 +226,10 @@ def _tensors(weight: BaseWeight, adapter: LowRank) -> tuple[Tensor | None, ...]:
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
-    tensor = here(tensor)
-    memory = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     version = 0 if tensor.is_inference() else tensor._version
+    if (part := here(tensor)) is not tensor:  # what is written to all parts leaves its version on the DTensor alone
+        tensor, version = part, (version, part._version)
+    memory = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return memory, tensor.data_ptr(), tensor.shape, tensor.stride(), version, tensor.dtype
 
 

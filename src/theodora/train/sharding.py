@@ -51,8 +51,9 @@ def shard_model(model: nn.Module, how: How, processes: Processes, *, cpu_offload
     mesh = _mesh(how, processes, device)
     offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     ignored = _left_out(model)
-    for parameter in ignored:  # `fully_shard` moves only what it cuts
+    for parameter in _in_order(model, ignored):  # `fully_shard` moves only what it cuts
         parameter.data = parameter.data.to(device)
+        torch.distributed.broadcast(parameter.data, 0)  # as DDP does: whoever drew it by other numbers has these
     options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload, "ignored_params": ignored}
     for block in _blocks(model):
         fully_shard(block, **options)
@@ -180,6 +181,11 @@ def _left_out(model: nn.Module) -> set[nn.Parameter]:
     adapters += [module.token_rows for module in model.modules() if isinstance(module, TokenRowsLayer)]
     own = {parameter for module in adapters for parameter in module.parameters()}
     return own | {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def _in_order(model: nn.Module, some: set[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters in the model's order, which is the same in every process."""
+    return [parameter for parameter in model.parameters() if parameter in some]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
