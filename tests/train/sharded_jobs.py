@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -301,6 +302,52 @@ def comes_off(processes, folder):
     theodora.remove_adapter(model)
     with torch.no_grad():
         return largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
+
+
+def sharded_by_accelerate(model, processes, efficient):
+    """As `accelerate launch --use_fsdp --fsdp_version 2` does it, adapter included; on a CPU it does not by itself."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=efficient
+    )
+    stub = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        is_main_process=processes.index == 0,
+    )
+    return fsdp2_prepare_model(stub, model)
+
+
+@job
+def trains_as_accelerate_shards(processes, folder):
+    model = sharded_by_accelerate(adapted(), processes, efficient=True)
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    losses, parts = steps(model, IDS.chunk(processes.count)[processes.index])
+    found = losses, [part.full_tensor() for part in parts]
+    return found, alone(processes)
+
+
+@job
+def lives_on_as_accelerate_shards(processes, folder):
+    model, plain = sharded_by_accelerate(adapted(), processes, efficient=False), adapted()
+    found = {}
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            found["eval"] = largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
+        with theodora.adapter_disabled(model), theodora.adapter_disabled(plain):
+            found["disabled"] = largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
+    model.train()
+    theodora.save_adapter(model, folder / f"by_all{processes.index}")
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if processes.index == 0:
+        model.save_pretrained(folder / "gathered", state_dict=whole)
+        theodora.save_adapter(plain, folder / "by_one")
+    dist.barrier()
+    return found, refusal(lambda: theodora.merge_adapter(model))
 
 
 @job

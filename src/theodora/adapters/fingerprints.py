@@ -22,7 +22,7 @@ def layers_fingerprint(model: nn.Module, layers: dict[str, AdapterLayer]) -> dic
     """
     if any(managed(layer) for layer in layers.values()):
         noted = require_state(model).fingerprints
-        if found := {path: noted[path] for path in layers if path in noted}:
+        if found := {path: noted[path] for path in sorted(layers) if path in noted}:
             return found
     return base_fingerprint(list(layers), lambda path: module_fingerprint(layers[path]))
 
