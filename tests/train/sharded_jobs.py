@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -348,6 +349,48 @@ def lives_on_as_accelerate_shards(processes, folder):
         theodora.save_adapter(plain, folder / "by_one")
     dist.barrier()
     return found, refusal(lambda: theodora.merge_adapter(model))
+
+
+def quantised(**config):
+    """An adapted tiny model in NF4, whose numbers lie in a floating point dtype."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    for block in model.model.layers:
+        for path, module in list(block.named_modules()):
+            if type(module) is nn.Linear:
+                new = Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    bias=False,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                    quant_storage=torch.float32,
+                )
+                new.weight = Params4bit(
+                    module.weight.data, requires_grad=False, quant_type="nf4", quant_storage=torch.float32, module=new
+                )
+                block.set_submodule(path, new)
+    model = inject_adapter(model.to("cpu"), AdapterConfig(rank=2, **config)).train()
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@job
+def trains_quantised(processes, folder):
+    model = quantised()
+    found = sharded_steps(processes, model)
+    plain = quantised()
+    expected = steps(plain, IDS, accumulation=processes.count)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        difference = largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
+    layer = "model.layers.1.mlp.down_proj"
+    held, whole = model.get_submodule(layer).current_weight, plain.get_submodule(layer).current_weight
+    differences = [difference, largest([held.dense()], [whole.dense()]), largest([held.norm_squared()], [whole.norm_squared()])]
+    cut = model.get_submodule(layer).weight
+    return found, expected, differences, (cut.to_local().numel(), cut.numel()), refusal(lambda: theodora.merge_adapter(model))
 
 
 @job

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from theodora.errors import ConfigError
 from theodora.functional import row_norm_squared, wide_dtype
 from theodora.kernels.base_weight import BaseWeight, PlainWeight
+from theodora.kernels.library_weight import LibraryWeight
+from theodora.kernels.packed import Packed
 
 _SHARD = "_theodora_shard"
 _MANAGED = "_is_fsdp_managed_module"  # what `fully_shard` writes on each module whose parameters it looks after
@@ -53,12 +55,27 @@ def managed(module: nn.Module) -> bool:
     return _MANAGED in module.__dict__
 
 
-def managed_weight(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight | None:
-    """`tensor`, the weight of a `managed` module, as it is now; None if it is neither sharded nor a plain one."""
+def managed_weight(
+    module: nn.Module, tensor: Tensor, transposed: bool, library: Callable[[nn.Module, Tensor], LibraryWeight | None]
+) -> BaseWeight | None:
+    """`tensor`, the weight of a `managed` module, as it is now; None if it is of a kind that is not sharded.
+
+    Args:
+        module: the module.
+        tensor: its weight.
+        transposed: whether that is (I, O).
+        library: gives a weight that another library has quantised, if it is one.
+    """
     if is_sharded(tensor):
         if tensor is module._parameters.get("weight"):  # not what a merged weight has set aside
             module.__dict__[_SHARD] = tensor
-        return ShardedWeight(tensor, transposed) if type(here(tensor)) is Tensor else None
+        if type(here(tensor)) is not Tensor:
+            return None
+        if (packed := library(module, nn.Parameter(here(tensor), requires_grad=False))) is not None:
+            return ShardedLibraryWeight(packed, tensor)
+        return ShardedWeight(tensor, transposed)
+    if (packed := library(module, tensor)) is not None:
+        return GatheredLibraryWeight(packed, shard_of(module))
     return GatheredWeight(tensor, transposed, shard_of(module)) if type(tensor.data) is Tensor else None
 
 
@@ -262,6 +279,100 @@ class ShardedWeight(BaseWeight):
     def maker(self) -> Callable[..., BaseWeight]:
         """Of the DTensor."""
         return partial(ShardedWeight, transposed=self.transposed)
+
+
+class GatheredLibraryWeight(LibraryWeight):
+    """A whole weight that another library has quantised, while its block runs: as `GatheredWeight`."""
+
+    __slots__ = ("_shard",)
+
+    captures = False  # pyright: ignore[reportAssignmentType]
+    lies_still = False
+
+    def __init__(self, packed: LibraryWeight, shard: Any) -> None:
+        """Of what the library's module holds.
+
+        Args:
+            packed: the weight.
+            shard: the DTensor that its packed numbers are gathered from, if that is known.
+        """
+        super().__init__(packed.format, *packed.tensors())
+        self._shard = shard
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """The DTensor in the place of the packed numbers."""
+        packed, *rest = super().watched()
+        return (packed if self._shard is None else self._shard, *rest)
+
+
+class ShardedLibraryWeight(LibraryWeight):
+    """A weight that another library has quantised, between passes: its packed numbers are a DTensor.
+
+    Its scales are whole in every process. Whatever reads its numbers gathers them: every process has to call it.
+    """
+
+    __slots__ = ("_shard",)
+
+    captures = False  # pyright: ignore[reportAssignmentType]
+    lies_still = False
+
+    def __init__(self, part: LibraryWeight, shard: Any) -> None:
+        """Of what the library's module holds.
+
+        Args:
+            part: the weight, of whose packed numbers only those that lie here are there.
+            shard: the DTensor of the packed numbers.
+        """
+        super().__init__(part.format, *part.tensors())
+        self._shard = shard
+
+    def _whole(self) -> LibraryWeight:
+        packed = whole(self._shard.detach()).view(self._tensors[0].dtype)
+        return LibraryWeight(self.format, packed, *self._tensors[1:])
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None = None, shared: Any = None) -> Tensor:
+        """There is none, as for `ShardedWeight`.
+
+        Raises:
+            ConfigError: always.
+        """
+        return ShardedWeight(self._shard).product(x_TI)
+
+    def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
+        """There is none, as for `product`."""
+        return self.product(dz_TO)
+
+    def rows(self, at: slice | Tensor = slice(None)) -> Tensor:
+        """Of the gathered weight."""
+        return self._whole().rows(at)
+
+    def norm_squared(self) -> Tensor:
+        """Of the gathered weight."""
+        return self._whole().norm_squared()
+
+    def times_a(self, a_RI: Tensor) -> Tensor:
+        """Of the gathered weight."""
+        return self._whole().times_a(a_RI)
+
+    def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
+        """Of the gathered weight."""
+        return self._whole().dora_norm(a_RI, b_OR, scale, w_norm_sq_O)
+
+    def packed(self) -> Packed | None:
+        """None."""
+        return None
+
+    def split(self, outputs: int) -> list[BaseWeight]:
+        """Of the gathered weight."""
+        return self._whole().split(outputs)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Of the gathered weight."""
+        return self._whole().dense(dtype)
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """The DTensor in the place of the packed numbers."""
+        return (self._shard, *super().watched()[1:])
 
 
 def _moved(tensor: Any) -> Tensor:

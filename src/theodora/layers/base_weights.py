@@ -69,7 +69,7 @@ def weight_in(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight
     """
     if is_float8(module, tensor):
         return Float8Weight(tensor, module.weight_scale, module.plain_dtype, transposed)  # pyright: ignore[reportArgumentType]
-    if managed(module) and (weight := managed_weight(module, tensor, transposed)) is not None:
+    if managed(module) and (weight := managed_weight(module, tensor, transposed, libraries.library_weight)) is not None:
         return weight
     return libraries.library_weight(module, tensor) or PlainWeight(tensor, transposed)
 

@@ -93,6 +93,8 @@ def cannot_replace_weight(module: nn.Module, *, shared: bool = False) -> str | N
     if weight is None:
         return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
     if is_sharded(weight) and managed(module) and type(here(weight)) is Tensor:
+        if library_weight(module, nn.Parameter(here(weight), requires_grad=False)) is not None:
+            return "its weight is quantised and sharded, and the merged one would be whole in every process"
         return "its weight is sharded, and shared with another module or extended by rows" if shared else None
     if type(weight.data) is not Tensor and library_weight(module, weight) is None:
         return f"its weight is sharded or special ({type(weight.data).__name__})"

@@ -18,6 +18,7 @@ from torch import nn
 from theodora.errors import ConfigError
 from theodora.kernels.sharded_weight import is_sharded
 from theodora.layers import AdapterLayer
+from theodora.layers.float8 import Float8Layer
 from theodora.layers.token_rows import TokenRowsLayer
 
 if TYPE_CHECKING:
@@ -101,13 +102,18 @@ def why_not(model: nn.Module | Any, how: str) -> str | None:
         how: "fsdp2" or "hsdp".
     """
     if how not in ("fsdp2", "hsdp"):
-        return f"sharding {how!r} is not known; there are fsdp2 and hsdp."
+        return f"Sharding {how!r} is not known; there are fsdp2 and hsdp."
     if not isinstance(model, nn.Module):
         return _why_not_quantised(getattr(model, "quantization_config", None))
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        return "the model is sharded already (its parameters are DTensors); shard it once."
+        return "The model is sharded already (its parameters are DTensors); it is cut once."
     if next(iter(model.parameters()), None) is None:
-        return "the model has no parameters."
+        return "The model has no parameters to shard."
+    if any(isinstance(module, Float8Layer) for module in model.modules()):
+        return (
+            "A base in float8 (--base-dtype fp8) cannot be sharded over processes: its scales would stay whole and its "
+            "rows be cut apart from them. Give --sharding none, or another base_dtype."
+        )
     config = getattr(model, "config", None)
     return _why_not_quantised(getattr(config, "quantization_config", None))
 
@@ -163,12 +169,12 @@ def _mesh(how: How, processes: Processes, device: torch.device) -> DeviceMesh:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes.count)))
     if local == processes.count:
         raise ConfigError(
-            f"sharding hsdp keeps a whole model on each machine, and all {local} processes run on one: give "
+            f"Sharding hsdp keeps a whole model on each machine, and all {local} processes run on one: give "
             "--sharding fsdp2, which is the same there."
         )
     if local == 1 or processes.count % local:
         raise ConfigError(
-            f"sharding hsdp shards within a machine; {local} of {processes.count} processes run on this one (expected: "
+            f"Sharding hsdp shards within a machine; {local} of {processes.count} processes run on this one (expected: "
             "several, and as many on each). Give --sharding fsdp2, or start as many processes on every machine."
         )
     shape = processes.count // local, local
@@ -213,8 +219,41 @@ def _why_not_quantised(quantization: Any) -> str | None:
     if quantization is None:
         return None
     said: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    method = str(getattr(said.get("quant_method"), "value", said.get("quant_method")) or "unknown")
-    return f"a base quantised by {method} cannot be sharded."
+    method = said.get("quant_method")
+    method = str(getattr(method, "value", method) or "")
+    if said.get("load_in_4bit") or said.get("_load_in_4bit"):
+        storage = str(said.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+        if storage in _STORAGE:
+            return None
+        return (
+            f"The base's NF4 or FP4 numbers are stored as {storage}, which fully_shard cannot cut: bitsandbytes finds "
+            "its scales again only for a floating point storage dtype. Expected bnb_4bit_quant_storage="
+            "bfloat16 (of the model's own dtype), or --sharding none."
+        )
+    kind = "bitsandbytes int8 (LLM.int8())" if said.get("load_in_8bit") else _NAMES.get(method, method or "unknown")
+    why = _REASONS.get("int8" if said.get("load_in_8bit") else method, "its layers keep more than one packed tensor")
+    return (
+        f"A base quantised by {kind} cannot be sharded over processes: {why}. Give --sharding none (each process "
+        "holds the whole base), or a base in NF4 with a floating point storage dtype, or a plain one."
+    )
+
+
+_STORAGE = ("bfloat16", "float16", "float32", "float64")
+_NAMES = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "fine-grained FP8",
+}
+_REASONS = {
+    "int8": "its scales lie on the parameter itself, where cutting it loses them",
+    "gptq": "its packed numbers are buffers, which fully_shard leaves whole",
+    "awq": "its packed numbers are buffers, which fully_shard leaves whole",
+    "hqq": "its scales lie in a dictionary beside the packed numbers, which is not cut with them",
+    "torchao": "its tensors are of classes that cannot all be gathered from parts",
+}
 
 
 __all__ = ["asked_of_accelerate", "average_gradients", "gathered", "shard_model", "why_not"]
