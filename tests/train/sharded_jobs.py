@@ -23,9 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import theodora
 from theodora import AdapterConfig, inject_adapter
+from theodora.conformance import suite
+from theodora.conformance.cases import KINDS
+from theodora.conformance.trial import Trial
 from theodora.errors import ConfigError
 from theodora.kernels.base_weight import PlainWeight
-from theodora.kernels.sharded_weight import GatheredWeight, ShardedWeight
+from theodora.kernels.sharded_weight import GatheredWeight, ShardedWeight, whole
 from theodora.layers import base, norm_cache
 from theodora.train import sharding
 from tiny import tiny_model
@@ -182,7 +185,10 @@ def norms(processes, folder):
         norm_sq = weight.norm_squared()
         plain = PlainWeight(w)
         expected = plain.dora_norm(a, b, 0.5, plain.norm_squared())
-        found += [largest([norm_sq], [plain.norm_squared()]), largest([weight.dora_norm(a, b, 0.5, norm_sq)], [expected])]
+        found += [
+            largest([norm_sq], [plain.norm_squared()]),
+            largest([weight.dora_norm(a, b, 0.5, norm_sq)], [expected]),
+        ]
         found += [largest([weight.dense()], [w]), largest([weight.rows(torch.tensor([0]))], [w[:1]])]
     return found
 
@@ -343,9 +349,9 @@ def lives_on_as_accelerate_shards(processes, folder):
             found["disabled"] = largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
     model.train()
     theodora.save_adapter(model, folder / f"by_all{processes.index}")
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if processes.index == 0:
-        model.save_pretrained(folder / "gathered", state_dict=whole)
+        model.save_pretrained(folder / "gathered", state_dict=gathered)
         theodora.save_adapter(plain, folder / "by_one")
     dist.barrier()
     return found, refusal(lambda: theodora.merge_adapter(model))
@@ -387,10 +393,56 @@ def trains_quantised(processes, folder):
     with torch.no_grad():
         difference = largest([model(input_ids=IDS).logits], [plain(input_ids=IDS).logits])
     layer = "model.layers.1.mlp.down_proj"
-    held, whole = model.get_submodule(layer).current_weight, plain.get_submodule(layer).current_weight
-    differences = [difference, largest([held.dense()], [whole.dense()]), largest([held.norm_squared()], [whole.norm_squared()])]
+    held, other = model.get_submodule(layer).current_weight, plain.get_submodule(layer).current_weight
+    differences = [
+        difference,
+        largest([held.dense()], [other.dense()]),
+        largest([held.norm_squared()], [other.norm_squared()]),
+    ]
     cut = model.get_submodule(layer).weight
-    return found, expected, differences, (cut.to_local().numel(), cut.numel()), refusal(lambda: theodora.merge_adapter(model))
+    return (
+        found,
+        expected,
+        differences,
+        (cut.to_local().numel(), cut.numel()),
+        refusal(lambda: theodora.merge_adapter(model)),
+    )
+
+
+class ShardedTrial(Trial):
+    """A trial whose models are sharded once their adapters have their numbers."""
+
+    processes: Any = None
+
+    def subject(self, **seeds):
+        subject = super().subject(**seeds)
+        sharding.shard_model(subject.model, "fsdp2", self.processes)
+        weight = subject.weight
+        subject.weight = lambda kind: whole(weight(kind))
+        return subject
+
+
+CONFORMING = ["forward", "backward", "inference", "switch", "disable", "merge", "save-load", "gathered", "train-loaded"]
+
+
+@job
+def conforms(processes, folder):
+    """The conformance suite's rows on sharded models; what did not hold, and how much did."""
+    ShardedTrial.processes, plain = processes, suite.Trial
+    suite.Trial = ShardedTrial
+    kinds = [kind for kind in KINDS if kind != "tied_head"]
+    try:
+        jobs = suite.plan(
+            operations=CONFORMING,
+            variants=["dora", "lora"],
+            dtypes=["fp32", "bf16"],
+            kinds=kinds,
+            libraries=["theodora"],
+        )
+        rows = [row for each in jobs for row in suite.run_job(each)]
+    finally:
+        suite.Trial = plain
+    return [row for row in rows if row.status != "held"], len(rows), {row.operation for row in rows}
 
 
 @job

@@ -104,7 +104,9 @@ def _check_places(model: nn.Module, name: str) -> None:
         for path, module in modules.items()
         if (why := cannot_replace_weight(module, shared=path in rows or owners[id(module.weight)] > 1))
     ]
-    if any(is_sharded(tensor) for layer in adapter_layers(model, name).values() for tensor in layer.adapters.parameters()):
+    if any(
+        is_sharded(tensor) for layer in adapter_layers(model, name).values() for tensor in layer.adapters.parameters()
+    ):
         problems.append("the adapter itself is sharded")
     if problems:
         raise ConfigError(

@@ -130,7 +130,9 @@ def _tensors(
                 copy = base_parameter(model, path) if state_dict is None else state_dict[path]
                 base = "base_layer.weight" if module in layers else "token_adapter.base_layer.weight"
                 tensors[f"{module}.{base}" if module in layers or module in with_rows else path] = copy
-    return {KEY_PREFIX + key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return {
+        KEY_PREFIX + key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()
+    }
 
 
 def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> LowRank:

@@ -32,7 +32,7 @@ _MANAGED = "_is_fsdp_managed_module"  # what `fully_shard` writes on each module
 
 
 def is_sharded(tensor: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor, of which this process holds a part. (Asking the class would import torch.distributed.)"""
+    """Whether it is a DTensor, of which a part lies here. (Asking for the class would import torch.distributed.)"""
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
@@ -211,7 +211,7 @@ class ShardedWeight(BaseWeight):
         """
         raise ConfigError(
             "This layer's weight is sharded over processes (fully_shard) and whole only while the model runs: call the "
-            "model in every process instead of one of its layers, or unshard() the block that the layer stands in first."
+            "model in every process instead of one of its layers, or unshard() the layer's block first."
         )
 
     def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
