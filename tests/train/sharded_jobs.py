@@ -422,7 +422,7 @@ class ShardedTrial(Trial):
         return subject
 
 
-CONFORMING = ["forward", "backward", "inference", "switch", "disable", "merge", "save-load", "gathered", "train-loaded"]
+CONFORMING = ["forward", "backward", "inference", "switch", "disable", "merge", "save-load"]
 
 
 @job
@@ -434,8 +434,8 @@ def conforms(processes, folder):
     try:
         jobs = suite.plan(
             operations=CONFORMING,
-            variants=["dora", "lora"],
-            dtypes=["fp32", "bf16"],
+            variants=["dora"],
+            dtypes=["fp32"],
             kinds=kinds,
             libraries=["theodora"],
         )

@@ -1,6 +1,7 @@
 """FSDP2 under our adapters: processes that share a base do what one process does, and DDP; and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from crash.killing import fork_server
+from theodora import ConfigError
+from theodora.train.sharding import asked_of_accelerate, why_not
 from train import sharded_jobs
 
 # Sums of gradients over processes and over accumulated parts round alike but for their order.
@@ -141,3 +144,59 @@ def test_gradients_are_averaged(two):
         assert torch.equal(some, torch.full((3, 2), 0.5))
         assert none is None
         assert torch.equal(half, torch.ones(5).bfloat16())
+
+
+def test_training_where_accelerate_shards_the_adapter_too(two):
+    check_same(of(two, "trains_as_accelerate_shards"))
+
+
+def test_what_accelerate_has_sharded_is_saved(two, folder):
+    for differences, refused in of(two, "lives_on_as_accelerate_shards"):
+        assert max(differences.values()) < 1e-5
+        assert "the adapter itself is sharded" in refused
+    expected = load_file(folder / "by_one" / "adapter_model.safetensors")
+    for which in ("by_all0", "by_all1", "gathered"):
+        saved = load_file(folder / which / "adapter_model.safetensors")
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
+def test_nf4_is_sharded(two):
+    values = of(two, "trains_quantised")
+    check_same([(found, expected) for found, expected, *_ in values])
+    for *_, differences, share, refused in values:
+        assert max(differences) < 1e-5
+        assert share[0] / share[1] == 0.5
+        assert "quantised and sharded" in refused
+
+
+def test_the_conformance_suite_holds(two):
+    for broken, count, operations in of(two, "conforms"):
+        assert not broken
+        assert count >= len(operations) * 6
+        assert operations == set(sharded_jobs.CONFORMING)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        (None, None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_storage=bfloat16"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"LLM.int8"),
+        ({"quant_method": "gptq"}, "GPTQ cannot be sharded"),
+        ({"quant_method": "fp8"}, "fine-grained FP8 cannot be sharded"),
+    ],
+)
+def test_what_can_be_sharded_is_known_before_loading(quantization, says):
+    found = why_not(SimpleNamespace(quantization_config=quantization), "fsdp2")
+    assert (found is None) if says is None else (says in found)
+
+
+def test_what_accelerate_was_asked_for(monkeypatch):
+    assert asked_of_accelerate() is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--sharding fsdp2"):
+        asked_of_accelerate()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asked_of_accelerate() == "fsdp2"

@@ -132,7 +132,7 @@ def trained_tensors(model: nn.Module, name: str | None = None) -> dict[str, nn.P
 
 
 def full_copies(model: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Parameter]:
-    """Parameter path → the adapter's own copy; of the active one what is in place, which `fully_shard` may have made."""
+    """Parameter path → the adapter's own copy; of the active one what is in place, perhaps sharded."""
     in_place = state.active == name
     return {path: model.get_parameter(path) if in_place else own for path, own in state.full[name].items()}
 
