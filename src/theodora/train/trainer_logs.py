@@ -100,10 +100,16 @@ class LogOverrides(CountingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Overrides TRL 1.16's `SFTTrainer.log`: fetches the metrics from the device first, all at once."""
         metrics = self.metrics_of(self.mode)
-        if self.mode == "eval":  # those of training are sent for by the step that is logged
+        # Those of training are sent for by the step that is logged; the summary of a run has none.
+        if self.mode == "eval" and "train_runtime" not in logs:
             replace_metrics(metrics, self._of_all(dict(metrics), self.loss_sum)[0])
         metrics.update(DeferredMetrics(metrics).read())
         super().log(logs, start_time)
+
+    def store_flos(self) -> None:
+        """Overrides transformers 5.17 to 5.23's `Trainer.store_flos`: other processes do as much."""
+        self.current_flos *= self.processes.count
+        super().store_flos()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Overrides TRL 1.16's `_BaseTrainer.create_model_card`: the run writes a card of its own."""

@@ -91,6 +91,10 @@ class StepOverrides(PassOverrides):
             items = self.processes.sum(torch.as_tensor(items, device=self.args.device))
         return batches, items
 
+    def get_total_train_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_total_train_batch_size`: rows in a step of all processes."""
+        return super().get_total_train_batch_size(*args, **kwargs) * self.processes.count
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Overrides transformers 5.17 to 5.23's `Trainer.get_decay_parameter_names`, which leaves out biases and norms.
 
