@@ -35,7 +35,7 @@ class Scenario:
     environment: Mapping[str, str] = field(default_factory=dict)
     as_on_gpu: bool = False
     dies: tuple[int, int, str] | None = None
-    """Process, step, and how: `kill` or `raise`."""
+    """Process, step, and how: `kill`, `sigterm` or `raise`."""
     without: str | None = None
     """A folder that is deleted first."""
 
@@ -106,8 +106,8 @@ def _dying(base: Any, how: tuple[int, int, str]) -> Any:
     class Dying(base):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == how[1]:
-                if how[2] == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError("the disk is on fire")
+                if how[2] == "raise":
+                    raise OSError("the disk is on fire")
+                os.kill(os.getpid(), signal.SIGKILL if how[2] == "kill" else signal.SIGTERM)
 
     return Dying
