@@ -81,7 +81,7 @@ def _act(index: int, count: int, scenarios: Sequence[Scenario], ports: Sequence[
 def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     import recorder
     from theodora.config import TrainConfig
-    from theodora.train import callbacks, train, trainer_loss, trainer_passes
+    from theodora.train import callbacks, train, trainer, trainer_loss, trainer_passes
     from undrawn import leave_losses_blank
 
     leave_losses_blank(patch)
@@ -91,6 +91,13 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str,
         patch.setattr(trainer_passes, "graphs_pay", lambda device: True)
     if scenario.dies is not None and scenario.dies[0] == index:
         patch.setattr(sys.modules["theodora.train.run"], "CountUpdates", _dying(callbacks.CountUpdates, scenario.dies))
+    made, init = [], trainer.AdapterTrainer.__init__
+
+    def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    patch.setattr(trainer.AdapterTrainer, "__init__", remember)
     options = dict(scenario.options) | dict(scenario.of_process.get(index, {}))
     printed = io.StringIO()
     errors = io.StringIO()
@@ -99,7 +106,7 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str,
             result = train(TrainConfig.from_options(options), console=Console(file=printed, width=120))
     except BaseException as error:
         return {"error": type(error).__name__, "text": str(error), "printed": printed.getvalue()}
-    return {"error": None, "printed": printed.getvalue(), **result.to_dict()}
+    return {"error": None, "replays": made[0].graph_replays, "printed": printed.getvalue(), **result.to_dict()}
 
 
 def _dying(base: Any, how: tuple[int, int, str]) -> Any:

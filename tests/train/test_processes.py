@@ -16,6 +16,7 @@ from theodora.train import train
 from theodora.train.checkpoints import newest_checkpoint
 from theodora.train.wholeness import faults
 
+SKIPS = {"max_loss": 5.98, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
 FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
 KINDS = {
     # 33 rows in batches of 3: the last of an epoch's 11 batches is one process' alone
@@ -66,7 +67,8 @@ def two(base, folder):
         kind("configured", {}, of_process={1: {"learning_rate": 0.5}}),
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
-        kind("skips", {"max_loss": 5.0, "on_nan": "skip"}),
+        kind("skips", SKIPS),
+        kind("sharded", KINDS["plain"] | {"sharding": "fsdp2"}),
         kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
     ]
     return launch(2, scenarios, folder)
@@ -104,7 +106,8 @@ def test_one_process_speaks_and_writes(two, folder):
     assert "2 processes on 1 machine, DDP, gloo" in first["printed"]
     assert "the last batch of an epoch goes to the first process" in first["printed"]
     assert "each sent 31.5 kB a step" in first["printed"]
-    assert first["bytes_per_step"] == 4 * first["trainable_parameters"] and first["processes"] == 2
+    assert first["bytes_per_step"] == 4 * first["trainable_parameters"]
+    assert first["processes"] == 2
     assert second["printed"] == ""
     for name in ("tokens", "eval_loss", "train_loss", "steps"):
         assert first[name] == second[name]
@@ -113,7 +116,7 @@ def test_one_process_speaks_and_writes(two, folder):
 
 def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
     assert [found["error"] for found in two["as-on-gpu"]] == [None, None], two["as-on-gpu"]
-    assert "CUDA graphs" in two["as-on-gpu"][0]["text"] or True
+    assert all(found["replays"] > 0 for found in two["as-on-gpu"])
     options = {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     run(**base | options | {"output": str(tmp_path / "one")})
     trace(folder / "as-on-gpu", tmp_path / "one")
@@ -121,9 +124,11 @@ def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
 
 def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
     first, second = two["again"]
-    assert second["error"] == "OSError" and "on fire" in second["text"]
+    assert second["error"] == "OSError"
+    assert "on fire" in second["text"]
     assert first["error"] == "OtherFailed", first
-    assert "Process 1 failed: the disk is on fire" in first["text"] and "process-1.txt" in first["text"]
+    assert "Process 1 failed: the disk is on fire" in first["text"]
+    assert "process-1.txt" in first["text"]
     assert "--resume auto" in first["text"]
     assert "on fire" in (folder / "again" / "logs" / "process-1.txt").read_text()
     assert [found["error"] for found in two["resumed"]] == [None, None], two["resumed"]
@@ -146,35 +151,51 @@ def test_processes_that_disagree_say_so(two):
     assert first["error"] == "ConfigError"
     assert "learning_rate: 0.01 in process 0, 0.5 in process 1" in first["text"]
     assert second["error"] == "SaidByFirst"
-    assert two["rows"][0]["error"] == "ConfigError" and "data" in two["rows"][0]["text"]
+    assert two["rows"][0]["error"] == "ConfigError"
+    assert "data" in two["rows"][0]["text"]
 
 
 def test_what_the_first_process_fails_at_ends_the_others_at_once(two):
     first, second = two["first-fails"]
-    assert first["error"] == "DataError" and "none.jsonl" in first["text"]
-    assert second["error"] == "SaidByFirst" and "none.jsonl" in second["text"]
+    assert first["error"] == "DataError"
+    assert "none.jsonl" in first["text"]
+    assert second["error"] == "SaidByFirst"
+    assert "none.jsonl" in second["text"]
 
 
-def test_all_skip_the_same_steps(two, folder):
-    first, second = two["skips"]
-    assert first["error"] is None, first
-    assert first["steps"] == second["steps"] == 6 and first["train_loss"] == second["train_loss"]
-    assert (folder / "skips" / "bad_batches.jsonl").is_file()
+def test_all_skip_the_same_steps(two, folder, run, base, tmp_path):
+    assert [found["error"] for found in two["skips"]] == [None, None], two["skips"]
+    run(**base | SKIPS | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
+    trace(folder / "skips", tmp_path / "one")
+    files = [folder / "skips" / "bad_batches.jsonl", folder / "skips" / "bad_batches-1.jsonl"]
+    steps = [{json.loads(line)["step"] for line in file.read_text().splitlines()} for file in files]
+    assert 0 < len(steps[0]) < 6
+    assert steps[0] == steps[1]
+
+
+def test_sharded_weights_trace_one_process_too(two, folder):
+    assert [found["error"] for found in two["sharded"]] == [None, None], two["sharded"]
+    assert "FSDP2, gloo" in two["sharded"][0]["printed"]
+    trace(folder / "sharded", folder / "plain")
 
 
 def test_all_stop_when_one_is_told_to(two, folder):
     assert [found["error"] for found in two["stopped"]] == ["TrainingInterrupted", "SaidByFirst"], two["stopped"]
     (checkpoint,) = (folder / "stopped" / "checkpoints").iterdir()
-    assert not faults(checkpoint) and checkpoint.name in ("checkpoint-5", "checkpoint-6")
+    assert not faults(checkpoint)
+    assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
 
 
 def test_a_killed_process_ends_the_run_which_can_go_on(killed, folder):
     first, second = killed
     assert second["error"] == "no word"
-    assert first["error"] == "OtherFailed" and "No answer from process 1" in first["text"], first
-    assert "20 s (ddp_timeout" in first["text"] and "--resume auto" in first["text"]
+    assert first["error"] == "OtherFailed", first
+    assert "No answer from process 1" in first["text"]
+    assert "20 s (ddp_timeout" in first["text"]
+    assert "--resume auto" in first["text"]
     newest = newest_checkpoint(folder / "killed")
-    assert newest is not None and newest.name == "checkpoint-4"
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
 
 
 def same(one: Path, other: Path):

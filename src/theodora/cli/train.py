@@ -75,6 +75,8 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "quantize",
             "kernels",
             "gradient_checkpointing",
+            "sharding",
+            "cpu_offload",
             "on_nan",
             "max_loss",
             "seed",

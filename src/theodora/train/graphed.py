@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from theodora.data.packing import packed_batch
 from theodora.layers.libraries import why_not_captured
 from theodora.train.fused_loss import LEARNED, Head, Learned
+from theodora.train.processes import Processes
 from theodora.train.tried import is_true, tried
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -35,6 +36,7 @@ def why_no_graph(trainer: Trainer) -> str | None:
     model: Any = trainer.model
     config = model.config.get_text_config()
     reasons = {
+        "the weights are sharded": Processes.here().sharding is not None,
         "the model is not on one device": any(p.device != arguments.device for p in model.parameters()),
         "torch.compile": arguments.torch_compile,
         "fp16 scales its losses": accelerator.scaler is not None,

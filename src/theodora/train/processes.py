@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import accelerate.state
 import torch
@@ -54,6 +54,8 @@ class Processes:
     """Like `patient`, the processes of this machine alone."""
     first_here: int = 0
     """The first process of this machine."""
+    sharding: Literal["fsdp2", "hsdp"] | None = None
+    """How the frozen weights are cut over them; None: each has them all."""
 
     @staticmethod
     def here() -> Processes:
@@ -78,7 +80,8 @@ class Processes:
     def described(self) -> str:
         """`2 processes on 1 machine, DDP, gloo`."""
         machines = f"{self.machines} machine{'' if self.machines == 1 else 's'}"
-        return f"{self.count} processes on {machines}, DDP, {self.backend}"
+        kind = {None: "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}[self.sharding]
+        return f"{self.count} processes on {machines}, {kind}, {self.backend}"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of what each process has; every process calls this."""

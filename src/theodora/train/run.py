@@ -51,6 +51,7 @@ from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.self_stopping import SelfStopping, count_self_stops
+from theodora.train.sharding import shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.together import check_seen, logged, together
 from theodora.train.trainer import AdapterTrainer
@@ -103,7 +104,11 @@ def _train_in_order(
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)
                 prepared.notes[:0] = said
+                if processes.alone and config.sharding in ("fsdp2", "hsdp"):
+                    prepared.notes.append(f"sharding {config.sharding} has no effect: there is one process")
                 prepared.given, prepared.past = config, past
+                if processes.sharding is not None:
+                    shard_model(prepared.model, processes.sharding, processes, cpu_offload=config.cpu_offload)
             with (
                 restored_afterwards(prepared.model),
                 fast_path(prepared.model, prepared.config, arguments.device) as path,
@@ -201,7 +206,9 @@ def _train(
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds, moved)
-    stops = processes.first_does(lambda: _count_stops(prepared), patient=True)
+    # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
+    asks = processes.sharding is None
+    stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
     processes.first_does(lambda: _end_record(prepared, plan, result))
     notes = (
@@ -316,7 +323,9 @@ def _remainder(rows: int, arguments: SFTConfig, processes: Processes) -> list[st
     over = (rows // size if arguments.dataloader_drop_last else math.ceil(rows / size)) % processes.count
     if not over:
         return []
-    last, ones = ("batch of an epoch goes", "process") if over == 1 else (f"{over} batches of an epoch go", f"{over} processes")
+    last, ones = (
+        ("batch of an epoch goes", "process") if over == 1 else (f"{over} batches of an epoch go", f"{over} processes")
+    )
     return [f"the last {last} to the first {ones}; the others add nothing to that step, whose loss is per token"]
 
 

@@ -11,8 +11,10 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ from theodora.errors import ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import LOCK
 from theodora.train.launched import Launched, check_devices, check_engine, launched, on_cpu, unseen
 from theodora.train.processes import OtherFailed, Processes, SaidByFirst, are_here
+from theodora.train.sharding import asked_of_accelerate
 from theodora.train.stop import TrainingInterrupted
 
 LOGS = "logs"
@@ -51,13 +54,14 @@ def together(config: TrainConfig) -> Iterator[Processes]:
     """
     found = launched()
     check_engine(config)
+    sharding = _sharding(config, found)
     if found is None:
         with unseen():
             yield Processes()
         return
     timeout = _timeout(config)
     began = _begin(config, found, timeout)
-    processes = _join(found, timeout)
+    processes = replace(_join(found, timeout), sharding=sharding)
     try:
         with unseen(), are_here(processes), _told(processes, config, timeout):
             processes.agree("configuration", _settings(config))
@@ -66,6 +70,24 @@ def together(config: TrainConfig) -> Iterator[Processes]:
         if began:
             with suppress(Exception):  # others may be gone
                 distributed.destroy_process_group()
+
+
+def _sharding(config: TrainConfig, found: Launched | None) -> Any:
+    """How the frozen weights are cut; None: not at all."""
+    asked = asked_of_accelerate()
+    if asked is not None and config.sharding not in ("auto", asked):
+        raise ConfigError(
+            f"accelerate was told to shard by {asked}, and sharding is {config.sharding}. Leave one of the two out."
+        )
+    how = asked if config.sharding == "auto" else None if config.sharding == "none" else config.sharding
+    if found is None:
+        how = None
+    if config.cpu_offload and how is None:
+        raise ConfigError(
+            "cpu_offload keeps the parts of sharded weights in main memory, and none are sharded here. Say "
+            "--sharding fsdp2 and start several processes, or leave it out."
+        )
+    return how
 
 
 def _timeout(config: TrainConfig) -> timedelta:
@@ -269,8 +291,8 @@ def logged(processes: Processes, config: TrainConfig) -> Iterator[None]:
             os.dup2(file.fileno(), number)
         try:
             yield
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        except BaseException:
+            file.write(traceback.format_exc())
             raise
         finally:
             _flush()

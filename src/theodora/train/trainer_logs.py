@@ -69,7 +69,9 @@ class LogOverrides(CountingTrainer):
         own = [(metrics.get(name, []), len(metrics.get(name, []))) for name in names]
         sums = [torch.as_tensor(v, device=loss.device).to(wide) for v in (loss, self.tokens)]
         for values, count in own:
-            sums.append(sum((torch.as_tensor(v, device=loss.device).to(wide) for v in values), torch.zeros_like(sums[0])))
+            sums.append(
+                sum((torch.as_tensor(v, device=loss.device).to(wide) for v in values), torch.zeros_like(sums[0]))
+            )
             sums.append(torch.full_like(sums[0], count))
         total = self.processes.sum(torch.stack(sums))
         means = {name: [total[2 + 2 * n] / total[3 + 2 * n].clamp(min=1)] for n, name in enumerate(names)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from theodora.layers.norm_cache import looked_at_once
 from theodora.layers.token_rows import is_adapted
 from theodora.train.fused_loss import LEARNED, Head, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
-from theodora.train.step_state import CountingTrainer
+from theodora.train.step_state import CountingTrainer, copied, replace_metrics
 
 
 class LossOverrides(CountingTrainer):
@@ -95,6 +96,15 @@ class LossOverrides(CountingTrainer):
         """A batch's share of the loss per token of the whole step."""
         items = num_items_in_batch if num_items_in_batch is not None else sums.count
         return sums.nats / torch.as_tensor(items).clamp(min=1)
+
+    def _nothing(self, run: Callable[[], Any]) -> Tensor:
+        """The loss of a batch of nothing: 0. Where weights are sharded it runs, without a trace, as the others do."""
+        if self.processes.sharding is not None:
+            metrics, tokens = copied(self.metrics_of(self.mode)), self.tokens
+            run()
+            replace_metrics(self.metrics_of(self.mode), metrics)
+            self.tokens = tokens
+        return torch.zeros((), device=self.args.device)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Overrides transformers 5.17 to 5.23's `Trainer.evaluation_loop`, whose loss is the mean over batches.

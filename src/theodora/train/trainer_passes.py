@@ -131,12 +131,14 @@ class PassOverrides(LossOverrides):
         """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it, and then goes on
         with half of the rows at a time, whose losses add up to the same."""
         if inputs.pop(NOTHING, False):
-            return torch.zeros((), device=self.args.device), None, None
+            return self._nothing(lambda: self.loss_now(inputs)), None, None
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         except torch.OutOfMemoryError:
             again = [inputs] if self.release_graphs("evaluation needs the memory") else split(dict(inputs), 2)
-            if again[0] is not inputs and not (len(again) > 1 and prediction_loss_only):
+            if again[0] is not inputs and not (
+                len(again) > 1 and prediction_loss_only and self.processes.sharding is None
+            ):
                 raise
         # Outside the handler, which holds what did not fit.
         return [self.prediction_step(model, part, prediction_loss_only, *args, **kwargs) for part in again][-1]

@@ -92,7 +92,7 @@ class StepOverrides(PassOverrides):
         return batches, items
 
     def get_total_train_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        """Overrides transformers 5.17 to 5.23's `Trainer.get_total_train_batch_size`: rows in a step of all processes."""
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_total_train_batch_size`: of all processes."""
         return super().get_total_train_batch_size(*args, **kwargs) * self.processes.count
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -112,9 +112,12 @@ class StepOverrides(PassOverrides):
             model.train()
         model.__dict__["train"] = lambda mode=True: model
         try:
-            if inputs.pop(NOTHING, False):
-                return torch.zeros((), device=self.args.device)
+            nothing = inputs.pop(NOTHING, False)
             whole = dict(inputs)  # computing a loss takes things out
+            if nothing:
+                if self.outcome is not None and self.processes.sharding is not None:
+                    self.outcome.note(whole)  # which runs them on the weights that a step has left, all together
+                return self._nothing(lambda: self.one_pass(inputs, model, num_items_in_batch))
             loss = self.pieces(inputs, model, num_items_in_batch)
             if self._gradients is not None:
                 self._losses.append(loss.detach())
@@ -125,6 +128,12 @@ class StepOverrides(PassOverrides):
             return loss
         finally:
             model.__dict__.pop("train", None)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Overrides transformers 5.17 to 5.23's `Trainer._move_model_to_device`: sharded weights are where they are to
+        be, in main memory perhaps."""
+        if self.processes.sharding is None:
+            super()._move_model_to_device(model, device)
 
     def start_step_over(self) -> None:
         """Forget what the step at hand has done so far, and let go of memory."""
