@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ def _act(index: int, count: int, scenarios: Sequence[Scenario], ports: Sequence[
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()} | dict(scenario.environment))
         with pytest.MonkeyPatch.context() as patch:
+            before = time.process_time()
             found = _run(scenario, index, patch)
+            found["cpu"] = time.process_time() - before
         for name in scenario.environment:
             del os.environ[name]
         (folder / f"{scenario.name}-{index}.json").write_text(json.dumps(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
     precision = choose_precision(config, arguments)
     dtype = precision.dtype
-    plain = config.quantize is None and config.base_dtype != "fp8"
-    # What is cut over processes need not fit into the memory of one GPU; what is quantised on the way is it there.
-    place = torch.device("cpu") if processes.sharding is not None and plain else arguments.device
-    model = load_model(
+    load = partial(
+        load_model,
         config.model,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
@@ -121,10 +120,11 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         quantize=config.quantize,
         plain_for="base_dtype is fp8" if config.base_dtype == "fp8" else None,
         compute=torch.bfloat16 if precision.bf16 else None,
-        device=place,
+        device=arguments.device,
         keep=config.adapter.modules_to_save,
         adapted=True,
     )
+    model = load() if Path(config.model).exists() else processes.one_here_first(load)  # which downloads it
     base_hash = hash_of_weights(model)
     if config.from_adapter is None and processes.alone:
         know(model, base_hash)

@@ -116,6 +116,12 @@ class Processes:
         """The same with one process of each machine, for however long it takes."""
         return self._one_does(work, self.first_here, self.neighbours)
 
+    def one_here_first(self, work: Callable[[], T]) -> T:
+        """What each process makes, one of each machine before the others, which find what it has put by."""
+        made: list[T] = []
+        self.one_here_does(lambda: made.append(work()))
+        return made[0] if made else work()
+
     def _one_does(self, work: Callable[[], T], who: int, group: Any) -> T:
         if self.alone:
             return work()

@@ -99,7 +99,9 @@ def _train_in_order(
     with ExitStack() as held:
         said, checkpoint, past = processes.first_does(lambda: _look(config, held, processes.count))
         check_seen(processes, output)
-        held.enter_context(logged(processes, config))
+        log = held.enter_context(logged(processes, config, anew=checkpoint is None))
+        if log is not None:
+            console = Terminal(file=log, width=120)
         with quiet_libraries():
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 from accelerate.utils import check_cuda_p2p_ib_support
@@ -62,13 +62,15 @@ def together(config: TrainConfig) -> Iterator[Processes]:
     timeout = _timeout(config)
     began = _begin(config, found, timeout)
     processes = replace(_join(found, timeout), sharding=sharding)
+    clean = False
     try:
         with unseen(), are_here(processes), _told(processes, config, timeout):
             processes.agree("configuration", _settings(config))
             yield processes
+        clean = True
     finally:
-        if began:
-            with suppress(Exception):  # others may be gone
+        if began and (clean or processes.backend == "gloo"):  # NCCL would wait for those that are gone
+            with suppress(Exception):
                 distributed.destroy_process_group()
 
 
@@ -277,20 +279,26 @@ def check_seen(processes: Processes, output: Path) -> None:
 
 
 @contextmanager
-def logged(processes: Processes, config: TrainConfig) -> Iterator[None]:
-    """Inside the block what this process prints goes into its log, unless it is the first one."""
+def logged(processes: Processes, config: TrainConfig, *, anew: bool) -> Iterator[TextIO | None]:
+    """Inside the block what this process prints goes into its log, which is given; the first process has none.
+
+    Args:
+        processes: of which this is one.
+        config: names the run's folder.
+        anew: whether the run begins, and its logs with it.
+    """
     if processes.first:
-        yield
+        yield None
         return
     log = _log_of(config, processes.index)
     log.parent.mkdir(exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("w" if anew else "a", encoding="utf-8") as file:
         kept = {number: os.dup(number) for number in (1, 2)}
         _flush()
         for number in kept:
             os.dup2(file.fileno(), number)
         try:
-            yield
+            yield file
         except BaseException:
             file.write(traceback.format_exc())
             raise
