@@ -63,7 +63,7 @@ def two(base, folder):
     other.write_text((folder / "rows.jsonl").read_text().replace("7", "8"))
     scenarios = [kind(name, options) for name, options in KINDS.items()]
     scenarios += [
-        kind("as-on-gpu", {"max_length": 32, "per_device_train_batch_size": 4, "max_steps": 8}, as_on_gpu=True),
+        kind("as-on-gpu", {"max_length": 32, "per_device_train_batch_size": 4}, as_on_gpu=True),
         kind("whole", drawn),
         kind("again", drawn, dies=(1, 4, "raise")),  # after the checkpoint of step 3
         kind("resumed", again),
@@ -122,7 +122,7 @@ def test_one_process_speaks_and_writes(two, folder):
 def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
     assert [found["error"] for found in two["as-on-gpu"]] == [None, None], two["as-on-gpu"]
     assert all(found["replays"] > 0 for found in two["as-on-gpu"])
-    options = {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    options = {"max_length": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     run(**base | options | {"output": str(tmp_path / "one")})
     trace(folder / "as-on-gpu", tmp_path / "one")
 
