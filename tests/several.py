@@ -22,7 +22,7 @@ from rich.console import Console
 
 from crash.killing import fork_server
 
-_SECONDS = 240  # in which any launch ends
+_SECONDS = 600  # in which any launch ends
 
 
 @dataclass(frozen=True)
