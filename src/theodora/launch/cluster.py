@@ -116,9 +116,7 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     if not already:
         options: dict[str, Any] = {"include_dashboard": False} if own else {}
         try:
-            ray.init(
-                address=address, log_to_driver=False, logging_level="error", configure_logging=True, **options
-            )
+            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
@@ -144,9 +142,7 @@ def _seen(ray: Any, own: bool) -> Cluster:
         if node["Alive"]
     ]
     free = ray.available_resources()
-    return Cluster(
-        machines=tuple(machines), free_cpus=free.get("CPU", 0.0), free_gpus=free.get("GPU", 0.0), own=own
-    )
+    return Cluster(machines=tuple(machines), free_cpus=free.get("CPU", 0.0), free_gpus=free.get("GPU", 0.0), own=own)
 
 
 def share_for_training(there: Cluster, count: int | None) -> Share:
@@ -208,9 +204,15 @@ def share_for_cells(there: Cluster, per_gpu: int, count: int | None) -> Share:
         machines = [machine for machine in there.machines if machine.cpus >= 1]
         count = count or len(machines)
         room = sum(int(machine.cpus) for machine in machines)
-        cpus = float(max(1, min(int(machine.cpus) // -(-count // len(machines)) for machine in machines))) if machines else 1
+        cpus = (
+            float(max(1, min(int(machine.cpus) // -(-count // len(machines)) for machine in machines)))
+            if machines
+            else 1
+        )
     if not count or room < count:
-        raise ConfigError(f"{count} workers were asked for, and there is {there}, room for {room}. Lower --num-workers.")
+        raise ConfigError(
+            f"{count} workers were asked for, and there is {there}, room for {room}. Lower --num-workers."
+        )
     if there.free_gpus < gpus or there.free_cpus < cpus:
         raise ConfigError(f"Nothing is free in the cluster: there is {there} (ray status shows what runs)")
     return Share(count=count, cpus=cpus, gpus=gpus)
@@ -225,7 +227,9 @@ def beside(output: str) -> Iterator[str]:
     try:
         handle, name = tempfile.mkstemp(prefix=".theodora-seen-", dir=nearest)
     except OSError as error:
-        raise ConfigError(f"{nearest}, where {output} is to be written, cannot be written to: {error.strerror}") from error
+        raise ConfigError(
+            f"{nearest}, where {output} is to be written, cannot be written to: {error.strerror}"
+        ) from error
     os.close(handle)
     try:
         yield name

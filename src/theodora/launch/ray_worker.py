@@ -38,9 +38,7 @@ def work(task: dict[str, Any]) -> None:
     except KeyboardInterrupt as error:  # a stop that was asked for: the others end likewise, by themselves
         end(message=str(error), exit_code=getattr(error, "exit_code", 130), interrupted=True)
     except Exception as error:
-        end(
-            message=f"{type(error).__name__}: {error}", exit_code=1, expected=False, trace=traceback.format_exc()
-        )
+        end(message=f"{type(error).__name__}: {error}", exit_code=1, expected=False, trace=traceback.format_exc())
         raise _Told(f"{type(error).__name__}: {error}") from None
     else:
         end(result=result)
