@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report-only", action="store_true", help="write the report from the runs there are, run none")
     add_launcher(
         parser,
-        workers="how many workers share the cells. Default: --workers-per-gpu on each GPU of the cluster, or one on each "
-        "machine where there is no GPU",
+        workers="how many workers share the cells. Default: --workers-per-gpu on each GPU of the cluster, or one on "
+        "each machine where there is no GPU",
     )
     parser.add_argument("--dry-run", action="store_true", help="say how many runs there would be, and run none")
 

@@ -22,7 +22,7 @@ def add_launcher(parser: argparse.ArgumentParser, *, workers: str) -> None:
     group.add_argument(
         "--launcher",
         choices=["ray"],
-        help="start the processes on a Ray cluster (pip install 'theodora[ray]'): on this machine, or see --ray-address",
+        help="start the processes on a Ray cluster (pip install 'theodora[ray]'): this machine, or see --ray-address",
     )
     group.add_argument("--num-workers", type=positive, metavar="N", help=workers)
     group.add_argument(

@@ -21,7 +21,6 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean here
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would start a run anew; ours are resumed by hand
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds until a dead worker is noticed
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # GPUs stay visible where none is asked for: what holds from the next Ray on
 }
 
 
@@ -95,8 +94,8 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     """Connect to a Ray cluster, or start one on this machine that ends with the block.
 
     Args:
-        address: `host:port` of a cluster's head, or `auto` for the one that runs on this machine. Default: the environment
-            variable RAY_ADDRESS, else a cluster of this command's own.
+        address: `host:port` of a cluster's head, or `auto` for the one that runs on this machine. Default: what
+            RAY_ADDRESS says, else a cluster of this command's own.
 
     Yields:
         Ray, and what there is.
@@ -108,8 +107,8 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if "://" in address:
         raise ConfigError(
-            f"The Ray address is {address}; expected host:port (as in 10.0.0.1:6379) or auto. Through a Ray client there "
-            "is no training: run this command on a machine of the cluster, or hand it in with ray job submit."
+            f"The Ray address is {address}; expected host:port (as in 10.0.0.1:6379) or auto. There is no training "
+            "through a Ray client: run this command on a machine of the cluster, or hand it in with ray job submit."
         )
     own = address == "local"
     already = ray.is_initialized()

@@ -1,7 +1,7 @@
 """What a run's processes and the terminal say to each other: an actor of Ray's that both sides call.
 
-Processes post events: text for the terminal, and how they ended. The terminal posts a signal's number. Ray does not keep
-the order of calls to such an actor, so that text is numbered.
+Processes post events: text for the terminal, and how they ended. The terminal posts a signal's number. Ray does not
+promise the order of calls to such an actor, so that text is numbered.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class OnRay:
 def how_it_died(error: Exception) -> str:
     """Ray's account of a worker's death in a few words."""
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError" or "memory" in text.lower() and "monitor" in text.lower():
+    if type(error).__name__ == "OutOfMemoryError" or ("memory" in text.lower() and "monitor" in text.lower()):
         return "ended by Ray: its machine was out of memory"
     if "node has died" in text or "node died" in text or type(error).__name__ == "NodeDiedError":
         return "its node died"

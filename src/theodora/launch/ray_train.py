@@ -15,7 +15,7 @@ from rich.console import Console
 
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, TheodoraError
-from theodora.launch.cluster import Share, beside, cluster, load_ray, share_for_training
+from theodora.launch.cluster import Share, beside, cluster, share_for_training
 from theodora.launch.mailbox import Ended, InOrder, Mailbox, Said, TooEarly
 from theodora.launch.ray_worker import work
 from theodora.terminal import Terminal
@@ -77,8 +77,8 @@ def train_on_ray(
 def _check_alone() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: another launcher has started this process. Leave out either it or "
-            "--launcher ray."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: another launcher has started this process. Leave out either it "
+            "or --launcher ray."
         )
 
 
@@ -220,7 +220,7 @@ class _Run:
     def _outcome(self) -> dict[str, Any]:
         ends = sorted(self.ends, key=lambda end: end.index)
         failed = [end for end in ends if end.exit_code and not end.interrupted]
-        # What we say on purpose explains what other processes then stumble over; so does a death that only Ray has seen.
+        # What we say on purpose explains what others then stumble over; so does a death that only Ray has seen.
         for end in [end for end in failed if end.expected]:
             raise RunFailed(self._of(end), end.exit_code)
         dead = self._dead({end.index for end in ends})
@@ -259,6 +259,3 @@ class _Remote(Exception):
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-__all__ = ["RunFailed", "RunInterrupted", "load_ray", "train_on_ray"]

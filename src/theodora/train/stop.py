@@ -41,7 +41,8 @@ _elsewhere: list[StopOnSignal] = []
 
 def ask_to_stop(number: signal.Signals) -> bool:
     """Tell the runs of this process that are in no main thread of a signal; whether all of them take it."""
-    return bool(_elsewhere) and all([stop.ask(number) for stop in _elsewhere])
+    takes = [stop.ask(number) for stop in _elsewhere]
+    return bool(takes) and all(takes)
 
 
 class StopOnSignal(TrainerCallback):
