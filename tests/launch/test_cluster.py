@@ -37,7 +37,11 @@ def test_without_gpus_the_cpus_of_this_machine_are_shared_out():
 @pytest.mark.parametrize(
     ("there", "count", "said"),
     [
-        (cluster((16, 2)), 4, "4 workers want a GPU and a CPU each, and there is 1 machine of the Ray cluster with 2 GPUs"),
+        (
+            cluster((16, 2)),
+            4,
+            "4 workers want a GPU and a CPU each, and there is 1 machine of the Ray cluster with 2 GPUs",
+        ),
         (cluster((2, 0), own=True), 4, r"4 workers want a CPU each, and there is this machine with 0 GPUs .* 2 CPUs"),
         (cluster((16, 4), free=(16, 1)), 4, r"others are at work in the cluster: .* 4 GPUs \(1 free\)"),
         (cluster((1, 0.0), own=True), None, "--num-workers is missing"),
@@ -67,7 +71,7 @@ def test_a_machine_that_does_not_see_the_output_folder_says_so(tmp_path):
         go_to(os.getcwd(), mark, str(output))
         assert os.path.dirname(mark) == str(tmp_path)
     assert not any(tmp_path.iterdir())
-    with pytest.raises(TheodoraError, match="does not see .* where .*first is to be written"):
+    with pytest.raises(TheodoraError, match=r"does not see .* where .*first is to be written"):
         go_to(os.getcwd(), mark, str(output))
 
 

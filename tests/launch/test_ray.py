@@ -1,4 +1,4 @@
-"""Training and comparing on a Ray cluster of this machine, for real: make test-ray. Skipped where Ray is not installed."""
+"""Training and comparing on a Ray cluster of this machine, for real: make test-ray. Skipped where there is no Ray."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from theodora.config import TrainConfig
@@ -30,7 +31,7 @@ def cluster():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray = load_ray()
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
 
@@ -73,9 +74,10 @@ def run(cluster, options) -> tuple[dict[str, Any], str]:
 
 def test_it_is_the_run_that_torchrun_makes(run, options, tmp_path):
     output = str(tmp_path / "torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend"]
-    command += ["c10d", "--rdzv-endpoint", "localhost:0", "-m", "theodora", "train", *arguments(options | {"output": output})]
-    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "theodora"]
+    command += ["train", *arguments(options | {"output": output})]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # as many threads as a CPU of Ray's
+    subprocess.run(command, check=True, env=os.environ | settings, capture_output=True)
     one, other = (load_file(Path(folder) / "adapter_model.safetensors") for folder in (options["output"], output))
     assert {name: bool((one[name] == other[name]).all()) for name in one} == dict.fromkeys(other, True)
 
@@ -128,19 +130,34 @@ def test_cells_come_out_as_here(cluster, options, tmp_path):
             | {"ranks": [2], "learning_rates": [1e-3, 1e-2], "seeds": 1, "steps": 3, "batch_size": 4, "bf16": False}
         )
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there, for the same rounding
     console = Terminal(file=io.StringIO())
     here = compare(config("here"), console=console)
+    torch.set_num_threads(threads)
     with workers_on_ray(config("ray"), workers=2) as start:
         first = compare(config("ray"), console=console, seconds=0.0, start=start)
         assert not first  # nothing was begun; the same call goes on
         there = compare(config("ray"), console=console, start=start)
     timed = {"seconds", "train_seconds", "peak_memory"}
-    plain = [{k: {n: v for n, v in r.to_dict().items() if n not in timed} for k, r in rs.items()} for rs in (here, there)]
+    plain = [
+        {k: {n: v for n, v in r.to_dict().items() if n not in timed} for k, r in rs.items()} for rs in (here, there)
+    ]
     assert plain[0] == plain[1]
 
 
 def _command(options: dict[str, Any], *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "theodora", "train", *arguments(options), "--launcher", "ray", "--num-workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "theodora",
+        "train",
+        *arguments(options),
+        "--launcher",
+        "ray",
+        "--num-workers",
+        "2",
+    ]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *more], start_new_session=True, **pipes)
 

@@ -21,6 +21,8 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean here
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would start a run anew; ours are resumed by hand
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds until a dead worker is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports over a network's file system take longer than a minute
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # where a process hangs in a collective
 }
 
 
