@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from theodora.adapters.fingerprints import note_fingerprint
 from theodora.adapters.heads import with_heads
 from theodora.adapters.new_tokens import new_token_indices, tokens_before
 from theodora.adapters.state import (
@@ -95,6 +96,7 @@ def add_adapter(
         state.originals.setdefault(path, model.get_parameter(path))
     state.full[name] = full
     state.configs[name] = config
+    note_fingerprint(model, name)
     add_hooks(model)
     teach_trainers(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from theodora.adapters.token_rows import merge_token_rows, token_layers, unmerge
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.kernels.library_weight import LibraryWeight
+from theodora.kernels.sharded_weight import is_sharded, reshard, whole
 from theodora.layers import AdapterLayer
 from theodora.layers.swap import cannot_replace_weight
 
@@ -23,6 +25,8 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
     """Compute the weights that do what base and adapter do together, in float32, and use them, in the model's dtype.
 
     Each merged layer is held against the unmerged one on random inputs (`merge_check.py`).
+
+    Under FSDP2 (`fully_shard`) every process calls this, and merges its part; weights that are tied there are refused.
 
     The base weights stay in memory for `unmerge_adapter`. `model.save_pretrained` saves the merged model as a plain
     one. A weight that was tied to a merged one stays as it was, and the two are no longer tied.
@@ -50,6 +54,7 @@ def merge_adapter(model: Model, name: str | None = None) -> Model:
         raise ConfigError(f"Adapter {state.merged!r} is merged already; call unmerge_adapter(model) first.")
     name = active_name(state, name)
     layers = adapter_layers(model, name)
+    reshard(model)
     _check_places(model, name)
     if state.active != name:
         set_adapter(model, name)
@@ -91,8 +96,16 @@ def _say_what_was_widened(layers: Iterable[AdapterLayer]) -> None:
 
 def _check_places(model: nn.Module, name: str) -> None:
     """Raise a ConfigError for the modules whose weight a merged one cannot replace."""
-    modules = {**adapter_layers(model, name), **token_layers(model, name)}
-    problems = [f"{path}: {why}" for path, module in modules.items() if (why := cannot_replace_weight(module))]
+    rows = token_layers(model, name)
+    modules = {**adapter_layers(model, name), **rows}
+    owners = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False) if is_sharded(tensor))
+    problems = [
+        f"{path}: {why}"
+        for path, module in modules.items()
+        if (why := cannot_replace_weight(module, shared=path in rows or owners[id(module.weight)] > 1))
+    ]
+    if any(is_sharded(tensor) for layer in adapter_layers(model, name).values() for tensor in layer.adapters.parameters()):
+        problems.append("the adapter itself is sharded")
     if problems:
         raise ConfigError(
             "The adapter cannot be merged into this model, and nothing was changed. Save it and merge the files "
@@ -103,11 +116,11 @@ def _check_places(model: nn.Module, name: str) -> None:
 def _check_finite(model: nn.Module, name: str) -> None:
     """Raise a CheckpointError for merged weights that are not finite, which says whose fault it is."""
     merged: dict[str, Any] = {**adapter_layers(model, name), **token_layers(model, name)}
-    bad = not_finite((path, layer.weight) for path, layer in merged.items())
+    bad = not_finite((path, whole(layer.weight)) for path, layer in merged.items())
     if not bad:
         return
     dtype = str(merged[bad[0]].weight.dtype).removeprefix("torch.")
-    own = not_finite((path, merged[path].base_parameter) for path in bad)
+    own = not_finite((path, whole(merged[path].base_parameter)) for path in bad)
     if own:
         raise CheckpointError("The base model's own weights hold NaN or infinite values:" + bullet_list(own))
     raise CheckpointError(
@@ -128,6 +141,7 @@ def unmerge_adapter(model: Model) -> Model:
     state = require_state(model)
     if state.merged is None:
         raise ConfigError("No adapter is merged.")
+    reshard(model)
     for layer in adapter_layers(model).values():
         layer.unmerge()
     unmerge_token_rows(model)

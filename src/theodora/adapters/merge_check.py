@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from theodora import kernels
 from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
+from theodora.kernels.sharded_weight import whole_here
 from theodora.layers import AdapterLayer
 from theodora.layers.linear import GROUP
 
@@ -118,7 +119,7 @@ def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:
 def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
     """The layer alone: without hooks, dropout, autocast, or the layers that read the same input."""
     own: Any = type(layer)
-    with _alone(layer):
+    with _alone(layer), whole_here(layer):
         # A product of float8 rounds x, which a merged weight does not; so do some of int8, outside training only.
         exactly = kernels.reference() if layer.base_weight.rounds_input else nullcontext()
         with exactly, torch.autocast(x.device.type, enabled=False):

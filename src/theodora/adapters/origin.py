@@ -9,6 +9,7 @@ from theodora.adapters.quantized import trained_on
 from theodora.adapters.state import Origin, find_state, trained_tensors
 from theodora.files.adapter import AdapterFile
 from theodora.files.trained_on import TrainedOn
+from theodora.kernels.sharded_weight import is_sharded
 
 
 def remember_origin(model: nn.Module, name: str, file: AdapterFile) -> None:
@@ -25,6 +26,8 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
     """The other base that an adapter was trained on; None if it is the model's own, or training has gone on here."""
     state = find_state(model)
     origin = None if state is None else state.origins.get(name)
+    if origin is not None and any(is_sharded(tensor) for tensor in trained_tensors(model, name).values()):
+        return None  # nobody shards an adapter but to train it
     return origin if origin is not None and origin.hashes == _hashes(model, name) else None
 
 

@@ -11,25 +11,32 @@ from torch import Tensor, nn
 
 from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.embeddings import base_parameter, end_weights
+from theodora.adapters.fingerprints import layers_fingerprint
 from theodora.adapters.heads import task_type
 from theodora.adapters.origin import origin_of, stored_quantised
-from theodora.adapters.quantize import module_fingerprint
 from theodora.adapters.quantized import trained_on
-from theodora.adapters.state import AdapterState, active_name, adapter_layers, originals_in_place, require_state
+from theodora.adapters.state import (
+    AdapterState,
+    active_name,
+    adapter_layers,
+    full_copies,
+    originals_in_place,
+    require_state,
+)
 from theodora.adapters.targets import saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
-from theodora.files.fingerprint import base_fingerprint
 from theodora.files.finite import not_finite
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
 from theodora.files.read_back import save_tensors, write_text
 from theodora.files.token_rows import DELTA
 from theodora.files.trained_on import TRAINED_ON_KEY
-from theodora.layers import AdapterLayer, LowRank
+from theodora.kernels.sharded_weight import is_sharded, whole
+from theodora.layers import LowRank
 from theodora.layers.linear import Conv1DAdapterLayer
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +51,8 @@ def save_adapter(
         model: carries the adapter.
         path: the folder; other files in it are left alone.
         name: which adapter; by default the active one.
-        state_dict: the model's tensors, where they were gathered from several processes.
+        state_dict: the model's tensors, where they were gathered from several processes. Without it every process has
+            to call this where the adapter itself is sharded.
 
     Raises:
         ConfigError: there is no such adapter.
@@ -99,13 +107,15 @@ def _tensors(
         adapter: Any = layer.adapters[name]
         if state_dict is not None:
             adapter = _gathered(adapter, state_dict, f"{path}.adapters.{name}.")
+        elif any(is_sharded(parameter) for parameter in adapter.parameters()):
+            adapter = _gathered(adapter, {key: whole(tensor) for key, tensor in adapter.state_dict().items()}, "")
         a, b = adapter.factors()
         pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"
         tensors[pattern.format(path, "A")] = a
         tensors[pattern.format(path, "B")] = b
         if adapter.magnitude is not None:
             tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
-    for path, parameter in state.full[name].items():
+    for path, parameter in full_copies(model, state, name).items():
         in_place = state.active == name and state_dict is not None
         key = bias_key(path, layers) if path in biases else path
         tensors[key] = state_dict[path] if in_place and state_dict is not None else parameter
@@ -120,7 +130,7 @@ def _tensors(
                 copy = base_parameter(model, path) if state_dict is None else state_dict[path]
                 base = "base_layer.weight" if module in layers else "token_adapter.base_layer.weight"
                 tensors[f"{module}.{base}" if module in layers or module in with_rows else path] = copy
-    return {KEY_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return {KEY_PREFIX + key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> LowRank:
@@ -159,11 +169,6 @@ def _metadata(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, A
         return {
             "starts": starts_from_weight(config),
             "init": config.init,
-            FINGERPRINT_KEY: layers_fingerprint(layers) if origin is None else origin.fingerprint,
+            FINGERPRINT_KEY: layers_fingerprint(model, layers) if origin is None else origin.fingerprint,
             TRAINED_ON_KEY: (trained_on(model) if origin is None else origin.base).to_json(),
         }
-
-
-def layers_fingerprint(layers: dict[str, AdapterLayer]) -> dict[str, list[float]]:
-    """The fingerprint of the base weights under an adapter's layers."""
-    return base_fingerprint(list(layers), lambda path: module_fingerprint(layers[path]))

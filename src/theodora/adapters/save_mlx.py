@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from theodora.adapters.check import is_tied
-from theodora.adapters.save import layers_fingerprint, write_adapter
+from theodora.adapters.fingerprints import layers_fingerprint
+from theodora.adapters.save import write_adapter
 from theodora.adapters.state import active_name, adapter_layers, originals_in_place, require_state
 from theodora.adapters.token_rows import own_rows
 from theodora.errors import CheckpointError, ConfigError, bullet_list
@@ -64,7 +65,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
             problems.append("the embeddings were resized for an adapter; for new tokens MLX's files have no place")
         if problems:
             raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
-        fingerprint = layers_fingerprint(layers)
+        fingerprint = layers_fingerprint(model, layers)
     adapters: dict[str, Any] = {at: layer.adapters[name] for at, layer in layers.items()}
     rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from theodora.adapters.targets import find_modules_to_save
 from theodora.adapters.token_rows import own_rows, switch_token_rows, token_layers
 from theodora.config import AdapterConfig
-from theodora.errors import ConfigError
+from theodora.errors import ConfigError, bullet_list
 from theodora.files.trained_on import TrainedOn
 from theodora.functional import lora_delta, wide_dtype
+from theodora.kernels.sharded_weight import is_sharded
 from theodora.layers import AdapterLayer, LowRank, base_weight, start_norm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +59,8 @@ class AdapterState:
     """Adapter name → what `load_adapter` read from its folder."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Adapter name → the base it was trained on, of those that were loaded onto another."""
+    fingerprints: dict[str, list[float]] = field(default_factory=dict)
+    """Module path → a few values of its base weight as an adapter came, of some modules."""
     resized: bool = False
     """Whether an adapter brought another number of tokens: files have to bring the embeddings from then on."""
 
@@ -90,8 +93,8 @@ def set_adapter(model: Model, name: str | None) -> Model:
 def originals_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block the base's parameters are in the places of those that an adapter trains in full."""
     state = find_state(model)
-    if state is None:
-        yield
+    if state is None or any(is_sharded(model.get_parameter(path)) for path in state.originals):
+        yield  # (sharded copies cannot leave their places)
         return
     active = state.active
     activate(model, state, None)
@@ -125,7 +128,13 @@ def trained_tensors(model: nn.Module, name: str | None = None) -> dict[str, nn.P
         for part, parameter in layer.adapters[name].named_parameters()
     }
     rows = {f"{path}.token_rows": own.rows for path, own in own_rows(model, name).items()}
-    return {**tensors, **rows, **state.full[name]}
+    return {**tensors, **rows, **full_copies(model, state, name)}
+
+
+def full_copies(model: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Parameter]:
+    """Parameter path → the adapter's own copy; of the active one what is in place, which `fully_shard` may have made."""
+    in_place = state.active == name
+    return {path: model.get_parameter(path) if in_place else own for path, own in state.full[name].items()}
 
 
 def active_name(state: AdapterState, name: str | None) -> str:
@@ -154,7 +163,18 @@ def require_state(model: nn.Module, name: str | None = None) -> AdapterState:
 
 
 def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
-    """Let the adapter `name` run (None: the base alone); which parameters ask for gradients stays."""
+    """Let the adapter `name` run (None: the base alone); which parameters ask for gradients stays.
+
+    Raises:
+        ConfigError: parameters that an adapter trains in full are sharded; nothing was changed.
+    """
+    stuck = [path for path in state.originals if is_sharded(model.get_parameter(path))]
+    if stuck and name != state.active:
+        raise ConfigError(
+            "The adapter cannot be switched: what it trains in full is sharded (fully_shard), and the base's own "
+            "parameters have no place beside it. Leave these parameters out of the sharding (ignored_params), or save "
+            "the adapter and load it onto a new model:" + bullet_list(stuck)
+        )
     for layer in adapter_layers(model).values():
         layer.active_adapter = name
     switch_token_rows(model, name)

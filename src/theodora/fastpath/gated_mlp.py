@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from theodora.fastpath.groups import FastLinear, has_hooks, parts_that_fit, stack_weights
+from theodora.fastpath.groups import FastLinear, has_hooks, lie_still, parts_that_fit, stack_weights
 from theodora.kernels import Parts
 from theodora.kernels.gated import ACTIVATIONS, activate
 from theodora.kernels.gated_mlp import UNSTACKED, Stacks, gated_mlp
@@ -42,6 +42,8 @@ class GatedMLP(Swapped):
         found = parts_that_fit(x, [_fast(module) for module in modules])
         if found is None:
             return super().forward(x)
+        if not lie_still(found):
+            self.__dict__["_theodora_stacks"] = UNSTACKED  # as in `Group.output`
         *inner, down = found
         gate, up = inner if len(inner) == 2 else _halves(*inner)
         return gated_mlp(x, gate, up, down, activation, self._theodora_stacks)

@@ -71,6 +71,8 @@ class Group:
         found = parts_that_fit(x, layers)
         if found is None:
             return None
+        if not lie_still(found):
+            self.stack = None  # `fully_shard` came after the fast path: let the whole weights go
         # (hooks of the first layer may write to its output where autograd does not see it)
         shared = None if has_hooks(layers[:1]) else self.shared
         first, *others = kernels.adapted_linears(x, found, stack=self.stack, shared=shared)
@@ -89,6 +91,11 @@ class Group:
         self.layers, self.stack = [], None
 
 
+def lie_still(layers: Sequence[Parts]) -> bool:
+    """Whether the layers' weights stay where they are: a stack of others would hold what is no longer used."""
+    return all(layer.weight.lies_still for layer in layers)
+
+
 def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> StackedWeight | None:
     """Put the layers' weights into one buffer, if they are plain, frozen, on a GPU, and tied to no other module.
 
@@ -100,6 +107,8 @@ def stack_weights(layers: Sequence[FastLinear], parts: int = 1) -> StackedWeight
     weights: list[Any] = [None if one is None else one.weight.plain() for one in found]
     ranks = sum(one.a_RI.shape[0] for one in found if one is not None and one.a_RI is not None)
     ranks *= max(1, parts // len(layers))
+    if not lie_still([one for one in found if one is not None]):
+        return None
     for w in weights:
         plain = isinstance(w, nn.Parameter) and not w.requires_grad and w.is_contiguous() and type(w.data) is Tensor
         if not plain or not runs_triton(w) or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):

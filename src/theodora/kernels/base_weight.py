@@ -50,6 +50,8 @@ class BaseWeight(ABC):
     quantises: `library_weight.py`)."""
     captures: ClassVar[bool] = True
     """Whether its products may run inside a CUDA graph."""
+    lies_still: ClassVar[bool] = True
+    """Whether the memory of `plain()` stays the weight's from pass to pass, so that it may lie in a stack."""
     rounds_input: ClassVar[bool] = False
     """Whether `product` rounds x to fewer bits than its dtype has."""
     product_takes_bias: ClassVar[bool] = True

@@ -16,6 +16,7 @@ from theodora import kernels
 from theodora.functional import dora_norm, merged_weight
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
+from theodora.kernels.sharded_weight import forget_shard, is_sharded, put_back, replace_shard
 from theodora.layers import libraries, packed
 from theodora.layers.base_weights import stored_transposed, weight_in
 from theodora.layers.float8 import move
@@ -151,16 +152,23 @@ class AdapterLayer(Swapped):
     def merge(self, name: str) -> None:
         """Put the merged weight in place of the base weight, which is set aside, bit for bit, for `unmerge`.
 
-        A new Parameter takes the place, so that a weight tied to this one is left as it was.
+        A new Parameter takes the place, so that a weight tied to this one is left as it was. A sharded one keeps its
+        place, because `fully_shard` gathers what it knows, and every process has to call this.
         """
         merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
+        if is_sharded(base):
+            base = replace_shard(base, merged.T if self.stored_transposed else merged)
+            self._set_aside, self.merged_adapter = (base,), name
+            return
         self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
         self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:
         """Put the very base weight back."""
-        if self._set_aside is not None:
+        if self._set_aside is not None and is_sharded(self.weight):
+            put_back(self.weight, self.base_parameter)
+        elif self._set_aside is not None:
             self.weight = self.base_parameter
         self.norm_cache.invalidate()
         self._set_aside = self.merged_adapter = None
@@ -174,6 +182,7 @@ class AdapterLayer(Swapped):
 
     def _apply(self, fn: Any, recurse: bool = True):
         self.norm_cache.invalidate(weight=True)
+        forget_shard(self)
         if self._set_aside is not None and not libraries.moved(self.base_parameter, fn):
             # The Parameter itself stays, because another module may be tied to it.
             self.base_parameter.data = move(fn, self.base_parameter.data)

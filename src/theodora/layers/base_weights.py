@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from theodora.kernels.base_weight import BaseWeight, Float8Weight, PlainWeight
 from theodora.kernels.float8 import FLOAT8
+from theodora.kernels.sharded_weight import managed, managed_weight
 from theodora.layers import libraries
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
@@ -68,6 +69,8 @@ def weight_in(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight
     """
     if is_float8(module, tensor):
         return Float8Weight(tensor, module.weight_scale, module.plain_dtype, transposed)  # pyright: ignore[reportArgumentType]
+    if managed(module) and (weight := managed_weight(module, tensor, transposed)) is not None:
+        return weight
     return libraries.library_weight(module, tensor) or PlainWeight(tensor, transposed)
 
 

@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from theodora.functional import wide_dtype
 from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels.sharded_weight import here
 from theodora.layers.low_rank import LowRank
 
 # None of these is frozen: torch.compile would guard on every field of a frozen dataclass.
@@ -211,7 +212,7 @@ class Stamp:
         # While its memory is referred to, no other's can take its number: a tensor made in each pass
         # (`torch.nn.utils.parametrize`) may have its precursor's id and address. A reference to the tensor itself would
         # say the same, but `torch.utils.swap_tensors`, which some moves and loads go by, refuses tensors that have one.
-        self._memory = [StorageWeakRef(t.untyped_storage()) for t in tensors if t is not None]
+        self._memory = [StorageWeakRef(here(t).untyped_storage()) for t in tensors if t is not None]
         self._states = [_state(t) for t in tensors if t is not None]
         self._value = value
 
@@ -225,8 +226,10 @@ def _tensors(weight: BaseWeight, adapter: LowRank) -> tuple[Tensor | None, ...]:
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
-    memory = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     version = 0 if tensor.is_inference() else tensor._version
+    if (part := here(tensor)) is not tensor:  # what is written to all parts leaves its version on the DTensor alone
+        tensor, version = part, (version, part._version)
+    memory = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return memory, tensor.data_ptr(), tensor.shape, tensor.stride(), version, tensor.dtype
 
 
@@ -239,7 +242,9 @@ def content(*tensors: Tensor | None) -> list[int]:
     for tensor in tensors:
         if tensor is None:
             continue
-        t = tensor.detach()
+        t = here(tensor).detach()
+        if t.numel() == 0:  # as of a short tensor that is cut over many processes
+            continue
         if t.dim() == 2 and min(t.shape) > 256:
             few = t[:: t.shape[0] // 8, :: t.shape[1] // 8]
         elif t.numel() > _PACKED and 1 in (t.dim(), *t.shape):
@@ -248,7 +253,7 @@ def content(*tensors: Tensor | None) -> list[int]:
             few = t
         wide = few.to(wide_dtype(t.dtype))
         hashes += [torch.hash_tensor(wide), torch.hash_tensor(wide.sum())]
-    return torch.stack(hashes).tolist()
+    return torch.stack(hashes).tolist() if hashes else []
 
 
 def one_token_each(x: Tensor) -> bool:

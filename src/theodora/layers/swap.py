@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from theodora.autocast import autocast_dtype
 from theodora.errors import ConfigError, bullet_list
+from theodora.kernels.sharded_weight import here, is_sharded, managed
 from theodora.layers.libraries import library_weight
 from theodora.layers.packed import packed_tensor
 
@@ -81,13 +82,18 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
         )
 
 
-def cannot_replace_weight(module: nn.Module) -> str | None:
-    """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can."""
+def cannot_replace_weight(module: nn.Module, *, shared: bool = False) -> str | None:
+    """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can.
+
+    A sharded weight keeps its place and is written to, so that it must not be `shared` with another module.
+    """
     weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
     if weight is None and packed_tensor(module) is not None:
         return None
     if weight is None:
         return "its weight is made in each pass, of parameters by another name (as torch.nn.utils.parametrize does)"
+    if is_sharded(weight) and managed(module) and type(here(weight)) is Tensor:
+        return "its weight is sharded, and shared with another module or extended by rows" if shared else None
     if type(weight.data) is not Tensor and library_weight(module, weight) is None:
         return f"its weight is sharded or special ({type(weight.data).__name__})"
     return None

@@ -1,0 +1,220 @@
+"""The frozen base cut over processes by FSDP2 (`fully_shard`), the adapter whole in each of them.
+
+Every process holds a part of each base weight, and gathers a decoder block while it runs. What is trained is left out:
+it is small, stays whole everywhere, and so optimizer, checkpoints, saving and resuming are those of DDP. Its gradients
+are averaged by `average_gradients`; nothing else of a backward pass crosses the network but base weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from theodora.errors import ConfigError
+from theodora.kernels.sharded_weight import is_sharded
+from theodora.layers import AdapterLayer
+from theodora.layers.token_rows import TokenRowsLayer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from theodora.train.processes import Processes
+
+How = Literal["fsdp2", "hsdp"]
+
+
+def shard_model(model: nn.Module, how: How, processes: Processes, *, cpu_offload: bool = False) -> None:
+    """Cut the frozen weights of an adapted model over the processes, in place, by decoder block.
+
+    Every process calls it, with the same weights, before the fast path is installed and after activation checkpointing
+    is turned on. Parameters that ask for gradients, and those of inactive adapters, stay whole.
+
+    Args:
+        model: carries an adapter; on the device it runs on (with `cpu_offload` it may still lie on the CPU).
+        how: over all processes ("fsdp2"), or over those of a machine, and the same on every machine ("hsdp").
+        processes: all of them.
+        cpu_offload: whether the parts lie in the host's memory between passes.
+
+    Raises:
+        ConfigError: the model cannot be sharded, or not that way; nothing was changed.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    if (reason := why_not(model, how)) is not None:
+        raise ConfigError(reason)
+    device = _device(model)
+    mesh = _mesh(how, processes, device)
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
+    ignored = _left_out(model)
+    for parameter in _in_order(model, ignored):  # `fully_shard` moves only what it cuts
+        parameter.data = parameter.data.to(device)
+        torch.distributed.broadcast(parameter.data, 0)  # as DDP does: whoever drew it by other numbers has these
+    options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload, "ignored_params": ignored}
+    for block in _blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> int:
+    """Replace each gradient by its mean over the processes, in one message for each dtype, as DDP does.
+
+    Every process calls it, after the last backward pass of a step, with the same parameters in the same order. One
+    without a gradient here counts as zero, if any other process has one.
+
+    Returns:
+        How many bytes this process sends, where processes stand in a ring: 2·(N - 1)/N times the gradients' size.
+    """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if processes.count == 1 or not parameters:
+        return 0
+    sent = 0
+    for some in _by_dtype(parameters):
+        # Behind the gradients stands for how many processes each of them is one, so that none is made up.
+        flags = some[0].new_tensor([float(p.grad is not None) for p in some], dtype=some[0].dtype)
+        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in some]
+        message = torch.cat([*parts, flags])
+        torch.distributed.all_reduce(message)
+        sent += message.numel() * message.element_size()
+        *means, found = message.split([*(p.numel() for p in some), len(some)])
+        missing = any(p.grad is None for p in some)
+        anywhere = found.tolist() if missing else [1.0] * len(some)
+        for parameter, mean, there in zip(some, means, anywhere, strict=True):
+            if there:
+                mean = mean.div_(processes.count).view_as(parameter)
+                if parameter.grad is None:
+                    parameter.grad = mean.clone()
+                else:
+                    parameter.grad.copy_(mean)
+    return sent * 2 * (processes.count - 1) // processes.count
+
+
+def why_not(model: nn.Module | Any, how: str) -> str | None:
+    """Why a model cannot be sharded, as a whole sentence with what else to do; None if it can.
+
+    Args:
+        model: the model, or its configuration, before its weights are loaded.
+        how: "fsdp2" or "hsdp".
+    """
+    if how not in ("fsdp2", "hsdp"):
+        return f"sharding {how!r} is not known; there are fsdp2 and hsdp."
+    if not isinstance(model, nn.Module):
+        return _why_not_quantised(getattr(model, "quantization_config", None))
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return "the model is sharded already (its parameters are DTensors); shard it once."
+    if next(iter(model.parameters()), None) is None:
+        return "the model has no parameters."
+    config = getattr(model, "config", None)
+    return _why_not_quantised(getattr(config, "quantization_config", None))
+
+
+def asked_of_accelerate() -> str | None:
+    """The sharding that accelerate was told to do (`accelerate launch --use_fsdp …`), as our option says it; or None.
+
+    Raises:
+        ConfigError: it was told to do what Theodora does not: FSDP of version 1, or sharding of gradients alone.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes", "y", "on", "t"):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(
+            f"accelerate was told to use FSDP of version {version}, which flattens weights so that DoRA's norms cannot "
+            "be computed. Give it --fsdp_version 2, or leave --use_fsdp out and give Theodora --sharding fsdp2."
+        )
+    return "hsdp" if "HYBRID" in os.environ.get("FSDP_SHARDING_STRATEGY", "").upper() else "fsdp2"
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within the block the weights of a sharded block or model are whole; every process enters it.
+
+    For what runs a part of the model by itself. Parts that stand in sharded blocks of their own are gathered, too.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model runs: where its weights lie, or the GPU of this process if they still lie on the CPU."""
+    device = next(model.parameters()).device
+    if device.type == "cpu" and torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _mesh(how: How, processes: Processes, device: torch.device) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if how == "fsdp2":
+        return init_device_mesh(device.type, (processes.count,), mesh_dim_names=("shard",))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes.count)))
+    if local == processes.count:
+        raise ConfigError(
+            f"sharding hsdp keeps a whole model on each machine, and all {local} processes run on one: give "
+            "--sharding fsdp2, which is the same there."
+        )
+    if local == 1 or processes.count % local:
+        raise ConfigError(
+            f"sharding hsdp shards within a machine; {local} of {processes.count} processes run on this one (expected: "
+            "several, and as many on each). Give --sharding fsdp2, or start as many processes on every machine."
+        )
+    shape = processes.count // local, local
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _left_out(model: nn.Module) -> set[nn.Parameter]:
+    """What stays whole in every process: whatever is trained, and all adapters' own."""
+    adapters = [layer.adapters for layer in model.modules() if isinstance(layer, AdapterLayer)]
+    adapters += [module.token_rows for module in model.modules() if isinstance(module, TokenRowsLayer)]
+    own = {parameter for module in adapters for parameter in module.parameters()}
+    return own | {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def _in_order(model: nn.Module, some: set[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters in the model's order, which is the same in every process."""
+    return [parameter for parameter in model.parameters() if parameter in some]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks, from the last to the first of `modules()`, so that inner ones come first.
+
+    By the model's own word (`_no_split_modules`), or else the members of its lists of modules.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names and module is not model]
+    if not blocks:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        blocks = [block for each in lists for block in each if any(True for _ in block.parameters())]
+    return [block for block in reversed(blocks) if any(not p.requires_grad for p in block.parameters())]
+
+
+def _by_dtype(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    found: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    return list(found.values())
+
+
+def _why_not_quantised(quantization: Any) -> str | None:
+    """Why weights quantised like that cannot be cut; None for those that can, and for plain ones."""
+    if quantization is None:
+        return None
+    said: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(said.get("quant_method"), "value", said.get("quant_method")) or "unknown")
+    return f"a base quantised by {method} cannot be sharded."
+
+
+__all__ = ["asked_of_accelerate", "average_gradients", "gathered", "shard_model", "why_not"]
