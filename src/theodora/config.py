@@ -268,8 +268,12 @@ class TrainConfig:
     kernels: Literal["auto", "reference"] = "auto"
     """Code that runs: auto (fused kernels where there is a GPU), or reference (the plain formulas, slower)."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third slower. Default: from 3 billion
-    parameters on."""
+    """Recompute activations in the backward pass: less memory, a third slower. Default: from 3 billion parameters."""
+    sharding: Literal["auto", "none", "fsdp2", "hsdp"] = "auto"
+    """How several processes hold the frozen weights: each a part (fsdp2), the processes of each machine a part (hsdp),
+    each all of them (none), or as accelerate was told to, else all (auto). The adapter is whole in each."""
+    cpu_offload: bool = False
+    """Keep the parts of sharded weights in main memory while they are not computed with: slower."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do about a step whose loss or gradient is not finite, or whose loss exceeds max_loss: stop the run, or
     skip the step. Its batch is written to bad_batches.jsonl either way, and the adapter is not touched."""
@@ -283,8 +287,7 @@ class TrainConfig:
     eval_steps: float = 0.1
     """Steps between two evaluations of the held-out rows; below 1 a share of all steps."""
     per_device_eval_batch_size: int | None = None
-    """Rows in a forward pass of an evaluation, on each device. Default: 8, and on a GPU twice as many as in training,
-    whose passes keep more in memory, if that is more."""
+    """Rows in a pass of an evaluation, on each device. Default: 8, on a GPU twice as many as in training if more."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a better held-out loss, and keep the best adapter."""
     save_steps: float = 0.1

@@ -110,7 +110,7 @@ def stuck(options: dict[str, Any], step: int, folder: Path) -> None:
 def vote(rank: int, folder: Path) -> None:
     """One of two processes, of which the second is told to stop at step 2."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    agree = Agreement(torch.device("cpu"))
+    agree = Agreement()
     found = [agree(rank == 1 and step == 2) for step in range(4)]
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -114,10 +114,10 @@ def test_a_checkpoint_that_does_not_say_what_it_was_made_from(text, before, tmp_
 
 
 def test_a_missing_random_state_is_said(tmp_path):
-    (tmp_path / "rng_state_0.pth").write_text("")
-    assert "has no rng_state.pth" in missing_random_state(tmp_path, 1, 0)[0]
-    assert missing_random_state(tmp_path, 2, 0) == []
-    assert "has no rng_state_1.pth" in missing_random_state(tmp_path, 2, 1)[0]
+    (tmp_path / "rng_state_2.pth").write_text("")
+    assert missing_random_state(tmp_path, 2) == []
+    assert "has no rng_state.pth" in missing_random_state(tmp_path, 0)[0]
+    assert "has no rng_state_1.pth" in missing_random_state(tmp_path, 1)[0]
 
 
 def test_rows_have_one_hash_wherever_they_lie_and_in_whatever_file(sums, tmp_path):

@@ -76,6 +76,8 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "quantize",
             "kernels",
             "gradient_checkpointing",
+            "sharding",
+            "cpu_offload",
             "on_nan",
             "max_loss",
             "seed",
@@ -139,8 +141,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with imports(gpu=True):
         from theodora.train import train
+        from theodora.train.processes import SaidByFirst
 
-    result = train(config, console=stderr() if args.json else stdout())
+    try:
+        result = train(config, console=stderr() if args.json else stdout())
+    except SaidByFirst as error:
+        return error.exit_code
     if args.json and os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
         print_json(result.to_dict())
     return 0

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
-from theodora.train.processes import links_unasked
+from theodora.train.launched import device_chosen
+from theodora.train.processes import Processes, links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
 _ELSEWHERE = {
@@ -82,7 +84,8 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     Raises:
         ConfigError: naming every field that TRL does not have, or refuses.
     """
-    other = _checked(config.trainer)
+    other, processes = _checked(config.trainer), Processes.here()
+    other.pop("ddp_backend", None)  # the processes are joined already
     _check_reporters(config)
     evaluates = config.eval_data is not None or config.held_out != 0
     stops_early = config.early_stopping_patience is not None
@@ -129,8 +132,10 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         config.gradient_checkpointing
     )
     try:
-        with links_unasked():
+        with links_unasked(), nullcontext() if processes.alone else device_chosen(processes.on_machine):
             arguments = SFTConfig(**values | other)
+            if not processes.alone and arguments.device.type == "cuda":
+                arguments.__dict__["_setup_devices"] = torch.device("cuda", processes.on_machine)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
     if config.per_device_eval_batch_size is None and arguments.device.type != "cpu":

@@ -29,15 +29,14 @@ class Diverged(TheodoraError):
 class MetricsFile(TrainerCallback):
     """One JSON line in metrics.jsonl for every log, flushed, so that it can be watched and survives a crash."""
 
-    def __init__(self, path: Path, *, resume_at: int | None, appends: bool = True) -> None:
+    def __init__(self, path: Path, *, resume_at: int | None) -> None:
         """Begin the file, or cut it back.
 
         Args:
             path: of the file.
             resume_at: the step that the run goes on from; None for a run that begins.
-            appends: whether this process adds the lines: one speaks for all.
         """
-        self.path, self.appends = path, appends
+        self.path = path
         earlier = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
         with atomic_write(path) as file:
             file.write_text("".join(to_json(line) + "\n" for line in earlier), encoding="utf-8")
@@ -46,8 +45,6 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Write one line."""
-        if not self.appends:
-            return
         line = to_json({"step": state.global_step, **logs}) + "\n"
         with explained_io_errors(self.path):
             size = self.path.stat().st_size

@@ -110,7 +110,8 @@ def _settings(plan: Plan) -> str:
         f"{markdown(describe_modules(plan.modules))}"
         f"{f' and {markdown(describe_token_rows(plan))}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
-        f"base model in {plan.dtype} on {device_name(plan.device)}.\n"
+        f"base model in {plan.dtype} on {device_name(plan.device)}"
+        f"{f', {plan.processes}' if plan.processes is not None else ''}.\n"
         + "".join(f"- Resumed with other options; {markdown(line)}.\n" for line in plan.history)
         + "\n"
         f"`config.yaml` holds every setting; `{again}` runs it again.\n\n"

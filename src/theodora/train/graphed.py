@@ -36,7 +36,7 @@ def why_no_graph(trainer: Trainer) -> str | None:
     model: Any = trainer.model
     config = model.config.get_text_config()
     reasons = {
-        "several processes or GPUs": not Processes.of(arguments).alone,
+        "the weights are sharded": Processes.here().sharding is not None,
         "the model is not on one device": any(p.device != arguments.device for p in model.parameters()),
         "torch.compile": arguments.torch_compile,
         "fp16 scales its losses": accelerator.scaler is not None,

@@ -73,14 +73,20 @@ class StepGuard:
         """Forget the step at hand; it begins anew."""
         self._batches, self._losses = [], []
 
-    def may_be_taken(self, step: int, grad_norm: Tensor | float | None) -> bool:
+    def may_be_taken(self, step: int, grad_norm: Tensor | float | None, loss: Tensor | None = None) -> bool:
         """Look at a step, which ends here; whether the optimizer may take it.
+
+        Args:
+            step: its number.
+            grad_norm: of its gradient; None where nobody computes it.
+            loss: of several processes together, which decide alike; None: what was noted here.
 
         Raises:
             TheodoraError: the run is to stop over it, or over one before it.
         """
-        if self._losses:
+        if loss is None and self._losses:
             loss = torch.stack([loss.float() for loss in self._losses]).sum()
+        if loss is not None:
             metrics = DeferredMetrics({"loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]})
             self._under_way.append((step, metrics, self._batches))
         self.forget()

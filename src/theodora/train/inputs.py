@@ -114,15 +114,20 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
         )
     if before.processes != now.processes:
         notes.append(
-            f"changed since the run began: processes from {before.processes} to {now.processes}, so that steps are of "
-            "other rows than they would have been"
+            f"changed since the run began: processes from {before.processes} to {now.processes}. Steps are of the same "
+            "rows; what is drawn at random, as dropout, differs, and sums are rounded otherwise"
         )
     return notes
 
 
-def missing_random_state(checkpoint: Path, processes: int, process: int) -> list[str]:
+def random_state_file(process: int) -> str:
+    """The name of the file of a checkpoint with the random state of one of the processes that trained it."""
+    return f"rng_state_{process}.pth" if process else "rng_state.pth"
+
+
+def missing_random_state(checkpoint: Path, process: int) -> list[str]:
     """A note if a checkpoint lacks the random state of this process; the trainer would go on without a word."""
-    name = "rng_state.pth" if processes <= 1 else f"rng_state_{process}.pth"
+    name = random_state_file(process)
     if (checkpoint / name).is_file():
         return []
     return [f"{checkpoint} has no {name}: what is drawn at random, as dropout, is drawn anew from here on"]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
-from theodora.train.processes import is_spread
 from theodora.train.tried import is_true, tried
 
 # Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
@@ -32,10 +31,10 @@ def trl_reads_logits(trainer: Trainer) -> bool:
     """Whether TRL's loss, which it computes from the states before the head, is that of the model's own logits.
 
     Tried out, because TRL knows only some of what models do to their logits (scales, soft caps), and not where each
-    keeps its backbone. Not where the model is spread over processes.
+    keeps its backbone.
     """
     model: Any = trainer.model
-    return is_spread(trainer) or tried("trl-reads-logits", model, lambda: _trl_reads_logits(model), is_true)
+    return tried("trl-reads-logits", model, lambda: _trl_reads_logits(model), is_true)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class Outcome:
             return
         bad = not_finite(self._saved())
         reason = f"{bad[0]} is not finite" if bad else self._reason()
-        if self.processes.any(reason is not None, self.trainer.args.device):
+        if self.processes.any(reason is not None):
             reason = reason or "the loss is not finite in another process"
             raise Diverged(
                 f"Training diverged: {reason} after step {step}, and nothing of that was saved. {self.hint}"

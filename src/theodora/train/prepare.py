@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,22 @@ class Prepared:
     """What the checkpoint tells that it goes on from."""
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is read and made of the rows, in one process of each machine."""
+
+    config: TrainConfig
+    """With what the rows decide."""
+    tokenizer: PreTrainedTokenizerBase
+    training: Examples
+    held_out: Examples | None
+    train_rows: Dataset
+    held_out_rows: Dataset | None
+    notes: list[str]
+    sources: dict[str, Examples]
+    left_out: list[LeftOut]
+
+
 def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     """Load and check everything; what fails fast comes first.
 
@@ -87,30 +104,14 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         ConfigError: the configuration does not fit the data or the model.
         CheckpointError: the model cannot be loaded.
     """
-    examples = load_examples(config.data)
-    config, training, held_out, notes = _split(config, examples)
-    sources = {"data": examples}
-    if config.eval_data is not None and held_out is not None:
-        sources["eval_data"] = held_out
-    tokenizer = _load_tokenizer(config, arguments, training)
-    train_rows = _tokenize(config, training, tokenizer)
-    notes += _new_notes(train_rows, notes)
-    left_out = [*examples.left_out, *left_out_of(train_rows)]
-    if config.replay is not None:
-        replayed = sources["replay"] = load_examples(config.replay)
-        texts = _tokenize(config, replayed, tokenizer)
-        notes += _new_notes(texts, notes)
-        left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
-        train_rows = _with_replay(config, train_rows, texts)
-        notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
-    held_out_rows = None
-    if held_out is not None:
-        held_out_rows = _tokenize(config, held_out, tokenizer)
-        notes += _new_notes(held_out_rows, notes)
-        left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
+    processes = Processes.here()
+    data = processes.one_here_does(lambda: read_data(config, arguments))
+    config, tokenizer, notes = data.config, data.tokenizer, data.notes
+    train_rows, held_out_rows = data.train_rows, data.held_out_rows
     precision = choose_precision(config, arguments)
     dtype = precision.dtype
-    model = load_model(
+    load = partial(
+        load_model,
         config.model,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
@@ -123,8 +124,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         keep=config.adapter.modules_to_save,
         adapted=True,
     )
+    model = load() if Path(config.model).exists() else processes.one_here_first(load)  # which downloads it
     base_hash = hash_of_weights(model)
-    if config.from_adapter is None and Processes.of(arguments).alone:
+    if config.from_adapter is None and processes.alone:
         know(model, base_hash)
     check_continues_text(model)
     name_backbone(model)
@@ -166,18 +168,44 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         config=config,
         model=model,
         tokenizer=tokenizer,
-        training=training,
-        held_out=held_out,
+        training=data.training,
+        held_out=data.held_out,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         dtype=dtype,
         precision=precision,
         balances_experts=unbalanced is None,
         notes=notes,
-        sources=sources,
+        sources=data.sources,
         base_hash=base_hash,
-        left_out=tuple(left_out),
+        left_out=tuple(data.left_out),
     )
+
+
+def read_data(config: TrainConfig, arguments: SFTConfig) -> Data:
+    """Read and tokenise what a run trains on, and holds out."""
+    examples = load_examples(config.data)
+    config, training, held_out, notes = _split(config, examples)
+    sources = {"data": examples}
+    if config.eval_data is not None and held_out is not None:
+        sources["eval_data"] = held_out
+    tokenizer = _load_tokenizer(config, arguments, training)
+    train_rows = _tokenize(config, training, tokenizer)
+    notes += _new_notes(train_rows, notes)
+    left_out = [*examples.left_out, *left_out_of(train_rows)]
+    if config.replay is not None:
+        replayed = sources["replay"] = load_examples(config.replay)
+        texts = _tokenize(config, replayed, tokenizer)
+        notes += _new_notes(texts, notes)
+        left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
+        train_rows = _with_replay(config, train_rows, texts)
+        notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
+    held_out_rows = None
+    if held_out is not None:
+        held_out_rows = _tokenize(config, held_out, tokenizer)
+        notes += _new_notes(held_out_rows, notes)
+        left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
+    return Data(config, tokenizer, training, held_out, train_rows, held_out_rows, notes, sources, left_out)
 
 
 def count_tokens(rows: Dataset) -> tuple[int, int]:

@@ -57,6 +57,8 @@ class Plan:
     """What rows hold and nothing is learned from."""
     token_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path of each module in which rows of single tokens are trained, and how many."""
+    processes: str | None = None
+    """How many there are, and what joins them; None for one."""
     history: Sequence[str] = ()
     """Options that had other values before the run was resumed, and until which step."""
 
@@ -69,6 +71,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid.add_column()
     grid.add_row("Model", f"{shorten(config.model)}  {plan.total - plan.trainable:,} parameters")
     grid.add_row("", f"{plan.dtype} on {device_name(plan.device)}")
+    if plan.processes is not None:
+        grid.add_row("Processes", plan.processes)
     if plan.path is not None:
         grid.add_row("Fast path", plan.path)
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
@@ -124,6 +128,8 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         f"{counted(result.steps, 'step')} in {as_time(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, "
         f"peak memory {as_size(result.peak_memory)}",
     )
+    if result.processes > 1:
+        console.print(describe_network(result))
     console.print(f"Moved by training: {describe_moved(result)}; all finite")
     if result.stops is not None:
         console.print("It " + describe_stops(result))
@@ -144,6 +150,12 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
         rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
     return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
+
+
+def describe_network(result: TrainResult) -> str:
+    """`2 processes; each sent 1.2 MB a step, the adapter's gradients`."""
+    sent = as_size(result.bytes_per_step) if result.bytes_per_step >= 1e6 else f"{result.bytes_per_step / 1e3:.1f} kB"
+    return f"{result.processes} processes; each sent {sent} a step, the adapter's gradients"
 
 
 def describe_moved(result: TrainResult) -> str:

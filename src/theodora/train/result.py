@@ -40,6 +40,10 @@ class TrainResult:
     """Likewise without the first logged step, if there are others: it makes ready what they use."""
     peak_memory: int
     """Most bytes held: of the GPU if there is one, else of main memory."""
+    processes: int = 1
+    """How many trained together."""
+    bytes_per_step: int = 0
+    """What each of them sent to others in an optimizer step: the adapter's gradients, in a ring."""
     moved: Mapping[str, tuple[int, int]]
     """For each part of the adapter (lora_A, lora_B, magnitude) how many tensors training moved, of how many. All are
     finite, or there would be an error."""

@@ -230,9 +230,11 @@ def _batches(now: Mapping[str, Any], past: Past, processes: int) -> list[str]:
     here = _product(now) * processes
     if then == here:
         return []
+    at_once = int(_value(_BATCH[0], now)) * processes
+    same = f"; {_BATCH[1]} {then // at_once} would keep it" if then % at_once == 0 else ""
     return [
         f"a step was {then:,} rows ({' × '.join(_BATCH)} × processes) and is {here:,}: the place in the data is "
-        "counted in steps. Change both such that their product stays"
+        f"counted in steps. Change them such that their product stays{same}"
     ]
 
 

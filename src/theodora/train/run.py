@@ -49,9 +49,11 @@ from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
-from theodora.train.resumed import change_notes, check_options, history, history_lines, past_of, record_of
+from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.self_stopping import SelfStopping, count_self_stops
+from theodora.train.sharding import shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
+from theodora.train.together import check_seen, logged, together
 from theodora.train.trainer import AdapterTrainer
 from theodora.train.wholeness import note_divergence, read_state
 from theodora.trust import grant_flags
@@ -82,34 +84,33 @@ def train(config: TrainConfig, *, console: Console | None = None, show_result: b
         TrainingInterrupted: Ctrl-C or SIGTERM. A checkpoint was saved, and the message says how to resume.
     """
     stop = StopOnSignal(Path(config.output), config.grace_period)
-    with stop.listening():
-        return _train_in_order(config, console, show_result, stop)
+    with stop.listening(), together(config) as processes:
+        return _train_in_order(config, console, show_result, stop, processes)
 
 
-def _train_in_order(config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal) -> TrainResult:
+def _train_in_order(
+    config: TrainConfig, console: Console | None, show_result: bool, stop: StopOnSignal, processes: Processes
+) -> TrainResult:
     config = continued(config)
     output = Path(config.output)
     arguments = sft_arguments(config, output / checkpoints.CHECKPOINTS)
     begin_with_gpu(arguments.device)
-    processes = Processes.of(arguments)
     console = Terminal.over(console or Terminal()) if processes.first else Terminal(quiet=True)
     with ExitStack() as held:
-        said = held.enter_context(alone_in(output)) if processes.writes else []
-        checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
-        read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
-        checkpoints.check_inputs(output, read, overwrite=config.overwrite)
-        checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
-        past = None if checkpoint is None else past_of(checkpoint)
-        if checkpoint is not None and past is not None:
-            check_options(config, processes.count, checkpoint, past)
-        processes.wait()  # no process writes before all have looked
-        if processes.writes and checkpoint is None:
-            held.enter_context(checkpoints.marked(output))
+        said, checkpoint, past = processes.first_does(lambda: _look(config, held, processes.count))
+        check_seen(processes, output)
+        log = held.enter_context(logged(processes, config, anew=checkpoint is None))
+        if log is not None:
+            console = Terminal(file=log, width=120)
         with quiet_libraries():
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)
                 prepared.notes[:0] = said
+                if processes.alone and config.sharding in ("fsdp2", "hsdp"):
+                    prepared.notes.append(f"sharding {config.sharding} has no effect: there is one process")
                 prepared.given, prepared.past = config, past
+                if processes.sharding is not None:
+                    shard_model(prepared.model, processes.sharding, processes, cpu_offload=config.cpu_offload)
             with (
                 restored_afterwards(prepared.model),
                 fast_path(prepared.model, prepared.config, arguments.device) as path,
@@ -121,6 +122,22 @@ def _train_in_order(config: TrainConfig, console: Console | None, show_result: b
     return result
 
 
+def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[str], Path | None, Past | None]:
+    """Take the output folder, and find what the run goes on from: notes, a checkpoint, and what that tells."""
+    output = Path(config.output)
+    said = held.enter_context(alone_in(output))
+    checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
+    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
+    checkpoints.check_inputs(output, read, overwrite=config.overwrite)
+    checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
+    past = None if checkpoint is None else past_of(checkpoint)
+    if checkpoint is not None and past is not None:
+        check_options(config, processes, checkpoint, past)
+    if checkpoint is None:
+        held.enter_context(checkpoints.marked(output))
+    return said, checkpoint, past
+
+
 def _train(
     prepared: Prepared,
     arguments: SFTConfig,
@@ -130,8 +147,9 @@ def _train(
     stop: StopOnSignal,
 ) -> tuple[TrainResult, list[str]]:
     """The run itself; also what the user should be told beside the result."""
-    output, processes = Path(prepared.config.output), Processes.of(arguments)
+    output, processes = Path(prepared.config.output), Processes.here()
     tensors = trained_tensors(prepared.model)
+    processes.spread(list(tensors.values()))  # other hardware may have drawn, or decomposed, otherwise
     before = fingerprints(tensors)
     checkpoints.check_space(
         output, sum(t.numel() * t.element_size() for t in tensors.values()), arguments.save_total_limit or 2
@@ -148,11 +166,16 @@ def _train(
         evaluates_first=checkpoint is None or checkpoints.owes_evaluation(checkpoint),
     )
     if not processes.alone:
-        stop.alone, stop.agree = False, Agreement(arguments.device)
+        stop.alone, stop.agree = False, Agreement(processes.group)
+        if not processes.first:
+            arguments.report_to, arguments.save_total_limit = [], None  # the first one sees to both
     inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, processes.count)
+    rows = {name: sha256 for name, (_, sha256) in inputs.sources.items()}
+    processes.agree("data and base model", {**rows, "tokens": inputs.tokens, "weights of the base": inputs.base})
     if checkpoint is not None:
         prepared.notes += changes_since(checkpoint, inputs)
-        prepared.notes += missing_random_state(checkpoint, processes.count, processes.index)
+        missing = processes.gather(missing_random_state(checkpoint, processes.index))
+        prepared.notes += [note for notes in missing for note in notes]
     early, keeps = EarlyGradients(tensors), KeepInputs(inputs)
     callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, view]
     trainer = _build_trainer(prepared, arguments, callbacks)
@@ -166,17 +189,18 @@ def _train(
     )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
-        trainer.tokens = _tokens_at(checkpoint)
+        trainer.tokens = _tokens_at(checkpoint) if processes.first else 0
         view.count_tokens_from(trainer.tokens)
     print_plan(console, plan)
     if processes.writes:
         _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
-        metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at, appends=processes.first)
+        metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
     _run(trainer, checkpoint, stop, view, prepared.config)
-    if trainer.saved_at is None and checkpoint is not None and checkpoint == checkpoints.newest_checkpoint(output):
+    ends_there = checkpoint is not None and trainer.saved_at is None and processes.first
+    if ends_there and checkpoint == checkpoints.newest_checkpoint(output):
         # It may have been killed after its last checkpoint, before older ones were deleted.
         limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
         checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
@@ -184,10 +208,11 @@ def _train(
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
     result = _result(prepared, plan, trainer, view, seconds, moved)
-    stops = _count_stops(prepared) if processes.alone else None
+    # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
+    asks = processes.sharding is None
+    stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
-    if processes.writes:
-        _end_record(prepared, plan, result)
+    processes.first_does(lambda: _end_record(prepared, plan, result))
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
@@ -233,8 +258,7 @@ def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGua
     return StepGuard(
         output / name,
         config.on_nan,
-        # Several processes have to decide alike. Each has a loss of its own, and all have the same gradient.
-        config.max_loss or 3 * guessing if processes.alone else None,
+        config.max_loss or 3 * guessing,
         lambda ids: str(prepared.tokenizer.decode(ids)),
         waits=arguments.device.type == "cpu",
         looks_at_norm=not arguments.fp16,
@@ -265,6 +289,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         device=arguments.device,
         dtype=prepared.dtype,
         modules=list(adapter_layers(model)),
+        processes=None if trainer.processes.alone else trainer.processes.described(),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
         data_format=prepared.training.format,
@@ -282,6 +307,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         notes=[
             *prepared.notes,
             *_device_notes(trainer.processes),
+            *_remainder(len(rows), arguments, trainer.processes),
             *missing_parts(arguments.device),
             *(checkpoints.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
@@ -293,9 +319,21 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     )
 
 
+def _remainder(rows: int, arguments: SFTConfig, processes: Processes) -> list[str]:
+    """What happens to the batches of an epoch that the processes cannot share evenly."""
+    size = arguments.per_device_train_batch_size
+    over = (rows // size if arguments.dataloader_drop_last else math.ceil(rows / size)) % processes.count
+    if not over:
+        return []
+    last, ones = (
+        ("batch of an epoch goes", "process") if over == 1 else (f"{over} batches of an epoch go", f"{over} processes")
+    )
+    return [f"the last {last} to the first {ones}; the others add nothing to that step, whose loss is per token"]
+
+
 def _device_notes(processes: Processes) -> list[str]:
     count = torch.cuda.device_count()
-    if count > processes.count:
+    if count > processes.count and processes.machines == 1:
         return [
             f"{processes.count} of {count} GPUs at work; torchrun --nproc-per-node {count} -m theodora train … uses all"
         ]
@@ -420,11 +458,13 @@ def _result(
         eval_loss=final,
         trainable_parameters=plan.trainable,
         total_parameters=plan.total,
-        tokens=trainer.tokens_seen,
+        tokens=sum(trainer.processes.gather(trainer.tokens_seen)),
         seconds=seconds,
         tokens_per_second=view.mean_tokens_per_second,
         warm_tokens_per_second=view.warm_tokens_per_second,
-        peak_memory=peak_memory(),
+        peak_memory=max(trainer.processes.gather(peak_memory())),
+        processes=trainer.processes.count,
+        bytes_per_step=trainer.bytes_per_step,
         moved=moved,
         left_out=prepared.left_out,
         model=prepared.model,

@@ -48,7 +48,7 @@ class StepState:
     @staticmethod
     def of(trainer: CountingTrainer, *, with_random_states: bool) -> StepState:
         """Take down the state of now."""
-        states = _random_states() if with_random_states else None
+        states = random_states() if with_random_states else None
         return StepState(trainer.loss_sum.clone(), copied(trainer.metrics_of("train")), trainer.tokens, states)
 
     def restore_metrics_to(self, trainer: CountingTrainer) -> None:
@@ -61,17 +61,24 @@ class StepState:
         trainer.loss_sum.copy_(self.loss)
         self.restore_metrics_to(trainer)
         if self.random_states is not None:
-            python, numpy, cpu, cuda = self.random_states
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda)
+            restore_random_states(self.random_states)
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """Of Python, NumPy, torch and the GPU, in types that torch.load takes from anybody."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    kind, numbers, *rest = np.random.get_state()
+    return random.getstate(), (kind, torch.from_numpy(numbers.astype(np.int64)), *rest), torch.get_rng_state(), cuda
+
+
+def restore_random_states(states: tuple[Any, ...]) -> None:
+    """Go on drawing from there."""
+    python, (kind, numbers, *rest), cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state((kind, numbers.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
 
 
 def copied(metrics: Metrics) -> Metrics:
@@ -161,13 +168,10 @@ class CountingTrainer(SFTTrainer):
         """Keep the metrics that TRL keeps, on the device; `log` fetches them.
 
         Args:
-            sums: entropy, correct predictions and learned tokens of a pass, (3,) float32.
+            sums: entropy, correct predictions and learned tokens of a pass in this process, (3,) float32.
             tokens: in its batch, padding not.
         """
         metrics = self.metrics_of(self.mode)
-        if not self.processes.alone:
-            sums = self.processes.sum(sums)
-            tokens = self.processes.sum(torch.as_tensor(tokens, device=sums.device))
         entropy, correct, count = sums
         metrics["entropy"].append(entropy / count.clamp(min=1))
         metrics["mean_token_accuracy"].append(correct / count.clamp(min=1))
@@ -181,17 +185,39 @@ class CountingTrainer(SFTTrainer):
         self.last_step = StepState.of(self, with_random_states=accumulates)
 
 
-def write_unlogged(trainer: CountingTrainer, folder: Path) -> None:
-    """Write what has not been logged yet into a checkpoint."""
+def unlogged(trainer: CountingTrainer) -> dict[str, Any]:
+    """What a process has not logged yet."""
     metrics = DeferredMetrics(trainer.metrics_of("train")).read()
-    unlogged = {
+    return {
         "step": trainer.logged_at,
         "loss": trainer.loss_sum.item(),
         "tokens": trainer.tokens_seen,
         "metrics": {name: values for name, values in metrics.items() if values},
     }
-    write_text(folder / UNLOGGED_FILE, json.dumps(unlogged))
+
+
+def write_unlogged(trainer: CountingTrainer, folder: Path, found: list[dict[str, Any]]) -> None:
+    """Write it into a checkpoint, of the first process and of the others."""
+    others = {"others": found[1:]} if len(found) > 1 else {}
+    write_text(folder / UNLOGGED_FILE, json.dumps({**found[0], **others}))
     write_inputs(trainer, folder)
+
+
+def _share_of(found: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """What of it one of the processes goes on with: as it was; or the first with all, if there were others before."""
+    all_of_them = [found, *found.get("others", [])]
+    if len(all_of_them) == processes.count:
+        return all_of_them[processes.index]
+    if not processes.first:
+        return {"step": found["step"], "loss": 0.0, "tokens": 0, "metrics": {}}
+    names = dict.fromkeys(name for each in all_of_them for name in each["metrics"])
+    metrics = {name: [v for each in all_of_them for v in each["metrics"].get(name, [])] for name in names}
+    tokens = sum(each["tokens"] for each in all_of_them)
+    if "num_tokens" in metrics:
+        metrics["num_tokens"] = [tokens]
+    return {"step": found["step"], "loss": sum(each["loss"] for each in all_of_them), "tokens": tokens} | {
+        "metrics": metrics
+    }
 
 
 class RestoreUnlogged(TrainerCallback):
@@ -205,9 +231,12 @@ class RestoreUnlogged(TrainerCallback):
         trainer = self.trainer
         file = None if trainer.resumed_from is None else Path(trainer.resumed_from) / UNLOGGED_FILE
         if file is not None and file.is_file():
-            unlogged = json.loads(file.read_text(encoding="utf-8"))
-            trainer.logged_at = unlogged["step"]
-            trainer.loss_sum.add_(unlogged["loss"])
-            trainer.tokens = unlogged["tokens"]
-            replace_metrics(trainer.metrics_of("train"), unlogged["metrics"])
+            found = _share_of(json.loads(file.read_text(encoding="utf-8")), trainer.processes)
+            trainer.logged_at = found["step"]
+            trainer.loss_sum.add_(found["loss"])
+            trainer.tokens = found["tokens"]
+            replace_metrics(trainer.metrics_of("train"), found["metrics"])
+        elif trainer.processes.index:
+            # What is drawn in training, as dropout, is another in each process; rows were drawn alike before.
+            torch.manual_seed(trainer.args.seed + trainer.processes.index)
         trainer.note_step()

@@ -55,17 +55,18 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
 
     def __init__(self, *args: Any, kernels: str = "auto", **kwargs: Any) -> None:
         """Take what SFTTrainer takes, and `kernels` of `TrainConfig`."""
+        self.processes = Processes.here()  # which placing the model asks
         super().__init__(*args, **kwargs)
-        self.processes = Processes.of(self.args)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RestoreUnlogged(self))
         self.add_callback(UseOptions(self))
         self.say = print
         self.pieces = Pieces(self.one_pass, self.start_step_over, lambda text: self.say(text))
-        self.pieces.halves = self.processes.alone
-        self.defers_logs = self.args.device.type == "cuda"
+        self.pieces.halves = self.processes.sharding is None  # passes of sharded weights go together
+        self.defers_logs = self.args.device.type == "cuda" or not self.processes.alone
         self._under_way = deque()
+        self._losses = []
         self.choose_loss(kernels)
         self.choose_graphs()
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import EarlyStoppingCallback
 
@@ -14,10 +15,17 @@ from theodora.adapters.state import trained_tensors
 from theodora.files.atomic import atomic_directory
 from theodora.files.read_back import write_text
 from theodora.train.checkpoints import rotate
+from theodora.train.inputs import random_state_file
 from theodora.train.movement import fingerprints
 from theodora.train.resumed import OPTIONS_FILE, AsAsked
-from theodora.train.step_state import CountingTrainer, write_unlogged
-from theodora.train.wholeness import list_in_place, list_when_all_have_written
+from theodora.train.step_state import (
+    CountingTrainer,
+    random_states,
+    restore_random_states,
+    unlogged,
+    write_unlogged,
+)
+from theodora.train.wholeness import list_in_place
 
 
 class CheckpointOverrides(CountingTrainer):
@@ -117,23 +125,33 @@ class CheckpointOverrides(CountingTrainer):
         """
         if self.outcome is not None:
             self.outcome.check()
+        shares = self.processes.gather((unlogged(self), random_states() if self.processes.index else None))
+        self.state.best_model_checkpoint = self.processes.first_does(lambda: self._write(model, trial, shares))
+        self.saved_at = self.state.global_step
+
+    def _write(self, model: nn.Module, trial: Any, shares: list[tuple[dict[str, Any], Any]]) -> str | None:
+        """Write the checkpoint of all processes; the best one's folder."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
-        if not self.processes.alone:
-            # Several processes write into one folder; there is no moment at which one of them could rename it.
-            super()._save_checkpoint(model, trial)
-            self._write_options(folder)
-            list_when_all_have_written(self, self.processes, folder)
-            return
         with atomic_directory(folder, overwrite=True) as partial, self._writing_to(partial):
             super()._save_checkpoint(model, trial)
             inner = partial / folder.name
             self._name_best_checkpoint(folder)
-            write_unlogged(self, inner)
+            write_unlogged(self, inner, [found for found, _ in shares])
+            for process, (_, states) in enumerate(shares[1:], 1):
+                torch.save(states, inner / random_state_file(process))
             self._write_options(inner)
             self.state.save_to_json(str(inner / "trainer_state.json"))
             list_in_place(self, inner)
-        self.saved_at = self.state.global_step
-        rotate(self.folder, self.saved_at, self.args.save_total_limit, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        rotate(self.folder, self.state.global_step, self.args.save_total_limit, best)
+        return best
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Overrides transformers 5.17 to 5.23's `Trainer._load_rng_state`: each process has a state of its own."""
+        if self.processes.first:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None and (file := Path(checkpoint) / random_state_file(self.processes.index)).is_file():
+            restore_random_states(torch.load(file, weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Overrides transformers 5.17 to 5.23's `Trainer._get_output_dir`: the hidden folder while one is written."""
@@ -148,7 +166,7 @@ class CheckpointOverrides(CountingTrainer):
             self._staging = None
 
     def _write_options(self, folder: Path) -> None:
-        if self.options is not None and self.processes.writes:
+        if self.options is not None:
             write_text(folder / OPTIONS_FILE, self.options)
 
     def _name_best_checkpoint(self, current: Path) -> None:

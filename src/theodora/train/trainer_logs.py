@@ -6,11 +6,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from theodora.train.deferred_metrics import DeferredMetrics
-from theodora.train.step_state import CountingTrainer, replace_metrics
+from theodora.train.step_state import CountingTrainer, Metrics, replace_metrics
 
+_MEANS = ("entropy", "mean_token_accuracy")
 _LINES_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
 
@@ -49,14 +51,31 @@ class LogOverrides(CountingTrainer):
         self.note_step()
 
     def _send_for_figures(self, tr_loss: Tensor, grad_norm: Any, learning_rate: float | None) -> None:
-        step, metrics = self.state.global_step, self.metrics_of("train")
-        loss = self.processes.mean(tr_loss.clone())
+        step = self.state.global_step
+        metrics, loss = self._of_all(self.metrics_of("train"), tr_loss.clone())
         tr_loss.zero_()
         figures: dict[str, Any] = {**metrics, "loss": [loss], "grad_norm": [] if grad_norm is None else [grad_norm]}
         figures["learning_rate"] = [self._get_learning_rate() if learning_rate is None else learning_rate]
-        metrics.clear()
+        self.metrics_of("train").clear()
         self._under_way.append(_Line(step, self.state.epoch or 0.0, step - self.logged_at, DeferredMetrics(figures)))
         self.logged_at = step
+
+    def _of_all(self, metrics: Metrics, loss: Tensor) -> tuple[Metrics, Tensor]:
+        """Metrics and the sum of losses over all processes, each of which calls this."""
+        if self.processes.alone:
+            return metrics, loss
+        names = [*_MEANS, *(["aux_loss"] if self.aux_loss_enabled else [])]
+        wide = torch.float64 if loss.device.type != "mps" else torch.float32
+        own = [(metrics.get(name, []), len(metrics.get(name, []))) for name in names]
+        sums = [torch.as_tensor(v, device=loss.device).to(wide) for v in (loss, self.tokens)]
+        for values, count in own:
+            sums.append(
+                sum((torch.as_tensor(v, device=loss.device).to(wide) for v in values), torch.zeros_like(sums[0]))
+            )
+            sums.append(torch.full_like(sums[0], count))
+        total = self.processes.sum(torch.stack(sums))
+        means = {name: [total[2 + 2 * n] / total[3 + 2 * n].clamp(min=1)] for n, name in enumerate(names)}
+        return {**metrics, **means, "num_tokens": [total[1]]}, total[0]
 
     def log_arrived(self, all_of_them: bool) -> None:
         """Log in order, each under its own step."""
@@ -83,8 +102,16 @@ class LogOverrides(CountingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Overrides TRL 1.16's `SFTTrainer.log`: fetches the metrics from the device first, all at once."""
         metrics = self.metrics_of(self.mode)
+        # Those of training are sent for by the step that is logged; the summary of a run has none.
+        if self.mode == "eval" and "train_runtime" not in logs:
+            replace_metrics(metrics, self._of_all(dict(metrics), self.loss_sum)[0])
         metrics.update(DeferredMetrics(metrics).read())
         super().log(logs, start_time)
+
+    def store_flos(self) -> None:
+        """Overrides transformers 5.17 to 5.23's `Trainer.store_flos`: other processes do as much."""
+        self.current_flos *= self.processes.count
+        super().store_flos()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Overrides TRL 1.16's `_BaseTrainer.create_model_card`: the run writes a card of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from theodora.layers.norm_cache import looked_at_once
 from theodora.layers.token_rows import is_adapted
 from theodora.train.fused_loss import LEARNED, Head, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
-from theodora.train.processes import is_spread
-from theodora.train.step_state import CountingTrainer
+from theodora.train.step_state import CountingTrainer, copied, replace_metrics
 
 
 class LossOverrides(CountingTrainer):
@@ -55,8 +55,6 @@ class LossOverrides(CountingTrainer):
             return f"not on {self.args.device.type}"
         if not self._plain_loss:
             return "the loss is not the plain one"
-        if is_spread(self):
-            return "the model or its batches are spread over processes"
         return fused_head(self.model)
 
     def compute_loss(
@@ -97,17 +95,21 @@ class LossOverrides(CountingTrainer):
     def mean_of_step(self, sums: LossSums, num_items_in_batch: Tensor | int | None) -> Tensor:
         """A batch's share of the loss per token of the whole step."""
         items = num_items_in_batch if num_items_in_batch is not None else sums.count
-        loss = sums.nats / torch.as_tensor(items).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The number counts the tokens of all processes, whose gradients are averaged.
-            loss = loss * self.processes.count
-        return loss
+        return sums.nats / torch.as_tensor(items).clamp(min=1)
+
+    def _nothing(self, run: Callable[[], Any]) -> Tensor:
+        """The loss of a batch of nothing: 0. Where weights are sharded it runs, without a trace, as the others do."""
+        if self.processes.sharding is not None:
+            metrics, tokens = copied(self.metrics_of(self.mode)), self.tokens
+            run()
+            replace_metrics(self.metrics_of(self.mode), metrics)
+            self.tokens = tokens
+        return torch.zeros((), device=self.args.device)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Overrides transformers 5.17 to 5.23's `Trainer.evaluation_loop`, whose loss is the mean over batches.
 
-        Here it is the mean over tokens, which does not depend on the batch size. (With several processes a few rows may
-        count twice: accelerate gives each of them equally many.)
+        Here it is the mean over the tokens of all processes, which does not depend on the batch size.
         """
         self._eval_nats = self._eval_tokens = 0.0
         # A data loader draws a seed for its workers: an evaluation must not change what training draws after it.

@@ -17,6 +17,7 @@ from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.out_of_memory import split
 from theodora.train.packed_rows import keeps_rows_apart, takes_bounds
+from theodora.train.shares import NOTHING
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -129,11 +130,15 @@ class PassOverrides(LossOverrides):
     ) -> tuple[Any, Any, Any]:
         """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it, and then goes on
         with half of the rows at a time, whose losses add up to the same."""
+        if inputs.pop(NOTHING, False):
+            return self._nothing(lambda: self.loss_now(inputs)), None, None
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         except torch.OutOfMemoryError:
             again = [inputs] if self.release_graphs("evaluation needs the memory") else split(dict(inputs), 2)
-            if again[0] is not inputs and not (len(again) > 1 and prediction_loss_only and self.processes.alone):
+            if again[0] is not inputs and not (
+                len(again) > 1 and prediction_loss_only and self.processes.sharding is None
+            ):
                 raise
         # Outside the handler, which holds what did not fit.
         return [self.prediction_step(model, part, prediction_loss_only, *args, **kwargs) for part in again][-1]

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from theodora.patches import replaced
+from theodora.train.gradients import GradientSum
 from theodora.train.order import SeededByEpoch
 from theodora.train.out_of_memory import Pieces, split
+from theodora.train.shares import NOTHING, shared
 from theodora.train.step_state import copied, replace_metrics
 from theodora.train.trainer_passes import PassOverrides
 
@@ -38,6 +41,12 @@ class StepOverrides(PassOverrides):
     say: Callable[[str], None]
     """Tells the user."""
     _parameters_that_multiply: int | None = None
+    bytes_per_step = 0
+    """What this process has sent to others in each step."""
+    _gradients: GradientSum | None = None
+    _losses: list[Tensor]
+    """Of the step at hand, until its gradients are added up."""
+    _loss_of_step: Tensor | None = None
     _trained: _Parameters | None = None
     """What stands for the model where a step goes through its parameters; None: the model itself."""
 
@@ -45,25 +54,46 @@ class StepOverrides(PassOverrides):
         """Overrides transformers 5.17 to 5.23's `Trainer.train`, whose steps walk through all modules three times.
 
         That is for parameters with a gradient, in a model most of which is frozen: milliseconds of the host, in which
-        a GPU that replays a graph has done half of its step. Several processes have parameters of their own.
+        a GPU that replays a graph has done half of its step.
         """
-        if not self.processes.alone:
-            return super().train(*args, **kwargs)
         self._trained = _Parameters(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.model.__dict__["zero_grad"] = self._trained.zero_grad
+        self._gradients = None if self.processes.alone else GradientSum(self._trained, self.processes)
         try:
             return super().train(*args, **kwargs)
         finally:
             self.model.__dict__.pop("zero_grad", None)
             self._trained = None
+            self.bytes_per_step = 0 if self._gradients is None else self._gradients.bytes_sent
+            self._gradients = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer._get_train_sampler`: rows grouped by length come in the same
         order in a resumed run."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.processes.count  # the rows of a step, of which groups are drawn
             return SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
         return sampler
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer._get_dataloader`: of several processes each has its share."""
+        if self.processes.alone:
+            return super()._get_dataloader(*args, **kwargs)
+        prepare: Any = self.accelerator.prepare
+        with replaced(self.accelerator, prepare=lambda loader: prepare(shared(loader, self.processes))):
+            return super()._get_dataloader(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_batch_samples`: counts the tokens of all processes."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is not None and not self.processes.alone:
+            items = self.processes.sum(torch.as_tensor(items, device=self.args.device))
+        return batches, items
+
+    def get_total_train_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_total_train_batch_size`: of all processes."""
+        return super().get_total_train_batch_size(*args, **kwargs) * self.processes.count
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Overrides transformers 5.17 to 5.23's `Trainer.get_decay_parameter_names`, which leaves out biases and norms.
@@ -78,12 +108,19 @@ class StepOverrides(PassOverrides):
         Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
         at their weights for changes.
         """
-        if not (model.training and self.model.training):  # a wrapper for several processes has a mode of its own
+        if not model.training:
             model.train()
         model.__dict__["train"] = lambda mode=True: model
         try:
+            nothing = inputs.pop(NOTHING, False)
             whole = dict(inputs)  # computing a loss takes things out
+            if nothing:
+                if self.outcome is not None and self.processes.sharding is not None:
+                    self.outcome.note(whole)  # which runs them on the weights that a step has left, all together
+                return self._nothing(lambda: self.one_pass(inputs, model, num_items_in_batch))
             loss = self.pieces(inputs, model, num_items_in_batch)
+            if self._gradients is not None:
+                self._losses.append(loss.detach())
             if self.guard is not None:
                 self.guard.note(whole, loss)
             if self.outcome is not None:
@@ -92,11 +129,18 @@ class StepOverrides(PassOverrides):
         finally:
             model.__dict__.pop("train", None)
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Overrides transformers 5.17 to 5.23's `Trainer._move_model_to_device`: sharded weights are where they are to
+        be, in main memory perhaps."""
+        if self.processes.sharding is None:
+            super()._move_model_to_device(model, device)
+
     def start_step_over(self) -> None:
         """Forget what the step at hand has done so far, and let go of memory."""
         self.release_graphs("batches do not fit into memory as they are")
         for parameter in self.model.parameters():
             parameter.grad = None
+        self._losses = []
         if self.last_step is not None:
             self.last_step.restore_metrics_to(self)
 
@@ -108,7 +152,9 @@ class StepOverrides(PassOverrides):
         return 6 * inputs["input_ids"].numel() * self._parameters_that_multiply
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Overrides transformers 5.17 to 5.23's `Trainer._clip_grad_norm`: of the parameters that are trained."""
+        """Overrides transformers 5.17 to 5.23's `Trainer._clip_grad_norm`: of the parameters that are trained, once
+        the processes have added up their gradients."""
+        self._add_up()
         return super()._clip_grad_norm(self._trained or model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -116,9 +162,11 @@ class StepOverrides(PassOverrides):
 
         The guard looks at the step here, and a bad one leaves no trace.
         """
+        self._add_up()
         grad_norm = super()._get_grad_norm(self._trained or model, grad_norm=grad_norm)
         self.pieces.end_step()
-        if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm):
+        loss, self._loss_of_step = self._loss_of_step, None
+        if self.guard is None or self.guard.may_be_taken(self.state.global_step + 1, grad_norm, loss):
             if self.outcome is not None:
                 self.outcome.take()
             return grad_norm
@@ -130,6 +178,14 @@ class StepOverrides(PassOverrides):
         self.logged_at += 1  # losses are means over the steps that were taken
         self.say(f"Step {self.state.global_step + 1} was skipped; its rows are in {self.guard.file}.")
         return None
+
+    def _add_up(self) -> None:
+        """Add up gradients and losses over the processes, once in each step."""
+        if self._gradients is None or self._loss_of_step is not None:
+            return
+        losses, self._losses = self._losses, []
+        own = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+        self._loss_of_step = self._gradients(own)
 
     def loss_now(self, batch: dict[str, Any]) -> Tensor | None:
         """The loss of a batch on the weights of now, which leaves no trace in the metrics.

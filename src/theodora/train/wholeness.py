@@ -21,8 +21,7 @@ from transformers import Trainer, TrainerState
 from theodora.files.atomic import atomic_write, flush
 from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
 from theodora.files.read_back import TOKENIZER_NAME, check_tokenizer, unlike
-from theodora.train.inputs import INPUTS_FILE, write_inputs
-from theodora.train.processes import Processes
+from theodora.train.inputs import INPUTS_FILE
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
@@ -33,15 +32,6 @@ _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "tra
 def faults(checkpoint: Path) -> list[str]:
     """What keeps a checkpoint from being resumed: each file with what is wrong with it. Empty for a whole one."""
     return list(_faults(checkpoint, _stamp(checkpoint)))
-
-
-def list_when_all_have_written(trainer: Trainer, processes: Processes, checkpoint: Path) -> None:
-    """List the files of a checkpoint into which several processes write; each of them calls this."""
-    processes.wait()
-    if processes.writes:
-        write_inputs(trainer, checkpoint)
-        read_back(trainer, checkpoint)
-        mark_written(checkpoint, CHECKPOINT)
 
 
 def list_in_place(trainer: Trainer, inner: Path) -> None:

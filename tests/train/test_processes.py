@@ -1,0 +1,219 @@
+"""Two and four processes train what one trains with twice, and four times, the accumulation; and end together."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from several import Scenario, launch
+from theodora.config import TrainConfig
+from theodora.train import train
+from theodora.train.checkpoints import newest_checkpoint
+from theodora.train.wholeness import faults
+
+SKIPS = {"max_loss": 5.9, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
+FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+KINDS = {
+    # 33 rows in batches of 3: the last of an epoch's 11 batches is one process' alone
+    "plain": {"held_out": 7, "eval_steps": 3, "logging_steps": 2, "gradient_accumulation_steps": 1, "max_steps": 8},
+    "packed": {"packing": True, "max_length": 64, "held_out": 7, "per_device_train_batch_size": 1, "eval_steps": 3},
+    "lengths": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 10},
+    "stops": {"early_stopping_patience": 1, "eval_steps": 2, "save_steps": 2, "learning_rate": 0.3, "max_steps": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir, sums):
+    return {
+        "model": str(tiny_model_dir()),
+        "data": str(sums),
+        "max_steps": 6,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "bf16": False,
+        "ddp_timeout": 20,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(base, folder):
+    def kind(name, options, **more):
+        return Scenario(name, base | {"output": str(folder / name)} | options, **more)
+
+    drawn = {"dropout": 0.1, "logging_steps": 4, "save_steps": 3, "held_out": 4, "eval_steps": 100}
+    again = drawn | {"output": str(folder / "again"), "resume": "auto"}
+    other = folder / "other.jsonl"
+    other.write_text((folder / "rows.jsonl").read_text().replace("7", "8"))
+    scenarios = [kind(name, options) for name, options in KINDS.items()]
+    scenarios += [
+        kind("as-on-gpu", {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 4}, as_on_gpu=True),
+        kind("whole", drawn),
+        kind("again", drawn, dies=(1, 5, "raise")),  # after the checkpoint of step 3
+        kind("resumed", again),
+        kind("configured", {}, of_process={1: {"learning_rate": 0.5}}),
+        kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
+        kind("first-fails", {"data": str(folder / "none.jsonl")}),
+        kind("skips", SKIPS),
+        kind("sharded", KINDS["plain"] | {"sharding": "fsdp2"}),
+        kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
+    ]
+    found = launch(2, scenarios, folder)
+    print({name: [round(each.get("cpu", 0), 1) for each in both] for name, both in found.items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(base, folder):
+    options = base | {"output": str(folder / "killed"), "save_steps": 2, "max_steps": 60, "held_out": 0}
+    return launch(2, [Scenario("killed", options, dies=(1, 4, "kill"))], folder)["killed"]
+
+
+@pytest.fixture(scope="module")
+def four(base, folder):
+    options = base | {"output": str(folder / "four"), "per_device_train_batch_size": 2, "eval_steps": 3}
+    return launch(4, [Scenario("four", options)], folder)["four"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_trace_one_with_twice_the_accumulation(kind, two, folder, run, base, tmp_path):
+    assert [found["error"] for found in two[kind]] == [None, None], two[kind]
+    steps = 2 * KINDS[kind].get("gradient_accumulation_steps", 1)
+    run(**base | KINDS[kind] | {"gradient_accumulation_steps": steps, "output": str(tmp_path / "one")})
+    trace(folder / kind, tmp_path / "one")
+
+
+def test_four_processes_trace_one(four, folder, run, base, tmp_path):
+    assert [found["error"] for found in four] == [None] * 4, four
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "eval_steps": 3}
+    run(**base | options | {"output": str(tmp_path / "one")})
+    trace(folder / "four", tmp_path / "one")
+
+
+def test_one_process_speaks_and_writes(two, folder):
+    first, second = two["plain"]
+    assert "2 processes on 1 machine, DDP, gloo" in first["printed"]
+    assert "the last batch of an epoch goes to the first process" in first["printed"]
+    assert "each sent 31.5 kB a step" in first["printed"]
+    assert first["bytes_per_step"] == 4 * first["trainable_parameters"]
+    assert first["processes"] == 2
+    assert second["printed"] == ""
+    for name in ("tokens", "eval_loss", "train_loss", "steps"):
+        assert first[name] == second[name]
+    assert "2 processes on 1 machine" in (folder / "plain" / "README.md").read_text()
+
+
+def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
+    assert [found["error"] for found in two["as-on-gpu"]] == [None, None], two["as-on-gpu"]
+    assert all(found["replays"] > 0 for found in two["as-on-gpu"])
+    options = {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run(**base | options | {"output": str(tmp_path / "one")})
+    trace(folder / "as-on-gpu", tmp_path / "one")
+
+
+def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
+    first, second = two["again"]
+    assert second["error"] == "OSError"
+    assert "on fire" in second["text"]
+    assert first["error"] == "OtherFailed", first
+    assert "Process 1 failed: the disk is on fire" in first["text"]
+    assert "process-1.txt" in first["text"]
+    assert "--resume auto" in first["text"]
+    assert "on fire" in (folder / "again" / "logs" / "process-1.txt").read_text()
+    assert [found["error"] for found in two["resumed"]] == [None, None], two["resumed"]
+    same(folder / "again", folder / "whole")
+
+
+def test_one_process_goes_on_where_two_stopped(two, folder, run, base, tmp_path):
+    assert two["whole"][0]["error"] is None
+    shutil.copytree(folder / "plain", tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer" / "checkpoints" / "checkpoint-8")
+    printed = io.StringIO()
+    options = base | KINDS["plain"] | {"gradient_accumulation_steps": 2, "resume": "auto"}
+    train(TrainConfig.from_options(options | {"output": str(tmp_path / "fewer")}), console=Console(file=printed))
+    assert "processes from 2 to 1" in printed.getvalue()
+    trace(tmp_path / "fewer", folder / "plain")
+
+
+def test_processes_that_disagree_say_so(two):
+    first, second = two["configured"]
+    assert first["error"] == "ConfigError"
+    assert "learning_rate: 0.01 in process 0, 0.5 in process 1" in first["text"]
+    assert second["error"] == "SaidByFirst"
+    assert two["rows"][0]["error"] == "ConfigError"
+    assert "data" in two["rows"][0]["text"]
+
+
+def test_what_the_first_process_fails_at_ends_the_others_at_once(two):
+    first, second = two["first-fails"]
+    assert first["error"] == "DataError"
+    assert "none.jsonl" in first["text"]
+    assert second["error"] == "SaidByFirst"
+    assert "none.jsonl" in second["text"]
+
+
+def test_all_skip_the_same_steps(two, folder, run, base, tmp_path):
+    assert [found["error"] for found in two["skips"]] == [None, None], two["skips"]
+    run(**base | SKIPS | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
+    trace(folder / "skips", tmp_path / "one")
+    files = [folder / "skips" / "bad_batches.jsonl", folder / "skips" / "bad_batches-1.jsonl"]
+    steps = [{json.loads(line)["step"] for line in file.read_text().splitlines()} for file in files]
+    assert 0 < len(steps[0]) < 6
+    assert steps[0] == steps[1]
+
+
+def test_sharded_weights_trace_one_process_too(two, folder):
+    assert [found["error"] for found in two["sharded"]] == [None, None], two["sharded"]
+    assert "FSDP2, gloo" in two["sharded"][0]["printed"]
+    trace(folder / "sharded", folder / "plain")
+
+
+def test_all_stop_when_one_is_told_to(two, folder):
+    assert [found["error"] for found in two["stopped"]] == ["TrainingInterrupted", "SaidByFirst"], two["stopped"]
+    (checkpoint,) = (folder / "stopped" / "checkpoints").iterdir()
+    assert not faults(checkpoint)
+    assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
+
+
+def test_a_killed_process_ends_the_run_which_can_go_on(killed, folder):
+    first, second = killed
+    assert second["error"] == "no word"
+    assert first["error"] == "OtherFailed", first
+    assert "No answer from process 1" in first["text"]
+    assert "20 s (ddp_timeout" in first["text"]
+    assert "--resume auto" in first["text"]
+    newest = newest_checkpoint(folder / "killed")
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
+
+
+def same(one: Path, other: Path):
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    for name in FIGURES:
+        assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def trace(one: Path, other: Path, rtol=2e-4):
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    assert [sorted(line) for line in lines[0]] == [sorted(line) for line in lines[1]]
+    for name in FIGURES:
+        values = [torch.tensor([line[name] for line in each if name in line]).double() for each in lines]
+        torch.testing.assert_close(*values, rtol=rtol, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-3)
