@@ -35,6 +35,8 @@ class Ended:
     exit_code: int = 0
     expected: bool = True
     """Whether the message is one of ours. Else there is a traceback."""
+    aside: bool = False
+    """Whether it only ends because another process does, which says why."""
     interrupted: bool = False
     trace: str = ""
 

@@ -221,15 +221,16 @@ class _Run:
         ends = sorted(self.ends, key=lambda end: end.index)
         failed = [end for end in ends if end.exit_code and not end.interrupted]
         # What we say on purpose explains what others then stumble over; so does a death that only Ray has seen.
-        for end in [end for end in failed if end.expected]:
+        for end in [end for end in failed if end.expected and not end.aside]:
             raise RunFailed(self._of(end), end.exit_code)
         dead = self._dead({end.index for end in ends})
         if dead:
             raise RunFailed(dead, 1)
+        for end in [end for end in failed if not end.expected]:
+            text = f"{self._of(end)}\nThis is unexpected; --debug shows where it happened."
+            raise RunFailed(text, 1) from _Remote(end.trace)
         for end in failed:
-            raise RunFailed(f"{self._of(end)}\nThis is unexpected; --debug shows where it happened.", 1) from _Remote(
-                end.trace
-            )
+            raise RunFailed(self._of(end), end.exit_code)
         for end in [end for end in ends if end.interrupted]:
             raise RunInterrupted(end.message, end.exit_code)
         if self._failure is not None:

@@ -6,13 +6,16 @@ import os
 import signal
 import socket
 import threading
+import time
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from theodora.config import TrainConfig
 from theodora.errors import TheodoraError
 from theodora.launch.cluster import go_to, load_ray
 from theodora.launch.mailbox import Ended, TooEarly, Wire
+
+_GRACE = 5  # seconds
 
 
 def work(task: dict[str, Any]) -> None:
@@ -30,16 +33,22 @@ def work(task: dict[str, Any]) -> None:
         wire.finish()
         ray.get(mailbox.post.remote(Ended(index=index, machine=machine, **how)))
 
+    def fail(text: str, **how: Any) -> NoReturn:
+        end(message=text, **how)
+        if index:
+            time.sleep(_GRACE)  # Ray ends all at once, and the first process may be about to say more
+        raise _Told(text) from None
+
     try:
         result = _train(task, wire)
     except TheodoraError as error:
-        end(message=str(error), exit_code=error.exit_code)
-        raise _Told(str(error)) from None
+        # Whoever ends because the first process does has nothing to say.
+        fail(str(error), exit_code=error.exit_code, aside=type(error).__name__ == "SaidByFirst")
     except KeyboardInterrupt as error:  # a stop that was asked for: the others end likewise, by themselves
         end(message=str(error), exit_code=getattr(error, "exit_code", 130), interrupted=True)
     except Exception as error:
-        end(message=f"{type(error).__name__}: {error}", exit_code=1, expected=False, trace=traceback.format_exc())
-        raise _Told(f"{type(error).__name__}: {error}") from None
+        text = f"{type(error).__name__}: {error}"
+        fail(text, exit_code=1, expected=False, trace=traceback.format_exc())
     else:
         end(result=result)
 
