@@ -28,6 +28,7 @@ FLOORS = [
     {"merging", "data"},
     {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin"},
     {"compare"},
+    {"launch"},
     {"demo", "cli"},
 ]
 BESIDE = {
@@ -61,11 +62,12 @@ ONLY_IN = {
     "prometheus_client": {"serve", "cli"},
     "xgrammar": {"serve", "cli"},
     "vllm": {"vllm_plugin"},
+    "ray": {"launch"},
 }
 
 # Importing these takes a second or more: commands import them when they run.
 HEAVY = {"torch", "transformers", "trl", "accelerate", "datasets", "matplotlib", "safetensors", "pandas", "pyarrow"}
-HEAVY |= {"fastapi", "pydantic", "uvicorn"}
+HEAVY |= {"fastapi", "pydantic", "uvicorn", "ray"}
 
 
 def part_of(module: Path) -> str:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 
+from theodora.cli.launcher import add_launcher, check_launcher
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `theodora compare`."""
@@ -31,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers-per-gpu", type=int, metavar="N", help="processes on each GPU, instead of the file's")
     parser.add_argument("--seconds", type=float, metavar="N", help="begin no run after N seconds; run again to go on")
     parser.add_argument("--report-only", action="store_true", help="write the report from the runs there are, run none")
+    add_launcher(
+        parser,
+        workers="how many workers share the cells. Default: --workers-per-gpu on each GPU of the cluster, or one on "
+        "each machine where there is no GPU",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how many runs there would be, and run none")
 
 
@@ -39,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from theodora.cli.train import read_yaml
     from theodora.compare.config import CompareConfig
 
+    on_ray = check_launcher(args)
     options = read_yaml(args.file)
     flags = {
         "output": args.output,
@@ -56,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.report_only:
         stdout().print(str(report_only(config)), markup=False, soft_wrap=True)
+    elif on_ray:
+        from theodora.launch.ray_cells import workers_on_ray
+
+        with workers_on_ray(config, workers=args.num_workers, address=args.ray_address) as start:
+            compare(config, console=stdout(), seconds=args.seconds, start=start)
     else:
         compare(config, console=stdout(), seconds=args.seconds)
     return 0

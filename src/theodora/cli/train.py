@@ -18,6 +18,7 @@ from typing import Any
 
 from theodora.cli.arguments import add_field, field_help, other_options
 from theodora.cli.imports import imports
+from theodora.cli.launcher import NAMES, add_launcher, check_launcher
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, shown
 from theodora.parse import parse_yaml
@@ -112,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _add_resume(group)
             else:
                 add_field(group, config_class, name)
+    add_launcher(parser, workers="how many processes. Default: one for each GPU of the cluster")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, on stdout")
 
 
@@ -128,6 +130,15 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     from theodora.cli.console import print_json, stderr, stdout
 
+    if check_launcher(args):
+        from theodora.launch.ray_train import train_on_ray
+
+        figures = train_on_ray(
+            config, workers=args.num_workers, address=args.ray_address, console=stderr() if args.json else stdout()
+        )
+        if args.json:
+            print_json(figures)
+        return 0
     with imports(gpu=True):
         from theodora.train import train
         from theodora.train.processes import SaidByFirst
@@ -147,7 +158,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     Raises:
         ConfigError: naming every option that makes no sense.
     """
-    given = {k: v for k, v in vars(args).items() if k not in ("config", "json", "debug", "run", "other_options")}
+    others = {"config", "json", "debug", "run", "other_options", *NAMES}
+    given = {name: value for name, value in vars(args).items() if name not in others}
     try:
         given |= other_options(args.other_options)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,11 @@ class ComparisonInterrupted(KeyboardInterrupt):
 
 
 def compare(
-    config: CompareConfig, *, console: Console | None = None, seconds: float | None = None
+    config: CompareConfig,
+    *,
+    console: Console | None = None,
+    seconds: float | None = None,
+    start: Callable[[CompareConfig], Workers] | None = None,
 ) -> dict[str, Record]:
     """Run every cell of a comparison that has not run yet, and write results.parquet and report.html.
 
@@ -38,6 +42,7 @@ def compare(
         config: the comparison. Its folder may hold a part of it: that part is not run again.
         console: where progress is shown. Default: standard output.
         seconds: begin no cell after this time; another call goes on.
+        start: starts the workers. Default: on the GPUs of this machine, or in this process.
 
     Returns:
         The record of every cell, by key.
@@ -50,7 +55,7 @@ def compare(
         ComparisonInterrupted: Ctrl-C; the message says how to go on.
     """
     console = Terminal.over(console or Terminal())
-    start = time.monotonic()
+    began = time.monotonic()
     with alone_in(Path(config.output)) as notes:
         for note in notes:
             console.print(f"Note: {note}", style="yellow", markup=False)
@@ -65,8 +70,8 @@ def compare(
                 for line in left_out(splits, general):
                     console.print(f"Left out: {line}", style="yellow", markup=False)
                 store.create()
-                until = None if seconds is None else start + seconds
-                with _workers(config, console) as workers:
+                until = None if seconds is None else began + seconds
+                with _workers(config, console, start or start_workers) as workers:
                     _run_cells(store, workers, View(console, store, workers), until)
             store.write_parquet()
             write_report(store)
@@ -75,9 +80,9 @@ def compare(
 
 
 @contextmanager
-def _workers(config: CompareConfig, console: Console) -> Iterator[Workers]:
+def _workers(config: CompareConfig, console: Console, start: Callable[[CompareConfig], Workers]) -> Iterator[Workers]:
     with console.status("Loading the model ..."):
-        workers = start_workers(config)
+        workers = start(config)
     try:
         yield workers
     finally:

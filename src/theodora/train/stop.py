@@ -35,6 +35,16 @@ class StepAbandoned(Exception):
     """The optimizer step at hand will not be finished; the state is still that of the step before it."""
 
 
+_elsewhere: list[StopOnSignal] = []
+"""Those of runs that are in no main thread, which no signal reaches."""
+
+
+def ask_to_stop(number: signal.Signals) -> bool:
+    """Tell the runs of this process that are in no main thread of a signal; whether all of them take it."""
+    takes = [stop.ask(number) for stop in _elsewhere]
+    return bool(takes) and all(takes)
+
+
 class StopOnSignal(TrainerCallback):
     """Ends the run where it can be resumed exactly. A second Ctrl-C ends it at once.
 
@@ -65,7 +75,11 @@ class StopOnSignal(TrainerCallback):
     def listening(self) -> Iterator[None]:
         """Take the signals inside the block. Only the main thread of a process can."""
         if threading.current_thread() is not threading.main_thread():
-            yield
+            _elsewhere.append(self)
+            try:
+                yield
+            finally:
+                _elsewhere.remove(self)
             return
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -75,6 +89,14 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
             if self._watchdog is not None:
                 self._watchdog.cancel()
+
+    def ask(self, number: signal.Signals) -> bool:
+        """Tell the run of a signal that another process got; whether it takes it, as it does while it trains."""
+        if self._phase == "loading":
+            return False
+        if self._phase == "training" and self.requested is None:
+            self._on_signal(number, None)
+        return True
 
     @contextmanager
     def training(self) -> Iterator[None]:
