@@ -237,7 +237,7 @@ def content(*tensors: Tensor | None) -> list[int]:
     """
     hashes: list[Tensor] = []
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or tensor.is_meta:  # (has no content)
             continue
         t = tensor.detach()
         if t.dim() == 2 and min(t.shape) > 256:
@@ -248,7 +248,7 @@ def content(*tensors: Tensor | None) -> list[int]:
             few = t
         wide = few.to(wide_dtype(t.dtype))
         hashes += [torch.hash_tensor(wide), torch.hash_tensor(wide.sum())]
-    return torch.stack(hashes).tolist()
+    return torch.stack(hashes).tolist() if hashes else []
 
 
 def one_token_each(x: Tensor) -> bool:
