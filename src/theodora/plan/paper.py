@@ -37,8 +37,12 @@ from theodora.plan.tally import Tally
 Device = Literal["cuda", "cpu"]
 Stored = Literal["plain", "fp8", "nf4", "int8", "int4"]
 
-_FEW, _MORE = 4, 8
-"""Blocks that are run where all are alike: states of the residual stream that are made again come in fours."""
+_FEW = 2
+"""Blocks, and twice as many, that are run where all are alike: what is made again comes in pairs of blocks."""
+_MOST_OPERATORS = 50_000
+"""Of a pass; a model of 100 blocks that are not alike takes 20,000."""
+_MOST_LOGITS = 2**26
+"""As in `theodora.train.loss`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class PaperModel:
 
     def _extrapolated(self, batch: int, length: int, recomputes: bool) -> Step:
         count = len(self.blocks or ())
-        if self.blocks is None or count <= _MORE or not alike(self.blocks):
+        if self.blocks is None or count <= 2 * _FEW or not alike(self.blocks):
             return self._run(count, batch, length, recomputes)
         first = _FEW + (count % _FEW)
         few, more = (self._run(blocks, batch, length, recomputes) for blocks in (first, first + _FEW))
@@ -152,7 +156,7 @@ class PaperModel:
                     parameter.grad = None
 
     def _counted(self, batch: int, length: int) -> Step:
-        model, tally = self.model, Tally()
+        model, tally = self.model, Tally(_MOST_OPERATORS)
         ids_BT = torch.zeros(batch, length, dtype=torch.long, device="meta")
         labels_N = torch.zeros(batch * length, dtype=torch.long, device="meta")
         tally.hold(*model.parameters(), *model.buffers(), *_packed(model))
@@ -175,7 +179,8 @@ class PaperModel:
         model: Any = self.model
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         trained = head is None or any(p.requires_grad for p in head.parameters())
-        if self.fast and not trained and model.base_model is not model:
+        few = labels_N.numel() * text.vocab_size <= _MOST_LOGITS  # more go through TRL's tiles, or through ours
+        if (self.fast or not few) and not trained and model.base_model is not model:
             with whole_rows():
                 hidden_NH = model.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
             cap = getattr(text, "final_logit_softcapping", None)

@@ -29,10 +29,16 @@ class Tally(TorchDispatchMode):
         peak: the most there ever were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            most: operators after which it is enough, with a RuntimeError (a scan over tokens, one by one, say).
+        """
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
+        self._most, self._calls = most, 0
 
     def hold(self, *tensors: Tensor) -> None:
         """Count tensors that were there before (parameters)."""
@@ -40,6 +46,9 @@ class Tally(TorchDispatchMode):
             self._add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        self._calls += 1
+        if self._most is not None and self._calls > self._most:
+            raise RuntimeError(f"more than {self._most:,} operators")
         result = func(*args, **(kwargs or {}))
         scratch = SCRATCH.get(func._schema.name) if any(t.is_meta for t in args if isinstance(t, Tensor)) else None
         for tensor in tree_leaves(result):
