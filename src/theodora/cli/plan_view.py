@@ -14,6 +14,7 @@ from theodora.plan.devices import GIB
 from theodora.plan.estimate import Estimate
 from theodora.plan.fits import size
 from theodora.plan.survey import Row, Survey
+from theodora.safe_text import quoted
 from theodora.terminal import Terminal
 
 
@@ -21,6 +22,8 @@ def print_plan(console: Terminal, found: Survey, command: str | None) -> None:
     """Print what was found, and the command for the recommended setting."""
     console.print(_panel(found))
     print_table(console, _table(found))
+    console.print(Text(_caption(found), style="dim"))
+    console.print()
     _print_choice(console, found, command)
 
 
@@ -38,7 +41,8 @@ def _panel(found: Survey) -> Panel:
             f"  {_count(found.parameters)} parameters, {found.family}, {found.layers} blocks",
         ),
     )
-    grid.add_row("Adapter", f"{method} of rank {adapter.rank}: {_count(found.trained)} trained parameters")
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    grid.add_row("Adapter", f"{method} of rank {adapter.rank} on {targets}: {_count(found.trained)} trained parameters")
     grid.add_row("Batch", f"{asked.batch} × {asked.length:,} tokens in a pass" + _accumulated(found))
     number = "" if machine.device == "cpu" else f"{machine.gpus} GPU{'s' * (machine.gpus > 1)} with "
     each = " each" if machine.gpus > 1 else ""
@@ -57,12 +61,11 @@ def _accumulated(found: Survey) -> str:
 
 
 def _table(found: Survey) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(found), caption_justify="left", caption_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("GiB", no_wrap=True)
-    for heading in ("weights", "adapter, optimizer", "kept", "passing", "peak", "needs"):
+    for heading in ("weights", "adapter", "kept", "passing", "peak", "needs"):
         table.add_column(heading, justify="right")
-    table.add_column("fits", justify="center")
-    table.add_column("largest batch", justify="right")
+    table.add_column("fits", justify="right", no_wrap=True)
     if any(row.tokens_per_second for row in found.rows):
         table.add_column("tokens/s", justify="right")
     for row in found.rows:
@@ -75,7 +78,9 @@ def _cells(found: Survey, row: Row) -> list[str | Text]:
     adapter = e.adapter + e.gradients + e.optimizer
     sizes = [e.weights, adapter, e.activations, e.passing + e.workspace, e.peak, e.taken]
     cells: list[str | Text] = [found.name_of(e.setting), *(f"{n / GIB:,.1f}" for n in sizes)]
-    cells += [Text("yes", style="green") if row.fits else Text("no", style="red"), f"{row.largest_batch:,}"]
+    most = row.largest_batch
+    told = "none" if most == 0 else f"{most:,} row{'s' * (most > 1)}"
+    cells.append(Text(told, style="green" if row.fits else "red"))
     if any(other.tokens_per_second for other in found.rows):
         cells.append("-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}")
     return cells
@@ -93,12 +98,17 @@ def _style(found: Survey, row: Row) -> str | None:
 
 
 def _caption(found: Survey) -> str:
-    where = "the CUDA context and what the allocator holds" if found.machine.device == "cuda" else "the process"
-    lines = [f"needs: the peak, with {where}; largest batch: rows in a pass"]
+    where = "CUDA's own and the allocator's spare memory" if found.machine.device == "cuda" else "the process"
+    lines = [
+        "adapter: with its optimizer's states; kept: by the forward pass for the backward pass; passing: what comes",
+        f"and goes at the worst moment; needs: the peak, {where}; fits: the most rows in a pass",
+    ]
     if not any(row.tokens_per_second for row in found.rows):
         name = found.config.model
-        lines.append(f"tokens/s: not measured (theodora bench {name} --output bench.json, then --measured bench.json)")
-    return "\n".join(lines)
+        bench = f"theodora bench {quoted(name)} --output bench.json"
+        lines[-1] += "."
+        lines.append(f"Tokens/s: not measured ({bench}, then plan with --measured bench.json).")
+    return " ".join(lines)
 
 
 def _print_choice(console: Terminal, found: Survey, command: str | None) -> None:

@@ -123,10 +123,11 @@ def largest_batch(
     model: PaperModel, setting: Setting, machine: Machine, optimizer: str = "adamw", most: int = 4096
 ) -> int:
     """Rows that fit into a pass at most, by a line through two batches; 0 if not even one does."""
-    few, more = (estimate(model, replace(setting, batch=n), machine.gpus, optimizer).taken for n in (1, 2))
+    sizes = (1, max(2, setting.batch))
+    few, more = (estimate(model, replace(setting, batch=n), machine.gpus, optimizer).taken for n in sizes)
     if few > machine.memory:
         return 0
-    return min(most, 1 + int((machine.memory - few) / max(1, more - few)))
+    return min(most, 1 + int((machine.memory - few) * (sizes[1] - 1) / max(1, more - few)))
 
 
 def candidates(

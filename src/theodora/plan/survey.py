@@ -24,7 +24,7 @@ from theodora.plan.fits import (
 from theodora.plan.measured import read_measured, speed
 from theodora.plan.paper import PaperModel
 
-_NAMES = {"plain": "", "bits": "as stored"}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Survey:
 
     def name_of(self, setting: Setting) -> str:
         """A setting in few words."""
-        words = [self.plain if setting.stored == "plain" else setting.stored]
+        words = [_SHORT.get(self.plain, self.plain) if setting.stored == "plain" else setting.stored]
         words += ["recomputed"] if setting.recomputes else []
         words += ["sharded"] if setting.sharding != "none" else []
         return ", ".join(words)
