@@ -185,7 +185,8 @@ class PaperModel:
                 hidden_NH = model.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
             cap = getattr(text, "final_logit_softcapping", None)
             return linear_cross_entropy(hidden_NH, head.weight, labels_N, bias_V=head.bias, softcap=cap).nats
-        logits_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1).float()
+        with whole_rows():
+            logits_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1).float()
         return F.cross_entropy(logits_NV, labels_N)
 
     def _guessed(self, batch: int, length: int, recomputes: bool) -> Step:
