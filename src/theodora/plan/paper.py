@@ -165,7 +165,8 @@ class PaperModel:
         was_training, use_cache = model.training, model.config.use_cache
         try:
             model.train()
-            with replaced(F, scaled_dot_product_attention=_attention), tally:
+            attention = _attention if self.device == "cuda" else _attention_of_cpu
+            with replaced(F, scaled_dot_product_attention=attention), tally:
                 loss = self._loss(ids_BT, labels_N)
                 kept = tally.live - held
                 torch.autograd.backward(loss)
@@ -240,9 +241,23 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: object, trust_rem
     return model.requires_grad_(False)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *_: Any, **__: Any
+) -> Tensor:
     """As large as what fused attention makes and keeps: the output, and a number for each row of scores."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, True)[0]
+
+
+def _attention_of_cpu(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *_: Any, **__: Any
+) -> Tensor:
+    """Likewise; with dropout a CPU has no fused attention, and all scores are kept."""
+    if not dropout_p:
+        return _attention(query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = F.softmax(query @ key.transpose(-1, -2) * 0.1, -1)
+    return F.dropout(scores, dropout_p) @ value
 
 
 @contextmanager
