@@ -26,6 +26,7 @@ FLOORS = [
     {"fastpath", "files"},
     {"adapters"},
     {"merging", "data"},
+    {"plan"},
     {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin"},
     {"compare"},
     {"launch"},

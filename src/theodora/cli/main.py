@@ -25,6 +25,7 @@ from theodora.safe_text import plain_lines
 COMMANDS = {
     "Train": {
         "train": ("theodora.cli.train", "fine-tune a model on your data with DoRA or LoRA"),
+        "plan": ("theodora.cli.plan", "say what fits your GPU before anything is loaded, and how to run it"),
         "demo": ("theodora.cli.demo", "see the whole method at work on a small model, in minutes"),
     },
     "Look": {

@@ -172,7 +172,8 @@ _SDPA = Patch(Registered(ALL_ATTENTION_FUNCTIONS, _ATTENTION), _turning_again)
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies, and how."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    place = tensor.untyped_storage()._cdata if tensor.is_meta else 0  # pyright: ignore[reportPrivateUsage]
+    return place, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _unpack(packed: Tensor | Remake) -> Tensor:

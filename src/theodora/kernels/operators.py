@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -22,6 +24,7 @@ _LIBRARY = torch.library.Library("theodora", "FRAGMENT")
 # Read once: torch.compile guards on constants, and traces no look at the environment.
 _TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_PAPER: ContextVar[str | None] = ContextVar("paper", default=None)
 
 
 def operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -58,7 +61,23 @@ def _in_its_own_terms(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can take `tensor`: on a GPU, or anywhere under Triton's interpreter."""
-    return _TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or _INTERPRETED)
+    on_gpu = tensor.is_cuda or _INTERPRETED or (tensor.is_meta and _PAPER.get() == "cuda")
+    return (_TRITON or tensor.is_meta) and tensor.dtype != torch.float64 and on_gpu
+
+
+@contextmanager
+def on_paper(device: str) -> Iterator[None]:
+    """Let tensors on the meta device take the code that a "cuda" or "cpu" would take: only sizes come of it."""
+    token = _PAPER.set(device)
+    try:
+        yield
+    finally:
+        _PAPER.reset(token)
+
+
+def is_on_paper() -> bool:
+    """Whether a pass is run for its sizes alone (`on_paper`)."""
+    return _PAPER.get() is not None
 
 
 def interpreted() -> bool:

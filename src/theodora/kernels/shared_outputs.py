@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from theodora.kernels.compose import zero_scale_gradient
-from theodora.kernels.operators import runs_triton
+from theodora.kernels.operators import is_on_paper, runs_triton
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts
 
 
@@ -54,6 +54,8 @@ def add_zero_scales(
     rest = xa_TR, layer.b_OR, layer.scale, layer.magnitude_O, layer.norm_O
     if (packed := layer.weight.packed()) is None:
         zero_scale_gradient(dm_O, dy_TO, *x, layer.weight.plain(), *rest)
+        return
+    if is_on_paper():  # no number is there to be zero
         return
     from theodora.kernels.triton import compose as triton
 

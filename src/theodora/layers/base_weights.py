@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from theodora.kernels.base_weight import BaseWeight, Float8Weight, PlainWeight
 from theodora.kernels.float8 import FLOAT8
+from theodora.kernels.operators import is_on_paper
 from theodora.kernels.sharded_weight import managed, managed_weight
 from theodora.layers import libraries
 from theodora.layers.float8 import Float8Layer
@@ -50,12 +51,12 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
     library = libraries.library_weight(module, weight) if isinstance(weight, Tensor) else None
     if library is not None and transposed:
         return Unfit(f"its weight is quantised ({library.format.name}), which is read in linear layers alone")
-    if library is not None and not library.tensors()[0].is_meta:
+    if library is not None and (is_on_paper() or not library.tensors()[0].is_meta):
         return library
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dtype not in FLOATS:
         dtype = getattr(weight, "dtype", "no dtype")
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")
-    if weight.is_meta:
+    if weight.is_meta and not is_on_paper():
         return Unfit("its weight is not loaded yet (it is on the meta device)")
     if getattr(module, "max_norm", None) is not None:
         return Unfit(f"{type(module).__name__} with max_norm rescales its weight while it is used")

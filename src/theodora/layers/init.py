@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from theodora.kernels.base_weight import BaseWeight, PlainWeight
+from theodora.kernels.operators import is_on_paper
 
 # Above this size the principal singular vectors come from a randomised decomposition, which is far faster.
 _EXACT_SVD = 2048
@@ -32,12 +33,17 @@ def start_values(
     if init in ("pissa", "olora"):
         if rank > min(weight.shape):
             raise ValueError(f"init={init!r} needs a rank of at most {min(weight.shape)} here, found {rank}")
+        if is_on_paper():
+            a, b = _sizes(rank, *weight.shape)
+            return a, b, _sizes(rank, *weight.shape)
         with torch.no_grad():
             w_OI = weight.dense().float()
             a, b = _principal(w_OI, rank, scale) if init == "pissa" else _qr(w_OI, rank)
             # Rounding leaves about 1e-9 in the rows of B where W has zeros: DoRA would take it for a direction.
             b[(w_OI == 0).all(1)] = 0
         return a.clone(), b.clone(), (a, b)
+    if is_on_paper():
+        return *_sizes(rank, *weight.shape), None
     if init == "orthogonal":
         # Both factors differ from zero, yet B·A = 0: their rank dimensions lie in orthogonal subspaces.
         q = torch.linalg.qr(torch.randn(rank, rank))[0]
@@ -53,6 +59,10 @@ def start_values(
         else:
             a = torch.nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
     return a.contiguous().to(weight.device), b.contiguous().to(weight.device), None
+
+
+def _sizes(rank: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(rank, inputs, device="meta"), torch.empty(outputs, rank, device="meta")
 
 
 def _principal(w_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

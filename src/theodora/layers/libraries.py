@@ -34,6 +34,8 @@ from theodora.kernels.packed_sizes import WORD, why_groups_beyond, why_not_awq, 
 from theodora.layers import packed
 from theodora.layers.packed import DTYPE as _DTYPE
 
+PAPER = "_theodora_paper"
+"""Where a tensor of the meta device, which no library can pack, notes the `LibraryWeight` that it would be."""
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ def runs_as_linear(module: nn.Module) -> bool:
 
 def library_weight(module: nn.Module, tensor: Tensor) -> LibraryWeight | None:
     """The weight `tensor` of `module` as a library stores it; None if it is a plain tensor, or not ready for use."""
+    if tensor.is_meta and (paper := getattr(tensor, PAPER, None)) is not None:
+        return paper
     if (weight := packed.packed_weight(module, tensor)) is not None:
         return weight
     if type(tensor) in (nn.Parameter, Tensor):

@@ -240,7 +240,7 @@ def content(*tensors: Tensor | None) -> list[int]:
     """
     hashes: list[Tensor] = []
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or tensor.is_meta:  # (has no content)
             continue
         t = here(tensor).detach()
         if t.numel() == 0:  # as of a short tensor that is cut over many processes
