@@ -105,9 +105,8 @@ def test_peak_of_a_step_on_this_cpu(family, method, recomputes):
     tally.hold(*model.parameters(), *model.buffers())
     with tally:
         for _ in range(2):
-            logits = model.train()(input_ids=ids, use_cache=False).logits
-            F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-            del logits
+            loss = F.cross_entropy(model.train()(input_ids=ids, use_cache=False).logits.flatten(0, 1), ids.flatten())
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     assert found.traced
