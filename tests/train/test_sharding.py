@@ -26,7 +26,7 @@ def launched(folder: Path, count: int, on_a_machine: int, names: list[str]):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(600)
         process.kill()
     found = [torch.load(folder / f"found{index}.pt", weights_only=False) for index in range(count)]
     return {name: [each[name] for each in found] for name in names}
