@@ -349,8 +349,10 @@ class Sent:
             "all_reduce": (0, 2 * share),
             "all_gather_into_tensor": (0, share),
             "reduce_scatter_tensor": (1, share),
+            "all_gather_single": (0, share),  # what FSDP2 calls from torch 2.13 on
+            "reduce_scatter_single": (1, share),
         }
-        before = {name: getattr(dist, name) for name in collectives}
+        before = {name: getattr(dist, name) for name in collectives if hasattr(dist, name)}
 
         def counting(name: str) -> Callable[..., Any]:
             at, part = collectives[name]
@@ -367,31 +369,22 @@ class Sent:
             return call
 
         try:
-            for name in collectives:
+            for name in before:
                 setattr(dist, name, counting(name))
             yield
         finally:
             for name, function in before.items():
                 setattr(dist, name, function)
 
-    def hook(self, _: Any, bucket: Any) -> Any:
+    def hook(self, _, bucket):  # torch refuses annotations here that are no types
         """DDP's own all-reduce, counted."""
         import torch.distributed as dist
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        message = bucket.buffer()
-        self.bytes += 2 * (self.count - 1) / self.count * message.numel() * message.element_size()
-        with uncounted(self):
-            return allreduce_hook(dist.group.WORLD, bucket)
-
-
-@contextmanager
-def uncounted(sent: Sent) -> Iterator[None]:
-    before = sent.bytes
-    try:
-        yield
-    finally:
-        sent.bytes = before
+        before, message = self.bytes, bucket.buffer()
+        future = allreduce_hook(dist.group.WORLD, bucket)
+        self.bytes = before + 2 * (self.count - 1) / self.count * message.numel() * message.element_size()
+        return future
 
 
 if __name__ == "__main__":

@@ -118,8 +118,11 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
         options: dict[str, Any] = {"include_dashboard": False} if own else {}
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # of a plain Exception, too, where a machine is too busy to start in time
+            ray.shutdown()
             lines = str(error).strip().splitlines() or [type(error).__name__]
+            if own:
+                raise TheodoraError(f"Ray does not start on this machine: {lines[0]}") from error
             raise ConfigError(
                 f"No Ray cluster could be used at {address}: {lines[0]}\n"
                 "Expected the address of a running head (ray start --head), with the same versions of Ray and Python."
