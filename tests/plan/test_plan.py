@@ -152,7 +152,8 @@ def test_a_model_that_does_not_run_on_paper_is_estimated(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24 * GIB), ("80 GiB", 80 * GIB), ("512m", 2**29), ("1.5TB", 1536 * GIB), ("40g", 40 * GIB)]
+    ("text", "size"),
+    [("24GB", 24 * GIB), ("80 GiB", 80 * GIB), ("512m", 2**29), ("1.5TB", 1536 * GIB), ("40g", 40 * GIB)],
 )
 def test_sizes_of_memory(text, size):
     assert parse_memory(text) == size
@@ -261,11 +262,11 @@ def run(capsys, *arguments):
 def test_the_command(folder, capsys):
     code, out, _ = run(capsys, "--model", folder, "--memory", "24GB", "--rank", 4, "--optim", "sgd")
     assert code == 0
-    assert "Recommended: frozen weights in bfloat16, activations kept, 8 × 1,024 tokens in a pass" in " ".join(out.split())
-    command = out.strip().splitlines()[-1].strip()
-    assert command == (
-        f"theodora train --model {folder} --rank 4 --data train.jsonl --output runs/first --optim sgd"
+    assert "Recommended: frozen weights in bfloat16, activations kept, 8 × 1,024 tokens in a pass" in " ".join(
+        out.split()
     )
+    command = out.strip().splitlines()[-1].strip()
+    assert command == (f"theodora train --model {folder} --rank 4 --data train.jsonl --output runs/first --optim sgd")
 
 
 def test_the_command_for_several_gpus(folder, capsys):

@@ -33,7 +33,9 @@ _PLACEHOLDERS = {"data": "train.jsonl", "output": "runs/first"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `theodora train`, and those that say on what machine."""
     group = parser.add_argument_group("Machine")
-    group.add_argument("--gpus", type=int, metavar="N", help="processes, each with a GPU. Default: this machine's GPUs.")
+    group.add_argument(
+        "--gpus", type=int, metavar="N", help="processes, each with a GPU. Default: this machine's GPUs."
+    )
     group.add_argument("--memory", metavar="SIZE", help="of each GPU: 24GB, 80GiB. Default: what this machine's have.")
     group.add_argument(
         "--device", choices=["cuda", "cpu"], help="default: cuda, where there are GPUs, or --gpus or --memory is given"

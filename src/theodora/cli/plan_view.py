@@ -138,8 +138,10 @@ def _why(found: Survey) -> str:
     least = min(found.rows, key=lambda row: row.estimate.taken).estimate
     weights = f"{size(least.weights)} of weights alone" if least.weights > found.machine.memory else "one row"
     hint = "a smaller model, shorter rows (--max-length)" + (", more GPUs" if found.machine.gpus == 1 else "")
-    left = "" if found.config.quantize is None and found.config.gradient_checkpointing is None else (
-        " Some settings were given, and not planned: leave them out."
+    left = (
+        ""
+        if found.config.quantize is None and found.config.gradient_checkpointing is None
+        else (" Some settings were given, and not planned: leave them out.")
     )
     return f"{weights} is more than {size(found.machine.memory)} can hold; expected {hint}, or more memory.{left}"
 

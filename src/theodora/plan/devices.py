@@ -68,7 +68,9 @@ def machine(gpus: int | None = None, memory: str | None = None, device: str | No
     if size is not None:
         return Machine(device="cuda", memory=size, gpus=gpus or 1)
     if not here:
-        raise ConfigError("There is no GPU here whose memory could be asked for; expected --memory, as in --memory 24GB")
+        raise ConfigError(
+            "There is no GPU here whose memory could be asked for; expected --memory, as in --memory 24GB"
+        )
     properties = [torch.cuda.get_device_properties(i) for i in range(here)]
     return Machine(
         device="cuda", memory=min(p.total_memory for p in properties), gpus=gpus or here, name=properties[0].name

@@ -55,7 +55,9 @@ def read_measured(files: Sequence[str]) -> list[Measured]:
                         )
                     )
         except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror}; expected what `theodora bench MODEL --output FILE` writes") from error
+            raise ConfigError(
+                f"{file}: {error.strerror}; expected what `theodora bench MODEL --output FILE` writes"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file} is no report of `theodora bench MODEL --output FILE` ({error})") from error
     return found

@@ -99,7 +99,11 @@ def bits_of(fields: Mapping[str, Any]) -> tuple[float, int]:
     """Bits of a number and numbers that share a scale, as far as a folder's `quantization_config` tells."""
     inner: Any = fields.get("quant_config")
     inner = inner.get("weight_quant_params") if isinstance(inner, Mapping) else None
-    found: list[Any] = [fields.get("bits"), fields.get("nbits"), inner.get("nbits") if isinstance(inner, Mapping) else 0]
+    found: list[Any] = [
+        fields.get("bits"),
+        fields.get("nbits"),
+        inner.get("nbits") if isinstance(inner, Mapping) else 0,
+    ]
     groups: Any = fields.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None

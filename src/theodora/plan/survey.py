@@ -129,9 +129,7 @@ def survey(
         found = estimate(models(setting.stored), setting, where.gpus, optimizer)
         most = largest_batch(models(setting.stored), setting, where, optimizer)
         per_second = speed(speeds, config.model, config.adapter.method, setting)
-        rows.append(
-            Row(found, found.fits(where.memory), most, None if per_second is None else per_second * where.gpus)
-        )
+        rows.append(Row(found, found.fits(where.memory), most, None if per_second is None else per_second * where.gpus))
     text: Any = model_config.get_text_config()
     if any(not row.estimate.traced for row in rows):
         notes.append(
