@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import formula
 from theodora import AdapterConfig, TrainConfig, adapter_disabled, functional, inject_adapter, kernels, train
 from theodora.adapters.state import trained_tensors
+from theodora.fastpath.masks import whole_rows
 from theodora.kernels import decode
 from theodora.kernels.graph import GraphedStep
 from theodora.kernels.library_weight import LibraryWeight
@@ -236,7 +237,8 @@ def load(tmp_path):
 
 def step_of(model):
     def step(inputs):
-        loss = model(input_ids=inputs["ids"], labels=inputs["ids"], use_cache=False).loss
+        with whole_rows():  # transformers asks the GPU whether there are several sequences in a row
+            loss = model(input_ids=inputs["ids"], labels=inputs["ids"], use_cache=False).loss
         loss.backward()
         return loss.detach()
 

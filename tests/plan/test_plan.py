@@ -161,7 +161,7 @@ def test_sizes_of_memory(text, size):
 
 @pytest.mark.parametrize("text", ["24", "GB", "24XB", "0GB", "-1GB", "9999999TB", "1e3GB", "", "24GB 3"])
 def test_what_is_no_size(text):
-    with pytest.raises(ConfigError, match="memory is .*expected"):
+    with pytest.raises(ConfigError, match=r"memory is .*expected"):
         parse_memory(text)
 
 
