@@ -286,7 +286,7 @@ class GatheredLibraryWeight(LibraryWeight):
 
     __slots__ = ("_shard",)
 
-    captures = False  # pyright: ignore[reportIncompatibleMethodOverride]
+    captures = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     lies_still = False
 
     def __init__(self, packed: LibraryWeight, shard: Any) -> None:
@@ -313,7 +313,7 @@ class ShardedLibraryWeight(LibraryWeight):
 
     __slots__ = ("_shard",)
 
-    captures = False  # pyright: ignore[reportIncompatibleMethodOverride]
+    captures = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     lies_still = False
 
     def __init__(self, part: LibraryWeight, shard: Any) -> None:
