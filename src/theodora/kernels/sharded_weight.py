@@ -67,7 +67,7 @@ def managed_weight(
         library: gives a weight that another library has quantised, if it is one.
     """
     if is_sharded(tensor):
-        if tensor is module._parameters.get("weight"):  # not what a merged weight has set aside
+        if tensor is module.__dict__["_parameters"].get("weight"):  # not what a merged weight has set aside
             module.__dict__[_SHARD] = tensor
         if type(here(tensor)) is not Tensor:
             return None
@@ -95,7 +95,7 @@ def forget_shard(module: nn.Module) -> None:
 @contextmanager
 def whole_here(module: nn.Module) -> Iterator[None]:
     """Within the block the module's own parameters are whole, so that it runs by itself; every process enters it."""
-    parameters = module._parameters
+    parameters: dict[str, Any] = module.__dict__["_parameters"]
     sharded = {name: tensor for name, tensor in parameters.items() if is_sharded(tensor)}
     for name, tensor in sharded.items():
         parameters[name] = nn.Parameter(whole(tensor.detach()), requires_grad=False)
@@ -286,7 +286,7 @@ class GatheredLibraryWeight(LibraryWeight):
 
     __slots__ = ("_shard",)
 
-    captures = False  # pyright: ignore[reportAssignmentType]
+    captures = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     lies_still = False
 
     def __init__(self, packed: LibraryWeight, shard: Any) -> None:
@@ -313,7 +313,7 @@ class ShardedLibraryWeight(LibraryWeight):
 
     __slots__ = ("_shard",)
 
-    captures = False  # pyright: ignore[reportAssignmentType]
+    captures = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     lies_still = False
 
     def __init__(self, part: LibraryWeight, shard: Any) -> None:

@@ -199,7 +199,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
     By the model's own word (`_no_split_modules`), or else the members of its lists of modules.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names: set[str] = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names and module is not model]
     if not blocks:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
