@@ -141,6 +141,7 @@ def load_model(
     adapted: bool = False,
     remembered: bool = False,
     plain_for: str | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, a plain one on the CPU. Arguments and errors as in `load_model_and_tokenizer`.
 
@@ -157,6 +158,7 @@ def load_model(
         adapted: whether an adapter comes onto it: quantisations that none can be put on are refused then.
         remembered: whether `quantize` is what an adapter remembers: a folder of quantised weights is taken as it is.
         plain_for: what is going to be done to plain weights: a folder of quantised ones is refused with it.
+        sharded: whether its weights are going to be cut over processes, for which NF4 is stored otherwise.
     """
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
@@ -186,6 +188,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 remembered=remembered,
                 plain_for=plain_for,
+                sharded=sharded,
             ),
             **(model_kwargs or {}),
         }

@@ -32,6 +32,7 @@ from theodora.files.quantisation_config import check_named, check_quantisation, 
 from theodora.files.trained_on import KINDS, TrainedOn
 from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.formats import inner_tensors
+from theodora.kernels.sharded_weight import here
 from theodora.layers import LowRank, base_weight
 from theodora.layers.float8 import Float8Layer
 
@@ -150,6 +151,7 @@ def loading_options(
     trust_remote_code: bool,
     remembered: bool = False,
     plain_for: str | None = None,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """What `from_pretrained` has to be given for a quantised base; everything that speaks against it is said here.
 
@@ -166,6 +168,8 @@ def loading_options(
         trust_remote_code: whether Python code that comes with the model may run.
         remembered: whether `quantize` is what an adapter remembers, which a folder of quantised weights stands above.
         plain_for: what else wants plain weights, for the message.
+        sharded: whether the weights are going to be cut over processes: packed numbers are then stored as numbers of
+            the plain weights' dtype, which `fully_shard` can cut.
 
     Raises:
         ConfigError: `quantize` on a model that is quantised already, a library that is not installed, or a device that
@@ -193,7 +197,7 @@ def loading_options(
     plain = _dtype_of(config) if isinstance(dtype, str) else dtype
     skipped = _plain_modules(config, auto_class, keep, trust_remote_code) if keep else None
     import_library(library)
-    made = _config_for(quantize, plain, compute or plain, device, skipped)
+    made = _config_for(quantize, plain, compute or plain, device, skipped, plain if sharded else torch.uint8)
     _check_environment(made.to_dict() if quantize != "int4" else made, model, device, stored=False)
     return {"quantization_config": made, **_device_map(device)}
 
@@ -217,11 +221,11 @@ def left_plain(model: nn.Module, keep: tuple[str, ...] = ()) -> str | None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a base model's parameters and buffers as they lie in memory, packed ones with their scales."""
+    """Bytes of a base model's parameters and buffers as they lie in memory here, packed ones with their scales."""
     seen: dict[Any, int] = {}
     for module in (module for module in model.modules() if not isinstance(module, LowRank)):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *_beside(module)):
-            for part in _plain_parts(tensor):
+            for part in _plain_parts(here(tensor)):
                 seen[part.data_ptr() or id(part)] = part.nbytes
     return sum(seen.values())
 
@@ -248,7 +252,12 @@ def _kind_of(fields: Mapping[str, Any]) -> str | None:
 
 
 def _config_for(
-    kind: str, plain: torch.dtype, compute: torch.dtype, device: torch.device, skipped: list[str] | None
+    kind: str,
+    plain: torch.dtype,
+    compute: torch.dtype,
+    device: torch.device,
+    skipped: list[str] | None,
+    storage: torch.dtype = torch.uint8,
 ) -> Any:
     if kind == "nf4":
         return BitsAndBytesConfig(
@@ -256,6 +265,7 @@ def _config_for(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=storage,
             llm_int8_skip_modules=skipped,
         )
     if kind == "int8":

@@ -234,19 +234,29 @@ def _told(found: Estimate, rows: int, instead: Estimate | None, machine: Machine
 def _clearly_fits(config: TrainConfig, model_config: PreTrainedConfig, setting: Setting, machine: Machine) -> bool:
     """Whether a look at file sizes and the configuration says so already, with twice the room to spare."""
     folder = expanded(config.model)
-    files = list(folder.glob("*.safetensors")) if Path(folder).is_dir() else []
     text: Any = model_config.get_text_config()
-    hidden, layers, vocabulary = (
-        getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")
-    )
-    if not files or not all(isinstance(n, int) and n > 0 for n in (hidden, layers, vocabulary)):
+    sizes: list[Any] = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    hidden, layers, vocabulary = sizes
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
         return False
     if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
         return False
-    weights = 2 * sum(file.stat().st_size for file in files)  # float32 of bfloat16 at most
+    files = list(folder.glob("*.safetensors")) if Path(folder).is_dir() else []
+    if files:
+        weights = 2 * sum(file.stat().st_size for file in files)  # float32 of bfloat16 at most
+    elif text is model_config:  # on the hub; attention no wider than thrice the hidden state, and an MLP of three
+        weights = 4 * (2 * vocabulary * hidden + layers * (12 * hidden**2 + 3 * hidden * _width(text)))
+    else:
+        return False
     scores = layers * 64 * setting.batch * setting.length**2 * 4  # of eager attention
     numbers = setting.tokens * (_ROOMY * layers * hidden + 5 * vocabulary)
     return 2 * (weights * 2 + 4 * numbers + scores) + GIB < machine.memory
+
+
+def _width(text: Any) -> int:
+    """Of the MLP."""
+    found = getattr(text, "intermediate_size", None)
+    return found if isinstance(found, int) else 4 * int(text.hidden_size)
 
 
 def _plain_dtype(config: TrainConfig, device: str, fp16: bool) -> torch.dtype:

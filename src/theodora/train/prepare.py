@@ -36,6 +36,7 @@ from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.kernels.float8 import multiplies_float8
 from theodora.train.arguments import Precision, choose_precision
+from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
@@ -76,6 +77,8 @@ class Prepared:
     """What rows hold and nothing is learned from."""
     given: TrainConfig | None = None
     """The run as it was asked for, before choices were made."""
+    bytes_gathered: int = 0
+    """What a process sends to others in a pass so that they have its parts of sharded weights."""
     past: Past | None = None
     """What the checkpoint tells that it goes on from."""
 
@@ -105,11 +108,15 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         CheckpointError: the model cannot be loaded.
     """
     processes = Processes.here()
+    model_config = look_ahead(config, processes)
     data = processes.one_here_does(lambda: read_data(config, arguments))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
     precision = choose_precision(config, arguments)
     dtype = precision.dtype
+    settled = settle(config, model_config, arguments.device, dtype, train_rows)
+    processes = settled.processes
+    notes += settled.notes
     load = partial(
         load_model,
         config.model,
@@ -123,6 +130,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         device=arguments.device,
         keep=config.adapter.modules_to_save,
         adapted=True,
+        sharded=processes.sharding is not None,
     )
     model = load() if Path(config.model).exists() else processes.one_here_first(load)  # which downloads it
     base_hash = hash_of_weights(model)

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import accelerate.state
@@ -61,6 +61,17 @@ class Processes:
     def here() -> Processes:
         """The processes that were started together with this one."""
         return _HERE[-1]
+
+    @staticmethod
+    def cut_from_here(how: Literal["fsdp2", "hsdp"]) -> Processes:
+        """The same processes, which from now on cut the frozen weights; every process calls this."""
+        _HERE[-1] = replace(_HERE[-1], sharding=how)
+        return _HERE[-1]
+
+    @property
+    def count_here(self) -> int:
+        """How many are on this machine."""
+        return 1 if self.neighbours is None else distributed.get_world_size(self.neighbours)
 
     @property
     def alone(self) -> bool:

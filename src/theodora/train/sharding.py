@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from theodora.train.processes import Processes
 
 How = Literal["fsdp2", "hsdp"]
+OF_FLOAT8 = (
+    "A base in float8 (--base-dtype fp8) cannot be sharded over processes: its scales would stay whole and its rows be "
+    "cut apart from them. Give --sharding none, or another base_dtype."
+)
+"""Why such a base stays whole."""
 
 
 def shard_model(model: nn.Module, how: How, processes: Processes, *, cpu_offload: bool = False) -> None:
@@ -59,6 +64,28 @@ def shard_model(model: nn.Module, how: How, processes: Processes, *, cpu_offload
     for block in _blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def bytes_gathered(model: nn.Module) -> int:
+    """What this process sends to others in a forward and backward pass, so that they have its parts of the weights.
+
+    Each sends its part to its neighbour in a ring, and passes on those of the others but one. A block is gathered in
+    both passes, since `fully_shard` frees it in between; what stands outside blocks stays from one to the other.
+
+    Args:
+        model: sharded by `shard_model`, between passes.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    inner = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    in_blocks = {parameter for module in inner for parameter in module.parameters()}
+    total = 0
+    for parameter in model.parameters():
+        if is_sharded(parameter):
+            count = parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
+            part = -(-parameter.shape[0] // count) * (parameter.numel() // parameter.shape[0])
+            total += (count - 1) * part * parameter.element_size() * (2 if parameter in in_blocks else 1)
+    return total
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> int:
@@ -110,10 +137,7 @@ def why_not(model: nn.Module | Any, how: str) -> str | None:
     if next(iter(model.parameters()), None) is None:
         return "The model has no parameters to shard."
     if any(isinstance(module, Float8Layer) for module in model.modules()):
-        return (
-            "A base in float8 (--base-dtype fp8) cannot be sharded over processes: its scales would stay whole and its "
-            "rows be cut apart from them. Give --sharding none, or another base_dtype."
-        )
+        return OF_FLOAT8
     config = getattr(model, "config", None)
     return _why_not_quantised(getattr(config, "quantization_config", None))
 
@@ -256,4 +280,4 @@ _REASONS = {
 }
 
 
-__all__ = ["asked_of_accelerate", "average_gradients", "gathered", "shard_model", "why_not"]
+__all__ = ["asked_of_accelerate", "average_gradients", "bytes_gathered", "gathered", "shard_model", "why_not"]
