@@ -111,6 +111,33 @@ def trains_as_one_process(processes, folder):
 
 
 @job
+def gathers(processes, folder):
+    """Bytes that a forward and backward pass sends: as told beforehand, and as FSDP2 asks torch for."""
+    model, sent = adapted(), 0
+    sharding.shard_model(model, "fsdp2", processes)
+    told = sharding.bytes_gathered(model)
+
+    def counting(gather):
+        def counted(output, given, *args, **kwargs):
+            nonlocal sent
+            sent += (processes.count - 1) * given.numel() * given.element_size()
+            return gather(output, given, *args, **kwargs)
+
+        return counted
+
+    names = [name for name in ("all_gather_into_tensor", "all_gather_single") if hasattr(dist, name)]
+    before = {name: getattr(dist, name) for name in names}
+    for name, gather in before.items():
+        setattr(dist, name, counting(gather))
+    try:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    finally:
+        for name, gather in before.items():
+            setattr(dist, name, gather)
+    return told, sent
+
+
+@job
 def trains_as_ddp(processes, folder):
     model = adapted()
     wrapped = DistributedDataParallel(model)

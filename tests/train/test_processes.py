@@ -71,7 +71,9 @@ def two(base, folder):
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
         kind("skips", SKIPS),
-        kind("sharded", KINDS["plain"] | {"sharding": "fsdp2"}),
+        kind("sharded", KINDS["plain"] | {"sharding": "fsdp2", "gradient_checkpointing": True}),
+        kind("nf4", {"sharding": "fsdp2", "quantize": "nf4", "max_steps": 2, "held_out": 0}),
+        kind("int8", {"sharding": "fsdp2", "quantize": "int8", "data": str(folder / "none.jsonl")}),
         kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
     ]
     found = launch(2, scenarios, folder)
@@ -182,6 +184,24 @@ def test_sharded_weights_trace_one_process_too(two, folder):
     assert [found["error"] for found in two["sharded"]] == [None, None], two["sharded"]
     assert "FSDP2, gloo" in two["sharded"][0]["printed"]
     trace(folder / "sharded", folder / "plain")
+
+
+def test_what_sharded_weights_send_is_told(two):
+    first, plain = two["sharded"][0], two["plain"][0]
+    assert first["bytes_per_step"] == plain["bytes_per_step"]
+    assert plain["gathered_bytes_per_step"] == 0 < first["gathered_bytes_per_step"]
+    printed = " ".join(first["printed"].split())
+    assert f"and {first['gathered_bytes_per_step'] / 1e3:.1f} kB of frozen weights, gathered in each pass" in printed
+
+
+def test_nf4_is_loaded_so_that_it_is_cut(two):
+    assert [found["error"] for found in two["nf4"]] == [None, None], two["nf4"]
+    assert "FSDP2, gloo" in two["nf4"][0]["printed"]
+
+
+def test_what_cannot_be_cut_is_refused_before_anything_is_read(two):
+    assert two["int8"][0]["error"] == "ConfigError"
+    assert "LLM.int8()) cannot be sharded" in two["int8"][0]["text"]
 
 
 def test_all_stop_when_one_is_told_to(two, folder):

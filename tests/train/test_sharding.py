@@ -137,6 +137,11 @@ def test_what_cannot_be_done_is_refused(two, what, says):
         assert says in found[what]
 
 
+def test_what_is_gathered_is_told(two):
+    for told, sent in of(two, "gathers"):
+        assert told == sent > 0
+
+
 def test_gradients_are_averaged(two):
     for sent, everywhere, some, none, half in of(two, "averages"):
         assert sent == (3 * 6 + 3) * 4 + (5 + 1) * 2

@@ -153,9 +153,16 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 
 
 def describe_network(result: TrainResult) -> str:
-    """`2 processes; each sent 1.2 MB a step, the adapter's gradients`."""
-    sent = as_size(result.bytes_per_step) if result.bytes_per_step >= 1e6 else f"{result.bytes_per_step / 1e3:.1f} kB"
-    return f"{result.processes} processes; each sent {sent} a step, the adapter's gradients"
+    """`2 processes; each sent 1.2 MB a step, the adapter's gradients`, and with them its parts of sharded weights."""
+    sent = f"{result.processes} processes; each sent {_as_bytes(result.bytes_per_step)} a step, the adapter's gradients"
+    if result.sharding is None:
+        return sent
+    within = " within its machine" if result.sharding == "hsdp" else ""
+    return f"{sent}, and{within} {_as_bytes(result.gathered_bytes_per_step)} of frozen weights, gathered in each pass"
+
+
+def _as_bytes(count: int) -> str:
+    return as_size(count) if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def describe_moved(result: TrainResult) -> str:

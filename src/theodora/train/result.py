@@ -44,6 +44,10 @@ class TrainResult:
     """How many trained together."""
     bytes_per_step: int = 0
     """What each of them sent to others in an optimizer step: the adapter's gradients, in a ring."""
+    sharding: str | None = None
+    """How the frozen weights were cut over them; None: each had all."""
+    gathered_bytes_per_step: int = 0
+    """What each of them sent so that others had its parts of the frozen weights, in the passes of a step."""
     moved: Mapping[str, tuple[int, int]]
     """For each part of the adapter (lora_A, lora_B, magnitude) how many tensors training moved, of how many. All are
     finite, or there would be an error."""

@@ -51,7 +51,7 @@ from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.self_stopping import SelfStopping, count_self_stops
-from theodora.train.sharding import shard_model
+from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.together import check_seen, logged, together
 from theodora.train.trainer import AdapterTrainer
@@ -109,8 +109,10 @@ def _train_in_order(
                 if processes.alone and config.sharding in ("fsdp2", "hsdp"):
                     prepared.notes.append(f"sharding {config.sharding} has no effect: there is one process")
                 prepared.given, prepared.past = config, past
+                processes = Processes.here()  # which may have chosen how they share the weights
                 if processes.sharding is not None:
                     shard_model(prepared.model, processes.sharding, processes, cpu_offload=config.cpu_offload)
+                    prepared.bytes_gathered = bytes_gathered(prepared.model)
             with (
                 restored_afterwards(prepared.model),
                 fast_path(prepared.model, prepared.config, arguments.device) as path,
@@ -465,6 +467,8 @@ def _result(
         peak_memory=max(trainer.processes.gather(peak_memory())),
         processes=trainer.processes.count,
         bytes_per_step=trainer.bytes_per_step,
+        sharding=trainer.processes.sharding,
+        gathered_bytes_per_step=prepared.bytes_gathered * trainer.args.gradient_accumulation_steps,
         moved=moved,
         left_out=prepared.left_out,
         model=prepared.model,
