@@ -115,23 +115,31 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     own = address == "local"
     already = ray.is_initialized()
     if not already:
-        options: dict[str, Any] = {"include_dashboard": False} if own else {}
+        _connect(ray, address, own)
+    try:
+        yield ray, _seen(ray, own)
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str, own: bool) -> None:
+    options: dict[str, Any] = {"include_dashboard": False} if own else {}
+    for left in (1, 0):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **options)
-        except Exception as error:  # of a plain Exception, too, where a machine is too busy to start in time
+            ray.init(address=address, log_to_driver=False, logging_level="error", **options)
+            return
+        except Exception as error:  # of a plain Exception, too, where a machine is too busy to start in Ray's time
             ray.shutdown()
             lines = str(error).strip().splitlines() or [type(error).__name__]
+            if own and left:
+                continue  # what it imports is in the system's cache by now
             if own:
                 raise TheodoraError(f"Ray does not start on this machine: {lines[0]}") from error
             raise ConfigError(
                 f"No Ray cluster could be used at {address}: {lines[0]}\n"
                 "Expected the address of a running head (ray start --head), with the same versions of Ray and Python."
             ) from error
-    try:
-        yield ray, _seen(ray, own)
-    finally:
-        if not already:
-            ray.shutdown()
 
 
 def _seen(ray: Any, own: bool) -> Cluster:
