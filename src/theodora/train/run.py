@@ -117,7 +117,7 @@ def _train_in_order(
                 _explained_memory_errors(prepared),
             ):
                 result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
-    if show_result:
+    if show_result and processes.first:
         print_result(console, result, prepared.config, notes)
     return result
 
