@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports over a network's file system take longer than a minute
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # where a process hangs in a collective
 }
+_SECONDS_TO_ANSWER = 10
 
 
 def load_ray() -> Any:
@@ -124,6 +126,7 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
 
 
 def _connect(ray: Any, address: str, own: bool) -> None:
+    _look_for(address)
     options: dict[str, Any] = {"include_dashboard": False} if own else {}
     for left in (1, 0):
         try:
@@ -138,8 +141,23 @@ def _connect(ray: Any, address: str, own: bool) -> None:
                 raise TheodoraError(f"Ray does not start on this machine: {lines[0]}") from error
             raise ConfigError(
                 f"No Ray cluster could be used at {address}: {lines[0]}\n"
-                "Expected the address of a running head (ray start --head), with the same versions of Ray and Python."
+                "Expected the address of a running head (ray start --head), with the same versions of Ray and Python, "
+                "and its token if it asks for one (RAY_AUTH_TOKEN_PATH)."
             ) from error
+
+
+def _look_for(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for ten minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Nobody answers at {address} ({error}). Expected host:port of a running head, as ray start --head --port "
+            "6379 tells it."
+        ) from error
 
 
 def _seen(ray: Any, own: bool) -> Cluster:
