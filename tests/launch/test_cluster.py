@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,16 @@ def test_a_machine_that_does_not_see_the_output_folder_says_so(tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(TheodoraError, match=r"does not see .* where .*first is to be written"):
         go_to(os.getcwd(), mark, str(output))
+
+
+def test_an_address_where_nobody_is_is_refused_at_once():
+    with socket.socket() as taken:  # bound, and listening to nobody
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(ConfigError, match=r"Nobody answers at 127\.0\.0\.1:"):
+            clusters._look_for(f"127.0.0.1:{taken.getsockname()[1]}")
+    with pytest.raises(ConfigError, match="Nobody answers at here:soon"):
+        clusters._look_for("here:soon")
+    clusters._look_for("auto")
 
 
 @pytest.mark.skipif("ray" in sys.modules, reason="Ray is here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports over a network's file system take longer than a minute
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # where a process hangs in a collective
 }
+_SECONDS_TO_ANSWER = 10
 
 
 def load_ray() -> Any:
@@ -115,23 +117,47 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     own = address == "local"
     already = ray.is_initialized()
     if not already:
-        options: dict[str, Any] = {"include_dashboard": False} if own else {}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True, **options)
-        except Exception as error:  # of a plain Exception, too, where a machine is too busy to start in time
-            ray.shutdown()
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            if own:
-                raise TheodoraError(f"Ray does not start on this machine: {lines[0]}") from error
-            raise ConfigError(
-                f"No Ray cluster could be used at {address}: {lines[0]}\n"
-                "Expected the address of a running head (ray start --head), with the same versions of Ray and Python."
-            ) from error
+        _connect(ray, address, own)
     try:
         yield ray, _seen(ray, own)
     finally:
         if not already:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str, own: bool) -> None:
+    _look_for(address)
+    options: dict[str, Any] = {"include_dashboard": False} if own else {}
+    for left in (1, 0):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", **options)
+            return
+        except Exception as error:  # of a plain Exception, too, where a machine is too busy to start in Ray's time
+            ray.shutdown()
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if own and left:
+                continue  # what it imports is in the system's cache by now
+            if own:
+                raise TheodoraError(f"Ray does not start on this machine: {lines[0]}") from error
+            raise ConfigError(
+                f"No Ray cluster could be used at {address}: {lines[0]}\n"
+                "Expected the address of a running head (ray start --head), with the same versions of Ray and Python, "
+                "and its token if it asks for one (RAY_AUTH_TOKEN_PATH)."
+            ) from error
+
+
+def _look_for(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for ten minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Nobody answers at {address} ({error}). Expected host:port of a running head, as ray start --head --port "
+            "6379 tells it."
+        ) from error
 
 
 def _seen(ray: Any, own: bool) -> Cluster:

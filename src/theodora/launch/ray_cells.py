@@ -32,7 +32,7 @@ def workers_on_ray(
     Raises:
         ConfigError: Ray is missing, there is no such cluster, or it has no room for so many.
     """
-    with beside(config.output) as mark, cluster(address) as (ray, there):
+    with cluster(address) as (ray, there), beside(config.output) as mark:
         share = share_for_cells(there, config.workers_per_gpu, workers)
         yield lambda config: OnRay(ray, config, share, mark)
 

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,12 @@ def train_on_ray(
     """
     _check_alone()
     terminal = Terminal.over(console or Terminal())
-    with _Signals() as signals, beside(config.output) as mark:
+    with ExitStack() as held:
         with terminal.status("Starting Ray …"):
-            held = cluster(address)
-            ray, there = held.__enter__()
-        try:
-            share = share_for_training(there, workers)
-            return _Run(ray, config, share, terminal, signals).run(mark)
-        finally:
-            held.__exit__(None, None, None)
+            ray, there = held.enter_context(cluster(address))
+        share = share_for_training(there, workers)
+        mark = held.enter_context(beside(config.output))
+        return _Run(ray, config, share, terminal, held.enter_context(_Signals())).run(mark)
 
 
 def _check_alone() -> None:
