@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from theodora.cli.train import add_arguments as add_train_arguments
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     with imports():
         from theodora.cli.plan_view import print_plan
         from theodora.plan.survey import survey
+        from theodora.train.arguments import sft_arguments
+
+    sft_arguments(config, Path(config.output) / "checkpoints")  # refuses what `train` would
 
     with stderr().status("counting") as status:
         found = survey(
@@ -104,7 +108,7 @@ def _command(args: argparse.Namespace, config: TrainConfig, found: Any) -> str:
     changed = changes(setting, config, found.model_of(setting))
     replaced = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in changed if word[:2] == "--"}
     words: list[str] = ["--config", args.config] if args.config else []
-    given = {name: value for name, value in vars(args).items() if name not in _NOT_OF_TRAIN}
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_OF_TRAIN and value is not None}
     in_file = set(read_yaml(args.config)) if args.config else set[str]()
     missing = {name: value for name, value in _PLACEHOLDERS.items() if name not in {*given, *in_file}}
     for name, value in (given | missing).items():
@@ -112,7 +116,7 @@ def _command(args: argparse.Namespace, config: TrainConfig, found: Any) -> str:
             words += _flag(name, value)
     words += [*args.other_options, *changed]
     start = "theodora train"
-    if found.machine.gpus > 1:
+    if found.machine.gpus > 1 and args.launcher is None:
         start = f"torchrun --nproc-per-node {found.machine.gpus} -m theodora train"
     return f"{start} {shlex.join(words)}"
 
