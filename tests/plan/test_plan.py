@@ -46,7 +46,8 @@ def measured_rows():
                 if method in ("dora", "lora", "dora-fp8") and row["failure"] is None:
                     workload = table["workloads"][row["name"]]
                     rows[method, json.dumps(workload, sort_keys=True)] = row["peak"]
-    return [(method, workload, peak) for (method, workload), peak in rows.items()]
+    found = [(method, workload, peak) for (method, workload), peak in rows.items()]
+    return found[::3]  # each takes a second or three
 
 
 @cache
@@ -83,9 +84,9 @@ def test_peak_of_a_step_on_nf4_on_a_gpu(method, checkpointing, gib):
     assert predicted(method, workload, "nf4") / GIB == pytest.approx(gib, rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["dora", "lora"])
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(
+    ("family", "method", "recomputes"), [("llama", "dora", False), ("llama", "lora", True), ("gpt2", "dora", True)]
+)
 def test_peak_of_a_step_on_this_cpu(family, method, recomputes):
     settings = SMALL if family == "llama" else {"model_type": "gpt2", "n_embd": 64, "n_layer": 6, "n_head": 4}
     config = AutoConfig.for_model(**settings | ({} if family == "llama" else {"vocab_size": 512, "n_positions": 256}))

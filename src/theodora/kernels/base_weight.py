@@ -381,6 +381,9 @@ class Stack(_TensorWeight):
     outputs: int
     """ΣO."""
 
+    def dissolve(self) -> None:
+        """Give each weight data of its own again, where it has none."""
+
     @abstractmethod
     def holds(self, weights: Sequence[BaseWeight], ranks: int) -> bool:
         """Whether the weights lie in it, in this order, and `ranks` rows of A fit behind them."""

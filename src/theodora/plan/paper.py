@@ -139,7 +139,8 @@ class PaperModel:
         first = _FEW + (count % _FEW)
         few, more = (self._run(blocks, batch, length, recomputes) for blocks in (first, first + _FEW))
         times = (count - first) / _FEW
-        return Step(*(round(a + (b - a) * times) for a, b in ((few.kept, more.kept), (few.peak, more.peak))))
+        kept, peak = (round(a + (b - a) * times) for a, b in ((few.kept, more.kept), (few.peak, more.peak)))
+        return Step(kept, peak)
 
     def _run(self, blocks: int, batch: int, length: int, recomputes: bool) -> Step:
         """The step of a model with so many of the blocks."""
@@ -178,7 +179,8 @@ class PaperModel:
 
     def _loss(self, ids_BT: Tensor, labels_N: Tensor) -> Tensor:
         model: Any = self.model
-        head, text = model.get_output_embeddings(), model.config.get_text_config()
+        head: Any = model.get_output_embeddings()
+        text = model.config.get_text_config()
         trained = head is None or any(p.requires_grad for p in head.parameters())
         few = labels_N.numel() * text.vocab_size <= _MOST_LOGITS  # more go through TRL's tiles, or through ours
         if (self.fast or not few) and not trained and model.base_model is not model:
@@ -227,7 +229,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: object, trust_rem
     config = deepcopy(config)
     for part in (config, config.get_text_config()):  # the folder's packed form is put on by `store`
         if hasattr(part, "quantization_config"):
-            del part.quantization_config
+            delattr(part, "quantization_config")
     kind = auto_classes(config, name, trust_remote_code=trust_remote_code)[0]
     try:
         with torch.device("meta"):
@@ -266,17 +268,17 @@ def _few_blocks(model: Any, blocks: nn.ModuleList | None, count: int) -> Iterato
     if blocks is None or count == len(blocks):
         yield
         return
-    text, kept = model.config.get_text_config(), dict(blocks._modules)
+    text, kept = model.config.get_text_config(), dict(blocks._modules)  # pyright: ignore[reportPrivateUsage]
     layers = text.num_hidden_layers
     for name in list(kept)[count:]:
-        del blocks._modules[name]
+        del blocks._modules[name]  # pyright: ignore[reportPrivateUsage]
     text.num_hidden_layers = count
     try:
         yield
     finally:
         text.num_hidden_layers = layers
-        blocks._modules.clear()
-        blocks._modules.update(kept)
+        blocks._modules.clear()  # pyright: ignore[reportPrivateUsage]
+        blocks._modules.update(kept)  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

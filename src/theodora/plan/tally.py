@@ -59,7 +59,7 @@ class Tally(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
         if key in self._known or not (size := storage.nbytes()):
             return
         size = -(-size // _GRANULE) * _GRANULE

@@ -201,8 +201,12 @@ def _train(
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
     _run(trainer, checkpoint, stop, view, prepared.config)
-    ends_there = checkpoint is not None and trainer.saved_at is None and processes.first
-    if ends_there and checkpoint == checkpoints.newest_checkpoint(output):
+    if (
+        trainer.saved_at is None
+        and processes.first
+        and checkpoint is not None
+        and checkpoint == checkpoints.newest_checkpoint(output)
+    ):
         # It may have been killed after its last checkpoint, before older ones were deleted.
         limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
         checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)

@@ -67,7 +67,8 @@ class StepState:
 def random_states() -> tuple[Any, ...]:
     """Of Python, NumPy, torch and the GPU, in types that torch.load takes from anybody."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    kind, numbers, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, numbers, *rest = state
     return random.getstate(), (kind, torch.from_numpy(numbers.astype(np.int64)), *rest), torch.get_rng_state(), cuda
 
 

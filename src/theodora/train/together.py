@@ -117,7 +117,7 @@ def _begin(config: TrainConfig, found: Launched, timeout: timedelta) -> bool:
             )
         return False
     backend = config.trainer.get("ddp_backend") or ("gloo" if cpu else "nccl")
-    device = {} if cpu or backend != "nccl" else {"device_id": torch.device("cuda", found.on_machine)}
+    device: Any = {} if cpu or backend != "nccl" else {"device_id": torch.device("cuda", found.on_machine)}
     try:
         distributed.init_process_group(backend, timeout=timeout, **device)
     except (RuntimeError, ValueError) as error:

@@ -125,6 +125,10 @@ class PassOverrides(LossOverrides):
         """Let go of the graphs and their memory, for good; whether there were any."""
         return self._graphed is not None and self._graphed.release(why)
 
+    def loss_now(self, batch: dict[str, Any]) -> Tensor | None:
+        """See `StepOverrides.loss_now`."""
+        raise NotImplementedError
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
