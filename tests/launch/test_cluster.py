@@ -14,9 +14,18 @@ from theodora.compare.cells import Cell, Record
 from theodora.compare.pool import Workers
 from theodora.errors import ConfigError, TheodoraError
 from theodora.launch import cluster as clusters
-from theodora.launch.cluster import Cluster, Machine, Share, beside, go_to, share_for_cells, share_for_training
+from theodora.launch.cluster import (
+    Cluster,
+    Machine,
+    Share,
+    beside,
+    go_to,
+    how_it_died,
+    share_for_cells,
+    share_for_training,
+)
 from theodora.launch.mailbox import InOrder, Mailbox, Said, Wire
-from theodora.launch.ray_cells import OnRay, how_it_died
+from theodora.launch.ray_cells import OnRay
 
 
 def cluster(*machines: tuple[float, float], free: tuple[float, float] | None = None, own: bool = False) -> Cluster:
@@ -199,7 +208,7 @@ def test_a_worker_that_dies_is_replaced_and_its_cell_told():
     _, pool = workers(Dies, count=1)
     assert pool.free() == 1
     pool.begin(cell := Cell(phase="base"))
-    assert list(pool.done()) == [(cell, "killed, or ended without a word")]
+    assert list(pool.done()) == [(cell, "killed (for want of memory, perhaps), or crashed")]
     assert pool.free() == 1
 
 

@@ -181,6 +181,7 @@ def test_ctrl_c_ends_it_with_a_checkpoint(options, tmp_path):
     assert process.returncode == 130, text
     assert "Interrupted." in text
     assert "is whole. Go on with" in text
+    assert "--resume --launcher ray --num-workers 2" in text
     assert "Traceback" not in text
 
 
@@ -198,4 +199,5 @@ def test_a_killed_process_ends_the_run_and_is_named(options, tmp_path):
     assert process.returncode == 1, text
     assert re.search("[Pp]rocess 1 ", text), text
     assert "checkpoint" in text
+    assert "raylet" not in text
     assert "Traceback" not in text

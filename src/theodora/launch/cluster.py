@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from theodora.errors import ConfigError, TheodoraError
+from theodora.patches import replaced
 
 # Ray reads these when it is imported. What the user has set stays.
 _SETTINGS = {
@@ -119,7 +120,8 @@ def cluster(address: str | None) -> Iterator[tuple[Any, Cluster]]:
     if not already:
         _connect(ray, address, own)
     try:
-        yield ray, _seen(ray, own)
+        with _unprinted():
+            yield ray, _seen(ray, own)
     finally:
         if not already:
             ray.shutdown()
@@ -144,6 +146,17 @@ def _connect(ray: Any, address: str, own: bool) -> None:
                 "Expected the address of a running head (ray start --head), with the same versions of Ray and Python, "
                 "and its token if it asks for one (RAY_AUTH_TOKEN_PATH)."
             ) from error
+
+
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """Inside the block Ray prints no account of a worker's death, a screen long, beside ours; no option says so."""
+    worker: Any = import_module("ray._private.worker")
+    if not hasattr(worker, "print_to_stdstream"):  # there in Ray 2.60
+        yield
+        return
+    with replaced(worker, print_to_stdstream=lambda *_, **__: None):
+        yield
 
 
 def _look_for(address: str) -> None:
@@ -284,3 +297,16 @@ def go_to(folder: str, mark: str, output: str) -> None:
 
 def _counted(number: float, what: str) -> str:
     return f"{number:g} {what}" + ("" if number == 1 else "s")
+
+
+def how_it_died(error: Exception) -> str:
+    """Ray's account of a worker's death in a few words."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or ("memory" in text.lower() and "monitor" in text.lower()):
+        return "ended by Ray: its machine was out of memory"
+    if "node has died" in text or "node died" in text or type(error).__name__ == "NodeDiedError":
+        return "its node died"
+    if "SIGKILL" in text or "connection error" in text.lower() or "unexpectedly" in text:
+        return "killed (for want of memory, perhaps), or crashed"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig
 from theodora.compare.pool import Outcome, Workers
 from theodora.errors import TheodoraError
-from theodora.launch.cluster import Share, beside, cluster, go_to, share_for_cells
+from theodora.launch.cluster import Share, beside, cluster, go_to, how_it_died, share_for_cells
 
 _MOST_STARTS = 3  # replacements that may die while they load, one after the other, before the comparison ends
 
@@ -164,16 +164,3 @@ class OnRay:
         if worker.cell is None:
             return []
         return [(worker.cell, None if "node" in how else how)]  # a machine that goes away says nothing of the cell
-
-
-def how_it_died(error: Exception) -> str:
-    """Ray's account of a worker's death in a few words."""
-    text = str(error)
-    if type(error).__name__ == "OutOfMemoryError" or ("memory" in text.lower() and "monitor" in text.lower()):
-        return "ended by Ray: its machine was out of memory"
-    if "node has died" in text or "node died" in text or type(error).__name__ == "NodeDiedError":
-        return "its node died"
-    if "SIGKILL" in text or "connection error" in text.lower() or "unexpectedly" in text:
-        return "killed, or ended without a word"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError, TheodoraError
-from theodora.launch.cluster import Share, beside, cluster, share_for_training
+from theodora.launch.cluster import Share, beside, cluster, how_it_died, share_for_training
 from theodora.launch.mailbox import Ended, InOrder, Mailbox, Said, TooEarly
 from theodora.launch.ray_worker import work
+from theodora.safe_text import quoted
 from theodora.terminal import Terminal
 
 _PATIENCE = 0.2  # seconds between two looks at signals
@@ -68,7 +69,7 @@ def train_on_ray(
             ray, there = held.enter_context(cluster(address))
         share = share_for_training(there, workers)
         mark = held.enter_context(beside(config.output))
-        return _Run(ray, config, share, terminal, held.enter_context(_Signals())).run(mark)
+        return _Run(ray, config, share, address, terminal, held.enter_context(_Signals())).run(mark)
 
 
 def _check_alone() -> None:
@@ -98,8 +99,17 @@ class _Signals:
 
 
 class _Run:
-    def __init__(self, ray: Any, config: TrainConfig, share: Share, terminal: Terminal, signals: _Signals) -> None:
-        self.ray, self.config, self.share, self.terminal, self.signals = ray, config, share, terminal, signals
+    def __init__(
+        self,
+        ray: Any,
+        config: TrainConfig,
+        share: Share,
+        address: str | None,
+        terminal: Terminal,
+        signals: _Signals,
+    ) -> None:
+        self.ray, self.config, self.share, self.address = ray, config, share, address
+        self.terminal, self.signals = terminal, signals
         self.ends: list[Ended] = []
         self._in_order = InOrder()
         self._failure: BaseException | None = None
@@ -212,7 +222,17 @@ class _Run:
         newest = newest_checkpoint(Path(self.config.output))
         if newest is None:
             return "Interrupted before the first checkpoint; nothing was kept to resume from."
-        return f"Interrupted. {newest} is whole. Go on with:\n\n  {resume_command(self.config)}\n"
+        command = self._started_so(resume_command(self.config))
+        return f"Interrupted. {newest} is whole. Go on with:\n\n  {command}\n"
+
+    def _started_so(self, text: str) -> str:
+        """A process's words, with our flags in the command that goes on."""
+        from theodora.train.report import resume_command
+
+        command = resume_command(self.config)
+        address = "" if self.address is None else f" --ray-address {quoted(self.address)}"
+        ours = f"{command} --launcher ray --num-workers {self.share.count}{address}"
+        return text if ours in text else text.replace(command, ours)
 
     def _outcome(self) -> dict[str, Any]:
         ends = sorted(self.ends, key=lambda end: end.index)
@@ -229,13 +249,14 @@ class _Run:
         for end in failed:
             raise RunFailed(self._of(end), end.exit_code)
         for end in [end for end in ends if end.interrupted]:
-            raise RunInterrupted(end.message, end.exit_code)
+            raise RunInterrupted(self._started_so(end.message), end.exit_code)
         if self._failure is not None:
             raise RunFailed(f"Ray ended the run: {_last_line(self._failure)}", 1) from self._failure
         return next(end.result for end in ends if end.result is not None)
 
     def _of(self, end: Ended) -> str:
-        return end.message if end.index == 0 else f"Process {end.index} on {end.machine}: {end.message}"
+        message = self._started_so(end.message)
+        return message if end.index == 0 else f"Process {end.index} on {end.machine}: {message}"
 
     def _dead(self, spoke: set[int]) -> str:
         """Processes that ended without a word, as far as Ray knows of them."""
@@ -243,8 +264,8 @@ class _Run:
         silent = sorted(index for index in failures if index not in spoke)
         if not silent:
             return ""
-        how = f"Process {silent[0]} of {self.share.count} ended without a word: {_last_line(failures[silent[0]])}"
-        return f"{how}\n{self._how_to_go_on().removeprefix('Interrupted. ')}"
+        how = f"Process {silent[0]} of {self.share.count} has died: {how_it_died(failures[silent[0]])}."
+        return f"{how} {self._how_to_go_on().removeprefix('Interrupted. ')}"
 
 
 class _Remote(Exception):
