@@ -87,6 +87,8 @@ TYPED = {
     "report_to": ("tensorboard wandb", ("tensorboard", "wandb")),
     "resume": (None, True),
     "grace_period": ("5", 5.0),
+    "sharding": ("fsdp2", "fsdp2"),
+    "cpu_offload": (None, True),
     "on_nan": ("skip", "skip"),
     "max_loss": ("9", 9.0),
     "overwrite": (None, True),

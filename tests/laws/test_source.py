@@ -20,8 +20,9 @@ def nodes() -> list[tuple[Path, ast.AST]]:
     return [(module, node) for module, tree in trees().items() for node in ast.walk(tree)]
 
 
-# Reads back what it has just pickled itself, in memory.
-OWN_BYTES = {"conformance/copies.py"}
+# Reads back what it has just pickled itself, in memory; random states of a run's own checkpoint, which are tensors and
+# numbers alone (`weights_only`), as transformers reads those of a single process.
+OWN_BYTES = {"conformance/copies.py", "train/trainer_checkpoints.py"}
 
 
 def name_of(module: Path) -> str:

@@ -297,7 +297,7 @@ def test_an_agreement_is_told_of_in_the_step_after(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        agree = Agreement(torch.device("cpu"))
+        agree = Agreement()
         assert [agree(stop) for stop in (False, True, False, False)] == [False, False, True, False]
     finally:
         torch.distributed.destroy_process_group()

@@ -187,7 +187,8 @@ class PaperModel:
             with whole_rows():
                 hidden_NH = model.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
             cap = getattr(text, "final_logit_softcapping", None)
-            return linear_cross_entropy(hidden_NH, head.weight, labels_N, bias_V=head.bias, softcap=cap).nats
+            weight_VH, bias_V = (getattr(head, name) for name in ("weight", "bias"))
+            return linear_cross_entropy(hidden_NH, weight_VH, labels_N, bias_V=bias_V, softcap=cap).nats
         with whole_rows():
             logits_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1).float()
         return F.cross_entropy(logits_NV, labels_N)

@@ -309,6 +309,7 @@ def finish_arguments(
     balances_experts: bool,
     evaluates: bool,
     evaluates_first: bool,
+    writes: bool = True,
 ) -> SFTConfig:
     """What the trainer is given: the arguments with what is known once all is loaded. `arguments` stay as they are.
 
@@ -321,8 +322,11 @@ def finish_arguments(
         balances_experts: whether the model returns what the loss that keeps experts balanced is computed from.
         evaluates: whether there are held-out rows.
         evaluates_first: whether these are looked at before the first step.
+        writes: whether this process reports, and deletes old checkpoints.
     """
     finished = copy(arguments)
+    if not writes:
+        finished.report_to, finished.save_total_limit = [], None
     # What of them concerned the loading is done, and TRL refuses it for a model that is loaded already.
     finished.model_init_kwargs = finished.chat_template_path = None
     if not finished.fp16:

@@ -166,11 +166,10 @@ def _train(
         balances_experts=prepared.balances_experts,
         evaluates=prepared.held_out_rows is not None,
         evaluates_first=checkpoint is None or checkpoints.owes_evaluation(checkpoint),
+        writes=processes.first,
     )
     if not processes.alone:
         stop.alone, stop.agree = False, Agreement(processes.group)
-        if not processes.first:
-            arguments.report_to, arguments.save_total_limit = [], None  # the first one sees to both
     inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, processes.count)
     rows = {name: sha256 for name, (_, sha256) in inputs.sources.items()}
     processes.agree("data and base model", {**rows, "tokens": inputs.tokens, "weights of the base": inputs.base})
