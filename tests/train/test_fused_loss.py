@@ -199,7 +199,7 @@ def test_a_run_leaves_the_model_as_it_was(fused_run):
 
 
 def test_a_wrapper_does_not_hide_that_the_model_is_in_evaluation_mode(monkeypatch):
-    """DDP is made in training mode, around a model that an evaluation has left in the other."""
+    """A wrapper is made in training mode, around a model that an evaluation has left in the other."""
     monkeypatch.setattr(SFTTrainer, "training_step", lambda self, model, *_: model.train())
     made = object.__new__(trainer.AdapterTrainer)
     made.model = nn.Linear(2, 2).eval()

@@ -108,7 +108,7 @@ class StepOverrides(PassOverrides):
         Without `model.train()` where it is in that mode already: it walks through all modules, and adapter layers look
         at their weights for changes.
         """
-        if not model.training:
+        if not (model.training and self.model.training):  # a wrapper (torch.compile's) has a mode of its own
             model.train()
         model.__dict__["train"] = lambda mode=True: model
         try:
