@@ -271,7 +271,7 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, a third slower. Default: from 3 billion parameters."""
     sharding: Literal["auto", "none", "fsdp2", "hsdp"] = "auto"
     """How several processes hold the frozen weights: each a part (fsdp2), the processes of each machine a part (hsdp),
-    each all of them (none), or as accelerate was told to, else all (auto). The adapter is whole in each."""
+    each all of them (none), or as accelerate was told to, else what fits a GPU (auto). The adapter is whole in each."""
     cpu_offload: bool = False
     """Keep the parts of sharded weights in main memory while they are not computed with: slower."""
     on_nan: Literal["stop", "skip"] = "stop"
