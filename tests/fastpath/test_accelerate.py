@@ -26,7 +26,7 @@ from theodora import (
     unmerge_adapter,
 )
 from theodora.adapters.state import trained_tensors
-from theodora.fastpath.accelerate import recompute_less, restore_model, speed_up_model
+from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, restore_model, speed_up_model
 from theodora.fastpath.gated_mlp import GatedMLP, fuse_mlp
 from theodora.kernels import gated_mlp
 from theodora.kernels.operators import runs_triton
@@ -362,8 +362,7 @@ def test_blocks_that_recompute_less(method, monkeypatch):
     model = adapted(method=method)
     wanted = expected(model)
     speed_up_model(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_activations(model)
     recompute_less(model)
     model.enable_input_require_grads()
     for _ in range(2):

@@ -11,7 +11,7 @@ from formula import DEVICE
 from steps import Calls, calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
-from theodora.fastpath.accelerate import recompute_less, speed_up_model
+from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, speed_up_model
 from theodora.kernels import fused, gated_mlp, library_weight
 from theodora.kernels.formats import Bits4
 from tiny import tiny_model
@@ -119,8 +119,7 @@ def test_every_second_checkpointed_block_keeps_what_down_gives():
     model = quantized(blocks=4)
     wanted = expected(model)
     speed_up_model(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_activations(model)
     recompute_less(model)
     model.enable_input_require_grads()
     with Calls(torch.ops.theodora.gated.default) as activations:

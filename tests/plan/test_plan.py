@@ -14,6 +14,7 @@ from theodora.adapters import inject_adapter
 from theodora.cli.main import main
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError
+from theodora.fastpath.accelerate import checkpoint_activations
 from theodora.kernels.operators import is_on_paper
 from theodora.plan import Machine, PaperModel, Setting, estimate, fits, machine, parse_memory, recommend
 from theodora.plan.estimate import WORKSPACE, candidates
@@ -98,8 +99,7 @@ def test_peak_of_a_step_on_this_cpu(family, method, recomputes):
     inject_adapter(model, adapter)
     model.enable_input_require_grads()
     if recomputes:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     ids = torch.zeros(3, 120, dtype=torch.long)
     tally = Tally()
@@ -249,7 +249,7 @@ def test_shorter_rows_take_less(folder):
 
 
 def test_recomputing_begins_where_a_run_has_it():
-    assert LARGE_MODEL == prepare._LARGE_MODEL
+    assert LARGE_MODEL == prepare.LARGE_MODEL
 
 
 # The command ----------------------------------------------------------------------------------------------------------

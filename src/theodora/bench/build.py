@@ -20,7 +20,7 @@ from theodora.adapters.quantize import quantize_base
 from theodora.bench.models import decoder_blocks, load_base
 from theodora.bench.variants import Variant, Workload
 from theodora.config import AdapterConfig
-from theodora.fastpath.accelerate import accelerate, recompute_less
+from theodora.fastpath.accelerate import accelerate, checkpoint_activations, recompute_less
 from theodora.fastpath.masks import whole_rows
 from theodora.kernels.cross_entropy import linear_cross_entropy
 
@@ -137,13 +137,6 @@ def use_liger_kernels(model: Any) -> None:
         own_loss = {"fused_linear_cross_entropy": False, "cross_entropy": False}
         known = inspect.signature(apply).parameters
         apply(model=model, **{key: value for key, value in own_loss.items() if key in known})
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each decoder block in the backward pass. No dropout, so no random state to keep."""
-    # transformers 5.18 gave the method another name, and warns of the old one
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def compile_blocks(model: Any) -> None:

@@ -108,11 +108,19 @@ def restore_model(model: nn.Module) -> None:
         restore_rotary(module)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each block of a model of transformers in the backward pass. No dropout: no random state is kept."""
+    # transformers 5.18 gave the method another name, and warns of the old one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
 def recompute_less(model: Model) -> Model:
     """Let activation checkpointing, which must be on already, keep what is dear to compute and small, in place.
 
     These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
-    the block's input, for a third of an MLP's forward pass. In a trainer of transformers,
+    the block's input (on a quantised base in every second block), for a third of an MLP's forward pass. In a trainer of
+    transformers,
     `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}` does the same.
     Blocks that are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
 

@@ -105,23 +105,21 @@ def setting_of(config: TrainConfig, model_config: PreTrainedConfig, length: int 
     Raises:
         ConfigError: a model that is quantised already is to be quantised again.
     """
-    stored: Any = "fp8" if config.base_dtype == "fp8" else config.quantize or "plain"
-    stored = "plain" if stored == "none" else stored
+    stored = _store_of(config)
     if stored != "plain" and stored_quantization(model_config) is not None:
         raise ConfigError(
             f"quantize is {stored}, but {config.model} is quantised already: quantising it again would round every "
             "weight twice. Leave that out, or name the model that it was made from."
         )
     longest = config.max_length if length is None or config.packing else min(length, config.max_length)
-    sharding = getattr(config, "sharding", "none")
     return Setting(
         stored=stored,
         recomputes=bool(config.gradient_checkpointing),
         batch=config.per_device_train_batch_size,
         length=max(longest, 1),
         accumulation=config.gradient_accumulation_steps,
-        sharding="none" if sharding in ("auto", "none") else "fsdp2",
-        cpu_offload=bool(getattr(config, "cpu_offload", False)),
+        sharding="none" if config.sharding in ("auto", "none") else "fsdp2",
+        cpu_offload=config.cpu_offload,
     )
 
 
@@ -194,8 +192,7 @@ def changes(setting: Setting, config: TrainConfig, model: PaperModel) -> list[st
         flags += ["--gradient-accumulation-steps", str(setting.accumulation)]
     if setting.recomputes != own.recomputes:
         flags.append("--gradient-checkpointing" if setting.recomputes else "--no-gradient-checkpointing")
-    asked = "fp8" if config.base_dtype == "fp8" else config.quantize or "plain"
-    if setting.stored not in (asked, "plain"):
+    if setting.stored not in (_store_of(config), "plain"):
         flags += ["--quantize", setting.stored]
     if setting.sharding != "none":
         flags += ["--sharding", setting.sharding]
@@ -205,6 +202,12 @@ def changes(setting: Setting, config: TrainConfig, model: PaperModel) -> list[st
 def size(count: float) -> str:
     """Bytes in GiB, or in MiB where they are few."""
     return f"{count / GIB:,.1f} GiB" if count >= 0.95 * GIB else f"{count / 2**20:,.0f} MiB"
+
+
+def _store_of(config: TrainConfig) -> Stored:
+    """What the frozen weights are put into."""
+    asked: Any = "fp8" if config.base_dtype == "fp8" else config.quantize
+    return "plain" if asked in (None, "none") else asked
 
 
 def _told(found: Estimate, rows: int, instead: Estimate | None, machine: Machine, models: Models) -> str:

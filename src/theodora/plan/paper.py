@@ -24,7 +24,7 @@ from theodora.adapters.quantized import count_parameters, stored_quantization
 from theodora.adapters.targets import for_text
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, TheodoraError
-from theodora.fastpath.accelerate import recompute_less, restore_model, speed_up_model
+from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, restore_model, speed_up_model
 from theodora.fastpath.masks import whole_rows
 from theodora.files.classes import auto_classes, capped_attention
 from theodora.kernels.cross_entropy import linear_cross_entropy
@@ -41,8 +41,8 @@ _FEW = 2
 """Blocks, and twice as many, that are run where all are alike: what is made again comes in pairs of blocks."""
 _MOST_OPERATORS = 50_000
 """Of a pass; a model of 100 blocks that are not alike takes 20,000."""
-_MOST_LOGITS = 2**26
-"""As in `theodora.train.loss`."""
+MOST_LOGITS = 2**26
+"""Of a batch, up to which holding them all takes no more memory than TRL's tiles: measured on a CPU with so many."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class PaperModel:
         head: Any = model.get_output_embeddings()
         text = model.config.get_text_config()
         trained = head is None or any(p.requires_grad for p in head.parameters())
-        few = labels_N.numel() * text.vocab_size <= _MOST_LOGITS  # more go through TRL's tiles, or through ours
+        few = labels_N.numel() * text.vocab_size <= MOST_LOGITS  # more go through TRL's tiles, or through ours
         if (self.fast or not few) and not trained and model.base_model is not model:
             with whole_rows():
                 hidden_NH = model.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
@@ -287,15 +287,11 @@ def _recomputed(model: Any, recomputes: bool) -> Iterator[None]:
     if not recomputes:
         yield
         return
-    # transformers 5.18 gave the methods other names, and warns of the old ones
-    names = ("activation_checkpointing_enable", "activation_checkpointing_disable")
-    if not hasattr(model, names[0]):
-        names = ("gradient_checkpointing_enable", "gradient_checkpointing_disable")
-    getattr(model, names[0])({"use_reentrant": False, "preserve_rng_state": False})
+    checkpoint_activations(model)
     try:
         yield
     finally:
-        getattr(model, names[1])()
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 def _frozen(model: nn.Module) -> list[Tensor]:

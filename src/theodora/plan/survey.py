@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def survey(
         plain=str(first.dtype).removeprefix("torch."),
         asked=asked,
         rows=rows,
-        recommended=recommend(models, [replace(row.estimate.setting) for row in rows], where, optimizer),
+        recommended=recommend(models, [row.estimate.setting for row in rows], where, optimizer),
         notes=[*notes, *first.notes],
         models=models,
     )
@@ -156,9 +156,7 @@ def survey(
 
 def _longest(config: TrainConfig) -> tuple[int | None, list[str]]:
     """Tokens of the longest row of the data, if they are there to be read; and what to say of them."""
-    if not Path(config.data).exists():
-        return None, []
-    if config.packing:
+    if config.packing or not Path(config.data).exists():
         return None, []
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     rows = tokenize(

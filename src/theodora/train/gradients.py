@@ -26,10 +26,7 @@ class GradientSum:
 
     def __init__(self, parameters: Iterable[nn.Parameter], processes: Processes) -> None:
         self.processes = processes
-        kinds: defaultdict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
-        for parameter in parameters:
-            kinds[parameter.dtype, parameter.device].append(parameter)
-        self._kinds = list(kinds.values())
+        self._kinds = by_dtype(parameters)
         self._flat: list[tuple[Tensor, list[Tensor]]] = []
 
     @property
@@ -71,6 +68,14 @@ class GradientSum:
             _copy(_gradients(parameters), [v for v, p in zip(views, parameters, strict=True) if p.grad is not None])
             anywhere = anywhere[len(parameters) :]
         return told[0]
+
+
+def by_dtype(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters whose gradients can be one message: of a dtype, and on a device."""
+    kinds: defaultdict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        kinds[parameter.dtype, parameter.device].append(parameter)
+    return list(kinds.values())
 
 
 def _buffer(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:

@@ -106,7 +106,7 @@ def check_engine(config: TrainConfig, environment: Mapping[str, str] | None = No
         ConfigError: naming each, and what to say instead.
     """
     given = os.environ if environment is None else environment
-    found = [f"{name}={given[name]}: {what}" for name, what in _ELSEWHERE.items() if _is_on(given.get(name))]
+    found = [f"{name}={given[name]}: {what}" for name, what in _ELSEWHERE.items() if is_on(given.get(name))]
     options: Mapping[str, Any] = config.trainer
     for name, what in (("deepspeed", "DeepSpeed"), ("parallelism_config", "tensor, context or sequence parallelism")):
         found += [f"{name}: {what}"] if options.get(name) else []
@@ -120,8 +120,9 @@ def check_engine(config: TrainConfig, environment: Mapping[str, str] | None = No
         raise ConfigError(f"Adapters are not trained this way:{bullet_list(found)}\n{_WAY}.")
 
 
-def _is_on(value: str | None) -> bool:
-    return value is not None and value.strip().lower() in ("1", "true", "yes", "y", "on")
+def is_on(value: str | None) -> bool:
+    """Whether an environment variable says yes, as accelerate reads it."""
+    return value is not None and value.strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def check_devices(found: Launched, gpus: int) -> None:
@@ -141,7 +142,7 @@ def check_devices(found: Launched, gpus: int) -> None:
 
 def on_cpu(config: TrainConfig) -> bool:
     """Whether a run computes on the CPU, because it is told to or there is nothing else."""
-    told = config.trainer.get("use_cpu") or _is_on(os.environ.get("ACCELERATE_USE_CPU"))
+    told = config.trainer.get("use_cpu") or is_on(os.environ.get("ACCELERATE_USE_CPU"))
     return bool(told) or not torch.cuda.is_available()
 
 

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from theodora.kernels.cross_entropy import IGNORED, LossSums
+from theodora.plan.paper import MOST_LOGITS
 from theodora.train.tried import is_true, tried
-
-# Logits of a batch up to which this takes no more memory than TRL's tiles: measured on a CPU with 2^26 of them.
-_MOST_LOGITS = 2**26
 
 
 def can_choose_positions(model: nn.Module) -> bool:
@@ -57,7 +55,7 @@ def _trl_reads_logits(model: Any) -> bool:
 
 def logits_fit(labels_BT: Tensor, vocabulary: int) -> bool:
     """Whether the logits at the learned positions are few enough to be held at once."""
-    return _learned_positions(labels_BT).numel() * labels_BT.shape[0] * vocabulary <= _MOST_LOGITS
+    return _learned_positions(labels_BT).numel() * labels_BT.shape[0] * vocabulary <= MOST_LOGITS
 
 
 def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> LossSums:

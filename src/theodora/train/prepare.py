@@ -35,6 +35,7 @@ from theodora.files.model_folder import has_tokenizer
 from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.kernels.float8 import multiplies_float8
+from theodora.plan.fits import LARGE_MODEL
 from theodora.train.arguments import Precision, choose_precision
 from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
@@ -48,7 +49,6 @@ from theodora.train.tried import know
 
 _HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _COUNTED_AT_ONCE = 10_000  # rows
-_LARGE_MODEL = 3_000_000_000  # parameters from which activations are recomputed unless told otherwise
 
 
 @dataclass
@@ -145,7 +145,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     notes += targets_note
     notes += end_as_taught(model, tokenizer)
     recomputes = config.gradient_checkpointing
-    if recomputes is None and (recomputes := count_parameters(model) >= _LARGE_MODEL):
+    if recomputes is None and (recomputes := count_parameters(model) >= LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
     rows = arguments.per_device_eval_batch_size
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)

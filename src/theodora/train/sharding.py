@@ -20,6 +20,8 @@ from theodora.kernels.sharded_weight import is_sharded
 from theodora.layers import AdapterLayer
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.token_rows import TokenRowsLayer
+from theodora.train.gradients import by_dtype
+from theodora.train.launched import is_on
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -101,7 +103,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
     if processes.count == 1 or not parameters:
         return 0
     sent = 0
-    for some in _by_dtype(parameters):
+    for some in by_dtype(parameters):
         # Behind the gradients stands for how many processes each of them is one, so that none is made up.
         flags = some[0].new_tensor([float(p.grad is not None) for p in some], dtype=some[0].dtype)
         parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in some]
@@ -148,7 +150,7 @@ def asked_of_accelerate() -> str | None:
     Raises:
         ConfigError: it was told to do what Theodora does not: FSDP of version 1, or sharding of gradients alone.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes", "y", "on", "t"):
+    if not is_on(os.environ.get("ACCELERATE_USE_FSDP")):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -229,13 +231,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         blocks = [block for each in lists for block in each if any(True for _ in block.parameters())]
     return [block for block in reversed(blocks) if any(not p.requires_grad for p in block.parameters())]
-
-
-def _by_dtype(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    found: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    return list(found.values())
 
 
 def _why_not_quantised(quantization: Any) -> str | None:

@@ -17,7 +17,6 @@ from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.out_of_memory import split
 from theodora.train.packed_rows import keeps_rows_apart, takes_bounds
-from theodora.train.shares import NOTHING
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -125,17 +124,11 @@ class PassOverrides(LossOverrides):
         """Let go of the graphs and their memory, for good; whether there were any."""
         return self._graphed is not None and self._graphed.release(why)
 
-    def loss_now(self, batch: dict[str, Any]) -> Tensor | None:
-        """See `StepOverrides.loss_now`."""
-        raise NotImplementedError
-
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """Overrides TRL 1.16's `SFTTrainer.prediction_step`: takes the graphs' memory if it needs it, and then goes on
         with half of the rows at a time, whose losses add up to the same."""
-        if inputs.pop(NOTHING, False):
-            return self._nothing(lambda: self.loss_now(inputs)), None, None
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         except torch.OutOfMemoryError:

@@ -187,6 +187,12 @@ class StepOverrides(PassOverrides):
         own = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         self._loss_of_step = self._gradients(own)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As above, but for a batch of nothing."""
+        if inputs.pop(NOTHING, False):
+            return self._nothing(lambda: self.loss_now(inputs)), None, None
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def loss_now(self, batch: dict[str, Any]) -> Tensor | None:
         """The loss of a batch on the weights of now, which leaves no trace in the metrics.
 

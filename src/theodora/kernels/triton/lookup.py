@@ -29,29 +29,25 @@ _ALIGNED = 16  # bytes that a thread loads at once
 # In: a sum, the word, the tables' bytes ($3 to $6 the lower ones of four values each, $7 to $10 the upper ones), and
 # four pairs of x. Of a number's four bits three choose among eight values, and the fourth one of two such choices. (A
 # byte holds its first number in the upper half.) All in one, so that the compiler moves x between threads as pairs.
-_LOOK_UP = """{
+_HALF = """
+prmt.b32 p, $3, $4, {low};
+prmt.b32 q, $5, $6, {low};
+prmt.b32 l, p, q, {high};
+prmt.b32 p, $7, $8, {low};
+prmt.b32 q, $9, $10, {low};
+prmt.b32 h, p, q, {high};
+prmt.b32 {first}, l, h, 0x4051;
+prmt.b32 {second}, l, h, 0x6273;
+"""  # of a word: four numbers
+_LOOK_UP = f"""{{
 .reg .b32 low, low2, high, high2, p, q, l, h, w<4>;
 and.b32 low, $2, 0x77777777;
 shr.u32 high, $2, 1;
 shr.u32 low2, low, 16;
 lop3.b32 high, high, 0x44444444, 0x32103210, 0xEA;
 shr.u32 high2, high, 16;
-prmt.b32 p, $3, $4, low;
-prmt.b32 q, $5, $6, low;
-prmt.b32 l, p, q, high;
-prmt.b32 p, $7, $8, low;
-prmt.b32 q, $9, $10, low;
-prmt.b32 h, p, q, high;
-prmt.b32 w0, l, h, 0x4051;
-prmt.b32 w1, l, h, 0x6273;
-prmt.b32 p, $3, $4, low2;
-prmt.b32 q, $5, $6, low2;
-prmt.b32 l, p, q, high2;
-prmt.b32 p, $7, $8, low2;
-prmt.b32 q, $9, $10, low2;
-prmt.b32 h, p, q, high2;
-prmt.b32 w2, l, h, 0x4051;
-prmt.b32 w3, l, h, 0x6273;
+{_HALF.format(low="low", high="high", first="w0", second="w1")}
+{_HALF.format(low="low2", high="high2", first="w2", second="w3")}
 .reg .f32 sum, u, v, x, y;
 mov.f32 sum, $1;
 """
