@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 import scripts
 from theodora.cli.main import main
@@ -75,7 +76,7 @@ def test_the_blocks_run_in_order(reader, monkeypatch, capsys):
         elif language == "bash":
             for command in text.replace("\\\n", " ").splitlines():
                 run(command, monkeypatch, capsys)
-    for run_name in ("runs/first", "runs/second", "runs/third", "runs/by-hand", "runs/recipe"):
+    for run_name in ("runs/first", "runs/second", "runs/third", "runs/by-hand", "runs/recipe", "runs/many"):
         assert (reader / run_name / "adapter_model.safetensors").is_file()
     assert (reader / "merged" / "model.safetensors").is_file()
 
@@ -97,6 +98,10 @@ def run(command: str, monkeypatch, capsys) -> None:
             json.loads(output.out)
     elif words[:2] == ["pip", "install"]:
         check_pip_arguments(words[2:])
+    elif words[0] == "torchrun":  # one of the processes that it would start, by itself; tests/train has the rest
+        started = get_args_parser().parse_args(words[1:])
+        assert started.module
+        run(shlex.join([started.training_script, *started.training_script_args]), monkeypatch, capsys)
     elif words[0] == "python":
         scripts.run(monkeypatch, *words[1:])
     else:

@@ -167,7 +167,8 @@ class Processes:
             values: name -> value, short enough to be shown.
 
         Raises:
-            ConfigError: in all processes, naming what differs, where, and the values.
+            ConfigError: in the first process, naming what differs, where, and the values.
+            SaidByFirst: in the others.
         """
         if self.alone:
             return
@@ -180,10 +181,16 @@ class Processes:
                 if one != other:
                     lines.append(f"{name}: {shown(one)} in process 0, {shown(other)} in process {index} on {host}")
         if lines:
-            raise ConfigError(
-                f"The processes do not agree about the {what}, and would not train one run:{bullet_list(lines[:12])}\n"
-                "Start all of them with the same command, data and environment."
+            raise self.spoken_by_first(
+                ConfigError(
+                    f"The processes do not agree about the {what}, and would not train one run:"
+                    f"{bullet_list(lines[:12])}\nStart all of them with the same command, data and environment."
+                )
             )
+
+    def spoken_by_first(self, error: TheodoraError) -> TheodoraError:
+        """What this process raises of an error that all have found alike."""
+        return error if self.first else SaidByFirst(str(error))
 
 
 _HERE: list[Processes] = [Processes()]

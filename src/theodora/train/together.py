@@ -189,11 +189,11 @@ def _ended(error: BaseException, processes: Processes, config: TrainConfig, time
             reason = f"Process {index} failed: {text}\n" + (
                 f"Its output is in {_log_of(config, index)}.\n" if index else ""
             )
-            return _for_all(OtherFailed(reason + _again(config)), processes)
+            return processes.spoken_by_first(OtherFailed(reason + _again(config)))
         if isinstance(error, OtherFailed):
-            return _for_all(error, processes)
+            return processes.spoken_by_first(error)
         if _is_of_messages(error):
-            return _for_all(OtherFailed(_without_word(error, processes, config, timeout)), processes)
+            return processes.spoken_by_first(OtherFailed(_without_word(error, processes, config, timeout)))
     if isinstance(error, KeyboardInterrupt):
         code = error.exit_code if isinstance(error, TrainingInterrupted) else 130
         return error if processes.first else SaidByFirst(str(error), code)
@@ -206,10 +206,6 @@ def _is_of_messages(error: BaseException) -> bool:
     if isinstance(error, TheodoraError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, distributed.DistError) or any(word in str(error) for word in _OF_MESSAGES)
-
-
-def _for_all(error: TheodoraError, processes: Processes) -> TheodoraError:
-    return error if processes.first else SaidByFirst(str(error))
 
 
 def _store() -> Any:
@@ -268,13 +264,16 @@ def check_seen(processes: Processes, output: Path) -> None:
     """Check that all processes see the folder of the run, which the first one has taken.
 
     Raises:
-        ConfigError: in all processes, naming those that do not.
+        ConfigError: in the first process, naming those that do not.
+        SaidByFirst: in the others.
     """
     seen = processes.gather((socket.gethostname(), os.path.abspath(output), (output / LOCK).exists()))
     if blind := [f"process {n} on {host}: {path}" for n, (host, path, there) in enumerate(seen) if not there]:
-        raise ConfigError(
-            f"The output folder {output} of process 0 is not where these processes look:{bullet_list(blind)}\nChoose "
-            "a folder that all machines share, by its whole path."
+        raise processes.spoken_by_first(
+            ConfigError(
+                f"The output folder {output} of process 0 is not where these processes look:{bullet_list(blind)}\n"
+                "Choose a folder that all machines share, by its whole path."
+            )
         )
 
 
