@@ -188,7 +188,8 @@ class StepOverrides(PassOverrides):
         self._loss_of_step = self._gradients(own)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As above, but for a batch of nothing."""
+        """Overrides TRL 1.16's `SFTTrainer.prediction_step`: of a batch of nothing, only what the other processes need
+        this one for."""
         if inputs.pop(NOTHING, False):
             return self._nothing(lambda: self.loss_now(inputs)), None, None
         return super().prediction_step(model, inputs, *args, **kwargs)
