@@ -53,6 +53,9 @@ class AdapterConfig:
     targets: str | tuple[str, ...] = "all-linear"
     """Modules to adapt: all-linear (every linear layer but the output head), names, or one regular expression
     that matches whole module paths."""
+    experts: bool | None = None
+    """Whether fused experts (gate_up_proj and down_proj of three dimensions) are adapted, each expert by a pair and a
+    magnitude of its own. Default: where targets names them; all-linear leaves them out."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave alone although targets matches them: names, or one regular expression."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -72,7 +75,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):  # None is how PEFT's files say "none of them"
-            if getattr(self, f.name) is None and f.name != "alpha":
+            if getattr(self, f.name) is None and f.name not in ("alpha", "experts"):
                 default = f.default if f.default_factory is MISSING else f.default_factory()
                 object.__setattr__(self, f.name, default)
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)

@@ -24,6 +24,7 @@ from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full,
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.finite import finite
 from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
+from theodora.layers.experts import ExpertParameter, named_places, place_at
 from theodora.paths import layer_index, matches, nearest
 from theodora.synonyms import of_another_part
 
@@ -79,14 +80,15 @@ def load_weights(model: nn.Module, path: str | Path, name: str | None = None) ->
 def low_rank_of(model: nn.Module, module: str, file: AdapterFile, config: AdapterConfig) -> LowRank:
     """A file's low-rank tensors as the adapter that `module` of the model will hold."""
     tensors: AdapterTensors = file.modules[module]
+    place = place_at(model, module)
     a, b, start = tensors.a, tensors.b, None
     if file.starts:
-        rank = a.shape[0] // 2
-        a, b, start = a[:rank], b[:, :rank], (a[rank:], -b[:, rank:])
+        rank = a.shape[-2] // 2
+        a, b, start = a[..., :rank, :], b[..., :rank], (a[..., rank:, :], -b[..., rank:])
     if file.starts_from is not None:  # as PEFT does whenever it loads such a file
-        weight = base_weight(model.get_submodule(module))
-        start = start_values(file.starts_from, weight, a.shape[0], tensors.scale, tensors.embedding)[2]
-    return new_low_rank(model.get_submodule(module), a, b, tensors.magnitude, tensors.scale, config, start)
+        weight = base_weight(place)
+        start = start_values(file.starts_from, weight, a.shape[-2], tensors.scale, tensors.embedding)[2]
+    return new_low_rank(place, a, b, tensors.magnitude, tensors.scale, config, start)
 
 
 def check_fit(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor] | None = None) -> float:
@@ -101,7 +103,7 @@ def check_fit(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor]
         CheckpointError: with every module that is missing in the model or in the file, of another shape, or that
             cannot be adapted.
     """
-    modules, resized = dict(model.named_modules()), resized or {}
+    modules, resized = named_places(model), resized or {}
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **resized}
     problems = _module_problems(model, modules, file, resized)
     problems += [
@@ -161,9 +163,10 @@ def _module_problems(
             weight = resized.get(f"{path}.weight")
             stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
             expected = tuple(stored.shape)
-            made_for = (tensors.b.shape[0], tensors.a.shape[1])
+            made_for = (*tensors.b.shape[:-1], tensors.a.shape[-1])
             if made_for != expected:
-                problems.append(f"{path}: made for a weight of {made_for} (out, in); here it is {expected}")
+                of = "(experts, out, in)" if len(expected) == 3 else "(out, in)"
+                problems.append(f"{path}: made for a weight of {made_for} {of}; here it is {expected}")
             elif file.mlx and tensors.embedding and is_tied(model, module):
                 problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
     return problems
@@ -188,6 +191,7 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
     if config.targets == "all-linear":
         return []
     full = {path.rpartition(".")[0] for path in file.full}
+    of_experts = {path.rpartition(".")[2] for path, tensors in file.modules.items() if tensors.a.dim() == 3}
     language_model_alone = not any(map(of_another_part, file.modules))  # q_proj then means no tower's
     return [
         path
@@ -198,6 +202,7 @@ def _left_out(modules: dict[str, nn.Module], file: AdapterFile) -> list[str]:
         and not (config.exclude and matches(config.exclude, path, config.expressions))
         and (file.only_layers is None or layer_index(path) in file.only_layers)
         and cannot_adapt(module) is None
+        and not (isinstance(module, ExpertParameter) and path.rpartition(".")[2] not in of_experts)
         and not any(path == whole or path.startswith(whole + ".") for whole in full)
     ]
 

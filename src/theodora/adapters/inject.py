@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-from typing import Any
 
 from torch import nn
 
@@ -30,6 +30,7 @@ from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.fastpath.accelerate import check_fast_path, off_the_fast_path
 from theodora.layers import LowRank, adapt, base_weight, start_values
+from theodora.layers.experts import place_at
 from theodora.layers.token_rows import TokenRows
 
 
@@ -90,7 +91,7 @@ def add_adapter(
         parameter.requires_grad_(False)
     with off_the_fast_path(model):
         for path, adapter in adapters.items():
-            adapt(model.get_submodule(path)).add_adapter(name, adapter)
+            adapt(place_at(model, path)).add_adapter(name, adapter)
     add_token_rows(model, name, rows or {}, full)
     for path in full:
         state.originals.setdefault(path, model.get_parameter(path))
@@ -107,7 +108,7 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
     adapters: dict[str, LowRank] = {}
     problems: list[str] = []
     for path in paths:
-        module: Any = model.get_submodule(path)
+        module = place_at(model, path)
         rank = config.rank_of(path)
         scale = config.scale(rank, config.alpha_of(path))
         try:
@@ -123,12 +124,13 @@ def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[st
 
 def _check_memory(model: nn.Module, config: AdapterConfig, paths: list[str]) -> None:
     """Raise a ConfigError if the tensors of an adapter (a rank of 10⁹?) cannot fit into this machine."""
-    sizes = {path: base_weight(model.get_submodule(path)).shape for path in paths}
-    needed = sum(4 * config.rank_of(path) * sum(sizes[path]) for path in paths)
+    shapes: dict[str, tuple[int, ...]] = {path: base_weight(place_at(model, path)).shape for path in paths}
+    needed = sum(4 * math.prod(s[:-2]) * config.rank_of(path) * sum(s[-2:]) for path, s in shapes.items())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
+        most = max(min(shape[-2:]) for shape in shapes.values())
         largest = max(config.rank_of(path) for path in paths)
         raise ConfigError(
             f"An adapter of rank {largest:,} on {len(paths)} modules takes {needed / 1e9:,.0f} GB; this machine has "
-            f"{there / 1e9:,.0f} GB. Ranks above the weights' own ({max(map(min, sizes.values())):,}) add nothing."
+            f"{there / 1e9:,.0f} GB. Ranks above the weights' own ({most:,}) add nothing."
         )

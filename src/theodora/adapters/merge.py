@@ -102,7 +102,7 @@ def _check_places(model: nn.Module, name: str) -> None:
     problems = [
         f"{path}: {why}"
         for path, module in modules.items()
-        if (why := cannot_replace_weight(module, shared=path in rows or owners[id(module.weight)] > 1))
+        if (why := _cannot_replace(module, path in rows or owners[id(module.weight)] > 1))
     ]
     if any(
         is_sharded(tensor) for layer in adapter_layers(model, name).values() for tensor in layer.adapters.parameters()
@@ -113,6 +113,12 @@ def _check_places(model: nn.Module, name: str) -> None:
             "The adapter cannot be merged into this model, and nothing was changed. Save it and merge the files "
             "(merge_checkpoint), or merge it into a model as it is loaded:" + bullet_list(problems, 20)
         )
+
+
+def _cannot_replace(module: Any, shared: bool) -> str | None:
+    if isinstance(module, AdapterLayer):
+        return cannot_replace_weight(module.holder, module.parameter_name, shared=shared)
+    return cannot_replace_weight(module, shared=shared)
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

@@ -4,14 +4,14 @@ The unmerged output comes from the layer's own forward pass, by whatever kernels
 merged one from the dense weight. Rounding is all that may differ. A magnitude left out, a scale applied twice or a
 kernel gone wrong makes a difference far beyond it.
 
-Every output feature (of an embedding, every token) is compared by itself, over T random inputs. The norm of its
-difference may be 8 u times the larger of two norms: that of the merged output, and g·‖W‖, the base's share of it. Here
-u is half the spacing of the weight's dtype at 1, and rounding makes one to two u.
+Every output feature (of each expert; of an embedding, every token) is compared by itself, over T random inputs. The
+norm of its difference may be 8 u times the larger of two norms: that of the merged output, and g·‖W‖, the base's share
+of it. Here u is half the spacing of the weight's dtype at 1, and rounding makes one to two u.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ class Unmerged:
         assert adapter is not None
         self._dtype = layer.base_weight.dtype
         self._embedding = isinstance(layer, nn.Embedding)
-        self._x = _inputs(weight.shape[1], self._embedding, self._dtype, weight.device)
+        self._x = _inputs(weight.shape, self._embedding, self._dtype, weight.device)
         with torch.no_grad():
             self._adapted = _run(layer, self._x)
             scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
@@ -51,7 +51,7 @@ class Unmerged:
         """The merged layer's largest difference as a share of what rounding allows, a number on the device."""
         with torch.no_grad():
             merged = _run(layer, self._x)
-        return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else 0)
+        return _excess(self._adapted, merged, self._base, self._dtype, dim=-1 if self._embedding else -2)
 
 
 def check_excess(excess: dict[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ def weight_excess(
     """The same for weights alone: how far x W'ᵀ is from the unmerged formula, as a share of what rounding allows."""
     wide = torch.promote_types(torch.promote_types(w_OI.dtype, merged_OI.dtype), torch.float32)
     w, a, b, merged = (t.to(wide) for t in (w_OI, a_RI, b_OR, merged_OI))
-    x = _inputs(w.shape[1], False, wide, w.device)
+    x = _inputs(w.shape, False, wide, w.device)
     base = w.norm(dim=1) * _TOKENS**0.5
     if magnitude_O is None:
         adapted = lora_linear(x, w, None, a, b, scale)
@@ -100,11 +100,12 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
 
 
-def _inputs(in_features: int, embedding: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+def _inputs(shape: Sequence[int], embedding: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Inputs (T, I) for a weight (O, I), (E, T, I) for one of (E, O, I), or T tokens."""
+    generator, (*experts, _, in_features) = torch.Generator().manual_seed(0), shape
     if embedding:
         return torch.randint(in_features, (_TOKENS,), generator=generator).to(device)
-    return torch.randn(_TOKENS, in_features, generator=generator).to(device, dtype)
+    return torch.randn(*experts, _TOKENS, in_features, generator=generator).to(device, dtype)
 
 
 def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from theodora.adapters.state import Model, find_state
 from theodora.adapters.targets import frozen_linear
 from theodora.errors import ConfigError
 from theodora.files.fingerprint import fingerprint_of_rows, weight_fingerprint
+from theodora.kernels.experts_weight import ExpertsWeight
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.layers import base_weight
 from theodora.layers.float8 import Float8Layer, quantize
@@ -73,6 +74,10 @@ def module_fingerprint(module: nn.Module) -> list[float]:
     if original is not None:
         return original
     weight = base_weight(module)
+    if isinstance(weight, ExpertsWeight):
+        experts, outputs, inputs = weight.shape
+        dense = weight.dense()
+        return fingerprint_of_rows((experts * outputs, inputs), lambda at: dense[at // outputs, at % outputs])
     if isinstance(weight, LibraryWeight) and weight.format.cuts:  # a few rows instead of the whole matrix
         return fingerprint_of_rows(weight.shape, weight.rows)
     return weight_fingerprint(weight.dense())

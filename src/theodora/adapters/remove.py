@@ -10,6 +10,7 @@ from theodora.adapters.token_rows import drop_token_rows, token_layers
 from theodora.adapters.trainer_hooks import remove_hooks
 from theodora.fastpath.accelerate import check_fast_path, off_the_fast_path
 from theodora.layers import AdapterLayer
+from theodora.layers.experts import AdaptedExperts
 from theodora.layers.swap import check_reachable
 from theodora.layers.token_rows import TokenRowsLayer
 
@@ -53,8 +54,8 @@ def remove_adapter(model: Model, name: str | None = None) -> Model:
 
 def _check_classes(model: nn.Module, leaving: list[str]) -> None:
     """Raise a ConfigError if a module that is to be of its own class again, or to leave the fast path, cannot be."""
-    held = {path: layer.adapters for path, layer in adapter_layers(model).items()}
-    held |= {path: layer.token_rows for path, layer in token_layers(model).items()}
-    empty = [(path, model.get_submodule(path)) for path, names in held.items() if not names.keys() - leaving]
-    check_reachable(empty, AdapterLayer, TokenRowsLayer)
+    held = [(path, layer.holder, layer.adapters) for path, layer in adapter_layers(model).items()]
+    held += [(path, layer, layer.token_rows) for path, layer in token_layers(model).items()]
+    empty = [(path, module) for path, module, names in held if not names.keys() - leaving]
+    check_reachable(empty, AdapterLayer, AdaptedExperts, TokenRowsLayer)
     check_fast_path(model)

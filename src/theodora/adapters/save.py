@@ -23,12 +23,13 @@ from theodora.adapters.state import (
     originals_in_place,
     require_state,
 )
-from theodora.adapters.targets import saved_names, target_names
+from theodora.adapters.targets import parameter_names, saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
+from theodora.files.experts import expert_tensors
 from theodora.files.finite import not_finite
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
@@ -37,6 +38,7 @@ from theodora.files.token_rows import DELTA
 from theodora.files.trained_on import TRAINED_ON_KEY
 from theodora.kernels.sharded_weight import is_sharded, whole
 from theodora.layers import LowRank
+from theodora.layers.experts import ExpertParameter, module_path
 from theodora.layers.linear import Conv1DAdapterLayer
 
 LOG = logging.getLogger(__name__)
@@ -106,10 +108,14 @@ def _tensors(
     for path, layer in layers.items():
         adapter: Any = layer.adapters[name]
         if state_dict is not None:
-            adapter = _gathered(adapter, state_dict, f"{path}.adapters.{name}.")
+            adapter = _gathered(adapter, state_dict, f"{module_path(path, layer)}.adapters.{name}.")
         elif any(is_sharded(parameter) for parameter in adapter.parameters()):
             adapter = _gathered(adapter, {key: whole(tensor) for key, tensor in adapter.state_dict().items()}, "")
         a, b = adapter.factors()
+        if isinstance(layer, ExpertParameter):
+            beside = [other for other in layers.values() if other.holder is layer.holder]
+            tensors |= expert_tensors(path.rpartition(".")[0], layer.outside(beside), a, b, adapter.magnitude)
+            continue
         pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"
         tensors[pattern.format(path, "A")] = a
         tensors[pattern.format(path, "B")] = b
@@ -144,6 +150,7 @@ def _gathered(adapter: LowRank, state_dict: dict[str, Tensor], prefix: str) -> L
 
 def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, Any]:
     layers = adapter_layers(model, name)
+    experts = [path for path, layer in layers.items() if isinstance(layer, ExpertParameter)]
     hf_config: Any = getattr(model, "config", None)
     base = getattr(hf_config, "_name_or_path", "") or None
     if (origin := origin_of(model, name)) is not None and stored_quantised(origin.base) != stored_quantised(
@@ -152,7 +159,8 @@ def _peft_config(model: nn.Module, state: AdapterState, name: str) -> dict[str, 
         base = origin.base.model or base
     return peft_config(
         state.configs[name],
-        target_modules=target_names(model, list(layers)),
+        target_modules=target_names(model, [path for path in layers if path not in experts]),
+        target_parameters=parameter_names(experts),
         modules_to_save=saved_names(model, state.configs[name].modules_to_save),
         token_indices=peft_indices(model, name),
         base_model=base,

@@ -21,6 +21,7 @@ from theodora.files.trained_on import TrainedOn
 from theodora.functional import lora_delta, wide_dtype
 from theodora.kernels.sharded_weight import is_sharded
 from theodora.layers import AdapterLayer, LowRank, base_weight, start_norm
+from theodora.layers.experts import place_path
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,7 +113,7 @@ def find_state(model: nn.Module) -> AdapterState | None:
 def adapter_layers(model: nn.Module, name: str | None = None) -> dict[str, AdapterLayer]:
     """Module path → adapter layer, of all adapters or of one."""
     return {
-        path: module
+        place_path(path, module): module
         for path, module in model.named_modules()
         if isinstance(module, AdapterLayer) and (name is None or name in module.adapters)
     }
@@ -241,9 +242,13 @@ def _start_magnitude(module: nn.Module, adapter: LowRank, config: AdapterConfig)
     w_OI = base_weight(module).dense()
     device = "cpu" if w_OI.device.type == "mps" else None
     a, b = (factor.to(device, torch.float64) for factor in adapter.factors())
-    pieces = zip(w_OI.split(_ROWS), b.split(_ROWS), strict=True)
-    rows = [(w.to(device, torch.float64) + lora_delta(a, b, adapter.scale)).norm(dim=1) for w, b in pieces]
-    return torch.cat(rows).to(wide_dtype(w_OI.dtype))
+
+    def norms(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        pieces = zip(w_OI.split(_ROWS), b_OR.split(_ROWS), strict=True)
+        return torch.cat([(w.to(a) + lora_delta(a_RI, b, adapter.scale)).norm(dim=1) for w, b in pieces])
+
+    whole = norms(w_OI, a, b) if a.dim() == 2 else torch.stack(list(map(norms, w_OI, a, b)))
+    return whole.to(wide_dtype(w_OI.dtype))
 
 
 def full_parameters(model: nn.Module, config: AdapterConfig, state: AdapterState) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from theodora.adapters.parts import parts_of
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
+from theodora.layers.experts import ExpertParameter, expert_parameters, named_places
 from theodora.layers.kinds import is_conv1d, is_linear
 from theodora.layers.libraries import prepare
 from theodora.layers.packed import refused
@@ -33,7 +34,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             cannot be adapted (with the reason).
     """
     prepare(model)
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = named_places(model)
     problems: list[str] = []
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ConfigError(
@@ -46,9 +47,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             problems += [f"{what}: {told}" for told in _unknown_of(wanted, modules)]
     if config.targets == "all-linear":
         parts = parts_of(model)
-        paths = [path for path in _all_linear(model, modules) if parts.reached(path)]
+        paths = [path for path in _all_linear(model, modules, bool(config.experts)) if parts.reached(path)]
+        if config.experts and not any(isinstance(modules[path], ExpertParameter) for path in paths):
+            problems.append("experts: this model has no fused experts; leave the option out, or name targets")
     else:
-        paths = [path for path in modules if matches(config.targets, path, config.expressions)]
+        paths = _selected(config, modules)
         if isinstance(config.targets, str) and not paths:
             problems.append(f"targets: the expression {config.targets!r} matches no module path of this model")
     skipped = (*((config.exclude,) if isinstance(config.exclude, str) else config.exclude), *config.modules_to_save)
@@ -88,8 +91,8 @@ def for_text(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, li
     parts = parts_of(model)
     if not parts.others or config.targets == "all-linear":
         return config, []
-    modules = {path: module for path, module in model.named_modules() if path}
-    selected = [path for path in modules if matches(config.targets, path, config.expressions)]
+    modules = named_places(model)
+    selected = _selected(config, modules)
     beyond = [path for path in selected if not parts.reached(path) and not _excluded(config, path, modules)]
     if not beyond:
         return config, []
@@ -113,7 +116,7 @@ def frozen_linear(model: nn.Module, left_out: tuple[str, ...]) -> list[str]:
     modules = {path: module for path, module in model.named_modules() if path}
     return [
         path
-        for path in _all_linear(model, modules)
+        for path in _all_linear(model, modules, experts=True)
         if not _inside(path, left_out, modules) and _unfit(path, modules[path], model) is None
     ]
 
@@ -124,12 +127,18 @@ def find_modules_to_save(model: nn.Module, names: tuple[str, ...]) -> list[str]:
 
 
 def target_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """The shortest list of names that, read by PEFT, selects just `paths` in `model`."""
-    if _fused_experts(model):  # PEFT takes the names of their linear siblings for the experts' own
+    """The shortest list of names that, read by PEFT, selects just the modules `paths` in `model`."""
+    # PEFT takes the names of the experts' linear siblings for the experts' own.
+    if any(expert_parameters(module, path) for path, module in model.named_modules()):
         return sorted(paths)
     last = {path.rpartition(".")[2] for path in paths}
     selected = [path for path, _ in model.named_modules() if path and matches(tuple(last), path)]
     return sorted(last) if set(selected) == set(paths) else sorted(paths)
+
+
+def parameter_names(paths: list[str]) -> list[str]:
+    """The shortest names that, read by PEFT as `target_parameters`, mean just these parameters of experts."""
+    return sorted({".".join(path.rsplit(".", 2)[-2:]) for path in paths})
 
 
 def saved_names(model: nn.Module, modules_to_save: tuple[str, ...]) -> list[str]:
@@ -142,6 +151,8 @@ def saved_names(model: nn.Module, modules_to_save: tuple[str, ...]) -> list[str]
 def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why the module cannot take an adapter, if it cannot."""
     parent, _, name = path.rpartition(".")
+    if isinstance(module, ExpertParameter):
+        return cannot_adapt(module)
     if name in _read_past(type(model.get_submodule(parent))):
         return f"{type(model.get_submodule(parent)).__name__} reads its weight without calling it"
     return cannot_adapt(module)
@@ -168,24 +179,37 @@ def _warn_of_left_out(unfit: Mapping[str, str]) -> None:
         warnings.warn(f"all-linear leaves out {len(unfit)} modules ({told}).", stacklevel=5)
 
 
-def _fused_experts(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+def _selected(config: AdapterConfig, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths that the names or the expression of `config` match."""
+    return [
+        path
+        for path, module in modules.items()
+        if matches(config.targets, path, config.expressions)
+        and not (config.experts is False and isinstance(module, ExpertParameter))
+    ]
 
 
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Every linear layer but the output head and `nn.MultiheadAttention`'s, whose weight is read past its forward."""
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], experts: bool) -> list[str]:
+    """Every linear layer but the output head and `nn.MultiheadAttention`'s, whose weight is read past its forward.
+
+    Args:
+        model: the model.
+        modules: its modules and parameters of experts by path.
+        experts: whether the latter are wanted, too; else it is said that they stay frozen.
+    """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    experts = _fused_experts(model)
-    if experts:
+    fused = [path for path, module in modules.items() if isinstance(module, ExpertParameter)]
+    if fused and not experts:
         warnings.warn(
-            f"{len(experts)} weights of fused experts ({experts[0]}, …) are no linear layers: they stay frozen.",
+            f"{len(fused)} weights of fused experts ({fused[0]}, …) stay frozen; experts=True (--experts) adapts them.",
             stacklevel=5,
         )
     return [
         path
         for path, module in modules.items()
         if module is not head
+        and (experts or not isinstance(module, ExpertParameter))
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module) or refused(module))
         and not isinstance(module, nn.Embedding)

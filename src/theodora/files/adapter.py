@@ -6,6 +6,8 @@
     base_model.model.<path>.lora_embedding_A, _B     (R, V), (O, R)
     base_model.model.<path>.<parameter>              modules trained in full
 
+What adapts the parameters of fused experts is in `experts.py`.
+
 Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
 <path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
 
@@ -31,6 +33,7 @@ from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files, read_adapter_metadata
 from theodora.files.distrust import read_object
+from theodora.files.experts import experts_by_path
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.files.folder import Place
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
@@ -62,11 +65,11 @@ class AdapterTensors:
     """The tensors of one adapted module."""
 
     a: Tensor
-    """A, (R, I); for an embedding I is the vocabulary size."""
+    """A, (R, I), of experts (E, R, I); for an embedding I is the vocabulary size."""
     b: Tensor
-    """B, (O, R)."""
+    """B, (O, R), or (E, O, R)."""
     magnitude: Tensor | None
-    """m, (O,), for DoRA."""
+    """m, (O,), or (E, O), for DoRA."""
     scale: float
     """s in W + s·B·A."""
     embedding: bool = False
@@ -204,9 +207,11 @@ def adapter_of(
     Raises:
         CheckpointError: with every key that is unknown, missing, of another shape, or that holds no finite numbers.
     """
-    by_role = _by_role(tensors, config, peft)
+    by_path = experts_by_path(tensors, config, peft)
+    by_role = _by_role(by_path.tensors, config, peft)
+    by_role.experts |= by_path.experts
     modules, problems = _checked_modules(by_role, config, any_rank)
-    problems = by_role.problems + problems
+    problems = by_path.problems + by_role.problems + problems
     if _adds_biases(peft):
         without = [module for module in by_role.low_rank if module not in by_role.added_biases]
         problems += [f"{module}: lora_bias is set, but its bias is missing" for module in without]
@@ -244,6 +249,8 @@ class _ByRole:
     """Module path → a, b and magnitude, as far as the file holds them."""
     embeddings: set[str] = field(default_factory=set[str])
     """Paths of the modules among them that are embeddings."""
+    experts: set[str] = field(default_factory=set[str])
+    """Paths of the parameters of experts among them."""
     full: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     saved_modules: set[str] = field(default_factory=set[str])
     """Paths of the modules that `full` is of."""
@@ -313,7 +320,7 @@ def _checked_modules(
     modules: dict[str, AdapterTensors] = {}
     problems: list[str] = []
     for module, parts in by_role.low_rank.items():
-        if problem := _module_problem(module, parts, config, any_rank):
+        if problem := _module_problem(module, parts, config, any_rank, module in by_role.experts):
             problems.append(f"{module}: {problem}")
         else:
             scale = config.scale(config.rank_of(module), config.alpha_of(module))
@@ -327,6 +334,7 @@ def peft_config(
     *,
     target_modules: list[str],
     modules_to_save: list[str],
+    target_parameters: list[str] | None = None,
     token_indices: Mapping[str, list[int]] | None = None,
     base_model: str | None,
     task_type: str | None,
@@ -358,6 +366,7 @@ def peft_config(
         "r": rank,
         "rank_pattern": ranks,
         "target_modules": target_modules,
+        **({"target_parameters": target_parameters} if target_parameters else {}),
         "task_type": task_type,
         "trainable_token_indices": token_indices,
         "use_dora": config.method == "dora",
@@ -404,7 +413,7 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> A
                 alpha=peft.get("lora_alpha", 8),
                 rslora=bool(peft.get("use_rslora")),
                 dropout=peft.get("lora_dropout") or 0.0,
-                targets=_names(peft.get("target_modules")) or "all-linear",
+                **_targets(peft),
                 exclude=_names(peft.get("exclude_modules")),
                 rank_pattern=peft.get("rank_pattern") or {},
                 alpha_pattern=peft.get("alpha_pattern") or {},
@@ -414,6 +423,16 @@ def _config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> A
         except (ConfigError, TypeError, AttributeError) as error:
             problems.append(str(error))
     raise CheckpointError(f"{path} cannot be used:" + bullet_list(problems))
+
+
+def _targets(peft: Mapping[str, Any]) -> dict[str, Any]:
+    """What is adapted: PEFT names modules and parameters of experts apart."""
+    modules, parameters = _names(peft.get("target_modules")), peft.get("target_parameters")
+    if not parameters:
+        return {"targets": modules or "all-linear", "experts": False}
+    if isinstance(modules, str) and modules:
+        return {"targets": modules, "experts": True}
+    return {"targets": (*modules, *_names(parameters)), "experts": True}
 
 
 def _layers(peft: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -426,28 +445,30 @@ def _names(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value or ())
 
 
-def _module_problem(module: str, parts: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool) -> str | None:
+def _module_problem(
+    module: str, parts: Mapping[str, Tensor], config: AdapterConfig, any_rank: bool, experts: bool
+) -> str | None:
     """What is wrong with one module's tensors, if anything."""
     lacking = [name for name in ("a", "b") if name not in parts]
     if lacking:
         return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
     a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
-    convolution = a.ndim > 2 and a.ndim == b.ndim
+    convolution = not experts and a.ndim > 2 and a.ndim == b.ndim
     if ".base_layer." in module or convolution:
         kind = "a convolution" if convolution else "nn.MultiheadAttention"
         return f"is of {kind}, which is not supported: load it with PEFT, call merge_and_unload(), save the model"
     if not a.numel() or not b.numel():
         return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+    if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
         return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
-    if a.shape[0] != config.rank_of(module) and not any_rank:
-        return f"its tensors have rank {a.shape[0]}, but {CONFIG_NAME} says {config.rank_of(module)}"
+    if a.shape[-2] != config.rank_of(module) and not any_rank:
+        return f"its tensors have rank {a.shape[-2]}, but {CONFIG_NAME} says {config.rank_of(module)}"
     if config.method == "dora" and magnitude is None:
         return "the magnitudes (lora_magnitude_vector) are missing; a DoRA adapter is nothing without them"
     if config.method == "lora" and magnitude is not None:
         return f"holds magnitudes, but {CONFIG_NAME} says use_dora: false; as plain LoRA it would be another model"
-    if magnitude is not None and magnitude.shape != (b.shape[0],):
-        return f"magnitudes {tuple(magnitude.shape)}; expected ({b.shape[0]},), one for each output row"
+    if magnitude is not None and magnitude.shape != b.shape[:-1]:
+        return f"magnitudes {tuple(magnitude.shape)}; expected {tuple(b.shape[:-1])}, one for each output row"
     return None
 
 

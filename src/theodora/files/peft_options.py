@@ -27,8 +27,6 @@ _FOREIGN = {
     "kasa_config": "",
     "layer_replication": ": it repeats layers of the base whenever PEFT loads it, so that only PEFT runs it",
     "monteclora_config": "",
-    "target_parameters": ": it adapts weights of fused experts. Load it with PEFT, call merge_and_unload(), and save "
-    "the model",
     "use_bdlora": "",
     "use_qalora": "",
     "velora_config": "",

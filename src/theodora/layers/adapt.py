@@ -7,6 +7,7 @@ from torch import nn
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import Unfit, base_weight_of
 from theodora.layers.embedding import EmbeddingAdapterLayer
+from theodora.layers.experts import ExpertParameter, why_experts_unfit
 from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, PackedAdapterLayer
 from theodora.layers.packed import owns_forward, packed_tensor, refused, why_replaced
@@ -16,9 +17,15 @@ from theodora.layers.swap import swap_class
 def adapt(module: nn.Module) -> AdapterLayer:
     """Turn `module` into an adapter layer in place; does nothing to one that is.
 
+    The place of a parameter of fused experts (`named_places`) is hung on its module.
+
     Raises:
         TypeError: the module cannot be adapted (see `cannot_adapt`).
     """
+    if isinstance(module, ExpertParameter):
+        if (reason := why_experts_unfit(module)) is not None:
+            raise TypeError(reason)
+        module.attach()
     if isinstance(module, AdapterLayer):
         return module
     mixin = _mixin(module)
@@ -32,6 +39,8 @@ def adapt(module: nn.Module) -> AdapterLayer:
 
 def cannot_adapt(module: nn.Module) -> str | None:
     """Why `module` cannot take an adapter, or None if it can."""
+    if isinstance(module, ExpertParameter):
+        return why_experts_unfit(module)
     kind, mixin = type(module).__name__, _mixin(module)
     if isinstance(module, AdapterLayer):
         return None

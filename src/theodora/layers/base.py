@@ -64,6 +64,18 @@ class AdapterLayer(Swapped):
 
     # The weight
 
+    parameter_name: str = "weight"
+    """Of the base weight, where it is a parameter of `holder`."""
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose weight it is, and whose class was changed."""
+        return self
+
+    def put_weight(self, parameter: nn.Parameter) -> None:
+        """Let the module compute with another parameter."""
+        self.weight = parameter
+
     @property
     def current_weight(self) -> BaseWeight:
         """What the module multiplies by: the merged weight while an adapter is merged, else the base weight."""
@@ -158,10 +170,11 @@ class AdapterLayer(Swapped):
         merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
         if is_sharded(base):
-            base = replace_shard(base, merged.T if self.stored_transposed else merged)
+            base = replace_shard(base, merged.mT if self.stored_transposed else merged)
             self._set_aside, self.merged_adapter = (base,), name
             return
-        self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
+        merged = merged.mT.contiguous() if self.stored_transposed else merged
+        self.put_weight(nn.Parameter(merged, requires_grad=False))
         self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:
@@ -169,7 +182,7 @@ class AdapterLayer(Swapped):
         if self._set_aside is not None and is_sharded(self.weight):
             put_back(self.weight, self.base_parameter)
         elif self._set_aside is not None:
-            self.weight = self.base_parameter
+            self.put_weight(self.base_parameter)
         self.norm_cache.invalidate()
         self._set_aside = self.merged_adapter = None
 

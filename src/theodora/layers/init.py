@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from theodora.kernels.base_weight import BaseWeight, PlainWeight
+from theodora.kernels.experts_weight import ExpertsWeight
 from theodora.kernels.operators import is_on_paper
 
 # Above this size the principal singular vectors come from a randomised decomposition, which is far faster.
@@ -23,11 +24,15 @@ def start_values(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """A (R, I), B (O, R) and the start factors (A₀, B₀) or None; float32, on the weight's device.
 
+    Of experts (E, O, I) each starts by itself: A (E, R, I), B (E, O, R).
+
     The values of the weight (O, I) are read for starts that are taken from it (pissa, olora), and for no others.
 
     Raises:
         ValueError: the rank is larger than the weight has singular values (pissa, olora).
     """
+    if isinstance(weight, ExpertsWeight):
+        return _of_experts(init, weight, rank, scale)
     weight = PlainWeight(weight) if isinstance(weight, Tensor) else weight
     out_features, in_features = weight.shape
     if init in ("pissa", "olora"):
@@ -59,6 +64,16 @@ def start_values(
         else:
             a = torch.nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
     return a.contiguous().to(weight.device), b.contiguous().to(weight.device), None
+
+
+def _of_experts(
+    init: str, weight: ExpertsWeight, rank: int, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    a, b, starts = zip(*(start_values(init, w_OI, rank, scale) for w_OI in weight.dense()), strict=True)
+    starting = [start for start in starts if start is not None]
+    first, second = (torch.stack(factors) for factors in zip(*starting, strict=True)) if starting else (None, None)
+    start = None if first is None or second is None else (first, second)
+    return torch.stack(a), torch.stack(b), start
 
 
 def _sizes(rank: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """One adapter of one module: A (R, I), B (O, R), the magnitude (O,) if it is DoRA, and the scale s.
+    """One adapter of one weight: A (R, I), B (O, R), the magnitude (O,) if it is DoRA, and the scale s.
+
+    Of the experts of a mixture: A (E, R, I), B (E, O, R), the magnitude (E, O).
 
     `start_A` and `start_B` are set where training starts from factors of the weight itself (PiSSA, OLoRA). The update
     is then s·(B·A − B₀·A₀), zero at the start, and the base weight stays as it is.
@@ -41,7 +43,7 @@ class LowRank(nn.Module):
     @property
     def rank(self) -> int:
         """R."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
     def start(self) -> tuple[Tensor, Tensor] | None:
@@ -57,7 +59,7 @@ class LowRank(nn.Module):
         """The whole update as two factors: A (R, I) and B (O, R), or (2R, I) and (O, 2R) with start factors."""
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+        return torch.cat([self.lora_A, self.start_A], dim=-2), torch.cat([self.lora_B, -self.start_B], dim=-1)
 
     def extra_repr(self) -> str:
         """Method, rank and scale, as `print(model)` shows them."""

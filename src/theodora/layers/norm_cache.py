@@ -234,7 +234,8 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def content(*tensors: Tensor | None) -> list[int]:
-    """What tells small tensors, and some 64 values of large matrices, from changed ones; one wait for the device.
+    """What tells small tensors, and some 64 values of large matrices (512 of those of experts), from changed ones; one
+    wait for the device.
 
     Bits xored, and the sum: a change of all signs, or of zeros into one number, leaves an even number's xor as it was.
     """
@@ -247,6 +248,8 @@ def content(*tensors: Tensor | None) -> list[int]:
             continue
         if t.dim() == 2 and min(t.shape) > 256:
             few = t[:: t.shape[0] // 8, :: t.shape[1] // 8]
+        elif t.dim() == 3 and min(t.shape[1:]) > 256:
+            few = t[:: max(1, t.shape[0] // 8), :: t.shape[1] // 8, :: t.shape[2] // 8]
         elif t.numel() > _PACKED and 1 in (t.dim(), *t.shape):
             few = t.flatten()[:: t.numel() // 64]
         else:

@@ -82,12 +82,12 @@ def check_reachable(modules: Iterable[tuple[str, nn.Module]], *mixins: type[Swap
         )
 
 
-def cannot_replace_weight(module: nn.Module, *, shared: bool = False) -> str | None:
+def cannot_replace_weight(module: nn.Module, name: str = "weight", *, shared: bool = False) -> str | None:
     """Why no other parameter, a merged one, can take the place of the module's weight, or None if it can.
 
     A sharded weight keeps its place and is written to, so that it must not be `shared` with another module.
     """
-    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    weight = module._parameters.get(name)  # pyright: ignore[reportPrivateUsage]
     if weight is None and packed_tensor(module) is not None:
         return None
     if weight is None:

@@ -1,0 +1,302 @@
+"""Fused experts: one module holds the weights of all experts of a block, each a parameter of three dimensions.
+
+transformers declares how such a module stores them (`use_experts_implementation`): (E, O, I) or (E, I, O), with a bias
+or without, gate and up in one parameter, one after the other or in turns. A place for adapters is the parameter, not
+the module: `ExpertParameter` stands for one, under the parameter's own path, and hangs on the module once it is
+adapted. The module then runs its experts by `AdaptedExperts.forward`; without an active adapter it runs as it came.
+
+    mlp.experts                               the module, whose class becomes one of `AdaptedExperts`
+    mlp.experts.gate_up_proj                  the parameter, and the path of its place
+    mlp.experts.adapted.gate_up_proj          the place as a module, which state dicts and `named_modules` show
+
+Shapes: E experts, T tokens, K experts for each token, S = T·K rows, H hidden features, I in and O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora import kernels
+from theodora.autocast import without_autocast
+from theodora.functional import dora_experts, dora_scale, lora_experts
+from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
+from theodora.kernels.operators import is_on_paper
+from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import FLOATS
+from theodora.layers.low_rank import LowRank
+from theodora.layers.swap import Swapped, check_reachable, swap_back, swap_class
+
+ADAPTED = "adapted"
+"""The child of an experts module that holds its places."""
+_UP = ("gate_up_proj", "up_proj")
+_DOWN = "down_proj"
+
+
+class ExpertParameter(AdapterLayer):
+    """One parameter of an experts module, as a place for adapters: A (E, R, I), B (E, O, R), m (E, O).
+
+    It holds no weight: that stays the module's.
+    """
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        super().__init__()
+        self.parameter_name = name
+        self._experts = (experts,)  # in a tuple, because nn.Module would register the module, which holds this one
+        self.begin()
+        self.train(experts.training)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The experts module."""
+        return self._experts[0]
+
+    @property
+    def stored_transposed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the module stores the parameter as (E, I, O)."""
+        return bool(getattr(self.holder, "is_transposed", False))
+
+    @property
+    def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The parameter: while an adapter is merged, the merged one."""
+        return getattr(self.holder, self.parameter_name)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of each expert, (E, O)."""
+        return getattr(self.holder, f"{self.parameter_name}_bias", None)
+
+    def put_weight(self, parameter: nn.Parameter) -> None:
+        """Let the module compute with another parameter."""
+        setattr(self.holder, self.parameter_name, parameter)
+
+    @property
+    def current_weight(self) -> BaseWeight:
+        """What the module multiplies by: the merged weight while an adapter is merged, else the base weight."""
+        return ExpertsWeight(self.weight, self.stored_transposed)
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The base weight, also while an adapter is merged."""
+        return ExpertsWeight(self.base_parameter, self.stored_transposed)
+
+    def attach(self) -> None:
+        """Hang the place on its module, which runs its experts with adapters from now on."""
+        experts = self.holder
+        if not isinstance(experts, AdaptedExperts):
+            swap_class(experts, AdaptedExperts)
+            experts.add_module(ADAPTED, nn.ModuleDict())
+        getattr(experts, ADAPTED)[self.parameter_name] = self
+
+    def end(self) -> None:
+        """Undo `attach`: the module is of its own class again once none of its parameters is a place.
+
+        Raises:
+            ConfigError: another library has put a class of its own on top; nothing was changed.
+        """
+        experts: Any = self.holder
+        check_reachable([("this module", experts)], AdaptedExperts)
+        self.unmerge()
+        places = getattr(experts, ADAPTED)
+        del places[self.parameter_name]
+        if not places:
+            delattr(experts, ADAPTED)
+            swap_back(experts, AdaptedExperts)
+
+    def outside(self, places: Iterable[AdapterLayer]) -> int:
+        """How many of these places of the same module are of parameters that come after this one."""
+        order = expert_parameters(self.holder)
+        own = order.index(self.parameter_name)
+        return sum(order.index(place.parameter_name) > own for place in places)
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, experts_S: Tensor) -> Tensor:
+        """The adapted product of each expert with its rows, (S, O); see `grouped_product`."""
+        return _linear(x_SI, self.current_weight, self.bias, self.active, self, ends_E, experts_S)
+
+    def forward(self, x_ETI: Tensor) -> Tensor:
+        """The adapted product of as many rows for each expert, (E, T, O): for what looks at one parameter alone."""
+        count, tokens, _ = x_ETI.shape
+        ends = torch.arange(1, count + 1, device=x_ETI.device, dtype=torch.int32) * tokens
+        experts = torch.arange(count, device=x_ETI.device).repeat_interleave(tokens)
+        return self.grouped(x_ETI.flatten(0, 1), ends, experts).unflatten(0, (count, tokens))
+
+
+class AdaptedExperts(Swapped):
+    """An experts module whose parameters have adapters."""
+
+    prefix = "Adapted"
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the experts with the active adapter, (T, H) to (T, H); as the module came where none is active."""
+        places: Any = getattr(self, ADAPTED)
+        if all(place.active is None for place in places.values()):
+            return super().forward(hidden_states, *args, **kwargs)
+        index, weights = _routing(args, kwargs)
+        with without_autocast(hidden_states.device):  # which transformers' own grouped products do not heed
+            return run_experts(self, hidden_states, index, weights)
+
+
+def named_places(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → what an adapter can be asked for: each module, and each parameter of fused experts.
+
+    A parameter that is not adapted gets a place that hangs nowhere; what is ours beneath experts is left out.
+    """
+    places: dict[str, nn.Module] = {}
+    ours: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in ours:
+            continue
+        places |= {path: module} if path else {}
+        held = getattr(module, ADAPTED) if isinstance(module, AdaptedExperts) else None
+        if held is not None:
+            ours |= {id(each) for each in held.modules()}
+        for name in expert_parameters(module, path):
+            known = held is not None and name in held
+            places[f"{path}.{name}".lstrip(".")] = held[name] if known else ExpertParameter(module, name)
+    return places
+
+
+def place_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, or the place of the expert parameter there, as `named_places` has it."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    if name not in module._parameters:
+        return model.get_submodule(path)
+    held = getattr(module, ADAPTED) if isinstance(module, AdaptedExperts) else {}
+    return held[name] if name in held else ExpertParameter(module, name)
+
+
+def place_path(path: str, module: nn.Module) -> str:
+    """The path of a place, where `named_modules` says `path`."""
+    return f".{path}".replace(f".{ADAPTED}.", ".")[1:] if isinstance(module, ExpertParameter) else path
+
+
+def module_path(path: str, module: nn.Module) -> str:
+    """What `named_modules` says of a place at `path`."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.{ADAPTED}.{name}".lstrip(".") if isinstance(module, ExpertParameter) else path
+
+
+def expert_parameters(module: nn.Module, path: str = "") -> list[str]:
+    """Names of a module's parameters that are weights of several experts: its class, `path` or their names say so."""
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    of_experts = any("expert" in name.lower() for name in (path, *kinds))
+    three = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 3]
+    return [name for name in three if of_experts or "expert" in name]
+
+
+def why_experts_unfit(place: ExpertParameter) -> str | None:
+    """Why a parameter of fused experts cannot take an adapter: part of a sentence; None if it can."""
+    experts: Any = place.holder
+    kind = type(experts).__name__
+    if not _declared(experts):
+        return (
+            f"{kind} does not declare how its experts run (transformers' use_experts_implementation), and its own "
+            "forward would bypass the adapter"
+        )
+    if place.parameter_name not in (*_UP, _DOWN):
+        return f"{kind} is not known to multiply by its {place.parameter_name}"
+    if "forward" in experts.__dict__:
+        return f"this {kind}'s forward was replaced (by a fused kernel or a hook), and would bypass the adapter"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "its experts lie in several processes (expert parallelism)"
+    weight: Any = place.weight
+    if type(weight.data) is not Tensor or weight.dtype not in FLOATS:
+        return f"its weight is quantised or special ({type(weight).__name__}, {weight.dtype})"
+    if weight.is_meta and not is_on_paper():
+        return "its weight is not loaded yet (it is on the meta device)"
+    return None
+
+
+def _declared(experts: Any) -> bool:
+    """Whether transformers' own functions for experts run the module."""
+    own = type(experts)
+    if isinstance(experts, AdaptedExperts):
+        return True
+    names = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+    return all(hasattr(experts, name) for name in names) and hasattr(own.forward, "__wrapped__")
+
+
+def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """What transformers' experts compute, (T, H), with adapters: rows are sorted by expert once, for all products.
+
+    Args:
+        experts: the module.
+        x_TH: tokens.
+        index_TK: the experts of each token. Numbers of E and more stand for no expert.
+        weights_TK: what each expert's output counts.
+    """
+    tokens, chosen = index_TK.shape
+    expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
+    ends_E = torch.searchsorted(expert_S, torch.arange(1, experts.num_experts + 1, device=x_TH.device), out_int32=True)
+    known_S1 = (expert_S < experts.num_experts)[:, None]
+    expert_S = expert_S.clamp(max=experts.num_experts - 1)
+    up = next(name for name in _UP if hasattr(experts, name))
+    y = _product_of(experts, up, x_TH[order_S // chosen], ends_E, expert_S)
+    h = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
+    y = _product_of(experts, _DOWN, h, ends_E, expert_S)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    y = (y * weights_TK.reshape(-1)[order_S][:, None]).masked_fill(~known_S1, 0)
+    back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return y[back_S].view(tokens, chosen, -1).sum(1).to(x_TH.dtype)
+
+
+def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
+    places = getattr(experts, ADAPTED)
+    if name in places:
+        return places[name].grouped(x_SI, ends_E, expert_S)
+    weight = ExpertsWeight(getattr(experts, name), bool(experts.is_transposed))
+    bias = getattr(experts, f"{name}_bias", None)
+    return _linear(x_SI, weight, bias, None, None, ends_E, expert_S)
+
+
+def _linear(
+    x_SI: Tensor,
+    weight: BaseWeight,
+    bias_EO: Tensor | None,
+    adapter: LowRank | None,
+    place: ExpertParameter | None,
+    ends_E: Tensor,
+    expert_S: Tensor,
+) -> Tensor:
+    """g ⊙ (x Wᵀ + s·(x Aᵀ) Bᵀ) + bias of each row's expert, (S, O), in the dtype of W."""
+    w = weight.dense()
+    norm = None if adapter is None or place is None or adapter.magnitude is None else place.norm(adapter)
+    x = x_SI.to(w.dtype)
+    if adapter is not None and not kernels.fast():
+        return _by_formula(x, w, bias_EO, adapter, norm, ends_E)
+    z = grouped_product(x, w.mT, ends_E)
+    if adapter is not None:
+        a, b = (factor.to(w.dtype) for factor in adapter.factors())
+        x_lora = adapter.dropout(x) if adapter.drops else x
+        z = z + adapter.scale * grouped_product(grouped_product(x_lora, a.mT, ends_E), b.mT, ends_E)
+        if adapter.magnitude is not None and norm is not None:
+            z = (z * dora_scale(adapter.magnitude, norm)[expert_S]).to(w.dtype)
+    return z if bias_EO is None else z + bias_EO[expert_S]
+
+
+def _by_formula(
+    x_SI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, adapter: LowRank, norm: Tensor | None, ends_E: Tensor
+) -> Tensor:
+    """The same, one expert after the other."""
+    ends = ends_E.tolist()
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    x, (a, b) = x_SI[: ends[-1]], adapter.factors()
+    x_lora = adapter.dropout(x) if adapter.drops else None
+    if adapter.magnitude is None or norm is None:
+        y = lora_experts(x, counts, w_EOI, bias_EO, a, b, adapter.scale, x_lora_SI=x_lora)
+    else:
+        y = dora_experts(x, counts, w_EOI, bias_EO, a, b, adapter.scale, adapter.magnitude, norm, x_lora_SI=x_lora)
+    return torch.cat([y, y.new_zeros(len(x_SI) - len(y), y.shape[1])])
+
+
+def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Each token's experts (T, K) and their weights (T, K), as families of models call them."""
+    given = [*args, *(kwargs[name] for name in ("top_k_index", "router_indices") if name in kwargs)]
+    given += [kwargs[name] for name in ("top_k_weights", "routing_weights") if name in kwargs]
+    return given[0], given[1]

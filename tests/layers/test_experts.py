@@ -1,0 +1,183 @@
+"""Adapters on the parameters of fused experts: every operation against the float64 formula, expert by expert."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from theodora import (
+    AdapterConfig,
+    adapter_disabled,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    remove_adapter,
+    save_adapter,
+    unmerge_adapter,
+)
+from theodora.adapters.state import adapter_layers
+from theodora.functional import merged_weight
+from theodora.layers.experts import ExpertParameter
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+EAGER = {"experts_implementation": "eager"}  # torch's grouped product takes no float64
+
+
+def qwen():
+    """(E, O, I), gate and up one after the other."""
+    sizes = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **sizes, **EAGER))
+
+
+def gpt_oss():
+    """(E, I, O), gate and up in turns, with biases."""
+    sizes = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, **sizes, **EAGER, layer_types=["full_attention"] * 2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture(params=[qwen, gpt_oss], ids=["qwen3_moe", "gpt_oss"])
+def model(request):
+    torch.manual_seed(0)
+    return request.param().double().eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(18).view(2, 9) * 3 % 64
+
+
+def adapted(model, method="dora", **options):
+    config = {"rank": 4, "experts": True, "adapter_dtype": "base", **options}
+    inject_adapter(model, AdapterConfig(method=method, **config))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def written_out(model):
+    """The same model with the formula's weights, expert by expert, in place of base and adapter."""
+    plain = remove_adapter(copy.deepcopy(model))
+    with torch.no_grad():
+        for path, layer in adapter_layers(model).items():
+            (adapter,) = layer.adapters.values()
+            parameter = plain.get_parameter(path if isinstance(layer, ExpertParameter) else f"{path}.weight")
+            if not isinstance(layer, ExpertParameter):
+                parameter.copy_(merged_weight(parameter, *adapter.factors(), adapter.scale, adapter.magnitude))
+                continue
+            for e, w in enumerate(parameter):
+                a, b = (factor[e] for factor in adapter.factors())
+                m = None if adapter.magnitude is None else adapter.magnitude[e]
+                own = merged_weight(w.T if layer.stored_transposed else w, a, b, adapter.scale, m)
+                w.copy_(own.T if layer.stored_transposed else own)
+    return plain
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"rslora": True, "rank_pattern": {"down_proj": 2}}])
+def test_the_model_computes_the_formula(model, ids, method, options):
+    adapted(model, method, **options)
+    torch.testing.assert_close(model(ids).logits, written_out(model)(ids).logits)
+
+
+def test_a_fresh_adapter_changes_nothing(model, ids):
+    before = model(ids).logits
+    inject_adapter(model, AdapterConfig(experts=True))
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_gradients_are_the_formulas(model, method):
+    """Of A, B, m, the tokens and what experts count, against autograd through weights that are written out."""
+    experts = adapted(model, method).model.layers[0].mlp.experts
+    own = [layer for layer in adapter_layers(model).values() if layer.holder is experts]
+    plain = remove_adapter(copy.deepcopy(model)).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 32, dtype=torch.float64, generator=generator, requires_grad=True)
+    counted = torch.rand(7, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    chosen = torch.tensor([[0, 1], [3, 0], [1, 0], [0, 3], [3, 1], [1, 3], [0, 1]])
+    inputs = [x, counted, *(p for layer in own for p in layer.adapters.parameters())]
+
+    def weight(layer):
+        adapter = layer.adapters["default"]
+        w = layer.current_weight.dense() + adapter.scale * adapter.lora_B @ adapter.lora_A
+        if adapter.magnitude is not None:
+            w = (adapter.magnitude / w.detach().norm(dim=2))[..., None] * w
+        return w.mT if layer.stored_transposed else w
+
+    found = torch.autograd.grad(experts(x, chosen, counted).sin().sum(), inputs)
+    formula = functional_call(plain, {layer.parameter_name: weight(layer) for layer in own}, (x, chosen, counted))
+    for one, other in zip(found, torch.autograd.grad(formula.sin().sum(), inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_expert_that_no_token_reaches_has_zero_gradients_and_keeps_its_norm(ids):
+    model = adapted(qwen().double())
+    layer = adapter_layers(model)["model.layers.0.mlp.experts.down_proj"]
+    experts = layer.holder
+    adapter = layer.adapters["default"]
+    chosen = torch.tensor([[0, 2]] * 5)
+    norm = layer.norm(adapter)
+    y = experts(torch.randn(5, 32, dtype=torch.float64), chosen, torch.full((5, 2), 0.5, dtype=torch.float64))
+    y.sum().backward()
+    for parameter in adapter.parameters():
+        reached = parameter.grad.flatten(1).abs().amax(1) > 0
+        assert reached.tolist() == [True, False, True, False]
+    assert torch.equal(layer.norm(adapter), norm)
+
+
+def test_tokens_of_no_expert_count_for_nothing(ids):
+    experts = adapted(qwen().double()).model.layers[0].mlp.experts
+    x, half = torch.randn(3, 32, dtype=torch.float64), torch.full((3, 2), 0.5, dtype=torch.float64)
+    y = experts(x, torch.tensor([[0, 4], [4, 4], [1, 0]]), half)
+    alone = experts(x, torch.tensor([[0], [3], [1]]), half[:, :1])
+    torch.testing.assert_close(y[0], alone[0])
+    assert not y[1].any()
+
+
+def test_switching_merging_copying_and_leaving(model, ids, tmp_path):
+    base = model(ids).logits
+    y = adapted(model)(ids).logits
+    assert not torch.allclose(y, base)
+    with adapter_disabled(model):
+        torch.testing.assert_close(model(ids).logits, base, rtol=0, atol=1e-14)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, y)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    merge_adapter(model)
+    torch.testing.assert_close(model(ids).logits, y)
+    model.save_pretrained(tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged", dtype="auto", **EAGER)
+    torch.testing.assert_close(merged(ids).logits, y)
+    unmerge_adapter(model)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert torch.equal(model(ids).logits, y)
+    save_adapter(model, tmp_path / "adapter")
+    remove_adapter(model)
+    assert not type(model.model.layers[0].mlp.experts).__module__.startswith("theodora")
+    torch.testing.assert_close(load_adapter(model, tmp_path / "adapter")(ids).logits, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # the new name is of 5.2x
+def test_checkpointing_and_half_precision(model, ids):
+    adapted(model)
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+    experts, x = model.eval().model.layers[0].mlp.experts, torch.randn(8, 32, dtype=torch.float64)
+    chosen, counted = torch.tensor([[0, 1], [2, 3]] * 4), torch.full((8, 2), 0.5, dtype=torch.float64)
+    y = experts(x, chosen, counted)
+    half = experts.bfloat16()(x.bfloat16(), chosen, counted.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - y).norm() < 0.02 * y.norm()
