@@ -51,11 +51,9 @@ class AdapterConfig:
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank branch during training."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt: all-linear (every linear layer but the output head), names, or one regular expression
-    that matches whole module paths."""
+    """Modules to adapt: all-linear (all but the output head), names, or a regular expression for whole module paths."""
     experts: bool | None = None
-    """Whether fused experts (gate_up_proj and down_proj of three dimensions) are adapted, each expert by a pair and a
-    magnitude of its own. Default: where targets names them; all-linear leaves them out."""
+    """Whether fused experts are adapted, each by a pair and a magnitude of its own. Default: if targets names them."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave alone although targets matches them: names, or one regular expression."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])

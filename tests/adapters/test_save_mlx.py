@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from steps import displaced
 from theodora import AdapterConfig, CheckpointError, ConfigError, inject_adapter, load_adapter, save_adapter, save_mlx
 from theodora.adapters.state import adapter_layers, find_state, trained_tensors
-from theodora.files.adapter import read_adapter, read_peft_config
+from theodora.files.adapter import read_adapter
 from theodora.files.mlx import from_mlx_name, to_mlx_name
+from theodora.files.peft_config import read_peft_config
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(3, 27).view(2, 12)

@@ -27,12 +27,12 @@ from theodora.adapters.targets import parameter_names, saved_names, target_names
 from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
-from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
 from theodora.files.experts import expert_tensors
 from theodora.files.finite import not_finite
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
+from theodora.files.peft_config import peft_config, starts_from_weight
 from theodora.files.read_back import save_tensors, write_text
 from theodora.files.token_rows import DELTA
 from theodora.files.trained_on import TRAINED_ON_KEY

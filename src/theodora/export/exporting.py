@@ -20,7 +20,7 @@ from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
 from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
 from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
-from theodora.files.adapter import AdapterFile, read_adapter, read_peft_config
+from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.adapter_folder import stamp_of
 from theodora.files.atomic import atomic_directory, atomic_write, scratch_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
@@ -30,6 +30,7 @@ from theodora.files.generation import copy_manners, ends_elsewhere
 from theodora.files.model_folder import DTYPES
 from theodora.files.names import CONFIG_NAME, WEIGHTS_NAME
 from theodora.files.ours import mark_written
+from theodora.files.peft_config import read_peft_config
 from theodora.files.read_back import copy_file, write_json
 from theodora.locks import temporary_folder
 from theodora.merging.checkpoint import merge_checkpoint

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from theodora.adapters import load_adapter
 from theodora.config import AdapterConfig, is_number
 from theodora.errors import CheckpointError, UsageError, bullet_list, shown
-from theodora.files.adapter import AdapterFile, peft_config
+from theodora.files.adapter import AdapterFile
 from theodora.files.base_model import BaseCheckpoint
 from theodora.files.distrust import read_object
 from theodora.files.folder import OpenFile
 from theodora.files.names import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from theodora.files.peft_config import peft_config
 from theodora.files.read_back import save_tensors, write_json
 from theodora.files.safetensors import read_safetensors
 from theodora.functional import dora_norm, dora_scale

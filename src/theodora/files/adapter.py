@@ -20,7 +20,6 @@ the safetensors file, which PEFT leaves alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,19 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theodora.config import AdapterConfig, is_int
-from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
+from theodora.config import AdapterConfig
+from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files, read_adapter_metadata
-from theodora.files.distrust import read_object
 from theodora.files.experts import experts_by_path
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
 from theodora.files.folder import Place
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, MLX_WEIGHTS_NAME, WEIGHTS_NAME
+from theodora.files.peft_config import checked_base, config_from_peft, layers_named
 from theodora.files.peft_options import (
     StartFromWeight,
     added_by_peft,
     biases_trained,
-    option_problems,
     start_of,
     task_of,
 )
@@ -152,8 +150,8 @@ def read_adapter(
 
         peft, tensors = peft_from_mlx(read.fields, read.tensors, read.folder)
     else:
-        peft, tensors = _checked_base(read.fields, where), plain_keys(read.tensors, weights)
-    config, base = _config_from_peft(peft, where, for_model), trained_on(metadata)
+        peft, tensors = checked_base(read.fields, where), plain_keys(read.tensors, weights)
+    config, base = config_from_peft(peft, where, for_model), trained_on(metadata)
     if metadata.get("starts") and any(rank % 2 for rank in (config.rank, *config.rank_pattern.values())):
         raise CheckpointError(f"{where} says an odd rank, but half of it is to be the start that is taken away again")
     return replace(
@@ -165,7 +163,7 @@ def read_adapter(
         starts=bool(metadata.get("starts")),
         fingerprint=metadata.get(FINGERPRINT_KEY),
         trained_on=base,
-        only_layers=_layers(peft),
+        only_layers=layers_named(peft),
         mlx=mlx,
         stamp=read.stamp,
     )
@@ -327,122 +325,6 @@ def _checked_modules(
             embedding = module in by_role.embeddings
             modules[module] = AdapterTensors(parts["a"], parts["b"], parts.get("magnitude"), scale, embedding)
     return modules, problems
-
-
-def peft_config(
-    config: AdapterConfig,
-    *,
-    target_modules: list[str],
-    modules_to_save: list[str],
-    target_parameters: list[str] | None = None,
-    token_indices: Mapping[str, list[int]] | None = None,
-    base_model: str | None,
-    task_type: str | None,
-    fan_in_fan_out: bool,
-    inference_mode: bool = True,
-    bias: str = "none",
-) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT reads it.
-
-    After a PiSSA or OLoRA start the file holds rank 2R, and alpha grows with it so that the scale stays.
-    """
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    rank, alpha = config.rank, config.alpha
-    if starts_from_weight(config):
-        grow = math.sqrt(2) if config.rslora else 2
-        rank, ranks = 2 * rank, {key: 2 * value for key, value in ranks.items()}
-        alpha, alphas = grow * (alpha or 0), {key: grow * value for key, value in alphas.items()}
-    return {
-        "alpha_pattern": alphas,
-        "base_model_name_or_path": base_model,
-        "bias": bias,
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": inference_mode,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout,
-        "modules_to_save": modules_to_save or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": ranks,
-        "target_modules": target_modules,
-        **({"target_parameters": target_parameters} if target_parameters else {}),
-        "task_type": task_type,
-        "trainable_token_indices": token_indices,
-        "use_dora": config.method == "dora",
-        "use_rslora": config.rslora,
-    }
-
-
-def starts_from_weight(config: AdapterConfig) -> bool:
-    """Whether adapters of this configuration carry start factors."""
-    return config.init in ("pissa", "olora")
-
-
-def read_peft_config(folder: str | Path) -> dict[str, Any]:
-    """`adapter_config.json` as it stands; a CheckpointError if it cannot be read or names its base by no text."""
-    path = Path(folder) / CONFIG_NAME
-    fields = read_object(path)
-    if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
-        fields = {**fields, "base_model_name_or_path": fields.get("model")}
-    return _checked_base(fields, path)
-
-
-def _checked_base(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    base = fields.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise CheckpointError(f"{path}: base_model_name_or_path is {shown(base)}; expected a folder or hub name")
-    return fields
-
-
-def _config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> AdapterConfig:
-    problems: list[str] = []
-    if peft.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {shown(peft.get('peft_type'))}; expected 'LORA' (which DoRA belongs to)")
-    for name in ("use_dora", "use_rslora"):
-        if not isinstance(peft.get(name), bool | None):
-            problems.append(f"{name} is {shown(peft[name])}; expected true or false")
-    problems += option_problems(peft, for_model)
-    if not all(is_int(layer) for layer in _layers(peft) or ()):
-        problems.append(f"layers_to_transform is {shown(peft['layers_to_transform'])}; expected numbers of layers")
-    if not problems:
-        try:
-            return AdapterConfig(
-                method="dora" if peft.get("use_dora") else "lora",
-                rank=peft.get("r", 8),
-                alpha=peft.get("lora_alpha", 8),
-                rslora=bool(peft.get("use_rslora")),
-                dropout=peft.get("lora_dropout") or 0.0,
-                **_targets(peft),
-                exclude=_names(peft.get("exclude_modules")),
-                rank_pattern=peft.get("rank_pattern") or {},
-                alpha_pattern=peft.get("alpha_pattern") or {},
-                trainable_token_indices=peft.get("trainable_token_indices") or (),
-                modules_to_save=_names(peft.get("modules_to_save")) or (),  # pyright: ignore[reportArgumentType]
-            )
-        except (ConfigError, TypeError, AttributeError) as error:
-            problems.append(str(error))
-    raise CheckpointError(f"{path} cannot be used:" + bullet_list(problems))
-
-
-def _targets(peft: Mapping[str, Any]) -> dict[str, Any]:
-    """What is adapted: PEFT names modules and parameters of experts apart."""
-    modules, parameters = _names(peft.get("target_modules")), peft.get("target_parameters")
-    if not parameters:
-        return {"targets": modules or "all-linear", "experts": False}
-    if isinstance(modules, str) and modules:
-        return {"targets": modules, "experts": True}
-    return {"targets": (*modules, *_names(parameters)), "experts": True}
-
-
-def _layers(peft: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """The numbers of the layers that PEFT was told to adapt; None for all."""
-    layers = peft.get("layers_to_transform")
-    return None if layers is None else tuple(layers) if isinstance(layers, list) else (layers,)
-
-
-def _names(value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else tuple(value or ())
 
 
 def _module_problem(

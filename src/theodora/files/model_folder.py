@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from theodora.errors import CheckpointError, bullet_list, shown
-from theodora.files.adapter import read_peft_config
 from theodora.files.distrust import expanded
 from theodora.files.folder import OpenFile, Seen, read_file
 from theodora.files.model_bounds import bounded_build, check_layers, stored_in
+from theodora.files.peft_config import read_peft_config
 from theodora.files.safetensors import read_header
 from theodora.parse import parse_json
 

@@ -15,10 +15,11 @@ from theodora.adapters.state import active_name, adapter_layers, check_name, ori
 from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int
 from theodora.errors import CheckpointError, ConfigError
-from theodora.files.adapter import AdapterFile, peft_config, read_adapter
+from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
+from theodora.files.peft_config import peft_config
 from theodora.files.read_back import save_tensors, write_json
 from theodora.merging.combine import add_computed, check_held, report_fit, scale_one_config, storage_dtype, wanted_by
 from theodora.merging.fit import FitReport, Held, hold, wanted_of
