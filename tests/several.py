@@ -6,6 +6,7 @@ is read afterwards.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -37,8 +38,9 @@ class Scenario:
     as_on_gpu: bool = False
     dies: tuple[int, int, str] | None = None
     """Process, step, and how: `kill`, `sigterm` or `raise`."""
-    without: str | None = None
-    """A folder that is deleted first."""
+    memory: tuple[int, int] | None = None
+    """Process, and how many tokens fit into a pass of it: it fails within the forward pass, the next time within the
+    backward pass, and so on."""
 
 
 def launch(count: int, scenarios: Sequence[Scenario], folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -94,6 +96,8 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str,
         patch.setattr(trainer_passes, "graphs_pay", lambda device: True)
     if scenario.dies is not None and scenario.dies[0] == index:
         patch.setattr(sys.modules["theodora.train.run"], "CountUpdates", _dying(callbacks.CountUpdates, scenario.dies))
+    if scenario.memory is not None and scenario.memory[0] == index:
+        patch.setattr(trainer.AdapterTrainer, "one_pass", _short(trainer.AdapterTrainer.one_pass, scenario.memory[1]))
     if scenario.name != "plain":
         patch.setattr(sys.modules["theodora.train.run"], "_count_stops", lambda prepared: None)
     made, init = [], trainer.AdapterTrainer.__init__
@@ -123,3 +127,25 @@ def _dying(base: Any, how: tuple[int, int, str]) -> Any:
                 os.kill(os.getpid(), signal.SIGKILL if how[2] == "kill" else signal.SIGTERM)
 
     return Dying
+
+
+def _short(plain: Any, tokens: int) -> Any:
+    import torch
+
+    times = itertools.count()
+
+    def one_pass(self: Any, inputs: Any, *args: Any) -> Any:
+        if inputs["input_ids"].numel() <= tokens:
+            return plain(self, inputs, *args)
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+        layer = self.model.model.layers[-1].self_attn
+        hook = (layer.register_forward_hook, layer.register_full_backward_hook)[next(times) % 2](full)
+        try:
+            return plain(self, inputs, *args)
+        finally:
+            hook.remove()
+
+    return one_pass

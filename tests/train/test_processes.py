@@ -17,7 +17,9 @@ from theodora.train.checkpoints import newest_checkpoint
 from theodora.train.wholeness import faults
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
+SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+OF_PIECES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step")  # the others are means of passes
 KINDS = {
     # 33 rows in batches of 3: the last of an epoch's 11 batches is one process' alone
     "plain": {"held_out": 7, "eval_steps": 3, "logging_steps": 2, "save_steps": 7, "max_steps": 8},
@@ -74,6 +76,10 @@ def two(base, folder):
         kind("sharded", KINDS["plain"] | {"sharding": "fsdp2", "gradient_checkpointing": True}),
         kind("nf4", {"sharding": "fsdp2", "quantize": "nf4", "max_steps": 2, "held_out": 0}),
         kind("int8", {"sharding": "fsdp2", "quantize": "int8", "data": str(folder / "none.jsonl")}),
+        # 40 rows in batches of 6, of which process 1 can take one row at a time; the second step has less for it to do
+        kind("short", SHORT | {"held_out": 0}, memory=(1, 45)),
+        kind("short-sharded", SHORT | {"held_out": 0, "sharding": "fsdp2"}, memory=(1, 45)),
+        kind("too-short", SHORT | {"held_out": 0, "sharding": "fsdp2"}, memory=(1, 20)),
         kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
     ]
     found = launch(2, scenarios, folder)
@@ -194,6 +200,27 @@ def test_what_sharded_weights_send_is_told(two):
     assert f"and {first['gathered_bytes_per_step'] / 1e3:.1f} kB of frozen weights, gathered in each pass" in printed
 
 
+def test_where_one_runs_out_of_memory_the_steps_are_the_same(two, folder, run, base, tmp_path):
+    run(**base | SHORT | {"gradient_accumulation_steps": 4, "held_out": 0, "output": str(tmp_path / "one")})
+    for name in ("short", "short-sharded"):
+        assert [found["error"] for found in two[name]] == [None, None], two[name]
+        trace(folder / name, tmp_path / "one", figures=OF_PIECES)
+        assert "Each batch now takes 8 passes" in (folder / name / "logs" / "process-1.txt").read_text()
+        where = " in process 1" if name == "short" else ""
+        assert f"each batch took 8 passes{where}" in " ".join(two[name][0]["printed"].split())
+    # sharded weights are gathered by all together, and so all halve
+    assert "Out of memory (in another process) Each batch now takes 8 passes" in two["short-sharded"][0]["printed"]
+    assert "Out of memory" not in two["short"][0]["printed"]
+
+
+def test_where_one_cannot_halve_all_end_with_its_error(two):
+    first, second = two["too-short"]
+    assert second["error"] == "TheodoraError"
+    assert "Lower per_device_train_batch_size" in second["text"]
+    assert first["error"] == "OtherFailed", first
+    assert "Process 1 failed: Out of memory: CUDA out of memory" in first["text"]
+
+
 def test_nf4_is_loaded_so_that_it_is_cut(two):
     assert [found["error"] for found in two["nf4"]] == [None, None], two["nf4"]
     assert "FSDP2, gloo" in two["nf4"][0]["printed"]
@@ -231,10 +258,10 @@ def same(one: Path, other: Path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def trace(one: Path, other: Path, rtol=2e-4):
+def trace(one: Path, other: Path, rtol=2e-4, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
     assert [sorted(line) for line in lines[0]] == [sorted(line) for line in lines[1]]
-    for name in FIGURES:
+    for name in figures:
         values = [torch.tensor([line[name] for line in each if name in line]).double() for each in lines]
         torch.testing.assert_close(*values, rtol=rtol, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))

@@ -40,7 +40,7 @@ from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
-from theodora.train.out_of_memory import memory_advice
+from theodora.train.out_of_memory import memory_advice, said_of_pieces
 from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
@@ -226,8 +226,7 @@ def _train(
     if trainer.guard.skipped:
         skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
         notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
-    if trainer.pieces.count > 1:
-        notes.append(f"for want of memory each batch took {trainer.pieces.count} passes")
+    notes += said_of_pieces(processes.gather(trainer.pieces.count))
     if plan.resume_at == plan.steps:
         notes.append("all steps had been taken; raise max_steps or num_train_epochs to go on")
     if resting:
