@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ from safetensors.torch import load_file
 from several import Scenario, launch
 from theodora.config import TrainConfig
 from theodora.train import train
-from theodora.train.checkpoints import newest_checkpoint
 from theodora.train.wholeness import faults
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
@@ -46,6 +47,10 @@ def base(tiny_model_dir, sums):
     }
 
 
+ENDINGS = ("again", "hung", "killed")
+DRAWN = {"dropout": 0.1, "logging_steps": 4, "save_steps": 3, "held_out": 4, "eval_steps": 100}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
@@ -55,20 +60,38 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(base, folder):
+def kinds(folder):
+    """`KINDS`, and general text among the rows: all of a text is learned, and a few tokens of a row."""
+    texts = folder / "general.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Some text number {i}." * (1 + i % 3)}) + "\n" for i in range(20)))
+    return KINDS | {"replay": {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}}
+
+
+@pytest.fixture(scope="module")
+def ended(base, folder):
+    """A process hangs, and one is killed, after the checkpoint of step 3."""
+    options = {name: base | DRAWN | {"output": str(folder / name)} for name in ("hung", "killed")}
+    scenarios = [
+        # The data takes longer than processes wait for one another in steps.
+        Scenario("hung", options["hung"] | {"ddp_timeout": 6}, dies=(1, 4, "hang"), slow=7.0),
+        Scenario("killed", options["killed"], dies=(1, 4, "kill")),
+    ]
+    return launch(2, scenarios, folder)
+
+
+@pytest.fixture(scope="module")
+def two(base, folder, ended, kinds):
     def kind(name, options, **more):
         return Scenario(name, base | {"output": str(folder / name)} | options, **more)
 
-    drawn = {"dropout": 0.1, "logging_steps": 4, "save_steps": 3, "held_out": 4, "eval_steps": 100}
-    again = drawn | {"output": str(folder / "again"), "resume": "auto"}
     other = folder / "other.jsonl"
     other.write_text((folder / "rows.jsonl").read_text().replace("7", "8"))
-    scenarios = [kind(name, options) for name, options in KINDS.items()]
+    scenarios = [kind(name, options) for name, options in kinds.items()]
     scenarios += [
         kind("as-on-gpu", {"max_length": 32, "per_device_train_batch_size": 4}, as_on_gpu=True),
-        kind("whole", drawn),
-        kind("again", drawn, dies=(1, 4, "raise")),  # after the checkpoint of step 3
-        kind("resumed", again),
+        kind("whole", DRAWN),
+        kind("again", DRAWN, dies=(1, 4, "raise")),  # after the checkpoint of step 3
+        *(kind(f"{name} resumed", DRAWN | {"output": str(folder / name), "resume": "auto"}) for name in ENDINGS),
         kind("configured", {}, of_process={1: {"learning_rate": 0.5}}),
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
@@ -88,22 +111,15 @@ def two(base, folder):
 
 
 @pytest.fixture(scope="module")
-def killed(base, folder):
-    options = base | {"output": str(folder / "killed"), "save_steps": 2, "max_steps": 20, "held_out": 0}
-    return launch(2, [Scenario("killed", options, dies=(1, 4, "kill"))], folder)["killed"]
-
-
-@pytest.fixture(scope="module")
 def four(base, folder):
     options = base | {"output": str(folder / "four"), "per_device_train_batch_size": 2, "eval_steps": 3}
     return launch(4, [Scenario("four", options)], folder)["four"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_trace_one_with_twice_the_accumulation(kind, two, folder, run, base, tmp_path):
+@pytest.mark.parametrize("kind", [*KINDS, "replay"])
+def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, folder, run, base, tmp_path):
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
-    steps = 2 * KINDS[kind].get("gradient_accumulation_steps", 1)
-    run(**base | KINDS[kind] | {"gradient_accumulation_steps": steps, "output": str(tmp_path / "one")})
+    run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
     trace(folder / kind, tmp_path / "one")
 
 
@@ -135,7 +151,15 @@ def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
     trace(folder / "as-on-gpu", tmp_path / "one")
 
 
-def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder, ending):
+    resumed = two[f"{ending} resumed"]
+    assert [found["error"] for found in resumed] == [None, None], resumed
+    assert "going on from step 3" in resumed[0]["printed"]
+    same(folder / ending, folder / "whole")
+
+
+def test_the_process_that_failed_is_named(two, folder):
     first, second = two["again"]
     assert second["error"] == "OSError"
     assert "on fire" in second["text"]
@@ -144,8 +168,6 @@ def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
     assert "process-1.txt" in first["text"]
     assert "--resume auto" in first["text"]
     assert "on fire" in (folder / "again" / "logs" / "process-1.txt").read_text()
-    assert [found["error"] for found in two["resumed"]] == [None, None], two["resumed"]
-    same(folder / "again", folder / "whole")
 
 
 def test_one_process_goes_on_where_two_stopped(two, folder, run, base, tmp_path):
@@ -238,16 +260,29 @@ def test_all_stop_when_one_is_told_to(two, folder):
     assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
 
 
-def test_a_killed_process_ends_the_run_which_can_go_on(killed, folder):
-    first, second = killed
-    assert second["error"] == "no word"
+@pytest.mark.parametrize(("ending", "of_it", "seconds"), [("hung", "OSError", 6), ("killed", "no word", 20)])
+def test_a_process_without_a_word_ends_the_run(ended, folder, ending, of_it, seconds):
+    first, second = ended[ending]
+    assert second["error"] == of_it
     assert first["error"] == "OtherFailed", first
-    assert "No answer from process 1" in first["text"]
-    assert "20 s (ddp_timeout" in first["text"]
+    assert f"No answer from process 1: it was killed, or hung for {seconds} s (ddp_timeout" in first["text"]
+    assert f"The last words of process 1 are in {folder / ending / 'logs' / 'process-1.txt'}" in first["text"]
     assert "--resume auto" in first["text"]
-    newest = newest_checkpoint(folder / "killed")
-    assert newest is not None
-    assert newest.name == "checkpoint-4"
+
+
+def test_torchrun_shows_the_error_of_the_process_that_fails(base, folder):
+    """For real: a launcher, and processes of Python's own."""
+    options = base | {"output": str(folder / "launched"), "held_out": 0}
+    config = folder / "launched.yaml"
+    config.write_text(json.dumps(options))
+    script = Path(__file__).parent / "fails_in_one.py"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, *words, "train", "--config", str(config)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1, ended.stderr
+    own, banner = ended.stderr.index("the disk is on fire"), ended.stderr.index("ChildFailedError")
+    assert own < banner
+    assert "on fire" in (folder / "launched" / "logs" / "process-1.txt").read_text()
 
 
 def same(one: Path, other: Path):
