@@ -3,19 +3,22 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from crash.killing import fork_server
 from several import Scenario, launch
 from theodora.config import TrainConfig
 from theodora.train import train
 from theodora.train.wholeness import faults
+from train import fails_in_one
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
 SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
@@ -271,17 +274,23 @@ def test_a_process_without_a_word_ends_the_run(ended, folder, ending, of_it, sec
 
 
 def test_torchrun_shows_the_error_of_the_process_that_fails(base, folder):
-    """For real: a launcher, and processes of Python's own."""
+    """Its agent for real, which ends the other process, too; what it starts is forked with everything imported."""
     options = base | {"output": str(folder / "launched"), "held_out": 0}
-    config = folder / "launched.yaml"
-    config.write_text(json.dumps(options))
-    script = Path(__file__).parent / "fails_in_one.py"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command = [sys.executable, *words, "train", "--config", str(config)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 1, ended.stderr
-    own, banner = ended.stderr.index("the disk is on fire"), ended.stderr.index("ChildFailedError")
-    assert own < banner
+    (folder / "launched.yaml").write_text(json.dumps(options))
+    config = LaunchConfig(
+        1,
+        1,
+        2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="launched",
+        start_method=fork_server().get_start_method(),
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+    )
+    with pytest.raises(ChildFailedError):
+        elastic_launch(config, fails_in_one.start)(["train", "--config", str(folder / "launched.yaml")])
+    (said,) = folder.glob("launched_*/attempt_0/1/stderr.log")
+    assert "OSError: the disk is on fire" in said.read_text()
     assert "on fire" in (folder / "launched" / "logs" / "process-1.txt").read_text()
 
 
