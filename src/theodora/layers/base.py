@@ -228,4 +228,4 @@ def start_norm(module: nn.Module, adapter: LowRank) -> Tensor:
 
 def _number_a_row(weight: BaseWeight) -> Tensor:
     """What a norm is on paper, (O,), without going through all pieces of W."""
-    return torch.empty(weight.shape[0], dtype=wide_dtype(weight.dtype), device="meta")
+    return torch.empty(weight.shape[:-1], dtype=wide_dtype(weight.dtype), device="meta")
