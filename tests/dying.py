@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ def died(work: Callable[..., None], *arguments: Any) -> bool:
     process.start()
     process.join(60)
     return process.exitcode == -signal.SIGKILL
+
+
+def command(words: list[str], errors: Path) -> None:
+    """`theodora words`, as a process of its own, until somebody stops it."""
+    from theodora.cli.main import main
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv[1:] = words
+    main()
 
 
 def compare(options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ is read afterwards.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -36,9 +37,12 @@ class Scenario:
     environment: Mapping[str, str] = field(default_factory=dict)
     as_on_gpu: bool = False
     dies: tuple[int, int, str] | None = None
-    """Process, step, and how: `kill`, `sigterm` or `raise`."""
-    without: str | None = None
-    """A folder that is deleted first."""
+    """Process, step, and how: `kill`, `sigterm`, `raise`, or `hang`, which lasts until the others have ended."""
+    slow: float = 0.0
+    """Seconds that the first process takes to read the data."""
+    memory: tuple[int, int] | None = None
+    """Process, and how many tokens fit into a pass of it: it fails within the forward pass, the next time within the
+    backward pass, and so on."""
 
 
 def launch(count: int, scenarios: Sequence[Scenario], folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -74,17 +78,17 @@ def _act(index: int, count: int, scenarios: Sequence[Scenario], ports: Sequence[
         os.environ.update({name: str(value) for name, value in place.items()} | dict(scenario.environment))
         with pytest.MonkeyPatch.context() as patch:
             before = time.process_time()
-            found = _run(scenario, index, patch)
+            found = _run(scenario, index, patch, folder)
             found["cpu"] = time.process_time() - before
         for name in scenario.environment:
             del os.environ[name]
         (folder / f"{scenario.name}-{index}.json").write_text(json.dumps(found))
 
 
-def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
     import recorder
     from theodora.config import TrainConfig
-    from theodora.train import callbacks, train, trainer, trainer_loss, trainer_passes
+    from theodora.train import callbacks, prepare, train, trainer, trainer_loss, trainer_passes
     from undrawn import leave_losses_blank
 
     leave_losses_blank(patch)
@@ -93,7 +97,13 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str,
         patch.setattr(trainer_loss, "fused_loss_pays", lambda device: True)
         patch.setattr(trainer_passes, "graphs_pay", lambda device: True)
     if scenario.dies is not None and scenario.dies[0] == index:
-        patch.setattr(sys.modules["theodora.train.run"], "CountUpdates", _dying(callbacks.CountUpdates, scenario.dies))
+        patch.setattr(
+            sys.modules["theodora.train.run"], "CountUpdates", _dying(callbacks.CountUpdates, scenario, folder)
+        )
+    if scenario.memory is not None and scenario.memory[0] == index:
+        patch.setattr(trainer.AdapterTrainer, "one_pass", _short(trainer.AdapterTrainer.one_pass, scenario.memory[1]))
+    if scenario.slow and index == 0:
+        patch.setattr(prepare, "read_data", _slow(prepare.read_data, scenario.slow))
     if scenario.name != "plain":
         patch.setattr(sys.modules["theodora.train.run"], "_count_stops", lambda prepared: None)
     made, init = [], trainer.AdapterTrainer.__init__
@@ -114,12 +124,49 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch) -> dict[str,
     return {"error": None, "replays": made[0].graph_replays, "printed": printed.getvalue(), **result.to_dict()}
 
 
-def _dying(base: Any, how: tuple[int, int, str]) -> Any:
+def _slow(plain: Any, seconds: float) -> Any:
+    def read(*args: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*args)
+
+    return read
+
+
+def _dying(base: Any, scenario: Scenario, folder: Path) -> Any:
+    how = scenario.dies
+    assert how is not None
+
     class Dying(base):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == how[1]:
                 if how[2] == "raise":
                     raise OSError("the disk is on fire")
+                while how[2] == "hang":
+                    time.sleep(0.05)
+                    if (folder / f"{scenario.name}-0.json").exists():
+                        raise OSError("awake again")
                 os.kill(os.getpid(), signal.SIGKILL if how[2] == "kill" else signal.SIGTERM)
 
     return Dying
+
+
+def _short(plain: Any, tokens: int) -> Any:
+    import torch
+
+    times = itertools.count()
+
+    def one_pass(self: Any, inputs: Any, *args: Any) -> Any:
+        if inputs["input_ids"].numel() <= tokens:
+            return plain(self, inputs, *args)
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+        layer = self.model.model.layers[-1].self_attn
+        hook = (layer.register_forward_hook, layer.register_full_backward_hook)[next(times) % 2](full)
+        try:
+            return plain(self, inputs, *args)
+        finally:
+            hook.remove()
+
+    return one_pass

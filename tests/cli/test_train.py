@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import dying
+from crash.killing import fork_server
 from theodora.cli import main as cli
 from theodora.cli import train as command
 from theodora.cli.arguments import field_docstrings
@@ -192,16 +194,6 @@ def rows(tmp_path) -> Path:
     return path
 
 
-def start(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "theodora", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-    )
-
-
 def test_the_command_trains_and_the_recorded_configuration_trains_again(rows, tiny_model_dir, tmp_path):
     output = tmp_path / "run"
     model = str(tiny_model_dir())
@@ -221,12 +213,12 @@ def test_the_command_trains_and_the_recorded_configuration_trains_again(rows, ti
     assert cli.main(argv) == 0
     first = load_file(output / "adapter_model.safetensors")
     assert cli.main(argv) == 2
-    process = start("train", "--config", str(output / "config.yaml"), "--overwrite")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert err == ""
-    assert "step 3/3" in out
-    assert f"theodora merge {output}" in out.replace("\n", " ")
+    words = ["train", "--config", str(output / "config.yaml"), "--overwrite"]
+    ended = subprocess.run([sys.executable, "-m", "theodora", *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "step 3/3" in ended.stdout
+    assert f"theodora merge {output}" in ended.stdout.replace("\n", " ")
     again = load_file(output / "adapter_model.safetensors")
     assert all(torch.equal(first[key], again[key]) for key in again)
 
@@ -235,13 +227,16 @@ def test_ctrl_c_exits_with_130_and_the_command_it_names_resumes(rows, tiny_model
     output = tmp_path / "run"
     model = str(tiny_model_dir())
     argv = ["train", "--model", model, "--data", str(rows), "--output", str(output), "--max-steps", "3000"]
-    process = start(*argv, "--held-out", "0", "--save-steps", "3000")
+    words, errors = [*argv, "--held-out", "0", "--save-steps", "3000"], tmp_path / "errors.txt"
+    process = fork_server().Process(target=dying.command, args=(words, errors))
+    process.start()
     metrics = output / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    err = errors.read_text()
+    assert process.exitcode == 130, err
     named = next(line.split() for line in err.splitlines() if "theodora train" in line)
     done = len(metrics.read_text().splitlines()) - 1  # the last line sums up
     assert cli.main([*named[1:], "--max-steps", str(done + 2)]) == 0

@@ -32,10 +32,17 @@ def broken(rows):
     ]
 
 
+NOT_JUDGED = {
+    "dropout-cost": {"embed_tokens"},  # a lookup is no product
+    "import-mlx": {"embed_tokens"},  # MLX gives DoRA's embeddings other magnitudes
+}
+
+
 @pytest.mark.parametrize("operation", QUICK)
-def test_ours_holds_in_every_dtype(operation):
+def test_ours_holds_in_every_dtype_on_every_layer(operation):
     rows = ours(operation, dtypes=[dtype for dtype in DTYPES if dtype not in QUANTISED])
-    assert rows
+    judged = {row.kind for row in rows if (row.variant, row.dtype) == ("dora", "bf16")}
+    assert judged == set(KINDS) - NOT_JUDGED.get(operation, set())
     assert not broken(rows)
 
 
@@ -53,16 +60,6 @@ def test_ours_holds_with_every_adapter(variant):
 @pytest.mark.parametrize("operation", ["compile", "swap-compiled"])
 def test_ours_holds_compiled(operation):
     assert not broken(ours(operation, ["dora"], ["bf16"], ["linear", "conv1d", "embed_tokens"]))
-
-
-def test_every_operation_is_judged_on_every_layer():
-    left_out = {
-        "dropout-cost": {"embed_tokens"},  # a lookup is no product
-        "import-mlx": {"embed_tokens"},  # MLX gives DoRA's embeddings other magnitudes
-    }
-    for key in QUICK:
-        rows = ours(key, ["dora"], ["bf16"])
-        assert {row.kind for row in rows} == set(KINDS) - left_out.get(key, set()), key
 
 
 # Bugs -----------------------------------------------------------------------------------------------------------------

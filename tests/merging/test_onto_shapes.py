@@ -1,6 +1,7 @@
 """Merging onto quantised bases in all shapes that folders and adapters have, held against the formula in float64."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,27 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 EXACT = {"nf4": 2e-7, "int8": 2e-7, "torchao int8": 2e-7}
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def tied(request) -> bool:
-    return request.param
+# Every adapter in every format, and either of these with tied embeddings and without.
+SHAPES = [
+    pytest.param(adapter, form, (i + j) % 2 == 1, id=f"{adapter}-{form}-{'tied' if (i + j) % 2 else 'untied'}")
+    for i, adapter in enumerate(ADAPTERS)
+    for j, form in enumerate(EXACT)
+]
 
 
-@pytest.fixture
-def folders(tmp_path, tied):
-    """A plain model and the same quantised, in several files."""
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain model and the same quantised, in several files. Treat them as read-only."""
 
-    def make(form: str) -> tuple[Path, Path]:
-        plain = save_plain(tmp_path / "plain", tie_word_embeddings=tied)
+    @cache
+    def make(form: str, tied: bool) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("folders")
+        plain = save_plain(folder / "plain", tie_word_embeddings=tied)
         model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=FORMATS[form](), dtype=torch.float32)
-        model.save_pretrained(tmp_path / "quantised", max_shard_size="40KB")
-        tiny.tiny_tokenizer().save_pretrained(tmp_path / "quantised")
-        assert len(list((tmp_path / "quantised").glob("*.safetensors"))) > 2
-        return plain, tmp_path / "quantised"
+        model.save_pretrained(folder / "quantised", max_shard_size="40KB")
+        tiny.tiny_tokenizer().save_pretrained(folder / "quantised")
+        assert len(list((folder / "quantised").glob("*.safetensors"))) > 2
+        return plain, folder / "quantised"
 
     return make
 
@@ -71,10 +77,9 @@ def worst(merged: Path, base: BaseCheckpoint, adapter: Path) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize("form", EXACT)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_every_shape_of_adapter_is_exact(folders, tmp_path, tied, form, adapter):
-    plain, base = folders(form)
+@pytest.mark.parametrize(("adapter", "form", "tied"), SHAPES)
+def test_every_shape_of_adapter_is_exact(folders, tmp_path, adapter, form, tied):
+    plain, base = folders(form, tied)
     logits = save_adapted(base, tmp_path / "adapter", **ADAPTERS[adapter])
     opened = BaseCheckpoint(base, dequantise=True)
     for onto in ("dequantised", "original", "quantised"):
@@ -100,8 +105,9 @@ def test_every_shape_of_adapter_is_exact(folders, tmp_path, tied, form, adapter)
     assert verify(str(tmp_path / "adapter"), str(tmp_path / "merged" / "dequantised")).passed
 
 
-def test_the_output_is_no_input_and_within_one_leaves_it_as_it_is(folders, tmp_path):
-    _, base = folders("nf4")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_output_is_no_input_and_within_one_leaves_it_as_it_is(folders, tmp_path, tied):
+    base = Path(shutil.copytree(folders("nf4", tied)[1], tmp_path / "quantised"))
     save_adapted(base, tmp_path / "adapter")
     before = files_under(tmp_path)
     link = tmp_path / "link"

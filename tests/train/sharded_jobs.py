@@ -45,9 +45,9 @@ def job(function):
 def run(index: int, count: int, on_a_machine: int, folder: Path, names: list[str]) -> None:
     """Do the jobs, and leave what they found in a file."""
     torch.set_num_threads(1)
-    os.environ |= {"LOCAL_WORLD_SIZE": str(on_a_machine), "RANK": str(index), "WORLD_SIZE": str(count)}
+    os.environ |= {"RANK": str(index), "WORLD_SIZE": str(count)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=count)
-    processes = SimpleNamespace(count=count, index=index)
+    processes = SimpleNamespace(count=count, index=index, count_here=on_a_machine)
     found: dict[str, Any] = {}
     for name in names:
         try:

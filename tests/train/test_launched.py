@@ -3,10 +3,12 @@
 import os
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
-from theodora.train.launched import Launched, check_devices, check_engine, launched, unseen
+from theodora.train.launched import Launched, check_devices, check_engine, launched, notes_of_one, unseen
 
 TOLD = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -58,6 +60,26 @@ def test_other_engines_are_refused_with_the_way(options, environment, says):
 
 def test_accelerate_may_say_that_it_does_not_use_deepspeed():
     check_engine(config(), {"ACCELERATE_USE_DEEPSPEED": "false"})
+
+
+def test_a_process_of_accelerate_says_that_there_were_to_be_more():
+    told = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
+    several = {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    (note,) = notes_of_one(config(), several)
+    assert "has started one" in note
+    assert "torchrun --nproc-per-node N -m theodora train" in note
+    assert notes_of_one(config(), told) == []
+    assert notes_of_one(config(), {**several, "WORLD_SIZE": "1"}) == []
+
+
+def test_accelerate_sets_what_is_looked_for(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "theodora"]
+    for count, notes in ((2, 1), (1, 0)):
+        given = launch_command_parser().parse_args(["--num_processes", str(count), *words])
+        _, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(given)[0])
+        assert len(notes_of_one(config(), environment)) == notes
 
 
 @pytest.mark.parametrize(("count", "place", "gpus", "said"), [(4, 0, 2, "4 processes"), (None, 2, 2, "3 processes")])

@@ -12,7 +12,7 @@ from theodora.data.packing import packed_batch
 from theodora.errors import TheodoraError
 from theodora.train import train, trainer
 from theodora.train.fused_loss import LEARNED, SelectLearned
-from theodora.train.out_of_memory import split
+from theodora.train.out_of_memory import few_of, split
 
 GRADIENTS = ("loss", "grad_norm", "num_tokens", "learning_rate")
 
@@ -111,3 +111,17 @@ def test_an_evaluation_of_one_row_that_does_not_fit_fails(run, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "prediction_step", full)
     with pytest.raises(TheodoraError, match="Out of memory"):
         run(max_steps=1, held_out=8)
+
+
+def test_a_few_tokens_of_a_batch_teach_nothing():
+    rows = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20), "labels": torch.ones(2, 20)}
+    few = few_of(rows)
+    assert {name: tuple(value.shape) for name, value in few.items()} == dict.fromkeys(rows, (1, 8))
+    batch = packed_batch([torch.arange(3, 8), torch.arange(3, 14)])
+    batch = SelectLearned(lambda _: {**batch, "labels": batch["input_ids"].clone()})([])
+    packed = few_of(batch)
+    expected = packed_batch([batch["input_ids"][0, :8]])
+    assert all(torch.equal(torch.as_tensor(packed[k]), torch.as_tensor(expected[k])) for k in expected)
+    assert packed[LEARNED]["tokens"] == 8
+    for each in (few, packed):
+        assert (each["labels"] == -100).all()

@@ -9,15 +9,21 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from crash.killing import fork_server
 from several import Scenario, launch
 from theodora.config import TrainConfig
 from theodora.train import train
-from theodora.train.checkpoints import newest_checkpoint
 from theodora.train.wholeness import faults
+from train import fails_in_one
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
+SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+OF_PIECES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step")  # the others are means of passes
 KINDS = {
     # 33 rows in batches of 3: the last of an epoch's 11 batches is one process' alone
     "plain": {"held_out": 7, "eval_steps": 3, "logging_steps": 2, "save_steps": 7, "max_steps": 8},
@@ -44,6 +50,10 @@ def base(tiny_model_dir, sums):
     }
 
 
+ENDINGS = ("again", "hung", "killed")
+DRAWN = {"dropout": 0.1, "logging_steps": 4, "save_steps": 3, "held_out": 4, "eval_steps": 100}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
@@ -53,20 +63,38 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(base, folder):
+def kinds(folder):
+    """`KINDS`, and general text among the rows: all of a text is learned, and a few tokens of a row."""
+    texts = folder / "general.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Some text number {i}." * (1 + i % 3)}) + "\n" for i in range(20)))
+    return KINDS | {"replay": {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}}
+
+
+@pytest.fixture(scope="module")
+def ended(base, folder):
+    """A process hangs, and one is killed, after the checkpoint of step 3."""
+    options = {name: base | DRAWN | {"output": str(folder / name)} for name in ("hung", "killed")}
+    scenarios = [
+        # The data takes longer than processes wait for one another in steps.
+        Scenario("hung", options["hung"] | {"ddp_timeout": 6}, dies=(1, 4, "hang"), slow=7.0),
+        Scenario("killed", options["killed"], dies=(1, 4, "kill")),
+    ]
+    return launch(2, scenarios, folder)
+
+
+@pytest.fixture(scope="module")
+def two(base, folder, ended, kinds):
     def kind(name, options, **more):
         return Scenario(name, base | {"output": str(folder / name)} | options, **more)
 
-    drawn = {"dropout": 0.1, "logging_steps": 4, "save_steps": 3, "held_out": 4, "eval_steps": 100}
-    again = drawn | {"output": str(folder / "again"), "resume": "auto"}
     other = folder / "other.jsonl"
     other.write_text((folder / "rows.jsonl").read_text().replace("7", "8"))
-    scenarios = [kind(name, options) for name, options in KINDS.items()]
+    scenarios = [kind(name, options) for name, options in kinds.items()]
     scenarios += [
         kind("as-on-gpu", {"max_length": 32, "per_device_train_batch_size": 4}, as_on_gpu=True),
-        kind("whole", drawn),
-        kind("again", drawn, dies=(1, 4, "raise")),  # after the checkpoint of step 3
-        kind("resumed", again),
+        kind("whole", DRAWN),
+        kind("again", DRAWN, dies=(1, 4, "raise")),  # after the checkpoint of step 3
+        *(kind(f"{name} resumed", DRAWN | {"output": str(folder / name), "resume": "auto"}) for name in ENDINGS),
         kind("configured", {}, of_process={1: {"learning_rate": 0.5}}),
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
@@ -74,6 +102,10 @@ def two(base, folder):
         kind("sharded", KINDS["plain"] | {"sharding": "fsdp2", "gradient_checkpointing": True}),
         kind("nf4", {"sharding": "fsdp2", "quantize": "nf4", "max_steps": 2, "held_out": 0}),
         kind("int8", {"sharding": "fsdp2", "quantize": "int8", "data": str(folder / "none.jsonl")}),
+        # 40 rows in batches of 6, of which process 1 can take one row at a time; the second step has less for it to do
+        kind("short", SHORT | {"held_out": 0}, memory=(1, 45)),
+        kind("short-sharded", SHORT | {"held_out": 0, "sharding": "fsdp2"}, memory=(1, 45)),
+        kind("too-short", SHORT | {"held_out": 0, "sharding": "fsdp2"}, memory=(1, 20)),
         kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
     ]
     found = launch(2, scenarios, folder)
@@ -82,22 +114,15 @@ def two(base, folder):
 
 
 @pytest.fixture(scope="module")
-def killed(base, folder):
-    options = base | {"output": str(folder / "killed"), "save_steps": 2, "max_steps": 20, "held_out": 0}
-    return launch(2, [Scenario("killed", options, dies=(1, 4, "kill"))], folder)["killed"]
-
-
-@pytest.fixture(scope="module")
 def four(base, folder):
     options = base | {"output": str(folder / "four"), "per_device_train_batch_size": 2, "eval_steps": 3}
     return launch(4, [Scenario("four", options)], folder)["four"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_trace_one_with_twice_the_accumulation(kind, two, folder, run, base, tmp_path):
+@pytest.mark.parametrize("kind", [*KINDS, "replay"])
+def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, folder, run, base, tmp_path):
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
-    steps = 2 * KINDS[kind].get("gradient_accumulation_steps", 1)
-    run(**base | KINDS[kind] | {"gradient_accumulation_steps": steps, "output": str(tmp_path / "one")})
+    run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
     trace(folder / kind, tmp_path / "one")
 
 
@@ -129,7 +154,15 @@ def test_graphs_are_captured_in_each_process(two, folder, run, base, tmp_path):
     trace(folder / "as-on-gpu", tmp_path / "one")
 
 
-def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder, ending):
+    resumed = two[f"{ending} resumed"]
+    assert [found["error"] for found in resumed] == [None, None], resumed
+    assert "going on from step 3" in resumed[0]["printed"]
+    same(folder / ending, folder / "whole")
+
+
+def test_the_process_that_failed_is_named(two, folder):
     first, second = two["again"]
     assert second["error"] == "OSError"
     assert "on fire" in second["text"]
@@ -138,8 +171,6 @@ def test_a_run_whose_process_failed_goes_on_with_the_same_bits(two, folder):
     assert "process-1.txt" in first["text"]
     assert "--resume auto" in first["text"]
     assert "on fire" in (folder / "again" / "logs" / "process-1.txt").read_text()
-    assert [found["error"] for found in two["resumed"]] == [None, None], two["resumed"]
-    same(folder / "again", folder / "whole")
 
 
 def test_one_process_goes_on_where_two_stopped(two, folder, run, base, tmp_path):
@@ -194,6 +225,27 @@ def test_what_sharded_weights_send_is_told(two):
     assert f"and {first['gathered_bytes_per_step'] / 1e3:.1f} kB of frozen weights, gathered in each pass" in printed
 
 
+def test_where_one_runs_out_of_memory_the_steps_are_the_same(two, folder, run, base, tmp_path):
+    run(**base | SHORT | {"gradient_accumulation_steps": 4, "held_out": 0, "output": str(tmp_path / "one")})
+    for name in ("short", "short-sharded"):
+        assert [found["error"] for found in two[name]] == [None, None], two[name]
+        trace(folder / name, tmp_path / "one", figures=OF_PIECES)
+        assert "Each batch now takes 8 passes" in (folder / name / "logs" / "process-1.txt").read_text()
+        where = " in process 1" if name == "short" else ""
+        assert f"each batch took 8 passes{where}" in " ".join(two[name][0]["printed"].split())
+    # sharded weights are gathered by all together, and so all halve
+    assert "Out of memory (in another process) Each batch now takes 8 passes" in two["short-sharded"][0]["printed"]
+    assert "Out of memory" not in two["short"][0]["printed"]
+
+
+def test_where_one_cannot_halve_all_end_with_its_error(two):
+    first, second = two["too-short"]
+    assert second["error"] == "TheodoraError"
+    assert "Lower per_device_train_batch_size" in second["text"]
+    assert first["error"] == "OtherFailed", first
+    assert "Process 1 failed: Out of memory: CUDA out of memory" in first["text"]
+
+
 def test_nf4_is_loaded_so_that_it_is_cut(two):
     assert [found["error"] for found in two["nf4"]] == [None, None], two["nf4"]
     assert "FSDP2, gloo" in two["nf4"][0]["printed"]
@@ -211,16 +263,35 @@ def test_all_stop_when_one_is_told_to(two, folder):
     assert checkpoint.name in ("checkpoint-5", "checkpoint-6")
 
 
-def test_a_killed_process_ends_the_run_which_can_go_on(killed, folder):
-    first, second = killed
-    assert second["error"] == "no word"
+@pytest.mark.parametrize(("ending", "of_it", "seconds"), [("hung", "OSError", 6), ("killed", "no word", 20)])
+def test_a_process_without_a_word_ends_the_run(ended, folder, ending, of_it, seconds):
+    first, second = ended[ending]
+    assert second["error"] == of_it
     assert first["error"] == "OtherFailed", first
-    assert "No answer from process 1" in first["text"]
-    assert "20 s (ddp_timeout" in first["text"]
+    assert f"No answer from process 1: it was killed, or hung for {seconds} s (ddp_timeout" in first["text"]
+    assert f"The last words of process 1 are in {folder / ending / 'logs' / 'process-1.txt'}" in first["text"]
     assert "--resume auto" in first["text"]
-    newest = newest_checkpoint(folder / "killed")
-    assert newest is not None
-    assert newest.name == "checkpoint-4"
+
+
+def test_torchrun_shows_the_error_of_the_process_that_fails(base, folder):
+    """Its agent for real, which ends the other process, too; what it starts is forked with everything imported."""
+    options = base | {"output": str(folder / "launched"), "held_out": 0}
+    (folder / "launched.yaml").write_text(json.dumps(options))
+    config = LaunchConfig(
+        1,
+        1,
+        2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="launched",
+        start_method=fork_server().get_start_method(),
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+    )
+    with pytest.raises(ChildFailedError):
+        elastic_launch(config, fails_in_one.start)(["train", "--config", str(folder / "launched.yaml")])
+    (said,) = folder.glob("launched_*/attempt_0/1/stderr.log")
+    assert "OSError: the disk is on fire" in said.read_text()
+    assert "on fire" in (folder / "launched" / "logs" / "process-1.txt").read_text()
 
 
 def same(one: Path, other: Path):
@@ -231,10 +302,10 @@ def same(one: Path, other: Path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def trace(one: Path, other: Path, rtol=2e-4):
+def trace(one: Path, other: Path, rtol=2e-4, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
     assert [sorted(line) for line in lines[0]] == [sorted(line) for line in lines[1]]
-    for name in FIGURES:
+    for name in figures:
         values = [torch.tensor([line[name] for line in each if name in line]).double() for each in lines]
         torch.testing.assert_close(*values, rtol=rtol, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))

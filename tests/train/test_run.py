@@ -99,11 +99,12 @@ def test_fields_of_sft_config_reach_the_trainer(run, tmp_path, losses):
 
 def test_unknown_and_impossible_options_are_refused_together(run):
     with pytest.raises(ConfigError) as caught:
-        run(max_stepz=3, lora_alpha=4, push_to_hub=True, adam_beta1="much")
+        run(max_stepz=3, lora_alpha=4, push_to_hub=True, save_on_each_node=True, adam_beta1="much")
     message = str(caught.value)
     assert "did you mean max_steps" in message
     assert "lora_alpha; it is called alpha here: write alpha: 4" in message
     assert "push_to_hub" in message
+    assert "save_on_each_node has no effect here: one process writes" in message
     assert "adam_beta1 is 'much'; expected a number" in message
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
-from theodora.functional import dora_norm, merged_weight
+from theodora.functional import dora_norm, merged_weight, wide_dtype
 from theodora.kernels.base_weight import BaseWeight
 from theodora.kernels.recompute import once_in_a_block
 from theodora.kernels.sharded_weight import forget_shard, is_sharded, put_back, replace_shard
@@ -128,7 +128,8 @@ class AdapterLayer(Swapped):
     def weight_norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (O,): computed once for each frozen weight."""
         weight = self.current_weight
-        return self.norm_cache.weight_norm_squared(weight, weight.norm_squared)
+        compute = partial(_number_a_row, weight) if weight.device.type == "meta" else weight.norm_squared
+        return self.norm_cache.weight_norm_squared(weight, compute)
 
     def inference_tensors(self, adapter: LowRank, one_token: bool) -> InferenceTensors | None:
         """What a pass without gradients need not compute again, see `NormCache.get`."""
@@ -232,5 +233,12 @@ def start_norm(module: nn.Module, adapter: LowRank) -> Tensor:
     A magnitude that starts here makes g exactly 1, for as long as the update is zero or what it was.
     """
     weight = base_weight(module)
+    if weight.device.type == "meta":
+        return _number_a_row(weight)
     with torch.no_grad():
         return norm_of(weight, *adapter.factors(), adapter.scale, weight.norm_squared())
+
+
+def _number_a_row(weight: BaseWeight) -> Tensor:
+    """What a norm is on paper, (O,), without going through all pieces of W."""
+    return torch.empty(weight.shape[:-1], dtype=wide_dtype(weight.dtype), device="meta")

@@ -29,6 +29,7 @@ _OTHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
 }
 _READ_BY_LIBRARIES = (*_PLACE[:3], "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_SET_BY_ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT")
 _ENGINES_OF_ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _ELSEWHERE = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -118,6 +119,22 @@ def check_engine(config: TrainConfig, environment: Mapping[str, str] | None = No
             found.append(f"model_init_kwargs: {name}: tensor or pipeline parallelism")
     if found:
         raise ConfigError(f"Adapters are not trained this way:{bullet_list(found)}\n{_WAY}.")
+
+
+def notes_of_one(config: TrainConfig, environment: Mapping[str, str] | None = None) -> list[str]:
+    """What a process that is alone does not do, though it was asked for."""
+    given = os.environ if environment is None else environment
+    notes: list[str] = []
+    # accelerate launch sets the first in any case, and the others for several processes, of which it starts one where
+    # it is to use a CPU, or sees one GPU; it tells that one nothing else (read in accelerate 1.15).
+    if "WORLD_SIZE" not in given and all(given.get(name) for name in _SET_BY_ACCELERATE):
+        notes.append(
+            "accelerate launch was asked for several processes and has started one, as it does on a CPU; "
+            "torchrun --nproc-per-node N -m theodora train … starts N"
+        )
+    if config.sharding in ("fsdp2", "hsdp"):
+        notes.append(f"sharding {config.sharding} has no effect: there is one process")
+    return notes
 
 
 def is_on(value: str | None) -> bool:

@@ -8,7 +8,6 @@ loss by the tokens of the whole step, so the sum of the gradients is the same.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -24,11 +23,17 @@ from theodora.config import TrainConfig
 from theodora.data.packing import packed_batch
 from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
+from theodora.train.in_step import InStep, first_line, let_go
+from theodora.train.processes import OtherFailed
 from theodora.train.progress import as_size
 
 Inputs = dict[str, Any]
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Of a weight, with its share of the scales and of theirs."""
+_OF_ANOTHER = "in another process"
+_NO_SMALLER = "Another process has run out of memory with a batch that cannot be halved."
+_FEW = 8
+"""Tokens of a pass that is run for other processes alone."""
 
 
 class Pieces:
@@ -48,44 +53,69 @@ class Pieces:
         """Pieces of each batch."""
         self.advice = ""
         """A sentence: what would let the batch fit as it is."""
-        self.halves = True
-        """Whether to halve; several processes would have to do so together."""
+        self.in_step: InStep | None = None
+        """Runs the passes of several processes with sharded weights, which halve together; others do so each by itself.
+        """
         self._batches: list[Inputs] = []
 
     def __call__(self, inputs: Inputs, *args: Any) -> Tensor:
         """Run a batch; if memory runs out, run the whole step as far as it has come again, in smaller pieces."""
         self._batches.append(dict(inputs))
-        try:
-            return self._in_pieces(inputs, *args)
-        except torch.OutOfMemoryError as error:
-            message = (str(error).splitlines() or ["out of memory"])[0]
-        # Outside the except block, because the error's traceback holds on to the tensors of the pass that failed.
-        while self.halves and any(len(split(batch, 2 * self.count)) > self.count for batch in self._batches):
+        loss, message = self._tried([inputs], *args)
+        while loss is None:
+            # (_tried has left its except block, because the error's traceback holds on to the tensors of that pass.)
+            if not self._can_halve(message is not None):
+                raise torch.OutOfMemoryError(message) if message is not None else OtherFailed(_NO_SMALLER)
             self.count *= 2
             self.say(
-                f"Out of memory ({message}) Each batch now takes {self.count} passes of a "
+                f"Out of memory ({message or _OF_ANOTHER}) Each batch now takes {self.count} passes of a "
                 f"{'half' if self.count == 2 else f'{self.count}th'} of its rows, as if gradient_accumulation_steps "
                 f"were {self.count} times as many: the same steps, more slowly. {self.advice}".rstrip()
             )
             self.start_over()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            try:
-                return [self._in_pieces(batch, *args) for batch in self._batches][-1]
-            except torch.OutOfMemoryError as error:
-                message = (str(error).splitlines() or ["out of memory"])[0]
-        raise torch.OutOfMemoryError(message)
+            let_go()
+            loss, message = self._tried(self._batches, *args)
+        return loss
 
     def end_step(self) -> None:
         """The optimizer takes the step."""
         self._batches = []
+
+    def _tried(self, batches: list[Inputs], *args: Any) -> tuple[Tensor | None, str | None]:
+        """The last batch's loss; None if memory has run out, and why, if it has done so here."""
+        if self.in_step is not None:
+            return self._tried_in_step(self.in_step, batches, *args)
+        try:
+            return [self._in_pieces(batch, *args) for batch in batches][-1], None
+        except torch.OutOfMemoryError as error:
+            return None, first_line(error)
 
     def _in_pieces(self, inputs: Inputs, *args: Any) -> Tensor:
         if self.count == 1:
             return self.run(inputs, *args)
         losses = [self.run(dict(piece), *args) for piece in split(inputs, self.count)]
         return torch.stack(losses).sum()
+
+    def _tried_in_step(self, in_step: InStep, batches: list[Inputs], *args: Any) -> tuple[Tensor | None, str | None]:
+        """The same with as many passes in every process, whatever rows it has, and wherever memory runs out."""
+        message, losses = None, []
+        for batch in batches:
+            pieces, losses = split(batch, self.count), []
+            for number in range(self.count):
+                idle = message is not None or number >= len(pieces)
+                piece = few_of(batch) if idle else pieces[number]
+                loss, found = in_step(lambda piece: self.run(piece, *args), piece, idle=idle)
+                message = message or found
+                if loss is not None and not idle:
+                    losses.append(loss)
+        if in_step.processes.highest(int(message is not None)):
+            return None, message
+        return torch.stack(losses).sum(), None
+
+    def _can_halve(self, ran_out: bool) -> bool:
+        """Whether there are smaller pieces; of several processes in step, in all that have run out of memory."""
+        can = any(len(split(batch, 2 * self.count)) > self.count for batch in self._batches)
+        return can if self.in_step is None else not self.in_step.processes.highest(int(ran_out and not can))
 
 
 def memory_advice(config: TrainConfig, model: PreTrainedModel) -> str:
@@ -107,6 +137,15 @@ def memory_advice(config: TrainConfig, model: PreTrainedModel) -> str:
     return f"What makes room: {'; '.join(ways)}." if ways else ""
 
 
+def said_of_pieces(counts: list[int]) -> list[str]:
+    """What a run's end says of the passes that each batch took, in each process."""
+    most = max(counts)
+    if most == 1:
+        return []
+    where = "" if min(counts) == most else f" in process {', '.join(str(n) for n, c in enumerate(counts) if c == most)}"
+    return [f"for want of memory each batch took {most} passes{where}"]
+
+
 def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     """A batch as `pieces` batches that have its rows between them; fewer where it has fewer rows."""
     ids = inputs["input_ids"]
@@ -114,14 +153,30 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
         parts = [_rows(inputs, rows) for rows in _slices(ids.shape[0], pieces)]
     else:
         parts = _documents(inputs, pieces)
-    if len(parts) > 1 and LEARNED in inputs:
-        device, with_bounds = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
-        parts = [SelectLearned(lambda _, part=part: part, with_bounds=with_bounds)([]) for part in parts]
-        for part in parts:
-            part[LEARNED] |= {
-                name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)
-            }
-    return parts
+    return [_told_anew(part, inputs) for part in parts] if len(parts) > 1 else parts
+
+
+def few_of(inputs: Inputs) -> Inputs:
+    """A few tokens of a batch, of which nothing is learned."""
+    shape = inputs["input_ids"].shape
+    part = {
+        name: value[:1, :_FEW] if isinstance(value, Tensor) and value.shape == shape else value
+        for name, value in inputs.items()
+        if name != LEARNED
+    }
+    whole = packed_batch([part["input_ids"][0]])  # whose bounds of sequences are others
+    part |= {name: value for name, value in whole.items() if name in part and name != "attention_mask"}
+    return _told_anew({**part, "labels": torch.full_like(part["labels"], -100)}, inputs)
+
+
+def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
+    """A part of a batch with what the host is to know of it, if it was told so of the whole."""
+    if LEARNED not in inputs:
+        return part
+    device, with_bounds = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
+    part = SelectLearned(lambda _: part, with_bounds=with_bounds)([])
+    part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
+    return part
 
 
 def _slices(length: int, pieces: int) -> list[slice]:

@@ -106,6 +106,14 @@ class Processes:
         """Whether it holds in any process; every process calls this."""
         return any(self.gather(here))
 
+    def highest(self, here: int) -> int:
+        """The highest number of all processes, which hosts tell one another; every process calls this."""
+        if self.alone:
+            return here
+        told = torch.tensor([here])
+        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)
+        return int(told.item())
+
     def gather(self, value: T) -> list[T]:
         """What each process has, in all of them."""
         if self.alone:

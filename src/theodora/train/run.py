@@ -38,9 +38,10 @@ from theodora.train.continued import continued
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
+from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
-from theodora.train.out_of_memory import memory_advice
+from theodora.train.out_of_memory import memory_advice, said_of_pieces
 from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
@@ -106,8 +107,8 @@ def _train_in_order(
             with console.status("Loading the data and the model …"):
                 prepared = prepare(config, arguments)
                 prepared.notes[:0] = said
-                if processes.alone and config.sharding in ("fsdp2", "hsdp"):
-                    prepared.notes.append(f"sharding {config.sharding} has no effect: there is one process")
+                if processes.alone:
+                    prepared.notes += notes_of_one(config)
                 prepared.given, prepared.past = config, past
                 processes = Processes.here()  # which may have chosen how they share the weights
                 if processes.sharding is not None:
@@ -226,8 +227,7 @@ def _train(
     if trainer.guard.skipped:
         skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
         notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
-    if trainer.pieces.count > 1:
-        notes.append(f"for want of memory each batch took {trainer.pieces.count} passes")
+    notes += said_of_pieces(processes.gather(trainer.pieces.count))
     if plan.resume_at == plan.steps:
         notes.append("all steps had been taken; raise max_steps or num_train_epochs to go on")
     if resting:

@@ -192,7 +192,7 @@ def _mesh(how: How, processes: Processes, device: torch.device) -> DeviceMesh:
 
     if how == "fsdp2":
         return init_device_mesh(device.type, (processes.count,), mesh_dim_names=("shard",))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes.count)))
+    local = processes.count_here
     if local == processes.count:
         raise ConfigError(
             f"Sharding hsdp keeps a whole model on each machine, and all {local} processes run on one: give "

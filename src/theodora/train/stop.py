@@ -9,6 +9,7 @@ name, and lets the run end as if it were complete.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -128,6 +129,8 @@ class StopOnSignal(TrainerCallback):
         newest = newest_checkpoint(self.output)
         kept = "no checkpoint was written yet" if newest is None else f"{newest} is whole"
         with contextlib.suppress(OSError):
+            if not self.alone:  # it may be the one that the others wait for: where it stands goes into its log
+                faulthandler.dump_traceback(2)
             os.write(2, f"SIGTERM: no checkpoint within {self.grace_period:g} s; {kept}.\n".encode())
         os._exit(128 + signal.SIGTERM)
 

@@ -37,6 +37,7 @@ from theodora.train.stop import TrainingInterrupted
 LOGS = "logs"
 """Folder of a run with what processes other than the first print."""
 _TIMEOUT = 600  # seconds; transformers' own bound, ddp_timeout, says otherwise
+_LATER = timedelta(minutes=1)
 _PATIENCE = timedelta(days=30)
 _ASKED_FOR = 5.0  # seconds in which others say that they are alive, or why not
 _LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -116,10 +117,11 @@ def _begin(config: TrainConfig, found: Launched, timeout: timedelta) -> bool:
                 f"{found.count}. Start them all with one launcher."
             )
         return False
+    # NCCL ends a process that waits too long without a word of ours; what hosts tell one another fails before it then.
     backend = config.trainer.get("ddp_backend") or ("gloo" if cpu else "nccl")
     device: Any = {} if cpu or backend != "nccl" else {"device_id": torch.device("cuda", found.on_machine)}
     try:
-        distributed.init_process_group(backend, timeout=timeout, **device)
+        distributed.init_process_group(backend, timeout=timeout + (_LATER if device else timedelta()), **device)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Process {found.index} of {found.count} could not join the others at {os.environ.get('MASTER_ADDR')}:"

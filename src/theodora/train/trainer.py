@@ -32,7 +32,8 @@ from typing import Any
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from theodora.train.fused_loss import Head
-from theodora.train.out_of_memory import Pieces
+from theodora.train.in_step import InStep
+from theodora.train.out_of_memory import Pieces, few_of
 from theodora.train.processes import Processes
 from theodora.train.resumed import UseOptions
 from theodora.train.step_state import RestoreUnlogged
@@ -63,7 +64,8 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
         self.add_callback(UseOptions(self))
         self.say = print
         self.pieces = Pieces(self.one_pass, self.start_step_over, lambda text: self.say(text))
-        self.pieces.halves = self.processes.sharding is None  # passes of sharded weights go together
+        if self.processes.sharding is not None:
+            self.pieces.in_step = InStep(self.model, self.processes, few_of, self.untraced)
         self.defers_logs = self.args.device.type == "cuda" or not self.processes.alone
         self._under_way = deque()
         self._losses = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,11 +101,19 @@ class LossOverrides(CountingTrainer):
     def _nothing(self, run: Callable[[], Any]) -> Tensor:
         """The loss of a batch of nothing: 0. Where weights are sharded it runs, without a trace, as the others do."""
         if self.processes.sharding is not None:
-            metrics, tokens = copied(self.metrics_of(self.mode)), self.tokens
-            run()
+            with self.untraced():
+                run()
+        return torch.zeros((), device=self.args.device)
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Inside the block passes leave no trace in the metrics."""
+        metrics, tokens = copied(self.metrics_of(self.mode)), self.tokens
+        try:
+            yield
+        finally:
             replace_metrics(self.metrics_of(self.mode), metrics)
             self.tokens = tokens
-        return torch.zeros((), device=self.args.device)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Overrides transformers 5.17 to 5.23's `Trainer.evaluation_loop`, whose loss is the mean over batches.

@@ -117,7 +117,7 @@ class StepOverrides(PassOverrides):
             if nothing:
                 if self.outcome is not None and self.processes.sharding is not None:
                     self.outcome.note(whole)  # which runs them on the weights that a step has left, all together
-                return self._nothing(lambda: self.one_pass(inputs, model, num_items_in_batch))
+                return self._nothing(lambda: self.pieces(inputs, model, num_items_in_batch))
             loss = self.pieces(inputs, model, num_items_in_batch)
             if self._gradients is not None:
                 self._losses.append(loss.detach())
@@ -140,7 +140,6 @@ class StepOverrides(PassOverrides):
         self.release_graphs("batches do not fit into memory as they are")
         for parameter in self.model.parameters():
             parameter.grad = None
-        self._losses = []
         if self.last_step is not None:
             self.last_step.restore_metrics_to(self)
 
@@ -207,6 +206,8 @@ class StepOverrides(PassOverrides):
             with torch.no_grad(), self.compute_loss_context_manager():
                 return self.compute_loss(self.model, dict(inputs)).detach()
         except torch.OutOfMemoryError:
+            if self.processes.sharding is not None:  # the others wait in the midst of the same pass
+                raise
             return None
         finally:
             self.model.train(training)
