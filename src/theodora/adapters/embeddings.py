@@ -116,6 +116,5 @@ def base_parameter(model: nn.Module, key: str) -> Tensor:
     module_path, _, name = key.rpartition(".")
     module = model.get_submodule(module_path)
     if isinstance(module, AdapterLayer) and name == "weight":
-        w_OI = module.base_weight.dense()
-        return w_OI.T if module.stored_transposed else w_OI
+        return module.as_stored(module.base_weight.dense())
     return getattr(module, name)

@@ -81,6 +81,10 @@ class AdapterLayer(Swapped):
         """The base weight as the module stores it, also while an adapter is merged."""
         return self.weight if self._set_aside is None else self._set_aside[0]
 
+    def as_stored(self, w_OI: Tensor) -> Tensor:
+        """A view of a matrix (O, I) in the shape in which the module stores its weight."""
+        return w_OI.T if self.stored_transposed else w_OI
+
     # Its adapters
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
@@ -158,10 +162,10 @@ class AdapterLayer(Swapped):
         merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
         if is_sharded(base):
-            base = replace_shard(base, merged.T if self.stored_transposed else merged)
+            base = replace_shard(base, self.as_stored(merged))
             self._set_aside, self.merged_adapter = (base,), name
             return
-        self.weight = nn.Parameter(merged.T.contiguous() if self.stored_transposed else merged, requires_grad=False)
+        self.weight = nn.Parameter(self.as_stored(merged).contiguous(), requires_grad=False)
         self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:

@@ -1,4 +1,4 @@
-"""Which modules are linear layers and embeddings: known by how they run, not by their names."""
+"""Which modules are linear layers, embeddings and convolutions: known by how they run, not by their names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from theodora.layers.libraries import runs_as_linear
 
 # Falcon's is written out, and the same; float8 layers are made of linear ones only.
 _FORWARDS = (nn.Linear.forward, FalconLinear.forward, Float8Layer.forward)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -33,4 +34,14 @@ def is_embedding(module: nn.Module) -> bool:
     """Whether the module is a plain lookup, or one that multiplies its rows by `embed_scale` (Gemma)."""
     return isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    )
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module runs as `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` does."""
+    return any(
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module)._conv_forward is kind._conv_forward  # pyright: ignore[reportPrivateUsage]
+        for kind in _CONVOLUTIONS
     )
