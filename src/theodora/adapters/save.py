@@ -29,6 +29,7 @@ from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import peft_config, starts_from_weight
 from theodora.files.atomic import atomic_directory, atomic_write
+from theodora.files.convolutions import as_filters
 from theodora.files.finite import not_finite
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.ours import HASHES_KEY, hashes_of_adapter
@@ -37,6 +38,7 @@ from theodora.files.token_rows import DELTA
 from theodora.files.trained_on import TRAINED_ON_KEY
 from theodora.kernels.sharded_weight import is_sharded, whole
 from theodora.layers import LowRank
+from theodora.layers.base_weights import filter_shape
 from theodora.layers.linear import Conv1DAdapterLayer
 
 LOG = logging.getLogger(__name__)
@@ -110,11 +112,12 @@ def _tensors(
         elif any(is_sharded(parameter) for parameter in adapter.parameters()):
             adapter = _gathered(adapter, {key: whole(tensor) for key, tensor in adapter.state_dict().items()}, "")
         a, b = adapter.factors()
+        shape = filter_shape(layer)
         pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"
-        tensors[pattern.format(path, "A")] = a
-        tensors[pattern.format(path, "B")] = b
+        tensors[pattern.format(path, "A")] = as_filters(a, "a", shape)
+        tensors[pattern.format(path, "B")] = as_filters(b, "b", shape)
         if adapter.magnitude is not None:
-            tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
+            tensors[f"{path}.lora_magnitude_vector"] = as_filters(adapter.magnitude, "magnitude", shape)
     for path, parameter in full_copies(model, state, name).items():
         in_place = state.active == name and state_dict is not None
         key = bias_key(path, layers) if path in biases else path

@@ -105,6 +105,12 @@ def stored_transposed(module: nn.Module) -> bool | None:
     return True if is_conv1d(module) or is_embedding(module) else None
 
 
+def filter_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """(C / groups, k, …) of a convolution: a row of its weight as the module stores it. None for any other module."""
+    own: Any = module
+    return (own.in_channels // own.groups, *own.kernel_size) if isinstance(module, CONVOLUTION) else None
+
+
 def is_float8(module: nn.Module, tensor: Any) -> bool:
     """Whether `tensor`, the module's weight, is float8 with a scale for each row; what is merged into one is plain."""
     return isinstance(module, Float8Layer) and tensor.dtype == FLOAT8

@@ -52,14 +52,9 @@ class ConvAdapterLayer(AdapterLayer):
         with torch.no_grad():
             return with_value_of(own._conv_forward(x, weight, bias), y)
 
-    @property
-    def filter_shape(self) -> tuple[int, ...]:
-        """(C / groups, k, …): of one row of the weight, as the module stores it."""
-        return tuple(self.base_parameter.shape[1:])
-
     def as_stored(self, w_OI: Tensor) -> Tensor:
         """A view of a matrix (O, I) as the module's weight, (O, C / groups, k, …)."""
-        return w_OI.view(-1, *self.filter_shape)
+        return w_OI.view(self.base_parameter.shape)
 
     def input_shape(self) -> tuple[int, ...]:
         """(C, L, …) of the smallest input that fills a window and can be padded."""

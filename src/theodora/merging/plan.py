@@ -13,10 +13,11 @@ from torch import Tensor
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.renamed import left_out_note, under_names
 from theodora.errors import CheckpointError, bullet_list
-from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
+from theodora.files.adapter import AdapterFile, AdapterTensors
 from theodora.files.base_model import BaseCheckpoint
 from theodora.files.distrust import FLOAT_DTYPES
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint, weight_fingerprint
+from theodora.files.in_full import missing_in_full
 from theodora.files.model_folder import StoredTensor
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
@@ -82,9 +83,9 @@ class OutputTensor:
         work = start.to(wide_dtype(stored.dtype))
         update = self.change.low_rank
         if update is not None:
-            w_OI = work.T if self.transposed else work
+            w_OI = _matrix(work, self.transposed)
             w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
-            work = w_OI.T if self.transposed else w_OI
+            work = w_OI.T if self.transposed else w_OI.view(work.shape)
         if self.change.rows is not None:
             work = self.change.rows.put_into(work)
         return stored, work.contiguous()
@@ -95,7 +96,7 @@ class OutputTensor:
         if self.change is None or update is None:
             return 0.0
         w, merged = (stored if self.change.full is None else self.change.full), written
-        w_OI, merged_OI = (w.T, merged.T) if self.transposed else (w, merged)
+        w_OI, merged_OI = _matrix(w, self.transposed), _matrix(merged, self.transposed)
         return weight_excess(w_OI, update.a, update.b, update.scale, update.magnitude, merged_OI)
 
     def written_dtype(self, stored: Tensor) -> torch.dtype:
@@ -160,13 +161,17 @@ def plan_merge(
 
 
 def weight_on_disk(base: BaseCheckpoint, path: str) -> Tensor | None:
-    """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
+    """The base weight of a module as a matrix (O, I), or None if the base does not store it as one tensor."""
     name = base.model_name(f"{path}.weight")
     key = base.key_of(name) if name is not None else None
     if name is None or key is None:
         return None
-    weight = base.read(key)
-    return weight.T if base.is_transposed(name) else weight
+    return _matrix(base.read(key), base.is_transposed(name))
+
+
+def _matrix(stored: Tensor, transposed: bool) -> Tensor:
+    """A weight as it is stored, as a matrix (O, I); of a convolution I is all that one output reads."""
+    return stored.T if transposed else stored.flatten(1) if stored.ndim > 2 else stored
 
 
 def fingerprint_on_disk(base: BaseCheckpoint, path: str) -> list[float] | None:
@@ -335,7 +340,7 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
                 f"{tuple(change.rows.rows.shape[1:])} for tokens up to {max(change.rows.ids)}"
             )
         if change.low_rank is not None:
-            adapted = (change.low_rank.b.shape[0], change.low_rank.a.shape[1])
+            adapted = change.low_rank.weight_shape
             expected = output.shape[::-1] if output.transposed else output.shape
             if adapted != expected:
                 problems.append(f"{output.parameter}: (out, in) is {adapted} in the adapter, {expected} in the base")

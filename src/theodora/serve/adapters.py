@@ -80,6 +80,7 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None, bounds=bounds))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: a convolution" for path, tensors in file.modules.items() if tensors.filter_shape]
     problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
     if problems:
         raise CheckpointError(
