@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -45,3 +47,18 @@ def is_convolution(module: nn.Module) -> bool:
         and type(module)._conv_forward is kind._conv_forward  # pyright: ignore[reportPrivateUsage]
         for kind in _CONVOLUTIONS
     )
+
+
+def token_ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """A transformers model's embedding of tokens and its output head; None for what it has not.
+
+    A vision model calls the convolution of its patches its input embedding, or has no answer at all.
+    """
+    ends: list[nn.Module | None] = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            end = getattr(model, get, lambda: None)()
+        except NotImplementedError:
+            end = None
+        ends.append(None if getattr(end, "weight", None) is None or is_convolution(end) else end)
+    return ends[0], ends[1]

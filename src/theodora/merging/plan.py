@@ -21,6 +21,7 @@ from theodora.files.in_full import missing_in_full
 from theodora.files.model_folder import StoredTensor
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
+from theodora.layers.kinds import token_ends
 from theodora.paths import nearest
 
 _MISSES_TOLD = 20
@@ -219,7 +220,7 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile) -> tuple[dict[str, Chan
         if name is None:
             problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
             continue
-        embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
+        embedding = base.model.get_submodule(path) is token_ends(base.model)[0]
         for member in (name, *(base.tied_to(name) if embedding else ())):
             has_its_own = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
             if member == name or not has_its_own:
@@ -269,7 +270,7 @@ def _untied(base: BaseCheckpoint, changes: dict[str, Change]) -> tuple[set[str],
     """Parameters that shared their values in the base and no longer do; and complaints about those that always do."""
     untied: set[str] = set()
     problems: list[str] = []
-    ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    ends = set(map(id, token_ends(base.model)))
     for name, change in changes.items():
         others = base.tied_to(name)
         if not others or all(change.same_as(changes.get(other)) for other in others):
@@ -349,7 +350,7 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
 
 def _embeddings(base: BaseCheckpoint) -> set[str]:
     """Parameters that have one row per token: they may be resized."""
-    ends = (base.model.get_input_embeddings(), base.model.get_output_embeddings())
+    ends = [end for end in token_ends(base.model) if end is not None]
     return {
         name
         for name, _ in base.model.named_parameters(remove_duplicate=False)
