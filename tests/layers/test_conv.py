@@ -296,6 +296,13 @@ def test_a_weight_made_by_a_hook_is_refused():
     assert "remove_weight_norm" in reason
 
 
+def test_sharding_is_refused():
+    model, _ = net("strided")
+    model.conv.__dict__["_is_fsdp_managed_module"] = True  # as fully_shard writes on it
+    with pytest.raises(ConfigError, match=r"fully_shard has sharded an adapted AdaptedConv1d.*ignored_params"):
+        model(input_of(model))
+
+
 def test_a_start_beyond_the_weights_rank_is_refused():
     with pytest.raises(ConfigError, match="rank of at most 2 here, found 3"):
         net("few outputs", rank=3, init="pissa")
