@@ -62,7 +62,7 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")
     if weight.is_meta and not is_on_paper():
         return Unfit("its weight is not loaded yet (it is on the meta device)")
-    if isinstance(module, CONVOLUTION) and "weight" not in module._parameters:
+    if isinstance(module, CONVOLUTION) and module.__dict__["_parameters"].get("weight") is None:
         return Unfit(
             "its weight is made anew in each pass, of parameters by another name (by weight_norm, say): make it a "
             "plain one first (torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm)"

@@ -57,7 +57,7 @@ def token_ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     ends: list[nn.Module | None] = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            end = getattr(model, get, lambda: None)()
+            end: Any = getattr(model, get, lambda: None)()
         except NotImplementedError:
             end = None
         ends.append(None if getattr(end, "weight", None) is None or is_convolution(end) else end)
