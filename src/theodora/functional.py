@@ -30,6 +30,7 @@ from theodora.autocast import without_autocast
 _PIECE = 1 << 22
 # Where the factored norm² falls below this share of its terms, rounding has eaten its digits: see `dora_norm`.
 CANCELLED = 1e-2
+Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -246,6 +247,60 @@ def _of_each(
     none = [None] * len(counts)
     x_lora = none if x_lora_SI is None else x_lora_SI.split(list(counts))
     return x_SI.split(list(counts)), x_lora, none if bias_EO is None else list(bias_EO)
+
+
+def lora_conv(
+    x: Tensor,
+    w: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    conv: Convolution,
+    groups: int = 1,
+    *,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """y = conv(x, W) + bias + s·conv(x, B·A), (…, O, L, …), in the dtype of x, (…, C, L, …).
+
+    The weight (O, C / groups, k, …) is seen as a matrix, whose rows are all that makes one output: I = C / groups · k.
+    A are R filters of that size, and B weighs what they give at each place; each group's channels go through all of
+    them. Where the update has fewer filters than that, as where each channel is its own group, it is formed instead.
+
+    `conv(x, weight, bias)` is the convolution as the module runs it: stride, padding, dilation, groups. `x_lora` is
+    what the low-rank branch sees instead of x (x after dropout).
+    """
+    x_lora = x if x_lora is None else x_lora
+    outputs, rank = b_OR.shape
+    if rank * groups >= outputs:
+        update = conv(x_lora, (b_OR @ a_RI).to(x.dtype).view(w.shape), None)
+    else:
+        filters = a_RI.to(x.dtype).repeat(groups, 1).view(groups * rank, *w.shape[1:])
+        at_each_place = (F.conv1d, F.conv2d, F.conv3d)[w.dim() - 3]
+        b = b_OR.to(x.dtype).view(outputs, rank, *(1 for _ in w.shape[2:]))
+        update = at_each_place(conv(x_lora, filters, None), b, groups=groups)
+    return conv(x, w, bias_O) + scale * update
+
+
+def dora_conv(
+    x: Tensor,
+    w: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    magnitude_O: Tensor,
+    norm_O: Tensor,
+    conv: Convolution,
+    groups: int = 1,
+    *,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """y = g ⊙ (conv(x, W) + s·conv(x, B·A)) + bias with g = m / norm of each output channel; as `lora_conv`."""
+    z = lora_conv(x, w, None, a_RI, b_OR, scale, conv, groups, x_lora=x_lora)
+    each = (-1, *(1 for _ in w.shape[2:]))
+    y = (z * dora_scale(magnitude_O, norm_O).view(each)).to(x.dtype)
+    return y if bias_O is None else y + bias_O.view(each)
 
 
 def row_slices(rows: int, columns: int) -> list[slice]:

@@ -367,7 +367,7 @@ def test_modules_without_a_weight_for_an_adapter_say_why():
     quantised = nn.Linear(4, 4)
     quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     for module, reason in (
-        (nn.Conv2d(4, 4, 1), "Conv2d is no linear layer or embedding"),
+        (nn.LayerNorm(4), "LayerNorm is no linear layer, embedding or convolution"),
         (quantised, "its weight is quantised or special (Parameter, torch.int8)"),
         (nn.Linear(4, 4, device="meta"), "its weight is not loaded yet (it is on the meta device)"),
         (nn.Embedding(4, 4, max_norm=1.0), "Embedding with max_norm rescales its weight while it is used"),

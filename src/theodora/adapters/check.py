@@ -20,10 +20,12 @@ from theodora.adapters.state import active_name, adapter_layers, new_low_rank, o
 from theodora.adapters.token_rows import rows_problems, rows_to_write
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
-from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full, read_adapter
+from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.finite import finite
+from theodora.files.in_full import missing_in_full
 from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
+from theodora.layers.base_weights import filter_shape
 from theodora.layers.experts import ExpertParameter, named_places, place_at
 from theodora.paths import layer_index, matches, nearest
 from theodora.synonyms import of_another_part
@@ -162,8 +164,8 @@ def _module_problems(
         else:
             weight = resized.get(f"{path}.weight")
             stored = base_weight(module) if weight is None else weight.T if tensors.embedding else weight
-            expected = tuple(stored.shape)
-            made_for = (*tensors.b.shape[:-1], tensors.a.shape[-1])
+            expected = (*stored.shape[:-1], *(filter_shape(module) or stored.shape[-1:]))
+            made_for = tensors.weight_shape
             if made_for != expected:
                 of = "(experts, out, in)" if len(expected) == 3 else "(out, in)"
                 problems.append(f"{path}: made for a weight of {made_for} {of}; here it is {expected}")

@@ -17,6 +17,7 @@ from theodora.files.adapter import AdapterFile
 from theodora.files.fingerprint import OTHER_BASE
 from theodora.layers import AdapterLayer
 from theodora.layers.base_weights import FLOATS
+from theodora.layers.kinds import token_ends
 
 
 def resized_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ def end_weights(model: Any) -> dict[str, nn.Parameter]:
     """Parameter path → weight, of a transformers model's input embedding and output head; of another model none."""
     if not hasattr(model, "resize_token_embeddings"):
         return {}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = [end for end in token_ends(model) if end is not None]
     modules = model.named_modules(remove_duplicate=False)
     return {f"{path}.weight": module.weight for path, module in modules if any(module is end for end in ends)}
 
@@ -116,6 +117,5 @@ def base_parameter(model: nn.Module, key: str) -> Tensor:
     module_path, _, name = key.rpartition(".")
     module = model.get_submodule(module_path)
     if isinstance(module, AdapterLayer) and name == "weight":
-        w_OI = module.base_weight.dense()
-        return w_OI.T if module.stored_transposed else w_OI
+        return module.as_stored(module.base_weight.dense())
     return getattr(module, name)

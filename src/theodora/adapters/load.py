@@ -87,6 +87,7 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
         tokens = resize_embeddings(model, resized)
         adapters = {module: low_rank_of(model, module, file, config) for module in file.modules}
         full = _full(model, file, full_parameters(model, config, state), read)
+    _warn_of_other_branches(model, read)
     read_or_bias = {key for key in file.full if key in read.full or key.endswith(".bias")}
     modules_in_full = {key.rpartition(".")[0] for key in file.full.keys() - read_or_bias}
     config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(modules_in_full)))
@@ -102,6 +103,28 @@ def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes:
     remember_origin(model, name, file)
     LOG.log(logging.INFO if tokens is None else logging.WARNING, "Loaded %s", report)
     return model
+
+
+def _warn_of_other_branches(model: nn.Module, file: AdapterFile) -> None:
+    """Say where PEFT trained another function than it merges: its A knows no dilation and pads with zeros."""
+    if file.fingerprint is not None or file.trained_on is not None:  # ours
+        return
+    convolutions: dict[str, Any] = {
+        path: model.get_submodule(path) for path, t in file.modules.items() if t.filter_shape
+    }
+    odd = [
+        path
+        for path, conv in convolutions.items()
+        if any(k > 1 and dilation > 1 for k, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
+        or conv.padding_mode != "zeros"
+    ]
+    if odd:
+        warnings.warn(
+            f"{file.path}: PEFT runs the low-rank branch of a convolution without its dilation and its padding mode, "
+            f"which {', '.join(odd[:3])}{', …' if len(odd) > 3 else ''} have: it was trained as another function than "
+            "PEFT merges. Here it does what PEFT's merged weights do.",
+            stacklevel=4,
+        )
 
 
 def load_report(model: nn.Module, name: str | None = None) -> LoadReport | None:

@@ -18,6 +18,7 @@ from theodora.files.finite import not_finite
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.kernels.sharded_weight import is_sharded, reshard, whole
 from theodora.layers import AdapterLayer
+from theodora.layers.kinds import token_ends
 from theodora.layers.swap import cannot_replace_weight
 
 
@@ -164,7 +165,7 @@ def _untie(model: nn.Module) -> list[Any]:
 
     Otherwise loading the saved model would tie them again. Returns the configurations that were changed.
     """
-    embedding, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
+    embedding, head = token_ends(model)
     config: Any = getattr(model, "config", None)
     if embedding is None or head is None or config is None or embedding.weight is getattr(head, "weight", None):
         return []

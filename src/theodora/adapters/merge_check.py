@@ -11,6 +11,7 @@ of it. Here u is half the spacing of the weight's dtype at 1, and rounding makes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ from theodora.errors import CheckpointError, bullet_list
 from theodora.functional import dora_linear, dora_norm, dora_scale, lora_linear
 from theodora.kernels.sharded_weight import whole_here
 from theodora.layers import AdapterLayer
+from theodora.layers.conv import ConvAdapterLayer
 from theodora.layers.linear import GROUP
 
 _TOKENS = 16  # T
@@ -34,18 +36,18 @@ class Unmerged:
 
     def __init__(self, layer: AdapterLayer) -> None:
         """Run the layer, whose adapter is active, as it is."""
-        weight, adapter = layer.current_weight, layer.active
+        adapter = layer.active
         assert adapter is not None
         self._dtype = layer.base_weight.dtype
         self._embedding = isinstance(layer, nn.Embedding)
-        self._x = _inputs(weight.shape, self._embedding, self._dtype, weight.device)
+        self._x = _inputs_of(layer, self._dtype)
         with torch.no_grad():
             self._adapted = _run(layer, self._x)
             scale = 1.0 if adapter.magnitude is None else dora_scale(adapter.magnitude, layer.norm(adapter))
             if self._embedding:
                 self._base = (_base_rows(layer, self._x) * scale).norm(dim=-1)
             else:
-                self._base = layer.weight_norm_squared().sqrt() * scale * _TOKENS**0.5
+                self._base = layer.weight_norm_squared().sqrt() * scale * self._adapted.shape[-2] ** 0.5
 
     def excess(self, layer: AdapterLayer) -> Tensor:
         """The merged layer's largest difference as a share of what rounding allows, a number on the device."""
@@ -100,6 +102,14 @@ def _unit(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0**-44 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
 
 
+def _inputs_of(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
+    weight = layer.current_weight
+    if isinstance(layer, ConvAdapterLayer):
+        shape = layer.input_shape()
+        return _inputs((0, math.prod(shape)), False, dtype, weight.device).view(-1, *shape)
+    return _inputs(weight.shape, isinstance(layer, nn.Embedding), dtype, weight.device)
+
+
 def _inputs(shape: Sequence[int], embedding: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Inputs (T, I) for a weight (O, I), (E, T, I) for one of (E, O, I), or T tokens."""
     generator, (*experts, _, in_features) = torch.Generator().manual_seed(0), shape
@@ -118,13 +128,17 @@ def _base_rows(layer: AdapterLayer, ids: Tensor) -> Tensor:
 
 
 def _run(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """The layer alone: without hooks, dropout, autocast, or the layers that read the same input."""
+    """The layer alone: without hooks, dropout, autocast, or the layers that read the same input; (T, O).
+
+    Of a convolution T is the places of all outputs.
+    """
     own: Any = type(layer)
     with _alone(layer), whole_here(layer):
         # A product of float8 rounds x, which a merged weight does not; so do some of int8, outside training only.
         exactly = kernels.reference() if layer.base_weight.rounds_input else nullcontext()
         with exactly, torch.autocast(x.device.type, enabled=False):
-            return own.forward(layer, x)
+            y = own.forward(layer, x)
+            return y.movedim(1, -1).flatten(0, -2) if isinstance(layer, ConvAdapterLayer) else y
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from theodora.adapters.token_rows import own_rows, peft_indices, token_layers
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.atomic import atomic_directory, atomic_write
+from theodora.files.convolutions import as_filters
 from theodora.files.experts import expert_tensors
 from theodora.files.finite import not_finite
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
@@ -38,6 +39,7 @@ from theodora.files.token_rows import DELTA
 from theodora.files.trained_on import TRAINED_ON_KEY
 from theodora.kernels.sharded_weight import is_sharded, whole
 from theodora.layers import LowRank
+from theodora.layers.base_weights import filter_shape
 from theodora.layers.experts import ExpertParameter, module_path
 from theodora.layers.linear import Conv1DAdapterLayer
 
@@ -116,11 +118,12 @@ def _tensors(
             beside = [other for other in layers.values() if other.holder is layer.holder]
             tensors |= expert_tensors(path.rpartition(".")[0], layer.outside(beside), a, b, adapter.magnitude)
             continue
+        shape = filter_shape(layer)
         pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"
-        tensors[pattern.format(path, "A")] = a
-        tensors[pattern.format(path, "B")] = b
+        tensors[pattern.format(path, "A")] = as_filters(a, "a", shape)
+        tensors[pattern.format(path, "B")] = as_filters(b, "b", shape)
         if adapter.magnitude is not None:
-            tensors[f"{path}.lora_magnitude_vector"] = adapter.magnitude
+            tensors[f"{path}.lora_magnitude_vector"] = as_filters(adapter.magnitude, "magnitude", shape)
     for path, parameter in full_copies(model, state, name).items():
         in_place = state.active == name and state_dict is not None
         key = bias_key(path, layers) if path in biases else path

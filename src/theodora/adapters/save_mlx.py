@@ -29,6 +29,7 @@ from theodora.files.mlx import to_mlx_name
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
+from theodora.layers.conv import ConvAdapterLayer
 from theodora.layers.token_rows import unmerged_weight
 
 
@@ -112,6 +113,8 @@ def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
     adapter: Any = layer.adapters[name]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(layer, ConvAdapterLayer):
+        return "MLX has no adapters for convolutions"
     if isinstance(layer, nn.Embedding):
         if adapter.magnitude is not None:
             return "MLX gives each token of an embedding a magnitude, DoRA here each output feature (see to_lora)"

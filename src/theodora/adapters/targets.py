@@ -17,6 +17,7 @@ from theodora.adapters.parts import parts_of
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.layers import AdapterLayer, cannot_adapt
+from theodora.layers.base_weights import CONVOLUTION
 from theodora.layers.experts import ExpertParameter, expert_parameters, named_places
 from theodora.layers.kinds import is_conv1d, is_linear
 from theodora.layers.libraries import prepare
@@ -212,7 +213,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], experts: boo
         and (experts or not isinstance(module, ExpertParameter))
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module) or refused(module))
-        and not isinstance(module, nn.Embedding)
+        and not isinstance(module, (nn.Embedding, CONVOLUTION))
     ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, bullet_list
 from theodora.files.token_rows import RowTensors
+from theodora.layers.kinds import token_ends
 from theodora.layers.token_rows import TokenRows, TokenRowsLayer, add_rows, cannot_have_rows, drop_rows, unmerged_weight
 from theodora.paths import matches
 
@@ -165,8 +166,7 @@ def _named_indices(
     if not indices:
         return {}, []
     if not isinstance(indices, Mapping):
-        get: Any = getattr(model, "get_input_embeddings", None)
-        embedding = get() if get is not None else None
+        embedding = token_ends(model)[0]
         path = next((path for path, module in model.named_modules() if module is embedding), None)
         if path is None:
             why = "a list of tokens is of the input embedding, which this model does not name; name a module"
@@ -191,8 +191,7 @@ def tied_to(model: nn.Module, path: str, *, towards_embedding: bool = False) -> 
 
     With `towards_embedding` the other way round: the path of the embedding, if the module shares its weight.
     """
-    get: Any = getattr(model, "get_input_embeddings", None)
-    embedding: Any = get() if get is not None else None
+    embedding = token_ends(model)[0]
     module: Any = model.get_submodule(path)
     if embedding is None or (module is embedding) is towards_embedding:
         return []

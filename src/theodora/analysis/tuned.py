@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.base_model import BaseCheckpoint
+from theodora.layers.kinds import token_ends
 
 _MISSES_TOLD = 20
 
@@ -17,7 +18,7 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
     Raises:
         CheckpointError: the models are not built alike, naming every miss.
     """
-    ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    ends = set(map(id, token_ends(base.model)))
     comparable: set[str] = set()
     problems: list[str] = []
     for path, module in base.model.named_modules():

@@ -60,7 +60,9 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
     for path, tensors in file.modules.items():
         parameter = base.model_name(f"{path}.weight") or f"{path}.weight"
         gguf_name = names.of(parameter)
-        if tensors.embedding or gguf_name is None:
+        if tensors.filter_shape is not None:
+            problems.append(f"{path}: a convolution, for which such a file has no place")
+        elif tensors.embedding or gguf_name is None:
             problems.append(f"{path}: an embedding, or no tensor of llama.cpp's {names.family.architecture}")
         elif parameter not in stored:
             problems.append(f"{path}: shares its weight with the embedding, and has none of its own in llama.cpp")

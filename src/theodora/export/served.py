@@ -45,12 +45,13 @@ def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
     """Check that an adapter has a served form.
 
     Raises:
-        UsageError: it has modules trained in full, or on embeddings, or brings other base weights.
+        UsageError: it has modules trained in full, or on embeddings or convolutions, or brings other base weights.
     """
     problems = [f"{key}: trained in full" for key in file.full]
     problems += [f"{path}: rows of single tokens" for path in file.token_rows]
     problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
+    problems += [f"{path}: a convolution" for path, tensors in file.modules.items() if tensors.filter_shape]
     if problems:
         raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems, 20))
 
@@ -59,7 +60,7 @@ def write_served(file: AdapterFile, base: BaseCheckpoint, folder: Path, base_nam
     """Write an adapter in served form.
 
     Raises:
-        UsageError: it has modules trained in full, or on embeddings, or brings other base weights.
+        UsageError: it has modules trained in full, or on embeddings or convolutions, or brings other base weights.
     """
     check_served(file, base)
     tensors: dict[str, Tensor] = {}

@@ -6,7 +6,8 @@
     base_model.model.<path>.lora_embedding_A, _B     (R, V), (O, R)
     base_model.model.<path>.<parameter>              modules trained in full
 
-What adapts the parameters of fused experts is in `experts.py`.
+What adapts the parameters of fused experts is in `experts.py`; tensors of convolutions have other shapes
+(`convolutions.py`).
 
 Beside an embedding or output head that was resized and trained in full PEFT writes the same values once more, as
 <path>.modules_to_save.<parameter>, and those it replaces, as <path>.original_module.<parameter>.
@@ -20,7 +21,7 @@ the safetensors file, which PEFT leaves alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
+from theodora.files import convolutions
 from theodora.files.adapter_folder import Bounds, Stamp, read_adapter_files, read_adapter_metadata
 from theodora.files.experts import experts_by_path
 from theodora.files.finite import DTYPES, all_finite_on_gpu, finite
@@ -46,7 +48,6 @@ from theodora.files.peft_options import (
 from theodora.files.token_rows import BASE_COPY, DELTA, RowTensors, file_rows
 from theodora.files.trained_on import TrainedOn, trained_on
 from theodora.files.wrapper_names import plain_keys
-from theodora.paths import matches
 
 _MISSES_TOLD = 20
 _PARTS = {
@@ -72,6 +73,13 @@ class AdapterTensors:
     """s in W + s·B·A."""
     embedding: bool = False
     """Whether the module is an embedding, whose weight is stored as (V, O)."""
+    filter_shape: tuple[int, ...] | None = None
+    """(C / groups, k, …) of a convolution, whose A and B are matrices here, too: I = C / groups · k …"""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(O, I) of the weight that this is for; of a convolution (O, C / groups, k, …), of experts (E, O, I)."""
+        return *self.b.shape[:-1], *(self.filter_shape or self.a.shape[-1:])
 
 
 @dataclass(frozen=True)
@@ -317,13 +325,18 @@ def _checked_modules(
     """The modules of low rank whose tensors agree with each other and with the configuration; what others lack."""
     modules: dict[str, AdapterTensors] = {}
     problems: list[str] = []
-    for module, parts in by_role.low_rank.items():
-        if problem := _module_problem(module, parts, config, any_rank, module in by_role.experts):
+    for module, stored in by_role.low_rank.items():
+        parts, filter_shape, experts = stored, None, module in by_role.experts
+        if not experts and convolutions.is_convolution(stored) and not convolutions.problem_of(stored):
+            parts, filter_shape = convolutions.as_matrices(stored), tuple(stored["a"].shape[1:])
+        if problem := _module_problem(module, parts, config, any_rank, experts):
             problems.append(f"{module}: {problem}")
         else:
             scale = config.scale(config.rank_of(module), config.alpha_of(module))
             embedding = module in by_role.embeddings
-            modules[module] = AdapterTensors(parts["a"], parts["b"], parts.get("magnitude"), scale, embedding)
+            modules[module] = AdapterTensors(
+                parts["a"], parts["b"], parts.get("magnitude"), scale, embedding, filter_shape
+            )
     return modules, problems
 
 
@@ -335,10 +348,13 @@ def _module_problem(
     if lacking:
         return " and ".join(f"lora_{name.upper()}" for name in lacking) + " missing"
     a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
-    convolution = not experts and a.ndim > 2 and a.ndim == b.ndim
-    if ".base_layer." in module or convolution:
-        kind = "a convolution" if convolution else "nn.MultiheadAttention"
-        return f"is of {kind}, which is not supported: load it with PEFT, call merge_and_unload(), save the model"
+    if ".base_layer." in module:
+        return (
+            "is of nn.MultiheadAttention, which is not supported: load it with PEFT, call merge_and_unload(), save the "
+            "model"
+        )
+    if not experts and convolutions.is_convolution(parts):
+        return convolutions.problem_of(parts)
     if not a.numel() or not b.numel():
         return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
     if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
@@ -369,24 +385,3 @@ def _unwrapped(parameter: str, part: str, names: tuple[str, ...]) -> str | None:
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.dtype == other.dtype and torch.equal(one, other)
-
-
-def missing_in_full(file: AdapterFile, parameters: Iterable[str], held: Iterable[str] | None = None) -> list[str]:
-    """What a file leaves out of the modules that it says were trained in full: a complaint about each parameter.
-
-    Args:
-        file: the adapter.
-        parameters: paths of all parameters of the base model.
-        held: the keys of `file.full` by the base model's names. Default: as they are.
-    """
-    names, present = (*file.full_names, *file.config.modules_to_save), set(file.full if held is None else held)
-    return [
-        f"{path}: its module was trained in full, but the file holds nothing for it"
-        for path in parameters
-        if names and path not in present and any(matches(names, module) for module in _modules_above(path))
-    ]
-
-
-def _modules_above(parameter: str) -> list[str]:
-    parts = parameter.split(".")[:-1]
-    return [".".join(parts[: n + 1]) for n in range(len(parts))]

@@ -6,9 +6,10 @@ from torch import nn
 
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import Unfit, base_weight_of
+from theodora.layers.conv import ConvAdapterLayer
 from theodora.layers.embedding import EmbeddingAdapterLayer
 from theodora.layers.experts import ExpertParameter, why_experts_unfit
-from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
+from theodora.layers.kinds import is_conv1d, is_convolution, is_embedding, is_linear
 from theodora.layers.linear import Conv1DAdapterLayer, LinearAdapterLayer, PackedAdapterLayer
 from theodora.layers.packed import owns_forward, packed_tensor, refused, why_replaced
 from theodora.layers.swap import swap_class
@@ -46,7 +47,7 @@ def cannot_adapt(module: nn.Module) -> str | None:
         return None
     if (reason := refused(module)) is not None:
         return reason
-    if mixin is None and isinstance(module, nn.Linear | nn.Embedding):
+    if mixin is None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"{kind} has a forward pass of its own, which an adapter would bypass"
     if mixin is not None and "forward" in module.__dict__ and not owns_forward(module):
         if (reason := why_replaced(module)) is not None:
@@ -60,8 +61,8 @@ def _instead(module: nn.Module) -> str:
     """What to do with a module that PEFT adapts and that nothing here does."""
     if isinstance(module, nn.MultiheadAttention):
         return ": it computes with its weights itself, past any layer. Train it in full (modules_to_save)"
-    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
-        return ": convolutions are not supported. Train it in full (modules_to_save)"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):  # pyright: ignore[reportPrivateUsage]
+        return ": transposed convolutions are not supported. Train it in full (modules_to_save)"
     return ""
 
 
@@ -73,4 +74,6 @@ def _mixin(module: nn.Module) -> type[AdapterLayer] | None:
         return Conv1DAdapterLayer
     if is_embedding(module):
         return EmbeddingAdapterLayer
+    if is_convolution(module):
+        return ConvAdapterLayer
     return None

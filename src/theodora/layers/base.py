@@ -93,6 +93,10 @@ class AdapterLayer(Swapped):
         """The base weight as the module stores it, also while an adapter is merged."""
         return self.weight if self._set_aside is None else self._set_aside[0]
 
+    def as_stored(self, w_OI: Tensor) -> Tensor:
+        """A view of a matrix (O, I) in the shape in which the module stores its weight."""
+        return w_OI.mT if self.stored_transposed else w_OI
+
     # Its adapters
 
     def add_adapter(self, name: str, adapter: LowRank) -> None:
@@ -171,11 +175,10 @@ class AdapterLayer(Swapped):
         merged, base = self.merged_weight(name).to(self.base_weight.dtype), self.weight
         self.norm_cache.invalidate()
         if is_sharded(base):
-            base = replace_shard(base, merged.mT if self.stored_transposed else merged)
+            base = replace_shard(base, self.as_stored(merged))
             self._set_aside, self.merged_adapter = (base,), name
             return
-        merged = merged.mT.contiguous() if self.stored_transposed else merged
-        self.put_weight(nn.Parameter(merged, requires_grad=False))
+        self.put_weight(nn.Parameter(self.as_stored(merged).contiguous(), requires_grad=False))
         self._set_aside, self.merged_adapter = (base,), name
 
     def unmerge(self) -> None:

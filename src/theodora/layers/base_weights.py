@@ -3,7 +3,7 @@
 A new kind of weight is a class in `theodora.kernels.base_weight` and a line in `weight_in`; `base_weight_of` says what
 else a module must be for its weight to be one.
 
-Shapes: O out features, I in features.
+Shapes: O out features, I in features; of a convolution I is all that one output reads, (I / groups · k …).
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from theodora.errors import ConfigError
 from theodora.kernels.base_weight import BaseWeight, Float8Weight, PlainWeight
+from theodora.kernels.conv_weight import ConvWeight
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.operators import is_on_paper
 from theodora.kernels.sharded_weight import managed, managed_weight
 from theodora.layers import libraries
 from theodora.layers.float8 import Float8Layer
-from theodora.layers.kinds import is_conv1d, is_embedding, is_linear
+from theodora.layers.kinds import is_conv1d, is_convolution, is_embedding, is_linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes of a plain weight."""
+CONVOLUTION = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +41,12 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
     """The weight that the module's forward multiplies by, or why there is none for an adapter.
 
     Args:
-        module: a linear layer, `Conv1D` or embedding, as it came, quantised by us, or adapted; any other is unfit.
+        module: a linear layer, `Conv1D`, embedding or convolution, as it came, quantised by us, or adapted; any other
+            is unfit.
     """
     transposed = stored_transposed(module)
     if transposed is None:
-        return Unfit(f"{type(module).__name__} is no linear layer or embedding")
+        return Unfit(f"{type(module).__name__} is no linear layer, embedding or convolution")
     weight: Any = libraries.held_weight(module)
     if is_float8(module, weight):
         return weight_in(module, weight, transposed)
@@ -58,6 +62,11 @@ def base_weight_of(module: nn.Module) -> BaseWeight | Unfit:
         return Unfit(f"its weight is quantised or special ({type(weight).__name__}, {dtype})")
     if weight.is_meta and not is_on_paper():
         return Unfit("its weight is not loaded yet (it is on the meta device)")
+    if isinstance(module, CONVOLUTION) and module.__dict__["_parameters"].get("weight") is None:
+        return Unfit(
+            "its weight is made anew in each pass, of parameters by another name (by weight_norm, say): make it a "
+            "plain one first (torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm)"
+        )
     if getattr(module, "max_norm", None) is not None:
         return Unfit(f"{type(module).__name__} with max_norm rescales its weight while it is used")
     return weight_in(module, weight, transposed)
@@ -70,19 +79,36 @@ def weight_in(module: nn.Module, tensor: Tensor, transposed: bool) -> BaseWeight
     """
     if is_float8(module, tensor):
         return Float8Weight(tensor, module.weight_scale, module.plain_dtype, transposed)  # pyright: ignore[reportArgumentType]
+    if isinstance(module, CONVOLUTION):
+        return _of_convolution(module, tensor)
     if managed(module) and (weight := managed_weight(module, tensor, transposed, libraries.library_weight)) is not None:
         return weight
     return libraries.library_weight(module, tensor) or PlainWeight(tensor, transposed)
 
 
+def _of_convolution(module: nn.Module, tensor: Tensor) -> ConvWeight:
+    if managed(module):
+        raise ConfigError(
+            f"fully_shard has sharded an adapted {type(module).__name__}, which is not supported for convolutions: "
+            "leave its parameters out of the sharding (ignored_params)"
+        )
+    return ConvWeight(tensor)
+
+
 def stored_transposed(module: nn.Module) -> bool | None:
-    """Whether the module stores its weight as (I, O); None if it is no linear layer or embedding."""
+    """Whether the module stores its weight as (I, O); None if it has no weight to stand beside."""
     own = getattr(module, "stored_transposed", None)  # an adapter layer's, or a float8 layer's
     if own is not None:
         return own
-    if is_linear(module):
+    if is_linear(module) or is_convolution(module):
         return False
     return True if is_conv1d(module) or is_embedding(module) else None
+
+
+def filter_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """(C / groups, k, …) of a convolution: a row of its weight as the module stores it. None for any other module."""
+    own: Any = module
+    return (own.in_channels // own.groups, *own.kernel_size) if isinstance(module, CONVOLUTION) else None
 
 
 def is_float8(module: nn.Module, tensor: Any) -> bool:

@@ -287,7 +287,7 @@ def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[
             elif (layer := layers.get(path.removesuffix(".weight"))) is not None and path.endswith(".weight"):
                 wanted = wanted_by(layer, name)
                 update = None if wanted is None else wanted.update(layer.base_weight.dense())
-                change = update.T if update is not None and layer.stored_transposed else update
+                change = None if update is None else layer.as_stored(update)
             if change is not None:
                 changes.append(change)
                 shares.append((name, weight))

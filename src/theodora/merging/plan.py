@@ -13,13 +13,15 @@ from torch import Tensor
 from theodora.adapters.merge_check import weight_excess
 from theodora.adapters.renamed import left_out_note, under_names
 from theodora.errors import CheckpointError, bullet_list
-from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
+from theodora.files.adapter import AdapterFile, AdapterTensors
 from theodora.files.base_model import BaseCheckpoint
 from theodora.files.distrust import FLOAT_DTYPES
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint, weight_fingerprint
+from theodora.files.in_full import missing_in_full
 from theodora.files.model_folder import StoredTensor
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
+from theodora.layers.kinds import token_ends
 from theodora.paths import nearest
 
 _MISSES_TOLD = 20
@@ -82,9 +84,9 @@ class OutputTensor:
         work = start.to(wide_dtype(stored.dtype))
         update = self.change.low_rank
         if update is not None:
-            w_OI = work.T if self.transposed else work
+            w_OI = _matrix(work, self.transposed)
             w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
-            work = w_OI.T if self.transposed else w_OI
+            work = w_OI.T if self.transposed else w_OI.view(work.shape)
         if self.change.rows is not None:
             work = self.change.rows.put_into(work)
         return stored, work.contiguous()
@@ -95,7 +97,7 @@ class OutputTensor:
         if self.change is None or update is None:
             return 0.0
         w, merged = (stored if self.change.full is None else self.change.full), written
-        w_OI, merged_OI = (w.T, merged.T) if self.transposed else (w, merged)
+        w_OI, merged_OI = _matrix(w, self.transposed), _matrix(merged, self.transposed)
         return weight_excess(w_OI, update.a, update.b, update.scale, update.magnitude, merged_OI)
 
     def written_dtype(self, stored: Tensor) -> torch.dtype:
@@ -160,13 +162,17 @@ def plan_merge(
 
 
 def weight_on_disk(base: BaseCheckpoint, path: str) -> Tensor | None:
-    """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
+    """The base weight of a module as a matrix (O, I), or None if the base does not store it as one tensor."""
     name = base.model_name(f"{path}.weight")
     key = base.key_of(name) if name is not None else None
     if name is None or key is None:
         return None
-    weight = base.read(key)
-    return weight.T if base.is_transposed(name) else weight
+    return _matrix(base.read(key), base.is_transposed(name))
+
+
+def _matrix(stored: Tensor, transposed: bool) -> Tensor:
+    """A weight as it is stored, as a matrix (O, I); of a convolution I is all that one output reads."""
+    return stored.T if transposed else stored.flatten(1) if stored.ndim > 2 else stored
 
 
 def fingerprint_on_disk(base: BaseCheckpoint, path: str) -> list[float] | None:
@@ -214,7 +220,7 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile) -> tuple[dict[str, Chan
         if name is None:
             problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
             continue
-        embedding = base.model.get_submodule(path) is base.model.get_input_embeddings()
+        embedding = base.model.get_submodule(path) is token_ends(base.model)[0]
         for member in (name, *(base.tied_to(name) if embedding else ())):
             has_its_own = member.removesuffix(".weight") in adapter.token_rows or member in adapter.full
             if member == name or not has_its_own:
@@ -264,7 +270,7 @@ def _untied(base: BaseCheckpoint, changes: dict[str, Change]) -> tuple[set[str],
     """Parameters that shared their values in the base and no longer do; and complaints about those that always do."""
     untied: set[str] = set()
     problems: list[str] = []
-    ends = {id(base.model.get_input_embeddings()), id(base.model.get_output_embeddings())}
+    ends = set(map(id, token_ends(base.model)))
     for name, change in changes.items():
         others = base.tied_to(name)
         if not others or all(change.same_as(changes.get(other)) for other in others):
@@ -335,7 +341,7 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
                 f"{tuple(change.rows.rows.shape[1:])} for tokens up to {max(change.rows.ids)}"
             )
         if change.low_rank is not None:
-            adapted = (change.low_rank.b.shape[0], change.low_rank.a.shape[1])
+            adapted = change.low_rank.weight_shape
             expected = output.shape[::-1] if output.transposed else output.shape
             if adapted != expected:
                 problems.append(f"{output.parameter}: (out, in) is {adapted} in the adapter, {expected} in the base")
@@ -344,7 +350,7 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
 
 def _embeddings(base: BaseCheckpoint) -> set[str]:
     """Parameters that have one row per token: they may be resized."""
-    ends = (base.model.get_input_embeddings(), base.model.get_output_embeddings())
+    ends = [end for end in token_ends(base.model) if end is not None]
     return {
         name
         for name, _ in base.model.named_parameters(remove_duplicate=False)

@@ -18,6 +18,7 @@ from theodora.errors import CheckpointError, ConfigError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.convolutions import as_filters
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.peft_config import peft_config
 from theodora.files.read_back import save_tensors, write_json
@@ -133,7 +134,7 @@ def _start(base: BaseCheckpoint, file: AdapterFile, path: str) -> Tensor:
     """The weight that the adapter adds to, (O, I): a copy that lies beside the adapter counts before the base's."""
     copy = file.base_copies.get(f"{path}.weight")
     if copy is not None:
-        return copy.T if file.modules[path].embedding else copy
+        return copy.T if file.modules[path].embedding else copy.flatten(1)
     w_OI = weight_on_disk(base, path)
     if w_OI is None:
         raise CheckpointError(f"{path}: the base {base.folder} does not store its weight as one tensor.")
@@ -145,6 +146,8 @@ def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]
     full = {bias_key(path, held) if path in biases else path: tensor for path, tensor in file.full.items()}
     tensors: dict[str, Tensor] = {**file.base_copies, **full}
     for path, h in held.items():
-        pattern = "{}.lora_embedding_{}" if file.modules[path].embedding else "{}.lora_{}.weight"
-        tensors |= {pattern.format(path, "A"): h.a_RI, pattern.format(path, "B"): h.b_OR}
+        own = file.modules[path]
+        pattern = "{}.lora_embedding_{}" if own.embedding else "{}.lora_{}.weight"
+        tensors[pattern.format(path, "A")] = as_filters(h.a_RI, "a", own.filter_shape)
+        tensors[pattern.format(path, "B")] = as_filters(h.b_OR, "b", own.filter_shape)
     return {KEY_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -80,11 +80,12 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     file = in_names_of(model, read_adapter(path, device if device.type == "cuda" else None, bounds=bounds))
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
+    problems += [f"{path}: a convolution" for path, tensors in file.modules.items() if tensors.filter_shape]
     problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
     if problems:
         raise CheckpointError(
-            f"{file.path} cannot be served beside others, because it replaces weights of the model; merge it and "
-            "serve the merged model:" + bullet_list(problems, 12)
+            f"{file.path} cannot be served beside others, because it changes more than linear layers and embeddings by "
+            "a low rank; merge it and serve the merged model:" + bullet_list(problems, 12)
         )
     rank = rank_of(file)
     if rank > most_rank:

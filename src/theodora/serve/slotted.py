@@ -23,6 +23,7 @@ from theodora.kernels.parts import SlottedWeights
 from theodora.kernels.routed import Routes, routed_together, routes
 from theodora.layers.adapt import cannot_adapt
 from theodora.layers.base import AdapterLayer
+from theodora.layers.base_weights import CONVOLUTION
 from theodora.layers.kinds import is_conv1d, is_linear
 from theodora.layers.swap import swap_class
 
@@ -288,6 +289,8 @@ def slot(module: nn.Module, routing: Routing, rank: int, is_head: bool = False) 
         return module
     if (reason := cannot_adapt(module)) is not None:
         raise TypeError(reason)
+    if isinstance(module, CONVOLUTION):
+        raise TypeError("convolutions are not supported in batches of several adapters; merge the adapter instead")
     kind = SlottedLinear if is_linear(module) else SlottedConv1D if is_conv1d(module) else SlottedEmbedding
     swap_class(module, kind)
     assert isinstance(module, SlottedLayer)
