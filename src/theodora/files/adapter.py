@@ -73,6 +73,11 @@ class AdapterTensors:
     embedding: bool = False
     """Whether the module is an embedding, whose weight is stored as (V, O)."""
 
+    def of(self, expert: int | slice, rows: slice | Tensor = slice(None)) -> AdapterTensors:
+        """What they are for output rows of one expert, or of several."""
+        magnitude = None if self.magnitude is None else self.magnitude[expert, rows]
+        return AdapterTensors(self.a[expert], self.b[expert, rows], magnitude, self.scale)
+
 
 @dataclass(frozen=True)
 class AdapterFile:
