@@ -84,6 +84,7 @@ def experts_by_path(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: 
         _, _, last = name.rpartition(".")
         if not any(last in of and _means(name, f"{module}.{last}") for module, of in names.items()):
             result.problems.append(f"target_parameters names {shown(name)}, but the file holds nothing for it")
+    misfits: set[str] = set()
     for key, tensor in tensors.items():
         found = _place(key, named, modules)
         if found is None:
@@ -95,12 +96,15 @@ def experts_by_path(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: 
         path = f"{module}.{names[module][len(names[module]) - 1 - level]}"
         unfolded = _unfolded(tensor, part, config.rank_of(path))
         if unfolded is None:
+            misfits.add(f"{KEY_PREFIX}{path}.")
             result.problems.append(
                 f"{key}: {tuple(tensor.shape)}; expected the rank, {config.rank_of(path)}, once for each expert"
             )
         else:
             result.tensors[f"{KEY_PREFIX}{path}.{part}"] = unfolded
             result.experts.add(path)
+    for beginning in misfits:  # or what is left of them would be said to lack the others
+        result.tensors = {key: held for key, held in result.tensors.items() if not key.startswith(beginning)}
     return result
 
 
