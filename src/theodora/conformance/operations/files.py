@@ -142,7 +142,7 @@ def import_peft(trial: Trial) -> Iterator[Check]:
             return  # (PEFT's own PiSSA files need its changed base, and are refused)
         from theodora.conformance.peers import Peft
 
-        if trial.variant.method == "dora":  # which PEFT refuses on experts
+        if trial.variant.method == "dora" or trial.variant.init == "orthogonal":  # which PEFT has not on experts
             trial = replace(trial, kinds=tuple(kind for kind in trial.kinds if kind != "experts"))
         if not trial.kinds:
             return
