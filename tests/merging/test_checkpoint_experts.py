@@ -147,3 +147,14 @@ def test_dora_on_experts_as_lora(make, layout):
     merge_checkpoint(case.output, case.output.with_name("both"))
     with torch.no_grad():
         torch.testing.assert_close(load(case.output.with_name("both"))(IDS).logits, case.model(IDS).logits)
+
+
+@pytest.mark.parametrize("layout", ["one_by_one", "fused"])
+def test_a_base_that_was_quantised_while_it_was_trained(make, layout):
+    """Experts stay as they are there; the predictions are compared whichever way they are stored."""
+    pytest.importorskip("bitsandbytes")
+    case = make(layout, dtype=torch.bfloat16)
+    report = merge_checkpoint(case.adapter, case.output, quantize="nf4", onto="dequantised")
+    assert report.changed == len(report.layers)
+    assert max(layer.error for layer in report.layers) < 0.005
+    assert report.logits.kl_mean < 1e-4 * report.logits.kl_effect
