@@ -70,7 +70,7 @@ def experts_by_path(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: 
     modules = targets if isinstance(targets, str) else tuple(targets)
     levels: dict[str, set[int]] = {}
     for key in tensors:
-        if (found := _place(key, named, modules)) is not None:
+        if (found := _place(key, named, modules, config)) is not None:
             levels.setdefault(found[0], set()).add(found[1])
     result = ByPath({})
     names = {module: _of_module(module, named) for module in levels}
@@ -86,7 +86,7 @@ def experts_by_path(tensors: Mapping[str, Tensor], config: AdapterConfig, peft: 
             result.problems.append(f"target_parameters names {shown(name)}, but the file holds nothing for it")
     misfits: set[str] = set()
     for key, tensor in tensors.items():
-        found = _place(key, named, modules)
+        found = _place(key, named, modules, config)
         if found is None:
             result.tensors[key] = tensor
             continue
@@ -123,7 +123,9 @@ def parameters_problems(peft: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _place(key: str, named: list[str], modules: str | tuple[str, ...]) -> tuple[str, int, str] | None:
+def _place(
+    key: str, named: list[str], modules: str | tuple[str, ...], config: AdapterConfig
+) -> tuple[str, int, str] | None:
     """The experts module of a key, how deep in PEFT's wrappers it is, and which tensor it means; None for others."""
     name = key.removeprefix(KEY_PREFIX)
     part = next((part for part in _PARTS if name.endswith("." + part)), None)
@@ -132,7 +134,7 @@ def _place(key: str, named: list[str], modules: str | tuple[str, ...]) -> tuple[
     module, level = name.removesuffix("." + part), 0
     while module.endswith(_WRAPPED):
         module, level = module.removesuffix(_WRAPPED), level + 1
-    if modules and matches(modules, module):  # PEFT adapts no parameter of a module that it adapts
+    if modules and matches(modules, module, config.expressions):  # PEFT adapts no parameter of a module that it adapts
         return None
     return (module, level, part) if _of_module(module, named) else None
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import (
     Concatenate,
+    ConversionOps,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -97,11 +98,10 @@ def _one_by_one(
     whole: Sequence[int],
     stored: Mapping[str, tuple[str, Sequence[int]]],
     converter: WeightConverter,
-    more: Sequence[object],
+    more: Sequence[ConversionOps],
 ) -> dict[str, Piece]:
     """A tensor for each expert, or one for its gate and one for its up."""
-    joined = len(more) == 1 and isinstance(more[0], Concatenate) and more[0].dim == 1
-    if more and not joined:
+    if more and not (len(more) == 1 and isinstance(more[0], Concatenate) and more[0].dim == 1):
         return {}
     pieces: dict[str, Piece] = {}
     start = 0

@@ -349,8 +349,8 @@ def _outputs(
             name = key  # the adapter names the stored tensor itself: see BaseCheckpoint.model_name
         change, piece = changes.get(name) if name is not None else None, base.pieces.get(key)
         if name in base.converted:
-            fits = change is not None and change.low_rank is not None and change.full is None
-            change = Change(low_rank=change.low_rank.of(*piece.at)) if piece is not None and fits else None
+            update = change.low_rank if change is not None and change.full is None else None
+            change = Change(low_rank=update.of(*piece.at)) if piece is not None and update is not None else None
         transposed = change is not None and change.low_rank is not None and base.is_transposed(name or "")
         written = cast or FLOAT_DTYPES.get(source.dtype)
         return OutputTensor(
