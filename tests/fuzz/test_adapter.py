@@ -35,6 +35,7 @@ FIELDS = st.one_of(
             "alpha_pattern",
             "modules_to_save",
             "target_modules",
+            "target_parameters",
             "bias",
             "lora_dropout",
             "init_lora_weights",
@@ -54,7 +55,22 @@ FIELDS = st.one_of(
 VALUES = json_values(
     FIELDS,
     st.sampled_from(
-        ["LORA", "q_proj", "dora", "../..", "/etc", "a/b", "(a+)+$", "[", "~x", "gaussian", ".*", 10**9, 8]
+        [
+            "LORA",
+            "q_proj",
+            "experts.down_proj",
+            "dora",
+            "../..",
+            "/etc",
+            "a/b",
+            "(a+)+$",
+            "[",
+            "~x",
+            "gaussian",
+            ".*",
+            10**9,
+            8,
+        ]
     ),
 )
 Make = Callable[..., Path]

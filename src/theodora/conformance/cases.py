@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from theodora.conformance import mixture
 from theodora.conformance.formula import Numbers
+from theodora.conformance.mixture import Mixture, blocked, spread
 from theodora.conformance.rounding import F64
 from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels.experts_weight import ExpertsWeight
 from theodora.layers.base_weights import Unfit, base_weight_of
 
-KINDS = ("linear", "biased", "conv1d", "embed_tokens", "tied_head", "zero_rows", "odd")
+KINDS = ("linear", "biased", "conv1d", "embed_tokens", "tied_head", "zero_rows", "odd", "experts")
 KIND_TITLES = {
     "linear": "Linear",
     "biased": "Linear with bias",
@@ -30,6 +33,7 @@ KIND_TITLES = {
     "tied_head": "tied head",
     "zero_rows": "rows of zeros",
     "odd": "odd shape",
+    "experts": "fused experts",
 }
 ZERO_ROWS = (0, 5)
 """Rows of W that are zero in the layer `zero_rows`; B's row is zero in the first of them, too."""
@@ -119,6 +123,7 @@ class Specimen(PreTrainedModel):
         self.zero_rows = nn.Linear(32, 48)
         self.odd = nn.Linear(13, 7)
         self.tied_lookup = nn.Embedding(VOCABULARY, 32)
+        self.experts = Mixture()
         self.post_init()
         self.tied_lookup.weight = self.tied_head.weight
 
@@ -149,10 +154,12 @@ def build(dtype: str, device: str = "cpu") -> Specimen:
         model = Specimen(SpecimenConfig(tie_word_embeddings=True))  # pyright: ignore[reportCallIssue]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("down_proj"):  # the identity
+                parameter.copy_(torch.eye(len(parameter[0])).expand_as(parameter))
+            elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             else:
-                features = parameter.shape[0 if "conv1d" in name or "embed_tokens" in name else 1]
+                features = parameter.shape[0 if "conv1d" in name or "embed_tokens" in name else -1]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(features))
         model.zero_rows.weight[list(ZERO_ROWS)] = 0
     return model.to(device, DTYPES[dtype]).eval()  # pyright: ignore
@@ -167,6 +174,7 @@ def inputs(dtype: str, device: str = "cpu", batch: tuple[int, ...] = BATCH, seed
             made.append(torch.randint(VOCABULARY, batch, generator=generator).to(device))
         else:
             x = torch.randn(*batch, FEATURES[kind], generator=generator)
+            x = spread(x) if kind == "experts" else x
             made.append(x.to(device, DTYPES[dtype]))
     return tuple(made)
 
@@ -179,11 +187,14 @@ FEATURES = {
     "tied_head": 32,
     "zero_rows": 32,
     "odd": 13,
+    "experts": mixture.IN,
 }
 
 
 def weight_of(module: nn.Module) -> BaseWeight:
-    """The weight of an untouched layer."""
+    """The weight of an untouched layer; of experts all of theirs."""
+    if isinstance(module, Mixture):
+        return ExpertsWeight(module.weight)
     weight = base_weight_of(module)
     if isinstance(weight, Unfit):
         raise TypeError(weight.reason)
@@ -192,7 +203,8 @@ def weight_of(module: nn.Module) -> BaseWeight:
 
 def stored_weight(module: nn.Module) -> Tensor:
     """The weight of an untouched layer as (O, I) in float64: the numbers that it stands for."""
-    return weight_of(module).dense(F64).detach().to("cpu")
+    dense = weight_of(module).dense(F64).detach().to("cpu")
+    return blocked(dense) if isinstance(module, Mixture) else dense
 
 
 def base_numbers(model: nn.Module) -> dict[str, Numbers]:
@@ -217,18 +229,21 @@ def _rounds(weight: BaseWeight) -> Literal["", "float8", "int8"]:
 
 
 def trained_values(n: Numbers, variant: Variant, kind: str, seed: int) -> dict[str, Tensor]:
-    """A, B and m in float32 as training might have left them: far from any start."""
+    """A, B and m in float32 as training might have left them: far from any start. Of experts (E, …) of each."""
     generator = torch.Generator().manual_seed(1000 * seed + KINDS.index(kind))
     out_features, in_features = n.weight_OI.shape
+    experts: tuple[int, ...] = ()
+    if kind == "experts":
+        experts, out_features, in_features = (mixture.EXPERTS,), mixture.OUT, mixture.IN
     rank = variant.rank(kind)
-    a = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
-    b = torch.randn(out_features, rank, generator=generator) * 0.6 / (variant.scale(kind) * math.sqrt(rank))
+    a = torch.randn(*experts, rank, in_features, generator=generator) / math.sqrt(in_features)
+    b = torch.randn(*experts, out_features, rank, generator=generator) * 0.6 / (variant.scale(kind) * math.sqrt(rank))
     if kind == "zero_rows":
         b[ZERO_ROWS[0]] = 0
     values = {"A": a, "B": b}
     if variant.method == "dora":
-        norm = n.weight_OI.square().sum(1).sqrt()
-        drawn = torch.exp(0.3 * torch.randn(out_features, generator=generator).to(F64))
+        norm = n.weight_OI.square().sum(1).sqrt().view(*experts, out_features)
+        drawn = torch.exp(0.3 * torch.randn(*experts, out_features, generator=generator).to(F64))
         values["m"] = (torch.where(norm > 0, norm, 0.5) * drawn).float()
     return values
 

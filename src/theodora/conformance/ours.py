@@ -24,6 +24,8 @@ from theodora.adapters import (
 from theodora.adapters.swap_weights import swap_adapter_weights
 from theodora.config import AdapterConfig
 from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, Specimen, Variant
+from theodora.conformance.mixture import EXPERTS, IN, OUT, PARAMETER, blocked
+from theodora.layers.experts import place_at
 from theodora.merging.combine import combine_adapters
 from theodora.merging.ties_dare import dare_mask
 from theodora.merging.to_lora import to_lora
@@ -47,7 +49,7 @@ class Ours:
             rank=RANK,
             alpha=ALPHA,
             rslora=v.rslora,
-            targets=self.kinds,
+            targets=tuple(map(_path, self.kinds)),
             rank_pattern=_only(RANK_PATTERN, self.kinds) if v.patterns else {},
             alpha_pattern=_only(ALPHA_PATTERN, self.kinds) if v.patterns else {},
             init=v.init,
@@ -65,23 +67,28 @@ class Ours:
         adapter: Any = self.adapter(kind, name)
         if adapter.start_A is None:
             return None
-        return adapter.start_A.to("cpu", torch.float64), adapter.start_B.to("cpu", torch.float64)
+        a, b = (start.to("cpu", torch.float64) for start in (adapter.start_A, adapter.start_B))
+        return (blocked(a), blocked(b)) if kind == "experts" else (a, b)
 
     def layer(self, kind: str) -> nn.Module:
         return self.model.get_submodule(kind)
 
     def set_dropout(self, p: float) -> None:
         for kind in self.kinds:
-            layer: Any = self.layer(kind)
+            layer: Any = self._place(kind)
             for adapter in layer.adapters.values():
                 adapter.dropout.p = p
 
     def adapter(self, kind: str, name: str) -> Any:
-        layer: Any = self.model.get_submodule(kind)
-        return layer.adapters[name]
+        return self._place(kind).adapters[name]
+
+    def _place(self, kind: str) -> Any:
+        return place_at(self.model, _path(kind))
 
     def weight(self, kind: str) -> Tensor:
-        weight: Any = self.model.get_submodule(kind).weight
+        weight: Any = self._place(kind).weight
+        if kind == "experts":
+            return blocked(weight.detach())
         return weight.T if kind in ("conv1d", "embed_tokens") else weight
 
     def holder(self, kind: str) -> nn.Module:
@@ -140,13 +147,20 @@ class Ours:
         combine_adapters(self.model, names, weights, into, kind, **options)
 
     def drawn(self, kind: str, name: str, shape: Sequence[int], density: float) -> Tensor:
-        return dare_mask(shape, density, 0, f"{name}/{kind}")
+        if kind != "experts":
+            return dare_mask(shape, density, 0, f"{name}/{kind}")
+        drawn = [dare_mask((OUT, IN), density, 0, f"{name}/{PARAMETER}.{e}") for e in range(EXPERTS)]
+        return blocked(torch.stack(drawn).to(torch.float64))
 
     def trimmed(self, elements: int, density: float) -> int:
         return round(density * elements)
 
     def to_lora(self, name: str, into: str) -> None:
         to_lora(self.model, name, None, into)
+
+
+def _path(kind: str) -> str:
+    return PARAMETER if kind == "experts" else kind
 
 
 def _only(pattern: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:

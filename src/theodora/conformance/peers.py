@@ -22,6 +22,7 @@ from theodora.conformance.cases import (
     stored_weight,
     weight_of,
 )
+from theodora.conformance.mixture import PARAMETER, blocked, shaped
 from theodora.conformance.trial import NotOfferedError, OneKindError
 
 
@@ -61,7 +62,8 @@ class Peft:
         return LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,  # pyright: ignore[reportArgumentType]  (PEFT takes any number)
-            target_modules=list(self.kinds),
+            target_modules=[kind for kind in self.kinds if kind != "experts"],
+            target_parameters=[PARAMETER] if "experts" in self.kinds else None,
             use_dora=v.method == "dora",
             use_rslora=v.rslora,
             rank_pattern={k: r for k, r in RANK_PATTERN.items() if k in self.kinds} if v.patterns else {},
@@ -91,7 +93,7 @@ class Peft:
         return getattr(layer, "base_layer", layer)
 
     def parameters(self, kind: str, name: str) -> dict[str, nn.Parameter]:
-        layer = self.layer(kind)
+        layer = self.layer(kind).fused if kind == "experts" else self.layer(kind)
         if kind == "embed_tokens":
             tensors = {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
         else:
@@ -104,12 +106,17 @@ class Peft:
         if self.variant.init not in ("pissa", "olora") or kind == "embed_tokens":
             return None
         tensors = self.parameters(kind, name)
+        if kind == "experts":
+            a, b = (shaped(part, tensors[part].detach().to("cpu", torch.float64, copy=True)) for part in "AB")
+            return blocked(a), blocked(b)
         return tuple(tensors[part].detach().to("cpu", torch.float64, copy=True) for part in "AB")  # pyright: ignore
 
     def weight(self, kind: str) -> Tensor:
         return stored_weight(self.holder(kind))
 
     def set_dropout(self, p: float) -> None:
+        if "experts" in self.kinds:
+            raise NotImplementedError("PEFT has no dropout on parameters")
         for kind in self.kinds:
             dropouts = self.layer(kind).lora_dropout
             for name in dropouts:

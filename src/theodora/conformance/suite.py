@@ -104,7 +104,7 @@ def run_job(job: Job) -> list[Row]:
     """The rows of one job, never an exception of a library's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _rows(job, job.kinds)
+        return _rows(job, tuple(kind for kind in job.kinds if kind not in OPERATIONS[job.operation].not_kinds))
 
 
 def usable_cores() -> int:
@@ -113,6 +113,8 @@ def usable_cores() -> int:
 
 
 def _rows(job: Job, kinds: tuple[str, ...]) -> list[Row]:
+    if not kinds:
+        return []
     try:
         trial = Trial(_library(job.library), VARIANTS[job.variant], job.dtype, kinds, job.device)
         checks = list(OPERATIONS[job.operation].run(trial))

@@ -26,6 +26,7 @@ from theodora.conformance.cases import (
     trained_values,
 )
 from theodora.conformance.formula import Numbers
+from theodora.conformance.mixture import as_held, blocked, only_of_own, shaped
 from theodora.conformance.quantised import LIBRARIES, quantise
 from theodora.conformance.rounding import Rounded, distance
 from theodora.locks import temporary_folder
@@ -217,7 +218,7 @@ class Trial:
         assert not missing, f"{kind}: {missing} are not the parameters of both sides"
         with torch.no_grad():
             for part, value in values.items():
-                parameters[part].copy_(value)
+                parameters[part].copy_(as_held(part, value, parameters[part]) if kind == "experts" else value)
 
     def inputs(self, **options: Any) -> tuple[Tensor, ...]:
         """One for each kind."""
@@ -272,9 +273,12 @@ class Trial:
         for kind in self.kinds:
             n, i = self.numbers[name][kind], KINDS.index(kind)
             rows, dy_TO = flat(x[i], kind), dy[i].to("cpu", torch.float64).reshape(-1, dy[i].shape[-1])
+            dy_TO = only_of_own(dy_TO, rows) if kind == "experts" else dy_TO
             exact = formula.gradients(n, rows, dy_TO)
             bounds = formula.walk_back(n, rows, dy_TO, dtype or self.torch_dtype)
             gradients: dict[str, Any] = {part: p.grad for part, p in subject.parameters(kind, name).items()}
+            if kind == "experts":
+                gradients = {p: None if g is None else blocked(shaped(p, g)) for p, g in gradients.items()}
             if x[i].is_floating_point() and x[i].requires_grad:
                 gradients["x"] = None if x[i].grad is None else flat(x[i].grad, kind)  # pyright: ignore[reportArgumentType]
             for part, gradient in gradients.items():
@@ -321,8 +325,10 @@ class Trial:
 
 
 def with_values(base: Numbers, values: dict[str, Tensor], scale: float) -> Numbers:
-    """A layer's numbers with an adapter's."""
+    """A layer's numbers with an adapter's; those of experts, (E, …), become blocks."""
     wide = {part: value.to(torch.float64) for part, value in values.items()}
+    if wide["A"].dim() == 3:
+        wide = {part: blocked(value) for part, value in wide.items()}
     return replace(base, a_RI=wide["A"], b_OR=wide["B"], magnitude_O=wide.get("m"), scale=scale)
 
 

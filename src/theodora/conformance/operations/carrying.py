@@ -11,6 +11,7 @@ import torch
 from theodora.conformance import formula
 from theodora.conformance.cases import KINDS, base_numbers
 from theodora.conformance.copies import pickled
+from theodora.conformance.mixture import blocks, shaped
 from theodora.conformance.operations.registry import operation
 from theodora.conformance.rounding import Rounded, roundoff
 from theodora.conformance.trial import Check, Trial, run_backward, with_values
@@ -29,6 +30,8 @@ def inject(trial: Trial) -> Iterator[Check]:
     results = subject.model(*x)
     for kind in trial.kinds:
         parameters = {part: p.detach().to("cpu") for part, p in subject.parameters(kind, "one").items()}
+        if kind == "experts":
+            parameters = {part: shaped(part, p) for part, p in parameters.items()}
         n = with_values(base[kind], parameters, trial.variant.scale(kind))
         n = replace(n, start=subject.start(kind, "one"))
         y, rows = results[KINDS.index(kind)], trial.rows(x, kind)
@@ -39,8 +42,9 @@ def inject(trial: Trial) -> Iterator[Check]:
             norm = Rounded.exact(n.weight_OI).row_norm().to(torch.float32)
             if trial.variant.init != "default":  # the factors cancel, up to their own rounding
                 norm = Rounded(norm.value, norm.variance + (roundoff(torch.float32) * norm.value).square())
-            yield trial.check(kind, "magnitude", parameters["m"], norm.value, 4 * norm.bound())
-        yield from _start(trial, kind, n)
+            yield trial.check(kind, "magnitude", parameters["m"].flatten(), norm.value, 4 * norm.bound())
+        for each in blocks(n) if kind == "experts" else [n]:
+            yield from _start(trial, kind, each)
 
 
 def _start(trial: Trial, kind: str, n: formula.Numbers) -> Iterator[Check]:

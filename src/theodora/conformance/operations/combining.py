@@ -11,6 +11,7 @@ from torch import Tensor
 from theodora.conformance import formula
 from theodora.conformance.cases import RANK
 from theodora.conformance.formula import Numbers
+from theodora.conformance.mixture import EXPERTS, blocked, blocks, diagonal
 from theodora.conformance.operations.registry import COMPILED, operation
 from theodora.conformance.operations.running import fresh_compiler
 from theodora.conformance.rounding import F64, roundoff
@@ -42,21 +43,28 @@ def combine_svd(trial: Trial) -> Iterator[Check]:
     subject.combine(("one", "two"), WEIGHTS, "both", "svd", rank=RANK)
     subject.merge("both")
     for kind in trial.kinds:
-        both = [trial.numbers[name][kind] for name in ("one", "two")]
-        target = formula.summed(both, list(WEIGHTS))
-        wanted, result = formula.adapted_weight(target), subject.weight(kind)
-        low = formula.row_scale(target)[:, None] * (formula.direction(target) - target.weight_OI)
-        best = formula.best_of_rank(low, RANK)
-        rounding = formula.walk_merge(target, trial.torch_dtype).bound()
-        if trial.variant.method == "dora":
-            bound = float((low - best).norm() / wanted.norm()) + rounding
-            yield trial.check(kind, "distance from the sum", result, wanted, bound)
-        else:
-            # Singular vectors computed in float32 turn by u·σ₁ over the gap behind the last one that stays.
-            sigma = torch.linalg.svdvals(low)
-            turned = float(sigma[0] / (sigma[RANK - 1] - sigma[RANK])) if len(sigma) > RANK else 1.0
-            slack = turned * roundoff(torch.float32) * len(sigma) ** 0.5 * float(low.norm() / wanted.norm())
-            yield trial.check(kind, "nearest of its rank", result, target.weight_OI + best, rounding + slack)
+        both, result = [trial.numbers[name][kind] for name in ("one", "two")], subject.weight(kind)
+        if kind != "experts":
+            yield _nearest(trial, kind, both, result)
+            continue
+        for *own, block in zip(*map(blocks, both), diagonal(result), strict=True):
+            yield _nearest(trial, kind, own, block)
+
+
+def _nearest(trial: Trial, kind: str, both: list[Numbers], result: Tensor) -> Check:
+    target = formula.summed(both, list(WEIGHTS))
+    wanted = formula.adapted_weight(target)
+    low = formula.row_scale(target)[:, None] * (formula.direction(target) - target.weight_OI)
+    best = formula.best_of_rank(low, RANK)
+    rounding = formula.walk_merge(target, trial.torch_dtype).bound()
+    if trial.variant.method == "dora":
+        bound = float((low - best).norm() / wanted.norm()) + rounding
+        return trial.check(kind, "distance from the sum", result, wanted, bound)
+    # Singular vectors computed in float32 turn by u·σ₁ over the gap behind the last one that stays.
+    sigma = torch.linalg.svdvals(low)
+    turned = float(sigma[0] / (sigma[RANK - 1] - sigma[RANK])) if len(sigma) > RANK else 1.0
+    slack = turned * roundoff(torch.float32) * len(sigma) ** 0.5 * float(low.norm() / wanted.norm())
+    return trial.check(kind, "nearest of its rank", result, target.weight_OI + best, rounding + slack)
 
 
 @operation("combine-ties", "combination: TIES", MAKE)
@@ -65,7 +73,7 @@ def combine_ties(trial: Trial) -> Iterator[Check]:
     subject, weights = _two(trial), [0.6, 0.6]
     subject.combine(("one", "two"), weights, "both", "ties", density=SHARE)
 
-    def wanted(kind: str, changes: list[Tensor]) -> Tensor:
+    def wanted(kind: str, changes: list[Tensor], expert: int | None) -> Tensor:
         return formula.ties(changes, weights, subject.trimmed(changes[0].numel(), SHARE))
 
     yield from _dense(trial, subject, wanted)
@@ -77,8 +85,9 @@ def combine_dare(trial: Trial) -> Iterator[Check]:
     subject = _two(trial)
     subject.combine(("one", "two"), WEIGHTS, "both", "dare", density=SHARE)
 
-    def wanted(kind: str, changes: list[Tensor]) -> Tensor:
+    def wanted(kind: str, changes: list[Tensor], expert: int | None) -> Tensor:
         masks = [subject.drawn(kind, name, changes[0].shape, SHARE).to(F64) for name in ("one", "two")]
+        masks = masks if expert is None else [diagonal(mask)[expert] for mask in masks]
         return sum(w * k * c / SHARE for w, k, c in zip(WEIGHTS, masks, changes, strict=True))  # pyright: ignore
 
     yield from _dense(trial, subject, wanted)
@@ -109,12 +118,19 @@ def _summed(trial: Trial, method: str) -> Iterator[Check]:
     yield from trial.outputs(subject.model(*x), x, numbers)
 
 
-def _dense(trial: Trial, subject: Library, wanted: Callable[[str, list[Tensor]], Tensor]) -> Iterator[Check]:
+def _dense(
+    trial: Trial, subject: Library, wanted: Callable[[str, list[Tensor], int | None], Tensor]
+) -> Iterator[Check]:
     x = trial.inputs()
     numbers: dict[str, Numbers] = {}
     for kind in trial.kinds:
         both = [trial.numbers[name][kind] for name in ("one", "two")]
-        change = wanted(kind, [formula.change(n) for n in both])
+        changes = [formula.change(n) for n in both]
+        if kind == "experts":
+            each = zip(range(EXPERTS), *map(diagonal, changes), strict=True)
+            change = blocked(torch.stack([wanted(kind, own, e) for e, *own in each]))
+        else:
+            change = wanted(kind, changes, None)
         numbers[kind] = formula.dense(both[0], change, dora=trial.variant.method == "dora")
     yield from trial.outputs(subject.model(*x), x, numbers)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from theodora.conformance import formula
 from theodora.conformance.cases import ALPHA, ALPHA_PATTERN, RANK, RANK_PATTERN, base_numbers, trained_values, weight_of
 from theodora.conformance.formula import Numbers
+from theodora.conformance.mixture import PARAMETER, as_held, blocked, shaped
 from theodora.conformance.operations.registry import operation
 from theodora.conformance.rounding import F64
 from theodora.conformance.trial import Check, Trial, run_backward, with_values
@@ -110,8 +111,19 @@ def export_peft(trial: Trial) -> Iterator[Check]:
         if find_spec("peft") is not None and trial.dtype != "float8":
             from theodora.conformance.peers import Peft
 
+            saved = folder / "one"
+            if trial.variant.method == "dora" and "experts" in trial.kinds:
+                peer = Peft(trial.bare(), trial.variant, trial.kinds)
+                refused = _refuses(lambda peer=peer: peer.load(folder / "one", "one"), ValueError)
+                yield trial.demand("experts", "PEFT takes DoRA of experts", refused)
+                others = tuple(kind for kind in trial.kinds if kind != "experts")
+                if not others:
+                    return
+                trial = replace(trial, kinds=others, numbers={})
+                trial.subject().save(folder / "others", "one")
+                saved = folder / "others"
             peer = Peft(trial.bare(), trial.variant, trial.kinds)
-            peer.load(folder / "one", "one")
+            peer.load(saved, "one")
             results = peer.model(*x)
             sound = [kind for kind in trial.kinds if kind != "zero_rows" or trial.variant.method == "lora"]
             yield from replace(trial, kinds=tuple(sound)).outputs(results, x, trial.numbers["one"], "output in PEFT")
@@ -130,6 +142,10 @@ def import_peft(trial: Trial) -> Iterator[Check]:
             return  # (PEFT's own PiSSA files need its changed base, and are refused)
         from theodora.conformance.peers import Peft
 
+        if trial.variant.method == "dora" or trial.variant.init == "orthogonal":  # which PEFT has not on experts
+            trial = replace(trial, kinds=tuple(kind for kind in trial.kinds if kind != "experts"))
+        if not trial.kinds:
+            return
         theirs = replace(trial, library=Peft, numbers={})
         peer = theirs.subject()
         peer.save(folder / "peft", "one")
@@ -176,6 +192,7 @@ def import_mlx(trial: Trial) -> Iterator[Check]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Numbers] = {}
     kinds = tuple(kind for kind in trial.kinds if kind != "embed_tokens" or v.method == "lora")
+    kinds = tuple(kind for kind in kinds if kind != "experts")
     for kind in kinds:
         values = trained_values(base[kind], v, kind, 4)
         a, b = torch.zeros(rank, values["A"].shape[1]), torch.zeros(values["B"].shape[0], rank)
@@ -200,8 +217,11 @@ def import_mlx(trial: Trial) -> Iterator[Check]:
 
 
 def _mlx_can_say(trial: Trial, kind: str) -> bool:
-    """MLX has no head of its own where it is tied, gives DoRA's embeddings other magnitudes, and divides by ‖V‖ = 0."""
-    return kind != "tied_head" and (trial.variant.method == "lora" or kind not in ("embed_tokens", "zero_rows"))
+    """Experts are not written for it; it has no head of its own where it is tied, gives DoRA's embeddings other
+    magnitudes, and divides by ‖V‖ = 0."""
+    return kind not in ("tied_head", "experts") and (
+        trial.variant.method == "lora" or kind not in ("embed_tokens", "zero_rows")
+    )
 
 
 @operation("refuse", "files to be refused", FILES, ours_only=True)
@@ -286,10 +306,10 @@ def _damages(trial: Trial) -> Iterator[tuple[str, Callable[[dict[str, Any], dict
     yield "lora_bias", lora_bias
 
 
-def _refuses(call: Callable[[], None]) -> bool:
+def _refuses(call: Callable[[], None], how: type[Exception] = TheodoraError) -> bool:
     try:
         call()
-    except TheodoraError:
+    except how:
         return True
     return False
 
@@ -301,8 +321,11 @@ def _read_peft(folder: Path, kinds: tuple[str, ...], numbers: dict[str, Numbers]
     loaded: dict[str, Numbers] = {}
     for kind in kinds:
         middle = "lora_embedding_{}" if kind == "embed_tokens" else "lora_{}.weight"
-        a, b = (tensors[f"{_PREFIX}{kind}.{middle.format(part)}"].to(F64) for part in "AB")
-        m = tensors[f"{_PREFIX}{kind}.lora_magnitude_vector"].to(F64) if config["use_dora"] else None
+        path = PARAMETER.rpartition(".")[0] if kind == "experts" else kind
+        a, b = (tensors[f"{_PREFIX}{path}.{middle.format(part)}"].to(F64) for part in "AB")
+        m = tensors[f"{_PREFIX}{path}.lora_magnitude_vector"].to(F64) if config["use_dora"] else None
+        if kind == "experts":
+            a, b, m = blocked(shaped("A", a)), blocked(shaped("B", b)), None if m is None else blocked(m)
         rank = config["rank_pattern"].get(kind, config["r"])
         alpha = config["alpha_pattern"].get(kind, config["lora_alpha"])
         scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
@@ -318,16 +341,20 @@ def _write_peft(folder: Path, trial: Trial, base: dict[str, Numbers]) -> dict[st
     for kind in trial.kinds:
         values = trained_values(base[kind], v, kind, 4)
         middle = "lora_embedding_{}" if kind == "embed_tokens" else "lora_{}.weight"
+        path = PARAMETER.rpartition(".")[0] if kind == "experts" else kind
         for part in "AB":
-            tensors[f"{_PREFIX}{kind}.{middle.format(part)}"] = values[part]
+            value = values[part]
+            value = as_held(part, value, value[0]) if kind == "experts" else value
+            tensors[f"{_PREFIX}{path}.{middle.format(part)}"] = value.contiguous()
         if "m" in values:
-            tensors[f"{_PREFIX}{kind}.lora_magnitude_vector"] = values["m"]
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = values["m"]
         numbers[kind] = with_values(base[kind], values, v.scale(kind))
     config = {
         "peft_type": "LORA",
         "r": RANK,
         "lora_alpha": ALPHA,
-        "target_modules": list(trial.kinds),
+        "target_modules": [kind for kind in trial.kinds if kind != "experts"],
+        "target_parameters": [PARAMETER] if "experts" in trial.kinds else None,
         "use_dora": v.method == "dora",
         "use_rslora": v.rslora,
         "rank_pattern": {k: r for k, r in RANK_PATTERN.items() if k in trial.kinds} if v.patterns else {},

@@ -26,6 +26,8 @@ class Operation:
     kind and dtype, and with `plan(every_variant=True)` on every variant, too."""
     not_on: tuple[str, ...] = ()
     """Dtypes whose library cannot do it with its own layers, whatever stands beside them."""
+    not_kinds: tuple[str, ...] = ()
+    """Kinds of layers that it says nothing of."""
     cost: int = 0
     """How long it takes, as a rank: the longest begin first."""
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from theodora.conformance import formula
 from theodora.conformance.cases import KINDS, flat, trained_values
+from theodora.conformance.mixture import EXPERTS, IN, as_held, experts_of, shaped
 from theodora.conformance.operations.registry import COMPILED, operation
 from theodora.conformance.rounding import F64
 from theodora.conformance.trial import Check, Library, Trial, run_backward, with_values
@@ -130,7 +131,7 @@ def dropout(trial: Trial) -> Iterator[Check]:
             mask = F.dropout(torch.ones(len(rows), len(factors[0]), device=trial.device), 0.5).to("cpu", F64)
             exact, walked = formula.masked_output(n, rows, mask), formula.walk(n, rows, trial.torch_dtype, None, mask)
         else:
-            dropped = flat(F.dropout(x[i], 0.5), kind)
+            dropped = flat(_dropped_by_expert(x[i]) if kind == "experts" else F.dropout(x[i], 0.5), kind)
             by = formula.output_of_dropped_base if subject.drops_scaled_base else formula.output
             exact, walked = by(n, rows, dropped), formula.walk(n, rows, trial.torch_dtype, dropped)
         bound = walked.y.bound()
@@ -139,7 +140,16 @@ def dropout(trial: Trial) -> Iterator[Check]:
     yield from trial.outputs(subject.model(*x), x, trial.numbers["one"], "output in eval mode")
 
 
-@operation("dropout-cost", "dropout: one base product", RUN)
+def _dropped_by_expert(x: Tensor) -> Tensor:
+    """Dropout as it is drawn for experts: of their rows, one expert's after the other's."""
+    rows, chosen = x.reshape(-1, EXPERTS, IN), experts_of(x)
+    order, at = chosen.argsort(stable=True), torch.arange(len(rows), device=x.device)
+    own = rows[at, chosen]
+    own[order] = F.dropout(own[order], 0.5)
+    return torch.zeros_like(rows).index_put((at, chosen), own).view(x.shape)
+
+
+@operation("dropout-cost", "dropout: one base product", RUN, not_kinds=("experts",))
 def dropout_cost(trial: Trial) -> Iterator[Check]:
     """Counted: products of the base weight's size in one forward pass."""
     subject, x = trial.subject(), trial.inputs()
@@ -166,7 +176,7 @@ def compiled_inductor(trial: Trial) -> Iterator[Check]:
     yield from _compiled(trial, "inductor")
 
 
-@operation("mixed-batch", "many adapters in one batch", RUN)
+@operation("mixed-batch", "many adapters in one batch", RUN, not_kinds=("experts",))
 def mixed_batch(trial: Trial) -> Iterator[Check]:
     """Each sequence of a batch is the formula with its own adapter, or the base."""
     subject, x = trial.subject(one=1, two=2), trial.inputs()
@@ -242,6 +252,7 @@ def _write(subject: Library, kind: str, values: dict[str, Tensor], way: str) -> 
     parameters = subject.parameters(kind, "one")
     for part, value in values.items():
         parameter = parameters[part]
+        value = as_held(part, value, parameter) if kind == "experts" else value
         if way == "in place":
             with torch.no_grad():
                 parameter.copy_(value)
@@ -251,7 +262,8 @@ def _write(subject: Library, kind: str, values: dict[str, Tensor], way: str) -> 
             parameter.grad = parameter.detach() - value.to(parameter)
             torch.optim.SGD([parameter], lr=1.0).step()
             parameter.grad = None
-    return {part: parameters[part].detach().to("cpu", copy=True) for part in values}
+    now = {part: parameters[part].detach().to("cpu", copy=True) for part in values}
+    return {part: shaped(part, value) for part, value in now.items()} if kind == "experts" else now
 
 
 class _BaseProducts(TorchDispatchMode):
