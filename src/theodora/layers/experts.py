@@ -58,7 +58,7 @@ class ExpertParameter(AdapterLayer):
     @property
     def stored_transposed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the module stores the parameter as (E, I, O)."""
-        return bool(getattr(self.holder, "is_transposed", False))
+        return _stored_transposed(self.holder)
 
     @property
     def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -135,7 +135,9 @@ class AdaptedExperts(Swapped):
         places: Any = getattr(self, ADAPTED)
         if all(place.active is None for place in places.values()):
             return super().forward(hidden_states, *args, **kwargs)
-        index, weights = _routing(args, kwargs)
+        if takes_sorted_rows(self):
+            return run_sorted(self, hidden_states)
+        index, weights = routing(args, kwargs)
         with without_autocast(hidden_states.device):  # which transformers' own grouped products do not heed
             return run_experts(self, hidden_states, index, weights)
 
@@ -212,10 +214,20 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     return None
 
 
+def takes_sorted_rows(experts: nn.Module) -> bool:
+    """Whether the module is Llama 4's: it takes all tokens once for each expert, (E·T, H), and no routing."""
+    return any(kind.__name__ == "Llama4TextExperts" for kind in type(experts).__mro__)
+
+
+def _stored_transposed(experts: Any) -> bool:
+    """Whether the module stores its weights as (E, I, O)."""
+    return bool(getattr(experts, "is_transposed", takes_sorted_rows(experts)))
+
+
 def _declared(experts: Any) -> bool:
-    """Whether transformers' own functions for experts run the module."""
+    """Whether transformers' own functions for experts run the module, or it is one that is known."""
     own = type(experts)
-    if isinstance(experts, AdaptedExperts):
+    if isinstance(experts, AdaptedExperts) or takes_sorted_rows(experts):
         return True
     names = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
     return all(hasattr(experts, name) for name in names) and hasattr(own.forward, "__wrapped__")
@@ -246,11 +258,24 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     return y[back_S].view(tokens, chosen, -1).sum(1).to(x_TH.dtype)
 
 
+def run_sorted(experts: Any, x_SH: Tensor) -> Tensor:
+    """What Llama 4's experts compute, (E·T, H): of each expert's T tokens, scaled before by what they count."""
+    count = experts.num_experts
+    tokens = x_SH.numel() // experts.hidden_size // count
+    ends_E = torch.arange(1, count + 1, device=x_SH.device, dtype=torch.int32) * tokens
+    expert_S = torch.arange(count, device=x_SH.device).repeat_interleave(tokens)
+    with without_autocast(x_SH.device):
+        y = _product_of(experts, _UP[0], x_SH.reshape(-1, experts.hidden_size), ends_E, expert_S)
+        gate, up = y.chunk(2, dim=-1)
+        y = _product_of(experts, _DOWN, up * experts.act_fn(gate), ends_E, expert_S)
+    return y.to(x_SH.dtype)
+
+
 def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
     places = getattr(experts, ADAPTED)
     if name in places:
         return places[name].grouped(x_SI, ends_E, expert_S)
-    weight = ExpertsWeight(getattr(experts, name), bool(experts.is_transposed))
+    weight = ExpertsWeight(getattr(experts, name), _stored_transposed(experts))
     bias = getattr(experts, f"{name}_bias", None)
     return _linear(x_SI, weight, bias, None, None, ends_E, expert_S)
 
@@ -295,7 +320,7 @@ def _by_formula(
     return torch.cat([y, y.new_zeros(len(x_SI) - len(y), y.shape[1])])
 
 
-def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Each token's experts (T, K) and their weights (T, K), as families of models call them."""
     given = [*args, *(kwargs[name] for name in ("top_k_index", "router_indices") if name in kwargs)]
     given += [kwargs[name] for name in ("top_k_weights", "routing_weights") if name in kwargs]
