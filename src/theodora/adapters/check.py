@@ -166,7 +166,9 @@ def _module_problems(
             made_for = (*tensors.b.shape[:-1], tensors.a.shape[-1])
             if made_for != expected:
                 of = "(experts, out, in)" if len(expected) == 3 else "(out, in)"
-                problems.append(f"{path}: made for a weight of {made_for} {of}; here it is {expected}")
+                swapped = len(expected) == 3 and made_for == (expected[0], expected[2], expected[1])
+                why = ". PEFT before 0.19.1 swapped in and out of such weights: train it anew" if swapped else ""
+                problems.append(f"{path}: made for a weight of {made_for} {of}; here it is {expected}{why}")
             elif file.mlx and tensors.embedding and is_tied(model, module):
                 problems.append(f"{path}: MLX adapts the output head with this embedding, whose weight it shares")
     return problems

@@ -12,6 +12,7 @@ from torch import nn
 from theodora.config import AdapterConfig
 from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile
+from theodora.layers.experts import named_places
 from theodora.paths import PathPattern, matches
 from theodora.synonyms import Names, bare_name, of_another_part
 
@@ -39,7 +40,7 @@ def in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     Raises:
         CheckpointError: the file holds one module under two names.
     """
-    modules = [path for path, _ in model.named_modules() if path]
+    modules = list(named_places(model))
     parameters = [path for path, _ in model.named_parameters(remove_duplicate=False)]
     return under_names(file, modules, parameters)
 

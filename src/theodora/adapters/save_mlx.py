@@ -29,6 +29,7 @@ from theodora.files.mlx import to_mlx_name
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, METADATA_KEY, MLX_WEIGHTS_NAME, WEIGHTS_NAME
 from theodora.functional import dora_norm, wide_dtype
 from theodora.layers import AdapterLayer
+from theodora.layers.experts import ExpertParameter
 from theodora.layers.token_rows import unmerged_weight
 
 
@@ -67,7 +68,7 @@ def save_mlx(model: nn.Module, path: str | Path, name: str | None = None) -> Non
             raise ConfigError(f"Adapter {name!r} cannot be saved for MLX:" + bullet_list(problems))
         fingerprint = layers_fingerprint(model, layers)
     adapters: dict[str, Any] = {at: layer.adapters[name] for at, layer in layers.items()}
-    rank = max(adapter.factors()[0].shape[0] for adapter in adapters.values())
+    rank = max(len(adapter.factors()[0]) for adapter in adapters.values())
     scale = next(iter(adapters.values())).scale
     tensors: dict[str, Tensor] = {}
     kind = _model_type(model)
@@ -110,6 +111,8 @@ def _model_type(model: nn.Module) -> str:
 def _unfit(model: nn.Module, layer: AdapterLayer, name: str) -> str | None:
     """Why MLX's files cannot say what this layer's adapter does, if they cannot."""
     adapter: Any = layer.adapters[name]
+    if isinstance(layer, ExpertParameter):
+        return "experts, which are not written for MLX; merge instead (export --to hf)"
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(layer, nn.Embedding):

@@ -131,24 +131,26 @@ def _write(
     w_OI = layer.base_weight.dense()
     wide = wide_dtype(w_OI.dtype)
     start: list[Tensor] = [] if adapter.start_A is None else [adapter.start_A]
-    room = sum(a.shape[0] for a in (adapter.lora_A, *start))
-    a, b = w_OI.new_zeros(room, w_OI.shape[1], dtype=wide), w_OI.new_zeros(w_OI.shape[0], room, dtype=wide)
+    *experts, outputs, inputs = w_OI.shape
+    room = sum(a.shape[-2] for a in (adapter.lora_A, *start))
+    a = w_OI.new_zeros(*experts, room, inputs, dtype=wide)
+    b = w_OI.new_zeros(*experts, outputs, room, dtype=wide)
     magnitude = None
     if tensors is not None:
-        rank, magnitude = tensors.a.shape[0], tensors.magnitude
+        rank, magnitude = tensors.a.shape[-2], tensors.magnitude
         if rank > room:
             return f"rank {rank}; there is room for {room}. Put an adapter of that rank on the model instead"
         if magnitude is not None and adapter.magnitude is None:
             return "has magnitudes (DoRA), and the adapter here is plain LoRA"
         # The layer's scale is a number that compiled code holds, so the other one's goes into B.
         ratio = 1.0 if own_scale else tensors.scale / adapter.scale
-        a[:rank].copy_(tensors.a)
-        b[:, :rank].copy_(tensors.b.to(wide) * ratio)
+        a[..., :rank, :].copy_(tensors.a)
+        b[..., :rank].copy_(tensors.b.to(wide) * ratio)
     a, b = a.to(adapter.lora_A.dtype), b.to(adapter.lora_B.dtype)
-    own = adapter.lora_A.shape[0]
-    writes += [(adapter.lora_A, a[:own]), (adapter.lora_B, b[:, :own])]
+    own = adapter.rank
+    writes += [(adapter.lora_A, a[..., :own, :]), (adapter.lora_B, b[..., :own])]
     if adapter.start_A is not None:
-        writes += [(adapter.start_A, a[own:]), (adapter.start_B, -b[:, own:])]
+        writes += [(adapter.start_A, a[..., own:, :]), (adapter.start_B, -b[..., own:])]
     if adapter.magnitude is not None:
         without = dora_norm(w_OI, a, b, adapter.scale) if magnitude is None else magnitude
         writes.append((adapter.magnitude, without))

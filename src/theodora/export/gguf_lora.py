@@ -58,6 +58,9 @@ def check_gguf_lora(file: AdapterFile, base: BaseCheckpoint, *, as_lora: bool = 
     stored = set(base.keys)
     placed: dict[str, str] = {}
     for path, tensors in file.modules.items():
+        if tensors.a.dim() == 3:
+            problems.append(f"{path}: experts, which are not written in such a file here")
+            continue
         parameter = base.model_name(f"{path}.weight") or f"{path}.weight"
         gguf_name = names.of(parameter)
         if tensors.embedding or gguf_name is None:

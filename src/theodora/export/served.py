@@ -50,6 +50,7 @@ def check_served(file: AdapterFile, base: BaseCheckpoint) -> None:
     problems = [f"{key}: trained in full" for key in file.full]
     problems += [f"{path}: rows of single tokens" for path in file.token_rows]
     problems += [f"{key}: a base weight that the adapter changes" for key in changed_copies_on_disk(base, file)]
+    problems += [f"{path}: experts" for path, tensors in file.modules.items() if tensors.a.dim() == 3]
     problems += [f"{path}: an embedding" for path, tensors in file.modules.items() if tensors.embedding]
     if problems:
         raise UsageError("The served form holds linear layers only; merge instead:" + bullet_list(problems, 20))

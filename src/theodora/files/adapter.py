@@ -73,6 +73,11 @@ class AdapterTensors:
     embedding: bool = False
     """Whether the module is an embedding, whose weight is stored as (V, O)."""
 
+    def of(self, expert: int | slice, rows: slice | Tensor = slice(None)) -> AdapterTensors:
+        """What they are for output rows of one expert, or of several."""
+        magnitude = None if self.magnitude is None else self.magnitude[expert, rows]
+        return AdapterTensors(self.a[expert], self.b[expert, rows], magnitude, self.scale)
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -342,7 +347,8 @@ def _module_problem(
     if not a.numel() or not b.numel():
         return "its tensors are empty, as DeepSpeed's ZeRO-3 leaves them: gather them first (zero_to_fp32.py does)"
     if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
-        return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected (rank, in) and (out, rank)"
+        wanted = "(experts, rank, in) and (experts, out, rank)" if experts else "(rank, in) and (out, rank)"
+        return f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected {wanted}"
     if a.shape[-2] != config.rank_of(module) and not any_rank:
         return f"its tensors have rank {a.shape[-2]}, but {CONFIG_NAME} says {config.rank_of(module)}"
     if config.method == "dora" and magnitude is None:

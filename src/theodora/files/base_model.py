@@ -25,11 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 from theodora.errors import CheckpointError, shown
 from theodora.files.classes import auto_classes, check_kernels
-from theodora.files.distrust import expanded
+from theodora.files.distrust import FLOAT_DTYPES, expanded
 from theodora.files.folder import OpenFile, read_file
 from theodora.files.model_bounds import Stored, bounded_build, check_layers
 from theodora.files.model_folder import StoredTensor, read_headers
 from theodora.files.packed import group_parts, method_of
+from theodora.files.pieces import Piece, pieces_of
 from theodora.files.quantisation_config import method_named
 from theodora.files.quantised_store import QuantisedStore, plain_view, quantisation_of, store_of
 from theodora.files.safetensors import Header, read_header, read_tensor
@@ -105,6 +106,8 @@ class BaseCheckpoint:
     """Parameter of the model -> key in the checkpoint."""
     converted: dict[str, list[str]]
     """Parameter of the model -> keys it is computed from, where loading does more than rename."""
+    pieces: dict[str, Piece]
+    """Key -> what it holds of such a parameter, where that is known: experts stored one by one, or turned."""
     quantised: QuantisedStore | None
     """How the weights are packed that `read` dequantises; None where nothing is quantised."""
 
@@ -131,7 +134,7 @@ class BaseCheckpoint:
         self.tensors = plain_view(self.stored, parts)
         for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.stored)):
             self.model = model
-            self._to_model_name, self.keys, self.converted = _map_names(model, list(self.tensors))
+            self._to_model_name, self.keys, self.converted, self.pieces = _map_names(model, self.tensors)
             if not _missing(model, {*self.keys, *self.converted}):
                 break
         self.quantised = None
@@ -144,6 +147,7 @@ class BaseCheckpoint:
         self._names = Names([*self.keys, *self.converted, *self._tied()])
         self._unloaded = Names(self.unloaded())
         self._open: tuple[OpenFile, Header] | None = None
+        self._of_experts: dict[str, tuple[int, ...]] | None = None
 
     def model_name(self, name: str) -> str | None:
         """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
@@ -190,7 +194,41 @@ class BaseCheckpoint:
         if parameter not in self.keys and parameter not in self._tied():
             return False
         module = self.model.get_submodule(parameter.rpartition(".")[0])
+        if parameter in self.experts():
+            return bool(getattr(module, "is_transposed", False))
         return isinstance(module, Conv1D | nn.Embedding)
+
+    def weight_name(self, path: str) -> str | None:
+        """The parameter that is the weight at a path: of a module, or one of several experts, which is its own path."""
+        name = self.model_name(path)
+        if name is not None and name in self.experts():
+            return name
+        return self.model_name(f"{path}.weight")
+
+    def pieces_of(self, parameter: str) -> dict[str, Piece]:
+        """Key -> what it holds of a parameter that is stored in pieces."""
+        return {key: self.pieces[key] for key in self.converted.get(parameter, ()) if key in self.pieces}
+
+    def read_whole(self, parameter: str) -> Tensor | None:
+        """A parameter as the model has it, put together from its pieces; None if the base does not store it so."""
+        key = self.key_of(parameter)
+        if key is not None:
+            return self.read(key)
+        pieces = self.pieces_of(parameter)
+        dtype = FLOAT_DTYPES.get(self.tensors[next(iter(pieces))].dtype) if pieces else None
+        if dtype is None:
+            return None
+        whole = torch.empty(self.experts()[parameter], dtype=dtype)
+        for key, piece in pieces.items():
+            piece.put_into(whole, self.read(key))
+        return whole
+
+    def experts(self) -> dict[str, tuple[int, ...]]:
+        """Parameters of three dimensions, as those of experts are -> their shapes in the model."""
+        if self._of_experts is None:
+            parameters = self.model.named_parameters(remove_duplicate=False)
+            self._of_experts = {name: tuple(parameter.shape) for name, parameter in parameters if parameter.dim() == 3}
+        return self._of_experts
 
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own; a quantised weight dequantised."""
@@ -292,27 +330,35 @@ def _missing(model: PreTrainedModel, stored: set[str]) -> list[str]:
 
 
 def _map_names(
-    model: PreTrainedModel, keys: list[str]
-) -> tuple[Callable[[str], str], dict[str, str], dict[str, list[str]]]:
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+) -> tuple[Callable[[str], str], dict[str, str], dict[str, list[str]], dict[str, Piece]]:
     """Follow transformers' own loading rules from each key of the checkpoint to a parameter of the model."""
     state = model.state_dict()
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
-    def rename(key: str, *, convert: bool = True) -> tuple[str, bool]:
+    def rename(key: str, *, convert: bool = True) -> tuple[str, str | None]:
         wanted = converters if convert else []
-        name, converter = rename_source_key(key, renamings, wanted, model.base_model_prefix, state)
+        name, pattern = rename_source_key(key, renamings, wanted, model.base_model_prefix, state)
         if name not in state and key in state:
-            name, converter = rename_source_key(key, [], [], model.base_model_prefix, state)
-        return name, converter is not None
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, pattern
 
     direct: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
-    for key in keys:
-        name, is_converted = rename(key)
-        if is_converted:
-            converted.setdefault(name, []).append(key)
+    converted: dict[str, dict[str, str]] = {}
+    for key in stored:
+        name, pattern = rename(key)
+        if pattern is not None:
+            converted.setdefault(name, {})[key] = pattern
         elif name in state:
             direct[name] = key
-    return lambda name: name if name in state else rename(name, convert=False)[0], direct, converted
+    pieces: dict[str, Piece] = {}
+    for name, patterns in converted.items():
+        first = next(iter(patterns.values()))
+        converter = next(rule for rule in converters if first in rule.source_patterns)
+        if name in state and not getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False):
+            parts = {key: (pattern, stored[key].shape) for key, pattern in patterns.items()}
+            pieces |= pieces_of(name, state[name].shape, parts, converter)
+    keys = {name: list(patterns) for name, patterns in converted.items()}
+    return lambda name: name if name in state else rename(name, convert=False)[0], direct, keys, pieces

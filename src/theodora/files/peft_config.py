@@ -10,6 +10,7 @@ from typing import Any
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
 from theodora.files.distrust import read_object
+from theodora.files.experts import parameters_problems
 from theodora.files.names import CONFIG_NAME
 from theodora.files.peft_options import option_problems
 
@@ -90,7 +91,7 @@ def config_from_peft(peft: Mapping[str, Any], path: Path, for_model: bool) -> Ad
     for name in ("use_dora", "use_rslora"):
         if not isinstance(peft.get(name), bool | None):
             problems.append(f"{name} is {shown(peft[name])}; expected true or false")
-    problems += option_problems(peft, for_model)
+    problems += option_problems(peft, for_model) + parameters_problems(peft)
     if not all(is_int(layer) for layer in layers_named(peft) or ()):
         problems.append(f"layers_to_transform is {shown(peft['layers_to_transform'])}; expected numbers of layers")
     if not problems:

@@ -183,6 +183,11 @@ def module_path(path: str, module: nn.Module) -> str:
     return f"{parent}.{ADAPTED}.{name}".lstrip(".") if isinstance(module, ExpertParameter) else path
 
 
+def weight_path(path: str, module: nn.Module) -> str:
+    """The path of a place's weight as a parameter: of experts its own."""
+    return path if isinstance(module, ExpertParameter) else f"{path}.weight"
+
+
 def expert_parameters(module: nn.Module, path: str = "") -> list[str]:
     """Names of a module's parameters that are weights of several experts: its class, `path` or their names say so."""
     kinds = (kind.__name__ for kind in type(module).__mro__)

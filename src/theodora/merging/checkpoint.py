@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from theodora.merging.logits import LogitsReport
 from theodora.merging.onto import Onto, as_onto, find_start
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
 from theodora.merging.requantised import LayerError, check_reads_again, write_requantised
+from theodora.merging.rounding import KindReport, RoundedPart, Rounding
 from theodora.paths import layer_kinds
 
 Progress = Callable[[int, int, str], None]
@@ -46,22 +47,6 @@ Progress = Callable[[int, int, str], None]
 _MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _DISK_MARGIN = 64 << 20  # beside the weights: tokenizer, configuration, index, rounding up to disk blocks
 _SPOT_CHECKS = 16  # tensors that are merged once more after writing and compared value by value
-
-
-@dataclass(frozen=True)
-class KindReport:
-    """What merging did to the layers of one kind, such as q_proj."""
-
-    kind: str
-    tensors: int
-    change: float
-    """Mean relative size of what the adapter changed, ‖W' − W‖ / ‖W‖ (Frobenius norms)."""
-    rounding_mean: float
-    """Mean relative rounding error of what was written, ‖written − W'‖ / ‖W'‖."""
-    rounding_max: float
-    """The largest of these among the layers."""
-    rounding_max_abs: float
-    """The largest rounding error of a single weight."""
 
 
 @dataclass(frozen=True)
@@ -95,30 +80,6 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return asdict(self) | {"output": str(self.output), "adapter": str(self.adapter)}
-
-
-@dataclass
-class _Rounding:
-    """Collects the numbers of a `KindReport`, tensor by tensor."""
-
-    change: list[float] = field(default_factory=list[float])
-    relative: list[float] = field(default_factory=list[float])
-    max_abs: float = 0.0
-
-    def add(self, base: Tensor, merged: Tensor, written: Tensor) -> None:
-        size = float(torch.linalg.vector_norm(merged))
-        error = written.to(merged.dtype) - merged
-        self.relative.append(float(torch.linalg.vector_norm(error)) / size if size else 0.0)
-        self.max_abs = max(self.max_abs, float(error.abs().max()))
-        if base.shape == merged.shape:
-            start = base.to(merged.dtype)
-            size = float(torch.linalg.vector_norm(start))
-            self.change.append(float(torch.linalg.vector_norm(merged - start)) / size if size else 0.0)
-
-    def report(self, kind: str) -> KindReport:
-        count = len(self.relative)
-        change = math.fsum(self.change) / len(self.change) if self.change else math.nan
-        return KindReport(kind, count, change, math.fsum(self.relative) / count, max(self.relative), self.max_abs)
 
 
 def merge_checkpoint(
@@ -187,7 +148,7 @@ def merge_checkpoint(
     _check_disk(output, total if way != "quantised" else _size_of_files(base))
 
     kinds = _kinds(base, plan)
-    roundings = {kind: _Rounding() for kind in kinds.values()}
+    roundings = {kind: Rounding() for kind in kinds.values()}
     drift = Drift.of(found, base, plan, file, trust_remote_code=trust_remote_code)
     with atomic_directory(output, overwrite=overwrite) as partial:
         done = 0
@@ -207,7 +168,7 @@ def merge_checkpoint(
 
             def packed(tensor: OutputTensor, weights: tuple[Tensor, Tensor, Tensor] | None) -> None:
                 if weights is not None:
-                    roundings[kinds[tensor.key]].add(*weights)
+                    roundings[kinds[tensor.key]].add([RoundedPart.of(*weights)])
                 told(tensor)
 
             quantised = write_requantised(
@@ -304,22 +265,37 @@ def _check_disk(output: Path, needed: int) -> None:
         )
 
 
-def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: _Rounding | None = None) -> Tensor:
-    """One tensor as it is written; what that did to its values is noted in `rounding`."""
-    stored, merged = tensor.values(base)
-    dtype = tensor.written_dtype(stored)
-    written = merged.to(dtype)
-    _check_finite(tensor, stored, merged, written)
+def _merge_one(base: BaseCheckpoint, tensor: OutputTensor, rounding: Rounding | None = None) -> Tensor:
+    """One tensor as it is written, experts one after the other; what that did to its values is noted in `rounding`."""
+    stored, parts = base.read(tensor.source.key), tensor.parts()
+    whole = len(parts) == 1
+    written = torch.empty(stored.shape, dtype=tensor.written_dtype(stored)) if not whole else stored
+    noted: list[RoundedPart] = []
+    for e, part in enumerate(parts):
+        before = stored if whole else stored[e]
+        merged = part.merged(before)
+        after = merged.to(part.written_dtype(before))
+        _check_finite(part, before, merged, after)
+        if rounding is not None:
+            noted.append(RoundedPart.of(before, merged, after))
+            _check_excess(part, before, after)
+        if whole:
+            written = after
+        else:
+            written[e] = after
     if rounding is not None:
-        rounding.add(stored, merged, written)
-        excess = tensor.excess(stored, written)
-        if not excess <= 1:
-            raise CheckpointError(
-                f"{tensor.key}: the merged weight does not do what base and adapter do together: their outputs differ "
-                f"by {excess:.3g} times what rounding allows. Nothing was written. This is a fault of Theodora or of "
-                "the hardware, and worth a report."
-            )
+        rounding.add(noted)
     return written
+
+
+def _check_excess(tensor: OutputTensor, stored: Tensor, written: Tensor) -> None:
+    excess = tensor.excess(stored, written)
+    if not excess <= 1:
+        raise CheckpointError(
+            f"{tensor.key}: the merged weight does not do what base and adapter do together: their outputs differ "
+            f"by {excess:.3g} times what rounding allows. Nothing was written. This is a fault of Theodora or of "
+            "the hardware, and worth a report."
+        )
 
 
 def _check_finite(tensor: OutputTensor, stored: Tensor, merged: Tensor, written: Tensor) -> None:
@@ -343,10 +319,12 @@ def _check_finite(tensor: OutputTensor, stored: Tensor, merged: Tensor, written:
 
 def _kinds(base: BaseCheckpoint, plan: MergePlan) -> dict[str, str]:
     """Key of each changed tensor -> its kind of layer, in the model's order."""
-    changed = {t.parameter.removesuffix(".weight"): t.key for t in plan.outputs if t.change and t.parameter}
+    changed = {t.key: t.parameter.removesuffix(".weight") for t in plan.outputs if t.change and t.parameter}
     model_order = [name.removesuffix(".weight") for name, _ in base.model.named_parameters(remove_duplicate=False)]
-    kinds = layer_kinds(dict.fromkeys([*(name for name in model_order if name in changed), *changed]))
-    return {changed[name]: kind for name, kind in kinds.items()}
+    of_changed = set(changed.values())
+    kinds = layer_kinds(dict.fromkeys([*(name for name in model_order if name in of_changed), *of_changed]))
+    place = {name: at for at, name in enumerate(kinds)}
+    return {key: kinds[changed[key]] for key in sorted(changed, key=lambda key: place[changed[key]])}
 
 
 def _write_index(folder: Path, files: dict[str, list[str]], total: int) -> None:

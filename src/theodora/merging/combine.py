@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +37,8 @@ from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.finite import not_finite
 from theodora.layers import AdapterLayer, LowRank
 from theodora.layers.base_weights import FLOATS
-from theodora.merging.fit import FitReport, Held, Wanted, dense, exact_dtype, hold, wanted_of
+from theodora.layers.experts import place_at, weight_path
+from theodora.merging.fit import FitReport, Held, Wanted, dense, exact_dtype, hold, of_experts, wanted_of
 from theodora.merging.ties_dare import combined
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
@@ -115,7 +116,7 @@ def combine_adapters(
         held = {
             path: held
             for path, layer in adapter_layers(model).items()
-            if f"{path}.weight" not in full and (held := _module(layer, path, plan)) is not None
+            if weight_path(path, layer) not in full and (held := _module(layer, path, plan)) is not None
         }
     method_name = "dora" if any(h.magnitude_O is not None for h in held.values()) else "lora"
     return add_computed(model, into, held, full, method_name, errors)
@@ -139,7 +140,7 @@ def add_computed(
     adapters: dict[str, LowRank] = {}
     with originals_in_place(model):
         for path, h in held.items():
-            module = model.get_submodule(path)
+            module = place_at(model, path)
             adapters[path] = new_low_rank(module, h.a_RI, h.b_OR, h.magnitude_O, 1.0, config, None)
     add_adapter(model, name, config, adapters, full)
     set_adapter(model, name)
@@ -166,7 +167,7 @@ def check_held(held: Mapping[str, Held]) -> None:
 
 def scale_one_config(method: str, held: Mapping[str, Held], full: Mapping[str, Tensor]) -> AdapterConfig:
     """The configuration of computed tensors: alpha is the rank, so that the scale is 1."""
-    ranks = {path: h.a_RI.shape[0] for path, h in held.items()}
+    ranks = {path: h.a_RI.shape[-2] for path, h in held.items()}
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     others = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
     return AdapterConfig(
@@ -185,7 +186,7 @@ def report_fit(
     name: str, method: str, held: Mapping[str, Held], errors: Mapping[str, float] | None = None
 ) -> FitReport:
     """Ranks and errors of computed tensors."""
-    ranks = {path: h.a_RI.shape[0] for path, h in held.items()}
+    ranks = {path: h.a_RI.shape[-2] for path, h in held.items()}
     return FitReport(name, method, ranks, {path: h.error for path, h in held.items()} | dict(errors or {}))
 
 
@@ -234,9 +235,24 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
     parts = [(name, weight, wanted) for name, weight, wanted in parts if wanted is not None]
     if not parts:
         return None
-    w_OI = layer.base_weight.dense()
     adapters: list[Any] = [layer.adapters[name] for name, _, _ in parts]
     dora = any(adapter.magnitude is not None for adapter in adapters)
+    rank = plan.rank
+    if plan.method == "svd" and rank is None:
+        rank = max(adapter.factors()[0].shape[-2] for adapter in adapters)
+    plan = replace(plan, rank=rank)
+    w_OI = layer.base_weight.dense()
+    if w_OI.dim() == 2:
+        return _weight(w_OI, path, parts, plan, dora)
+    experts = range(len(w_OI))
+    of_each = ([(name, weight, wanted.of(e)) for name, weight, wanted in parts] for e in experts)
+    return of_experts(
+        [_weight(w_OI[e], f"{path}.{e}", own, plan, dora) for e, own in zip(experts, of_each, strict=True)]
+    )
+
+
+def _weight(w_OI: Tensor, path: str, parts: list[tuple[str, float, Wanted]], plan: _Plan, dora: bool) -> Held:
+    """One weight's part of it."""
     dtype = storage_dtype(w_OI)
     if plan.method in _SPARSE:
         changes = [wanted.update(w_OI) for _, _, wanted in parts]
@@ -245,10 +261,7 @@ def _module(layer: AdapterLayer, path: str, plan: _Plan) -> Held | None:
         split = plan.rank is not None and plan.rank < min(w_OI.shape) and dora
         wanted = _scaled_rows(w_OI, change) if split else dense(change)
         return hold(w_OI, wanted, dora=dora, rank=plan.rank, dtype=dtype)
-    rank = plan.rank
-    if plan.method == "svd" and rank is None:
-        rank = max(adapter.factors()[0].shape[0] for adapter in adapters)
-    return hold(w_OI, _sum([(w, wanted) for _, w, wanted in parts]), dora=dora, rank=rank, dtype=dtype)
+    return hold(w_OI, _sum([(w, wanted) for _, w, wanted in parts]), dora=dora, rank=plan.rank, dtype=dtype)
 
 
 def _sum(parts: list[tuple[float, Wanted]]) -> Wanted:
@@ -272,7 +285,7 @@ def _scaled_rows(w_OI: Tensor, change_OI: Tensor) -> Wanted:
 def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
     """The parameters that one of the adapters trains in full, and the error that rounding them makes."""
     state = require_state(model)
-    layers = adapter_layers(model)
+    layers = {weight_path(path, layer): layer for path, layer in adapter_layers(model).items()}
     parameters: dict[str, nn.Parameter] = {}
     errors: dict[str, float] = {}
     for path in dict.fromkeys(path for name in plan.names for path in state.full[name]):
@@ -284,10 +297,10 @@ def _full(model: nn.Module, plan: _Plan) -> tuple[dict[str, nn.Parameter], dict[
             change = None
             if path in state.full[name]:
                 change = state.full[name][path].detach().to(start.device, start.dtype) - start
-            elif (layer := layers.get(path.removesuffix(".weight"))) is not None and path.endswith(".weight"):
+            elif (layer := layers.get(path)) is not None:
                 wanted = wanted_by(layer, name)
                 update = None if wanted is None else wanted.update(layer.base_weight.dense())
-                change = update.T if update is not None and layer.stored_transposed else update
+                change = update.mT if update is not None and layer.stored_transposed else update
             if change is not None:
                 changes.append(change)
                 shares.append((name, weight))

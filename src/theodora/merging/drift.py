@@ -55,7 +55,7 @@ class Drift:
         self.layers: list[LayerError] = []
         self._start, self._missing = start, missing
         self._base, self._plan = (base, plan) if trained is None or plan_trained is None else (trained, plan_trained)
-        self._outputs = {output.parameter: output for output in self._plan.outputs}
+        self._outputs = {output.place: output for output in self._plan.outputs}
         self._dora = False
 
     @classmethod
@@ -77,7 +77,7 @@ class Drift:
 
     def add(self, output: OutputTensor, written: Tensor) -> None:
         """Note a tensor that is written as it is."""
-        wanted = self._outputs.get(output.parameter)
+        wanted = self._outputs.get(output.place)
         if not self.measures or output.change is None or output.parameter is None or wanted is None:
             return
         update = output.change.low_rank
@@ -86,7 +86,7 @@ class Drift:
         self._dora |= update.magnitude is not None
         trained = self._base.read(wanted.source.key)
         exact = exact_weight(wanted, trained)
-        path = output.parameter.removesuffix(".weight")
+        path = (output.place or output.parameter).removesuffix(".weight")
         self.layers.append(layer_error(path, trained, exact, written, transposed=output.transposed))
 
     def worst_first(self) -> list[LayerError]:

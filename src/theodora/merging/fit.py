@@ -6,17 +6,20 @@ Every adapted weight has this form: LoRA has c = 1, DoRA has c = g. So have weig
 with a B or A of full rank. As LoRA it is W + B'·A', of full rank where c is not 1; as DoRA it is c ⊙ (W + B·A / c), of
 the same rank.
 
-Computed in float64. Shapes: I in features, O out features, R rank; c is (O,).
+Experts each have their own, of one rank: the largest that one of them needs.
+
+Computed in float64. Shapes: I in features, O out features, R rank; c is (O,). Of E experts all have an E before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from theodora.errors import CheckpointError
 from theodora.files.finite import finite
@@ -37,7 +40,11 @@ class Wanted(NamedTuple):
 
     def update(self, w_OI: Tensor) -> Tensor:
         """W' − W, (O, I), float64."""
-        return (self.row_O - 1)[:, None] * w_OI.to(self.row_O.dtype) + self.b_OR @ self.a_RI
+        return (self.row_O - 1)[..., None] * w_OI.to(self.row_O.dtype) + self.b_OR @ self.a_RI
+
+    def of(self, expert: int) -> Wanted:
+        """What is wanted of one of several experts."""
+        return Wanted(self.row_O[expert], self.b_OR[expert], self.a_RI[expert])
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,14 @@ class Held:
     a_RI: Tensor
     b_OR: Tensor
     magnitude_O: Tensor | None
-    error: float
-    """‖held − W'‖ / ‖W' − W‖ (Frobenius norms); against ‖W‖ where W' is W."""
+    squares: tuple[float, float, float]
+    """‖held − W'‖², ‖W' − W‖² and ‖W‖² (Frobenius norms)."""
+
+    @property
+    def error(self) -> float:
+        """‖held − W'‖ / ‖W' − W‖; against ‖W‖ where W' is W."""
+        error, size, base = self.squares
+        return (error / (size or base or 1.0)) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,10 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 def wanted_of(w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, magnitude_O: Tensor | None) -> Wanted:
     """What an adapter makes of W: c is g, and B·A is g ⊙ s·B·A."""
+    if w_OI.dim() == 3:
+        m = [None] * len(w_OI) if magnitude_O is None else magnitude_O
+        each = [wanted_of(w, a, b, scale, own) for w, a, b, own in zip(w_OI, a_RI, b_OR, m, strict=True)]
+        return Wanted(*(torch.stack(parts) for parts in zip(*each, strict=True)))
     exact = exact_dtype(w_OI.device)
     if not finite(w_OI):
         raise CheckpointError("The base model's own weight holds NaN or infinite values, and nothing is like it.")
@@ -110,6 +127,9 @@ def hold(w_OI: Tensor, wanted: Wanted, *, dora: bool, rank: int | None, dtype: t
         rank: the largest rank, or None for as much as exactness needs, at most min(O, I).
         dtype: that A and B are stored in.
     """
+    if w_OI.dim() == 3:
+        each = (hold(w, wanted.of(e), dora=dora, rank=rank, dtype=dtype) for e, w in enumerate(w_OI))
+        return of_experts(list(each))
     if not all(finite(part) for part in wanted):
         raise CheckpointError("What the adapter makes of its base's weight holds NaN or infinite values: it overflows.")
     if dora:
@@ -128,6 +148,16 @@ def hold(w_OI: Tensor, wanted: Wanted, *, dora: bool, rank: int | None, dtype: t
     if dora:
         b = torch.where(b == 0, b, b / row[:, None])
     return _stored(w_OI, wanted, a.to(dtype), b.to(dtype), dora)
+
+
+def of_experts(each: Sequence[Held]) -> Held:
+    """One adapter of several experts, of the largest of their ranks: the others are filled up with zeros."""
+    rank = max(len(held.a_RI) for held in each)
+    a = torch.stack([F.pad(held.a_RI, (0, 0, 0, rank - len(held.a_RI))) for held in each])
+    b = torch.stack([F.pad(held.b_OR, (0, rank - held.b_OR.shape[1])) for held in each])
+    magnitudes = [held.magnitude_O for held in each if held.magnitude_O is not None]
+    error, size, base = (sum(squares) for squares in zip(*(held.squares for held in each), strict=True))
+    return Held(a, b, torch.stack(magnitudes) if magnitudes else None, (error, size, base))
 
 
 def truncated(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -196,8 +226,7 @@ def _stored(w_OI: Tensor, wanted: Wanted, a_RI: Tensor, b_OR: Tensor, dora: bool
         error += float((held - target).square().sum())
         size += float((target - w).square().sum())
         base += float(w.square().sum())
-    relative = (error / (size or base or 1.0)) ** 0.5
-    return Held(a_RI, b_OR, torch.cat(magnitudes) if dora else None, relative)
+    return Held(a_RI, b_OR, torch.cat(magnitudes) if dora else None, (error, size, base))
 
 
 def _pieces(w_OI: Tensor) -> Iterator[slice]:

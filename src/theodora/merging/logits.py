@@ -82,10 +82,10 @@ def stored_values(base: BaseCheckpoint) -> Values:
     """The parameters as a checkpoint has them, quantised ones dequantised."""
 
     def value(name: str) -> Tensor:
-        key = base.key_of(name)
-        if key is None:
+        whole = base.read_whole(name)
+        if whole is None:
             raise CheckpointError(f"{name} is stored in other pieces in {base.folder}")
-        return base.read(key)
+        return whole
 
     return value
 
@@ -93,11 +93,17 @@ def stored_values(base: BaseCheckpoint) -> Values:
 def merged_values(base: BaseCheckpoint, plan: MergePlan) -> Values:
     """The parameters after the change that a plan makes of them, before any rounding."""
     outputs = {output.parameter: output for output in plan.outputs if output.parameter is not None}
+    pieces = {output.key: output for output in plan.outputs if output.piece is not None and output.change is not None}
     plain = stored_values(base)
 
     def value(name: str) -> Tensor:
+        if not pieces.keys().isdisjoint(base.pieces_of(name)):
+            whole = plain(name).float()
+            for key, piece in base.pieces_of(name).items():
+                piece.put_into(whole, pieces[key].values(base)[1].to(whole.dtype))
+            return whole
         sharing = next((other for other in (name, *base.tied_to(name)) if other in outputs), None)
-        return plain(name) if sharing is None else outputs[sharing].values(base)[1]
+        return plain(name) if sharing is None or name in base.converted else outputs[sharing].values(base)[1]
 
     return value
 

@@ -16,10 +16,12 @@ from theodora.errors import CheckpointError, bullet_list
 from theodora.files.adapter import AdapterFile, AdapterTensors, missing_in_full
 from theodora.files.base_model import BaseCheckpoint
 from theodora.files.distrust import FLOAT_DTYPES
-from theodora.files.fingerprint import SAME_BASE, check_fingerprint, weight_fingerprint
+from theodora.files.fingerprint import SAME_BASE, check_fingerprint, fingerprint_of_rows, weight_fingerprint
 from theodora.files.model_folder import StoredTensor
+from theodora.files.pieces import Piece
 from theodora.files.token_rows import RowTensors
 from theodora.functional import merged_weight, wide_dtype
+from theodora.layers.experts import named_places
 from theodora.paths import nearest
 
 _MISSES_TOLD = 20
@@ -61,6 +63,16 @@ class OutputTensor:
     """What it is written in; None: as stored."""
     is_buffer: bool = False
     """Whether it is no parameter of the model: a mask or a bound, which may be infinite by intent."""
+    piece: Piece | None = None
+    """What it holds of the parameter, where it is not the whole."""
+
+    @property
+    def place(self) -> str | None:
+        """The parameter, and which part of it."""
+        if self.piece is None:
+            return self.parameter
+        rows = f"{self.piece.rows.start}:" if isinstance(self.piece.rows, slice) else "turned"
+        return f"{self.parameter}[{'' if self.piece.expert is None else self.piece.expert}, {rows}]"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,18 +88,31 @@ class OutputTensor:
     def values(self, base: BaseCheckpoint) -> tuple[Tensor, Tensor]:
         """The base values, and the values after the change in full precision (the same tensor without a change)."""
         stored = base.read(self.source.key)
+        if len(parts := self.parts()) == 1:
+            return stored, self.merged(stored)
+        return stored, torch.stack([part.merged(w) for part, w in zip(parts, stored, strict=True)])
+
+    def merged(self, stored: Tensor) -> Tensor:
+        """The values after the change in full precision, given the base's."""
         if self.change is None:
-            return stored, stored
+            return stored
         start = stored if self.change.full is None else self.change.full
         work = start.to(wide_dtype(stored.dtype))
         update = self.change.low_rank
         if update is not None:
-            w_OI = work.T if self.transposed else work
+            w_OI = work.mT if self.transposed else work
             w_OI = merged_weight(w_OI, update.a, update.b, update.scale, update.magnitude)
-            work = w_OI.T if self.transposed else w_OI
+            work = w_OI.mT if self.transposed else w_OI
         if self.change.rows is not None:
             work = self.change.rows.put_into(work)
-        return stored, work.contiguous()
+        return work.contiguous()
+
+    def parts(self) -> list[OutputTensor]:
+        """The same for each of several experts that are stored as one; else itself alone."""
+        update = self.change.low_rank if self.change is not None else None
+        if self.change is None or self.change.full is not None or update is None or update.a.dim() == 2:
+            return [self]
+        return [replace(self, change=Change(low_rank=update.of(e))) for e in range(len(update.a))]
 
     def excess(self, stored: Tensor, written: Tensor) -> float:
         """How far the written weight is from the unmerged formula, as a share of what rounding allows."""
@@ -95,7 +120,7 @@ class OutputTensor:
         if self.change is None or update is None:
             return 0.0
         w, merged = (stored if self.change.full is None else self.change.full), written
-        w_OI, merged_OI = (w.T, merged.T) if self.transposed else (w, merged)
+        w_OI, merged_OI = (w.mT, merged.mT) if self.transposed else (w, merged)
         return weight_excess(w_OI, update.a, update.b, update.scale, update.magnitude, merged_OI)
 
     def written_dtype(self, stored: Tensor) -> torch.dtype:
@@ -161,24 +186,42 @@ def plan_merge(
 
 def weight_on_disk(base: BaseCheckpoint, path: str) -> Tensor | None:
     """The base weight of a module, (O, I), or None if the base does not store it as one tensor."""
-    name = base.model_name(f"{path}.weight")
-    key = base.key_of(name) if name is not None else None
-    if name is None or key is None:
+    name = base.weight_name(path)
+    weight = base.read_whole(name) if name is not None else None
+    if name is None or weight is None:
         return None
-    weight = base.read(key)
-    return weight.T if base.is_transposed(name) else weight
+    return weight.mT if base.is_transposed(name) else weight
 
 
 def fingerprint_on_disk(base: BaseCheckpoint, path: str) -> list[float] | None:
-    """`weight_fingerprint` of a module's base weight, or None if the base does not store it as one tensor."""
+    """`weight_fingerprint` of a module's base weight, or None if the base does not store it."""
+    name = base.weight_name(path)
+    pieces = base.pieces_of(name) if name is not None and base.key_of(name) is None else {}
+    if name is not None and pieces:
+        experts, outputs, inputs = base.experts()[name]
+        return fingerprint_of_rows((experts * outputs, inputs), lambda at: _rows(base, pieces, at, outputs))
     w_OI = weight_on_disk(base, path)
-    return None if w_OI is None else weight_fingerprint(w_OI)
+    if w_OI is None or w_OI.dim() == 2:
+        return None if w_OI is None else weight_fingerprint(w_OI)
+    outputs = w_OI.shape[1]
+    return fingerprint_of_rows((len(w_OI) * outputs, w_OI.shape[2]), lambda at: w_OI[at // outputs, at % outputs])
+
+
+def _rows(base: BaseCheckpoint, pieces: dict[str, Piece], at: Tensor, outputs: int) -> Tensor:
+    """Output rows of experts, counted through all of them, from those of the pieces that hold one."""
+    rows: dict[int, Tensor] = {}
+    for key, piece in pieces.items():
+        found = {row: place for row in at.tolist() if (place := piece.row(row // outputs, row % outputs)) is not None}
+        if found:
+            stored = base.read(key)
+            rows |= {row: (stored.mT if piece.transposed else stored)[place] for row, place in found.items()}
+    return torch.stack([rows[row] for row in at.tolist()])
 
 
 def _in_names_of(base: BaseCheckpoint, adapter: AdapterFile) -> AdapterFile:
     """The adapter under the model's names, and under the file's for what the model's class does not load."""
     unloaded = base.unloaded()
-    modules = [path for path, _ in base.model.named_modules() if path]
+    modules = list(named_places(base.model))
     parameters = [path for path, _ in base.model.named_parameters(remove_duplicate=False)]
     return under_names(adapter, modules + [key.rpartition(".")[0] for key in unloaded], parameters + unloaded)
 
@@ -204,9 +247,12 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile) -> tuple[dict[str, Chan
             for member in (name, *base.tied_to(name)):
                 changes.setdefault(member, Change(full=copy))
     for path, tensors in adapter.modules.items():
-        name = base.model_name(f"{path}.weight")
+        experts = tensors.a.dim() == 3
+        name = base.weight_name(path)
         if name is None:
-            problems.append(f"{path}: {_unknown(f'{path}.weight', parameters)}")
+            problems.append(f"{path}: {_unknown(path if experts else f'{path}.weight', parameters)}")
+        elif (problem := _other_experts(base, name, tensors)) is not None:
+            problems.append(f"{name}: {problem}")
         else:
             changes[name] = replace(changes.get(name, Change()), low_rank=tensors)
     for path, rows in adapter.token_rows.items():
@@ -222,12 +268,24 @@ def _changes(base: BaseCheckpoint, adapter: AdapterFile) -> tuple[dict[str, Chan
     return changes, problems
 
 
+def _other_experts(base: BaseCheckpoint, name: str, tensors: AdapterTensors) -> str | None:
+    """Why an adapter of experts does not fit a parameter, or one of a module a parameter of experts."""
+    whole = base.experts().get(name)
+    if tensors.a.dim() == 2 and whole is None:
+        return None
+    if tensors.a.dim() == 2 or whole is None:
+        return "the adapter and the base disagree whether this holds several experts"
+    adapted = (*tensors.b.shape[:-1], tensors.a.shape[-1])
+    expected = (whole[0], *whole[:0:-1]) if base.is_transposed(name) else whole
+    return None if adapted == expected else f"(experts, out, in) is {adapted} in the adapter, {expected} in the base"
+
+
 def _unplaced(base: BaseCheckpoint, changes: dict[str, Change], plan: MergePlan) -> list[str]:
     """Complaints about changes that no tensor of the output holds."""
     placed = {output.parameter for output in plan.outputs if output.change is not None}
     problems = []
     for name, change in changes.items():
-        if name in base.converted:
+        if name in base.converted and name not in placed:
             parts = ", ".join(base.converted[name][:2])
             problems.append(
                 f"{name}: stored in other pieces ({parts}, …), which streaming cannot merge; load base and adapter "
@@ -289,10 +347,22 @@ def _outputs(
         cast = dtype if name in floating and source.dtype in FLOAT_DTYPES else None
         if key in changes and key not in base.keys:
             name = key  # the adapter names the stored tensor itself: see BaseCheckpoint.model_name
-        change = changes.get(name) if name is not None and name not in base.converted else None
+        change, piece = changes.get(name) if name is not None else None, base.pieces.get(key)
+        if name in base.converted:
+            fits = change is not None and change.low_rank is not None and change.full is None
+            change = Change(low_rank=change.low_rank.of(*piece.at)) if piece is not None and fits else None
         transposed = change is not None and change.low_rank is not None and base.is_transposed(name or "")
         written = cast or FLOAT_DTYPES.get(source.dtype)
-        return OutputTensor(key, source, name, change, transposed, written, is_buffer=name is None or name in buffers)
+        return OutputTensor(
+            key,
+            source,
+            name,
+            change,
+            transposed or (piece is not None and piece.transposed),
+            written,
+            is_buffer=name is None or name in buffers,
+            piece=piece,
+        )
 
     outputs = [output(key, stored, parameter_of.get(key)) for key, stored in base.tensors.items()]
     for name in sorted(untied - base.keys.keys()):
@@ -335,8 +405,9 @@ def _shape_problems(base: BaseCheckpoint, plan: MergePlan) -> list[str]:
                 f"{tuple(change.rows.rows.shape[1:])} for tokens up to {max(change.rows.ids)}"
             )
         if change.low_rank is not None:
-            adapted = (change.low_rank.b.shape[0], change.low_rank.a.shape[1])
-            expected = output.shape[::-1] if output.transposed else output.shape
+            adapted = (*change.low_rank.b.shape[:-1], change.low_rank.a.shape[-1])
+            shape = output.shape
+            expected = (*shape[:-2], *shape[:-3:-1]) if output.transposed else shape
             if adapted != expected:
                 problems.append(f"{output.parameter}: (out, in) is {adapted} in the adapter, {expected} in the base")
     return problems

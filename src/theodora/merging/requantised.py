@@ -145,10 +145,10 @@ def exact_weight(output: OutputTensor, stored: Tensor) -> Tensor:
     assert change is not None
     work = (stored if change.full is None else change.full).double()
     if (update := change.low_rank) is not None:
-        w_OI = work.T if output.transposed else work
+        w_OI = work.mT if output.transposed else work
         magnitude = None if update.magnitude is None else update.magnitude.double()
         w_OI = merged_weight(w_OI, update.a.double(), update.b.double(), update.scale, magnitude)
-        work = w_OI.T if output.transposed else w_OI
+        work = w_OI.mT if output.transposed else w_OI
     return work if change.rows is None else change.rows.put_into(work)
 
 
@@ -164,7 +164,7 @@ def layer_error(path: str, stored: Tensor, exact: Tensor, written: Tensor, *, tr
     """
     size, got = float(exact.norm()) or 1.0, written.double()
     change = float((exact - stored.double()).norm()) / size if stored.shape == exact.shape else math.nan
-    norms = [weight.norm(dim=0 if transposed else 1) for weight in (exact, got)]
+    norms = [weight.norm(dim=-2 if transposed else -1) for weight in (exact, got)]
     apart = ((norms[1] - norms[0]).abs() / norms[0].clamp_min(1e-30)).mean()
     return LayerError(path, float((got - exact).norm()) / size, change, float(apart))
 

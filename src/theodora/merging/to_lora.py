@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from theodora.adapters.biases import bias_key, trained_biases
 from theodora.adapters.state import active_name, adapter_layers, check_name, originals_in_place, require_state
+from theodora.adapters.targets import parameter_names
 from theodora.adapters.token_rows import own_rows
 from theodora.config import is_int
 from theodora.errors import CheckpointError, ConfigError
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
+from theodora.files.experts import PARAMETERS, expert_tensors
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.peft_config import peft_config
 from theodora.files.read_back import save_tensors, write_json
@@ -110,13 +112,15 @@ def folder_to_lora(
             w_OI = _start(base, file, path)
             wanted = wanted_of(w_OI, tensors.a, tensors.b, tensors.scale, tensors.magnitude)
             held[path] = hold(w_OI, wanted, dora=False, rank=rank, dtype=storage_dtype(w_OI))
-            transposed |= not tensors.embedding and base.is_transposed(base.model_name(f"{path}.weight") or "")
+            linear = not tensors.embedding and w_OI.dim() == 2
+            transposed |= linear and base.is_transposed(base.model_name(f"{path}.weight") or "")
         base.close()
         check_held(held)
         config = scale_one_config("lora", held, file.full)
         fields = peft_config(
             config,
-            target_modules=sorted(held),
+            target_modules=sorted(path for path, h in held.items() if h.a_RI.dim() == 2),
+            target_parameters=parameter_names([path for path, h in held.items() if h.a_RI.dim() == 3]),
             modules_to_save=list(config.modules_to_save),
             base_model=file.base_model,
             task_type="CAUSAL_LM",
@@ -145,6 +149,12 @@ def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]
     full = {bias_key(path, held) if path in biases else path: tensor for path, tensor in file.full.items()}
     tensors: dict[str, Tensor] = {**file.base_copies, **full}
     for path, h in held.items():
+        if h.a_RI.dim() == 3:
+            module, _, name = path.rpartition(".")
+            beside = [other for other in held if other.rpartition(".")[0] == module]
+            after = sum(PARAMETERS.index(other.rpartition(".")[2]) > PARAMETERS.index(name) for other in beside)
+            tensors |= expert_tensors(module, after, h.a_RI, h.b_OR, None)
+            continue
         pattern = "{}.lora_embedding_{}" if file.modules[path].embedding else "{}.lora_{}.weight"
         tensors |= {pattern.format(path, "A"): h.a_RI, pattern.format(path, "B"): h.b_OR}
     return {KEY_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
