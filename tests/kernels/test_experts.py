@@ -1,5 +1,7 @@
 """A mixture's experts as one step, against the formula in float64: on a GPU, or under Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from theodora.kernels.gated import activate
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Gate, Parts
 
+experts = pytest.importorskip("theodora.kernels.triton.experts")
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1"),
+    pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="there is no Triton for a CPU's tensors"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 E = 4
@@ -132,3 +135,52 @@ def test_agrees_with_float64(kind, gate):
 @pytest.mark.parametrize("routes", ROUTES)
 def test_any_way_that_tokens_go(routes):
     check(given(routes, KINDS["dora"], SILU, biased=True), 2e-5)
+
+
+def test_rows_that_fill_several_chunks(monkeypatch):
+    monkeypatch.setattr(experts, "CHUNK", 32)
+    args = given("all one's", KINDS["dora"], SILU)
+    out, found = check(args, 2e-5)
+    again = kernel.adapted_experts(*args)
+    assert torch.equal(out, again)
+    same = torch.autograd.grad(again, tensors(*args), exact(*args)[0].cos().to(out.dtype))
+    assert all(torch.equal(one, other) for one, other in zip(found, same, strict=True))
+
+
+@pytest.mark.parametrize("rank", [5, 16, 32])
+@pytest.mark.parametrize("gate", [SILU, GPT_OSS], ids=["silu", "gpt_oss"])
+def test_half_precision(rank, gate):
+    wide = {"adapter_dtype": torch.bfloat16} if rank == 5 else {}
+    gate = replace(gate, limit=4.0)  # near which few numbers lie, and none is cut off for its rounding
+    args = given("even", KINDS["dora"], gate, rank, torch.bfloat16, transposed=gate.limited, **wide)
+    check(args, 0.02 if DEVICE == "cuda" else 0.08)  # Triton's interpreter cuts off where a GPU rounds
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+def test_other_activations(activation):
+    check(given("even", KINDS["lora"], Gate(activation)), 2e-5)
+
+
+def squared_relu(y):
+    return y.relu().square()
+
+
+def halves(y):
+    one, other = y.chunk(2, dim=1)
+    return one.tanh() * other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gate_of_which_nothing_is_known(kind):
+    check(given("no expert", KINDS[kind], halves, biased=kind == "dora"), 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_without_a_gate(kind):
+    x, index, weights, up, down, _ = given("no expert", KINDS[kind], squared_relu)
+    cut = {"a_RI": up.a_RI}
+    for name in ("b_OR", "magnitude_O", "norm_O"):
+        t = getattr(up, name)
+        cut[name] = t if t is None else t.detach()[:, :24].clone().requires_grad_(name != "norm_O")
+    weight = ExpertsWeight(up.weight.tensor[:, :24].contiguous())
+    check((x, index, weights, Parts(weight, None, scale=up.scale, **cut), down, squared_relu), 2e-5)

@@ -30,7 +30,7 @@ from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
 from theodora.kernels.fused import wide_product
 from theodora.kernels.gated import ACTIVATIONS
 from theodora.kernels.operators import interpreted, operator, runs_triton
-from theodora.kernels.parts import Gate, Parts
+from theodora.kernels.parts import EXPERT_CHUNK, EXPERT_TILE, Gate, Parts
 
 MOST_RANK = 64
 """Ranks that the kernels hold at once."""
@@ -384,7 +384,7 @@ def _fake_forward(x: Tensor, index: Tensor, weights: Tensor, *rest: Any) -> tupl
     def rank(side: Side) -> tuple[int, ...]:
         return (0,) if side.a_ERI is None else (count, side.a_ERI.shape[1])
 
-    tiles, chunks = (-(-count // size) + experts for size in (_TILE, _CHUNK))
+    tiles, chunks = (-(-count // size) + experts for size in (EXPERT_TILE, EXPERT_CHUNK))
     return (
         x.new_empty(x.shape[0], down.weight.shape[1]),
         x.new_empty(count, up.weight.shape[1]),
@@ -415,7 +415,6 @@ def _fake_backward(dout: Tensor, x: Tensor, index: Tensor, weights: Tensor, *res
     return tuple(found)
 
 
-_TILE, _CHUNK = 64, 512
 _SIDE = "Tensor w{0}, Tensor? bias{0}, Tensor? a{0}, Tensor? b{0}, float scale{0}, Tensor? g{0}"
 _GATE = "int act, bool in_turns, float alpha, float limit, bool limited, float offset"
 _KEPT = ", ".join(f"Tensor kept{n}" for n in range(10))

@@ -85,6 +85,8 @@ LEAST_SCALE = 2.0**-40
 
 TILE = 16
 """Tokens that a program of the kernel takes at once: what `tl.dot` needs."""
+EXPERT_TILE, EXPERT_CHUNK = 64, 512
+"""Rows of an expert that a program takes at once: where each is worked on for itself, and where they are added up."""
 MOST_LAYERS = 3
 """Layers of one x that share the kernel's launches: q, k and v."""
 

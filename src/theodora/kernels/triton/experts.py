@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from theodora.kernels.parts import EXPERT_CHUNK, EXPERT_TILE
 from theodora.kernels.triton.common import precision, product, rank_block
 
-TILE, CHUNK = 64, 512
-MOST_RANK = 64
-"""Ranks that the kernels hold at once."""
+TILE, CHUNK = EXPERT_TILE, EXPERT_CHUNK
 
 
 class Rows(NamedTuple):
