@@ -29,10 +29,18 @@ ROUTES = {
     "no expert": [[4, 1], [4, 9], [0, 4], [1, 3]],
     "nobody's": [[4], [4]],
 }
-KINDS = {"lora": ("lora", "lora"), "dora": ("dora", "dora"), "up": ("dora", None), "down": (None, "dora"), "none": ("none",) * 2}
+KINDS = {
+    "lora": ("lora", "lora"),
+    "dora": ("dora", "dora"),
+    "up": ("dora", None),
+    "down": (None, "dora"),
+    "none": ("none",) * 2,
+}
 
 
-def given(routes, kinds, gate, rank=8, dtype=torch.float32, adapter_dtype=torch.float32, transposed=False, biased=False):
+def given(
+    routes, kinds, gate, rank=8, dtype=torch.float32, adapter_dtype=torch.float32, transposed=False, biased=False
+):
     hidden, features = 40, 24
     index = torch.tensor(ROUTES[routes], device=DEVICE)
 

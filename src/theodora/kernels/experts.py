@@ -302,9 +302,7 @@ def _gate_backward(
     xa = None if up.b_EOR is None else kept.xa_SR
     if isinstance(gate, Gate):
         given = (xa, up.b_EOR, up.scale, up.g_EO, up.bias_EO, gate)
-        dz, dw, db, dg, da = experts_gate.gate_backward(
-            dh_SI, rows, weights_TK, low_SR, down.a_ERI, kept.z_SO, *given
-        )
+        dz, dw, db, dg, da = experts_gate.gate_backward(dh_SI, rows, weights_TK, low_SR, down.a_ERI, kept.z_SO, *given)
         return _Through(dz, dw, db, None, dg, da)
     if low_SR is not None and down.a_ERI is not None:
         triton.add_low(dh_SI, rows, low_SR, triton.columns_of_a(down.a_ERI))
