@@ -52,7 +52,7 @@ def given(
         w = normal(E, outputs, inputs, of=dtype) / inputs**0.5
         weight = ExpertsWeight(w.mT.contiguous() if transposed else w, transposed)
         bias = normal(E, outputs, of=dtype) if biased else None
-        if kind not in ("lora", "dora"):
+        if kind is None:
             sides.append(Parts(weight, bias))
             continue
         a = (normal(E, rank, inputs) / inputs**0.5).to(adapter_dtype).requires_grad_()
@@ -118,7 +118,7 @@ def exact(x, index, weights, up, down, gate):
 
 
 def check(args, tolerance):
-    x, index, weights, up, down, gate = args
+    x, index, _, up, down, gate = args
     assert kernel.fits(x, index, up, down, gate)
     out = kernel.adapted_experts(*args)
     formula, slopes = exact(*args)

@@ -238,7 +238,7 @@ def backward(
     from theodora.kernels.triton import experts as triton
 
     rows, dout, none = triton.Rows(*kept[4:]), dout_TH.contiguous(), x_TH.new_empty
-    # The down projection. dz, and what comes of it, is for a routing weight of 1, so that ⟨h, dh⟩ is that one's gradient.
+    # The down projection. dz, and what comes of it, is for a routing weight of 1, whose gradient ⟨h, dh⟩ is so.
     b = None if down.b_EOR is None else triton.columns_of_b(down.b_EOR, down.scale)
     dz, low = triton.project(dout, rows, b, of_tokens=True, g_EC=down.g_EO, keep=True)
     assert dz is not None

@@ -62,7 +62,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What stands between the products of a mixture's experts: h = act(gate) ⊙ (up + offset), act(x) = f(alpha·x)/alpha.
+    """What stands between the products of a mixture's experts: h = act(gate) ⊙ (up + offset), act(x) = f(α·x)/α.
 
     With a limit, gate is cut off above it, and up above it and below its negative.
     """

@@ -258,8 +258,7 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
 
 def _parts_of(experts: Any, name: str) -> Parts:
     """One of the products as it stands in this forward pass."""
-    places = getattr(experts, ADAPTED)
-    place = places[name] if name in places else None
+    place = dict(getattr(experts, ADAPTED)).get(name)
     adapter = None if place is None else place.active
     bias = getattr(experts, f"{name}_bias", None)
     weight = ExpertsWeight(getattr(experts, name), bool(experts.is_transposed))

@@ -42,7 +42,7 @@ def _recognised(experts: Any, limit: Any, alpha: Any) -> Gate | None:
     try:
         with torch.no_grad():
             own = experts._apply_gate(y)
-    except Exception:  # noqa: BLE001 - whatever it needs beside numbers: then it runs where they are
+    except Exception:  # it needs more than numbers: then its own code runs
         return None
     numbers = [float(n) if isinstance(n, int | float) else 1.0 for n in (alpha, limit)]
     for in_turns in (False, True):

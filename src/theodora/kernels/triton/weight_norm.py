@@ -234,10 +234,8 @@ def stack_norms(w_NOI: Tensor, a_NRI: Tensor, b_NOR: Tensor, scale: float, w_nor
     """The norms of several bfloat16 weights that lie in one tensor, (N, O): one product, and nobody waits for it."""
     a_NRI, b_NOR = a_NRI.contiguous(), b_NOR.contiguous()
     a3, gram = _in_three(a_NRI).flatten(1, 2).mT, _times_gram(b_NOR, a_NRI)
-    if w_NOI.is_cuda:
-        products = torch.bmm(w_NOI, a3, out_dtype=torch.float32)
-    else:
-        products = torch.bmm(w_NOI.float(), a3.float())
+    on_gpu = w_NOI.is_cuda
+    products = torch.bmm(w_NOI, a3, out_dtype=torch.float32) if on_gpu else w_NOI.float() @ a3.float()
     products = products.unflatten(2, (3, a_NRI.shape[1]))
     norm = norms_of_products(products, gram, b_NOR, scale, w_norm_sq_NO.contiguous(), None)
     _form_rows(w_NOI, a_NRI, b_NOR, None, norm, scale)
