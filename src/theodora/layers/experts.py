@@ -24,10 +24,13 @@ from theodora import kernels
 from theodora.autocast import without_autocast
 from theodora.functional import dora_experts, dora_scale, lora_experts
 from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels.experts import adapted_experts, fits
 from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
-from theodora.kernels.operators import is_on_paper
+from theodora.kernels.operators import is_on_paper, runs_triton
+from theodora.kernels.parts import Parts
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import FLOATS
+from theodora.layers.gates import gate_of
 from theodora.layers.low_rank import LowRank
 from theodora.layers.swap import Swapped, check_reachable, swap_back, swap_class
 
@@ -241,18 +244,25 @@ def _declared(experts: Any) -> bool:
 def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What transformers' experts compute, (T, H), with adapters: rows are sorted by expert once, for all products.
 
+    On a GPU by our kernels, where they can take them (`theodora.kernels.experts`); else in plain torch.
+
     Args:
         experts: the module.
         x_TH: tokens.
         index_TK: the experts of each token. Numbers of E and more stand for no expert.
         weights_TK: what each expert's output counts.
     """
+    up = next(name for name in _UP if hasattr(experts, name))
+    gate = gate_of(experts) if kernels.fast() else None
+    if gate is not None and runs_triton(x_TH):
+        sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
+        if fits(x_TH, index_TK, *sides, gate):
+            return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate)
     tokens, chosen = index_TK.shape
     expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(expert_S, torch.arange(1, experts.num_experts + 1, device=x_TH.device), out_int32=True)
     known_S1 = (expert_S < experts.num_experts)[:, None]
     expert_S = expert_S.clamp(max=experts.num_experts - 1)
-    up = next(name for name in _UP if hasattr(experts, name))
     y = _product_of(experts, up, x_TH[order_S // chosen], ends_E, expert_S)
     h = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
     y = _product_of(experts, _DOWN, h, ends_E, expert_S)
@@ -274,6 +284,18 @@ def run_sorted(experts: Any, x_SH: Tensor) -> Tensor:
         gate, up = y.chunk(2, dim=-1)
         y = _product_of(experts, _DOWN, up * experts.act_fn(gate), ends_E, expert_S)
     return y.to(x_SH.dtype)
+
+
+def _parts_of(experts: Any, name: str) -> Parts:
+    """One of the products as it stands in this forward pass."""
+    place = dict(getattr(experts, ADAPTED)).get(name)
+    adapter = None if place is None else place.active
+    bias = getattr(experts, f"{name}_bias", None)
+    weight = ExpertsWeight(getattr(experts, name), _stored_transposed(experts))
+    if place is None or adapter is None:
+        return Parts(weight, bias)
+    norm = None if adapter.magnitude is None else place.norm(adapter)
+    return Parts(weight, bias, *adapter.factors(), adapter.scale, adapter.magnitude, norm, adapter.drops)
 
 
 def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
