@@ -61,7 +61,7 @@ class ExpertParameter(AdapterLayer):
     @property
     def stored_transposed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the module stores the parameter as (E, I, O)."""
-        return _stored_transposed(self.holder)
+        return stored_transposed(self.holder)
 
     @property
     def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -227,7 +227,7 @@ def takes_sorted_rows(experts: nn.Module) -> bool:
     return any(kind.__name__ == "Llama4TextExperts" for kind in type(experts).__mro__)
 
 
-def _stored_transposed(experts: Any) -> bool:
+def stored_transposed(experts: Any) -> bool:
     """Whether the module stores its weights as (E, I, O)."""
     return bool(getattr(experts, "is_transposed", takes_sorted_rows(experts)))
 
@@ -291,7 +291,7 @@ def _parts_of(experts: Any, name: str) -> Parts:
     place = dict(getattr(experts, ADAPTED)).get(name)
     adapter = None if place is None else place.active
     bias = getattr(experts, f"{name}_bias", None)
-    weight = ExpertsWeight(getattr(experts, name), _stored_transposed(experts))
+    weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
     if place is None or adapter is None:
         return Parts(weight, bias)
     norm = None if adapter.magnitude is None else place.norm(adapter)
@@ -302,7 +302,7 @@ def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S:
     places = getattr(experts, ADAPTED)
     if name in places:
         return places[name].grouped(x_SI, ends_E, expert_S)
-    weight = ExpertsWeight(getattr(experts, name), _stored_transposed(experts))
+    weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
     bias = getattr(experts, f"{name}_bias", None)
     return _linear(x_SI, weight, bias, None, None, ends_E, expert_S)
 
