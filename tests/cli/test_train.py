@@ -49,6 +49,7 @@ TYPED = {
     "rslora": (None, True),
     "dropout": ("0.1", 0.1),
     "targets": ("q_proj v_proj", ("q_proj", "v_proj")),
+    "experts": ("true", True),
     "exclude": ("o_proj", ("o_proj",)),
     "rank_pattern": ("q_proj=2 v_proj=3", {"q_proj": 2, "v_proj": 3}),
     "alpha_pattern": ("q_proj=2.5", {"q_proj": 2.5}),

@@ -15,8 +15,20 @@ from triton.runtime.jit import JITFunction
 
 from theodora.kernels.operators import interpreted
 from theodora.kernels.packed import Packed
-from theodora.kernels.parts import MOST_LAYERS, SlottedWeights, Update
-from theodora.kernels.triton import beside, compose, decode, finite, gated, packed, rotary, routed, weight_norm
+from theodora.kernels.parts import MOST_LAYERS, Gate, SlottedWeights, Update
+from theodora.kernels.triton import (
+    beside,
+    compose,
+    decode,
+    experts,
+    experts_gate,
+    finite,
+    gated,
+    packed,
+    rotary,
+    routed,
+    weight_norm,
+)
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no compiler")
 
@@ -194,3 +206,32 @@ def test_finite(dtype, launched):
     finite.keep_finite(key, value, torch.zeros(64, dtype=torch.int32), 2.0**96)
     assert max(launched.values()) <= SHARED_MEMORY
     assert "_keep_finite" in launched
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rank", [5, 16, 32, 64])
+def test_experts(rank, scaled, turns, launched):
+    count, tokens, hidden, features = 8, 64, 128, 256
+    bf16, choices = {"dtype": torch.bfloat16}, torch.zeros(2 * tokens, dtype=torch.int32)
+    tiles, firsts = experts.split_rows(torch.zeros(count, dtype=torch.int32), 2 * tokens, experts.TILE)
+    rows = experts.Rows(choices, choices, firsts[1:], tiles, tiles, firsts)
+    index, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2, **bf16)
+    x, low = torch.zeros(tokens, hidden, **bf16), torch.zeros(2 * tokens, rank, **bf16)
+    v, h, z = (torch.zeros(2 * tokens, size, **bf16) for size in (hidden, features, 2 * features))
+    a, b = torch.zeros(count, rank, features), torch.zeros(count, 2 * features, rank)
+    g, bias = (torch.zeros(count, 2 * features), torch.zeros(count, 2 * features, **bf16)) if scaled else (None, None)
+    g_v = torch.zeros(count, hidden) if scaled else None
+    factors = experts.columns_of_a(torch.zeros(count, rank, hidden))
+    experts.project(x, rows, factors, of_tokens=True, g_EC=g_v, keep=True)
+    experts.add_low(v, rows, low, factors)
+    experts.scaled(z, rows, g, torch.zeros(count, 2 * features, **bf16))
+    experts.combine(v, rows, index, weights, g_v, None)
+    weighted = weights if scaled else None
+    parts, _ = experts.outer(x, rows, low, of_tokens=True, weights_TK=weighted, v_SC=v if scaled else None)
+    experts.sum_chunks(parts, rows, torch.float32, 2.0, g_v)
+    form = Gate("silu", turns, 1.7, 7.0, turns, 1.0)
+    experts_gate.gate(z, rows, low, b, 2.0, g, bias, form)
+    experts_gate.gate_backward(h, rows, weights, low, a, z, low, b, 2.0, g, bias, form)
+    assert len(launched) == 8
+    assert max(launched.values()) <= SHARED_MEMORY // 2

@@ -8,7 +8,7 @@ from formula import DEVICE
 from theodora import functional
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.operators import runs_triton
-from theodora.kernels.weight_norm import dora_norm, dora_norms
+from theodora.kernels.weight_norm import dora_norm, dora_norms, stack_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 300, 3), (40, 70, 16), (33, 130, 40), (17, 64, 256)]
@@ -146,3 +146,17 @@ def test_quantised_weight(shape):
 def test_the_operator_keeps_its_word():
     w, a, b = inputs((6, 20, 3), torch.bfloat16)
     torch.library.opcheck(torch.ops.theodora.dora_norm, (w, a, b, 0.5, functional.row_norm_squared(w), None))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [5, 40])
+def test_several_weights_in_one_tensor(rank, transposed):
+    each = [inputs((21, 48, rank), torch.bfloat16) for _ in range(3)]
+    w, a, b = (torch.stack(tensors) for tensors in zip(*each, strict=True))
+    a[1, 0], b[1, 7] = -1.98 * w[1, 7].float(), 0  # a row whose terms cancel, in the middle one
+    b[1, 7, 0] = 1
+    w[2, 3], b[2, 3] = 0, 0
+    held = w.mT.contiguous().mT if transposed else w
+    found = stack_norms(held, a, b, 0.5, functional.row_norm_squared(held))
+    expected = torch.stack([exact(*one, 0.5) for one in zip(w, a, b, strict=True)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)

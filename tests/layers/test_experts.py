@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch.func import functional_call
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from theodora import (
     AdapterConfig,
@@ -38,6 +45,16 @@ def gpt_oss():
     for name, parameter in model.named_parameters():
         if name.endswith("_bias"):
             torch.nn.init.normal_(parameter)
+    return model
+
+
+def llama_4():
+    """(E, I, O), not declared: rows come sorted, all tokens for each expert."""
+    sizes = {"intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(**SMALL, **sizes, num_key_value_heads=2, interleave_moe_layer_step=1))
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
@@ -181,3 +198,24 @@ def test_checkpointing_and_half_precision(model, ids):
     half = experts.bfloat16()(x.bfloat16(), chosen, counted.bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.double() - y).norm() < 0.02 * y.norm()
+
+
+@pytest.mark.filterwarnings("ignore:all-linear leaves out 2 modules .router")
+def test_llama_4(ids, tmp_path):
+    torch.manual_seed(0)
+    model = llama_4().double().eval()
+    base = model(ids).logits
+    inject_adapter(model, AdapterConfig(experts=True))
+    torch.testing.assert_close(model(ids).logits, base)
+    remove_adapter(model)
+    y = adapted(model)(ids).logits
+    torch.testing.assert_close(y, written_out(model)(ids).logits)
+    assert not torch.allclose(y, base)
+    y.sum().backward()
+    for path, layer in adapter_layers(model).items():
+        assert all(p.grad is not None and p.grad.any() for p in layer.adapters.parameters()), path
+    save_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(merge_adapter(model)(ids).logits, y)
+    unmerge_adapter(model)
+    remove_adapter(model)
+    torch.testing.assert_close(load_adapter(model, tmp_path / "adapter")(ids).logits, y, rtol=1e-5, atol=1e-6)

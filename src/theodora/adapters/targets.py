@@ -24,6 +24,7 @@ from theodora.layers.libraries import prepare
 from theodora.layers.packed import refused
 from theodora.paths import PathPattern, endings, matches, nearest
 
+_ROUTER = "it chooses experts, and stays frozen unless targets names it"
 _TOLD = 20  # unknown names that an error tells
 
 
@@ -62,6 +63,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         if not _excluded(config, path, modules) and not _inside(path, config.modules_to_save, modules)
     ]
     unfit = {path: reason for path in paths if (reason := _unfit(path, modules[path], model)) is not None}
+    if config.targets == "all-linear":
+        unfit |= {path: _ROUTER for path in _of_routers(paths, modules) if path not in unfit}
     if config.targets == "all-linear" and len(unfit) < len(paths):
         paths = [path for path in paths if path not in unfit]
         _warn_of_left_out(unfit)
@@ -215,6 +218,14 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], experts: boo
         and (isinstance(module, nn.Linear | AdapterLayer) or is_linear(module) or is_conv1d(module) or refused(module))
         and not isinstance(module, (nn.Embedding, CONVOLUTION))
     ]
+
+
+def _of_routers(paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Those within the router beside fused experts."""
+    experts = {path.rpartition(".")[0] for path, module in modules.items() if isinstance(module, ExpertParameter)}
+    blocks = {path.rpartition(".")[0] for path in experts}
+    routers = tuple(f"{block}.{name}." for block in blocks for name in ("router", "gate"))
+    return [path for path in paths if f"{path}.".startswith(routers)] if routers else []
 
 
 def _inside(path: str, names: tuple[str, ...], modules: Mapping[str, nn.Module]) -> bool:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from theodora.analysis.experts import ExpertMovement, barely_moved, measure_experts
 from theodora.analysis.movement import Movement, measure, update_norm
+from theodora.analysis.tuned import places_in_order
 from theodora.errors import CheckpointError
 from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
@@ -34,8 +36,8 @@ class ModuleReport:
     path: str
     kind: str
     layer: int | None
-    shape: tuple[int, int]
-    """(out, in)."""
+    shape: tuple[int, ...]
+    """(out, in), or (experts, out, in)."""
     rank: int
     scale: float
     parameters: int
@@ -51,6 +53,8 @@ class ModuleReport:
     angle_max: float | None
     magnitude_rests: bool | None
     """DoRA: whether the magnitudes are still the norms of the base rows."""
+    experts: tuple[ExpertMovement, ...] = ()
+    """Of fused experts, each by itself."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def inspect_adapter(
     notes += [f"{path} has rows of its own for {len(t.ids):,} tokens." for path, t in file.token_rows.items()]
     rows = sum(t.rows.numel() for t in file.token_rows.values())
     tensors = [t for m in file.modules.values() for t in (m.a, m.b, m.magnitude) if t is not None]
-    rank_of = {path: tensors.a.shape[0] // (2 if file.starts else 1) for path, tensors in file.modules.items()}
+    rank_of = {path: tensors.a.shape[-2] // (2 if file.starts else 1) for path, tensors in file.modules.items()}
     return AdapterReport(
         path=str(file.path),
         method=file.config.method,
@@ -229,27 +233,32 @@ def _in_order(file: AdapterFile, base: BaseCheckpoint | None) -> list[str]:
     """The adapted modules in the model's order; without the model, layer by layer."""
     if base is None:
         return sorted(file.modules, key=lambda path: (layer_index(path) or 0, path))
-    place = {name: index for index, (name, _) in enumerate(base.model.named_modules())}
-    names = {path: (base.model_name(f"{path}.weight") or "").removesuffix(".weight") for path in file.modules}
+    place = places_in_order(base)
+    names = {path: (base.weight_name(path) or "").removesuffix(".weight") for path in file.modules}
     return sorted(file.modules, key=lambda path: (place.get(names[path], len(place)), layer_index(path) or 0))
 
 
 def _module(path: str, kind: str, tensors: AdapterTensors, base: BaseCheckpoint | None) -> ModuleReport:
     w_OI = weight_on_disk(base, path) if base is not None else None
-    moved = measure(w_OI, tensors) if w_OI is not None else None
+    experts: tuple[ExpertMovement, ...] = ()
+    if tensors.a.dim() == 3:
+        moved, experts = measure_experts(w_OI, tensors)
+    else:
+        moved = measure(w_OI, tensors) if w_OI is not None else None
     trained = [tensor for tensor in (tensors.a, tensors.b, tensors.magnitude) if tensor is not None]
     return ModuleReport(
         path=path,
         kind=kind,
         layer=layer_index(path),
-        shape=(tensors.b.shape[0], tensors.a.shape[1]),
-        rank=tensors.a.shape[0],
+        shape=(*tensors.a.shape[:-2], tensors.b.shape[-2], tensors.a.shape[-1]),
+        rank=tensors.a.shape[-2],
         scale=tensors.scale,
         parameters=sum(tensor.numel() for tensor in trained),
-        update=update_norm(tensors),
+        update=math.hypot(*(each.update for each in experts)) if experts else update_norm(tensors),
         relative_update=moved and moved.relative_update,
         **_statistics(moved),
         magnitude_rests=moved.magnitude_rests if moved is not None and tensors.magnitude is not None else None,
+        experts=experts,
     )
 
 
@@ -310,6 +319,14 @@ def _suspicions(file: AdapterFile, modules: tuple[ModuleReport, ...]) -> list[st
     idle = [module for module in modules if _is_idle(file, file.modules[module.path])]
     if idle:
         warnings.append(f"{_of(idle, modules)} untrained: B is all zero (or still at its start), so B·A adds nothing.")
+    still = {m.path: found for m in modules if m not in idle and (found := barely_moved(e.update for e in m.experts))}
+    if still:
+        first, of_first = next(iter(still.items()))
+        warnings.append(
+            f"{sum(map(len, still.values())):,} of {sum(len(m.experts) for m in modules):,} experts barely moved, in "
+            f"{len(still)} weight{'' if len(still) == 1 else 's'} ({first}: {', '.join(map(str, of_first[:6]))}"
+            f"{' …' if len(of_first) > 6 else ''}): had they tokens?"
+        )
     resting = [module for module in modules if module.magnitude_rests and module not in idle]
     if resting:
         warnings.append(
@@ -338,8 +355,8 @@ def _is_idle(file: AdapterFile, tensors: AdapterTensors) -> bool:
     if not file.starts:
         return not bool(tensors.b.any())
     # A PiSSA or OLoRA start: the second half of the factors takes the first away again.
-    a, a_start = tensors.a.chunk(2)
-    b, b_start = tensors.b.chunk(2, dim=1)
+    a, a_start = tensors.a.chunk(2, dim=-2)
+    b, b_start = tensors.b.chunk(2, dim=-1)
     return torch.equal(a, a_start) and torch.equal(b, -b_start)
 
 

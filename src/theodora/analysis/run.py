@@ -11,6 +11,7 @@ from typing import Any
 
 from theodora.analysis.change import WeightChange, adapter_change, tuned_change
 from theodora.analysis.correlation import Correlation, correlate
+from theodora.analysis.experts import ExpertChange, experts_change
 from theodora.analysis.inspection import check_base, plain
 from theodora.analysis.states import State, find_states
 from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
@@ -24,6 +25,10 @@ FULL = "full"
 _ANOTHER_MODEL = 0.5  # mean ‖W' − W‖ / ‖W‖; a model further away than this was hardly trained from that base
 
 
+Change = tuple[WeightChange, tuple[ExpertChange, ...]]
+"""Of a weight, and of each of its experts, if it is one of several."""
+
+
 @dataclass(frozen=True)
 class ModuleChange:
     """What happened to the weight of one module."""
@@ -31,8 +36,8 @@ class ModuleChange:
     path: str
     kind: str
     layer: int | None
-    shape: tuple[int, int]
-    """(out, in)."""
+    shape: tuple[int, ...]
+    """(out, in), or (experts, out, in)."""
     magnitude: float
     """ΔM: mean change of the rows' length, without sign."""
     relative_magnitude: float
@@ -42,7 +47,9 @@ class ModuleChange:
     size: float
     """‖W' − W‖ / ‖W‖."""
     effective_rank: float | None
-    """Of W' − W; None if it was not asked for, or the weight is too large."""
+    """Of W' − W; None if it was not asked for, or the weight is too large. Of LoRA's experts the mean."""
+    experts: tuple[ExpertChange, ...] = ()
+    """Of fused experts, each by itself."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,9 @@ def inspect_run(
                 raise CheckpointError(f"{base.folder} does not store the weight of {name} as one tensor.")
             for modules, names, source in zip(changes, wanted, sources, strict=True):
                 if name in names:
-                    change = _change(source, name, w_OI, rank)
-                    shape = (w_OI.shape[0], w_OI.shape[1])
-                    modules.append(ModuleChange(name, kinds[name], layer_index(name), shape, **vars(change)))
+                    change, experts = _change(source, name, w_OI, rank)
+                    where = name, kinds[name], layer_index(name), tuple(w_OI.shape)
+                    modules.append(ModuleChange(*where, **vars(change), experts=experts))
     checkpoints = [
         Checkpoint(state.label, state.step, str(state.folder), tuple(modules))
         for state, modules in zip(states, changes, strict=True)
@@ -216,17 +223,19 @@ def _trained_in_full(base: BaseCheckpoint, file: AdapterFile, notes: list[str]) 
     return replaced
 
 
-def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bool) -> WeightChange:
+def _change(source: AdapterFile | BaseCheckpoint, name: str, w_OI: Any, rank: bool) -> Change:
     if isinstance(source, AdapterFile):
+        if name in source.modules and w_OI.dim() == 3:
+            return experts_change(w_OI, source.modules[name], rank=rank)
         if name in source.modules:
-            return adapter_change(w_OI, source.modules[name], rank=rank)
+            return adapter_change(w_OI, source.modules[name], rank=rank), ()
         tuned = source.full[f"{name}.weight"]
         # Stored as in the model: the other way round for embeddings and Conv1D.
-        return tuned_change(w_OI, tuned if tuned.shape == w_OI.shape else tuned.T, rank=rank)
+        return tuned_change(w_OI, tuned if tuned.shape == w_OI.shape else tuned.T, rank=rank), ()
     tuned = weight_on_disk(source, name)
     if tuned is None:
         raise CheckpointError(f"{source.folder} does not store the weight of {name} as one tensor.")
-    return tuned_change(w_OI, tuned, rank=rank)
+    return tuned_change(w_OI, tuned, rank=rank), ()
 
 
 def _without_twins(checkpoints: list[Checkpoint], notes: list[str]) -> list[Checkpoint]:

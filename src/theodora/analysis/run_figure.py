@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from theodora.analysis.expert_figure import by_layer, draw_experts, height_of
 from theodora.analysis.run import RunReport
 from theodora.errors import CheckpointError, ConfigError
 from theodora.files.atomic import atomic_write
@@ -14,12 +15,12 @@ from theodora.safe_text import in_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCATTER, HEAT_MAP = "scatter.png", "heat_map.png"
+SCATTER, HEAT_MAP, EXPERTS = "scatter.png", "heat_map.png", "experts.png"
 _COLOURS = "viridis"
 
 
 def draw_run_figures(reports: list[RunReport], folder: str | Path) -> list[Path]:
-    """Write scatter.png and heat_map.png into `folder`, which is made if need be.
+    """Write scatter.png and heat_map.png into `folder`, which is made if need be; experts.png, where some are adapted.
 
     Raises:
         ConfigError: no run changed a module in a numbered layer.
@@ -33,7 +34,10 @@ def draw_run_figures(reports: list[RunReport], folder: str | Path) -> list[Path]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror}.") from error
     drawn = []
-    for name, figure in ((SCATTER, _scatter(reports)), (HEAT_MAP, _heat_map(reports))):
+    figures = {SCATTER: _scatter(reports), HEAT_MAP: _heat_map(reports)}
+    if of_experts := [report for report in reports if any(module.experts for module in report.last.modules)]:
+        figures[EXPERTS] = _of_experts(of_experts)
+    for name, figure in figures.items():
         with atomic_write(Path(folder) / name) as partial:
             figure.savefig(partial, format="png", dpi=130)
         drawn.append(Path(folder) / name)
@@ -99,6 +103,25 @@ def _heat_map(reports: list[RunReport]) -> Figure:
             axes.set_yticks(range(len(kinds)), map(in_figure, kinds), fontsize="x-small")
             axes.tick_params(axis="x", labelsize="x-small")
             axes.set_xlabel("layer", fontsize="x-small")
+            bar = figure.colorbar(image, ax=axes, pad=0.01).ax
+            bar.tick_params(labelsize="x-small")
+            bar.yaxis.get_offset_text().set_fontsize("x-small")
+    return figure
+
+
+def _of_experts(reports: list[RunReport]) -> Figure:
+    """A row for each run, ΔD of each expert left and ΔM right: layers across, experts down."""
+    from matplotlib.figure import Figure
+
+    layers = 1 + max(m.layer or 0 for report in reports for m in report.last.modules)
+    experts = max(len(m.experts) for report in reports for m in report.last.modules)
+    size = (2 * max(3.6, 1.8 + 0.13 * layers), len(reports) * (0.9 + height_of(experts)))
+    figure = Figure(figsize=size, layout="constrained")
+    for row, report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
+        panels = {"direction ΔD": ("direction", 1), "magnitude ΔM / ‖w‖ (%)": ("relative_magnitude", 100)}
+        for axes, (title, (name, factor)) in zip(row, panels.items(), strict=True):
+            whole = f"{_name(report)}, {report.last.label}: {title}"
+            image = draw_experts(axes, by_layer(report.last.modules, name), whole, layers, factor)
             bar = figure.colorbar(image, ax=axes, pad=0.01).ax
             bar.tick_params(labelsize="x-small")
             bar.yaxis.get_offset_text().set_fontsize("x-small")

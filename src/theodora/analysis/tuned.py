@@ -44,10 +44,19 @@ def matching_modules(base: BaseCheckpoint, tuned: BaseCheckpoint, notes: list[st
     return comparable
 
 
+def places_in_order(base: BaseCheckpoint) -> dict[str, int]:
+    """Paths of modules, and of parameters of experts → where they come in the model."""
+    places: list[str] = []
+    for path, module in base.model.named_modules():
+        own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+        places += [path, *(name for name in own if name in base.experts())]
+    return {path: index for index, path in enumerate(places)}
+
+
 def in_order(base: BaseCheckpoint, paths: set[str]) -> list[str]:
     """Modules in the model's order, whatever names an older checkpoint gives them."""
-    place = {name: index for index, (name, _) in enumerate(base.model.named_modules())}
-    names = {path: (base.model_name(f"{path}.weight") or "").removesuffix(".weight") for path in paths}
+    place = places_in_order(base)
+    names = {path: (base.weight_name(path) or "").removesuffix(".weight") for path in paths}
     return sorted(paths, key=lambda path: (place.get(names[path], len(place)), path))
 
 

@@ -76,6 +76,8 @@ def _print(report: AdapterReport, console: Console) -> None:
         print_table(console, _kinds(report))
     if len(report.by_layer) > 1:
         print_table(console, _layers(report))
+    if (experts := _experts(report)) is not None:
+        print_table(console, experts)
     for full in report.full:
         change = "" if full.relative_change is None else f", changed by {percent(full.relative_change)}"
         console.print(f"  {full.path}: trained in full, {full.parameters:,} parameters{change}", markup=False)
@@ -156,6 +158,16 @@ def _movement(group: Group) -> tuple[str, str, str, str]:
         percent(group.magnitude_mean),
         percent(group.magnitude_max),
     )
+
+
+def _experts(report: AdapterReport) -> Table | None:
+    from theodora.analysis.expert_figure import by_layer
+    from theodora.cli.expert_table import experts_table
+
+    if report.base_folder is None:
+        return experts_table([("update ‖s·B·A‖", by_layer(report.modules, "update"), lambda value: f"{value:.3g}")])
+    directions, magnitudes = by_layer(report.modules, "angle"), by_layer(report.modules, "magnitude")
+    return experts_table([("direction", directions, degrees), ("magnitude", magnitudes, percent)])
 
 
 def _layers(report: AdapterReport) -> Table:

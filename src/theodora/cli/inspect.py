@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub name of the model before training. Default: the one the adapter names",
     )
     parser.add_argument("--json", action="store_true", help="print everything, module by module, as JSON")
-    parser.add_argument("--figures", metavar="FOLDER", help="draw scatter.png and heat_map.png there")
+    parser.add_argument("--figures", metavar="FOLDER", help="draw scatter.png, heat_map.png and experts.png there")
     parser.add_argument("--movers", type=int, default=5, metavar="N", help="show the N largest movers. Default: 5")
     parser.add_argument("--no-rank", action="store_true", help="skip effective ranks, most of the work")
     parser.add_argument(
@@ -111,6 +111,8 @@ def _print(report: RunReport, movers: int, console: Console) -> None:
     if len(report.checkpoints) > 1:
         print_table(console, _checkpoints(report))
     print_table(console, _kinds(report))
+    if (experts := _experts(report)) is not None:
+        print_table(console, experts)
     if movers > 0:
         print_table(console, _movers(report.last, movers))
 
@@ -144,6 +146,15 @@ def _kinds(report: RunReport) -> Table:
         f"last alone: over the layers of {last.label}, with its 95 % interval"
     )
     return table
+
+
+def _experts(report: RunReport) -> Table | None:
+    from theodora.analysis.expert_figure import by_layer
+    from theodora.cli.expert_table import experts_table
+
+    directions = by_layer(report.last.modules, "direction")
+    magnitudes = by_layer(report.last.modules, "relative_magnitude")
+    return experts_table([("ΔD", directions, lambda value: f"{value:.3g}"), ("ΔM / ‖w‖", magnitudes, percent)])
 
 
 def _movers(checkpoint: Checkpoint, count: int) -> Table:

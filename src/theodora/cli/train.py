@@ -36,6 +36,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "rslora",
             "dropout",
             "targets",
+            "experts",
             "exclude",
             "rank_pattern",
             "alpha_pattern",

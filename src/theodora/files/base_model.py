@@ -34,6 +34,7 @@ from theodora.files.pieces import Piece, pieces_of
 from theodora.files.quantisation_config import method_named
 from theodora.files.quantised_store import QuantisedStore, plain_view, quantisation_of, store_of
 from theodora.files.safetensors import Header, read_header, read_tensor
+from theodora.layers.experts import stored_transposed
 from theodora.parse import parse_json
 from theodora.synonyms import Names
 
@@ -195,7 +196,7 @@ class BaseCheckpoint:
             return False
         module = self.model.get_submodule(parameter.rpartition(".")[0])
         if parameter in self.experts():
-            return bool(getattr(module, "is_transposed", False))
+            return stored_transposed(module)
         return isinstance(module, Conv1D | nn.Embedding)
 
     def weight_name(self, path: str) -> str | None:
@@ -357,7 +358,7 @@ def _map_names(
     for name, patterns in converted.items():
         first = next(iter(patterns.values()))
         converter = next(rule for rule in converters if first in rule.source_patterns)
-        if name in state and not getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False):
+        if name in state and not stored_transposed(model.get_submodule(name.rpartition(".")[0])):
             parts = {key: (pattern, stored[key].shape) for key, pattern in patterns.items()}
             pieces |= pieces_of(name, state[name].shape, parts, converter)
     keys = {name: list(patterns) for name, patterns in converted.items()}

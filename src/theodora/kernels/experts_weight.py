@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from theodora import functional
 from theodora.functional import wide_dtype
+from theodora.kernels import weight_norm
 from theodora.kernels.base_weight import BaseWeight
 
 
@@ -83,6 +84,10 @@ class ExpertsWeight(BaseWeight):
     def norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (E, O)."""
         return functional.row_norm_squared(self.weight_EOI)
+
+    def dora_norm(self, a_ERI: Tensor, b_EOR: Tensor, scale: float, w_norm_sq_EO: Tensor) -> Tensor:
+        """Of all experts, (E, O), by one product on a GPU."""
+        return weight_norm.stack_norms(self.weight_EOI, a_ERI.detach(), b_EOR.detach(), scale, w_norm_sq_EO)
 
     def split(self, outputs: int) -> list[BaseWeight]:
         """Views."""

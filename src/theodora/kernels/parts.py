@@ -60,6 +60,23 @@ class Update:
         return 0 if self.b_OR is None else self.b_OR.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What stands between the products of a mixture's experts: h = act(gate) ⊙ (up + offset), act(x) = f(α·x)/α.
+
+    With a limit, gate is cut off above it, and up above it and below its negative.
+    """
+
+    activation: str
+    """f: one of `gated.ACTIVATIONS`."""
+    in_turns: bool = False
+    """Whether gate and up lie in turns, rather than one after the other."""
+    alpha: float = 1.0
+    limit: float = 0.0
+    limited: bool = False
+    offset: float = 0.0
+
+
 MOST_FUSED_RANK = 128
 """Ranks up to which the Triton kernels hold a tile of B; a caller adds larger updates by a product of its own."""
 
@@ -68,6 +85,8 @@ LEAST_SCALE = 2.0**-40
 
 TILE = 16
 """Tokens that a program of the kernel takes at once: what `tl.dot` needs."""
+EXPERT_TILE, EXPERT_CHUNK = 64, 512
+"""Rows of an expert that a program takes at once: where each is worked on for itself, and where they are added up."""
 MOST_LAYERS = 3
 """Layers of one x that share the kernel's launches: q, k and v."""
 

@@ -24,10 +24,13 @@ from theodora import kernels
 from theodora.autocast import without_autocast
 from theodora.functional import dora_experts, dora_scale, lora_experts
 from theodora.kernels.base_weight import BaseWeight
+from theodora.kernels.experts import adapted_experts, fits
 from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
-from theodora.kernels.operators import is_on_paper
+from theodora.kernels.operators import is_on_paper, runs_triton
+from theodora.kernels.parts import Parts
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import FLOATS
+from theodora.layers.gates import gate_of
 from theodora.layers.low_rank import LowRank
 from theodora.layers.swap import Swapped, check_reachable, swap_back, swap_class
 
@@ -58,7 +61,7 @@ class ExpertParameter(AdapterLayer):
     @property
     def stored_transposed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the module stores the parameter as (E, I, O)."""
-        return bool(getattr(self.holder, "is_transposed", False))
+        return stored_transposed(self.holder)
 
     @property
     def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -135,7 +138,9 @@ class AdaptedExperts(Swapped):
         places: Any = getattr(self, ADAPTED)
         if all(place.active is None for place in places.values()):
             return super().forward(hidden_states, *args, **kwargs)
-        index, weights = _routing(args, kwargs)
+        if takes_sorted_rows(self):
+            return run_sorted(self, hidden_states)
+        index, weights = routing(args, kwargs)
         with without_autocast(hidden_states.device):  # which transformers' own grouped products do not heed
             return run_experts(self, hidden_states, index, weights)
 
@@ -217,10 +222,20 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     return None
 
 
+def takes_sorted_rows(experts: nn.Module) -> bool:
+    """Whether the module is Llama 4's: it takes all tokens once for each expert, (E·T, H), and no routing."""
+    return any(kind.__name__ == "Llama4TextExperts" for kind in type(experts).__mro__)
+
+
+def stored_transposed(experts: Any) -> bool:
+    """Whether the module stores its weights as (E, I, O)."""
+    return bool(getattr(experts, "is_transposed", takes_sorted_rows(experts)))
+
+
 def _declared(experts: Any) -> bool:
-    """Whether transformers' own functions for experts run the module."""
+    """Whether transformers' own functions for experts run the module, or it is one that is known."""
     own = type(experts)
-    if isinstance(experts, AdaptedExperts):
+    if isinstance(experts, AdaptedExperts) or takes_sorted_rows(experts):
         return True
     names = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
     return all(hasattr(experts, name) for name in names) and hasattr(own.forward, "__wrapped__")
@@ -229,18 +244,25 @@ def _declared(experts: Any) -> bool:
 def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What transformers' experts compute, (T, H), with adapters: rows are sorted by expert once, for all products.
 
+    On a GPU by our kernels, where they can take them (`theodora.kernels.experts`); else in plain torch.
+
     Args:
         experts: the module.
         x_TH: tokens.
         index_TK: the experts of each token. Numbers of E and more stand for no expert.
         weights_TK: what each expert's output counts.
     """
+    up = next(name for name in _UP if hasattr(experts, name))
+    gate = gate_of(experts) if kernels.fast() else None
+    if gate is not None and runs_triton(x_TH):
+        sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
+        if fits(x_TH, index_TK, *sides, gate):
+            return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate)
     tokens, chosen = index_TK.shape
     expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(expert_S, torch.arange(1, experts.num_experts + 1, device=x_TH.device), out_int32=True)
     known_S1 = (expert_S < experts.num_experts)[:, None]
     expert_S = expert_S.clamp(max=experts.num_experts - 1)
-    up = next(name for name in _UP if hasattr(experts, name))
     y = _product_of(experts, up, x_TH[order_S // chosen], ends_E, expert_S)
     h = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
     y = _product_of(experts, _DOWN, h, ends_E, expert_S)
@@ -251,11 +273,36 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     return y[back_S].view(tokens, chosen, -1).sum(1).to(x_TH.dtype)
 
 
+def run_sorted(experts: Any, x_SH: Tensor) -> Tensor:
+    """What Llama 4's experts compute, (E·T, H): of each expert's T tokens, scaled before by what they count."""
+    count = experts.num_experts
+    tokens = x_SH.numel() // experts.hidden_size // count
+    ends_E = torch.arange(1, count + 1, device=x_SH.device, dtype=torch.int32) * tokens
+    expert_S = torch.arange(count, device=x_SH.device).repeat_interleave(tokens)
+    with without_autocast(x_SH.device):
+        y = _product_of(experts, _UP[0], x_SH.reshape(-1, experts.hidden_size), ends_E, expert_S)
+        gate, up = y.chunk(2, dim=-1)
+        y = _product_of(experts, _DOWN, up * experts.act_fn(gate), ends_E, expert_S)
+    return y.to(x_SH.dtype)
+
+
+def _parts_of(experts: Any, name: str) -> Parts:
+    """One of the products as it stands in this forward pass."""
+    place = dict(getattr(experts, ADAPTED)).get(name)
+    adapter = None if place is None else place.active
+    bias = getattr(experts, f"{name}_bias", None)
+    weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
+    if place is None or adapter is None:
+        return Parts(weight, bias)
+    norm = None if adapter.magnitude is None else place.norm(adapter)
+    return Parts(weight, bias, *adapter.factors(), adapter.scale, adapter.magnitude, norm, adapter.drops)
+
+
 def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
     places = getattr(experts, ADAPTED)
     if name in places:
         return places[name].grouped(x_SI, ends_E, expert_S)
-    weight = ExpertsWeight(getattr(experts, name), bool(experts.is_transposed))
+    weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
     bias = getattr(experts, f"{name}_bias", None)
     return _linear(x_SI, weight, bias, None, None, ends_E, expert_S)
 
@@ -300,7 +347,7 @@ def _by_formula(
     return torch.cat([y, y.new_zeros(len(x_SI) - len(y), y.shape[1])])
 
 
-def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Each token's experts (T, K) and their weights (T, K), as families of models call them."""
     given = [*args, *(kwargs[name] for name in ("top_k_index", "router_indices") if name in kwargs)]
     given += [kwargs[name] for name in ("top_k_weights", "routing_weights") if name in kwargs]

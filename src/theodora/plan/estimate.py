@@ -100,7 +100,7 @@ def estimate(model: PaperModel, setting: Setting, gpus: int = 1, optimizer: str 
     # Gradients of earlier passes, which the next are added to; and those that are sent, flattened.
     gradients = model.trained_bytes * (accumulates + several)
     workspace = WORKSPACE if model.device == "cuda" else 0
-    states = round(model.trained * _bytes_of_state(optimizer))
+    states = round(model.trained * bytes_of_state(optimizer))
     weights = _weights(model, setting, gpus)
     peak = weights + model.trained_bytes + gradients + states + step.peak + workspace
     taken = peak + PROCESS if model.device == "cpu" else round(peak * (1 + SLACK)) + CONTEXT
@@ -194,7 +194,8 @@ def _weights(model: PaperModel, setting: Setting, gpus: int) -> int:
     return min(share + at_work, model.weight_bytes + 2 * max(model.block_bytes))
 
 
-def _bytes_of_state(optimizer: str) -> float:
+def bytes_of_state(optimizer: str) -> float:
+    """What an optimizer, by transformers' name, keeps for each trained number."""
     name = optimizer.lower()
     known = next((size for key, size in _STATES.items() if name.startswith(key)), 8.0)
     if "8bit" in name or "4bit" in name:

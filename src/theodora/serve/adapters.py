@@ -73,7 +73,8 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     """Read and check an adapter against the model, before anything of the model changes.
 
     Raises:
-        CheckpointError: it is damaged, made for another model, too large, or has modules trained in full.
+        CheckpointError: it is damaged, made for another model, too large, has modules trained in full, or is on
+            fused experts.
     """
     device = next(model.parameters()).device
     bounds = bounds_of(model, most_rank)
@@ -81,11 +82,12 @@ def read_served(path: str | Path | Place, model: nn.Module, most_rank: int) -> A
     check_fit(model, file)
     problems = [f"{key}: trained in full" for key in file.full]
     problems += [f"{path}: a convolution" for path, tensors in file.modules.items() if tensors.filter_shape]
+    problems += [f"{path}: on fused experts" for path, tensors in file.modules.items() if tensors.a.dim() == 3]
     problems += [f"{path}: has rows of its own for {len(t.ids)} tokens" for path, t in file.token_rows.items()]
     if problems:
         raise CheckpointError(
-            f"{file.path} cannot be served beside others, because it changes more than linear layers and embeddings by "
-            "a low rank; merge it and serve the merged model:" + bullet_list(problems, 12)
+            f"{file.path} cannot be served beside others, because it changes weights of the model that all requests "
+            "share; merge it (theodora merge) and serve the merged model:" + bullet_list(problems, 12)
         )
     rank = rank_of(file)
     if rank > most_rank:

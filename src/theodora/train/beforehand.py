@@ -15,10 +15,12 @@ from theodora import plan
 from theodora.adapters.quantized import stored_quantization
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError
+from theodora.files.adapter import read_adapter
 from theodora.plan.fits import read_config, size
+from theodora.train.expert_loads import trained_experts
 from theodora.train.flattened import lengths_of
 from theodora.train.processes import Processes
-from theodora.train.sharding import OF_FLOAT8, why_not
+from theodora.train.sharding import OF_EXPERTS, OF_FLOAT8, why_not
 
 # How `quantize` would leave the weights, as a configuration says it. (NF4 is loaded so that it can be cut.)
 _AS_LOADED = {
@@ -59,11 +61,27 @@ def why_not_cut(config: TrainConfig, model_config: PreTrainedConfig | None, how:
     """Why the weights that will be loaded cannot be sharded; None if they can."""
     if "fp8" in (config.base_dtype, config.quantize):
         return OF_FLOAT8
+    if _adapts_experts(config, model_config):
+        return OF_EXPERTS
     try:
         stored = None if model_config is None else stored_quantization(model_config)
     except CheckpointError:  # loading says the same
         return None
     return why_not(SimpleNamespace(quantization_config=stored or _AS_LOADED.get(config.quantize or "")), how)
+
+
+def _adapts_experts(config: TrainConfig, model_config: PreTrainedConfig | None) -> bool:
+    """Whether the adapter is going to be on fused experts, as far as that can be told before the model loads."""
+    adapter = config.adapter
+    if config.from_adapter is not None:
+        return any(tensors.a.dim() == 3 for tensors in read_adapter(config.from_adapter).modules.values())
+    if adapter.experts or model_config is None or adapter.experts is False or adapter.targets == "all-linear":
+        return bool(adapter.experts)
+    try:
+        model = plan.PaperModel(model_config, adapter, trust_remote_code=config.trust_remote_code).model
+    except Exception:  # loading says what is wrong
+        return False
+    return bool(trained_experts(model))
 
 
 def settle(

@@ -18,6 +18,7 @@ from theodora.files.read_back import write_text
 from theodora.safe_text import markdown, markdown_code
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described
+from theodora.train.expert_loads import described as described_loads
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
     Plan,
@@ -79,9 +80,23 @@ def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
     notes = f"Losses are means per predicted token, in nats. Tensors that training moved: {describe_moved(result)}."
+    notes += "".join(f" {markdown(line)}." for line in described_loads(result.experts))
     if result.stops is not None:
         notes += f" Asked a few of its own prompts, the model {describe_stops(result)}."
-    return f"## Results\n\n{table}\n\n{notes}\n\n![Loss curve]({FIGURE_FILE})"
+    return f"## Results\n\n{table}\n\n{notes}{_experts(result)}\n\n![Loss curve]({FIGURE_FILE})"
+
+
+def _experts(result: TrainResult) -> str:
+    """The experts of each layer, in a table."""
+    if not result.experts:
+        return ""
+    rows = [
+        f"| {markdown(load.path)} | {load.experts} | {load.reached} | {load.effective:.1f} | {load.busiest:.1%} | "
+        f"{len(load.unmoved)} |"
+        for load in result.experts
+    ]
+    head = "| experts of | there are | had tokens | as even as | the busiest's share | barely moved |"
+    return "\n\n" + "\n".join([head, "|---|---:|---:|---:|---:|---:|", *rows])
 
 
 def _data(plan: Plan) -> str:

@@ -17,9 +17,12 @@ from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
+from theodora.plan.estimate import bytes_of_state
+from theodora.plan.fits import optimizer_of
 from theodora.safe_text import quoted
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
-from theodora.train.continued import described
+from theodora.train.continued import described as described_origin
+from theodora.train.expert_loads import TrainedExperts, described
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
 from theodora.trust import grant_flags
@@ -55,6 +58,8 @@ class Plan:
     notes: Sequence[str]
     left_out: Sequence[LeftOut] = ()
     """What rows hold and nothing is learned from."""
+    experts: Mapping[str, TrainedExperts] = field(default_factory=dict[str, TrainedExperts])
+    """Path of each adapted parameter of experts, and what is trained of it."""
     token_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path of each module in which rows of single tokens are trained, and how many."""
     processes: str | None = None
@@ -76,13 +81,15 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.path is not None:
         grid.add_row("Fast path", plan.path)
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
-    if (origin := described(config)) is not None:
+    if (origin := described_origin(config)) is not None:
         grid.add_row("", origin)
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
     if plan.token_rows:
         grid.add_row("", f"and trained by themselves: {describe_token_rows(plan)}")
     grid.add_row("Trained", f"{plan.trainable:,} parameters ({plan.trainable / plan.total:.2%})")
+    if plan.experts:
+        grid.add_row("", describe_trained_experts(plan))
     grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
     grid.add_row("", f"{counted(plan.rows, 'row')}, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
     for part in left_out_lines(plan.left_out):
@@ -131,6 +138,8 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
     if result.processes > 1:
         console.print(describe_network(result))
     console.print(f"Moved by training: {describe_moved(result)}; all finite")
+    for line in described(result.experts):
+        console.print(line, markup=False)
     if result.stops is not None:
         console.print("It " + describe_stops(result))
     for note in notes:
@@ -216,6 +225,21 @@ def epochs_of(plan: Plan) -> str:
     """`1 epoch`, `0.33 epochs`."""
     number = f"{plan.epochs:.2g}"
     return f"{number} epoch" + ("" if number == "1" else "s")
+
+
+def describe_trained_experts(plan: Plan) -> str:
+    """`12,288 of them in 4 experts each of 2 layers (gate_up_proj, down_proj): 49.2 kB, …`, with what training adds."""
+    places = plan.experts.values()
+    numbers, size = sum(place.numbers for place in places), sum(place.bytes for place in places)
+    states = round(numbers * bytes_of_state(optimizer_of(plan.config)))
+    layers = len({path.rpartition(".")[0] for path in plan.experts})
+    names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in plan.experts))
+    counts = " or ".join(str(count) for count in sorted({place.shape[0] for place in places}))
+    of = "A, B and m" if plan.config.adapter.method == "dora" else "A and B"
+    return (
+        f"{numbers:,} of them in {counts} experts each of {counted(layers, 'layer')} ({names}): {_as_bytes(size)} of "
+        f"{of}, {_as_bytes(size)} of gradients, {_as_bytes(states)} of the optimizer's"
+    )
 
 
 def describe_token_rows(plan: Plan) -> str:

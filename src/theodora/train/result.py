@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data.left_out import LeftOut
+from theodora.train.expert_loads import ExpertLoad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class TrainResult:
     finite, or there would be an error."""
     left_out: tuple[LeftOut, ...] = ()
     """What rows of the data hold and nothing is learned from, with how many rows it concerns."""
+    experts: tuple[ExpertLoad, ...] = ()
+    """For each layer of adapted experts which had tokens and how evenly, since the resume, if there was one."""
     stops: tuple[int, int] | None = None
     """In how many of how many answers to its own prompts the model stopped by itself; None for plain text, and where it
     was not asked."""
@@ -71,4 +74,5 @@ class TrainResult:
             "output": str(self.output),
             "moved": moved,
             "left_out": [asdict(part) for part in self.left_out],
+            "experts": [asdict(load) for load in self.experts],
         }

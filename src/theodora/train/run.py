@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from theodora.train.arguments import finish_arguments, sft_arguments
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
+from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
@@ -178,10 +180,11 @@ def _train(
         prepared.notes += changes_since(checkpoint, inputs)
         missing = processes.gather(missing_random_state(checkpoint, processes.index))
         prepared.notes += [note for notes in missing for note in notes]
-    early, keeps = EarlyGradients(tensors), KeepInputs(inputs)
-    callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, view]
+    say = partial(console.print, style="yellow", soft_wrap=True)
+    early, keeps, loads = EarlyGradients(tensors), KeepInputs(inputs), ExpertLoads(prepared.model, say)
+    callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, loads, view]
     trainer = _build_trainer(prepared, arguments, callbacks)
-    trainer.say = lambda text: console.print(text, style="yellow", soft_wrap=True)
+    trainer.say = say
     trainer.pieces.advice = memory_advice(prepared.config, prepared.model)
     trainer.guard = _guard(prepared, trainer, output)
     trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
@@ -200,7 +203,8 @@ def _train(
         metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
     started = time.monotonic()
-    _run(trainer, checkpoint, stop, view, prepared.config)
+    with loads.counting():
+        _run(trainer, checkpoint, stop, view, prepared.config)
     if (
         trainer.saved_at is None
         and processes.first
@@ -213,7 +217,7 @@ def _train(
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
-    result = _result(prepared, plan, trainer, view, seconds, moved)
+    result = replace(_result(prepared, plan, trainer, view, seconds, moved), experts=loads.loads(processes))
     # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
     asks = processes.sharding is None
     stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
@@ -224,6 +228,8 @@ def _train(
     )
     if stops is not None and (warning := stops.warning(result.train_loss)):
         notes.append(warning)
+    if loads.warned:
+        notes.append(f"most tokens went to few experts at some time: {', '.join(loads.warned[:9])}")
     if trainer.guard.skipped:
         skipped = f"steps {', '.join(map(str, trainer.guard.skipped[:9]))}"
         notes.append(f"skipped for their loss or gradient: {skipped}; their rows are in {trainer.guard.file}")
@@ -318,6 +324,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
         ],
         left_out=prepared.left_out,
+        experts=trained_experts(model),
         token_rows={
             path: len(rows.ids) for path, rows in own_rows(model, active_name(require_state(model), None)).items()
         },

@@ -18,6 +18,7 @@ from torch import nn
 from theodora.errors import ConfigError
 from theodora.kernels.sharded_weight import is_sharded
 from theodora.layers import AdapterLayer
+from theodora.layers.experts import AdaptedExperts
 from theodora.layers.float8 import Float8Layer
 from theodora.layers.token_rows import TokenRowsLayer
 from theodora.train.gradients import by_dtype
@@ -34,6 +35,11 @@ OF_FLOAT8 = (
     "cut apart from them. Give --sharding none, or another base_dtype."
 )
 """Why such a base stays whole."""
+OF_EXPERTS = (
+    "A base whose fused experts are adapted cannot be sharded over processes: experts are computed from whole weights, "
+    "of which each process would hold a part. Give --sharding none, or leave the experts out (--no-experts)."
+)
+"""Likewise."""
 
 
 def shard_model(model: nn.Module, how: How, processes: Processes, *, cpu_offload: bool = False) -> None:
@@ -140,6 +146,8 @@ def why_not(model: nn.Module | Any, how: str) -> str | None:
         return "The model has no parameters to shard."
     if any(isinstance(module, Float8Layer) for module in model.modules()):
         return OF_FLOAT8
+    if any(isinstance(module, AdaptedExperts) for module in model.modules()):
+        return OF_EXPERTS
     config = getattr(model, "config", None)
     return _why_not_quantised(getattr(config, "quantization_config", None))
 

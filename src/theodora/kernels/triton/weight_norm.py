@@ -116,10 +116,12 @@ def _dora_norm(w, a, a3, products, b, gram, w_norm_sq, w_scale, norm, O, I, R,
 
 
 @triton.jit
-def _form_cancelled(w, a, b, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, scale,
+def _form_cancelled(w, a, b, w_scale, norm, O, I, R, w_row, w_col, a_row, b_row, b_col, w_next, a_next, b_next, scale,
                     QUANTIZED: tl.constexpr, TRANSPOSED: tl.constexpr,
                     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr):  # fmt: skip
-    """The rows that `_dora_norm` left at −1; there are hardly ever any."""
+    """The rows that `_dora_norm` left at −1, of each weight; there are hardly ever any."""
+    weight = tl.program_id(1).to(tl.int64)
+    w, a, b, norm = w + weight * w_next, a + weight * a_next, b + weight * b_next, norm + weight * O
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     cancelled = tl.load(norm + o, mask=o < O, other=0.0) < 0
     if tl.max(cancelled.to(tl.int32), axis=0) > 0:
@@ -228,16 +230,30 @@ def in_three_with_gram(a_NRI: Tensor, b_NOR: Tensor) -> tuple[Tensor, Tensor]:
     return _in_three(a_NRI), _times_gram(b_NOR, a_NRI)
 
 
+def stack_norms(w_NOI: Tensor, a_NRI: Tensor, b_NOR: Tensor, scale: float, w_norm_sq_NO: Tensor) -> Tensor:
+    """The norms of several bfloat16 weights that lie in one tensor, (N, O): one product, and nobody waits for it."""
+    a_NRI, b_NOR = a_NRI.contiguous(), b_NOR.contiguous()
+    a3, gram = _in_three(a_NRI).flatten(1, 2).mT, _times_gram(b_NOR, a_NRI)
+    on_gpu = w_NOI.is_cuda
+    products = torch.bmm(w_NOI, a3, out_dtype=torch.float32) if on_gpu else w_NOI.float() @ a3.float()
+    products = products.unflatten(2, (3, a_NRI.shape[1]))
+    norm = norms_of_products(products, gram, b_NOR, scale, w_norm_sq_NO.contiguous(), None)
+    _form_rows(w_NOI, a_NRI, b_NOR, None, norm, scale)
+    return norm
+
+
 def _form_rows(w: Tensor, a: Tensor, b: Tensor, w_scale: Tensor | None, norm: Tensor, scale: float) -> None:
-    """Put the norms of rows that are at −1 into `norm`, by forming them."""
-    outputs, inputs = w.shape
-    rank = a.shape[0]
+    """Put the norms of rows that are at −1 into `norm`, by forming them; of one weight, or of N in one tensor."""
+    if w.dim() == 2:
+        w, a, b = w[None], a[None], b[None]
+    count, outputs, inputs = w.shape
+    rank = a.shape[1]
     block = rank_block(rank)
     bo, bi, warps, stages = _TILES[min(block, 256)]
-    _form_cancelled[(triton.cdiv(outputs, bo),)](
-        w, a, b, w_scale, norm, outputs, inputs, rank,
-        w.stride(0), w.stride(1), a.stride(0), b.stride(0), b.stride(1), scale,
-        QUANTIZED=w_scale is not None, TRANSPOSED=_transposed(w),
+    _form_cancelled[(triton.cdiv(outputs, bo), count)](
+        w, a, b, w_scale, norm, outputs, inputs, rank, w.stride(1), w.stride(2), a.stride(1), b.stride(1), b.stride(2),
+        w.stride(0), a.stride(0), b.stride(0), scale,
+        QUANTIZED=w_scale is not None, TRANSPOSED=_transposed(w[0]),
         BO=bo, BI=bi, BR=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

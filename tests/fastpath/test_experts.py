@@ -1,0 +1,141 @@
+"""Whole models whose experts run as one step of our kernels: against the same models without them."""
+
+import pytest
+import torch
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from formula import DEVICE
+from theodora import AdapterConfig, adapter_disabled, inject_adapter, kernels, merge_adapter, unmerge_adapter
+from theodora.adapters.state import adapter_layers
+from theodora.fastpath.accelerate import checkpoint_activations, recompute_less
+from theodora.kernels import experts as fused
+from theodora.kernels.operators import interpreted
+from theodora.kernels.parts import Gate
+from theodora.layers.experts import ExpertParameter
+from theodora.layers.gates import gate_of
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="there is no Triton for a CPU's tensors"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning"),
+]
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+SMALL |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+
+
+def qwen():
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=4))
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=24, num_local_experts=4))
+
+
+def gpt_oss():
+    layers = {"layer_types": ["full_attention"]}
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, **layers, intermediate_size=24, num_local_experts=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def adapted(make, method="dora", **options):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    model = make().to(DEVICE, dtype).train()
+    inject_adapter(model, AdapterConfig(method=method, rank=8, experts=True, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def step(model):
+    model.zero_grad()
+    ids = torch.arange(18, device=DEVICE).view(2, 9) * 3 % 64
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def close(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= (0.05 if DEVICE == "cuda" else 1e-4) * other.norm() + 1e-9
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often the experts have run as one step."""
+    calls = []
+    run = fused.adapted_experts
+    monkeypatch.setattr("theodora.layers.experts.adapted_experts", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("make", [qwen, mixtral, gpt_oss])
+def test_a_step_is_what_it_is_without_the_kernels(make, method, runs):
+    model = adapted(make, method)
+    with kernels.reference():
+        expected = step(model)
+    assert not runs
+    close(step(model), expected)
+    assert len(runs) == 1
+
+
+def test_checkpointing_computes_the_norms_once(runs, monkeypatch):
+    model = adapted(qwen)
+    expected = step(model)
+    checkpoint_activations(model)
+    recompute_less(model)
+    norms = []
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, ExpertParameter):
+            own = layer.current_weight.__class__.dora_norm
+    monkeypatch.setattr(type(layer.current_weight), "dora_norm", lambda *args: norms.append(1) or own(*args))
+    close(step(model), expected)
+    assert len(runs) == 3
+    assert len(norms) == 2
+
+
+def test_dropout_and_other_dtypes_run_in_plain_torch(runs):
+    model = adapted(qwen, dropout=0.5)
+    step(model)
+    assert not runs
+    model.eval()
+    step(model)
+    assert len(runs) == 1
+    step(model.double())
+    assert len(runs) == 1
+
+
+def test_switching(runs):
+    model = adapted(qwen).eval()
+    ids = torch.arange(18, device=DEVICE).view(2, 9)
+    y = model(ids).logits
+    with adapter_disabled(model):
+        assert not torch.allclose(model(ids).logits, y, rtol=1e-3)
+    merge_adapter(model)
+    merged = model(ids).logits
+    unmerge_adapter(model)
+    close([merged], [y])
+    assert torch.equal(model(ids).logits, y)
+    assert len(runs) == 2
+
+
+def test_gates_are_recognised_by_what_they_compute():
+    def found(make):
+        return gate_of(next(m for m in make().modules() if hasattr(m, "gate_up_proj")))
+
+    assert found(qwen) == found(mixtral) == Gate("silu")
+    own = GptOssConfig(**SMALL)
+    assert found(gpt_oss) == Gate("silu", True, own.swiglu_alpha, own.swiglu_limit, True, 1.0)
