@@ -1,9 +1,11 @@
 """Adapters on the parameters of fused experts: every operation against the float64 formula, expert by expert."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.func import functional_call
 from transformers import (
     GptOssConfig,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import tiny
+import tiny_families
 from theodora import (
     AdapterConfig,
     adapter_disabled,
@@ -25,6 +29,7 @@ from theodora import (
     unmerge_adapter,
 )
 from theodora.adapters.state import adapter_layers
+from theodora.errors import CheckpointError, ConfigError
 from theodora.functional import merged_weight
 from theodora.layers.experts import ExpertParameter
 
@@ -219,3 +224,72 @@ def test_llama_4(ids, tmp_path):
     unmerge_adapter(model)
     remove_adapter(model)
     torch.testing.assert_close(load_adapter(model, tmp_path / "adapter")(ids).logits, y, rtol=1e-5, atol=1e-6)
+
+
+def refused(model, **options):
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(ConfigError) as found:
+        inject_adapter(model, AdapterConfig(**{"experts": True} | options))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    return str(found.value)
+
+
+def test_experts_whose_forward_was_replaced():
+    model = qwen()
+    for layer in model.model.layers:  # as transformers' kernelize and Liger do
+        layer.mlp.experts.forward = MethodType(lambda self, *args: args[0], layer.mlp.experts)
+    assert "Qwen3MoeExperts's forward was replaced (by a fused kernel" in refused(model)
+    assert "experts.down_proj: this Qwen3MoeExperts's" in refused(model, targets=("q_proj", "down_proj"))
+
+
+def test_experts_that_a_kernel_in_the_place_of_their_block_reads():
+    model = gpt_oss()
+    for layer in model.model.layers:  # as MegaBlocksMoeMLP's
+        layer.mlp.forward = MethodType(lambda self, x: (x, None), layer.mlp)
+    assert "the forward of the GptOssMLP around it was replaced" in refused(model)
+
+
+def test_hooks_of_accelerate_call_the_forward_that_they_wrap():
+    model = qwen()
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, ModelHook())
+    assert len(adapter_layers(inject_adapter(model, AdapterConfig(experts=True)))) == 12
+
+
+def test_quantised_experts_in_a_layout_that_nobody_reads():
+    model = qwen()
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            own = getattr(layer.mlp.experts, name)
+            packed = torch.nn.Parameter(own.data.to(torch.float8_e4m3fn), requires_grad=False)
+            setattr(layer.mlp.experts, name, packed)
+    assert "down_proj: its weight is quantised or special (Tensor, torch.float8_e4m3fn)" in refused(model)
+    inject_adapter(model, AdapterConfig(targets=("q_proj",), experts=False))
+    assert len(adapter_layers(model)) == 2
+
+
+def test_an_expression_that_reaches_no_expert_and_a_model_without_any():
+    assert "matches no module path" in refused(qwen(), targets=r".*\.experts\.up_proj")
+    assert "no module is called 'gate_up_prj'" in refused(qwen(), targets=("gate_up_prj",))
+    assert "this model has no fused experts" in refused(tiny.tiny_model("llama"))
+
+
+def test_an_adapter_for_another_number_of_experts(tmp_path):
+    save_adapter(adapted(qwen()), tmp_path / "adapter")
+    other = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SMALL, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2, num_key_value_heads=2, **EAGER
+        )
+    )
+    with pytest.raises(CheckpointError, match=r"a weight of \(4, 48, 32\) \(experts, out, in\); here it is \(6"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+def test_routers_stay_frozen_unless_named():
+    model = tiny_families.tiny_family("afmoe", tiny_families.families()["afmoe"])
+    with pytest.warns(UserWarning, match="gate: it chooses experts, and stays frozen unless targets names it"):
+        inject_adapter(model, AdapterConfig(experts=True))
+    assert not [path for path in adapter_layers(model) if ".router." in path]
+    remove_adapter(model)
+    inject_adapter(model, AdapterConfig(targets=("gate",)))
+    assert [path.rpartition(".")[2] for path in adapter_layers(model)] == ["gate"]

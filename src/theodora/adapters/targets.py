@@ -66,8 +66,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     if config.targets == "all-linear":
         unfit |= {path: _ROUTER for path in _of_routers(paths, modules) if path not in unfit}
     if config.targets == "all-linear" and len(unfit) < len(paths):
-        paths = [path for path in paths if path not in unfit]
-        _warn_of_left_out(unfit)
+        wanted, paths = paths, [path for path in paths if path not in unfit]
+        if config.experts and not any(isinstance(modules[path], ExpertParameter) for path in paths):
+            problems += [f"{path}: {unfit[path]}" for path in wanted if isinstance(modules[path], ExpertParameter)]
+        else:
+            _warn_of_left_out(unfit)
     else:
         problems += [f"{path}: {reason}" for path, reason in unfit.items()]
     for what in ("rank_pattern", "alpha_pattern"):
@@ -156,10 +159,22 @@ def _unfit(path: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why the module cannot take an adapter, if it cannot."""
     parent, _, name = path.rpartition(".")
     if isinstance(module, ExpertParameter):
-        return cannot_adapt(module)
+        return cannot_adapt(module) or _why_bypassed(parent.rpartition(".")[0], model)
     if name in _read_past(type(model.get_submodule(parent))):
         return f"{type(model.get_submodule(parent)).__name__} reads its weight without calling it"
     return cannot_adapt(module)
+
+
+def _why_bypassed(block: str, model: nn.Module) -> str | None:
+    """Why the experts of a block would not be called: a kernel in the block's place reads their weights itself."""
+    module = model.get_submodule(block)
+    # (accelerate's hooks keep the forward that they wrap, and call it)
+    if "forward" not in module.__dict__ or "_old_forward" in module.__dict__:
+        return None
+    return (
+        f"the forward of the {type(module).__name__} around it was replaced (by a fused kernel: use_kernels, "
+        "kernelize, MegaBlocks), which reads the experts' weights past the adapter; load the model without it"
+    )
 
 
 @cache

@@ -203,6 +203,13 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     """Why a parameter of fused experts cannot take an adapter: part of a sentence; None if it can."""
     experts: Any = place.holder
     kind = type(experts).__name__
+    weight: Any = place.weight
+    if type(weight.data) is not Tensor or weight.dtype not in FLOATS:
+        return (
+            f"its weight is quantised or special ({type(weight.data).__name__}, {weight.dtype}), in a layout that is "
+            "not read here; load the model dequantised (dequantize=True in its quantization_config), or leave the "
+            "experts out"
+        )
     if not _declared(experts):
         return (
             f"{kind} does not declare how its experts run (transformers' use_experts_implementation), and its own "
@@ -211,12 +218,12 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     if place.parameter_name not in (*_UP, _DOWN):
         return f"{kind} is not known to multiply by its {place.parameter_name}"
     if "forward" in experts.__dict__:
-        return f"this {kind}'s forward was replaced (by a fused kernel or a hook), and would bypass the adapter"
+        return (
+            f"this {kind}'s forward was replaced (by a fused kernel, as use_kernels and kernelize do, or by a hook), "
+            "and would bypass the adapter; load the model without it"
+        )
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts lie in several processes (expert parallelism)"
-    weight: Any = place.weight
-    if type(weight.data) is not Tensor or weight.dtype not in FLOATS:
-        return f"its weight is quantised or special ({type(weight).__name__}, {weight.dtype})"
     if weight.is_meta and not is_on_paper():
         return "its weight is not loaded yet (it is on the meta device)"
     return None
