@@ -114,8 +114,9 @@ def gate(
     _gate[(len(rows.tiles_N3), triton.cdiv(features, block))](
         z_SO, xa_SR, None if b_EOR is None else b_EOR.contiguous(), g_EO, bias_EO, h, rows.tiles_N3, features, rank,
         scale, form.alpha, form.limit, form.offset, TURNS=form.in_turns, PACKED=_packed(z_SO, form),
-        LOW=b_EOR is not None, SCALED=g_EO is not None, BIASED=bias_EO is not None, ACT=form.activation, LIMITED=form.limited,
-        PRECISION=precision(z_SO.dtype), BT=TILE, BI=block, BR=rank_block(rank), num_warps=4, num_stages=2,
+        LOW=b_EOR is not None, SCALED=g_EO is not None, BIASED=bias_EO is not None, ACT=form.activation,
+        LIMITED=form.limited, PRECISION=precision(z_SO.dtype), BT=TILE, BI=block, BR=rank_block(rank),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return h
 
@@ -255,7 +256,8 @@ def gate_backward(
         rows.chunks_N3, chosen, features, rank, rank_a, scale, form.alpha, form.limit, form.offset,
         TURNS=form.in_turns, PACKED=_packed(z_SO, form), LOW=b_EOR is not None, SCALED=g_EO is not None,
         BIASED=bias_EO is not None, JOINS=a_ERI is not None, ACT=form.activation, LIMITED=form.limited,
-        PRECISION=precision(dh_SI.dtype), BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3, num_warps=4, num_stages=3,
+        PRECISION=precision(dh_SI.dtype), BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return dz, dw.sum(0), db, dg, da
 
