@@ -113,6 +113,7 @@ def test_points_of_the_other_sweeps(sweep, count, points):
     assert len({repr(workload) for workload in points(sweep).values()}) == count
 
 
+@pytest.mark.filterwarnings("ignore:.* weights of fused experts .* stay frozen:UserWarning")
 def test_experts_are_adapted_beside_attention_or_left_alone(tmp_path, monkeypatch):
     output = tmp_path / "train_step.json"
     scripts.measure_here(monkeypatch)

@@ -134,7 +134,7 @@ def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
         method=variant.method,
         rank=workload.rank,
         targets=workload.targets,
-        experts=variant.experts if workload.targets == "all-linear" else None,
+        experts=variant.experts or None,
         adapter_dtype="base" if variant.bf16_adapter else "float32",
     )
     if variant.base_dtype == "fp8":
