@@ -28,6 +28,7 @@ from theodora.kernels.experts import adapted_experts, fits
 from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
 from theodora.kernels.operators import is_on_paper, runs_triton
 from theodora.kernels.parts import Parts
+from theodora.layers import gates
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import FLOATS
 from theodora.layers.gates import gate_of
@@ -93,6 +94,7 @@ class ExpertParameter(AdapterLayer):
         if not isinstance(experts, AdaptedExperts):
             swap_class(experts, AdaptedExperts)
             experts.add_module(ADAPTED, nn.ModuleDict())
+            gate_of(experts)  # which torch.compile could not find out
         getattr(experts, ADAPTED)[self.parameter_name] = self
 
     def end(self) -> None:
@@ -108,6 +110,7 @@ class ExpertParameter(AdapterLayer):
         del places[self.parameter_name]
         if not places:
             delattr(experts, ADAPTED)
+            experts.__dict__.pop(gates.KNOWN, None)
             swap_back(experts, AdaptedExperts)
 
     def outside(self, places: Iterable[AdapterLayer]) -> int:
