@@ -141,7 +141,7 @@ class AdaptedExperts(Swapped):
         places: Any = getattr(self, ADAPTED)
         if all(place.active is None for place in places.values()):
             return super().forward(hidden_states, *args, **kwargs)
-        index, weights = _routing(args, kwargs)
+        index, weights = routing(args, kwargs)
         with without_autocast(hidden_states.device):  # which transformers' own grouped products do not heed
             return run_experts(self, hidden_states, index, weights)
 
@@ -199,7 +199,7 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     """Why a parameter of fused experts cannot take an adapter: part of a sentence; None if it can."""
     experts: Any = place.holder
     kind = type(experts).__name__
-    if not _declared(experts):
+    if not declared(experts):
         return (
             f"{kind} does not declare how its experts run (transformers' use_experts_implementation), and its own "
             "forward would bypass the adapter"
@@ -218,7 +218,7 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
     return None
 
 
-def _declared(experts: Any) -> bool:
+def declared(experts: Any) -> bool:
     """Whether transformers' own functions for experts run the module."""
     own = type(experts)
     if isinstance(experts, AdaptedExperts):
@@ -238,12 +238,9 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
         index_TK: the experts of each token. Numbers of E and more stand for no expert.
         weights_TK: what each expert's output counts.
     """
+    if kernels.fast() and (fused := run_fused(experts, x_TH, index_TK, weights_TK)) is not None:
+        return fused
     up = next(name for name in _UP if hasattr(experts, name))
-    gate = gate_of(experts) if kernels.fast() else None
-    if gate is not None and runs_triton(x_TH):
-        sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
-        if fits(x_TH, index_TK, *sides, gate):
-            return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate)
     tokens, chosen = index_TK.shape
     expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(expert_S, torch.arange(1, experts.num_experts + 1, device=x_TH.device), out_int32=True)
@@ -259,9 +256,19 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
     return y[back_S].view(tokens, chosen, -1).sum(1).to(x_TH.dtype)
 
 
+def run_fused(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    """The same by our kernels, with or without adapters; None where they cannot take it."""
+    gate = gate_of(experts) if runs_triton(x_TH) else None
+    if gate is None:
+        return None
+    up = next(name for name in _UP if hasattr(experts, name))
+    sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
+    return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate) if fits(x_TH, index_TK, *sides, gate) else None
+
+
 def _parts_of(experts: Any, name: str) -> Parts:
     """One of the products as it stands in this forward pass."""
-    place = dict(getattr(experts, ADAPTED)).get(name)
+    place = dict(getattr(experts, ADAPTED, {})).get(name)
     adapter = None if place is None else place.active
     bias = getattr(experts, f"{name}_bias", None)
     weight = ExpertsWeight(getattr(experts, name), bool(experts.is_transposed))
@@ -320,7 +327,7 @@ def _by_formula(
     return torch.cat([y, y.new_zeros(len(x_SI) - len(y), y.shape[1])])
 
 
-def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Each token's experts (T, K) and their weights (T, K), as families of models call them."""
     given = [*args, *(kwargs[name] for name in ("top_k_index", "router_indices") if name in kwargs)]
     given += [kwargs[name] for name in ("top_k_weights", "routing_weights") if name in kwargs]
