@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                # the table: Llama-3-8B's shape, 8 of 32 layers
     python benchmarks/train_step.py --layers 32 --variants floor lora dora dora-fp8
-    python benchmarks/train_step.py --sweep rank                   # or tokens, checkpointing, targets, hidden, family
+    python benchmarks/train_step.py --sweep rank        # or tokens, checkpointing, targets, hidden, family, experts
     python benchmarks/train_step.py --quantize nf4 --sweep checkpointing              # on a base in 4 bits, or int8, …
     python benchmarks/train_step.py --quantize nf4 --hidden 8192 --layers 80 --batch 1 --gradient-checkpointing \
         --memory-limit 80 --variants floor-eager lora dora         # 70B's shape, as if the GPU had 80 GiB
@@ -27,6 +27,10 @@ With --quantize every model is built in few bits, block by block, and never exis
 itself, is quantised from a folder of the same shape). The floor is then the faster of the two without an adapter:
 compiled blocks, and eager with Liger's kernels. --memory-limit is what PyTorch's allocator may take in each process;
 the CUDA context, about half a GiB, lies beside it. `--sweep memory` takes the optimizer's step, too.
+
+With --sweep experts the models are mixtures of experts: transformers' grouped products run the frozen ones, in both
+floors, of which the faster is the floor. "Experts too" adapts each expert's products beside attention; otherwise
+attention alone is.
 
 A peer that is not installed, or fails, has a row that says so.
 """
@@ -131,6 +135,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The shapes of Qwen3-30B-A3B, gpt-oss-20b and Mixtral-8x7B, and how many layers of each are measured.
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "qwen3_moe": (
+        8,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+    ),
+    "gpt_oss": (
+        4,
+        {
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 201088,
+        },
+    ),
+    "mixtral": (
+        4,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 32000,
+        },
+    ),
+}
+
 RESULTS = Path("benchmarks/results/train_step.json")
 QUANTIZED_RESULTS = Path("benchmarks/results/quantised_step.json")
 FLOORS = ("floor", "floor-eager")
@@ -153,12 +202,17 @@ VARIANTS = {
     "dora-fp8": OURS(label="Theodora DoRA, fp8 base", method="dora", base_dtype="fp8"),
     "dora-eager": OURS(label="Theodora DoRA, no CUDA graph", method="dora", graph=False),
     # Not in the table unless asked for.
+    "peft-lora-experts-bf16": PEFT(
+        label="Liger + PEFT LoRA, experts too, bf16 adapters", method="lora", bf16_adapter=True, experts=True
+    ),
+    "lora-experts": OURS(label="Theodora LoRA, experts too", method="lora", experts=True),
+    "dora-experts": OURS(label="Theodora DoRA, experts too", method="dora", experts=True),
     "dora-compiled": OURS(label="Theodora DoRA, compiled blocks", method="dora", compiled=True),
     "dora-reference": Variant(
         label="Theodora DoRA, without its fast path", library="theodora", method="dora", liger="all"
     ),
 }
-TABLE = [name for name in VARIANTS if name not in ("dora-compiled", "dora-reference")]
+TABLE = [name for name, v in VARIANTS.items() if name not in ("dora-compiled", "dora-reference") and not v.experts]
 QUANTIZED = [name for name in TABLE if name not in ("dora-fp8", "dora-eager")]
 SWEEPS: dict[str, list[str]] = {
     "rank": ["floor", "dora"],
@@ -168,6 +222,7 @@ SWEEPS: dict[str, list[str]] = {
     "hidden": ["floor", "dora"],
     "family": ["floor", "dora", "dora-compiled"],
     "memory": ["dora"],
+    "experts": ["floor", "floor-eager", "peft-lora-experts-bf16", "lora-experts", "dora-experts", "dora"],
 }
 # Name, hidden size, layers, and whether activations are recomputed.
 MODELS_IN_MEMORY = [("8B", 4096, 32, False), ("8B", 4096, 32, True), ("14B", 5120, 48, True)]
@@ -287,6 +342,15 @@ def sweep_points(args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
             if base.device != "cpu" and base.memory_limit is None:
                 workload = replace(workload, memory_limit=MEMORY)
             yield f"{name}, 1 × {base.length}{checkpointing}", workload
+    elif args.sweep == "experts":
+        for family, (layers, settings) in EXPERTS.items():
+            small = {}
+            if args.hidden:
+                small = {**small_family(family, shape(args)), "moe_intermediate_size": args.hidden}
+                small |= {"intermediate_size": args.hidden, "num_experts": 4, "num_local_experts": 4}
+                small["num_experts_per_tok"] = 2
+            own = {"model_type": family, "max_position_embeddings": 16384, **settings, **small}
+            yield family, replace(base, model={**own, "num_hidden_layers": args.layers or layers})
     else:
         for family, settings in FAMILIES.items():
             model = {"max_position_embeddings": 16384} if family != "gpt2" else {}
@@ -359,7 +423,7 @@ def run(args: argparse.Namespace, jobs: list[Job], heading: str, floors: Sequenc
     for name, m in measured.items():
         if m.failure and m.failure.traceback and not m.failure.out_of_memory:
             say(f"{name}:\n{m.failure.traceback[-2500:]}")
-    if args.quantize is not None:
+    if args.quantize is not None or args.sweep == "experts":
         floor = fastest(make_rows(measured, against=[]), floors) or floor
     rows = make_rows(measured, against=floors or [floor])
     console = Console()
@@ -426,7 +490,7 @@ def title(args: argparse.Namespace, workload: Workload) -> str:
     if args.sweep == "memory":
         return f"One training step with AdamW's{stored}, rank {workload.rank} on all linear layers{within}"
     rank = "" if args.sweep == "rank" else f", rank {workload.rank}"
-    targets = "" if args.sweep == "targets" else " on all linear layers"
+    targets = "" if args.sweep in ("targets", "experts") else " on all linear layers"
     return (
         f"One training step, {model['model_type']} of hidden size {hidden}, {model['num_hidden_layers']} layers, "
         f"{workload.batch} × {workload.length} tokens{rank}{targets}, {workload.dtype}{stored}{checkpointing}{within}"

@@ -111,3 +111,23 @@ def test_a_base_that_is_quantised_already_is_not_put_into_float8(monkeypatch, ca
 @pytest.mark.parametrize(("sweep", "count"), [("rank", 7), ("tokens", 5), ("checkpointing", 2), ("hidden", 3)])
 def test_points_of_the_other_sweeps(sweep, count, points):
     assert len({repr(workload) for workload in points(sweep).values()}) == count
+
+
+@pytest.mark.filterwarnings("ignore:.* weights of fused experts .* stay frozen:UserWarning")
+def test_experts_are_adapted_beside_attention_or_left_alone(tmp_path, monkeypatch):
+    output = tmp_path / "train_step.json"
+    scripts.measure_here(monkeypatch)
+    scripts.run(monkeypatch, SCRIPT, *shlex.split(f"{SMALL} --sweep experts --output {output}"))
+    reports = json.loads(output.read_text(encoding="utf-8"))["experts"]
+    assert [report["workloads"][report["floor"]]["model"]["model_type"] for report in reports] == [
+        "qwen3_moe",
+        "gpt_oss",
+        "mixtral",
+    ]
+    for report in reports:
+        rows = {row["name"].split()[0]: row for row in report["rows"]}
+        assert all(row["failure"] is None for row in rows.values()), rows
+        trained = {name: row["trained_parameters"] for name, row in rows.items()}
+        assert trained["dora-experts"] > trained["lora-experts"] > 2 * trained["dora"]
+        assert trained["peft-lora-experts-bf16"] >= trained["lora-experts"]
+        assert report["floor"].startswith("floor")

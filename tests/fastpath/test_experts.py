@@ -14,7 +14,7 @@ from transformers import (
 from formula import DEVICE
 from theodora import AdapterConfig, adapter_disabled, inject_adapter, kernels, merge_adapter, unmerge_adapter
 from theodora.adapters.state import adapter_layers
-from theodora.fastpath.accelerate import checkpoint_activations, recompute_less
+from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, restore_model, speed_up_model
 from theodora.kernels import experts as fused
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Gate
@@ -139,3 +139,25 @@ def test_gates_are_recognised_by_what_they_compute():
     assert found(qwen) == found(mixtral) == Gate("silu")
     own = GptOssConfig(**SMALL)
     assert found(gpt_oss) == Gate("silu", True, own.swiglu_alpha, own.swiglu_limit, True, 1.0)
+
+
+@pytest.mark.parametrize("make", [qwen, gpt_oss])
+def test_frozen_experts_run_on_the_kernels_where_gradients_flow(make, runs):
+    torch.manual_seed(0)
+    model = make().to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32).train()
+    inject_adapter(model, AdapterConfig(rank=8, targets=["q_proj", "o_proj"]))
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    experts = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    own = type(experts)
+    expected = step(model)
+    assert not runs
+    found = speed_up_model(model)
+    assert found.experts == 1
+    close(step(model), expected)
+    assert len(runs) == 1
+    with torch.no_grad():
+        model(torch.arange(6, device=DEVICE)[None])
+    assert len(runs) == 1
+    restore_model(model)
+    assert type(experts) is own
+    assert not [name for name in vars(experts) if name.startswith("_theodora")]

@@ -9,9 +9,9 @@ from formula import DEVICE
 from theodora.functional import dora_experts, dora_norm, lora_experts
 from theodora.kernels import experts as kernel
 from theodora.kernels.experts_weight import ExpertsWeight
-from theodora.kernels.gated import activate
 from theodora.kernels.operators import interpreted
 from theodora.kernels.parts import Gate, Parts
+from theodora.layers.gates import apply
 
 experts = pytest.importorskip("theodora.kernels.triton.experts")
 pytestmark = [
@@ -75,14 +75,7 @@ def between(gate):
     """The gate in plain torch."""
     if not isinstance(gate, Gate):
         return gate
-
-    def apply(y):
-        one, other = (y[:, ::2], y[:, 1::2]) if gate.in_turns else y.chunk(2, dim=1)
-        if gate.limited:
-            one, other = one.clamp(max=gate.limit), other.clamp(-gate.limit, gate.limit)
-        return activate(one * gate.alpha, gate.activation) / gate.alpha * (other + gate.offset)
-
-    return apply
+    return lambda y: apply(gate, y)
 
 
 def tensors(x, index, weights, up, down, gate):
@@ -192,3 +185,24 @@ def test_without_a_gate(kind):
         cut[name] = t if t is None else t.detach()[:, :24].clone().requires_grad_(name != "norm_O")
     weight = ExpertsWeight(up.weight.tensor[:, :24].contiguous())
     check((x, index, weights, Parts(weight, None, scale=up.scale, **cut), down, squared_relu), 2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+def test_as_operators(monkeypatch):
+    """Shapes and dtypes without numbers, and torch.compile with them."""
+    args = given("uneven", KINDS["dora"], SILU, biased=True)
+    calls = []
+    for name in ("_forward_op", "_backward_op"):
+        run = getattr(kernel, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, name, lambda *given, run=run: calls.append((run, given)) or run(*given))
+            out = kernel.adapted_experts(*args)
+            found = torch.autograd.grad(out.sum(), tensors(*args))
+    for run, given_to in calls:
+        plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given_to]
+        torch.library.opcheck(run, tuple(plain), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda *given: kernel.adapted_experts(*given, *args[3:]), backend="aot_eager")
+    again = compiled(*args[:3])
+    assert torch.equal(out, again)
+    for one, other in zip(found, torch.autograd.grad(again.sum(), tensors(*args)), strict=True):
+        assert torch.equal(one, other)

@@ -6,6 +6,7 @@ Runs in the worker's process. Shapes: B sequences, T tokens, H hidden size.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from theodora.config import AdapterConfig
 from theodora.fastpath.accelerate import accelerate, checkpoint_activations, recompute_less
 from theodora.fastpath.masks import whole_rows
 from theodora.kernels.cross_entropy import linear_cross_entropy
+from theodora.layers.experts import expert_parameters
 
 
 @dataclass
@@ -89,10 +91,18 @@ def matmul_flops(model: nn.Module, workload: Workload) -> float:
     weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     weights += sum(m.weight.numel() for m in model.modules() if isinstance(m, Conv1D))
     config = model.config.get_text_config()  # pyright: ignore
+    experts = sum(p.numel() / p.shape[0] for p in _expert_parameters(model).values())
+    weights += experts * (getattr(config, "num_experts_per_tok", None) or 0)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     attention = 6 * workload.batch * workload.length**2 * width * config.num_hidden_layers
     return 4.0 * weights * workload.tokens + attention
+
+
+def _expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Path → a weight of fused experts, E weights in one."""
+    of_modules = ((path, m, expert_parameters(m, path)) for path, m in model.named_modules())
+    return {f"{path}.{name}": getattr(m, name) for path, m, names in of_modules for name in names}
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------
@@ -103,10 +113,18 @@ def _add_peft(model: Any, workload: Workload, variant: Variant) -> None:
     from peft import LoraConfig, get_peft_model
 
     targets = workload.targets if isinstance(workload.targets, str) else list(workload.targets)
+    names = {".".join(path.split(".")[-2:]) for path in _expert_parameters(model)} if variant.experts else None
     config = LoraConfig(
-        r=workload.rank, lora_alpha=2 * workload.rank, target_modules=targets, use_dora=variant.method == "dora"
+        r=workload.rank,
+        lora_alpha=2 * workload.rank,
+        target_modules=targets,
+        target_parameters=sorted(names) if names else None,
+        use_dora=variant.method == "dora",
     )
-    get_peft_model(model, config, autocast_adapter_dtype=not variant.bf16_adapter)
+    with warnings.catch_warnings():
+        # PEFT looks for the fused experts, which it gives a rank of its own, among modules.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not", RuntimeWarning)
+        get_peft_model(model, config, autocast_adapter_dtype=not variant.bf16_adapter)
 
 
 def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
@@ -116,6 +134,7 @@ def _add_theodora(model: Any, workload: Workload, variant: Variant) -> None:
         method=variant.method,
         rank=workload.rank,
         targets=workload.targets,
+        experts=variant.experts or None,
         adapter_dtype="base" if variant.bf16_adapter else "float32",
     )
     if variant.base_dtype == "fp8":
@@ -134,9 +153,11 @@ def use_liger_kernels(model: Any) -> None:
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is not None:
-        own_loss = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        if _expert_parameters(model):
+            ours["swiglu"] = False  # transformers' grouped products run the experts
         known = inspect.signature(apply).parameters
-        apply(model=model, **{key: value for key, value in own_loss.items() if key in known})
+        apply(model=model, **{key: value for key, value in ours.items() if key in known})
 
 
 def compile_blocks(model: Any) -> None:

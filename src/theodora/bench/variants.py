@@ -75,6 +75,8 @@ class Variant:
     library: Literal["none", "peft", "theodora"] = "none"
     """Whose adapter; none is the frozen model."""
     method: Literal["lora", "dora"] | None = None
+    experts: bool = False
+    """Whether parameters of fused experts are adapted beside the workload's targets."""
     bf16_adapter: bool = False
     """Store A, B and the magnitude in the model's dtype instead of float32."""
     liger: Literal["none", "loss", "all"] = "none"

@@ -1,9 +1,10 @@
 """The fast path of a whole model: what one layer alone cannot do for itself.
 
 Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
-RMSNorms let the layers after them do without their outputs, GELU and rotary embeddings are one pass, and attention
-keeps q and k once. Everything is recognised by what it computes, on any model family, and falls back to the model's own
-code by itself wherever it does not fit (on a CPU, under torch.compile, with hooks or dropout).
+RMSNorms let the layers after them do without their outputs, GELU and rotary embeddings are one pass, frozen experts run
+as adapted ones do, and attention keeps q and k once. Everything is recognised by what it computes, on any model family,
+and falls back to the model's own code by itself wherever it does not fit (on a CPU, under torch.compile, with hooks or
+dropout).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from theodora.fastpath.activation import FastGELU, restore_gelu, speed_up_gelu
 from theodora.fastpath.attention import restore_rotary, speed_up_rotary
+from theodora.fastpath.experts import FastExperts, restore_experts, speed_up_experts
 from theodora.fastpath.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
 from theodora.fastpath.groups import ATTENTION, SIBLINGS, Group
 from theodora.fastpath.norm import FastRMSNorm, restore_norm, speed_up_norm
@@ -29,7 +31,7 @@ from theodora.layers.swap import check_reachable
 
 Model = TypeVar("Model", bound=nn.Module)
 
-SWAPPED = (GatedMLP, FastRMSNorm, FastGELU)
+SWAPPED = (GatedMLP, FastRMSNorm, FastGELU, FastExperts)
 """The classes that modules of a model on the fast path are given."""
 
 
@@ -41,6 +43,7 @@ class FastPath:
     mlps: int = 0
     norms: int = 0
     activations: int = 0
+    experts: int = 0
     rotary: bool = False
 
     def __str__(self) -> str:
@@ -49,6 +52,7 @@ class FastPath:
             "groups": self.groups,
             "norms": self.norms,
             "activations": self.activations,
+            "blocks of experts": self.experts,
         }
         named = [f"{n} {what}" for what, n in counts.items() if n]
         return ", ".join([*named, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
@@ -84,8 +88,9 @@ def speed_up_model(model: nn.Module) -> FastPath:
             module.__dict__[GROUP] = Group([module])  # pyright: ignore[reportArgumentType]
     norms = sum(speed_up_norm(module) for module in modules)
     activations = sum(speed_up_gelu(module) for module in modules)
+    experts = sum(speed_up_experts(module) for module in modules)
     rotary = [speed_up_rotary(module) for module in modules]
-    return FastPath(groups, mlps, norms, activations, any(rotary))
+    return FastPath(groups, mlps, norms, activations, experts, any(rotary))
 
 
 def restore_model(model: nn.Module) -> None:
@@ -105,6 +110,8 @@ def restore_model(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, FastGELU):
             restore_gelu(module)
+        elif isinstance(module, FastExperts):
+            restore_experts(module)
         restore_rotary(module)
 
 

@@ -28,6 +28,7 @@ from theodora.kernels.experts import adapted_experts, fits
 from theodora.kernels.experts_weight import ExpertsWeight, grouped_product
 from theodora.kernels.operators import is_on_paper, runs_triton
 from theodora.kernels.parts import Parts
+from theodora.layers import gates
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import FLOATS
 from theodora.layers.gates import gate_of
@@ -93,6 +94,7 @@ class ExpertParameter(AdapterLayer):
         if not isinstance(experts, AdaptedExperts):
             swap_class(experts, AdaptedExperts)
             experts.add_module(ADAPTED, nn.ModuleDict())
+            gate_of(experts)  # which torch.compile could not find out
         getattr(experts, ADAPTED)[self.parameter_name] = self
 
     def end(self) -> None:
@@ -108,6 +110,7 @@ class ExpertParameter(AdapterLayer):
         del places[self.parameter_name]
         if not places:
             delattr(experts, ADAPTED)
+            experts.__dict__.pop(gates.KNOWN, None)
             swap_back(experts, AdaptedExperts)
 
     def outside(self, places: Iterable[AdapterLayer]) -> int:
@@ -210,7 +213,7 @@ def why_experts_unfit(place: ExpertParameter) -> str | None:
             "not read here; load the model dequantised (dequantize=True in its quantization_config), or leave the "
             "experts out"
         )
-    if not _declared(experts):
+    if not (declared(experts) or takes_sorted_rows(experts)):
         return (
             f"{kind} does not declare how its experts run (transformers' use_experts_implementation), and its own "
             "forward would bypass the adapter"
@@ -239,11 +242,11 @@ def stored_transposed(experts: Any) -> bool:
     return bool(getattr(experts, "is_transposed", takes_sorted_rows(experts)))
 
 
-def _declared(experts: Any) -> bool:
-    """Whether transformers' own functions for experts run the module, or it is one that is known."""
+def declared(experts: Any) -> bool:
+    """Whether transformers' own functions for experts run the module."""
     own = type(experts)
-    if isinstance(experts, AdaptedExperts) or takes_sorted_rows(experts):
-        return True
+    if isinstance(experts, AdaptedExperts):
+        return not takes_sorted_rows(experts)
     names = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
     return all(hasattr(experts, name) for name in names) and hasattr(own.forward, "__wrapped__")
 
@@ -259,12 +262,9 @@ def run_experts(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor
         index_TK: the experts of each token. Numbers of E and more stand for no expert.
         weights_TK: what each expert's output counts.
     """
+    if kernels.fast() and (fused := run_fused(experts, x_TH, index_TK, weights_TK)) is not None:
+        return fused
     up = next(name for name in _UP if hasattr(experts, name))
-    gate = gate_of(experts) if kernels.fast() else None
-    if gate is not None and runs_triton(x_TH):
-        sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
-        if fits(x_TH, index_TK, *sides, gate):
-            return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate)
     tokens, chosen = index_TK.shape
     expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(expert_S, torch.arange(1, experts.num_experts + 1, device=x_TH.device), out_int32=True)
@@ -293,9 +293,19 @@ def run_sorted(experts: Any, x_SH: Tensor) -> Tensor:
     return y.to(x_SH.dtype)
 
 
+def run_fused(experts: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    """The same by our kernels, with or without adapters; None where they cannot take it."""
+    gate = gate_of(experts) if runs_triton(x_TH) else None
+    if gate is None:
+        return None
+    up = next(name for name in _UP if hasattr(experts, name))
+    sides = _parts_of(experts, up), _parts_of(experts, _DOWN)
+    return adapted_experts(x_TH, index_TK, weights_TK, *sides, gate) if fits(x_TH, index_TK, *sides, gate) else None
+
+
 def _parts_of(experts: Any, name: str) -> Parts:
     """One of the products as it stands in this forward pass."""
-    place = dict(getattr(experts, ADAPTED)).get(name)
+    place = dict(getattr(experts, ADAPTED, {})).get(name)
     adapter = None if place is None else place.active
     bias = getattr(experts, f"{name}_bias", None)
     weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))

@@ -11,7 +11,8 @@ from theodora.kernels.experts import Between
 from theodora.kernels.gated import ACTIVATIONS, activate
 from theodora.kernels.parts import Gate
 
-_KNOWN = "_theodora_gate"
+KNOWN = "_theodora_gate"
+"""Where a module keeps what was found out."""
 _FEATURES = 5
 
 
@@ -23,9 +24,9 @@ def gate_of(experts: Any) -> Gate | Between | None:
     if getattr(experts, "has_post_expert_norm", False):
         return None
     settings = (getattr(experts, "limit", None), getattr(experts, "alpha", None), getattr(experts, "act_fn", None))
-    known = experts.__dict__.get(_KNOWN)
+    known = experts.__dict__.get(KNOWN)
     if known is None or known[0] != settings:
-        known = experts.__dict__[_KNOWN] = (settings, _recognised(experts, *settings[:2]))
+        known = experts.__dict__[KNOWN] = (settings, _recognised(experts, *settings[:2]))
     if known[1] is not None:
         return known[1]
     act = settings[2]

@@ -103,7 +103,7 @@ def split_rows(ends_E: Tensor, rows: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _project(rows, factors, g, out, kept, order, tiles, C, R, K, row_stride, f_expert, f_column, f_rank, scale,
+def _project(source, factors, g, out, kept, order, tiles, C, R, K, row_stride, f_expert, f_column, f_rank, scale,
              GATHER: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, KEEP: tl.constexpr,
              PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """One tile, all columns."""
@@ -112,11 +112,11 @@ def _project(rows, factors, g, out, kept, order, tiles, C, R, K, row_stride, f_e
     if start >= stop:
         return
     t, r = start + tl.arange(0, BT), tl.arange(0, BR)
-    source = t
+    row = t
     if GATHER:
-        source = tl.load(order + t, mask=t < stop, other=0) // K
-    from_rows = rows + source.to(tl.int64)[:, None] * row_stride
-    dtype = rows.dtype.element_ty
+        row = tl.load(order + t, mask=t < stop, other=0) // K
+    from_rows = source + row.to(tl.int64)[:, None] * row_stride
+    dtype = source.dtype.element_ty
     sums = tl.zeros((BT, BR), tl.float32)
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)

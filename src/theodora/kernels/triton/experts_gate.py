@@ -20,21 +20,32 @@ from theodora.kernels.triton.gated import _activate
 
 
 @triton.jit
-def _composed(z, xa_tile, b, g, bias, e, t, o, r, stop, inside_o, O, R, scale,
-              LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """(v, y) of some columns o of z: without the scale and the bias, and with them."""
-    dtype = z.dtype.element_ty
-    at = z + t.to(tl.int64)[:, None] * O + o[None, :]
-    v = tl.load(at, mask=(t[:, None] < stop) & inside_o[None, :], other=0.0).to(tl.float32)
-    if LOW:
-        b_tile = load_scaled_b(b + e * O * R, o, r, O, R, R, 1, scale, dtype)
-        v += product(xa_tile, tl.trans(b_tile), PRECISION)
-    y = v
-    if SCALED:
-        y *= tl.load(g + e * O + o, mask=inside_o, other=0.0)[None, :]
-    if BIASED:
-        y += tl.load(bias + e * O + o, mask=inside_o, other=0.0).to(tl.float32)[None, :]
-    return v, y
+def _load_pair(z, t, i, inside, I, TURNS: tl.constexpr, PACKED: tl.constexpr):
+    """Gate and up of z, float32. In turns they are read as one number of 32 bits, of which each is a half."""
+    row = t.to(tl.int64)[:, None]
+    if PACKED:
+        both = tl.load(z.to(tl.pointer_type(tl.int32)) + row * I + i[None, :], mask=inside, other=0)
+        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    else:
+        at = z + row * (2 * I) + (2 * i if TURNS else i)[None, :]
+        step = 1 if TURNS else I
+        one = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        return one, tl.load(at + step, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_pair(z, one, other, t, i, inside, I, TURNS: tl.constexpr, PACKED: tl.constexpr):
+    """The inverse of `_load_pair`, of tiles in the dtype of z."""
+    row = t.to(tl.int64)[:, None]
+    if PACKED:
+        low = one.to(tl.int16, bitcast=True).to(tl.int32) & 65535
+        both = low | (other.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        tl.store(z.to(tl.pointer_type(tl.int32)) + row * I + i[None, :], both, mask=inside)
+    else:
+        at = z + row * (2 * I) + (2 * i if TURNS else i)[None, :]
+        step = 1 if TURNS else I
+        tl.store(at, one, mask=inside)
+        tl.store(at + step, other, mask=inside)
 
 
 @triton.jit
@@ -54,8 +65,8 @@ def _through(gate, up, alpha, limit, offset, ACT: tl.constexpr, LIMITED: tl.cons
 
 @triton.jit
 def _gate(z, xa, b, g, bias, h, tiles, I, R, scale, alpha, limit, offset,
-          TURNS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ACT: tl.constexpr,
-          LIMITED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
+          TURNS: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+          ACT: tl.constexpr, LIMITED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
           BR: tl.constexpr):  # fmt: skip
     """One tile, one block of features."""
     tile = tiles + tl.program_id(0) * 3
@@ -63,25 +74,26 @@ def _gate(z, xa, b, g, bias, h, tiles, I, R, scale, alpha, limit, offset,
     if start >= stop:
         return
     t, r = start + tl.arange(0, BT), tl.arange(0, BR)
-    first = tl.program_id(1) * BI
-    i = first + tl.arange(0, BI)
-    xa_tile = tl.zeros((BT, BR), z.dtype.element_ty)
+    i = tl.program_id(1) * BI + tl.arange(0, BI)
+    o1, o2 = (2 * i, 2 * i + 1) if TURNS else (i, I + i)
+    O = 2 * I
+    dtype = z.dtype.element_ty
+    inside = (t[:, None] < stop) & (i[None, :] < I)
+    gate, up = _load_pair(z, t, i, inside, I, TURNS, PACKED)
     if LOW:
         at = xa + t.to(tl.int64)[:, None] * R + r[None, :]
         xa_tile = tl.load(at, mask=(t[:, None] < stop) & (r[None, :] < R), other=0.0)
-    if TURNS:
-        o = 2 * first + tl.arange(0, 2 * BI)
-        _, y = _composed(z, xa_tile, b, g, bias, e, t, o, r, stop, o < 2 * I, 2 * I, R, scale,
-                         LOW, SCALED, BIASED, PRECISION)  # fmt: skip
-        gate, up = tl.split(tl.reshape(y, (BT, BI, 2)))
-    else:
-        _, gate = _composed(z, xa_tile, b, g, bias, e, t, i, r, stop, i < I, 2 * I, R, scale,
-                            LOW, SCALED, BIASED, PRECISION)  # fmt: skip
-        _, up = _composed(z, xa_tile, b, g, bias, e, t, I + i, r, stop, i < I, 2 * I, R, scale,
-                          LOW, SCALED, BIASED, PRECISION)  # fmt: skip
+        own = b + e * O * R
+        gate += product(xa_tile, tl.trans(load_scaled_b(own, o1, r, O, R, R, 1, scale, dtype)), PRECISION)
+        up += product(xa_tile, tl.trans(load_scaled_b(own, o2, r, O, R, R, 1, scale, dtype)), PRECISION)
+    if SCALED:
+        gate *= tl.load(g + e * O + o1, mask=i < I, other=0.0)[None, :]
+        up *= tl.load(g + e * O + o2, mask=i < I, other=0.0)[None, :]
+    if BIASED:
+        gate += tl.load(bias + e * O + o1, mask=i < I, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + e * O + o2, mask=i < I, other=0.0).to(tl.float32)[None, :]
     value, _, _ = _through(gate, up, alpha, limit, offset, ACT, LIMITED)
-    at = h + t.to(tl.int64)[:, None] * I + i[None, :]
-    tl.store(at, value.to(h.dtype.element_ty), mask=(t[:, None] < stop) & (i[None, :] < I))
+    tl.store(h + t.to(tl.int64)[:, None] * I + i[None, :], value.to(dtype), mask=inside)
 
 
 def gate(
@@ -101,9 +113,10 @@ def gate(
     block = _features(features, 64)
     _gate[(len(rows.tiles_N3), triton.cdiv(features, block))](
         z_SO, xa_SR, None if b_EOR is None else b_EOR.contiguous(), g_EO, bias_EO, h, rows.tiles_N3, features, rank,
-        scale, form.alpha, form.limit, form.offset, TURNS=form.in_turns, LOW=b_EOR is not None,
-        SCALED=g_EO is not None, BIASED=bias_EO is not None, ACT=form.activation, LIMITED=form.limited,
-        PRECISION=precision(z_SO.dtype), BT=TILE, BI=block, BR=rank_block(rank), num_warps=4, num_stages=2,
+        scale, form.alpha, form.limit, form.offset, TURNS=form.in_turns, PACKED=_packed(z_SO, form),
+        LOW=b_EOR is not None, SCALED=g_EO is not None, BIASED=bias_EO is not None, ACT=form.activation,
+        LIMITED=form.limited, PRECISION=precision(z_SO.dtype), BT=TILE, BI=block, BR=rank_block(rank),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return h
 
@@ -111,76 +124,61 @@ def gate(
 @triton.jit(do_not_specialize=["S"])
 def _gate_backward(dh, low, a, weights, z, xa, b, g, bias, dz, dw, db_parts, dg_parts, da_parts, order, chunks,
                    S, I, R, RA, scale, alpha, limit, offset,
-                   TURNS: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-                   JOINS: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr, PRECISION: tl.constexpr,
-                   BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   TURNS: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr,
+                   BIASED: tl.constexpr, JOINS: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr,
+                   PRECISION: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """One chunk, one block of features. JOINS: the down projection has an adapter, whose A is `a`."""
     n = tl.program_id(0).to(tl.int64)
     e, start, stop = tl.load(chunks + n * 3).to(tl.int64), tl.load(chunks + n * 3 + 1), tl.load(chunks + n * 3 + 2)
     if start >= stop:
         return
     r = tl.arange(0, BR)
-    first = tl.program_id(1) * BI
-    i = first + tl.arange(0, BI)
-    dtype = z.dtype.element_ty
+    i = tl.program_id(1) * BI + tl.arange(0, BI)
+    o1, o2 = (2 * i, 2 * i + 1) if TURNS else (i, I + i)
     O = 2 * I
-    # Of columns in turns there is one block, twice as wide; else the second is up's.
-    WIDTH: tl.constexpr = 2 * BI if TURNS else BI
-    o1 = (2 * first if TURNS else first) + tl.arange(0, WIDTH)
-    in1 = o1 < O if TURNS else o1 < I
-    o2 = I + i
-    xa_tile = tl.zeros((BT, BR), dtype)
+    dtype = z.dtype.element_ty
+    here = (i[:, None] < I) & (r[None, :] < RA)
     if JOINS:
-        at = a + (e * RA + r[:, None]) * I + i[None, :]
-        a_tile = tl.load(at, mask=(r[:, None] < RA) & (i[None, :] < I), other=0.0).to(dtype)
-        da_sum = tl.zeros((BI, BR), tl.float32)
+        a_tile = tl.load(a + (e * RA + r[None, :]) * I + i[:, None], mask=here, other=0.0).to(dtype)
     if LOW:
         b1_tile = load_scaled_b(b + e * O * R, o1, r, O, R, R, 1, scale, dtype)
-        db1_sum = tl.zeros((WIDTH, BR), tl.float32)
-        if not TURNS:
-            b2_tile = load_scaled_b(b + e * O * R, o2, r, O, R, R, 1, scale, dtype)
-            db2_sum = tl.zeros((WIDTH, BR), tl.float32)
+        b2_tile = load_scaled_b(b + e * O * R, o2, r, O, R, R, 1, scale, dtype)
     if SCALED:
-        g1 = tl.load(g + e * O + o1, mask=in1, other=0.0)
-        dg1_sum = tl.zeros((BT, WIDTH), tl.float32)
-        if not TURNS:
-            g2 = tl.load(g + e * O + o2, mask=i < I, other=0.0)
-            dg2_sum = tl.zeros((BT, WIDTH), tl.float32)
+        g1 = tl.load(g + e * O + o1, mask=i < I, other=0.0)
+        g2 = tl.load(g + e * O + o2, mask=i < I, other=0.0)
     if BIASED:
-        bias1 = tl.load(bias + e * O + o1, mask=in1, other=0.0).to(tl.float32)
-        if not TURNS:
-            bias2 = tl.load(bias + e * O + o2, mask=i < I, other=0.0).to(tl.float32)
+        bias1 = tl.load(bias + e * O + o1, mask=i < I, other=0.0).to(tl.float32)
+        bias2 = tl.load(bias + e * O + o2, mask=i < I, other=0.0).to(tl.float32)
+    db1_sum = tl.zeros((BI, BR), tl.float32)
+    db2_sum = tl.zeros((BI, BR), tl.float32)
+    da_sum = tl.zeros((BI, BR), tl.float32)
+    # Summed over the rows of a tile after the loop: within it the threads would wait for one another each time.
+    dg1_sum = tl.zeros((BT, BI), tl.float32)
+    dg2_sum = tl.zeros((BT, BI), tl.float32)
     for begin in tl.range(start, stop, BT, num_stages=STAGES):
         t = begin + tl.arange(0, BT)
         wide = t.to(tl.int64)
         there = t[:, None] < stop
+        inside = there & (i[None, :] < I)
         choice = tl.load(order + t, mask=t < stop, other=0)
         weight = tl.load(weights + choice, mask=t < stop, other=0.0).to(tl.float32)
-        d = tl.load(dh + wide[:, None] * I + i[None, :], mask=there & (i[None, :] < I), other=0.0).to(tl.float32)
-        v1 = tl.load(z + wide[:, None] * O + o1[None, :], mask=there & in1[None, :], other=0.0).to(tl.float32)
-        if not TURNS:
-            v2 = tl.load(z + wide[:, None] * O + o2[None, :], mask=there & (i[None, :] < I), other=0.0).to(tl.float32)
+        d = tl.load(dh + wide[:, None] * I + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        v1, v2 = _load_pair(z, t, i, inside, I, TURNS, PACKED)
         if LOW:
             xa_tile = tl.load(xa + wide[:, None] * R + r[None, :], mask=there & (r[None, :] < R), other=0.0)
             v1 += product(xa_tile, tl.trans(b1_tile), PRECISION)
-            if not TURNS:
-                v2 += product(xa_tile, tl.trans(b2_tile), PRECISION)
+            v2 += product(xa_tile, tl.trans(b2_tile), PRECISION)
         if JOINS:
             low_tile = tl.load(low + wide[:, None] * RA + r[None, :], mask=there & (r[None, :] < RA), other=0.0)
-            d += product(low_tile, a_tile, PRECISION)
-        y1 = v1
+            d += product(low_tile, tl.trans(a_tile), PRECISION)
+        gate, up = v1, v2
         if SCALED:
-            y1 = y1 * g1[None, :]
+            gate = gate * g1[None, :]
+            up = up * g2[None, :]
         if BIASED:
-            y1 = y1 + bias1[None, :]
-        if TURNS:
-            gate, up = tl.split(tl.reshape(y1, (BT, BI, 2)))
-        else:
-            gate, up = y1, v2
-            if SCALED:
-                up = up * g2[None, :]
-            if BIASED:
-                up = up + bias2[None, :]
+            gate = gate + bias1[None, :]
+            up = up + bias2[None, :]
         h, by_gate, by_up = _through(gate, up, alpha, limit, offset, ACT, LIMITED)
         # Columns and rows that are not there have d = 0.
         tl.store(dw + tl.program_id(1).to(tl.int64) * S + t, tl.sum(h * d, axis=1), mask=t < stop)
@@ -188,38 +186,26 @@ def _gate_backward(dh, low, a, weights, z, xa, b, g, bias, dz, dw, db_parts, dg_
         if JOINS:
             low_tile = (low_tile.to(tl.float32) * weight[:, None]).to(dtype)
             da_sum += product(tl.trans(h.to(dtype)), low_tile, PRECISION)
-        if TURNS:
-            d1 = tl.reshape(tl.join(d * by_gate, d * by_up), (BT, WIDTH))
-        else:
-            d1 = d * by_gate
-            d2 = d * by_up
+        d1, d2 = d * by_gate, d * by_up
         if SCALED:
             dg1_sum += d1 * v1
-            d1 = d1 * g1[None, :]
-            if not TURNS:
-                dg2_sum += d2 * v2
-                d2 = d2 * g2[None, :]
-        d1_tile = d1.to(dtype)
-        tl.store(dz + wide[:, None] * O + o1[None, :], d1_tile, mask=there & in1[None, :])
-        if not TURNS:
-            d2_tile = d2.to(dtype)
-            tl.store(dz + wide[:, None] * O + o2[None, :], d2_tile, mask=there & (i[None, :] < I))
+            dg2_sum += d2 * v2
+            d1 *= g1[None, :]
+            d2 *= g2[None, :]
+        d1_tile, d2_tile = d1.to(dtype), d2.to(dtype)
+        _store_pair(dz, d1_tile, d2_tile, t, i, inside, I, TURNS, PACKED)
         if LOW:
             db1_sum += product(tl.trans(d1_tile), xa_tile, PRECISION)
-            if not TURNS:
-                db2_sum += product(tl.trans(d2_tile), xa_tile, PRECISION)
+            db2_sum += product(tl.trans(d2_tile), xa_tile, PRECISION)
     if LOW:
-        to = db_parts + n * O * R
-        tl.store(to + o1[:, None] * R + r[None, :], db1_sum, mask=in1[:, None] & (r[None, :] < R))
-        if not TURNS:
-            tl.store(to + o2[:, None] * R + r[None, :], db2_sum, mask=(i[:, None] < I) & (r[None, :] < R))
+        to, there = db_parts + n * O * R, (i[:, None] < I) & (r[None, :] < R)
+        tl.store(to + o1[:, None] * R + r[None, :], db1_sum, mask=there)
+        tl.store(to + o2[:, None] * R + r[None, :], db2_sum, mask=there)
     if SCALED:
-        tl.store(dg_parts + n * O + o1, tl.sum(dg1_sum, axis=0), mask=in1)
-        if not TURNS:
-            tl.store(dg_parts + n * O + o2, tl.sum(dg2_sum, axis=0), mask=i < I)
+        tl.store(dg_parts + n * O + o1, tl.sum(dg1_sum, axis=0), mask=i < I)
+        tl.store(dg_parts + n * O + o2, tl.sum(dg2_sum, axis=0), mask=i < I)
     if JOINS:
-        at = da_parts + n * RA * I + i[:, None] + r[None, :] * I
-        tl.store(at, da_sum, mask=(i[:, None] < I) & (r[None, :] < RA))
+        tl.store(da_parts + n * RA * I + i[:, None] + r[None, :] * I, da_sum, mask=here)
 
 
 def gate_backward(
@@ -261,18 +247,23 @@ def gate_backward(
     dg = None if g_EO is None else torch.empty(count, 2 * features, **wide)
     da = None if a_ERI is None else torch.empty(count, rank_a, features, **wide)
     br = rank_block(max(rank, rank_a))
-    block = _features(features, 32 if form.in_turns or br >= 64 else 64)
+    block = _features(features, 32 if br >= 64 else 64)
     blocks = triton.cdiv(features, block)
     dw = torch.zeros(blocks, chosen, **wide)
     _gate_backward[(count, blocks)](
         dh_SI, low_SR, None if a_ERI is None else a_ERI.contiguous(), weights_TK, z_SO, xa_SR,
         None if b_EOR is None else b_EOR.contiguous(), g_EO, bias_EO, dz, dw, db, dg, da, rows.order_S,
         rows.chunks_N3, chosen, features, rank, rank_a, scale, form.alpha, form.limit, form.offset,
-        TURNS=form.in_turns, LOW=b_EOR is not None, SCALED=g_EO is not None, BIASED=bias_EO is not None,
-        JOINS=a_ERI is not None, ACT=form.activation, LIMITED=form.limited, PRECISION=precision(dh_SI.dtype),
-        BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3, num_warps=4, num_stages=3,
+        TURNS=form.in_turns, PACKED=_packed(z_SO, form), LOW=b_EOR is not None, SCALED=g_EO is not None,
+        BIASED=bias_EO is not None, JOINS=a_ERI is not None, ACT=form.activation, LIMITED=form.limited,
+        PRECISION=precision(dh_SI.dtype), BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return dz, dw.sum(0), db, dg, da
+
+
+def _packed(z: Tensor, form: Gate) -> bool:
+    return form.in_turns and z.dtype.itemsize == 2
 
 
 def _features(features: int, most: int) -> int:
