@@ -96,6 +96,12 @@ def test_without_the_flag_experts_stay_frozen_and_that_is_said(options):
     assert not any(isinstance(layer, ExpertParameter) for layer in adapter_layers(result.model).values())
 
 
+def test_experts_that_quantising_leaves_as_they_are_are_named(options):
+    console = Console(file=io.StringIO(), width=160)
+    train(TrainConfig.from_options(options | {"quantize": "nf4", "max_steps": 1}), console=console)
+    assert "weights of fused experts are not quantised: 0.0 GB of" in " ".join(console.file.getvalue().split())
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(run, options, tmp_path):
     run(max_steps=4, save_steps=2, output=str(tmp_path / "whole"))
     run(max_steps=4, save_steps=2, output=str(tmp_path / "again"))

@@ -34,6 +34,8 @@ from theodora.kernels.base_weight import PlainWeight
 from theodora.kernels.formats import inner_tensors
 from theodora.kernels.sharded_weight import here
 from theodora.layers import LowRank, base_weight
+from theodora.layers.base_weights import FLOATS
+from theodora.layers.experts import ExpertParameter, named_places
 from theodora.layers.float8 import Float8Layer
 
 _INT4_GROUP = 128
@@ -218,6 +220,18 @@ def left_plain(model: nn.Module, keep: tuple[str, ...] = ()) -> str | None:
     told = ", ".join(f"{count} × {name}" for name, count in names.items())
     sizes = ", ".join(f"{outputs} × {inputs}" for outputs, inputs in sorted(shapes)[:4])
     return f"{len(plain)} of {len(linear)} linear layers are not quantised ({told}; out × in: {sizes})"
+
+
+def experts_left_plain(model: nn.Module) -> str | None:
+    """What to say of fused experts that are not quantised, as loading leaves them; None where there are none."""
+    places = named_places(model).values()
+    weights = [place.weight for place in places if isinstance(place, ExpertParameter)]
+    plain = [weight for weight in weights if type(weight.data) is Tensor and weight.dtype in FLOATS]
+    if not plain:
+        return None
+    size = sum(weight.nbytes for weight in plain) / 1e9
+    dtypes = ", ".join(dict.fromkeys(str(weight.dtype).removeprefix("torch.") for weight in plain))
+    return f"{len(plain)} weights of fused experts are not quantised: {size:.1f} GB of {dtypes}"
 
 
 def weight_bytes(model: nn.Module) -> int:

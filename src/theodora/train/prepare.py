@@ -16,7 +16,7 @@ from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
-from theodora.adapters.quantized import count_parameters, left_plain, quantization_of
+from theodora.adapters.quantized import count_parameters, experts_left_plain, left_plain, quantization_of
 from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
@@ -158,11 +158,12 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         quantize_base(model, exclude=config.adapter.modules_to_save)
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
+        notes += filter(None, [experts_left_plain(model)])
     if (quantization := quantization_of(model)) is not None:
         # (a folder of quantised weights keeps the dtype of its others, whatever was asked for)
         dtype = f"{quantization}, the rest {str(model.dtype).removeprefix('torch.')},"
-        if (plain := left_plain(model, config.adapter.modules_to_save)) is not None:
-            notes.append(plain)
+        plain = left_plain(model, config.adapter.modules_to_save), experts_left_plain(model)
+        notes += filter(None, plain)
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
     notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])
@@ -170,8 +171,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     set_seed(config.seed)
     if config.from_adapter is None:
         notes += put_on(model, adapter, arguments)
-    if (frozen := other_parts_note(model, adapter_layers(model))) is not None:
-        notes.append(frozen)
+    notes += filter(None, [other_parts_note(model, adapter_layers(model))])
     return Prepared(
         config=config,
         model=model,
