@@ -19,6 +19,7 @@ from theodora import (
 )
 from theodora.adapters.state import adapter_layers
 from theodora.functional import merged_weight
+from theodora.kernels.operators import on_paper
 from theodora.layers.experts import ExpertParameter
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -181,3 +182,16 @@ def test_checkpointing_and_half_precision(model, ids):
     half = experts.bfloat16()(x.bfloat16(), chosen, counted.bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.double() - y).norm() < 0.02 * y.norm()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_sizes_alone(device):
+    with torch.device("meta"):
+        model = qwen().bfloat16().train()
+    with on_paper(device):
+        inject_adapter(model, AdapterConfig(rank=4, experts=True))
+        ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+        model(ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.dtype == p.dtype for p in trained)
