@@ -31,6 +31,7 @@ from theodora import (
 from theodora.adapters.state import adapter_layers
 from theodora.errors import CheckpointError, ConfigError
 from theodora.functional import merged_weight
+from theodora.kernels.operators import on_paper
 from theodora.layers.experts import ExpertParameter
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -293,3 +294,16 @@ def test_routers_stay_frozen_unless_named():
     remove_adapter(model)
     inject_adapter(model, AdapterConfig(targets=("gate",)))
     assert [path.rpartition(".")[2] for path in adapter_layers(model)] == ["gate"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_sizes_alone(device):
+    with torch.device("meta"):
+        model = qwen().bfloat16().train()
+    with on_paper(device):
+        inject_adapter(model, AdapterConfig(rank=4, experts=True))
+        ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+        model(ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.dtype == p.dtype for p in trained)

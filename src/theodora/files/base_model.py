@@ -225,10 +225,15 @@ class BaseCheckpoint:
         return whole
 
     def experts(self) -> dict[str, tuple[int, ...]]:
-        """Parameters of three dimensions, as those of experts are -> their shapes in the model."""
+        """Parameters of three dimensions, but those of convolutions: experts -> their shapes in the model."""
         if self._of_experts is None:
-            parameters = self.model.named_parameters(remove_duplicate=False)
-            self._of_experts = {name: tuple(parameter.shape) for name, parameter in parameters if parameter.dim() == 3}
+            self._of_experts = {
+                f"{path}.{name}".lstrip("."): tuple(parameter.shape)
+                for path, module in self.model.named_modules()
+                if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+                for name, parameter in module.named_parameters(recurse=False)
+                if parameter.dim() == 3
+            }
         return self._of_experts
 
     def read(self, key: str) -> Tensor:
