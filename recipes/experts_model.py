@@ -2,7 +2,7 @@
 
     python recipes/study_data.py --output out/experts/data
     python recipes/experts_model.py --data out/experts/data --output out/experts/model --minutes 6
-    theodora compare recipes/experts.yaml
+    theodora compare recipes/study-experts.yaml
 
 No mixture of experts comes in a package. This one has Qwen3-MoE's parts (4 blocks, 16 experts of which each token goes
 to 4, 9 million parameters) and a tokenizer of its own. It reads Wikipedia introductions and the domains' questions

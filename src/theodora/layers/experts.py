@@ -94,6 +94,7 @@ class ExpertParameter(AdapterLayer):
         if not isinstance(experts, AdaptedExperts):
             swap_class(experts, AdaptedExperts)
             experts.add_module(ADAPTED, nn.ModuleDict())
+            if not takes_sorted_rows(experts):
             gate_of(experts)  # which torch.compile could not find out
         getattr(experts, ADAPTED)[self.parameter_name] = self
 
