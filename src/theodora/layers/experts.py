@@ -95,7 +95,7 @@ class ExpertParameter(AdapterLayer):
             swap_class(experts, AdaptedExperts)
             experts.add_module(ADAPTED, nn.ModuleDict())
             if not takes_sorted_rows(experts):
-            gate_of(experts)  # which torch.compile could not find out
+                gate_of(experts)  # which torch.compile could not find out
         getattr(experts, ADAPTED)[self.parameter_name] = self
 
     def end(self) -> None:
