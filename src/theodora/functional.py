@@ -218,7 +218,7 @@ def lora_experts(
     """
     x, x_lora, bias = _of_each(x_SI, x_lora_SI, bias_EO, counts)
     each = zip(x, w_EOI, bias, a_ERI, b_EOR, x_lora, strict=True)
-    return torch.cat([lora_linear(*parts, scale, x_lora_TI=dropped) for *parts, dropped in each])
+    return torch.cat([lora_linear(x, w, bias, a, b, scale, x_lora_TI=dropped) for x, w, bias, a, b, dropped in each])
 
 
 def dora_experts(
@@ -237,7 +237,12 @@ def dora_experts(
     """`dora_linear` of each expert on its own rows, (S, O); see `lora_experts`. `norm_EO` is `dora_norm(...)`."""
     x, x_lora, bias = _of_each(x_SI, x_lora_SI, bias_EO, counts)
     each = zip(x, w_EOI, bias, a_ERI, b_EOR, magnitude_EO, norm_EO, x_lora, strict=True)
-    return torch.cat([dora_linear(*parts, scale, m, n, x_lora_TI=dropped) for *parts, m, n, dropped in each])
+    return torch.cat(
+        [
+            dora_linear(x, w, bias, a, b, scale, m, norm, x_lora_TI=dropped)
+            for x, w, bias, a, b, m, norm, dropped in each
+        ]
+    )
 
 
 def _of_each(

@@ -49,7 +49,7 @@ class Side(NamedTuple):
     scale: float
     g_EO: Tensor | None
     """m / ‖W + s·B·A‖, float32; None for LoRA."""
-    norm_EO: Tensor | None
+    norm_EO: Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -67,14 +67,6 @@ class Kept(NamedTuple):
     tiles_N3: Tensor
     chunks_N3: Tensor
     firsts_E: Tensor
-
-
-class SideGradients(NamedTuple):
-    """Empty where there is no such thing."""
-
-    a_ERI: Tensor
-    b_EOR: Tensor
-    magnitude_EO: Tensor
 
 
 def fits(x_TH: Tensor, index_TK: Tensor, up: Parts, down: Parts, gate: Gate | Between) -> bool:
@@ -368,12 +360,12 @@ def _gathered(kind: int, *rest: Any) -> Gate:
 
 
 def _run_forward(x: Tensor, index: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    up, down, gate = Side(*rest[:6], None), Side(*rest[6:12], None), _gathered(*rest[12:])
+    up, down, gate = Side(*rest[:6]), Side(*rest[6:12]), _gathered(*rest[12:])
     return forward(x, index, weights, up, down, gate)
 
 
 def _fake_forward(x: Tensor, index: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    up, down = Side(*rest[:6], None), Side(*rest[6:12], None)
+    up, down = Side(*rest[:6]), Side(*rest[6:12])
     count, experts = index.numel(), up.weight.shape[0]
 
     def numbers(*shape: int) -> Tensor:

@@ -62,32 +62,32 @@ class ExpertsWeight(BaseWeight):
         """Itself, or rounded."""
         return self if dtype == self.dtype else ExpertsWeight(self.tensor.to(dtype), self.transposed)
 
-    def product(self, x_ETI: Tensor, bias_EO: Tensor | None = None, shared: Any = None) -> Tensor:
-        """x Wᵀ + bias of as many rows for each expert, (E, T, O)."""
-        z = x_ETI @ self.weight_EOI.mT
-        return z if bias_EO is None else z + bias_EO[:, None]
+    def product(self, x_TI: Tensor, bias_O: Tensor | None = None, shared: Any = None) -> Tensor:
+        """x Wᵀ + bias, (E, T, O), of as many rows for each expert, (E, T, I), and a bias (E, O)."""
+        z = x_TI @ self.weight_EOI.mT
+        return z if bias_O is None else z + bias_O[:, None]
 
-    def product_backward(self, dz_ETO: Tensor, onto: Tensor | None = None) -> Tensor:
-        """dz W, (E, T, I)."""
-        dx = dz_ETO @ self.weight_EOI
+    def product_backward(self, dz_TO: Tensor, onto: Tensor | None = None) -> Tensor:
+        """dz W, (E, T, I), of dz (E, T, O)."""
+        dx = dz_TO @ self.weight_EOI
         return dx if onto is None else onto + dx
 
     def rows(self, at: slice | Tensor = slice(None)) -> Tensor:
         """Of a slice the weights of these experts, (…, O, I); of a mask (E, O) its rows, (N, I)."""
         return self.weight_EOI[at].to(wide_dtype(self.dtype))
 
-    def times_a(self, a_ERI: Tensor) -> Tensor:
-        """W Aᵀ, (E, O, R)."""
-        a = a_ERI.to(wide_dtype(self.dtype))
+    def times_a(self, a_RI: Tensor) -> Tensor:
+        """W Aᵀ, (E, O, R), of A (E, R, I)."""
+        a = a_RI.to(wide_dtype(self.dtype))
         return torch.cat([self.rows(at) @ a[at].mT for at in functional.slices_of(self.shape)])
 
     def norm_squared(self) -> Tensor:
         """‖W‖² of each output row, (E, O)."""
         return functional.row_norm_squared(self.weight_EOI)
 
-    def dora_norm(self, a_ERI: Tensor, b_EOR: Tensor, scale: float, w_norm_sq_EO: Tensor) -> Tensor:
-        """Of all experts, (E, O), by one product on a GPU."""
-        return weight_norm.stack_norms(self.weight_EOI, a_ERI.detach(), b_EOR.detach(), scale, w_norm_sq_EO)
+    def dora_norm(self, a_RI: Tensor, b_OR: Tensor, scale: float, w_norm_sq_O: Tensor) -> Tensor:
+        """Of all experts, (E, O), from A (E, R, I), B (E, O, R) and ‖W‖² (E, O), by one product on a GPU."""
+        return weight_norm.stack_norms(self.weight_EOI, a_RI.detach(), b_OR.detach(), scale, w_norm_sq_O)
 
     def split(self, outputs: int) -> list[BaseWeight]:
         """Views."""

@@ -160,12 +160,10 @@ def named_places(model: nn.Module) -> dict[str, nn.Module]:
         if id(module) in ours:
             continue
         places |= {path: module} if path else {}
-        held = getattr(module, ADAPTED) if isinstance(module, AdaptedExperts) else None
-        if held is not None:
-            ours |= {id(each) for each in held.modules()}
+        if isinstance(module, AdaptedExperts):
+            ours |= {id(each) for each in getattr(module, ADAPTED).modules()}
         for name in expert_parameters(module, path):
-            known = held is not None and name in held
-            places[f"{path}.{name}".lstrip(".")] = held[name] if known else ExpertParameter(module, name)
+            places[f"{path}.{name}".lstrip(".")] = _place_of(module, name)
     return places
 
 
@@ -173,8 +171,12 @@ def place_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a path, or the place of the expert parameter there, as `named_places` has it."""
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
-    if name not in module._parameters:
+    if name not in dict(module.named_parameters(recurse=False)):
         return model.get_submodule(path)
+    return _place_of(module, name)
+
+
+def _place_of(module: nn.Module, name: str) -> ExpertParameter:
     held = getattr(module, ADAPTED) if isinstance(module, AdaptedExperts) else {}
     return held[name] if name in held else ExpertParameter(module, name)
 
@@ -199,7 +201,7 @@ def expert_parameters(module: nn.Module, path: str = "") -> list[str]:
     """Names of a module's parameters that are weights of several experts: its class, `path` or their names say so."""
     kinds = (kind.__name__ for kind in type(module).__mro__)
     of_experts = any("expert" in name.lower() for name in (path, *kinds))
-    three = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 3]
+    three = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
     return [name for name in three if of_experts or "expert" in name]
 
 
@@ -312,8 +314,8 @@ def _parts_of(experts: Any, name: str) -> Parts:
     weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
     if place is None or adapter is None:
         return Parts(weight, bias)
-    norm = None if adapter.magnitude is None else place.norm(adapter)
-    return Parts(weight, bias, *adapter.factors(), adapter.scale, adapter.magnitude, norm, adapter.drops)
+    norm, (a, b) = None if adapter.magnitude is None else place.norm(adapter), adapter.factors()
+    return Parts(weight, bias, a, b, adapter.scale, adapter.magnitude, norm, adapter.drops)
 
 
 def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from theodora.kernels.parts import Gate
 from theodora.kernels.triton.common import load_scaled_b, precision, product, rank_block
 from theodora.kernels.triton.experts import TILE, Rows
-from theodora.kernels.triton.gated import _activate
+from theodora.kernels.triton.gated import activate
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _through(gate, up, alpha, limit, offset, ACT: tl.constexpr, LIMITED: tl.cons
     x, u = gate, up
     if LIMITED:
         x, u = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
-    value, slope = _activate(x * alpha, ACT)
+    value, slope = activate(x * alpha, ACT)
     value, u = value / alpha, u + offset
     by_gate, by_up = slope * u, value
     if LIMITED:

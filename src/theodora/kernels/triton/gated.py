@@ -32,7 +32,7 @@ REDUCES = 64
 
 
 @triton.jit
-def _activate(x, ACT: tl.constexpr):
+def activate(x, ACT: tl.constexpr):
     """The activation and its derivative, float32."""
     if ACT == "silu":
         s = 1 / (1 + tl.exp(-x))
@@ -91,7 +91,7 @@ def _gated(z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias1, bias2, act, T, O, R1
             gate += bias1_tile[None, :]
         if BIASED2:
             up += bias2_tile[None, :]
-        value, _ = _activate(gate, ACT)
+        value, _ = activate(gate, ACT)
         tl.store(act + t[:, None] * O + o[None, :], (value * up).to(dtype), mask=inside)
 
 
@@ -184,7 +184,7 @@ def _gated_backward(dact, low, a, z1, z2, xa1, xa2, b1, b2, m1, m2, n1, n2, bias
             gate += bias1_tile[None, :]
         if BIASED2:
             up += bias2_tile[None, :]
-        value, slope = _activate(gate, ACT)
+        value, slope = activate(gate, ACT)
         d1 = dh * up * slope
         d2 = dh * value
         if KEEP_ACT or (LOW3 and REDUCE):
