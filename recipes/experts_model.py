@@ -40,7 +40,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     texts = texts_of(arguments.data)
     tokenizer = tokenizer_of(texts)
-    tokens = torch.cat([torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id]) for text in texts])
+    tokens = torch.cat([torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text in texts])
     model = Qwen3MoeForCausalLM(config_of(tokenizer))
     print(f"{len(texts):,} texts, {len(tokens):,} tokens, {model.num_parameters():,} parameters")
     train(model, tokens, 60 * arguments.minutes)
