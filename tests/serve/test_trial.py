@@ -9,8 +9,9 @@ from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
 from theodora.serve.errors import Unavailable
 from theodora.serve.requests import Sampling
+from theodora.serve.run import load_engine
 from theodora.serve.trial import Trial
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 LONGROPE = {
     "original_max_position_embeddings": 64,
@@ -57,6 +58,20 @@ def test_others_start(family, dtype):
         assert made.ready()
         assert made.worker.restarts == made.under_way() == 0
         made.start()  # does nothing
+    finally:
+        made.stop()
+
+
+def test_a_mixture_that_is_configured_for_training_starts(tmp_path):
+    """Its balancing loss fits no batch of requests."""
+    model = tiny_model("mixtral")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    made, _ = load_engine(ServeConfig(model=str(tmp_path), device="cpu", kv_tokens=512))
+    try:
+        made.start()
+        assert made.ready()
     finally:
         made.stop()
 

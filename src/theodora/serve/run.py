@@ -34,6 +34,9 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
     model, tokenizer = load_model_and_tokenizer(config.model, dtype=dtype, device=config.device, quantize=quantize)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    text: Any = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):  # for a loss of training, which no batch of requests fits
+        text.output_router_logits = False
     if config.adapter_folder is None:  # no others will come
         config = replace(config, slots=min(config.slots, max(1, len(adapters or {}))))
     engine = Engine(model, config)
