@@ -115,8 +115,7 @@ def _tensors(
             adapter = _gathered(adapter, {key: whole(tensor) for key, tensor in adapter.state_dict().items()}, "")
         a, b = adapter.factors()
         if isinstance(layer, ExpertParameter):
-            beside = [other for other in layers.values() if other.holder is layer.holder]
-            tensors |= expert_tensors(path.rpartition(".")[0], layer.outside(beside), a, b, adapter.magnitude)
+            tensors |= expert_tensors(path, layers, a, b, adapter.magnitude)
             continue
         shape = filter_shape(layer)
         pattern = "{}.lora_embedding_{}" if isinstance(layer, nn.Embedding) else "{}.lora_{}.weight"

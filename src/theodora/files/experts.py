@@ -12,7 +12,7 @@ Here a parameter has a path of its own, and its tensors are A (E, R, I), B (E, O
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,16 +29,21 @@ _WRAPPED = ".base_layer"
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
-def expert_tensors(module: str, outside: int, a: Tensor, b: Tensor, magnitude: Tensor | None) -> dict[str, Tensor]:
+def expert_tensors(
+    path: str, adapted: Iterable[str], a: Tensor, b: Tensor, magnitude: Tensor | None
+) -> dict[str, Tensor]:
     """The tensors of one parameter under PEFT's keys, without the prefix.
 
     Args:
-        module: path of the experts module.
-        outside: how many parameters of the module are adapted that come after this one.
+        path: of the parameter.
+        adapted: paths of all that is adapted, among them the other parameters of its module.
         a: A, (E, R, I).
         b: B, (E, O, R).
         magnitude: m, (E, O), for DoRA.
     """
+    module, _, name = path.rpartition(".")
+    beside = [own for parent, _, own in (other.rpartition(".") for other in adapted) if parent == module]
+    outside = sum(PARAMETERS.index(other) > PARAMETERS.index(name) for other in beside)
     stem = module + outside * _WRAPPED
     tensors = {f"{stem}.lora_A.weight": a.flatten(0, 1), f"{stem}.lora_B.weight": b.permute(1, 2, 0).flatten(1)}
     return tensors if magnitude is None else {**tensors, f"{stem}.lora_magnitude_vector": magnitude}

@@ -14,7 +14,6 @@ Shapes: E experts, T tokens, K experts for each token, S = T·K rows, H hidden f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from theodora.layers import gates
 from theodora.layers.base import AdapterLayer
 from theodora.layers.base_weights import FLOATS
 from theodora.layers.gates import gate_of
-from theodora.layers.low_rank import LowRank
 from theodora.layers.swap import Swapped, check_reachable, swap_back, swap_class
 
 ADAPTED = "adapted"
@@ -114,15 +112,9 @@ class ExpertParameter(AdapterLayer):
             experts.__dict__.pop(gates.KNOWN, None)
             swap_back(experts, AdaptedExperts)
 
-    def outside(self, places: Iterable[AdapterLayer]) -> int:
-        """How many of these places of the same module are of parameters that come after this one."""
-        order = expert_parameters(self.holder)
-        own = order.index(self.parameter_name)
-        return sum(order.index(place.parameter_name) > own for place in places)
-
     def grouped(self, x_SI: Tensor, ends_E: Tensor, experts_S: Tensor) -> Tensor:
         """The adapted product of each expert with its rows, (S, O); see `grouped_product`."""
-        return _linear(x_SI, self.current_weight, self.bias, self.active, self, ends_E, experts_S)
+        return _product_of(self.holder, self.parameter_name, x_SI, ends_E, experts_S)
 
     def forward(self, x_ETI: Tensor) -> Tensor:
         """The adapted product of as many rows for each expert, (E, T, O): for what looks at one parameter alone."""
@@ -319,51 +311,37 @@ def _parts_of(experts: Any, name: str) -> Parts:
 
 
 def _product_of(experts: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Tensor) -> Tensor:
-    places = getattr(experts, ADAPTED)
-    if name in places:
-        return places[name].grouped(x_SI, ends_E, expert_S)
-    weight = ExpertsWeight(getattr(experts, name), stored_transposed(experts))
-    bias = getattr(experts, f"{name}_bias", None)
-    return _linear(x_SI, weight, bias, None, None, ends_E, expert_S)
-
-
-def _linear(
-    x_SI: Tensor,
-    weight: BaseWeight,
-    bias_EO: Tensor | None,
-    adapter: LowRank | None,
-    place: ExpertParameter | None,
-    ends_E: Tensor,
-    expert_S: Tensor,
-) -> Tensor:
     """g ⊙ (x Wᵀ + s·(x Aᵀ) Bᵀ) + bias of each row's expert, (S, O), in the dtype of W."""
-    w = weight.dense()
-    norm = None if adapter is None or place is None or adapter.magnitude is None else place.norm(adapter)
+    parts = _parts_of(experts, name)
+    w, bias = parts.weight.dense(), parts.bias_O
     x = x_SI.to(w.dtype)
-    if adapter is not None and not kernels.fast():
-        return _by_formula(x, w, bias_EO, adapter, norm, ends_E)
-    z = grouped_product(x, w.mT, ends_E)
-    if adapter is not None:
-        a, b = (factor.to(w.dtype) for factor in adapter.factors())
-        x_lora = adapter.dropout(x) if adapter.drops else x
-        z = z + adapter.scale * grouped_product(grouped_product(x_lora, a.mT, ends_E), b.mT, ends_E)
-        if adapter.magnitude is not None and norm is not None:
-            z = (z * dora_scale(adapter.magnitude, norm)[expert_S]).to(w.dtype)
-    return z if bias_EO is None else z + bias_EO[expert_S]
+    if parts.a_RI is None or parts.b_OR is None:
+        z = grouped_product(x, w.mT, ends_E)
+        return z if bias is None else z + bias[expert_S]
+    x_lora = getattr(experts, ADAPTED)[name].active.dropout(x) if parts.drops else None
+    if not kernels.fast():
+        return _by_formula(x, x_lora, parts, ends_E)
+    a, b = parts.a_RI.to(w.dtype), parts.b_OR.to(w.dtype)
+    xa = grouped_product(x if x_lora is None else x_lora, a.mT, ends_E)
+    z = grouped_product(x, w.mT, ends_E) + parts.scale * grouped_product(xa, b.mT, ends_E)
+    if parts.magnitude_O is not None and parts.norm_O is not None:
+        z = (z * dora_scale(parts.magnitude_O, parts.norm_O)[expert_S]).to(w.dtype)
+    return z if bias is None else z + bias[expert_S]
 
 
-def _by_formula(
-    x_SI: Tensor, w_EOI: Tensor, bias_EO: Tensor | None, adapter: LowRank, norm: Tensor | None, ends_E: Tensor
-) -> Tensor:
+def _by_formula(x_SI: Tensor, x_lora_SI: Tensor | None, parts: Parts, ends_E: Tensor) -> Tensor:
     """The same, one expert after the other."""
     ends = ends_E.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    x, (a, b) = x_SI[: ends[-1]], adapter.factors()
-    x_lora = adapter.dropout(x) if adapter.drops else None
-    if adapter.magnitude is None or norm is None:
-        y = lora_experts(x, counts, w_EOI, bias_EO, a, b, adapter.scale, x_lora_SI=x_lora)
+    x, x_lora = x_SI[: ends[-1]], None if x_lora_SI is None else x_lora_SI[: ends[-1]]
+    w, bias, a, b = parts.weight.dense(), parts.bias_O, parts.a_RI, parts.b_OR
+    assert a is not None
+    assert b is not None
+    if parts.magnitude_O is None or parts.norm_O is None:
+        y = lora_experts(x, counts, w, bias, a, b, parts.scale, x_lora_SI=x_lora)
     else:
-        y = dora_experts(x, counts, w_EOI, bias_EO, a, b, adapter.scale, adapter.magnitude, norm, x_lora_SI=x_lora)
+        own = parts.magnitude_O, parts.norm_O
+        y = dora_experts(x, counts, w, bias, a, b, parts.scale, *own, x_lora_SI=x_lora)
     return torch.cat([y, y.new_zeros(len(x_SI) - len(y), y.shape[1])])
 
 

@@ -284,7 +284,7 @@ def _other_experts(base: BaseCheckpoint, name: str, tensors: AdapterTensors) -> 
         return None
     if tensors.a.dim() == 2 or whole is None:
         return "the adapter and the base disagree whether this holds several experts"
-    adapted = (*tensors.b.shape[:-1], tensors.a.shape[-1])
+    adapted = tensors.weight_shape
     expected = (whole[0], *whole[:0:-1]) if base.is_transposed(name) else whole
     return None if adapted == expected else f"(experts, out, in) is {adapted} in the adapter, {expected} in the base"
 

@@ -22,7 +22,6 @@ from theodora.files.finite import finite
 from theodora.files.packed import bits_of
 from theodora.files.quantised_store import QuantisedStore
 from theodora.files.read_back import save_tensors
-from theodora.functional import merged_weight
 from theodora.merging.plan import MergePlan, OutputTensor
 
 MAX_ERROR = {4: 0.2, 8: 0.05}
@@ -141,15 +140,7 @@ def check_reads_again(folder: Path, base: BaseCheckpoint, *, trust_remote_code: 
 
 def exact_weight(output: OutputTensor, stored: Tensor) -> Tensor:
     """W' in float64, in the layout of `stored`, the base weight."""
-    change = output.change
-    assert change is not None
-    work = (stored if change.full is None else change.full).double()
-    if (update := change.low_rank) is not None:
-        w_OI = work.mT if output.transposed else work
-        magnitude = None if update.magnitude is None else update.magnitude.double()
-        w_OI = merged_weight(w_OI, update.a.double(), update.b.double(), update.scale, magnitude)
-        work = w_OI.mT if output.transposed else w_OI
-    return work if change.rows is None else change.rows.put_into(work)
+    return output.merged(stored.double())
 
 
 def layer_error(path: str, stored: Tensor, exact: Tensor, written: Tensor, *, transposed: bool = False) -> LayerError:

@@ -20,7 +20,7 @@ from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.convolutions import as_filters
-from theodora.files.experts import PARAMETERS, expert_tensors
+from theodora.files.experts import expert_tensors
 from theodora.files.names import CONFIG_NAME, FINGERPRINT_KEY, KEY_PREFIX, METADATA_KEY, WEIGHTS_NAME
 from theodora.files.peft_config import peft_config
 from theodora.files.read_back import save_tensors, write_json
@@ -151,10 +151,7 @@ def _peft_tensors(file: AdapterFile, held: dict[str, Held]) -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {**file.base_copies, **full}
     for path, h in held.items():
         if h.a_RI.dim() == 3:
-            module, _, name = path.rpartition(".")
-            beside = [other for other in held if other.rpartition(".")[0] == module]
-            after = sum(PARAMETERS.index(other.rpartition(".")[2]) > PARAMETERS.index(name) for other in beside)
-            tensors |= expert_tensors(module, after, h.a_RI, h.b_OR, None)
+            tensors |= expert_tensors(path, held, h.a_RI, h.b_OR, None)
             continue
         own = file.modules[path]
         pattern = "{}.lora_embedding_{}" if own.embedding else "{}.lora_{}.weight"
