@@ -53,7 +53,7 @@ def adapted(make, method="dora", **options):
     model = make().to(DEVICE, dtype).train()
     for name, parameter in model.named_parameters():
         if "gate.weight" in name or "router.weight" in name:
-            parameter.data *= 50  # so that rounding sends no token to another expert
+            parameter.data *= 8  # so that rounding sends no token to another expert
     inject_adapter(model, AdapterConfig(method=method, rank=8, experts=True, **options))
     for parameter in model.parameters():
         if parameter.requires_grad:

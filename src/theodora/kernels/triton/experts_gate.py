@@ -262,7 +262,7 @@ def gate_backward(
         rows.chunks_N3, chosen, features, rank, rank_a, scale, form.alpha, form.limit, form.offset,
         TURNS=form.in_turns, PACKED=_packed(z_SO, form), LOW=b_EOR is not None, SCALED=g_EO is not None,
         BIASED=bias_EO is not None, JOINS=a_ERI is not None, KEEP=keep_h, ACT=form.activation,
-        LIMITED=form.limited, PRECISION=precision(dh_SI.dtype), BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3,
+        LIMITED=form.limited, PRECISION=precision(dh_SI.dtype), BT=32, BI=block, BR=br, STAGES=3,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return dz, dw.sum(0), db, dg, da, h
