@@ -1,0 +1,168 @@
+"""Attention with sinks in models (gpt-oss and its like), by flash attention: see `theodora.kernels.sink_attention`.
+
+transformers has no fused attention for sinks: these models run `eager_attention_forward` of the file they stand in,
+with (T, T) scores of each head in memory, under a mask that is built from numbers of the host's in each pass. There is
+no hook, so the function is replaced as that for rotary embeddings is (`attention.py`), wherever it computes attention
+with sinks. Ours goes by what a mask says and not by the mask: inside `whole_rows` masks say it without being built
+(`masks.Unbuilt`), and in a packed row with bounds. Under any other mask the model's own function runs.
+
+Legend: B rows, H heads, T tokens, D features of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodora import kernels
+from theodora.fastpath.masks import EAGER_MASKS, Causal, Unbuilt
+from theodora.fastpath.packed_attention import FOREIGN, SEQUENCES, Maskless, Sequences
+from theodora.kernels.sink_attention import sink_attention, sink_attention_reference, takes
+from theodora.patches import Attribute, Patch, Use
+
+_EAGER = "eager_attention_forward"
+_USER = "_theodora_sinks"
+
+
+class _User:
+    """Held by an attention module on the fast path, which counts as a user of both patches as long as it does.
+
+    A copy of the module counts for itself.
+    """
+
+    def __init__(self, file: str, *uses: Use) -> None:
+        self.file, self.uses = file, uses
+
+    def __reduce__(self) -> Any:
+        return _new_user, (self.file,)
+
+
+def _new_user(file: str) -> _User | None:
+    """A user of the attention in this file (a module's name), or None if it knows no sinks."""
+    module = sys.modules.get(file)
+    if module is None or not hasattr(module, _EAGER):
+        return None
+    patch = _attention_of(module)
+    if not patch.is_reached() and not _computes_sinks(patch.original()):
+        return None
+    return _User(file, patch.use(), EAGER_MASKS.use())
+
+
+@functools.cache
+def _attention_of(file: ModuleType) -> Patch:
+    return Patch(Attribute(file, _EAGER), _dispatching)
+
+
+def speed_up_sinks(module: nn.Module) -> bool:
+    """Give the file of an attention module with sinks the faster function; say whether it has it now."""
+    if "ttention" not in type(module).__name__:
+        return False
+    user = module.__dict__.get(_USER) or _new_user(type(module).__module__)
+    if user is None:
+        return False
+    module.__dict__[_USER] = user
+    return True
+
+
+def restore_sinks(module: nn.Module) -> None:
+    """Undo `speed_up_sinks`: if no other module is on the fast path, the file gets its own back."""
+    module.__dict__.pop(_USER, None)
+
+
+def has_fast_sinks(model: nn.Module) -> bool:
+    """Whether attention of the model is on the fast path for sinks."""
+    return any(_USER in module.__dict__ for module in model.modules())
+
+
+class _Probe(nn.Module):
+    """An attention module as far as an attention function reads it."""
+
+    num_key_value_groups = 2
+    is_causal = True
+
+    def __init__(self, sinks_H: Tensor) -> None:
+        super().__init__()
+        self.sinks = sinks_H
+        self.eval()
+
+
+def _computes_sinks(function: Callable[..., Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+    q, k, v = (torch.randn(1, heads, 5, 8, **options) for heads in (4, 2, 2))
+    sinks = torch.randn(4, **options)
+    hidden = torch.full((5, 5), torch.finfo(torch.float32).min, device="cpu").triu(1)[None, None]
+    given = {"scaling": 0.3, "dropout": 0.0, "sliding_window": None, "s_aux": sinks}
+    try:
+        with torch.no_grad():
+            found = function(_Probe(sinks), q.clone(), k.clone(), v.clone(), hidden, **given)[0]
+    except Exception:  # whatever a stranger's function raises: it is another one
+        return False
+    expected = sink_attention_reference(q, k, v, sinks, 0.3)
+    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+
+
+def _dispatching(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        sequences: Sequences | None = options.pop(SEQUENCES, None)
+        says = attention_mask.says if isinstance(attention_mask, Unbuilt) else None
+        if sequences is not None:
+            return _in_sequences(module, query, key, value, says, sequences, **options), None
+        if args or says is None or torch.compiler.is_compiling() or not (patch.on and kernels.fast()):
+            mask = attention_mask.built() if isinstance(attention_mask, Unbuilt) else attention_mask
+            return original(module, query, key, value, mask, *args, **options)
+        if _why_not(module, key, options) or _returns_weights(module, options) or not takes(query, key, value):
+            return original(module, query, key, value, attention_mask.built(), **options)
+        return sink_attention(query, key, value, options["s_aux"], options["scaling"], says.window), None
+
+    return attention
+
+
+def _in_sequences(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, says: Causal | None, sequences: Sequences, **options: Any
+) -> Tensor:
+    """Attention within the sequences of a packed row.
+
+    Raises:
+        RuntimeError: the sequences cannot be kept apart, and nothing else would.
+    """
+    why_not = _why_not(module, key, options)
+    if says is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        why_not = "any other than causal attention within one row"
+    if why_not:
+        raise RuntimeError(f"Attention with sinks in packed rows does not know {why_not}")
+    Maskless.calls += 1
+    assert says is not None
+    return sink_attention(query, key, value, options["s_aux"], options["scaling"], says.window, *sequences)
+
+
+def _why_not(module: Any, key: Tensor, options: dict[str, Any]) -> str | None:
+    """What of a call is not computed here."""
+    sinks, known = options.get("s_aux"), ("s_aux", "scaling")
+    foreign = [name for name in FOREIGN if options.get(name) is not None and name not in known]
+    if foreign:
+        return ", ".join(foreign)
+    if options.get("dropout") and module.training:
+        return "dropout of attention's weights"
+    # (functions read the sinks from the one place or from the other)
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1 or getattr(module, "sinks", sinks) is not sinks:
+        return "sinks of this kind"
+    groups = getattr(module, "num_key_value_groups", None)
+    if not isinstance(options.get("scaling"), float) or groups is None or sinks.shape[0] != key.shape[1] * groups:
+        return "heads or scores of this kind"
+    return None
+
+
+def _returns_weights(module: Any, options: dict[str, Any]) -> bool:
+    """Whether somebody has asked for attention's weights, which flash attention never has."""
+    config = getattr(module, "config", None)
+    return bool(options.get("output_attentions") or getattr(config, "output_attentions", False))
