@@ -1,5 +1,7 @@
 """Whole models whose experts run as one step of our kernels: against the same models without them."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import (
@@ -11,7 +13,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from formula import DEVICE
+from formula import DEVICE, within_budget
 from theodora import AdapterConfig, adapter_disabled, inject_adapter, kernels, merge_adapter, unmerge_adapter
 from theodora.adapters.state import adapter_layers
 from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, restore_model, speed_up_model
@@ -27,7 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning"),
 ]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
-SMALL |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+SMALL |= {"num_key_value_heads": 2, "experts_implementation": "eager"}
+# In bfloat16 rounding would send a token to another expert now and then, so each goes to all.
+SMALL["num_experts_per_tok"] = 4 if DEVICE == "cuda" else 2
 
 
 def qwen():
@@ -51,9 +55,6 @@ def adapted(make, method="dora", **options):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     model = make().to(DEVICE, dtype).train()
-    for name, parameter in model.named_parameters():
-        if "gate.weight" in name or "router.weight" in name:
-            parameter.data *= 8  # so that rounding sends no token to another expert
     inject_adapter(model, AdapterConfig(method=method, rank=8, experts=True, **options))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -89,9 +90,11 @@ def runs(monkeypatch):
 def test_a_step_is_what_it_is_without_the_kernels(make, method, runs):
     model = adapted(make, method)
     with kernels.reference():
-        expected = step(model)
+        plain, exact = step(model), step(deepcopy(model).double())
     assert not runs
-    close(step(model), expected)
+    dtype = model.get_input_embeddings().weight.dtype
+    for found, *others in zip(step(model), plain, exact, strict=True):
+        assert within_budget(found, *others, dtype)
     assert len(runs) == 1
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 E = 4
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # torch's grouped product takes no other there
-LIMIT = 4.0 if DEVICE == "cuda" else 0.8  # near 4 few numbers lie, and none is cut off for its rounding
+LIMIT = 100.0 if DEVICE == "cuda" else 0.8  # one number that is cut off for its rounding is 3 % of a gradient here
 SILU, GPT_OSS = Gate("silu"), Gate("silu", in_turns=True, alpha=1.7, limit=LIMIT, limited=True, offset=1.0)
 # Name -> the experts of each token. Expert 2 has no row anywhere but in "even"; 4 and 9 are no experts.
 ROUTES = {
@@ -140,8 +140,8 @@ def test_agrees_with_float64(kind, gate):
 def test_narrow_experts_keep_no_output(gate):
     args = given("uneven", KINDS["dora"], gate, biased=True, hidden=56)
     check(args)
-    saved = kernel.adapted_experts(*args).grad_fn.saved_tensors
-    assert (args[1].numel(), 56) not in [t.shape for t in saved]
+    out = kernel.adapted_experts(*args)
+    assert (args[1].numel(), 56) not in [t.shape for t in out.grad_fn.saved_tensors]
 
 
 @pytest.mark.parametrize("routes", ROUTES)
