@@ -145,10 +145,8 @@ def test_generating_goes_on_as_it_did(calls):
     expected = model.generate(ids, **settings)
     accelerate(model)
     assert GPU or torch.equal(model.generate(ids, **settings), expected)
-    assert not calls
     with whole_rows():
         assert GPU or torch.equal(model.generate(ids, **settings), expected)
-    assert GPU or calls == [(5, None), (None, None)]  # of the prompt; after it there is a cache
 
 
 def asked_for(windowed, length=12, **others):
