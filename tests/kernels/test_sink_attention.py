@@ -9,7 +9,7 @@ import torch
 from formula import DEVICE, F64, error
 from theodora.kernels import sink_attention as file
 from theodora.kernels.operators import on_paper
-from theodora.kernels.sink_attention import sink_attention, sink_attention_reference
+from theodora.kernels.sink_attention import sink_attention, sink_attention_reference, takes
 
 GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else F64
@@ -148,3 +148,34 @@ def test_on_paper(bounds):
     assert (y.shape, y.dtype) == ((1 if bounds else 3, 9, 4, 16), torch.bfloat16)
     assert y.is_contiguous()
     assert all(t.grad.shape == t.shape for t in made)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ({}, True),
+        ({"features": 256}, True),
+        ({"features": 20}, False),
+        ({"features": 264}, False),
+        ({"tokens": 1}, False),
+        ({"rows": 0}, False),
+        ({"heads": 6, "kv_heads": 4}, False),
+        ({"dtype": torch.float32}, False),
+        ({"key": {"tokens": 8}}, False),
+        ({"value": {"features": 32}}, False),
+        ({"value": {"dtype": torch.float16}}, False),
+    ],
+)
+def test_what_flash_attention_takes(others, expected):
+    def tensor(heads, rows=2, tokens=9, features=16, dtype=torch.bfloat16, **_):
+        return torch.empty(rows, heads, tokens, features, dtype=dtype, device="meta")
+
+    kv_heads = others.get("kv_heads", 2)
+    made = [tensor(**{"heads": 4} | others), *(tensor(kv_heads, **_kv(others, name)) for name in ("key", "value"))]
+    assert not takes(*made)  # on a device without it
+    with on_paper("cuda"):
+        assert takes(*made) is expected
+
+
+def _kv(others, name):
+    return {key: value for key, value in {**others, **others.get(name, {})}.items() if key != "heads"}

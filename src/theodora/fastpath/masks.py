@@ -36,11 +36,14 @@ class Unbuilt:
     def __init__(self, says: Causal | None, build: Callable[[], Tensor]) -> None:
         """Take what the mask says, if that is known, and what builds it."""
         self.says = says
-        self._build: Callable[[], Tensor] = functools.cache(build)
+        self._build = build
+        self._mask: Tensor | None = None
 
     def built(self) -> Tensor:
         """The mask."""
-        return self._build()
+        if self._mask is None:
+            self._mask = self._build()
+        return self._mask
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -114,15 +114,17 @@ def _dispatching(original: Callable[..., Any], patch: Patch) -> Callable[..., An
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **options: Any
     ) -> Any:
         sequences: Sequences | None = options.pop(SEQUENCES, None)
-        says = attention_mask.says if isinstance(attention_mask, Unbuilt) else None
+        unbuilt = attention_mask if isinstance(attention_mask, Unbuilt) else None
+        says = None if unbuilt is None else unbuilt.says
         if sequences is not None:
             return _in_sequences(module, query, key, value, says, sequences, **options), None
-        if args or says is None or torch.compiler.is_compiling() or not (patch.on and kernels.fast()):
-            mask = attention_mask.built() if isinstance(attention_mask, Unbuilt) else attention_mask
-            return original(module, query, key, value, mask, *args, **options)
-        if _why_not(module, key, options) or _returns_weights(module, options) or not takes(query, key, value):
-            return original(module, query, key, value, attention_mask.built(), **options)
-        return sink_attention(query, key, value, options["s_aux"], options["scaling"], says.window), None
+        # (torch.compile need not know about the patch, and is asked first)
+        ours = not torch.compiler.is_compiling() and patch.on and kernels.fast() and not args
+        ours = ours and not _why_not(module, key, options) and not _wants_weights(module, options)
+        if says is not None and ours and takes(query, key, value):
+            return sink_attention(query, key, value, options["s_aux"], options["scaling"], says.window), None
+        mask = attention_mask if unbuilt is None else unbuilt.built()
+        return original(module, query, key, value, mask, *args, **options)
 
     return attention
 
@@ -136,19 +138,17 @@ def _in_sequences(
         RuntimeError: the sequences cannot be kept apart, and nothing else would.
     """
     why_not = _why_not(module, key, options)
-    if says is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        why_not = "any other than causal attention within one row"
-    if why_not:
+    if says is None or why_not or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        why_not = why_not or "any other than causal attention within one row"
         raise RuntimeError(f"Attention with sinks in packed rows does not know {why_not}")
     Maskless.calls += 1
-    assert says is not None
     return sink_attention(query, key, value, options["s_aux"], options["scaling"], says.window, *sequences)
 
 
 def _why_not(module: Any, key: Tensor, options: dict[str, Any]) -> str | None:
     """What of a call is not computed here."""
-    sinks, known = options.get("s_aux"), ("s_aux", "scaling")
-    foreign = [name for name in FOREIGN if options.get(name) is not None and name not in known]
+    sinks = options.get("s_aux")
+    foreign = [name for name in FOREIGN if name != "s_aux" and options.get(name) is not None]
     if foreign:
         return ", ".join(foreign)
     if options.get("dropout") and module.training:
@@ -162,7 +162,7 @@ def _why_not(module: Any, key: Tensor, options: dict[str, Any]) -> str | None:
     return None
 
 
-def _returns_weights(module: Any, options: dict[str, Any]) -> bool:
+def _wants_weights(module: Any, options: dict[str, Any]) -> bool:
     """Whether somebody has asked for attention's weights, which flash attention never has."""
     config = getattr(module, "config", None)
     return bool(options.get("output_attentions") or getattr(config, "output_attentions", False))

@@ -16,7 +16,7 @@ from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.out_of_memory import split
-from theodora.train.packed_rows import keeps_rows_apart, takes_bounds
+from theodora.train.packed_rows import goes_by_bounds_alone, keeps_rows_apart, takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -76,10 +76,13 @@ class PassOverrides(LossOverrides):
             return takes_bounds(self.model, self.args.max_length)
 
     def _keeps_rows_apart(self) -> bool:
-        """Whether all layers go by the positions alone: a state or convolution would run on from row to row."""
+        """Whether all layers go by the positions alone: a state or convolution would run on from row to row.
+
+        With sinks by the bounds alone, which `_takes_bounds` has found.
+        """
         model: Any = self.model
         with self.compute_loss_context_manager():
-            return keeps_rows_apart(model) and not reads_bounds(model)
+            return (goes_by_bounds_alone(model) or keeps_rows_apart(model)) and not reads_bounds(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
