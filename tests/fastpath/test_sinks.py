@@ -277,7 +277,14 @@ def test_reference_kernels_are_the_models_own(calls):
 
 
 def test_functions_are_known_by_what_they_compute():
-    assert sinks._computes_sinks(sinks._attention_of(gpt_oss).original())
+    own = sinks._attention_of(gpt_oss).original()
+    assert sinks._computes_sinks(own)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert sinks._computes_sinks(own)
+        finally:
+            torch.set_default_dtype(torch.float32)
     assert not sinks._computes_sinks(llama.eager_attention_forward)
     assert not sinks._computes_sinks(gpt2.eager_attention_forward)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora import kernels
+from theodora.autocast import without_autocast
 from theodora.fastpath.masks import EAGER_MASKS, Causal, Unbuilt
 from theodora.fastpath.packed_attention import FOREIGN, SEQUENCES, Maskless, Sequences
 from theodora.kernels.sink_attention import sink_attention, sink_attention_reference, takes
@@ -97,15 +98,16 @@ def _computes_sinks(function: Callable[..., Any]) -> bool:
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
     q, k, v = (torch.randn(1, heads, 5, 8, **options) for heads in (4, 2, 2))
     sinks = torch.randn(4, **options)
-    hidden = torch.full((5, 5), torch.finfo(torch.float32).min, device="cpu").triu(1)[None, None]
+    hidden = torch.full((5, 5), -1e30, dtype=torch.float32, device="cpu").triu(1)[None, None]
     given = {"scaling": 0.3, "dropout": 0.0, "sliding_window": None, "s_aux": sinks}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(q.device):
             found = function(_Probe(sinks), q.clone(), k.clone(), v.clone(), hidden, **given)[0]
     except Exception:  # whatever a stranger's function raises: it is another one
         return False
-    expected = sink_attention_reference(q, k, v, sinks, 0.3)
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    with without_autocast(q.device):
+        expected = sink_attention_reference(q, k, v, sinks, 0.3)
+    return found.shape == expected.shape and torch.allclose(found.float(), expected, atol=1e-5)
 
 
 def _dispatching(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
