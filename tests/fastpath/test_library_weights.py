@@ -115,16 +115,19 @@ def test_many_tokens_are_multiplied_by_stacks(tokens, method, monkeypatch, from_
     assert into[0] == 0
 
 
-def test_every_second_checkpointed_block_keeps_what_down_gives():
+@pytest.mark.parametrize("slices", [1, 3])
+def test_every_second_checkpointed_block_keeps_what_down_gives(slices, monkeypatch):
     model = quantized(blocks=4)
     wanted = expected(model)
+    if slices > 1:
+        monkeypatch.setattr(gated_mlp, "_slices", lambda *_: slices)
     speed_up_model(model)
     checkpoint_activations(model)
     recompute_less(model)
     model.enable_input_require_grads()
     with Calls(torch.ops.theodora.gated.default) as activations:
         same(step(model), wanted)
-    assert activations.count == 4 + 2
+    assert activations.count == (4 + 2) * slices
 
 
 def test_decoding_reads_the_packed_weights():
