@@ -131,8 +131,8 @@ def recompute_less(model: Model) -> Model:
     """Let activation checkpointing, which must be on already, keep what is dear to compute and small, in place.
 
     These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
-    the block's input (on a quantised base in every second block), for a third of an MLP's forward pass. In a trainer of
-    transformers,
+    the block's input, for a third of an MLP's forward pass. On a quantised base on a GPU it waits in the host's memory,
+    page-locked, meanwhile (if none of that can be had, in every second block on the device). In a trainer of transformers,
     `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}` does the same.
     Blocks that are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
 

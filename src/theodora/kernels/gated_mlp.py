@@ -44,13 +44,15 @@ from theodora.kernels.fused import (
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.library_weight import LibraryStack
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
-from theodora.kernels.recompute import in_a_block, once_in_a_block
+from theodora.kernels.recompute import ToHost, in_a_block, once_in_a_block
 
 _MOST_DH = 2**28  # bytes; as many as logits are held at once, before whose end all blocks hold what they keep
 _MOST_DH_IN_A_BLOCK = 2**26  # where blocks are checkpointed, most is held while an MLP runs backward
-# Of so many checkpointed blocks one keeps down's z. Whoever quantises a base is short of memory: an 8B model would keep
-# 64 MiB more for each block at 8192 tokens, as much as its input; computing z again takes 0.7 % of an NF4 step each.
+# Of so many checkpointed blocks one keeps down's z on the device. Whoever quantises a base is short of memory: an 8B
+# model would keep 64 MiB more for each block at 8192 tokens, as much as its input; computing z again takes 0.7 % of an
+# NF4 step each. So on a GPU z waits in the host's memory, of all blocks, and this is for where there is none.
 _BLOCKS_TO_A_Z = {"plain": 1, "float8": 1, "library": 2}
+_Z_TO_HOST = ("library",)
 
 
 class Stacks(NamedTuple):
@@ -133,8 +135,10 @@ class _GatedMLP(torch.autograd.Function):
         if down.norm_O is None or not in_one_pass(z1, down):
             xa3, z3, room3 = through_down()
         else:
-            key, every = ("z", down.weight.tensors()[0].data_ptr()), _BLOCKS_TO_A_Z[down.weight.stored]
-            xa3, z3, room3 = once_in_a_block(key, through_down, every)
+            tensor = down.weight.tensors()[0]
+            host = ToHost(1, beside=tensor) if down.weight.stored in _Z_TO_HOST else None
+            every = _BLOCKS_TO_A_Z[down.weight.stored]
+            xa3, z3, room3 = once_in_a_block(("z", tensor.data_ptr()), through_down, every, host)
         y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.forms, ctx.activation = stacks, forms, activation
         zs = (None, z1, z2) if z is None else (z, None, None)
