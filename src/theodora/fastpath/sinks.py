@@ -60,9 +60,13 @@ def _attention_of(file: ModuleType) -> Patch:
     return Patch(Attribute(file, _EAGER), _dispatching)
 
 
+def _is_attention(module: nn.Module) -> bool:
+    return "ttention" in type(module).__name__
+
+
 def speed_up_sinks(module: nn.Module) -> bool:
     """Give the file of an attention module with sinks the faster function; say whether it has it now."""
-    if "ttention" not in type(module).__name__:
+    if not _is_attention(module):
         return False
     user = module.__dict__.get(_USER) or _new_user(type(module).__module__)
     if user is None:
@@ -79,6 +83,12 @@ def restore_sinks(module: nn.Module) -> None:
 def has_fast_sinks(model: nn.Module) -> bool:
     """Whether attention of the model is on the fast path for sinks."""
     return any(_USER in module.__dict__ for module in model.modules())
+
+
+def has_sinks(model: nn.Module) -> bool:
+    """Whether attention of the model can be on the fast path for sinks."""
+    files = {type(module).__module__ for module in model.modules() if _is_attention(module)}
+    return any(_new_user(file) is not None for file in files)
 
 
 class _Probe(nn.Module):

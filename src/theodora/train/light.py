@@ -272,6 +272,7 @@ class _Run:
                     packed=False,
                     bounds=None,
                     longest=0,
+                    real=None,
                 )
                 return self.head.loss(self.model, learned, **inputs).nats
             body: Any = self.model.base_model

@@ -16,7 +16,7 @@ from theodora.data.packing import packed_batch, packing_is_safe
 from theodora.fastpath.attention import keep_attention
 from theodora.fastpath.masks import Unbuilt, causal_of, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
-from theodora.fastpath.sinks import has_fast_sinks
+from theodora.fastpath.sinks import has_fast_sinks, has_sinks
 from theodora.patches import Registered, replaced
 from theodora.train.tried import is_true, tried
 
@@ -60,9 +60,17 @@ def goes_by_bounds_alone(model: PreTrainedModel) -> bool:
 
     gpt-oss builds its masks without looking at positions.
     """
+    return _is_eager(model) and has_fast_sinks(model)
+
+
+def can_go_by_bounds_alone(model: PreTrainedModel) -> bool:
+    """Whether `goes_by_bounds_alone` once the model is on the fast path."""
+    return _is_eager(model) and has_sinks(model)
+
+
+def _is_eager(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
-    eager = config._attn_implementation == "eager" and not getattr(config, "attention_dropout", 0)  # pyright: ignore[reportPrivateUsage]
-    return eager and has_fast_sinks(model)
+    return config._attn_implementation == "eager" and not getattr(config, "attention_dropout", 0)  # pyright: ignore[reportPrivateUsage]
 
 
 def keeps_rows_apart(model: PreTrainedModel) -> bool:

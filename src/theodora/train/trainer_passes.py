@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from theodora.errors import ConfigError
 from theodora.kernels.graph import GraphedStep
+from theodora.layers.experts import AdaptedExperts
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
@@ -37,16 +39,30 @@ class PassOverrides(LossOverrides):
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
         collate: Any = self.data_collator
+        # Experts are counted for their loss, or for the report.
+        with_real = self.aux_loss_enabled or any(isinstance(m, AdaptedExperts) for m in self.model.modules())
         if self._flattens(collate):
             self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
-            self.data_collator = Flatten(replace(collate, padding_free=True), self.shapes, self.args.train_batch_size)
+            free = replace(collate, padding_free=True)
+            self.data_collator = Flatten(free, self.shapes, self.args.train_batch_size, with_real)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
+        self._check_packed_rows()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
-            self.data_collator = SelectLearned(collate, full, self.sends_bounds)
+            self.data_collator = SelectLearned(collate, full, self.sends_bounds, with_real)
+
+    def _check_packed_rows(self) -> None:
+        """Refuse packed rows that nothing keeps apart in a model with sinks: `prepare` leaves it open there."""
+        packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.sends_bounds
+        if packs and goes_by_bounds_alone(self.model) and not keeps_rows_apart(self.model):
+            why = self.why_no_graph or f"attention does not take them in {self.model.dtype}"
+            raise ConfigError(
+                f"packing does not work in this run: a {type(self.model).__name__} keeps the rows in one sequence "
+                f"apart only by their bounds, which it is not given here ({why}). Train without packing (--no-packing)."
+            )
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
@@ -111,15 +127,16 @@ class PassOverrides(LossOverrides):
         if self._graphed is None:
             planned: Any = {"most_shapes": len(self.shapes), "least_share": 0.0} if self.shapes else {}
             self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()), **planned)
-        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
+        weight = self.balance_weight(num_items_in_batch)
+        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds, weight)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is captured, on tensors alone: the loss, and what is recorded of it."""
         # What fills up a flattened batch may be longer than any row.
-        inputs, num_items_in_batch = batch_of(tensors, None if self.shapes else self.args.max_length)
+        inputs, num_items_in_batch, weight = batch_of(tensors, None if self.shapes else self.args.max_length)
         with self.compute_loss_context_manager():
             sums = self.model(**inputs)
-            loss = self.mean_of_step(sums, num_items_in_batch)
+            loss = self.mean_of_step(sums, num_items_in_batch, weight)
         self.accelerator.backward(loss)
         return loss.detach(), recorded(sums)
 
