@@ -47,6 +47,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 import tiny
 
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreting
+
+    interpreting.prepare()
 
 # A seed is kept for devices that may come, each time with the whole stack that asks for it: half a millisecond.
 if not torch.accelerator.is_available():
