@@ -132,7 +132,7 @@ def recompute_less(model: Model) -> Model:
 
     These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
     the block's input, for a third of an MLP's forward pass. On a quantised base on a GPU it waits in the host's memory,
-    page-locked, meanwhile (if none of that can be had, in every second block on the device). In a trainer of transformers,
+    page-locked (if none can be had, in every second block on the device). In a trainer of transformers,
     `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}` does the same.
     Blocks that are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
 

@@ -225,8 +225,8 @@ class Lane:
             except RuntimeError as error:
                 self._pins = False
                 _log.warning(
-                    "No page-locked memory (%d bytes) for what checkpointed blocks keep: every second block keeps it on "
-                    "the device instead, and the others compute it again. The cause: %s",
+                    "No page-locked memory (%d bytes) for what checkpointed blocks keep: every second block keeps it "
+                    "on the device instead, and the others compute it again. The cause: %s",
                     size,
                     (str(error).splitlines() or [type(error).__name__])[0],
                 )
