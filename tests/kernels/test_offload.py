@@ -225,3 +225,9 @@ def test_a_capture_that_fails_is_joined(machine):
     machine.log.clear()
     gc.collect()
     assert machine.log == []
+
+
+def test_the_last_main_memory_is_left_alone(monkeypatch):
+    monkeypatch.setattr(offload, "main_memory", lambda: 2**31)
+    with pytest.raises(RuntimeError, match="only 2,147,483,648 bytes of main memory are left"):
+        offload._Cuda(torch.device("cuda")).pinned(1)

@@ -19,7 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
     {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "kept"}
-    | {"locks", "patches", "safe_text", "synonyms", "terminal"},
+    | {"locks", "main_memory", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},

@@ -347,8 +347,8 @@ def _through_down_in_slices(
     size = -(-z1_TF.shape[0] // slices)
     for start in range(0, z1_TF.shape[0], size):
         at = slice(start, start + size)
-        updates = (replace(t, xa_TR=None if t.xa_TR is None else t.xa_TR[at]) for t in (gate, up))
-        xa, z[at], _ = _through_down(z1_TF[at], z2_TF[at], *updates, activation, held, None)
+        first, second = (replace(t, xa_TR=None if t.xa_TR is None else t.xa_TR[at]) for t in (gate, up))
+        xa, z[at], _ = _through_down(z1_TF[at], z2_TF[at], first, second, activation, held, None)
         all_xa += [] if xa is None else [xa]
     return torch.cat(all_xa) if all_xa else None, z
 

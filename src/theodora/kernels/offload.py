@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from theodora.kernels.operators import on_gpu
+from theodora.main_memory import main_memory
 
 _log = logging.getLogger(__name__)
+_LEFT = 2**31  # bytes of main memory that are not taken: Linux ends processes where there are none
 _LOCAL = threading.local()  # the lanes of the capture that this thread has begun
 
 
@@ -73,6 +75,8 @@ class _Cuda:
         return torch.cuda.is_current_stream_capturing()
 
     def pinned(self, size: int) -> Tensor:
+        if (left := main_memory()) < size + _LEFT:
+            raise RuntimeError(f"only {left:,} bytes of main memory are left")
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, stream: Any, tensor: Tensor, memory: Tensor, *, back: bool) -> None:
