@@ -1,7 +1,5 @@
 """The loss that keeps the experts of a mixture balanced is in the fused loss, in graphs and in pieces, as in TRL's."""
 
-import json
-
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -65,7 +63,7 @@ def packed():
 BATCHES = {"right": padded, "left": lambda: padded(left=True), "packed": packed}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "granitemoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "qwen2_moe"])
 @pytest.mark.parametrize("kind", BATCHES)
 def test_it_is_the_models_own_loss_with_the_same_gradient(family, kind):
     model, batch = moe(family).eval(), BATCHES[kind]()
@@ -149,7 +147,7 @@ def test_a_graphed_run_has_the_record_of_trls_loss(
     ours = run(output=str(tmp_path / "ours"), **settings)
     assert isinstance(made[0].head, Head), made[0].head
     assert bool(made[0].shapes) == (not pads and "packing" not in others)
-    assert made[0].steps.replays >= 3, made[0].why_no_graph
+    assert made[0].steps.replays >= 2, made[0].why_no_graph
     monkeypatch.setattr(trainer_loss, "fused_loss_pays", lambda device: False)
     trls = run(output=str(tmp_path / "trl"), **settings)
     assert made[1].steps is None

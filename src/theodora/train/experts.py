@@ -89,7 +89,7 @@ def _balances(model: Any, balancing: Balancing) -> bool:
     model.eval()
     try:
         expected = model(**given).aux_loss
-        found = balancing(model.base_model(**given).router_logits, mask_BT.bool())
+        found: Any = balancing(model.base_model(**given).router_logits, mask_BT.bool())
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
     finally:
