@@ -1,5 +1,7 @@
 """The fast path and the reference train the same model: their losses stay together step after step."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -34,6 +36,7 @@ def losses(method, dtype, fast):
     return torch.tensor(found)
 
 
+@cache
 def reference(method, dtype):
     with kernels.reference():
         return losses(method, dtype, fast=False)
