@@ -1,7 +1,7 @@
 """A small mixture of experts, trained from scratch for some minutes, to compare adapters on.
 
     python recipes/study_data.py --output out/experts/data
-    python recipes/experts_model.py --data out/experts/data --output out/experts/model --minutes 6
+    python recipes/experts_model.py --data out/experts/data --output out/experts/model
     theodora compare recipes/study-experts.yaml
 
 No mixture of experts comes in a package. This one has Qwen3-MoE's parts (4 blocks, 16 experts of which each token goes
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="what study_data.py wrote")
     parser.add_argument("--output", required=True, type=Path, help="folder for model and tokenizer")
-    parser.add_argument("--minutes", type=float, default=6, help="of training")
+    parser.add_argument("--minutes", type=float, default=1.5, help="of training; default: 1.5, for a GPU")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
