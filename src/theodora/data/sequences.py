@@ -62,6 +62,14 @@ def tokenize_preferences(
     return tokenised
 
 
+def as_answers(examples: Examples) -> Examples:
+    """Pairs as prompts with the better answer; other rows as they are."""
+    if examples.format != "preference":
+        return examples
+    rows = examples.dataset.remove_columns(["rejected"]).rename_column("chosen", "completion")
+    return examples.with_dataset(rows)
+
+
 def _with_unmatched(examples: Examples) -> Examples:
     """Each row with the completion of another: of one half of all rows away, so that neighbours do not meet."""
     rows = len(examples)

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences
-from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
+from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy, linear_cross_entropy_of_tokens
 from theodora.kernels.operators import runs_triton
 from theodora.train.packed_rows import attention_by_bounds, bounds_of
+from theodora.train.sequence_losses import SequenceLosses, summed
 from theodora.train.tried import tried
 
 LEARNED = "learned"
@@ -60,6 +61,8 @@ class Learned(TypedDict):
     """Where the sequences of a packed row begin, if attention is to go by that instead of a mask (`bounds_of`)."""
     longest: int
     """Tokens of the longest of them, at least."""
+    sequences: NotRequired[int]
+    """How many sequences the batch has, if the loss of each is wanted by itself."""
 
 
 class SelectLearned:
@@ -149,8 +152,8 @@ class Head:
     maskless: bool = False
     """Whether the model gives the same without a mask where padding stands on the right."""
 
-    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> LossSums:
-        """Run the model's body on a batch and add up the losses of the learned tokens."""
+    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> LossSums | SequenceLosses:
+        """Run the model's body on a batch and add up the losses of the learned tokens, of each sequence if asked to."""
         if self.maskless and learned["maskless"]:
             kwargs.pop("attention_mask", None)
         known = packed_rows() if learned["packed"] else whole_rows()
@@ -166,7 +169,8 @@ class Head:
         hidden_NH: Any = hidden_BTH.flatten(0, 1).to(weight.device)
         if learned["positions"] is not None:
             hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
-        return linear_cross_entropy(
+        sequences = learned.get("sequences")
+        computed = (linear_cross_entropy if sequences is None else linear_cross_entropy_of_tokens)(
             hidden_NH,
             weight,
             learned["targets"].to(weight.device),
@@ -175,6 +179,9 @@ class Head:
             softcap=self.softcap,
             with_stats=True,
         )
+        if isinstance(computed, LossSums) or sequences is None:
+            return computed
+        return summed(computed, _sequence_of(learned, hidden_BTH), sequences)
 
     def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
         """The logits that the loss stands for, all at once, float32."""
@@ -265,6 +272,16 @@ def _logit_scale(text: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if text.model_type == "hyperclovax" else 1 / scaling
+
+
+def _sequence_of(learned: Learned, hidden_BTH: Tensor) -> Tensor:
+    """The number of the sequence that each chosen position lies in, (N,) int64."""
+    positions, length = learned["positions"], hidden_BTH.shape[1]
+    if positions is None:
+        positions = torch.arange(hidden_BTH.shape[0] * length, device=hidden_BTH.device)
+    if learned["bounds"] is None:
+        return positions // length
+    return torch.searchsorted(learned["bounds"][1:].to(positions.dtype), positions, right=True)
 
 
 class _Rows(torch.autograd.Function):

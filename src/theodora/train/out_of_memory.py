@@ -24,6 +24,7 @@ from theodora.data.packing import packed_batch
 from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
 from theodora.train.in_step import InStep, first_line, let_go
+from theodora.train.pairs import DIVERGENCE, REFERENCE, ROWS, TOGETHER, VERDICT
 from theodora.train.processes import OtherFailed
 from theodora.train.progress import as_size
 
@@ -32,6 +33,8 @@ _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Of a weight, with its share of the scales and of theirs."""
 _OF_ANOTHER = "in another process"
 _NO_SMALLER = "Another process has run out of memory with a batch that cannot be halved."
+_KEPT = (TOGETHER, DIVERGENCE)
+"""What all parts of a batch have."""
 _FEW = 8
 """Tokens of a pass that is run for other processes alone."""
 
@@ -148,12 +151,23 @@ def said_of_pieces(counts: list[int]) -> list[str]:
 
 def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     """A batch as `pieces` batches that have its rows between them; fewer where it has fewer rows."""
-    ids = inputs["input_ids"]
+    ids, together = inputs["input_ids"], inputs.get(TOGETHER, 1)
     if ids.shape[0] > 1:
-        parts = [_rows(inputs, rows) for rows in _slices(ids.shape[0], pieces)]
+        parts = [
+            _rows(inputs, slice(rows.start * together, rows.stop * together))
+            for rows in _slices(ids.shape[0] // together, pieces)
+        ]
     else:
         parts = _documents(inputs, pieces)
-    return [_told_anew(part, inputs) for part in parts] if len(parts) > 1 else parts
+    if len(parts) == 1:
+        return parts
+    parts = [_told_anew(part, inputs) for part in parts]
+    if TOGETHER in inputs:
+        total = inputs[ROWS]
+        for part in parts:
+            total -= (few := min(total, _rows_learned(part, together)))
+            part[ROWS] = few
+    return parts
 
 
 def few_of(inputs: Inputs) -> Inputs:
@@ -176,7 +190,20 @@ def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     device, with_bounds = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
     part = SelectLearned(lambda _: part, with_bounds=with_bounds)([])
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
+    if "sequences" in inputs[LEARNED]:
+        bounds, together = part[LEARNED]["bounds"], inputs.get(TOGETHER, 1)
+        count = part["input_ids"].shape[0] if bounds is None else len(bounds) - 1
+        part[LEARNED]["sequences"] = -(-count // together) * together
     return part
+
+
+def _rows_learned(part: Inputs, together: int) -> int:
+    """How many rows of a part that was padded, or made of one row, have something to learn."""
+    learned = part["labels"] != -100
+    if learned.shape[0] > 1 or "position_ids" not in part:
+        return int(learned.any(1).view(-1, together).any(1).sum())
+    number = (part["position_ids"][0] == 0).cumsum(0) - 1
+    return len((number[learned[0]] // together).unique())
 
 
 def _slices(length: int, pieces: int) -> list[slice]:
@@ -200,6 +227,7 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         return [inputs]
     # Only where nothing is learned across the bound.
     starts = ((positions[0] == 0) & (inputs["labels"][0] == -100)).nonzero().squeeze(1).tolist()
+    every, starts = starts, starts[:: inputs.get(TOGETHER, 1)]
     length = positions.shape[1]
     bounds = sorted({0, *(min(starts, key=lambda s: abs(s - length * n / pieces)) for n in range(1, pieces) if starts)})
     spans = [slice(begin, end) for begin, end in zip(bounds, [*bounds[1:], length], strict=True)]
@@ -210,5 +238,11 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         part = {name: inputs[name][:, span] for name in ("input_ids", "labels", "position_ids")}
         own = [n for n in (positions[0, span] == 0).nonzero().squeeze(1).tolist() if n] + [span.stop - span.start]
         whole = packed_batch([*part["input_ids"][0].tensor_split(own[:-1])])
-        parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part})
+        first, last = (sum(start < bound for start in every) for bound in (span.start, span.stop))
+        last += (last - first) % inputs.get(TOGETHER, 1)
+        for name in {REFERENCE, VERDICT} & inputs.keys():  # zeros for what fills up
+            values = inputs[name][first:last]
+            part[name] = torch.cat([values, values.new_zeros(last - first - len(values))])
+        kept = {name: inputs[name] for name in _KEPT if name in inputs}
+        parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part, **kept})
     return parts

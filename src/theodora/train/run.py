@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
@@ -21,6 +20,7 @@ from theodora.adapters.quantized import count_parameters
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
+from theodora.data import as_answers
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
@@ -33,18 +33,17 @@ from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints
 from theodora.train.arguments import finish_arguments, sft_arguments
+from theodora.train.build import build_trainer, guard_of, outcome_of
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
-from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.out_of_memory import memory_advice, said_of_pieces
-from theodora.train.outcome import Outcome
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
@@ -132,7 +131,9 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     output = Path(config.output)
     said = held.enter_context(alone_in(output))
     checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
-    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
+    read = {
+        name: getattr(config, name) for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay")
+    }
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
     past = None if checkpoint is None else past_of(checkpoint)
@@ -183,11 +184,11 @@ def _train(
     say = partial(console.print, style="yellow", soft_wrap=True)
     early, keeps, loads = EarlyGradients(tensors), KeepInputs(inputs), ExpertLoads(prepared.model, say)
     callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, loads, view]
-    trainer = _build_trainer(prepared, arguments, callbacks)
+    trainer = build_trainer(prepared, arguments, callbacks)
     trainer.say = say
     trainer.pieces.advice = memory_advice(prepared.config, prepared.model)
-    trainer.guard = _guard(prepared, trainer, output)
-    trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
+    trainer.guard = guard_of(prepared, trainer, output)
+    trainer.outcome = outcome_of(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     trainer.options = record_of(
         prepared.config, prepared.given or prepared.config, processes.count, prepared.past, plan.resume_at or 0
@@ -239,50 +240,6 @@ def _train(
     if resting:
         notes.append(f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …")
     return result, notes
-
-
-def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
-    config = prepared.config
-    if config.early_stopping_patience is not None:
-        callbacks = [EarlyStoppingCallback(config.early_stopping_patience), *callbacks]
-    own_padding = prepared.tokenizer.pad_token
-    try:
-        return AdapterTrainer(
-            model=prepared.model,
-            args=arguments,
-            train_dataset=prepared.train_rows,
-            eval_dataset=prepared.held_out_rows,
-            processing_class=prepared.tokenizer,
-            callbacks=callbacks,
-            kernels=config.kernels,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"TRL refuses this run: {error}") from error
-    finally:
-        prepared.tokenizer.pad_token = own_padding
-
-
-def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
-    config, arguments, processes = prepared.config, trainer.args, trainer.processes
-    name = checkpoints.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
-    guessing = math.log(prepared.model.config.get_text_config().vocab_size)
-    return StepGuard(
-        output / name,
-        config.on_nan,
-        config.max_loss or 3 * guessing,
-        lambda ids: str(prepared.tokenizer.decode(ids)),
-        waits=arguments.device.type == "cpu",
-        looks_at_norm=not arguments.fp16,
-        hint=f"Try a lower learning_rate (it is {arguments.learning_rate:g}) or a longer warm-up."
-        + (" bf16 instead of fp16 helps, too." if arguments.fp16 else ""),
-    )
-
-
-def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) -> Outcome:
-    # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
-    guessing = math.log(model.config.get_text_config().vocab_size)
-    bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
-    return Outcome(trainer, trainer.processes, trainer.loss_now, bound, guard.hint)
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
@@ -489,7 +446,7 @@ def _result(
 def _count_stops(prepared: Prepared) -> SelfStopping | None:
     """Ask a few held-out rows, or rows trained on."""
     examples = prepared.held_out if prepared.held_out is not None else prepared.training
-    return count_self_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
+    return count_self_stops(prepared.model, prepared.tokenizer, as_answers(examples), prepared.config.use_chat_template)
 
 
 def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:

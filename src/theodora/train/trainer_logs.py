@@ -12,7 +12,6 @@ from torch import Tensor
 from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.step_state import CountingTrainer, Metrics, replace_metrics
 
-_MEANS = ("entropy", "mean_token_accuracy")
 _LINES_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
 
@@ -32,6 +31,8 @@ class LogOverrides(CountingTrainer):
 
     defers_logs = False
     """Whether the host goes on meanwhile."""
+    means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
+    """Metrics that are means over the passes of all processes."""
     _under_way: deque[_Line]
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +65,7 @@ class LogOverrides(CountingTrainer):
         """Metrics and the sum of losses over all processes, each of which calls this."""
         if self.processes.alone:
             return metrics, loss
-        names = [*_MEANS, *(["aux_loss"] if self.aux_loss_enabled else [])]
+        names = [*self.means, *(["aux_loss"] if self.aux_loss_enabled else [])]
         wide = torch.float64 if loss.device.type != "mps" else torch.float32
         own = [(metrics.get(name, []), len(metrics.get(name, []))) for name in names]
         sums = [torch.as_tensor(v, device=loss.device).to(wide) for v in (loss, self.tokens)]

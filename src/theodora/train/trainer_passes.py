@@ -40,13 +40,22 @@ class PassOverrides(LossOverrides):
         if self._flattens(collate):
             self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
-            self.data_collator = Flatten(replace(collate, padding_free=True), self.shapes, self.args.train_batch_size)
+            self.data_collator = Flatten(replace(collate, padding_free=True), self.shapes, self._sequences)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
             self.data_collator = SelectLearned(collate, full, self.sends_bounds)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """How many sequences of a row are in one batch."""
+        return 1
+
+    @property
+    def _sequences(self) -> int:
+        return self.args.train_batch_size * self.sequences_per_row
 
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
