@@ -24,7 +24,7 @@ from theodora.data.packing import packed_batch
 from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
 from theodora.train.in_step import InStep, first_line, let_go
-from theodora.train.pairs import DIVERGENCE, REFERENCE, ROWS, TOGETHER, VERDICT
+from theodora.train.pairs import DIVERGENCE, REFERENCE, ROWS, TOGETHER, VERDICT, count_of
 from theodora.train.processes import OtherFailed
 from theodora.train.progress import as_size
 
@@ -191,9 +191,7 @@ def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     part = SelectLearned(lambda _: part, with_bounds=with_bounds)([])
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
     if "sequences" in inputs[LEARNED]:
-        bounds, together = part[LEARNED]["bounds"], inputs.get(TOGETHER, 1)
-        count = part["input_ids"].shape[0] if bounds is None else len(bounds) - 1
-        part[LEARNED]["sequences"] = -(-count // together) * together
+        part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
     return part
 
 

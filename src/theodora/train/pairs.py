@@ -36,38 +36,34 @@ class Sequences:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of these rows."""
         both = [_parts(row) for row in rows]
-        if self.judged:
-            batch = self._batch([first for first, _ in both])
-            batch[UNMATCHED] = self._batch([second for _, second in both])
-            batch[VERDICT] = _filled([bool(row[VERDICT]) for row in rows], count_of(batch), torch.bool)
-            batch[UNMATCHED][TOGETHER] = 1
-        else:
-            batch = self._batch([sequence for pair in both for sequence in pair])
-        batch[TOGETHER] = 1 if self.judged else 2
-        batch[ROWS] = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
-        if REFERENCE in rows[0]:
-            kept = [row[REFERENCE] for row in rows]
-            if self.judged:
-                batch[REFERENCE] = _filled([first for first, _ in kept], count_of(batch), torch.float32)
-                others = [second for _, second in kept]
-                batch[UNMATCHED][REFERENCE] = _filled(others, count_of(batch[UNMATCHED]), torch.float32)
-            else:
-                flat = [value for pair in kept for value in pair]
-                batch[REFERENCE] = _filled(flat, count_of(batch), torch.float32)
-        return batch
+        known = [row.get(REFERENCE, (None, None)) for row in rows]
+        learned = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
+        if not self.judged:
+            sequences, logps = ([one for pair in of for one in pair] for of in (both, known))
+            return self._batch(sequences, logps, 2, learned)
+        batch, other = (
+            self._batch([pair[n] for pair in both], [pair[n] for pair in known], 1, learned) for n in (0, 1)
+        )
+        verdicts = _filled([bool(row[VERDICT]) for row in rows], count_of(batch, 1), torch.bool)
+        return {**batch, VERDICT: verdicts, UNMATCHED: other}
 
-    def _batch(self, sequences: list[dict[str, Any]]) -> dict[str, Any]:
+    def _batch(
+        self, sequences: list[dict[str, Any]], logps: list[float | None], together: int, learned: int
+    ) -> dict[str, Any]:
         batch = self.collate(sequences)
+        count = count_of(batch, together)
         if LEARNED in batch:
-            batch[LEARNED]["sequences"] = count_of(batch)
-        return batch
+            batch[LEARNED]["sequences"] = count
+        if logps[0] is not None:
+            batch[REFERENCE] = _filled(logps, count, torch.float32)
+        return {**batch, TOGETHER: together, ROWS: learned}
 
 
-def count_of(batch: dict[str, Any]) -> int:
-    """S: sequences of a batch, those of no token included that fill up a flattened one."""
+def count_of(batch: dict[str, Any], together: int) -> int:
+    """S: sequences of a batch, with those that fill up a flattened one, as many as are whole rows of `together`."""
     bounds = batch[LEARNED]["bounds"] if LEARNED in batch else None
-    # (the last two bounds are of what fills up)
-    return batch["input_ids"].shape[0] if bounds is None else len(bounds) - 2
+    count = batch["input_ids"].shape[0] if bounds is None else len(bounds) - 1
+    return -(-count // together) * together
 
 
 def taken_apart(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

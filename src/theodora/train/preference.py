@@ -8,7 +8,7 @@ rows, whatever passes and processes they are spread over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,27 @@ from torch import Tensor, nn
 
 from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.fused_loss import LEARNED, Head
+from theodora.train.graphed import batch_of
 from theodora.train.loss import row_losses
 from theodora.train.out_of_memory import split
-from theodora.train.pairs import COLUMNS, DIVERGENCE, REFERENCE, ROWS, UNMATCHED, VERDICT, Sequences, taken_apart
+from theodora.train.pairs import (
+    COLUMNS,
+    DIVERGENCE,
+    REFERENCE,
+    ROWS,
+    UNMATCHED,
+    VERDICT,
+    Sequences,
+    count_of,
+    taken_apart,
+)
 from theodora.train.preference_loss import Answers, Settings, judged_losses, pair_losses, rewards
 from theodora.train.reference import Reference
 from theodora.train.sequence_losses import SequenceLosses
 from theodora.train.step_state import replace_metrics
 from theodora.train.trainer import AdapterTrainer
 
+_OBJECTIVE = "objective."
 _SUM, _COUNT = "sum of ", "number of "
 _OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
 _OF_PAIRS += ("logps/rejected", "mean_token_accuracy", "entropy")
@@ -159,6 +171,28 @@ class PreferenceTrainer(AdapterTrainer):
 
         with self.compute_loss_context_manager():
             return _in_parts(sums, unmatched)
+
+    # The same as a graph
+
+    def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
+        """Overrides `PassOverrides._graph_inputs`: with what the objective knows of the batch."""
+        given, own = taken_apart(inputs)
+        tensors = super()._graph_inputs(given, num_items_in_batch)
+        if tensors is None:
+            return None
+        own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return {**tensors, **{_OBJECTIVE + name: value.to(self.args.device) for name, value in own.items()}}
+
+    def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Overrides `PassOverrides._forward_backward`: both passes, of the policy and of its reference."""
+        own = {name.removeprefix(_OBJECTIVE): t for name, t in tensors.items() if name.startswith(_OBJECTIVE)}
+        given = {name: t for name, t in tensors.items() if not name.startswith(_OBJECTIVE)}
+        inputs, items = batch_of(given, None if self.shapes else self.args.max_length)
+        inputs[LEARNED]["sequences"] = count_of(inputs, self.sequences_per_row)
+        with self.compute_loss_context_manager():
+            loss, figures = self._loss(self.model, inputs, own, items)
+        self.accelerator.backward(loss)
+        return loss.detach(), figures
 
     # What is recorded
 
