@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from theodora.adapters.quantized import quantization_of
@@ -160,7 +161,7 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     else:
         parts = _documents(inputs, pieces)
     if len(parts) == 1:
-        return parts
+        return [inputs]
     parts = [_told_anew(part, inputs) for part in parts]
     if TOGETHER in inputs:
         total = inputs[ROWS]
@@ -191,7 +192,9 @@ def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     part = SelectLearned(lambda _: part, with_bounds=with_bounds)([])
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
     if "sequences" in inputs[LEARNED]:
-        part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
+        count = part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
+        for name in {REFERENCE, VERDICT} & part.keys():  # zeros for what fills up
+            part[name] = F.pad(part[name], (0, count - len(part[name])))
     return part
 
 
@@ -237,10 +240,7 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         own = [n for n in (positions[0, span] == 0).nonzero().squeeze(1).tolist() if n] + [span.stop - span.start]
         whole = packed_batch([*part["input_ids"][0].tensor_split(own[:-1])])
         first, last = (sum(start < bound for start in every) for bound in (span.start, span.stop))
-        last += (last - first) % inputs.get(TOGETHER, 1)
-        for name in {REFERENCE, VERDICT} & inputs.keys():  # zeros for what fills up
-            values = inputs[name][first:last]
-            part[name] = torch.cat([values, values.new_zeros(last - first - len(values))])
+        part |= {name: inputs[name][first:last] for name in {REFERENCE, VERDICT} & inputs.keys()}
         kept = {name: inputs[name] for name in _KEPT if name in inputs}
         parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part, **kept})
     return parts
