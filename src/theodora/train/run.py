@@ -44,6 +44,7 @@ from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.out_of_memory import memory_advice, said_of_pieces
+from theodora.train.preference_report import held_out_figures, per_row
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
@@ -52,6 +53,7 @@ from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
+from theodora.train.samples import answers_of, paired
 from theodora.train.self_stopping import SelfStopping, count_self_stops
 from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
@@ -203,6 +205,8 @@ def _train(
         # First, so that the line of a diverged step is written before the run ends over it.
         metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
+    asks = prepared.config.objective != "sft"
+    before_it = processes.first_does(lambda: _answers(prepared), patient=True) if asks else []
     started = time.monotonic()
     with loads.counting():
         _run(trainer, checkpoint, stop, view, prepared.config)
@@ -223,11 +227,14 @@ def _train(
     asks = processes.sharding is None
     stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
+    if before_it:
+        after_it = processes.first_does(lambda: _answers(prepared), patient=True)
+        result = replace(result, samples=paired(before_it, after_it))
     processes.first_does(lambda: _end_record(prepared, plan, result))
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
-    if stops is not None and (warning := stops.warning(result.train_loss)):
+    if stops is not None and prepared.config.objective == "sft" and (warning := stops.warning(result.train_loss)):
         notes.append(warning)
     if loads.warned:
         notes.append(f"most tokens went to few experts at some time: {', '.join(loads.warned[:9])}")
@@ -347,7 +354,10 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
         save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(
-        read_metrics(output / checkpoints.METRICS_FILE), output / checkpoints.FIGURE_FILE, summary_line(plan, result)
+        read_metrics(output / checkpoints.METRICS_FILE),
+        output / checkpoints.FIGURE_FILE,
+        summary_line(plan, result),
+        per_row(prepared.config),
     )
     write_card(plan, result)
 
@@ -438,9 +448,17 @@ def _result(
         gathered_bytes_per_step=prepared.bytes_gathered * trainer.args.gradient_accumulation_steps,
         moved=moved,
         left_out=prepared.left_out,
+        objective=prepared.config.objective,
+        figures={} if prepared.config.objective == "sft" else held_out_figures(state.log_history, final),
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
+
+
+def _answers(prepared: Prepared) -> list[tuple[str, str]]:
+    """What the model answers to a few held-out prompts, or prompts of rows trained on."""
+    examples = as_answers(prepared.held_out if prepared.held_out is not None else prepared.training)
+    return answers_of(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 
 
 def _count_stops(prepared: Prepared) -> SelfStopping | None:
