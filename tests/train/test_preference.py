@@ -165,6 +165,38 @@ def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run
     resumes(data=pairs, objective="dpo", beta=0.5, held_out=4, from_adapter=str(tmp_path / "first"))
 
 
+def test_another_objective_or_reference_is_no_way_to_go_on(prefer, run, sums, tmp_path):
+    run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
+    prefer(max_steps=1, from_adapter=str(tmp_path / "first"))
+    with pytest.raises(ConfigError, match="reference"):
+        prefer(max_steps=2, from_adapter=str(tmp_path / "first"), reference="base", resume=True)
+    with pytest.raises(ConfigError, match="objective"):
+        prefer(max_steps=2, from_adapter=str(tmp_path / "first"), objective="ipo", resume=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_of_a_step_that_is_nan_are_kept_and_it_is_skipped(fused, prefer, tmp_path, monkeypatch, request):
+    if fused:
+        request.getfixturevalue("made")
+    losses = preference.pair_losses
+    calls = []
+
+    def once(better, worse, settings):
+        calls.append(1)
+        each = losses(better, worse, settings)
+        return each * float("nan") if len(calls) == 3 else each
+
+    monkeypatch.setattr(preference, "pair_losses", once)
+    prefer(max_steps=4, held_out=0, on_nan="skip", per_device_train_batch_size=2, save_steps=100)
+    kept = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [3] * 4  # two pairs, both answers of each
+    assert [kept[0]["text"].split("assistant")[0], kept[0]["learned_text"]] != [
+        kept[2]["text"].split("assistant")[0],
+        kept[1]["learned_text"],
+    ]
+    assert kept[0]["text"].split("assistant")[0] == kept[1]["text"].split("assistant")[0]
+
+
 @pytest.fixture
 def short_of_memory(monkeypatch):
     """Passes of more tokens than these run out of memory."""

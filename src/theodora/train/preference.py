@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 
-from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.fused_loss import LEARNED, Head
 from theodora.train.graphed import batch_of
 from theodora.train.loss import row_losses
@@ -34,7 +33,7 @@ from theodora.train.pairs import (
 from theodora.train.preference_loss import Answers, Settings, judged_losses, pair_losses, rewards
 from theodora.train.reference import Reference
 from theodora.train.sequence_losses import SequenceLosses
-from theodora.train.step_state import replace_metrics
+from theodora.train.step_state import Metrics
 from theodora.train.trainer import AdapterTrainer
 
 _OBJECTIVE = "objective."
@@ -231,19 +230,14 @@ class PreferenceTrainer(AdapterTrainer):
             self.tokens = self.tokens + tokens
         metrics["num_tokens"] = [self.tokens]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Overrides `LogOverrides.log`: means of what was recorded, of exactly the rows that have it."""
-        metrics = self.metrics_of(self.mode)
-        if self.mode == "eval" and "train_runtime" not in logs:
-            replace_metrics(metrics, self._of_all(dict(metrics), self.loss_sum)[0])
-        metrics.update(DeferredMetrics(metrics).read())
+    def settle(self, metrics: Metrics) -> None:
+        """Overrides `LogOverrides.settle`: means of what was recorded, over exactly the rows that have it."""
         for name in self.figures:
             total, count = (sum(metrics.pop(kind + name, [])) for kind in (_SUM, _COUNT))
             if count:
                 metrics[name] = [total / count]
         if self.settings.judged and "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
-        super().log(logs, start_time)
 
     # The reference beforehand
 

@@ -107,7 +107,11 @@ class LogOverrides(CountingTrainer):
         if self.mode == "eval" and "train_runtime" not in logs:
             replace_metrics(metrics, self._of_all(dict(metrics), self.loss_sum)[0])
         metrics.update(DeferredMetrics(metrics).read())
+        self.settle(metrics)
         super().log(logs, start_time)
+
+    def settle(self, metrics: Metrics) -> None:
+        """Make of what was recorded, numbers now, what is logged."""
 
     def store_flos(self) -> None:
         """Overrides transformers 5.17 to 5.23's `Trainer.store_flos`: other processes do as much."""
