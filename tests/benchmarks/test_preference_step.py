@@ -19,4 +19,4 @@ def test_it_runs_and_reports(tmp_path, monkeypatch, capsys):
     report = json.loads(output.read_text(encoding="utf-8"))
     assert [row["name"] for row in report["rows"]] == ["floor-eager", "trl-lora", "dora", "dora-beforehand"]
     assert [row["failure"] for row in report["rows"]] == [None] * 4
-    assert [row["loss"] for row in report["rows"]] == pytest.approx([0.693147] * 4, abs=1e-4)
+    assert [row["first_loss"] for row in report["rows"]] == pytest.approx([0.693147] * 4, abs=1e-4)
