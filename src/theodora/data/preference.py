@@ -213,6 +213,8 @@ def _turns_reader(chosen: str | None, rejected: str, prompt: str | None) -> Call
                 notes.wrong(f"{name!r} begins with a turn of {answer[0]['role']!r}; expected the model's answer")
         if notes.problems or not _says(better) or not _says(worse):
             return None
+        # What a prompt says of its turns' weights is for whoever learns them.
+        asked = [{key: value for key, value in turn.items() if key != "weight"} for turn in asked]
         stored = storable_json(tools, "what tools", notes) if tools else None
         return {"prompt": asked, "chosen": better, "rejected": worse, "tools": stored}
 
@@ -281,7 +283,10 @@ def _without(asked: list[Message], answer: list[Message]) -> list[Message]:
 
 def _said(value: Any, asked: list[Message]) -> bool:
     """Whether a prompt that stands beside whole conversations is one of their turns."""
-    return isinstance(value, str) and any(turn.get("content", "").strip() == value.strip() for turn in asked)
+    said = {str(turn.get("content") or "").strip() for turn in asked}
+    if isinstance(value, list):
+        return all(isinstance(turn, dict) and str(turn.get("content")).strip() in said for turn in value)
+    return isinstance(value, str) and value.strip() in said
 
 
 def _says(turns: list[Message]) -> bool:
