@@ -248,6 +248,25 @@ def test_as_on_a_gpu_it_is_the_same(objective, flattened, prefer, judged, made, 
         )
 
 
+def test_logits_that_are_too_many_come_a_few_at_a_time(prefer, tmp_path, monkeypatch):
+    prefer(output=str(tmp_path / "all"), beta=0.5)
+    monkeypatch.setattr(preference, "logits_fit", lambda labels, vocabulary: False)
+    monkeypatch.setattr(preference, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
+    prefer(output=str(tmp_path / "few"), beta=0.5)
+    for name in ("loss", "eval_loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        torch.testing.assert_close(lines(tmp_path / "few", name), lines(tmp_path / "all", name), rtol=1e-3, atol=2e-5)
+
+
+def test_the_reference_beforehand_takes_fewer_rows_where_memory_ends(prefer, short_of_memory, tmp_path):
+    settings = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 16, "per_device_eval_batch_size": 2}
+    prefer(output=str(tmp_path / "roomy"), **settings)
+    short_of_memory(600)
+    prefer(output=str(tmp_path / "tight"), **settings)
+    torch.testing.assert_close(
+        lines(tmp_path / "tight", "loss"), lines(tmp_path / "roomy", "loss"), rtol=1e-4, atol=1e-5
+    )
+
+
 class TestWhatMakesNoSense:
     @pytest.fixture(autouse=True)
     def _nothing_is_loaded(self, monkeypatch):

@@ -193,9 +193,9 @@ class Bench:
         """What a variant learns of pairs; None for sft."""
         if variant.objective == "sft":
             return None
-        options = {} if variant.beta is None else {"beta": variant.beta}
-        wanted = TrainConfig(model="m", data="d", output="o", objective=variant.objective, trainer=options)
-        settings = settings_of(wanted)
+        beta = {} if variant.beta is None else {"beta": variant.beta}
+        options = {"model": "m", "data": "d", "output": "o", "objective": variant.objective, **beta}
+        settings = settings_of(TrainConfig.from_options(options))
         assert settings is not None
         return Preference(settings, Reference(self.model, None) if settings.compares else None)
 

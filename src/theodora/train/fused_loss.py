@@ -169,19 +169,12 @@ class Head:
         hidden_NH: Any = hidden_BTH.flatten(0, 1).to(weight.device)
         if learned["positions"] is not None:
             hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
-        sequences = learned.get("sequences")
-        computed = (linear_cross_entropy if sequences is None else linear_cross_entropy_of_tokens)(
-            hidden_NH,
-            weight,
-            learned["targets"].to(weight.device),
-            bias_V=bias,
-            scale=self.scale,
-            softcap=self.softcap,
-            with_stats=True,
-        )
-        if isinstance(computed, LossSums) or sequences is None:
-            return computed
-        return summed(computed, _sequence_of(learned, hidden_BTH), sequences)
+        given: Any = {"bias_V": bias, "scale": self.scale, "softcap": self.softcap, "with_stats": True}
+        targets, sequences = learned["targets"].to(weight.device), learned.get("sequences")
+        if sequences is None:
+            return linear_cross_entropy(hidden_NH, weight, targets, **given)
+        tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
+        return summed(tokens, _sequence_of(learned, hidden_BTH), sequences)
 
     def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
         """The logits that the loss stands for, all at once, float32."""

@@ -39,8 +39,8 @@ class Sequences:
         known = [row.get(REFERENCE, (None, None)) for row in rows]
         learned = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
         if not self.judged:
-            sequences, logps = ([one for pair in of for one in pair] for of in (both, known))
-            return self._batch(sequences, logps, 2, learned)
+            sequences = [sequence for pair in both for sequence in pair]
+            return self._batch(sequences, [logp for pair in known for logp in pair], 2, learned)
         batch, other = (
             self._batch([pair[n] for pair in both], [pair[n] for pair in known], 1, learned) for n in (0, 1)
         )

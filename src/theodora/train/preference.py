@@ -9,15 +9,16 @@ rows, whatever passes and processes they are spread over.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 
-from theodora.train.fused_loss import LEARNED, Head
+from theodora.train.fused_loss import LEARNED, Head, SelectLearned, fused_head
 from theodora.train.graphed import batch_of
-from theodora.train.loss import row_losses
+from theodora.train.loss import logits_fit, row_losses
 from theodora.train.out_of_memory import split
 from theodora.train.pairs import (
     COLUMNS,
@@ -38,10 +39,9 @@ from theodora.train.trainer import AdapterTrainer
 
 _OBJECTIVE = "objective."
 _SUM, _COUNT = "sum of ", "number of "
-_OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
-_OF_PAIRS += ("logps/rejected", "mean_token_accuracy", "entropy")
-_OF_JUDGED = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl", "mean_token_accuracy")
-_OF_JUDGED += ("entropy",)
+_OF_ALL = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy")
+_OF_PAIRS = (*_OF_ALL, "rewards/margins", "rewards/accuracies")
+_OF_JUDGED = (*_OF_ALL, "kl")
 
 
 class PreferenceTrainer(AdapterTrainer):
@@ -71,6 +71,13 @@ class PreferenceTrainer(AdapterTrainer):
     def sequences_per_row(self) -> int:
         """How many sequences of a row are in one batch."""
         return 1 if self.settings.judged else 2
+
+    def lengths_in_batches(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Overrides `PassOverrides.lengths_in_batches`: of judged answers without those to other prompts."""
+        if not self.settings.judged:
+            return super().lengths_in_batches(rows)
+        own = rows.select_columns(["labels", "lengths"]).map(_first_alone, remove_columns=["lengths"])
+        return super().lengths_in_batches(own)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Overrides TRL 1.16's `SFTTrainer._set_signature_columns_if_needed`: rows have columns of their own."""
@@ -140,11 +147,26 @@ class PreferenceTrainer(AdapterTrainer):
     def _each(self, model: Any, given: dict[str, Any]) -> SequenceLosses:
         """The losses of each sequence under a model: ours from the hidden states on a GPU, or from its own logits."""
         if LEARNED not in given:
-            return row_losses(model, given, self._takes_positions)
+            head = None if self._logits_fit(given["labels"]) else self._readable_head
+            if head is None:
+                return row_losses(model, given, self._takes_positions)
+            told = SelectLearned(lambda _: dict(given))([])
+            learned = told.pop(LEARNED) | {"sequences": len(given["labels"])}
+            told.pop("labels")
+            return head.loss(model, learned, **told)  # pyright: ignore[reportReturnType]
         inputs = {name: value for name, value in given.items() if name != "labels"}
         if model is self.model or not isinstance(self.head, Head):
             return model(**inputs)
         return self.head.loss(model, inputs.pop(LEARNED), **inputs)  # pyright: ignore[reportReturnType]
+
+    def _logits_fit(self, labels: Tensor) -> bool:
+        return logits_fit(labels, self.model.config.get_text_config().vocab_size)
+
+    @cached_property
+    def _readable_head(self) -> Head | None:
+        """How logits come from the hidden states, where few of them are to be held at once; None if in no known way."""
+        head = None if self.adapts_head else fused_head(self.model)
+        return head if isinstance(head, Head) else None
 
     def _reference_logps(self, given: dict[str, Any]) -> Tensor:
         assert self.reference is not None
@@ -196,29 +218,42 @@ class PreferenceTrainer(AdapterTrainer):
     # What is recorded
 
     def _figures_of_pairs(self, better: Answers, worse: Answers, losses: SequenceLosses, real: Tensor) -> Tensor:
-        good, bad = rewards(better, self.settings), rewards(worse, self.settings)
-        right = (good > bad).float()
-        each = [good, bad, good - bad, right, better.logps.detach(), worse.logps.detach()]
-        rows = real.sum().float()
-        sums = [(value * real).sum() for value in each]
-        correct, tokens = losses.correct[::2].sum(), better.tokens.sum()
-        entropy, all_tokens = losses.entropy.sum(), losses.count.sum()
-        return torch.stack(
-            [
-                torch.stack([*sums, correct, entropy]).float(),
-                torch.stack([*[rows] * len(sums), tokens, all_tokens]).float(),
-            ]
+        good, bad, rows = rewards(better, self.settings), rewards(worse, self.settings), real.sum()
+        of_rows = {
+            "rewards/chosen": good,
+            "rewards/rejected": bad,
+            "rewards/margins": good - bad,
+            "rewards/accuracies": good > bad,
+            "logps/chosen": better.logps,
+            "logps/rejected": worse.logps,
+        }
+        return self._stacked(
+            {
+                **{name: ((value * real).sum(), rows) for name, value in of_rows.items()},
+                "mean_token_accuracy": (losses.correct[::2].sum(), better.tokens.sum()),
+                "entropy": (losses.entropy.sum(), losses.count.sum()),
+            }
         )
 
     def _figures_of_judged(self, answers: Answers, losses: SequenceLosses, good: Tensor, kl: Tensor) -> Tensor:
-        reward, logps, real = rewards(answers, self.settings), answers.logps.detach(), answers.tokens > 0
-        yes, no = (real & good).float(), (real & ~good).float()
-        one = torch.ones_like(kl)
-        sums = [(reward * yes).sum(), (reward * no).sum(), (logps * yes).sum(), (logps * no).sum(), kl]
-        counts = [yes.sum(), no.sum(), yes.sum(), no.sum(), one]
-        sums += [(losses.correct * yes).sum(), losses.entropy.sum()]
-        counts += [(losses.count * yes).sum(), losses.count.sum()]
-        return torch.stack([torch.stack([s.float() for s in sums]), torch.stack([c.float() for c in counts])])
+        reward, logps, real = rewards(answers, self.settings), answers.logps, answers.tokens > 0
+        yes, no = real & good, real & ~good
+        return self._stacked(
+            {
+                "rewards/chosen": ((reward * yes).sum(), yes.sum()),
+                "rewards/rejected": ((reward * no).sum(), no.sum()),
+                "logps/chosen": ((logps * yes).sum(), yes.sum()),
+                "logps/rejected": ((logps * no).sum(), no.sum()),
+                "kl": (kl, torch.ones_like(kl)),
+                "mean_token_accuracy": ((losses.correct * yes).sum(), (losses.count * yes).sum()),
+                "entropy": (losses.entropy.sum(), losses.count.sum()),
+            }
+        )
+
+    def _stacked(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Sums and numbers in the order of `figures`, (2, F) float32."""
+        both = [[found[name][n].detach().float() for name in self.figures] for n in (0, 1)]
+        return torch.stack([torch.stack(values) for values in both])
 
     def record(self, sums: Tensor, tokens: Tensor | int) -> None:
         """Overrides `CountingTrainer.record`: other figures, each with the number that it is a mean over."""
@@ -246,17 +281,25 @@ class PreferenceTrainer(AdapterTrainer):
         """The rows with the reference's log-likelihoods of their two sequences."""
         assert self.reference is not None
         size = self.settings.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        collate = Sequences(self.data_collator.collate, judged=False)
         found: list[list[float]] = []
+
+        def logps_of(part: list[Any]) -> list[list[float]]:
+            with self.compute_loss_context_manager():
+                given, _ = taken_apart(self._prepare_inputs(collate(part)))
+                return self._reference_logps(given)[: 2 * len(part)].view(-1, 2).tolist()
+
         training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(rows), size):
-                part = [rows[n] for n in range(start, min(start + size, len(rows)))]
-                batch = Sequences(self.data_collator.collate, judged=False)(part)
-                with self.compute_loss_context_manager():
-                    given, _ = taken_apart(self._prepare_inputs(batch))
-                    logps = self._reference_logps(given)
-                found += logps[: 2 * len(part)].view(-1, 2).tolist()
+            while len(found) < len(rows):
+                part = [rows[n] for n in range(len(found), min(len(found) + size, len(rows)))]
+                try:
+                    found += logps_of(part)
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size //= 2
         finally:
             self.model.train(training)
         column = Dataset.from_dict({REFERENCE: found}, features=Features({REFERENCE: List(Value("float32"))}))
@@ -273,6 +316,10 @@ def _in_parts(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) ->
             raise
     # Outside the handler, which holds what did not fit.
     return torch.stack([_in_parts(run, part) for part in parts]).sum(0)
+
+
+def _first_alone(row: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": row["labels"][: row["lengths"][0]]}
 
 
 def _halves(answers: Answers) -> tuple[Answers, Answers]:

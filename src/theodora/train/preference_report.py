@@ -45,11 +45,11 @@ def held_out_figures(history: Sequence[Mapping[str, Any]], best: float | None = 
 
 def figure_rows(figures: Figures) -> list[tuple[str, str, str]]:
     """Figure, before, after, in words."""
-    return [
-        (name, *("" if value is None else written.format(value) for value in figures[key]))
-        for key, (name, written) in _ROWS.items()
-        if key in figures
-    ]
+
+    def shown(key: str, value: float | None) -> str:
+        return "" if value is None else _ROWS[key][1].format(value)
+
+    return [(_ROWS[key][0], shown(key, before), shown(key, after)) for key, (before, after) in figures.items()]
 
 
 def described(config: TrainConfig) -> str | None:

@@ -48,6 +48,10 @@ class PassOverrides(LossOverrides):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
             self.data_collator = SelectLearned(collate, full, self.sends_bounds)
 
+    def lengths_in_batches(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Tokens, and learned tokens, that each row adds to a batch, int64."""
+        return lengths_of(rows)
+
     @property
     def sequences_per_row(self) -> int:
         """How many sequences of a row are in one batch."""
@@ -73,7 +77,7 @@ class PassOverrides(LossOverrides):
         """What flattened batches are filled up to."""
         rows: Any = self.train_dataset
         size, layers = self.args.train_batch_size, self.model.config.get_text_config().num_hidden_layers
-        lengths, learned = lengths_of(rows)
+        lengths, learned = self.lengths_in_batches(rows)
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         if batches <= 0:
             batches = math.ceil(self.args.num_train_epochs * len(lengths) / size)
