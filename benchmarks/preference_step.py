@@ -80,6 +80,7 @@ def our_step(model: Any, workload: Workload, variant: Variant, beforehand: bool)
         packed=False,
         bounds=None,
         longest=0,
+        real=None,
         sequences=len(ids_BT),
     )
     head, settings = Head(maskless=True), Settings(objective="dpo", beta=BETA)

@@ -5,8 +5,8 @@
     theodora compare recipes/study-experts.yaml
 
 No mixture of experts comes in a package. This one has Qwen3-MoE's parts (4 blocks, 16 experts of which each token goes
-to 4, 9 million parameters) and a tokenizer of its own. It reads Wikipedia introductions and the domains' questions
-without their answers, so that the answers are left to learn.
+to 4, 9 million parameters) and a tokenizer of its own. It trains on a GPU where there is one. It reads Wikipedia
+introductions and the domains' questions without their answers, so that the answers are left to learn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def main() -> None:
     texts = texts_of(arguments.data)
     tokenizer = tokenizer_of(texts)
     tokens = torch.cat([torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text in texts])
-    model = Qwen3MoeForCausalLM(config_of(tokenizer))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokens = Qwen3MoeForCausalLM(config_of(tokenizer)).to(device), tokens.to(device)
     print(f"{len(texts):,} texts, {len(tokens):,} tokens, {model.num_parameters():,} parameters")
     train(model, tokens, 60 * arguments.minutes)
     model.save_pretrained(arguments.output)

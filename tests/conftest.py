@@ -47,6 +47,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 import tiny
 
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreting
+
+    interpreting.prepare()
+
+# A seed is kept for devices that may come, each time with the whole stack that asks for it: half a millisecond.
+if not torch.accelerator.is_available():
+    for _devices in (torch.cuda, torch.xpu, torch.mtia):
+        _devices.manual_seed_all = lambda _seed: None
 
 # What has reached the disk shows only after a loss of power, which no test plays, and a run of four steps asks for it
 # a hundred times. Commands that tests start do ask.

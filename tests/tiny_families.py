@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -236,3 +236,32 @@ def tiny_family(name: str, model_class: type[PreTrainedModel]) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return model_class._from_config(config).eval()
+
+
+_MIXTURE: dict[str, Any] = {
+    **{"vocab_size": 64, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": HEAD, "num_experts_per_tok": 2},
+    "experts_implementation": "eager",  # torch's grouped product takes no float64
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 4},
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 4},
+    "gpt_oss": {"intermediate_size": 24, "num_local_experts": 4},
+}
+"""Family -> configuration. Experts (E, O, I), gate and up one after the other; the same, stored one by one as `w1`,
+`w2` and `w3`; (E, I, O), gate and up in turns, with biases."""
+MIXTURE_IDS = torch.arange(18).view(2, 9) * 3 % 64
+
+
+def tiny_mixture(name: str, **config: Any) -> PreTrainedModel:
+    """A random model in eval mode whose MLPs are mixtures of 4 experts; equal for equal arguments."""
+    fields = _MIXTURE | MIXTURES[name] | config
+    if name == "gpt_oss":
+        fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**fields))
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("_bias"):
+                torch.nn.init.normal_(parameter)
+    return model.eval()

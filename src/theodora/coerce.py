@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,8 +26,9 @@ def coerce_all(values: Mapping[str, Any], config_class: type) -> tuple[dict[str,
     return coerced, problems
 
 
+@cache
 def type_hints(config_class: type) -> dict[str, Any]:
-    """The fields of a configuration class and their types."""
+    """The fields of a configuration class and their types. To be read alone: all callers get the same."""
     hints = get_type_hints(config_class)
     return {f.name: hints[f.name] for f in fields(config_class)}
 

@@ -1,29 +1,15 @@
 """PEFT's files of experts (`target_parameters`) both ways, on logits, and DoRA's, which PEFT refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from theodora import AdapterConfig, inject_adapter, load_adapter, save_adapter
+from tiny_families import MIXTURE_IDS as IDS
+from tiny_families import MIXTURES, tiny_mixture
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-SMALL |= {"num_key_value_heads": 2, "experts_implementation": "eager", "num_experts_per_tok": 2}
-IDS = torch.arange(18).view(2, 9) * 3 % 64
-MODELS = {
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=4)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=24, num_local_experts=4)),
-    "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(**SMALL, intermediate_size=24, num_local_experts=4, layer_types=["full_attention"] * 2)
-    ),
-}
 ATTENTION = ["q_proj", "o_proj"]
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 OPTIONS = {
@@ -42,13 +28,9 @@ OPTIONS = {
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MIXTURES)
 def make(request):
-    def make():
-        torch.manual_seed(0)
-        return MODELS[request.param]().eval()
-
-    return make
+    return partial(tiny_mixture, request.param)
 
 
 def perturbed(model):

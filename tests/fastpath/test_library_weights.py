@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import late_copies
 from formula import DEVICE
 from steps import Calls, calls_of, expected, moved, needs_triton, same, step
 from theodora import AdapterConfig, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, speed_up_model
-from theodora.kernels import fused, gated_mlp, library_weight
+from theodora.kernels import fused, gated_mlp, library_weight, offload
 from theodora.kernels.formats import Bits4
 from tiny import tiny_model
 
@@ -115,16 +116,26 @@ def test_many_tokens_are_multiplied_by_stacks(tokens, method, monkeypatch, from_
     assert into[0] == 0
 
 
-def test_every_second_checkpointed_block_keeps_what_down_gives():
+@pytest.mark.parametrize(("slices", "moves"), [(1, False), (3, True)])
+def test_what_checkpointed_blocks_keep_of_what_down_gives(slices, moves, monkeypatch):
+    """Every second one keeps it on the device, or all in the host's memory."""
+    monkeypatch.setattr(offload, "machine_of", lambda _: None)
+    machine = late_copies.install(monkeypatch) if moves else None
     model = quantized(blocks=4)
     wanted = expected(model)
+    if slices > 1:
+        monkeypatch.setattr(gated_mlp, "_slices", lambda *_: slices)
     speed_up_model(model)
     checkpoint_activations(model)
     recompute_less(model)
     model.enable_input_require_grads()
     with Calls(torch.ops.theodora.gated.default) as activations:
         same(step(model), wanted)
-    assert activations.count == 4 + 2
+    assert activations.count == (4 + (0 if moves else 2)) * slices
+    if machine is not None:
+        assert machine.log.count("out") == len(machine.memories) == 4
+        assert machine.log.count("back") == 3  # the last one has not left yet
+        assert machine.joined
 
 
 def test_decoding_reads_the_packed_weights():

@@ -19,7 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 E = 4
-SILU, GPT_OSS = Gate("silu"), Gate("silu", in_turns=True, alpha=1.7, limit=0.8, limited=True, offset=1.0)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # torch's grouped product takes no other there
+LIMIT = 100.0 if DEVICE == "cuda" else 0.8  # one number that is cut off for its rounding is 3 % of a gradient here
+SILU, GPT_OSS = Gate("silu"), Gate("silu", in_turns=True, alpha=1.7, limit=LIMIT, limited=True, offset=1.0)
 # Name -> the experts of each token. Expert 2 has no row anywhere but in "even"; 4 and 9 are no experts.
 ROUTES = {
     "even": [[0, 1], [2, 3], [1, 0], [3, 2]],
@@ -39,9 +41,9 @@ KINDS = {
 
 
 def given(
-    routes, kinds, gate, rank=8, dtype=torch.float32, adapter_dtype=torch.float32, transposed=False, biased=False
+    routes, kinds, gate, rank=8, dtype=DTYPE, adapter_dtype=torch.float32, transposed=False, biased=False, hidden=40
 ):
-    hidden, features = 40, 24
+    features = 24
     index = torch.tensor(ROUTES[routes], device=DEVICE)
 
     def normal(*shape, of=torch.float64):
@@ -110,7 +112,8 @@ def exact(x, index, weights, up, down, gate):
     return out, torch.autograd.grad(out.sin().sum(), wide.values())
 
 
-def check(args, tolerance):
+def check(args, tolerance=2e-5):
+    tolerance = 0.02 if DEVICE == "cuda" else tolerance
     x, index, _, up, down, gate = args
     assert kernel.fits(x, index, up, down, gate)
     out = kernel.adapted_experts(*args)
@@ -130,18 +133,26 @@ def check(args, tolerance):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", [SILU, GPT_OSS], ids=["silu", "gpt_oss"])
 def test_agrees_with_float64(kind, gate):
-    check(given("uneven", KINDS[kind], gate, biased=gate is GPT_OSS), 2e-5)
+    check(given("uneven", KINDS[kind], gate, biased=gate is GPT_OSS))
+
+
+@pytest.mark.parametrize("gate", [GPT_OSS, lambda y: halves(y)], ids=["gate", "any function"])
+def test_narrow_experts_keep_no_output(gate):
+    args = given("uneven", KINDS["dora"], gate, biased=True, hidden=56)
+    check(args)
+    out = kernel.adapted_experts(*args)
+    assert (args[1].numel(), 56) not in [t.shape for t in out.grad_fn.saved_tensors]
 
 
 @pytest.mark.parametrize("routes", ROUTES)
 def test_any_way_that_tokens_go(routes):
-    check(given(routes, KINDS["dora"], SILU, biased=True), 2e-5)
+    check(given(routes, KINDS["dora"], SILU, biased=True))
 
 
 def test_rows_that_fill_several_chunks(monkeypatch):
     monkeypatch.setattr(experts, "CHUNK", 32)
     args = given("all one's", KINDS["dora"], SILU)
-    out, found = check(args, 2e-5)
+    out, found = check(args)
     again = kernel.adapted_experts(*args)
     assert torch.equal(out, again)
     same = torch.autograd.grad(again, tensors(*args), exact(*args)[0].cos().to(out.dtype))
@@ -152,14 +163,14 @@ def test_rows_that_fill_several_chunks(monkeypatch):
 @pytest.mark.parametrize("gate", [SILU, GPT_OSS], ids=["silu", "gpt_oss"])
 def test_half_precision(rank, gate):
     wide = {"adapter_dtype": torch.bfloat16} if rank == 5 else {}
-    gate = replace(gate, limit=4.0)  # near which few numbers lie, and none is cut off for its rounding
+    gate = replace(gate, limit=4.0)
     args = given("even", KINDS["dora"], gate, rank, torch.bfloat16, transposed=gate.limited, **wide)
-    check(args, 0.02 if DEVICE == "cuda" else 0.08)  # Triton's interpreter cuts off where a GPU rounds
+    check(args, 0.08)  # Triton's interpreter cuts off where a GPU rounds
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
 def test_other_activations(activation):
-    check(given("even", KINDS["lora"], Gate(activation)), 2e-5)
+    check(given("even", KINDS["lora"], Gate(activation)))
 
 
 def squared_relu(y):
@@ -173,7 +184,7 @@ def halves(y):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gate_of_which_nothing_is_known(kind):
-    check(given("no expert", KINDS[kind], halves, biased=kind == "dora"), 2e-5)
+    check(given("no expert", KINDS[kind], halves, biased=kind == "dora"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -184,7 +195,7 @@ def test_without_a_gate(kind):
         t = getattr(up, name)
         cut[name] = t if t is None else t.detach()[:, :24].clone().requires_grad_(name != "norm_O")
     weight = ExpertsWeight(up.weight.tensor[:, :24].contiguous())
-    check((x, index, weights, Parts(weight, None, scale=up.scale, **cut), down, squared_relu), 2e-5)
+    check((x, index, weights, Parts(weight, None, scale=up.scale, **cut), down, squared_relu))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own

@@ -32,7 +32,7 @@ FLOORS = [
         "ends",
         "kept",
     }
-    | {"locks", "patches", "safe_text", "synonyms", "terminal"},
+    | {"locks", "main_memory", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
     {"layers"},

@@ -1,6 +1,7 @@
 """Adapters on the parameters of fused experts: every operation against the float64 formula, expert by expert."""
 
 import copy
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -8,8 +9,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.func import functional_call
 from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     Qwen3MoeConfig,
@@ -38,20 +37,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 EAGER = {"experts_implementation": "eager"}  # torch's grouped product takes no float64
 
 
-def qwen():
-    """(E, O, I), gate and up one after the other."""
-    sizes = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **sizes, **EAGER))
-
-
-def gpt_oss():
-    """(E, I, O), gate and up in turns, with biases."""
-    sizes = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
-    model = GptOssForCausalLM(GptOssConfig(**SMALL, **sizes, **EAGER, layer_types=["full_attention"] * 2))
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):
-            torch.nn.init.normal_(parameter)
-    return model
+qwen, gpt_oss = (partial(tiny_families.tiny_mixture, name) for name in ("qwen3_moe", "gpt_oss"))
 
 
 def llama_4():
@@ -66,13 +52,12 @@ def llama_4():
 
 @pytest.fixture(params=[qwen, gpt_oss], ids=["qwen3_moe", "gpt_oss"])
 def model(request):
-    torch.manual_seed(0)
-    return request.param().double().eval()
+    return request.param().double()
 
 
 @pytest.fixture
 def ids():
-    return torch.arange(18).view(2, 9) * 3 % 64
+    return tiny_families.MIXTURE_IDS
 
 
 def adapted(model, method="dora", **options):

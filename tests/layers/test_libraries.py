@@ -223,6 +223,16 @@ def test_norms(kind):
     assert formula.error(together, torch.stack([norm] * 2)) < 1e-6
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_the_scales_of_some_blocks_are_a_tensor_of_their_own(double):
+    """bitsandbytes' kernels read a few numbers more, which must not lie behind the end of a larger tensor."""
+    weight = base_weight(bits4(double=double))
+    whole = weight.format._absmax(weight._tensors)
+    some = weight.format._absmax(weight._tensors, 3, len(whole))
+    assert torch.equal(some, whole[3:])
+    assert some.untyped_storage().nbytes() == 4 * len(some)
+
+
 @kinds
 def test_a_norm_is_summed_over_some_rows_at_a_time(kind, monkeypatch):
     weight, exact = weight_of(kind)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Con
 
 import dying
 import tiny
+from apart import apart, merging_grows
 from dying import died
 from theodora.adapters import inject_adapter, save_adapter
 from theodora.errors import CheckpointError, ConfigError, UsageError
@@ -620,29 +619,11 @@ def large(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-MEASURE = """
-import resource, sys
-from theodora.merging import merge_checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-adapter, output, small_adapter, small_output = sys.argv[1:]
-merge_checkpoint(small_adapter, small_output)  # whatever is imported or allocated once
-before = peak()
-merge_checkpoint(adapter, output, max_shard_size=70_000_000)
-print(peak() - before)
-"""
-
-
 def test_memory_is_bounded_by_a_shard_and_a_layer(large, make):
     case = make()
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, large.adapter, large.folder / "merged", case.adapter, case.output],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=240,
-    )
+    grown = apart(merging_grows, (case.adapter, case.output), (large.adapter, large.folder / "merged"), 70_000_000)
     # One output shard, one input file mapped into memory, and a few float32 copies of the largest layer (16 MB).
-    assert int(result.stdout) < 2 * SHARD + 8 * 4 * HIDDEN * INNER < LAYERS * SHARD / 1.9
+    assert grown < 2 * SHARD + 8 * 4 * HIDDEN * INNER < LAYERS * SHARD / 1.9
     shutil.rmtree(large.folder / "merged")
 
 

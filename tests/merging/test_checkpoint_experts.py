@@ -7,15 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.adapters.quantize import module_fingerprint
@@ -25,23 +17,8 @@ from theodora.layers.experts import place_at
 from theodora.merging import merge_checkpoint
 from theodora.merging.plan import fingerprint_on_disk
 from theodora.merging.to_lora import folder_to_lora
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-SMALL |= {"num_key_value_heads": 2, "experts_implementation": "eager", "num_experts_per_tok": 2}
-IDS = torch.arange(18).view(2, 9) * 3 % 64
-
-
-def qwen():
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=12))
-
-
-def mixtral():
-    return MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=24, num_local_experts=4))
-
-
-def gpt_oss():
-    config = GptOssConfig(**SMALL, intermediate_size=24, num_local_experts=4, layer_types=["full_attention"] * 2)
-    return GptOssForCausalLM(config)
+from tiny_families import MIXTURE_IDS as IDS
+from tiny_families import tiny_mixture
 
 
 def fused(folder):
@@ -58,18 +35,14 @@ def load(folder):
     return model.eval()
 
 
-BASES = {"one_by_one": qwen, "fused": qwen, "mixtral": mixtral, "gpt_oss": gpt_oss}
+QWEN = {"name": "qwen3_moe", "num_experts": 12}  # `experts.11` sorts before `experts.2`
+BASES = {"one_by_one": QWEN, "fused": QWEN, "mixtral": {"name": "mixtral"}, "gpt_oss": {"name": "gpt_oss"}}
 
 
 @pytest.fixture
 def make(tmp_path):
     def make(layout="one_by_one", dtype=torch.float64, **options):
-        torch.manual_seed(0)
-        model = BASES[layout]().to(dtype)
-        for name, parameter in model.named_parameters():
-            if name.endswith("_bias"):
-                torch.nn.init.normal_(parameter)
-        model.save_pretrained(tmp_path / "base")
+        tiny_mixture(**BASES[layout]).to(dtype).save_pretrained(tmp_path / "base")
         if layout == "fused":
             fused(tmp_path / "base")
         model = load(tmp_path / "base")

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from theodora import (
     AdapterConfig,
@@ -22,16 +21,8 @@ from theodora.errors import CheckpointError
 from theodora.functional import merged_weight
 from theodora.layers.experts import ExpertParameter
 from theodora.merging.ties_dare import combined
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
-SMALL |= {"num_key_value_heads": 2, "experts_implementation": "eager", "num_experts_per_tok": 2}
-IDS = torch.arange(18).view(2, 9) * 3 % 64
-MODELS = {
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=4)),
-    "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(**SMALL, intermediate_size=24, num_local_experts=4, layer_types=["full_attention"])
-    ),
-}
+from tiny_families import MIXTURE_IDS as IDS
+from tiny_families import tiny_mixture
 
 
 def add(model, name, seed, **options):
@@ -43,10 +34,9 @@ def add(model, name, seed, **options):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=["qwen3_moe", "gpt_oss"])
 def model(request):
-    torch.manual_seed(0)
-    model = MODELS[request.param]().double().eval()
+    model = tiny_mixture(request.param, num_hidden_layers=1).double()
     add(model, "first", 1)
     add(model, "second", 2, method="lora", rank=3, targets=["q_proj", "experts.gate_up_proj"])
     return model

@@ -15,6 +15,7 @@ from theodora.cli.main import main
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError
 from theodora.fastpath.accelerate import checkpoint_activations
+from theodora.kernels import gated_mlp
 from theodora.kernels.operators import is_on_paper
 from theodora.plan import Machine, PaperModel, Setting, estimate, fits, machine, parse_memory, recommend
 from theodora.plan.estimate import WORKSPACE, candidates
@@ -74,15 +75,32 @@ def test_peak_of_a_step_on_a_gpu(method, workload, peak):
     assert predicted(method, json.loads(workload)) == pytest.approx(peak, rel=0.1)
 
 
+def all_keep_z_on_the_device(monkeypatch):
+    monkeypatch.setattr(gated_mlp, "_Z_TO_HOST", ())
+    monkeypatch.setitem(gated_mlp._BLOCKS_TO_A_Z, "library", 1)
+    monkeypatch.setitem(globals(), "paper_model", paper_model.__wrapped__)  # a model remembers its steps
+
+
 @pytest.mark.parametrize(
     ("method", "checkpointing", "gib"),
     [("dora", False, 9.52), ("lora", False, 9.20), ("dora", True, 5.27), ("lora", True, 4.68)],
 )
-def test_peak_of_a_step_on_nf4_on_a_gpu(method, checkpointing, gib):
-    # One H200, 8 layers of Llama-3-8B's shape, 4 × 2048 tokens, rank 16.
+def test_peak_of_a_step_on_nf4_on_a_gpu(method, checkpointing, gib, monkeypatch):
+    # One H200, 8 layers of Llama-3-8B's shape, 4 × 2048 tokens, rank 16, when all blocks kept down's z on the device.
+    all_keep_z_on_the_device(monkeypatch)
     table = json.loads(RESULTS.read_text(encoding="utf-8"))["table"]
     workload = table["workloads"]["dora"] | {"gradient_checkpointing": checkpointing}
     assert predicted(method, workload, "nf4") / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_what_waits_in_the_hosts_memory_is_not_on_the_gpu(monkeypatch):
+    workload = {"batch": 4, "length": 512, "rank": 16, "targets": "all-linear", "gradient_checkpointing": True}
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    workload["model"] = {"model_type": "llama", "vocab_size": 128, "num_hidden_layers": 6, **sizes}
+    away = predicted("dora", workload, "nf4")
+    all_keep_z_on_the_device(monkeypatch)
+    kept = predicted("dora", workload, "nf4")
+    assert kept - away == 5 * 4 * 512 * 512 * 2  # all but that of the block that runs backward
 
 
 @pytest.mark.parametrize(

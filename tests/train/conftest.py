@@ -36,6 +36,14 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def alike(tmp_path: Path) -> str:
+    """Rows of one text: whatever is a mean over them is that of any part of them."""
+    path = tmp_path / "alike.jsonl"
+    path.write_text(40 * (json.dumps({"prompt": "1 + 2 =", "completion": " 3, or so"}) + "\n"))
+    return str(path)
+
+
+@pytest.fixture
 def options(tiny_model_dir, sums, tmp_path) -> dict[str, Any]:
     """Options of a short run in fp32, by name."""
     return {

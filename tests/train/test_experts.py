@@ -149,13 +149,17 @@ def test_stopping_early_keeps_the_best(run):
     assert result.steps < 8
 
 
-def test_two_processes_train_what_one_does(run, options, tmp_path):
+def test_two_processes_train_what_one_does(run, options, alike, tmp_path, losses):
     shared = options | {"held_out": 8, "max_steps": 3, "router_aux_loss_coef": 0.0}
     runs: Mapping[str, Any] = {
         "ddp": shared | {"per_device_train_batch_size": 4},
         "fsdp2": shared | {"sharding": "fsdp2", "data": "nothing.jsonl"},
     }
-    scenarios = [Scenario(name, own | {"output": str(tmp_path / name)}) for name, own in runs.items()]
+    balanced = options | {"data": alike, "held_out": 0, "max_steps": 2, "router_aux_loss_coef": 0.7}
+    runs |= {way: balanced | {"per_device_train_batch_size": 4} for way in ("balanced", "balanced and fused")}
+    scenarios = [
+        Scenario(name, own | {"output": str(tmp_path / name)}, as_on_gpu="fused" in name) for name, own in runs.items()
+    ]
     found = launch(2, scenarios, tmp_path)
     assert [each["error"] for each in found["ddp"]] == [None, None], found["ddp"]
     result = run(held_out=8, max_steps=3, router_aux_loss_coef=0.0, output=str(tmp_path / "one"))
@@ -164,6 +168,12 @@ def test_two_processes_train_what_one_does(run, options, tmp_path):
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4, msg=name)
     for mine, theirs in zip(result.experts, found["ddp"][1]["experts"], strict=True):
         assert mine.effective == pytest.approx(theirs["effective"], rel=0.02)
+    run(**balanced | {"output": str(tmp_path / "whole")})
+    for way in ("balanced", "balanced and fused"):  # the balancing loss is a mean over the processes
+        assert [each["error"] for each in found[way]] == [None, None], found[way]
+        for name in ("loss", "grad_norm", "aux_loss"):
+            one, two = losses(tmp_path / "whole", name), losses(tmp_path / way, name)
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     for each in found["fsdp2"]:  # before the data, which is not there, is looked for
         assert each["error"] in ("ConfigError", "OtherFailed", "SaidByFirst")
         assert "fused experts are adapted cannot be sharded" in each["text"]

@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import tiny
 import tiny_families
 from formula import DEVICE
+from theodora import accelerate
 from theodora.errors import TheodoraError
 from theodora.fastpath import packed_attention
 from theodora.kernels.cross_entropy import IGNORED
@@ -85,6 +86,31 @@ def test_learned_positions_and_rows_as_long_as_they_go(run, made, uneven, tiny_m
     run(model=model, data=uneven, bf16=torch.cuda.is_available(), **SETTINGS)
     assert made[0].shapes
     assert made[0].graph_replays, made[0].why_no_graph
+
+
+def test_models_with_sinks(run, made, uneven, tmp_path, losses, monkeypatch):
+    """Whose rows nothing but bounds keeps apart, on the fast path; under windows shorter than rows."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "num_local_experts": 4}
+    model = tiny.tiny_model("gpt_oss", **layers, num_experts_per_tok=2, head_dim=8)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    model.save_pretrained(tmp_path / "model")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    choose_graphs = trainer_passes.PassOverrides.choose_graphs
+    monkeypatch.setattr(  # which a run on a CPU leaves out
+        trainer_passes.PassOverrides, "choose_graphs", lambda self: [accelerate(self.model), choose_graphs(self)][1]
+    )
+    settings = SETTINGS | {"model": str(tmp_path / "model"), "data": uneven, "targets": ["q_proj", "v_proj"]}
+    settings |= {"bf16": DEVICE == "cuda", "router_aux_loss_coef": 0.0}  # of a whole batch
+    run(output=str(tmp_path / "flat"), **settings)
+    monkeypatch.setattr(trainer_passes, "takes_bounds", lambda *_: False)
+    run(output=str(tmp_path / "padded"), **settings)
+    assert made[0].shapes
+    assert not made[1].shapes
+    assert made[0].graph_replays >= 4, made[0].why_no_graph
+    for name in ("loss", "eval_loss"):
+        found, expected = losses(tmp_path / "flat", name), losses(tmp_path / "padded", name)
+        torch.testing.assert_close(found, expected, rtol=5e-2 if DEVICE == "cuda" else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

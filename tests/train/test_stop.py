@@ -62,12 +62,12 @@ def same(one, other, losses):
 @pytest.mark.parametrize(
     ("event", "step", "saved", "settings"),
     [
-        ("on_step_begin", 3, 4, {"eval_steps": 2, "early_stopping_patience": 9}),
-        ("on_substep_end", 5, 5, {**ACCUMULATED, "logging_steps": 4}),
-        ("on_substep_end", 13, 13, ACCUMULATED),  # an epoch has 13 steps
-        ("on_step_begin", 8, 9, {}),  # an epoch has 9 steps
-        ("on_prediction_step", 4, 4, {"eval_steps": 2, "per_device_eval_batch_size": 1}),
-        ("on_prediction_step", 14, 14, {"eval_steps": 7, "per_device_eval_batch_size": 1}),
+        ("on_step_begin", 3, 4, {"max_steps": 6, "eval_steps": 2, "early_stopping_patience": 9}),
+        ("on_substep_end", 5, 5, {**ACCUMULATED, "max_steps": 8, "logging_steps": 4}),
+        ("on_substep_end", 13, 13, {**ACCUMULATED, "max_steps": 14}),  # an epoch has 13 steps
+        ("on_step_begin", 8, 9, {"max_steps": 11}),  # an epoch has 9 steps
+        ("on_prediction_step", 4, 4, {"max_steps": 6, "eval_steps": 2, "per_device_eval_batch_size": 1}),
+        ("on_prediction_step", 6, 6, {"max_steps": 6, "eval_steps": 3, "per_device_eval_batch_size": 1}),
     ],
     ids=["step", "micro-batch", "first of an epoch", "epoch end", "evaluation", "last evaluation"],
 )
@@ -75,7 +75,6 @@ def test_sigterm_saves_and_auto_goes_on_with_the_same_bits(
     event, step, saved, settings, run, whole, send, tmp_path, losses, monkeypatch
 ):
     settings = {
-        "max_steps": 14,
         "save_steps": 100,
         "held_out": 2,
         "dropout": 0.1,

@@ -2,9 +2,9 @@
 
 Adapted layers run on our kernels by themselves. Here layers that read one x are joined, gated MLPs become one step,
 RMSNorms let the layers after them do without their outputs, GELU and rotary embeddings are one pass, frozen experts run
-as adapted ones do, and attention keeps q and k once. Everything is recognised by what it computes, on any model family,
-and falls back to the model's own code by itself wherever it does not fit (on a CPU, under torch.compile, with hooks or
-dropout).
+as adapted ones do, attention keeps q and k once, and attention with sinks is flash attention. Everything is recognised
+by what it computes, on any model family, and falls back to the model's own code by itself wherever it does not fit (on
+a CPU, under torch.compile, with hooks or dropout).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from theodora.fastpath.experts import FastExperts, restore_experts, speed_up_exp
 from theodora.fastpath.gated_mlp import GatedMLP, fuse_mlp, unfuse_mlp
 from theodora.fastpath.groups import ATTENTION, SIBLINGS, Group
 from theodora.fastpath.norm import FastRMSNorm, restore_norm, speed_up_norm
+from theodora.fastpath.sinks import restore_sinks, speed_up_sinks
 from theodora.kernels import SharedOutputs
 from theodora.kernels.recompute import checkpoint_contexts
 from theodora.layers.linear import GROUP
@@ -45,6 +46,7 @@ class FastPath:
     activations: int = 0
     experts: int = 0
     rotary: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         counts = {
@@ -55,7 +57,8 @@ class FastPath:
             "blocks of experts": self.experts,
         }
         named = [f"{n} {what}" for what, n in counts.items() if n]
-        return ", ".join([*named, *(["rotary embeddings"] if self.rotary else [])]) or "nothing"
+        named += ["rotary embeddings"] * self.rotary + ["attention with sinks"] * self.sinks
+        return ", ".join(named) or "nothing"
 
 
 def accelerate(model: Model) -> Model:
@@ -90,7 +93,8 @@ def speed_up_model(model: nn.Module) -> FastPath:
     activations = sum(speed_up_gelu(module) for module in modules)
     experts = sum(speed_up_experts(module) for module in modules)
     rotary = [speed_up_rotary(module) for module in modules]
-    return FastPath(groups, mlps, norms, activations, experts, any(rotary))
+    sinks = [speed_up_sinks(module) for module in modules]
+    return FastPath(groups, mlps, norms, activations, experts, any(rotary), any(sinks))
 
 
 def restore_model(model: nn.Module) -> None:
@@ -113,6 +117,7 @@ def restore_model(model: nn.Module) -> None:
         elif isinstance(module, FastExperts):
             restore_experts(module)
         restore_rotary(module)
+        restore_sinks(module)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -126,8 +131,8 @@ def recompute_less(model: Model) -> Model:
     """Let activation checkpointing, which must be on already, keep what is dear to compute and small, in place.
 
     These are DoRA's norms and, of each gated MLP whose last layer has a magnitude, the last product: as much memory as
-    the block's input (on a quantised base in every second block), for a third of an MLP's forward pass. In a trainer of
-    transformers,
+    the block's input, for a third of an MLP's forward pass. On a quantised base on a GPU it waits in the host's memory,
+    page-locked (if none can be had, in every second block on the device). In a trainer of transformers,
     `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": theodora.checkpoint_contexts}` does the same.
     Blocks that are checkpointed otherwise (reentrant, or with a context of their own) stay as they are.
 

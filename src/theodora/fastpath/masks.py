@@ -1,14 +1,103 @@
-"""Telling transformers what the host knows about a batch, so that it need not ask the GPU."""
+"""Telling transformers what the host knows about a batch, so that it need not ask the GPU, nor build what nobody reads.
+
+Legend: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from theodora.patches import replaced
+from theodora.patches import Patch, Registered, replaced
+
+
+class Causal(NamedTuple):
+    """What a mask says: a token sees itself and those before it."""
+
+    window: int | None
+    """How many tokens, itself included; None for all."""
+
+
+class Unbuilt:
+    """A mask for eager attention, (B, 1, T, T), that is built when somebody uses it as the tensor that it stands for.
+
+    Attention that goes by `says` never does. Everything else, be it a function of torch's or an attribute, meets the
+    mask itself: so no layer can be left without one, whatever a model hands it on to.
+    """
+
+    def __init__(self, says: Causal | None, build: Callable[[], Tensor]) -> None:
+        """Take what the mask says, if that is known, and what builds it."""
+        self.says = says
+        self._build = build
+        self._mask: Tensor | None = None
+
+    def built(self) -> Tensor:
+        """The mask."""
+        if self._mask is None:
+            self._mask = self._build()
+        return self._mask
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.built() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copying and pickling look for
+            raise AttributeError(name)
+        return getattr(self.built(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.built()[index]
+
+
+class _Rows:
+    """Whether a forward pass is under way in which every row is one sequence."""
+
+    whole = False
+
+
+def causal_of(asked: Mapping[str, Any]) -> Causal | None:
+    """What the mask says for which transformers asks one of its mask functions; None if it is another kind."""
+    function, window = asked.get("mask_function"), asked.get("local_size")
+    if asked.get("attention_mask") is not None or not asked.get("allow_is_causal_skip"):
+        return None  # padding, or a mask put on top of the causal one
+    offsets = asked.get("q_offset", 0), asked.get("kv_offset", 0)
+    if any(not isinstance(at, int) or at != 0 for at in offsets) or asked.get("q_length") != asked.get("kv_length"):
+        return None  # a cache
+    fits = function is causal_mask_function if window is None else _is_window(function, window)
+    return Causal(window) if fits else None
+
+
+def _is_window(function: Any, window: int) -> bool:
+    """Whether token `window` sees 1 (which is in another chunk, if these are chunks), but neither 0 nor the next."""
+    query, key = (torch.tensor(at, device="cpu") for at in ([window] * 4, [0, 1, window, window + 1]))
+    try:
+        return function(0, 0, query, key).tolist() == [False, True, True, False]
+    except (RuntimeError, TypeError, IndexError):
+        return False
+
+
+def _leaving_unbuilt(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mask(*args: Any, **asked: Any) -> Any:
+        known = patch.on and _Rows.whole and not args and not torch.compiler.is_compiling()
+        says = causal_of(asked) if known else None
+        return original(*args, **asked) if says is None else Unbuilt(says, functools.partial(original, **asked))
+
+    return mask
+
+
+EAGER_MASKS = Patch(Registered(ALL_MASK_ATTENTION_FUNCTIONS, "eager"), _leaving_unbuilt)
+"""Its users' attention goes by what a mask says. Inside `whole_rows` masks for eager attention are `Unbuilt`."""
 
 
 @contextmanager
@@ -20,7 +109,7 @@ def whole_rows() -> Iterator[None]:
     so and builds a full mask, with which attention takes twice as long. Nothing public says "no".
     """
     no_search = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
-    with replaced(masking_utils, **no_search), _no_look_for_padding():
+    with replaced(masking_utils, **no_search), replaced(_Rows, whole=True), _no_look_for_padding():
         yield
 
 

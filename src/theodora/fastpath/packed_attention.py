@@ -18,8 +18,8 @@ from torch.nn import functional as F
 SEQUENCES = "theodora_sequences"
 """The name of an argument of a model's forward, which hands it on to attention: `Sequences`. transformers' own
 `cu_seq_lens_q` would not do: batches may carry it beside a mask, which then counts."""
-# Arguments of attention that would change its result, and that are not computed here.
-_FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
+FOREIGN = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of attention that would change its result, and that are not computed here."""
 
 
 def attention_apart(
@@ -121,7 +121,7 @@ def attend(
         return original(module, query, key, value, attention_mask, **options)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    foreign = [name for name in _FOREIGN if options.get(name) is not None]
+    foreign = [name for name in FOREIGN if options.get(name) is not None]
     if not causal or foreign or query.shape[0] != 1 or attention_mask is not None:
         raise RuntimeError(f"Attention in packed rows knows no {', '.join(foreign) or 'other than causal attention'}")
     Maskless.calls += 1

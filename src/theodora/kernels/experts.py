@@ -7,9 +7,10 @@ grouped product runs the base weights; our kernels do all else in few passes (`t
 gather is a gather by the inverse permutation and a sum over K: no atomics, the same bits every time.
 
 What it keeps for the backward pass, in bytes of half precision for each row (S = T·K rows): 4·I for z = x W₁ᵀ, 2·R for
-each x Aᵀ, and with a magnitude on the down projection 2·H for its product. A frozen model by transformers keeps 6·I and
-2·H: gate and up, the activated gate, and the down projection's output. Neither h nor the gathered x are kept: h comes
-anew from z, x from the tokens. A routing weight's gradient is ⟨h, dh⟩ for a weight of 1, which needs no output.
+each x Aᵀ, and with a magnitude on the down projection 2·H for its product, unless experts are narrow (`_keeps_v`). A
+frozen model by transformers keeps 6·I and 2·H: gate and up, the activated gate, and the down projection's output.
+Neither h nor the gathered x are kept: h comes anew from z, x from the tokens. A routing weight's gradient is ⟨h, dh⟩
+for a weight of 1, which needs no output.
 
 Shapes: T tokens, K experts for each, S rows, E experts, H hidden, I intermediate features, R rank.
 """
@@ -60,7 +61,7 @@ class Kept(NamedTuple):
     xa_SR: Tensor
     ha_SR: Tensor
     v_SH: Tensor
-    """The down projection before its scale."""
+    """The down projection before its scale, where `_keeps_v`."""
     order_S: Tensor
     back_S: Tensor
     ends_E: Tensor
@@ -196,9 +197,18 @@ def forward(
         triton.add_low(v, rows, ha, triton.columns_of_b(down.b_EOR, down.scale))
     out = triton.combine(v, rows, index_TK, weights_TK, down.g_EO, down.bias_EO)
     kept = Kept(
-        z, none(0) if xa is None else xa, none(0) if ha is None else ha, none(0) if down.g_EO is None else v, *rows
+        z, none(0) if xa is None else xa, none(0) if ha is None else ha, v if _keeps_v(down) else none(0), *rows
     )
     return out, *kept
+
+
+def _keeps_v(down: Side) -> bool:
+    """Whether the down projection's output is kept, which its magnitude's gradient needs.
+
+    Where experts are narrow it is the largest of all that is kept, and its product is done once more instead.
+    """
+    _, hidden, features = down.weight.shape
+    return down.g_EO is not None and hidden <= 2 * features
 
 
 def _rows(index_TK: Tensor, experts: int) -> Any:
@@ -234,16 +244,12 @@ def backward(
     b = None if down.b_EOR is None else triton.columns_of_b(down.b_EOR, down.scale)
     dz, low = triton.project(dout, rows, b, of_tokens=True, g_EC=down.g_EO, keep=True)
     assert dz is not None
-    ha = None if down.b_EOR is None else kept.ha_SR
-    v = None if down.g_EO is None else kept.v_SH
-    db_parts = dg_parts = None
-    if ha is not None or v is not None:
-        db_parts, dg_parts = triton.outer(dout, rows, ha, of_tokens=True, weights_TK=weights_TK, v_SC=v)
-    db_down, dm_down = _b_and_m(db_parts, dg_parts, rows, down, down.g_EO)
     dh = grouped_product(dz, down.weight, rows.ends_E)
-    del dz, db_parts, dg_parts
-    through = _gate_backward(dh, low, rows, weights_TK, up, down, kept, gate)
+    del dz
+    again = down.g_EO is not None and not _keeps_v(down)
+    through = _gate_backward(dh, low, rows, weights_TK, up, down, kept, gate, again)
     del dh
+    db_down, dm_down = _of_down(dout, through.h_SI, rows, weights_TK, down, kept)
     da_down = none(0)
     if through.da_parts is not None and down.a_ERI is not None:
         da_down = triton.sum_chunks(through.da_parts, rows, down.a_ERI.dtype)
@@ -276,6 +282,8 @@ class _Through(NamedTuple):
     """What the columns of dB are still to be multiplied by."""
     dg_parts: Tensor | None
     da_parts: Tensor | None
+    h_SI: Tensor | None
+    """The gate's output, if asked for."""
 
 
 def _gate_backward(
@@ -287,6 +295,7 @@ def _gate_backward(
     down: Side,
     kept: Kept,
     gate: Gate | Between,
+    keep_h: bool,
 ) -> _Through:
     from theodora.kernels.triton import experts as triton
     from theodora.kernels.triton import experts_gate
@@ -294,8 +303,10 @@ def _gate_backward(
     xa = None if up.b_EOR is None else kept.xa_SR
     if isinstance(gate, Gate):
         given = (xa, up.b_EOR, up.scale, up.g_EO, up.bias_EO, gate)
-        dz, dw, db, dg, da = experts_gate.gate_backward(dh_SI, rows, weights_TK, low_SR, down.a_ERI, kept.z_SO, *given)
-        return _Through(dz, dw, db, None, dg, da)
+        dz, dw, db, dg, da, h = experts_gate.gate_backward(
+            dh_SI, rows, weights_TK, low_SR, down.a_ERI, kept.z_SO, *given, keep_h=keep_h
+        )
+        return _Through(dz, dw, db, None, dg, da, h)
     if low_SR is not None and down.a_ERI is not None:
         triton.add_low(dh_SI, rows, low_SR, triton.columns_of_a(down.a_ERI))
     with torch.enable_grad():
@@ -313,7 +324,32 @@ def _gate_backward(
     dz = dy.contiguous()
     if up.g_EO is not None:
         dz = triton.scaled(dz, rows, up.g_EO, None)
-    return _Through(dz, dw, db, up.g_EO, dg, da)
+    return _Through(dz, dw, db, up.g_EO, dg, da, h.detach().contiguous() if keep_h else None)
+
+
+def _of_down(
+    dout_TH: Tensor, h_SI: Tensor | None, rows: Any, weights_TK: Tensor, down: Side, kept: Kept
+) -> tuple[Tensor, Tensor]:
+    """dB and dm of the down projection; with h, whose product with W it takes anew."""
+    from theodora.kernels.triton import experts as triton
+
+    ha = None if down.b_EOR is None else kept.ha_SR
+    v = None if down.g_EO is None else kept.v_SH
+    if h_SI is not None:
+        v = grouped_product(h_SI, down.weight.mT, rows.ends_E)
+    if ha is None and v is None:
+        return _b_and_m(None, None, rows, down, None)
+    parts = triton.outer(dout_TH, rows, ha, of_tokens=True, weights_TK=weights_TK, v_SC=v)
+    if h_SI is None:
+        return _b_and_m(*parts, rows, down, down.g_EO)
+    # The update's part of dm comes of dB: Σ dout ⊙ (s·ha Bᵀ) = (s·Σ doutᵀ ha) ⊙ B, summed over the rank.
+    db, dm = _b_and_m(*parts, rows, down, None, torch.float32)
+    assert down.b_EOR is not None
+    assert down.g_EO is not None
+    assert down.norm_EO is not None
+    by_update = (db * down.b_EOR).sum(-1) / down.norm_EO
+    dm += by_update.masked_fill(down.norm_EO == 0, 0)
+    return (db * down.g_EO[..., None]).to(down.b_EOR.dtype), dm
 
 
 def _scaled(v_SO: Tensor, rows: Any, side: Side) -> Tensor:
@@ -324,15 +360,20 @@ def _scaled(v_SO: Tensor, rows: Any, side: Side) -> Tensor:
 
 
 def _b_and_m(
-    db_parts: Tensor | None, dg_parts: Tensor | None, rows: Any, side: Side, db_scale: Tensor | None
+    db_parts: Tensor | None,
+    dg_parts: Tensor | None,
+    rows: Any,
+    side: Side,
+    db_scale: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dB, in its dtype, and dm, float32."""
+    """dB, in its dtype or another, and dm, float32."""
     from theodora.kernels.triton import experts as triton
 
     none = side.weight.new_empty
     db = dm = None
     if db_parts is not None and side.b_EOR is not None:
-        db = triton.sum_chunks(db_parts, rows, side.b_EOR.dtype, side.scale, db_scale)
+        db = triton.sum_chunks(db_parts, rows, dtype or side.b_EOR.dtype, side.scale, db_scale)
     if dg_parts is not None:
         dm = triton.sum_chunks(dg_parts, rows, torch.float32, norm_EC=side.norm_EO)
     return none(0) if db is None else db, none(0) if dm is None else dm
@@ -380,7 +421,7 @@ def _fake_forward(x: Tensor, index: Tensor, weights: Tensor, *rest: Any) -> tupl
         x.new_empty(count, up.weight.shape[1]),
         x.new_empty(rank(up)),
         x.new_empty(rank(down)),
-        x.new_empty((0,) if down.g_EO is None else (count, down.weight.shape[1])),
+        x.new_empty((count, down.weight.shape[1]) if _keeps_v(down) else (0,)),
         numbers(count),
         numbers(count),
         numbers(experts),

@@ -185,17 +185,24 @@ class Bits4(Format):
         return dequantize(packed, absmax, self.block, self.table, shape, first).to(dtype)
 
     def _absmax(self, tensors: Tensors, start: int = 0, stop: int | None = None) -> Tensor:
-        """The blocks' largest numbers, from `start` to `stop`, float32."""
-        absmax = tensors[1]
-        if not self.nested:
-            return absmax[start:stop].float()
-        outer, table, mean = tensors[2:]
-        first, last = start // self.nested, None if stop is None else -(-stop // self.nested)
-        some = slice(first * self.nested, None if last is None else last * self.nested)
-        dequantize: Any = torch.ops.bitsandbytes.dequantize_blockwise.default
-        wide = dequantize(absmax[some], outer[first:last], table, self.nested, torch.float32) + mean
-        start, stop = start - first * self.nested, None if stop is None else stop - first * self.nested
-        return wide[start:stop]
+        """The blocks' largest numbers, from `start` to `stop`, float32.
+
+        Those of some blocks are a tensor of their own: the library's kernels read scales behind the last one that they
+        need, up to the end of their tile, which is harmless within what the allocator rounds a tensor up to, and at the
+        end of a larger tensor may be memory that is nobody's.
+        """
+        absmax, *rest = tensors[1:]
+        if (start, stop) == (0, None):
+            if not rest:
+                return absmax.float()
+            dequantize: Any = torch.ops.bitsandbytes.dequantize_blockwise.default
+            return dequantize(absmax, rest[0], rest[1], self.nested, torch.float32) + rest[2]
+        if not rest:
+            return absmax[start:stop].to(torch.float32, copy=True)
+        outer, table, mean = rest
+        numbers = table[absmax[start:stop].int()]
+        block = torch.arange(start, start + len(numbers), device=outer.device) // self.nested
+        return numbers * outer[block] + mean
 
 
 @dataclass(frozen=True, slots=True)

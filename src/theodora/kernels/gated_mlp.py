@@ -44,13 +44,15 @@ from theodora.kernels.fused import (
 from theodora.kernels.gated import gated, gated_backward
 from theodora.kernels.library_weight import LibraryStack
 from theodora.kernels.parts import MOST_FUSED_RANK, Parts, Update
-from theodora.kernels.recompute import in_a_block, once_in_a_block
+from theodora.kernels.recompute import ToHost, in_a_block, once_in_a_block
 
 _MOST_DH = 2**28  # bytes; as many as logits are held at once, before whose end all blocks hold what they keep
 _MOST_DH_IN_A_BLOCK = 2**26  # where blocks are checkpointed, most is held while an MLP runs backward
-# Of so many checkpointed blocks one keeps down's z. Whoever quantises a base is short of memory: an 8B model would keep
-# 64 MiB more for each block at 8192 tokens, as much as its input; computing z again takes 0.7 % of an NF4 step each.
+# Of so many checkpointed blocks one keeps down's z on the device. Whoever quantises a base is short of memory: an 8B
+# model would keep 64 MiB more for each block at 8192 tokens, as much as its input; computing z again takes 0.7 % of an
+# NF4 step each. So on a GPU z waits in the host's memory, of all blocks, and this is for where there is none.
 _BLOCKS_TO_A_Z = {"plain": 1, "float8": 1, "library": 2}
+_Z_TO_HOST = ("library",)
 
 
 class Stacks(NamedTuple):
@@ -125,18 +127,20 @@ class _GatedMLP(torch.autograd.Function):
         xa1, xa2 = split_ranks(xa, [gate, up])
         z, z1, z2 = _base_products(x_TI, gate, up, stacks.inner, 0 if a is None else a.shape[0])
         z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
-        through_down = partial(
-            _through_down, z1, z2, _update(gate, xa1), _update(up, xa2), activation, down, stacks.outer
-        )
+        ctx.most_dh = _MOST_DH if not in_a_block() else _MOST_DH_IN_A_BLOCK
+        slices = _slices(z1, down, ctx.most_dh) if in_a_block() and stacks.outer is None else 1
+        updates = _update(gate, xa1), _update(up, xa2)
+        through_down = partial(_through_down, z1, z2, *updates, activation, down, stacks.outer, slices)
         # Without a magnitude z may be written to, and is not needed again.
         if down.norm_O is None or not in_one_pass(z1, down):
             xa3, z3, room3 = through_down()
         else:
-            key, every = ("z", down.weight.tensors()[0].data_ptr()), _BLOCKS_TO_A_Z[down.weight.stored]
-            xa3, z3, room3 = once_in_a_block(key, through_down, every)
+            tensor = down.weight.tensors()[0]
+            host = ToHost(1, beside=tensor) if down.weight.stored in _Z_TO_HOST else None
+            every = _BLOCKS_TO_A_Z[down.weight.stored]
+            xa3, z3, room3 = once_in_a_block(("z", tensor.data_ptr()), through_down, every, host)
         y, z3 = composed(z3, xa3, down)
         ctx.stacks, ctx.forms, ctx.activation = stacks, forms, activation
-        ctx.most_dh = _MOST_DH if not in_a_block() else _MOST_DH_IN_A_BLOCK
         zs = (None, z1, z2) if z is None else (z, None, None)
         saved = _Saved(xa, xa3, *zs, z3 if room3 is None else None, room3)
         ctx.output_dtype = x_TI.dtype
@@ -204,7 +208,7 @@ def _output_onto(node: Any, residual_TI: Tensor) -> Tensor:
 
 
 def _slices(z_TF: Tensor, down: Parts, most_dh: int) -> int:
-    """Into how many slices of tokens the backward is cut, so that dh, which is as wide as the MLP, is never whole."""
+    """Into how many slices of tokens a pass is cut, so that h or dh, which is as wide as the MLP, is never whole."""
     return -(-z_TF.numel() * z_TF.element_size() // most_dh) if down.weight.backward_in_slices else 1
 
 
@@ -319,8 +323,11 @@ def _through_down(
     activation: str,
     down: Parts,
     stack: Stack | None,
+    slices: int = 1,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """(h Aᵀ, z, room) of down: with a stack and a magnitude, z is columns of room, with place for dzb behind them."""
+    if slices > 1:
+        return *_through_down_in_slices(z1_TF, z2_TF, gate, up, activation, down, slices), None
     h = gated(z1_TF, z2_TF, gate, up, activation)
     xa = None if down.a_RI is None else h @ down.a_RI.to(h.dtype).T
     if down.norm_O is None or not in_one_pass(h, down) or stack is None or down.a_RI is None:
@@ -329,6 +336,21 @@ def _through_down(
     z = room[:, : stack.outputs]
     torch.mm(h, stack.weight_OI.T, out=z)
     return xa, z, room
+
+
+def _through_down_in_slices(
+    z1_TF: Tensor, z2_TF: Tensor, gate: Update, up: Update, activation: str, down: Parts, slices: int
+) -> tuple[Tensor | None, Tensor]:
+    """(h Aᵀ, z) of down, some tokens at a time."""
+    held = replace(down, weight=down.weight.held(z1_TF.dtype))
+    z, all_xa = z1_TF.new_empty(z1_TF.shape[0], down.weight.shape[0]), list[Tensor]()
+    size = -(-z1_TF.shape[0] // slices)
+    for start in range(0, z1_TF.shape[0], size):
+        at = slice(start, start + size)
+        first, second = (replace(t, xa_TR=None if t.xa_TR is None else t.xa_TR[at]) for t in (gate, up))
+        xa, z[at], _ = _through_down(z1_TF[at], z2_TF[at], first, second, activation, held, None)
+        all_xa += [] if xa is None else [xa]
+    return torch.cat(all_xa) if all_xa else None, z
 
 
 def _times_b(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from theodora.kernels import offload
+
 Inputs = Mapping[str, Tensor]
 _NO_MEMORY = "there is no memory for a graph beside batches of other shapes"
 
@@ -189,16 +191,27 @@ class GraphedStep:
         return recording.result
 
 
+@dataclass(frozen=True)
+class _Graph:
+    graph: Any
+    host: object
+    """The host's memory that it reads and writes."""
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
 def record(step: Callable[[], Any], pool: Any) -> tuple[Any, Any, Any]:
     """Capture `step`: the graph, the result that it will write, and the memory pool, which was given or is new."""
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    offload.land()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), offload.captured() as host:
             result = step()
     except RuntimeError:
         torch.cuda.set_stream(stream)  # where the capture itself is broken, torch leaves its own in place
         raise
-    return graph, result, graph.pool()
+    return _Graph(graph, host), result, graph.pool()
 
 
 @contextmanager

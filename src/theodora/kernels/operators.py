@@ -61,8 +61,12 @@ def _in_its_own_terms(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can take `tensor`: on a GPU, or anywhere under Triton's interpreter."""
-    on_gpu = tensor.is_cuda or _INTERPRETED or (tensor.is_meta and _PAPER.get() == "cuda")
-    return (_TRITON or tensor.is_meta) and tensor.dtype != torch.float64 and on_gpu
+    return (_TRITON or tensor.is_meta) and tensor.dtype != torch.float64 and (on_gpu(tensor) or _INTERPRETED)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU, or stands for one that is (`on_paper`)."""
+    return tensor.is_cuda or (tensor.is_meta and _PAPER.get() == "cuda")
 
 
 @contextmanager

@@ -4,7 +4,8 @@ A checkpointed block runs again in the backward pass, and what a DoRA layer comp
 its norms and, for the last product of an MLP, z: a frozen layer's output is kept by nobody, so without an adapter
 that product is never repeated. Inside `checkpoint_contexts` both are kept from the first run, and so is that product's
 low-rank half, without which the activation need not be computed again: some bytes for each output row, and one tensor
-as large as the block's input. Where that is too much, z is kept in every second block alone.
+as large as the block's input. Where that is too much, z waits in the host's memory; where that cannot be, it is kept in
+every second block alone.
 """
 
 from __future__ import annotations
@@ -12,14 +13,26 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+from theodora.kernels.offload import Away, lane_of
 
 _T = TypeVar("_T")
 _LOCAL = threading.local()  # a backward pass runs in a thread of its own
 _NUMBERS = itertools.count()  # of the checkpointed blocks
+
+
+class ToHost(NamedTuple):
+    """Which of several tensors waits in the host's memory, on a GPU."""
+
+    at: int
+    """Its place among them."""
+    beside: Tensor
+    """The memory is kept for the next step as long as this one's storage lives."""
 
 
 class _Run(AbstractContextManager[None]):
@@ -30,18 +43,38 @@ class _Run(AbstractContextManager[None]):
         self._around: _Run | None = None
 
     def __enter__(self) -> None:
+        for away in self._away():
+            away.fetch()
         self.at, self._around, _LOCAL.run = 0, getattr(_LOCAL, "run", None), self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         _LOCAL.run = self._around
+        # A run that ended early has an error of its own to tell.
+        with nullcontext() if error is None else suppress(RuntimeError):
+            for away in self._away():
+                away.settle()
 
-    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
-        value = None if self.first else self._take(key)
-        if value is None:
+    def once(self, key: Hashable, compute: Callable[[], _T], every: int, host: ToHost | None) -> _T:
+        if self.first:
+            value = self._keep(key, compute, every, host)
+        elif (value := self._take(key)) is None:
             value = compute()
-            if self.first:
-                self.kept.append((key, value))
         self.at += 1
+        return value
+
+    def _keep(self, key: Hashable, compute: Callable[[], _T], every: int, host: ToHost | None) -> _T:
+        lane = None if host is None else lane_of(host.beside)
+        if lane is None or host is None:
+            value = compute()
+            self.kept.append(None if self.number % every else (key, value))
+            return value
+        lane.land()
+        value: Any = compute()
+        away = lane.send(value[host.at], host.beside)
+        if away is not None:
+            self.kept.append((key, (*value[: host.at], away, *value[host.at + 1 :])))
+        else:
+            self.kept.append(None if self.number % every else (key, value))
         return value
 
     def _take(self, key: Hashable) -> Any:
@@ -50,7 +83,20 @@ class _Run(AbstractContextManager[None]):
         if found is None or found[0] != key:
             return None
         self.kept[self.at] = None
-        return found[1]
+        if not _sent(found):
+            return found[1]
+        back = [part.take() if isinstance(part, Away) else part for part in found[1]]
+        lost = any(isinstance(part, Away) and now is None for part, now in zip(found[1], back, strict=True))
+        return None if lost else tuple(back)
+
+    def _away(self) -> list[Away]:
+        """What the first run sent to the host, seen from a later one."""
+        return [] if self.first else [away for found in self.kept for away in _sent(found)]
+
+
+def _sent(found: tuple[Hashable, Any] | None) -> list[Away]:
+    parts = found[1] if found is not None and isinstance(found[1], tuple) else ()
+    return [part for part in parts if isinstance(part, Away)]  # pyright: ignore[reportUnknownVariableType]
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -60,16 +106,18 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     return _Run(kept, number, first=True), _Run(kept, number, first=False)
 
 
-def once_in_a_block(key: Hashable, compute: Callable[[], _T], every: int = 1) -> _T:
+def once_in_a_block(key: Hashable, compute: Callable[[], _T], every: int = 1, host: ToHost | None = None) -> _T:
     """`compute()`, or in the second run of a checkpointed block what it gave in the first.
 
     Args:
         key: tells what is computed from what else a block computes; the order within the block tells the rest.
         compute: gives tensors without a gradient, which the caller does not write to before its backward pass.
         every: of so many blocks one keeps it; the others compute it twice.
+        host: of a tuple of tensors, the one that waits in the host's memory. Then all blocks keep them, where that can
+            be done (see `offload.py`); else `every` says which.
     """
     run = _run()
-    return compute() if run is None or run.number % every else run.once(key, compute)
+    return compute() if run is None else run.once(key, compute, every, host)
 
 
 def in_a_block() -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from theodora.errors import ConfigError, shown
+from theodora.main_memory import main_memory
 
 GIB = 2**30
 _UNITS = {"k": 2**10, "m": 2**20, "g": GIB, "t": 2**40}
@@ -75,16 +73,3 @@ def machine(gpus: int | None = None, memory: str | None = None, device: str | No
     return Machine(
         device="cuda", memory=min(p.total_memory for p in properties), gpus=gpus or here, name=properties[0].name
     )
-
-
-def main_memory() -> int:
-    """Bytes of main memory that a new process can have here, within its container."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34
-    with suppress(OSError, ValueError, StopIteration, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):  # ("max" where there is no limit)
-        folder = Path("/sys/fs/cgroup")
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((folder / "memory.current").read_text(encoding="ascii")))
-    return max(free, 0)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from theodora.adapters.state import adapter_layers
 from theodora.layers.experts import AdaptedExperts, ExpertParameter, routing, takes_sorted_rows
+from theodora.train.fused_loss import LEARNED, Learned
 from theodora.train.processes import Processes
 
 _ROWS_OF_EACH = 64  # rows for each expert in a look: fewer, and chance alone looks like a preference
@@ -53,7 +54,7 @@ class ExpertLoads(TrainerCallback):
 
     def __init__(self, model: nn.Module, say: Callable[[str], None]) -> None:
         self.say = say
-        self._backbone: nn.Module = getattr(model, "base_model", model)
+        self._model = model
         self.warned: list[str] = []
         """Paths of the modules that were warned of."""
         modules = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedExperts)}
@@ -67,7 +68,7 @@ class ExpertLoads(TrainerCallback):
         """Within the block the model's passes in training mode are counted, without padding."""
         hooks = [counts.watch() for counts in self._counts.values()]
         if hooks:
-            hooks.append(self._backbone.register_forward_pre_hook(self._note_padding, with_kwargs=True))
+            hooks.append(self._model.register_forward_pre_hook(self._note_padding, with_kwargs=True))
         try:
             yield
         finally:
@@ -75,7 +76,8 @@ class ExpertLoads(TrainerCallback):
                 hook.remove()
 
     def _note_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        learned: Learned | None = kwargs.get(LEARNED)
+        mask = kwargs.get("attention_mask") if learned is None else learned["real"]
         for counts in self._counts.values():
             counts.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

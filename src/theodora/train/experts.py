@@ -1,11 +1,23 @@
-"""What TRL has to know of a mixture of experts for the loss that keeps its experts balanced."""
+"""The loss that keeps the experts of a mixture balanced: what TRL has to know for it, and how a model computes it.
+
+Legend: B rows, T tokens, E experts.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
+
+from theodora.train.tried import is_true, tried
+
+Balancing = Callable[[tuple[Tensor, ...], Tensor], Tensor]
+"""Router logits of each layer, (B·T, E), and which tokens count, (B, T), to the balancing loss, a scalar."""
 
 # TRL's name of a number → what else configurations call it.
 _NAMES = {
@@ -43,3 +55,44 @@ def _returns_router_logits(model: Any, config: Any) -> bool:
         return False
     experts = getattr(config, "num_experts", None)
     return bool(routed) and all(logits is not None and logits.shape[-1] == experts for logits in routed)
+
+
+def balancing_of(model: PreTrainedModel) -> Balancing | str:
+    """How the model's forward computes its `aux_loss`, or why that is not known.
+
+    It is `load_balancing_loss_func` of the file that the model stands in (Switch Transformer, arXiv 2101.03961,
+    equations 4 to 6), with its own numbers of experts; compared with what the model returns for a few tokens.
+    It always gets a mask: without one, transformers 5.17 counts by `bincount`, for which the host waits for the GPU.
+    """
+    files = [sys.modules.get(kind.__module__) for kind in type(model).__mro__]
+    functions = (getattr(file, "load_balancing_loss_func", None) for file in files)
+    function: Any = next((found for found in functions if found is not None), None)
+    text = model.config.get_text_config()
+    names = ("num_experts", "num_experts_per_tok")
+    experts, chosen = (getattr(model, name, None) or getattr(text, name, None) for name in names)
+
+    def balancing(logits: tuple[Tensor, ...], counted_BT: Tensor) -> Tensor:
+        return function(logits, experts, chosen, counted_BT)
+
+    if function is None or not tried("balancing", model, lambda: _balances(model, balancing), is_true):
+        return f"a {type(model).__name__} balances its experts in a way of its own"
+    return balancing
+
+
+@torch.no_grad()
+def _balances(model: Any, balancing: Balancing) -> bool:
+    ids_BT = torch.arange(3, 19).view(2, 8).to(model.device) % model.config.get_text_config().vocab_size
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, 4:] = 0
+    given = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False, "output_router_logits": True}
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(**given).aux_loss
+        found: Any = balancing(model.base_model(**given).router_logits, mask_BT.bool())
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    finally:
+        model.train(was_training)
+    same = isinstance(found, Tensor) and isinstance(expected, Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found, expected.to(found), rtol=1e-4, atol=0)

@@ -97,15 +97,22 @@ def choose(lengths: Tensor, learned: Tensor, batch: int, costs: Costs) -> list[S
 class Flatten:
     """A collator that makes one row of a batch's rows, filled up to a shape, and tells what `SelectLearned` tells."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Tensor]], shapes: Sequence[Shape], batch: int) -> None:
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        shapes: Sequence[Shape],
+        batch: int,
+        with_real: bool = False,
+    ) -> None:
         """Take what batches are made by, and what to make of them.
 
         Args:
             collate: makes one row of rows: input_ids, labels and position_ids, (1, T).
             shapes: those to fill up to, shortest first. A batch that fits into none stays as long as it is.
             batch: rows of a batch, at most.
+            with_real: whether to tell which tokens are real.
         """
-        self.collate, self.shapes, self.batch = collate, shapes, batch
+        self.collate, self.shapes, self.batch, self.with_real = collate, shapes, batch, with_real
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of these rows."""
@@ -132,6 +139,7 @@ class Flatten:
                 packed=True,
                 bounds=bounds,
                 longest=int(bounds.diff().max()),
+                real=(torch.arange(length) < tokens)[None] if self.with_real else None,
             ),
         }
 

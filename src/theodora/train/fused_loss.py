@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences
 from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy, linear_cross_entropy_of_tokens
 from theodora.kernels.operators import runs_triton
+from theodora.train.experts import Balancing
 from theodora.train.packed_rows import attention_by_bounds, bounds_of
 from theodora.train.sequence_losses import SequenceLosses, summed
 from theodora.train.tried import tried
@@ -61,6 +63,8 @@ class Learned(TypedDict):
     """Where the sequences of a packed row begin, if attention is to go by that instead of a mask (`bounds_of`)."""
     longest: int
     """Tokens of the longest of them, at least."""
+    real: Tensor | None
+    """Which tokens are no padding, nor fill a row up, (B, T) bool, where a mixture's experts are counted."""
     sequences: NotRequired[int]
     """How many sequences the batch has, if the loss of each is wanted by itself."""
 
@@ -69,7 +73,11 @@ class SelectLearned:
     """A collator that also tells which positions are learned, under the key `LEARNED`."""
 
     def __init__(
-        self, collate: Callable[[list[Any]], dict[str, Any]], full: int | None = None, with_bounds: bool = False
+        self,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        full: int | None = None,
+        with_bounds: bool = False,
+        with_real: bool = False,
     ) -> None:
         """Take the collator to ask, and what to do with packed rows.
 
@@ -77,8 +85,9 @@ class SelectLearned:
             collate: makes a batch of rows.
             full: the length to whose multiples packed rows are filled up (see `fill_up`).
             with_bounds: whether attention is to go by the bounds of sequences instead of a mask.
+            with_real: whether to tell which tokens are real.
         """
-        self.collate, self.full, self.with_bounds = collate, full, with_bounds
+        self.collate, self.full, self.with_bounds, self.with_real = collate, full, with_bounds, with_real
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """The batch of these rows."""
@@ -86,6 +95,7 @@ class SelectLearned:
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         tokens = batch["labels"].numel() if mask is None else int(mask.sum())
         packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
+        real = torch.ones_like(batch["labels"]).bool() if mask is None else mask.bool()
         if packed and mask is None and self.full is not None:
             fill_up(batch, self.full)
         bounds = bounds_of(batch["position_ids"]) if self.with_bounds and packed and mask is None else None
@@ -98,6 +108,7 @@ class SelectLearned:
             packed=packed,
             bounds=bounds,
             longest=0 if bounds is None else int(bounds.diff().max()),
+            real=F.pad(real, (0, batch["labels"].shape[1] - real.shape[1])) if self.with_real else None,
         )
         return batch
 
@@ -144,6 +155,14 @@ def select_learned(labels_BT: Tensor, count: int | None = None) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
+class BatchSums(LossSums):
+    """The sums of a batch, and what routers add to its loss."""
+
+    balance: Tensor | None = None
+    """The loss that keeps the experts of a mixture balanced, a scalar with gradient; None where there is none."""
+
+
+@dataclass(frozen=True)
 class Head:
     """How logits come from the last hidden states: softcap·tanh(scale·(h Wᵀ + bias)/softcap)."""
 
@@ -151,8 +170,10 @@ class Head:
     softcap: float | None = None
     maskless: bool = False
     """Whether the model gives the same without a mask where padding stands on the right."""
+    balancing: Balancing | None = None
+    """How the loss that keeps experts balanced comes from the routers' logits, if it is wanted."""
 
-    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> LossSums | SequenceLosses:
+    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> BatchSums | SequenceLosses:
         """Run the model's body on a batch and add up the losses of the learned tokens, of each sequence if asked to."""
         if self.maskless and learned["maskless"]:
             kwargs.pop("attention_mask", None)
@@ -162,8 +183,11 @@ class Head:
         elif learned["bounds"] is not None:
             known = attention_by_bounds()
             kwargs[SEQUENCES] = Sequences(learned["bounds"], learned["longest"])
+        if self.balancing is not None:
+            kwargs["output_router_logits"] = True
         with known:
-            hidden_BTH = _body(model)(*args, **kwargs, use_cache=False).last_hidden_state
+            states = _body(model)(*args, **kwargs, use_cache=False)
+        hidden_BTH = states.last_hidden_state
         layer: Any = model.get_output_embeddings()
         weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (layer.weight, layer.bias))
         hidden_NH: Any = hidden_BTH.flatten(0, 1).to(weight.device)
@@ -171,10 +195,14 @@ class Head:
             hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
         given: Any = {"bias_V": bias, "scale": self.scale, "softcap": self.softcap, "with_stats": True}
         targets, sequences = learned["targets"].to(weight.device), learned.get("sequences")
-        if sequences is None:
-            return linear_cross_entropy(hidden_NH, weight, targets, **given)
-        tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
-        return summed(tokens, _sequence_of(learned, hidden_BTH), sequences)
+        if sequences is not None:
+            tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
+            return summed(tokens, _sequence_of(learned, hidden_BTH), sequences)
+        sums = linear_cross_entropy(hidden_NH, weight, targets, **given)
+        if self.balancing is None:
+            return BatchSums(**vars(sums))
+        assert learned["real"] is not None
+        return BatchSums(**vars(sums), balance=self.balancing(states.router_logits, learned["real"]))
 
     def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
         """The logits that the loss stands for, all at once, float32."""
@@ -189,7 +217,7 @@ def fused_loss_pays(device: torch.device) -> bool:
 
 
 def add_fused_loss(model: PreTrainedModel, head: Head) -> None:
-    """Make `model(..., learned=...)` return the `LossSums` of a batch. Without `learned` its forward is as before.
+    """Make `model(..., learned=...)` return the `BatchSums` of a batch. Without `learned` its forward is as before.
 
     Through the forward, so that wrappers of the model (for several processes, say) see it.
     """

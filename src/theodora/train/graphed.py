@@ -22,7 +22,7 @@ from theodora.train.tried import is_true, tried
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TARGETS, _POSITIONS, _ITEMS = "learned.targets", "learned.positions", "num_items_in_batch"
-_SEQUENCES = "learned.bounds"
+_SEQUENCES, _REAL, _WEIGHT = "learned.bounds", "learned.real", "weight of the balancing loss"
 
 
 def graphs_pay(device: torch.device) -> bool:
@@ -86,8 +86,18 @@ def _reads_bounds(model: PreTrainedModel) -> bool:
     return not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits[0].abs().max()))
 
 
-def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bounds: bool) -> dict[str, Tensor] | None:
-    """A batch with the fused loss as tensors alone, or None if a graph cannot take it."""
+def graph_inputs(
+    inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bounds: bool, weight: float
+) -> dict[str, Tensor] | None:
+    """A batch with the fused loss as tensors alone, or None if a graph cannot take it.
+
+    Args:
+        inputs: what the collator made, on the device.
+        num_items: learned tokens in the whole step.
+        head: how the loss is computed.
+        reads_bounds: `reads_bounds` of the model.
+        weight: of the loss that keeps experts balanced, which may be another in an epoch's last step.
+    """
     learned = inputs.get(LEARNED)
     if learned is None or not isinstance(num_items, Tensor):
         return None
@@ -106,11 +116,16 @@ def graph_inputs(inputs: Mapping[str, Any], num_items: Any, head: Head, reads_bo
         del tensors[_POSITIONS]
     if learned["bounds"] is not None:
         tensors[_SEQUENCES] = learned["bounds"]
+    if learned["real"] is not None:
+        tensors[_REAL] = learned["real"]
+    if head.balancing is not None:
+        tensors[_WEIGHT] = torch.full((), weight, device=num_items.device)
     return tensors if all(isinstance(value, Tensor) for value in tensors.values()) else None
 
 
-def batch_of(tensors: Mapping[str, Tensor], longest: int | None) -> tuple[dict[str, Any], Tensor]:
-    """The model's inputs, and the number of learned tokens in the whole step, from `graph_inputs`.
+def batch_of(tensors: Mapping[str, Tensor], longest: int | None) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """From `graph_inputs`: the model's inputs, the number of learned tokens in the whole step, and the weight of the
+    loss that keeps experts balanced.
 
     Args:
         tensors: what a graph reads.
@@ -125,6 +140,8 @@ def batch_of(tensors: Mapping[str, Tensor], longest: int | None) -> tuple[dict[s
         packed="position_ids" in tensors,
         bounds=tensors.get(_SEQUENCES),
         longest=min(longest or length, length),
+        real=tensors.get(_REAL),
     )
-    inputs = {name: t for name, t in tensors.items() if name not in (_TARGETS, _POSITIONS, _ITEMS, _SEQUENCES)}
-    return {**inputs, LEARNED: learned}, tensors[_ITEMS]
+    told = (_TARGETS, _POSITIONS, _ITEMS, _SEQUENCES, _REAL, _WEIGHT)
+    inputs = {name: t for name, t in tensors.items() if name not in told}
+    return {**inputs, LEARNED: learned}, tensors[_ITEMS], tensors.get(_WEIGHT)

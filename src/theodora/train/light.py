@@ -308,6 +308,7 @@ class _Run:
                     packed=False,
                     bounds=None,
                     longest=0,
+                    real=None,
                 )
                 return self.head.loss(self.model, learned, **inputs).nats
             body: Any = self.model.base_model
@@ -352,6 +353,7 @@ class _Run:
             packed=False,
             bounds=None,
             longest=0,
+            real=None,
             sequences=len(ids_BT),
         )
         inputs = {"input_ids": ids_BT} | ({} if mask is None else {"attention_mask": mask})

@@ -34,6 +34,8 @@ _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Of a weight, with its share of the scales and of theirs."""
 _OF_ANOTHER = "in another process"
 _NO_SMALLER = "Another process has run out of memory with a batch that cannot be halved."
+_REAL = "real"
+"""Of `Learned`, among the tensors of a batch while it is cut."""
 _KEPT = (TOGETHER, DIVERGENCE)
 """What all parts of a batch have."""
 _FEW = 8
@@ -55,6 +57,8 @@ class Pieces:
         self.run, self.start_over, self.say = run, start_over, say
         self.count = 1
         """Pieces of each batch."""
+        self.parts = 1
+        """Those of the batch at hand, which may have too few rows for so many."""
         self.advice = ""
         """A sentence: what would let the batch fit as it is."""
         self.in_step: InStep | None = None
@@ -97,7 +101,9 @@ class Pieces:
     def _in_pieces(self, inputs: Inputs, *args: Any) -> Tensor:
         if self.count == 1:
             return self.run(inputs, *args)
-        losses = [self.run(dict(piece), *args) for piece in split(inputs, self.count)]
+        pieces = split(inputs, self.count)
+        self.parts = len(pieces)
+        losses = [self.run(dict(piece), *args) for piece in pieces]
         return torch.stack(losses).sum()
 
     def _tried_in_step(self, in_step: InStep, batches: list[Inputs], *args: Any) -> tuple[Tensor | None, str | None]:
@@ -105,6 +111,7 @@ class Pieces:
         message, losses = None, []
         for batch in batches:
             pieces, losses = split(batch, self.count), []
+            self.parts = len(pieces)
             for number in range(self.count):
                 idle = message is not None or number >= len(pieces)
                 piece = few_of(batch) if idle else pieces[number]
@@ -153,13 +160,15 @@ def said_of_pieces(counts: list[int]) -> list[str]:
 def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     """A batch as `pieces` batches that have its rows between them; fewer where it has fewer rows."""
     ids, together = inputs["input_ids"], inputs.get(TOGETHER, 1)
+    real = inputs.get(LEARNED, {}).get("real")
+    whole = inputs if real is None else {**inputs, _REAL: real}
     if ids.shape[0] > 1:
         parts = [
-            _rows(inputs, slice(rows.start * together, rows.stop * together))
+            _rows(whole, slice(rows.start * together, rows.stop * together))
             for rows in _slices(ids.shape[0] // together, pieces)
         ]
     else:
-        parts = _documents(inputs, pieces)
+        parts = _documents(whole, pieces)
     if len(parts) == 1:
         return [inputs]
     parts = [_told_anew(part, inputs) for part in parts]
@@ -181,15 +190,22 @@ def few_of(inputs: Inputs) -> Inputs:
     }
     whole = packed_batch([part["input_ids"][0]])  # whose bounds of sequences are others
     part |= {name: value for name, value in whole.items() if name in part and name != "attention_mask"}
-    return _told_anew({**part, "labels": torch.full_like(part["labels"], -100)}, inputs)
+    few = _told_anew({**part, "labels": torch.full_like(part["labels"], -100)}, inputs)
+    if LEARNED in few and few[LEARNED]["real"] is not None:
+        few[LEARNED]["real"] = torch.ones_like(few[LEARNED]["real"])  # a mean over no token would be none
+    return few
 
 
 def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     """A part of a batch with what the host is to know of it, if it was told so of the whole."""
     if LEARNED not in inputs:
         return part
-    device, with_bounds = inputs[LEARNED]["targets"].device, inputs[LEARNED]["bounds"] is not None
-    part = SelectLearned(lambda _: part, with_bounds=with_bounds)([])
+    told = inputs[LEARNED]
+    device, with_bounds, with_real = told["targets"].device, told["bounds"] is not None, told["real"] is not None
+    real, part = part.get(_REAL), _without(part, _REAL)
+    part = SelectLearned(lambda _: part, with_bounds=with_bounds, with_real=with_real)([])
+    if real is not None:  # what fills up the whole fills up a part
+        part[LEARNED]["real"] = real
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
     if "sequences" in inputs[LEARNED]:
         count = part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
@@ -205,6 +221,10 @@ def _rows_learned(part: Inputs, together: int) -> int:
         return int(learned.any(1).view(-1, together).any(1).sum())
     number = (part["position_ids"][0] == 0).cumsum(0) - 1
     return len((number[learned[0]] // together).unique())
+
+
+def _without(inputs: Inputs, name: str) -> Inputs:
+    return {other: value for other, value in inputs.items() if other != name}
 
 
 def _slices(length: int, pieces: int) -> list[slice]:
@@ -230,13 +250,17 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
     starts = ((positions[0] == 0) & (inputs["labels"][0] == -100)).nonzero().squeeze(1).tolist()
     every, starts = starts, starts[:: inputs.get(TOGETHER, 1)]
     length = positions.shape[1]
-    bounds = sorted({0, *(min(starts, key=lambda s: abs(s - length * n / pieces)) for n in range(1, pieces) if starts)})
+    real = int(inputs[_REAL].sum()) if _REAL in inputs else length
+    starts = [start for start in starts if start < real]  # no part is of nothing but what fills the row up
+    bounds = sorted({0, *(min(starts, key=lambda s: abs(s - real * n / pieces)) for n in range(1, pieces) if starts)})
     spans = [slice(begin, end) for begin, end in zip(bounds, [*bounds[1:], length], strict=True)]
     if len(spans) == 1:
         return [inputs]
     parts: list[Inputs] = []
     for span in spans:
-        part = {name: inputs[name][:, span] for name in ("input_ids", "labels", "position_ids")}
+        part = {
+            name: inputs[name][:, span] for name in ("input_ids", "labels", "position_ids", _REAL) if name in inputs
+        }
         own = [n for n in (positions[0, span] == 0).nonzero().squeeze(1).tolist() if n] + [span.stop - span.start]
         whole = packed_batch([*part["input_ids"][0].tensor_split(own[:-1])])
         first, last = (sum(start < bound for start in every) for bound in (span.start, span.stop))

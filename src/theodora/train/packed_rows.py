@@ -14,8 +14,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from theodora.data.packing import packed_batch, packing_is_safe
 from theodora.fastpath.attention import keep_attention
-from theodora.fastpath.masks import whole_rows
+from theodora.fastpath.masks import Unbuilt, causal_of, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Maskless, Sequences
+from theodora.fastpath.sinks import has_fast_sinks, has_sinks
 from theodora.patches import Registered, replaced
 from theodora.train.tried import is_true, tried
 
@@ -35,14 +36,41 @@ def bounds_of(positions_1T: Tensor) -> Tensor:
 
 @contextmanager
 def attention_by_bounds() -> Iterator[None]:
-    """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`."""
+    """Inside the block transformers builds no masks: the attention function is `attend`, and wants `SEQUENCES`.
+
+    So does attention with sinks, which is told of each mask what it would say. Other eager attention meets an error.
+    """
     keep_attention()
-    build_masks_again = Registered(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa").put(lambda *_, **__: None)
+    masks: dict[str, Any] = {"sdpa": lambda *_, **__: None, "eager": lambda *_, **asked: Unbuilt(causal_of(asked), _no)}
+    build_again = [Registered(ALL_MASK_ATTENTION_FUNCTIONS, name).put(mask) for name, mask in masks.items()]
     try:
         with whole_rows(), replaced(Maskless, under_way=True):
             yield
     finally:
-        build_masks_again()
+        for put_back in build_again:
+            put_back()
+
+
+def _no() -> Tensor:
+    raise RuntimeError("Eager attention in a packed row has no mask, and does not go by where its sequences begin")
+
+
+def goes_by_bounds_alone(model: PreTrainedModel) -> bool:
+    """Whether nothing but bounds keeps the rows of a packed row apart: in models with sinks, on the fast path.
+
+    gpt-oss builds its masks without looking at positions.
+    """
+    return _is_eager(model) and has_fast_sinks(model)
+
+
+def can_go_by_bounds_alone(model: PreTrainedModel) -> bool:
+    """Whether `goes_by_bounds_alone` once the model is on the fast path."""
+    return _is_eager(model) and has_sinks(model)
+
+
+def _is_eager(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return config._attn_implementation == "eager" and not getattr(config, "attention_dropout", 0)  # pyright: ignore[reportPrivateUsage]
 
 
 def keeps_rows_apart(model: PreTrainedModel) -> bool:
@@ -53,8 +81,9 @@ def keeps_rows_apart(model: PreTrainedModel) -> bool:
 def takes_bounds(model: PreTrainedModel, longest: int | None) -> bool:
     """Whether the model computes the same with bounds as with a mask, forwards and backwards: it is tried out.
 
-    Not in float32, which torch's flash attention does not take, nor where attention does not go by transformers'
-    registry or needs more than the bounds: a window that is narrower than a sequence would not show in what is tried.
+    With sinks, the same as for each sequence by itself. Not in float32, which torch's flash attention does not take,
+    nor where attention does not go by transformers' registry or needs more than the bounds: a window that is narrower
+    than a sequence would not show in what is tried. Attention with sinks takes it from what each mask is asked to be.
 
     Args:
         model: in training or evaluation mode.
@@ -63,7 +92,8 @@ def takes_bounds(model: PreTrainedModel, longest: int | None) -> bool:
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     narrow = any(window is not None and (longest is None or window < longest) for window in windows)
-    if config._attn_implementation != "sdpa" or narrow:  # pyright: ignore[reportPrivateUsage]
+    plain = config._attn_implementation == "sdpa" and not narrow  # pyright: ignore[reportPrivateUsage]
+    if not plain and not goes_by_bounds_alone(model):
         return False
     return tried("takes-bounds", model, lambda: _takes_bounds(model, config.vocab_size), is_true)
 
@@ -78,7 +108,9 @@ def _takes_bounds(model: PreTrainedModel, vocabulary: int) -> bool:
     model.eval()
     try:
         with torch.enable_grad():
-            with_mask: Tensor = model(**given, use_cache=False).logits
+            whole = [part[None] for part in (ids[:6], ids[6:])] if goes_by_bounds_alone(model) else []
+            alone = [model(input_ids=part, use_cache=False).logits for part in whole]
+            expected: Tensor = torch.cat(alone, dim=1) if alone else model(**given, use_cache=False).logits
             with attention_by_bounds():
                 calls, sequences = Maskless.calls, Sequences(bounds_of(batch["position_ids"]), 7)
                 with_bounds: Tensor = model(**given, **{SEQUENCES: sequences}, use_cache=False).logits
@@ -88,8 +120,8 @@ def _takes_bounds(model: PreTrainedModel, vocabulary: int) -> bool:
         return False
     finally:
         model.train(was_training)
-    with_bounds, with_mask = with_bounds.detach().float(), with_mask.detach().float()
+    with_bounds, expected = with_bounds.detach().float(), expected.detach().float()
     rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if Maskless.calls == calls or with_bounds.shape != with_mask.shape:
+    if Maskless.calls == calls or with_bounds.shape != expected.shape:
         return False
-    return bool(((with_bounds - with_mask).norm() <= rounding * with_mask.norm()).item())
+    return bool(((with_bounds - expected).norm() <= rounding * expected.norm()).item())

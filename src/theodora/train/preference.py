@@ -208,7 +208,7 @@ class PreferenceTrainer(AdapterTrainer):
         """Overrides `PassOverrides._forward_backward`: both passes, of the policy and of its reference."""
         own = {name.removeprefix(_OBJECTIVE): t for name, t in tensors.items() if name.startswith(_OBJECTIVE)}
         given = {name: t for name, t in tensors.items() if not name.startswith(_OBJECTIVE)}
-        inputs, items = batch_of(given, None if self.shapes else self.args.max_length)
+        inputs, items, _ = batch_of(given, None if self.shapes else self.args.max_length)
         inputs[LEARNED]["sequences"] = count_of(inputs, self.sequences_per_row)
         with self.compute_loss_context_manager():
             loss, figures = self._loss(self.model, inputs, own, items)

@@ -42,8 +42,9 @@ from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.objectives import kind_of
-from theodora.train.packed_rows import keeps_rows_apart
+from theodora.train.packed_rows import can_go_by_bounds_alone, keeps_rows_apart
 from theodora.train.processes import Processes
 from theodora.train.resumed import Past
 from theodora.train.text_only import check_continues_text
@@ -156,11 +157,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
     rows = arguments.per_device_eval_batch_size
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
-    if (config.packing and arguments.packing_strategy != "wrapped") and not keeps_rows_apart(model):
-        raise ConfigError(
-            f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
-            "other. Train without packing."
-        )
+    if config.packing and arguments.packing_strategy != "wrapped":
+        _check_packing(config, model, arguments.device)
     if config.base_dtype == "fp8":
         quantize_base(model, exclude=config.adapter.modules_to_save)
         if not multiplies_float8(arguments.device):
@@ -194,6 +192,24 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         sources=data.sources,
         base_hash=base_hash,
         left_out=tuple(data.left_out),
+    )
+
+
+def _check_packing(config: TrainConfig, model: PreTrainedModel, device: torch.device) -> None:
+    """Refuse packed rows that the model would not keep apart.
+
+    Attention with sinks does so on the fast path, which the model is not on yet: the trainer asks again.
+    """
+    if keeps_rows_apart(model):
+        return
+    by_bounds = can_go_by_bounds_alone(model)
+    if by_bounds and config.kernels != "reference" and fused_loss_pays(device):
+        return
+    where = "" if not by_bounds else f"; on a GPU with kernels: auto it does not ({device.type}, {config.kernels} here)"
+    raise ConfigError(
+        f"packing does not work with this model: a {type(model).__name__} lets the rows in one sequence see each "
+        f"other{where}. Train without packing (--no-packing)"
+        + (": where packing would work, the rows of a batch are one without padding anyway." if by_bounds else ".")
     )
 
 

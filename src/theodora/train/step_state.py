@@ -169,13 +169,16 @@ class CountingTrainer(SFTTrainer):
         """Keep the metrics that TRL keeps, on the device; `log` fetches them.
 
         Args:
-            sums: entropy, correct predictions and learned tokens of a pass in this process, (3,) float32.
+            sums: entropy, correct predictions and learned tokens of a pass in this process, and the loss that keeps
+                experts balanced if there is one, (3,) or (4,) float32.
             tokens: in its batch, padding not.
         """
         metrics = self.metrics_of(self.mode)
-        entropy, correct, count = sums
+        entropy, correct, count, *balance = sums
         metrics["entropy"].append(entropy / count.clamp(min=1))
         metrics["mean_token_accuracy"].append(correct / count.clamp(min=1))
+        if balance:
+            metrics["aux_loss"].append(balance[0])
         if self.mode == "train":
             self.tokens = self.tokens + tokens
         metrics["num_tokens"] = [self.tokens]

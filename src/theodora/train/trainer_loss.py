@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import LossSums
 from theodora.layers.norm_cache import looked_at_once
 from theodora.layers.token_rows import is_adapted
-from theodora.train.fused_loss import LEARNED, Head, add_fused_loss, fused_head, fused_loss_pays
+from theodora.patches import replaced
+from theodora.train.experts import balancing_of
+from theodora.train.fused_loss import LEARNED, BatchSums, Head, add_fused_loss, fused_head, fused_loss_pays
 from theodora.train.loss import can_choose_positions, logits_fit, token_losses, trl_reads_logits
+from theodora.train.out_of_memory import Pieces
 from theodora.train.step_state import CountingTrainer, copied, replace_metrics
 
 
@@ -26,7 +30,9 @@ class LossOverrides(CountingTrainer):
     """How the fused loss reads the model's head, or why it is not used."""
     adapts_head = False
     """Whether TRL's loss would not be that of the model's own logits."""
-    _plain_loss = _takes_positions = False
+    pieces: Pieces
+    _nll = _plain_loss = _takes_positions = False
+    _untraced = False
     _eval_nats = _eval_tokens = 0.0
 
     def choose_loss(self, kernels: str) -> None:
@@ -36,7 +42,8 @@ class LossOverrides(CountingTrainer):
             ConfigError: an adapted head was asked for, together with a loss that it cannot be in.
         """
         self.adapts_head = is_adapted(self.model.get_output_embeddings()) or not trl_reads_logits(self)
-        self._plain_loss = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        self._nll = self.args.loss_type == "nll" and self.label_smoother is None
+        self._plain_loss = self._nll and not self.aux_loss_enabled
         if self.adapts_head and not self._plain_loss:
             raise ConfigError(
                 "An adapter on the output head, or a head that TRL cannot read, trains with the plain loss alone. "
@@ -54,9 +61,13 @@ class LossOverrides(CountingTrainer):
             return "kernels: reference"
         if not fused_loss_pays(self.args.device):
             return f"not on {self.args.device.type}"
-        if not self._plain_loss:
+        if not self._nll:
             return "the loss is not the plain one"
-        return fused_head(self.model)
+        head = fused_head(self.model)
+        if isinstance(head, str) or not self.aux_loss_enabled:
+            return head
+        balancing = balancing_of(self.model)
+        return balancing if isinstance(balancing, str) else replace(head, balancing=balancing)
 
     def compute_loss(
         self,
@@ -81,7 +92,9 @@ class LossOverrides(CountingTrainer):
             sums = token_losses(model, inputs, self._takes_positions)
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         else:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            whole = self.router_aux_loss_coef
+            with replaced(self, router_aux_loss_coef=whole * self._share_of_balance(num_items_in_batch)):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.record(recorded(sums), tokens)
         return self.mean_of_step(sums, num_items_in_batch)
 
@@ -93,10 +106,33 @@ class LossOverrides(CountingTrainer):
         faster = self.args.device.type == "cpu" and logits_fit(labels, vocabulary)
         return faster and self._plain_loss and self._takes_positions
 
-    def mean_of_step(self, sums: LossSums, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """A batch's share of the loss per token of the whole step."""
+    def mean_of_step(
+        self, sums: LossSums, num_items_in_batch: Tensor | int | None, weight: Tensor | float | None = None
+    ) -> Tensor:
+        """A batch's share of the loss per token of the whole step.
+
+        Args:
+            sums: of the batch.
+            num_items_in_batch: learned tokens of the step; None if the batch stands by itself.
+            weight: of the loss that keeps experts balanced; `balance_weight` if None.
+        """
         items = num_items_in_batch if num_items_in_batch is not None else sums.count
-        return sums.nats / torch.as_tensor(items).clamp(min=1)
+        loss = sums.nats / torch.as_tensor(items).clamp(min=1)
+        if not isinstance(sums, BatchSums) or sums.balance is None:
+            return loss
+        return loss + (self.balance_weight(num_items_in_batch) if weight is None else weight) * sums.balance
+
+    def balance_weight(self, num_items_in_batch: Any) -> float:
+        """What the loss that keeps experts balanced counts in that of a batch: as in TRL, a mean over those of a step,
+        so that it does not depend on how many there are."""
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        return self.router_aux_loss_coef * self._share_of_balance(num_items_in_batch) / steps
+
+    def _share_of_balance(self, num_items_in_batch: Any) -> float:
+        """Of a pass among those of all processes, and of a batch's pieces. Nothing where it is run for others alone."""
+        if self._untraced:
+            return 0.0
+        return 1.0 if num_items_in_batch is None else 1 / (self.processes.count * self.pieces.parts)
 
     def _nothing(self, run: Callable[[], Any]) -> Tensor:
         """The loss of a batch of nothing: 0. Where weights are sharded it runs, without a trace, as the others do."""
@@ -110,7 +146,8 @@ class LossOverrides(CountingTrainer):
         """Inside the block passes leave no trace in the metrics."""
         metrics, tokens = copied(self.metrics_of(self.mode)), self.tokens
         try:
-            yield
+            with replaced(self, _untraced=True):
+                yield
         finally:
             replace_metrics(self.metrics_of(self.mode), metrics)
             self.tokens = tokens
@@ -152,5 +189,6 @@ class LossOverrides(CountingTrainer):
 
 
 def recorded(sums: LossSums) -> Tensor:
-    """What `record` takes of the sums: entropy, correct and count, (3,) float32."""
-    return torch.stack([value.detach().float() for value in (sums.entropy, sums.correct, sums.count)])
+    """What `record` takes of the sums: entropy, correct, count, and the balancing loss if any, (3,) or (4,) float32."""
+    balance = [sums.balance] if isinstance(sums, BatchSums) and sums.balance is not None else []
+    return torch.stack([value.detach().float() for value in (sums.entropy, sums.correct, sums.count, *balance)])

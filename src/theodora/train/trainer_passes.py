@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from theodora.errors import ConfigError
 from theodora.kernels.graph import GraphedStep
+from theodora.layers.experts import AdaptedExperts
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
 from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of, graph_inputs, graphs_pay, reads_bounds, why_no_graph
 from theodora.train.out_of_memory import split
-from theodora.train.packed_rows import keeps_rows_apart, takes_bounds
+from theodora.train.packed_rows import goes_by_bounds_alone, keeps_rows_apart, takes_bounds
 from theodora.train.trainer_loss import LossOverrides, recorded
 
 
@@ -37,16 +39,30 @@ class PassOverrides(LossOverrides):
         """Find out what batches have to tell, for the loss that was chosen; the collator tells it from then on."""
         self.why_no_graph = self._why_no_graph()
         collate: Any = self.data_collator
+        # Experts are counted for their loss, or for the report.
+        with_real = self.aux_loss_enabled or any(isinstance(m, AdaptedExperts) for m in self.model.modules())
         if self._flattens(collate):
             self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
-            self.data_collator = Flatten(replace(collate, padding_free=True), self.shapes, self._sequences)
+            free = replace(collate, padding_free=True)
+            self.data_collator = Flatten(free, self.shapes, self._sequences, with_real)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
+        self._check_packed_rows()
         if isinstance(self.head, Head):
             full = None if self._reads_bounds or not self.args.packing else self.args.max_length
-            self.data_collator = SelectLearned(collate, full, self.sends_bounds)
+            self.data_collator = SelectLearned(collate, full, self.sends_bounds, with_real)
+
+    def _check_packed_rows(self) -> None:
+        """Refuse packed rows that nothing keeps apart in a model with sinks: `prepare` leaves it open there."""
+        packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.sends_bounds
+        if packs and goes_by_bounds_alone(self.model) and not keeps_rows_apart(self.model):
+            why = self.why_no_graph or f"attention does not take them in {self.model.dtype}"
+            raise ConfigError(
+                f"packing does not work in this run: a {type(self.model).__name__} keeps the rows in one sequence "
+                f"apart only by their bounds, which it is not given here ({why}). Train without packing (--no-packing)."
+            )
 
     def lengths_in_batches(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Tokens, and learned tokens, that each row adds to a batch, int64."""
@@ -89,10 +105,13 @@ class PassOverrides(LossOverrides):
             return takes_bounds(self.model, self.args.max_length)
 
     def _keeps_rows_apart(self) -> bool:
-        """Whether all layers go by the positions alone: a state or convolution would run on from row to row."""
+        """Whether all layers go by the positions alone: a state or convolution would run on from row to row.
+
+        With sinks by the bounds alone, which `_takes_bounds` has found.
+        """
         model: Any = self.model
         with self.compute_loss_context_manager():
-            return keeps_rows_apart(model) and not reads_bounds(model)
+            return (goes_by_bounds_alone(model) or keeps_rows_apart(model)) and not reads_bounds(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.train`: graphs do not outlive it."""
@@ -121,15 +140,16 @@ class PassOverrides(LossOverrides):
         if self._graphed is None:
             planned: Any = {"most_shapes": len(self.shapes), "least_share": 0.0} if self.shapes else {}
             self._graphed = GraphedStep(self._forward_backward, list(self.model.parameters()), **planned)
-        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds)
+        weight = self.balance_weight(num_items_in_batch)
+        return graph_inputs(self._prepare_inputs(inputs), num_items_in_batch, self.head, self._reads_bounds, weight)
 
     def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is captured, on tensors alone: the loss, and what is recorded of it."""
         # What fills up a flattened batch may be longer than any row.
-        inputs, num_items_in_batch = batch_of(tensors, None if self.shapes else self.args.max_length)
+        inputs, num_items_in_batch, weight = batch_of(tensors, None if self.shapes else self.args.max_length)
         with self.compute_loss_context_manager():
             sums = self.model(**inputs)
-            loss = self.mean_of_step(sums, num_items_in_batch)
+            loss = self.mean_of_step(sums, num_items_in_batch, weight)
         self.accelerator.backward(loss)
         return loss.detach(), recorded(sums)
 

@@ -122,13 +122,13 @@ def gate(
 
 
 @triton.jit(do_not_specialize=["S"])
-def _gate_backward(dh, low, a, weights, z, xa, b, g, bias, dz, dw, db_parts, dg_parts, da_parts, order, chunks,
+def _gate_backward(dh, low, a, weights, z, xa, b, g, bias, dz, dw, db_parts, dg_parts, da_parts, h_out, order, chunks,
                    S, I, R, RA, scale, alpha, limit, offset,
                    TURNS: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr,
-                   BIASED: tl.constexpr, JOINS: tl.constexpr, ACT: tl.constexpr, LIMITED: tl.constexpr,
-                   PRECISION: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
+                   BIASED: tl.constexpr, JOINS: tl.constexpr, KEEP: tl.constexpr, ACT: tl.constexpr,
+                   LIMITED: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
-    """One chunk, one block of features. JOINS: the down projection has an adapter, whose A is `a`."""
+    """One chunk, one block of features. JOINS: the down projection has an adapter, whose A is `a`. KEEP: write h."""
     n = tl.program_id(0).to(tl.int64)
     e, start, stop = tl.load(chunks + n * 3).to(tl.int64), tl.load(chunks + n * 3 + 1), tl.load(chunks + n * 3 + 2)
     if start >= stop:
@@ -180,6 +180,8 @@ def _gate_backward(dh, low, a, weights, z, xa, b, g, bias, dz, dw, db_parts, dg_
             gate = gate + bias1[None, :]
             up = up + bias2[None, :]
         h, by_gate, by_up = _through(gate, up, alpha, limit, offset, ACT, LIMITED)
+        if KEEP:
+            tl.store(h_out + wide[:, None] * I + i[None, :], h.to(dtype), mask=inside)
         # Columns and rows that are not there have d = 0.
         tl.store(dw + tl.program_id(1).to(tl.int64) * S + t, tl.sum(h * d, axis=1), mask=t < stop)
         d *= weight[:, None]
@@ -221,8 +223,10 @@ def gate_backward(
     g_EO: Tensor | None,
     bias_EO: Tensor | None,
     form: Gate,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dz (S, O), dw (S,) float32, and for `sum_chunks` those of dB / s (N, O, R), dg (N, O) and dA (N, R, I)).
+    *,
+    keep_h: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dz (S, O), dw (S,) float32, for `sum_chunks` those of dB / s (N, O, R), dg (N, O) and dA (N, R, I), h (S, I)).
 
     Args:
         dh_SI: the gradient of h for a weight of 1, without the part that goes through the down projection's adapter.
@@ -237,6 +241,7 @@ def gate_backward(
         g_EO: m / norm, float32.
         bias_EO: the bias.
         form: of the gate.
+        keep_h: whether to give h, too.
     """
     chosen, features = dh_SI.shape
     count = len(rows.chunks_N3)
@@ -246,20 +251,21 @@ def gate_backward(
     db = None if b_EOR is None else torch.empty(count, 2 * features, rank, **wide)
     dg = None if g_EO is None else torch.empty(count, 2 * features, **wide)
     da = None if a_ERI is None else torch.empty(count, rank_a, features, **wide)
+    h = torch.empty_like(dh_SI) if keep_h else None
     br = rank_block(max(rank, rank_a))
     block = _features(features, 32 if br >= 64 else 64)
     blocks = triton.cdiv(features, block)
     dw = torch.zeros(blocks, chosen, **wide)
     _gate_backward[(count, blocks)](
         dh_SI, low_SR, None if a_ERI is None else a_ERI.contiguous(), weights_TK, z_SO, xa_SR,
-        None if b_EOR is None else b_EOR.contiguous(), g_EO, bias_EO, dz, dw, db, dg, da, rows.order_S,
+        None if b_EOR is None else b_EOR.contiguous(), g_EO, bias_EO, dz, dw, db, dg, da, h, rows.order_S,
         rows.chunks_N3, chosen, features, rank, rank_a, scale, form.alpha, form.limit, form.offset,
         TURNS=form.in_turns, PACKED=_packed(z_SO, form), LOW=b_EOR is not None, SCALED=g_EO is not None,
-        BIASED=bias_EO is not None, JOINS=a_ERI is not None, ACT=form.activation, LIMITED=form.limited,
-        PRECISION=precision(dh_SI.dtype), BT=16 if br < 32 else 32, BI=block, BR=br, STAGES=3,
+        BIASED=bias_EO is not None, JOINS=a_ERI is not None, KEEP=keep_h, ACT=form.activation,
+        LIMITED=form.limited, PRECISION=precision(dh_SI.dtype), BT=32, BI=block, BR=br, STAGES=3,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    return dz, dw.sum(0), db, dg, da
+    return dz, dw.sum(0), db, dg, da, h
 
 
 def _packed(z: Tensor, form: Gate) -> bool:
