@@ -18,6 +18,6 @@ def leave_losses_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("theodora.train.run"), "draw_losses", _blank)
 
 
-def _blank(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+def _blank(metrics: list[dict[str, Any]], path: Path, title: str, per: str = "") -> None:
     with atomic_write(path) as file:
         file.write_bytes(BLANK_PNG)

@@ -8,188 +8,43 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeGuard
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
-from theodora.coerce import coerce_all, split_names
+from theodora.adapter_config import (
+    LARGEST_NUMBER,
+    METHOD_NAMES,
+    AdapterConfig,
+    AdapterDtype,
+    is_int,
+    is_number,
+)
+from theodora.coerce import coerce_all
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.naming import path_problem
 from theodora.other_words import advice, called
-from theodora.paths import MOST_NAMES, Expressions, PathPattern, problems_of
 from theodora.trust import check_granted
 
-Method = Literal["dora", "lora"]
-METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
-"""How people write them."""
-Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
-AdapterDtype = Literal["float32", "bfloat16", "float16", "base"]
+__all__ = [
+    "METHOD_NAMES",
+    "OPTION_NAMES",
+    "AdapterConfig",
+    "AdapterDtype",
+    "BaseDtype",
+    "Objective",
+    "QuantizeTo",
+    "TrainConfig",
+    "is_int",
+    "is_number",
+]
+
 BaseDtype = Literal["auto", "fp8"]
+Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"]
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+"""Objectives that compare the model with what it was."""
 QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Which weights an adapter touches, and how.
-
-    Example:
-        `AdapterConfig(method="dora", rank=16, targets=("q_proj", "v_proj"))`
-
-    Raises:
-        ConfigError: naming every field that makes no sense.
-    """
-
-    method: Method = "dora"
-    """dora splits each weight into magnitude and direction; lora adds a low-rank update only."""
-    rank: int = 8
-    """Rows of A and columns of B: the size of the adapter."""
-    alpha: float | None = None
-    """Strength of the update, which is scaled by alpha/rank. Default: twice the rank."""
-    rslora: bool = False
-    """Scale by alpha/sqrt(rank) instead, so that large ranks keep learning (rsLoRA)."""
-    dropout: float = 0.0
-    """Probability of dropping an input of the low-rank branch during training."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt: all-linear (all but the output head), names, or a regular expression for whole module paths."""
-    experts: bool | None = None
-    """Whether fused experts are adapted, each by a pair and a magnitude of its own. Default: if targets names them."""
-    exclude: str | tuple[str, ...] = ()
-    """Modules to leave alone although targets matches them: names, or one regular expression."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Another rank for modules whose path ends with a key (a name or a regular expression)."""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Another alpha for modules whose path ends with a key (a name or a regular expression)."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full beside the adapter, and saved with it."""
-    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
-    """Tokens whose rows are trained beside the adapter, and saved with it: ids, of the input embedding (and of the
-    head, if it is tied to it), or, in YAML, a mapping of module names to ids."""
-    init: Init = "default"
-    """Start of A and B. Every choice leaves the model's output unchanged: default (Kaiming A, zero B), gaussian,
-    orthogonal, pissa (principal singular vectors), olora (QR)."""
-    adapter_dtype: AdapterDtype = "float32"
-    """Storage of the trained tensors; the products run in the model's dtype. base: the same as the base weight."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # None is how PEFT's files say "none of them"
-            if getattr(self, f.name) is None and f.name not in ("alpha", "experts"):
-                default = f.default if f.default_factory is MISSING else f.default_factory()
-                object.__setattr__(self, f.name, default)
-        values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, AdapterConfig)
-        for name, value in values.items():
-            object.__setattr__(self, name, _with_commas(value) if name in _NAME_LISTS else value)
-        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
-        if self.alpha is None and is_int(self.rank) and self.rank <= _LARGEST_NUMBER:
-            object.__setattr__(self, "alpha", 2.0 * self.rank)
-        # Ranges can only be judged once every value has the right type.
-        if problems or (problems := list(self._problems())):
-            raise ConfigError("AdapterConfig:" + bullet_list(problems))
-
-    def _problems(self) -> Iterator[str]:
-        for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not is_int(rank) or not 1 <= rank <= _LARGEST_NUMBER:
-                yield f"{what} is {shown(rank)}; expected a whole number of at least 1, at most {_LARGEST_NUMBER:,}"
-        for what, alpha in [
-            ("alpha", self.alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
-            if not is_number(alpha) or not 0 < alpha <= _LARGEST_ALPHA:
-                yield f"{what} is {shown(alpha)}; expected a positive number, at most {_LARGEST_ALPHA:g}"
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            yield f"dropout is {self.dropout!r}; expected at least 0 and less than 1"
-        for name in ("targets", "exclude", "modules_to_save"):
-            names = getattr(self, name)
-            if not isinstance(names, str) and len(names) > MOST_NAMES:
-                yield f"{name} holds {len(names):,} names together; expected at most {MOST_NAMES:,}"
-            odd = [item for item in names if not isinstance(item, str) or not item]
-            if odd:
-                yield f"{name} holds {shown(odd[0])}; expected names"
-        for name in ("rank_pattern", "alpha_pattern"):
-            keys: list[Any] = list(getattr(self, name))
-            odd = [key for key in keys if not isinstance(key, str)]
-            if odd:
-                yield f"{name} has the key {shown(odd[0])}; expected names or regular expressions"
-        yield from _token_problems(self.trainable_token_indices)
-        if not self.targets:
-            yield "targets is empty; expected 'all-linear', module names, or a regular expression"
-        yield from problems_of(
-            {
-                **{name: [value] for name in ("targets", "exclude") if isinstance(value := getattr(self, name), str)},
-                **{name: [str(key) for key in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")},
-            }
-        )
-        if self.init == "orthogonal" and any(
-            is_int(rank) and rank % 2 for rank in (self.rank, *self.rank_pattern.values())
-        ):
-            yield "init='orthogonal' needs even ranks (half of them start A, the other half B)"
-
-    def scale(self, rank: int, alpha: float) -> float:
-        """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-    def rank_of(self, path: str) -> int:
-        """The rank of the module at `path`, rank_pattern regarded."""
-        return self._ranks.get(path, self.rank)
-
-    def alpha_of(self, path: str) -> float:
-        """The alpha of the module at `path`, alpha_pattern regarded."""
-        return self._alphas.get(path, self.alpha or 0.0)
-
-    @cached_property
-    def expressions(self) -> Expressions:
-        """The budget of time that all expressions of this configuration share."""
-        return Expressions()
-
-    @cached_property
-    def _ranks(self) -> PathPattern[int]:
-        return PathPattern(self.rank_pattern, self.expressions)
-
-    @cached_property
-    def _alphas(self) -> PathPattern[float]:
-        return PathPattern(self.alpha_pattern, self.expressions)
-
-
-def _token_indices(given: Any) -> Any:
-    """Token ids as numbers, which a command line gives as text; in lists, which YAML can hold."""
-    if isinstance(given, Mapping):
-        return {
-            name: list(_token_indices(ids)) if isinstance(ids, list | tuple) else ids for name, ids in given.items()
-        }
-    if isinstance(given, list | tuple):
-        return tuple(int(id) if isinstance(id, str) and re.fullmatch("[0-9]{1,15}", id) else id for id in given)
-    return given
-
-
-def _token_problems(indices: Any) -> Iterator[str]:
-    names = list(indices) if isinstance(indices, Mapping) else []
-    if any(not isinstance(name, str) or not name for name in names):
-        yield "trainable_token_indices has a key that is no module's name"
-    for ids in indices.values() if isinstance(indices, Mapping) else [indices]:
-        if not isinstance(ids, list | tuple) or (not ids and names):
-            yield f"trainable_token_indices is {shown(indices)}; expected lists of token ids"
-        elif odd := [id for id in ids if not is_int(id) or not 0 <= id <= _LARGEST_NUMBER]:
-            yield f"trainable_token_indices holds {shown(odd[0])}; expected token ids (whole numbers from 0 on)"
-
-
-_NAME_LISTS = ("targets", "exclude", "modules_to_save")
-
-
-def _with_commas(value: Any) -> Any:
-    """Names among which commas stand, as other tools want them: no expression or name of a module has one so."""
-    if isinstance(value, str):
-        return split_names(value) or value
-    return tuple(name for item in value for name in ((isinstance(item, str) and split_names(item)) or (item,)))
-
-
-def is_int(value: object) -> bool:
-    """Whether `value` is a whole number (`True` is not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number (`True` is not)."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+_RATE, _RATE_OF_PREFERENCES = 5e-4, 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +71,12 @@ class TrainConfig:
     messages, ShareGPT, Alpaca, text) is recognised."""
     output: str
     """Folder for the adapter, the model card, metrics, loss curve, configuration and checkpoints."""
+    objective: Objective = "sft"
+    """What is learned: sft (the answers), dpo, ipo, orpo, simpo (which of two answers is the better one: prompt,
+    chosen, rejected), kto (whether an answer is good: prompt, completion, label), reward (a score for answers)."""
+    reference: str | None = None
+    """What dpo, ipo and kto compare the model with: base, or the folder of an adapter of it. Default: what training
+    starts from. A folder alone is gone on from, too."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """Method, rank, targets and the rest of the adapter."""
 
@@ -248,8 +109,8 @@ class TrainConfig:
     """Rows in a forward pass, on each device."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes in one optimizer step."""
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 0.0005; with another objective than sft 0.00005."""
     lr_scheduler_type: str = "cosine"
     """Course of the learning rate: cosine, linear, constant_with_warmup, or another of transformers' schedules."""
     warmup_steps: float = 0.03
@@ -311,7 +172,7 @@ class TrainConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Any other fields of trl.SFTConfig, by name."""
+    """Any other fields of trl.SFTConfig, by name, and those that the objective's own configuration in TRL has."""
 
     # Names of the adapter's options that `from_options` was given: what is by default gives way to from_adapter's.
     chosen: ClassVar[frozenset[str] | None] = None
@@ -320,6 +181,9 @@ class TrainConfig:
         values, problems = coerce_all({f.name: getattr(self, f.name) for f in fields(self)}, TrainConfig)
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if self.learning_rate is None:
+            rate = _RATE if self.objective == "sft" else _RATE_OF_PREFERENCES
+            object.__setattr__(self, "learning_rate", rate)
         if self.max_steps == -1:  # what transformers writes for "not set"
             object.__setattr__(self, "max_steps", None)
         if isinstance(self.resume, str) and self.resume.lower() in ("true", "false"):
@@ -339,7 +203,7 @@ class TrainConfig:
         for name in _needed(vars(self)):
             if not str(getattr(self, name)).strip():
                 yield f"{name} is empty"
-        for name in ("model", "from_adapter", "data", "output", "eval_data", "replay"):
+        for name in ("model", "from_adapter", "reference", "data", "output", "eval_data", "replay"):
             value = getattr(self, name)
             if isinstance(value, str) and (problem := path_problem(value, written=name == "output")):
                 yield f"{name} is {shown(value)}: {problem}"
@@ -347,7 +211,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
                 yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
-            elif value and is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else _LARGEST_NUMBER):
+            elif value and is_int(value) and value > (most := _LARGEST_SEED if name == "seed" else LARGEST_NUMBER):
                 yield f"{name} is {shown(value)}; expected at most {most:,}"
             elif value is not None and not math.isfinite(value):
                 yield f"{name} is {value}; expected a finite number"
@@ -359,6 +223,10 @@ class TrainConfig:
             yield f"replay_share is {self.replay_share}; expected at least 0 and below 1"
         if self.early_stopping_patience is not None and self.eval_data is None and self.held_out == 0:
             yield "early_stopping_patience needs held-out rows; expected eval_data, or held_out above 0"
+        if self.objective != "sft":
+            yield from self._problems_of_preferences()
+        elif self.reference is not None:
+            yield f"reference is {shown(self.reference)}, and the objective is sft, which compares with nothing"
         if self.resume is not None and self.overwrite:
             yield "resume and overwrite are both given; expected one of them"
         if self.bf16 and self.trainer.get("fp16"):
@@ -370,6 +238,17 @@ class TrainConfig:
             yield f"trainer has the key {shown(odd[0])}; expected names of options"
         for name in sorted(self.trainer.keys() & OPTION_NAMES):
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
+
+    def _problems_of_preferences(self) -> Iterator[str]:
+        what = f"the objective is {self.objective}, which"
+        if self.packing:
+            yield f"packing is on, and {what} needs each answer by itself"
+        if self.train_on == "all":
+            yield f"train_on is all, and {what} is about answers alone"
+        if self.replay is not None:
+            yield f"replay is given, and {what} learns no plain text"
+        if self.reference is not None and self.objective not in WITH_REFERENCE:
+            yield f"reference is {shown(self.reference)}, and {what} compares with nothing"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, granted: Collection[str] = ()) -> TrainConfig:
@@ -445,7 +324,8 @@ _SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
 
 def _needed(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The options that a run cannot be without."""
-    return ("data", "output") if options.get("from_adapter") else ("model", "data", "output")
+    starts = options.get("from_adapter") or options.get("reference") not in (None, "base")
+    return ("data", "output") if starts else ("model", "data", "output")
 
 
 def _foreign(name: str, value: Any) -> str | None:
@@ -493,8 +373,5 @@ _TRAIN_BOUNDS = {
     "max_loss": (0, False),
     "seed": (0, True),
 }
-_LARGEST_ALPHA = 1e12  # its square is still a float32
-_LARGEST_NUMBER = 2**53
-"""Up to here floats tell whole numbers apart, and no count of rows, steps or tokens is larger."""
 _LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""

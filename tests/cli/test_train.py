@@ -92,6 +92,8 @@ TYPED = {
     "grace_period": ("5", 5.0),
     "sharding": ("fsdp2", "fsdp2"),
     "cpu_offload": (None, True),
+    "objective": ("dpo", "dpo"),
+    "reference": ("base --objective dpo", "base"),
     "on_nan": ("skip", "skip"),
     "max_loss": ("9", 9.0),
     "overwrite": (None, True),

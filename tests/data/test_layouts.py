@@ -129,7 +129,7 @@ class TestColumnsBesideTheText:
     def test_preferences(self, complaint, read):
         for names in ({"chosen": "A", "rejected": "B"}, {"preferred_output": "A", "non_preferred_output": "B"}):
             message = complaint({"prompt": "Q", **names})
-            assert f"{next(iter(names))!r} belongs to preferences, which are not learned here" in message
+            assert f"{next(iter(names))!r} belongs to preferences, which --objective dpo learns" in message
             assert "rename it to 'completion'" in message
         assert "rename it to 'messages'" in complaint({"chosen": [Q, A], "rejected": [Q, A]})
         assert (
@@ -144,11 +144,17 @@ class TestColumnsBesideTheText:
         )
         for name in ("rejected", "rejected_response"):
             _, left_out = read({"prompt": "Q", "completion": "A", name: "B"})
-            assert left_out == (LeftOut(f"the column {name!r}", 1, "not used; preferences are not learned here"),)
+            assert left_out == (LeftOut(f"the column {name!r}", 1, "not used; --objective dpo learns preferences"),)
 
     def test_answers_that_are_called_bad_are_said(self, read):
         _, left_out = read({"prompt": "Q", "completion": "A", "label": False}, {"prompt": "Q", "completion": "B"})
-        assert left_out == (LeftOut("the column 'label'", 1, "not used; what it calls bad is learned like the rest"),)
+        assert left_out == (
+            LeftOut(
+                "the column 'label'",
+                1,
+                "not used; what it calls bad is learned like the rest (--objective kto learns both)",
+            ),
+        )
 
     @pytest.mark.parametrize("column", ["System Prompt", "system-prompt", " SYSTEM_PROMPT "])
     def test_columns_however_they_are_spelt(self, read, column):

@@ -275,7 +275,7 @@ def asked_and_answered(question, answer):
 def test_the_tokenizer_is_asked_for_new_pieces_only(write, monkeypatch):
     tokenizer = byte_level("llama3")
     asked = []
-    monkeypatch.setattr(tokens._Batches, "_whole", lambda self, texts: asked.append(texts) or iter(()))
+    monkeypatch.setattr(tokens.Batches, "_whole", lambda self, texts: asked.append(texts) or iter(()))
     examples = load_examples(write([{"prompt": "a b a b", "completion": " a b a b" * 20}] * 20))
     assert len(tokenize(examples, tokenizer, max_length=50)) == 20
     assert asked == [[]]

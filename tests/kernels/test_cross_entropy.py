@@ -5,7 +5,13 @@ import torch
 
 import formula
 from theodora.kernels import cross_entropy
-from theodora.kernels.cross_entropy import block_rows, linear_cross_entropy, linear_cross_entropy_reference
+from theodora.kernels.cross_entropy import (
+    IGNORED,
+    block_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_of_tokens,
+    linear_cross_entropy_reference,
+)
 from theodora.kernels.operators import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,3 +228,27 @@ def test_memory_that_holds_nan_reaches_no_gradient():
         torch.use_deterministic_algorithms(False)
     assert dh.isfinite().all()
     assert sums.nats.isfinite()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_losses_of_tokens_add_up_and_are_weighed_one_by_one(softcap):
+    """Each token's loss is its own, and so is its gradient, whatever weight comes in for it."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 16, generator=draw, dtype=torch.float64)
+    weight = torch.randn(50, 16, generator=draw, dtype=torch.float64)
+    labels = torch.randint(50, (300,), generator=draw)
+    labels[::7] = IGNORED
+    weights = torch.rand(300, generator=draw, dtype=torch.float64)
+    hidden.requires_grad_()
+    each = linear_cross_entropy_of_tokens(hidden, weight, labels, softcap=softcap, with_stats=True)
+    whole = linear_cross_entropy(hidden, weight, labels, softcap=softcap, with_stats=True)
+    for one, total in ((each.nats, whole.nats), (each.entropy, whole.entropy), (each.correct, whole.correct)):
+        torch.testing.assert_close(one.sum(), total)
+    assert torch.equal(each.learned.bool(), labels != IGNORED)
+    (found,) = torch.autograd.grad((each.nats * weights).sum(), hidden)
+    z = hidden @ weight.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    nats = torch.nn.functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(each.nats, nats)
+    (expected,) = torch.autograd.grad((nats * weights).sum(), hidden)
+    torch.testing.assert_close(found, expected)

@@ -18,7 +18,20 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # Floors of the house, lowest first. A module imports from lower floors and from its own part; parts that share a
 # floor stand side by side and do not know each other, except where BESIDE says so.
 FLOORS = [
-    {"errors", "coerce", "other_words", "trust", "naming", "paths", "metered", "config", "parse", "ends", "kept"}
+    {
+        "errors",
+        "coerce",
+        "other_words",
+        "trust",
+        "naming",
+        "paths",
+        "metered",
+        "adapter_config",
+        "config",
+        "parse",
+        "ends",
+        "kept",
+    }
     | {"locks", "main_memory", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
     {"kernels"},
@@ -39,7 +52,8 @@ BESIDE = {
     "paths": {"errors"},
     "metered": {"errors"},
     "ends": {"metered"},
-    "config": {"errors", "coerce", "other_words", "trust", "naming", "paths"},
+    "adapter_config": {"errors", "coerce", "paths"},
+    "config": {"errors", "adapter_config", "coerce", "other_words", "trust", "naming", "paths"},
     "terminal": {"safe_text"},
     "functional": {"autocast"},
     "conformance": {"serve"},  # what is served is held to the formula, too

@@ -67,7 +67,22 @@ def kinds(folder):
     """`KINDS`, and general text among the rows: all of a text is learned, and a few tokens of a row."""
     texts = folder / "general.jsonl"
     texts.write_text("".join(json.dumps({"text": f"Some text number {i}." * (1 + i % 3)}) + "\n" for i in range(20)))
-    return KINDS | {"replay": {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}}
+    pairs = [
+        {"prompt": f"{a} + {b} =", "chosen": f" {a + b}", "rejected": f" {a * b}!!"} for a in range(5) for b in (2, 3)
+    ]
+    judged = [
+        {"prompt": f"{a} + {b} =", "completion": f" {a + b}" + "!" * wrong, "label": not wrong}
+        for a in range(5)
+        for b in (2, 3)
+        for wrong in (0, 1)
+    ]
+    preferences = {}
+    for objective, rows in {"dpo": pairs, "kto": judged}.items():
+        path = folder / f"{objective}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        preferences[objective] = {"objective": objective, "data": str(path), "beta": 0.5, "held_out": 2, "max_steps": 4}
+    replay = {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}
+    return KINDS | {"replay": replay, **preferences}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +134,7 @@ def four(base, folder):
     return launch(4, [Scenario("four", options)], folder)["four"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "replay"])
+@pytest.mark.parametrize("kind", [*KINDS, "replay", "dpo", "kto"])
 def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, folder, run, base, tmp_path):
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
     run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})

@@ -3,10 +3,12 @@
 example:
   theodora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output runs/first
   theodora train --config recipe.yaml --learning-rate 2e-4
+  theodora train --from-adapter runs/first --data pairs.jsonl --objective dpo --output runs/preferred
 
 A flag goes before the file, and the file before the default. Any other field of TRL's SFTConfig works as well,
-in the file and as a flag: --optim adafactor --neftune-noise-alpha 5. What runs others' code or sends to other
-machines (--trust-remote-code, --report-to wandb) is said by a flag alone: a file that asks for it is refused.
+in the file and as a flag: --optim adafactor --neftune-noise-alpha 5, and of an objective's own: --beta 0.05.
+What runs others' code or sends to other machines (--trust-remote-code, --report-to wandb) is said by a flag
+alone: a file that asks for it is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from theodora.parse import parse_yaml
 PASSES_OPTIONS_ON = True
 
 GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "What": (TrainConfig, ("model", "from_adapter", "data", "output")),
+    "What": (TrainConfig, ("model", "from_adapter", "data", "output", "objective", "reference")),
     "Adapter": (
         AdapterConfig,
         (

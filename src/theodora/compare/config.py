@@ -63,7 +63,8 @@ class CompareConfig:
     methods: tuple[Any, ...] = ("full", "lora", "dora")
     """Names (full, lora, rslora, pissa, olora, lora+, dora, dora+, magnitude, direction), or mappings: method (one of
     these names), and any of name, ranks, learning_rates, replay (share of training rows that are general text),
-    b_ratio, and the fields of an adapter (alpha, targets, init, dropout, …)."""
+    b_ratio, objective (sft, dpo, ipo, orpo, simpo: rows are pairs then) with its beta, and the fields of an adapter
+    (alpha, targets, init, dropout, …)."""
     ranks: tuple[int, ...] = (8,)
     """Ranks that each method with a rank is run with."""
     learning_rates: tuple[Any, ...] | Mapping[str, Any] = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -179,6 +180,11 @@ class CompareConfig:
     def variants(self) -> list[Variant]:
         """Every method with each of its ranks."""
         return variants(self.methods, self.ranks, self.learning_rates)
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether rows are pairs of a better and a worse answer: sft learns the better one then, and scores ask it."""
+        return any(variant.objective != "sft" for variant in self.variants)
 
     @property
     def final_seeds(self) -> tuple[int, ...]:

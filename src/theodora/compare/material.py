@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.compare.config import CompareConfig, DataConfig, is_code
-from theodora.data import Examples, load_examples, reference_answer, split_examples, tokenize
+from theodora.data import (
+    Examples,
+    as_answers,
+    load_examples,
+    reference_answer,
+    split_examples,
+    tokenize,
+    tokenize_preferences,
+)
 from theodora.data.left_out import named, sentences
 from theodora.data.replay import mix
 from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list
@@ -24,6 +32,8 @@ class Task:
 
     rows: list[Row]
     """To train on."""
+    pairs: list[Row]
+    """The same as pairs, better, worse, better, …; none where rows are no pairs."""
     validation: Questions
     curve: Questions
     """The first validation rows, for learning curves."""
@@ -58,8 +68,10 @@ class Material:
     replay: list[Row]
     """General texts that are not scored, tokenised."""
 
-    def rows(self, data: str, replay: float, seed: int) -> list[Row]:
-        """What a cell trains on."""
+    def rows(self, data: str, replay: float, seed: int, objective: str = "sft") -> list[Row]:
+        """What a cell trains on; of objectives other than sft the sequences of pairs."""
+        if objective != "sft":
+            return self.tasks[data].pairs
         return mix(self.tasks[data].rows, self.replay, replay, seed)
 
 
@@ -121,24 +133,26 @@ def labels_for(data: DataConfig, splits: Splits) -> list[str] | None:
         return None
     if data.labels != "auto":
         return list(data.labels)
-    return sorted(set().union(*(answers_of(part) for part in (splits.train, splits.validation, splits.test))))
+    parts = as_answers(splits.train), splits.validation, splits.test
+    return sorted(set().union(*map(answers_of, parts)))
 
 
 def _split(config: CompareConfig, name: str, data: DataConfig) -> Splits:
     if is_code(data.score):
         load_metric(data.score)  # what is wrong with it is said before anything runs
-    train = load_examples(data.train)
+    kind = "pairs" if config.learns_pairs else "answers"
+    train = load_examples(data.train, kind=kind)
     parts: dict[str, Examples] = {}
     for part in ("test", "validation"):
         wanted = getattr(data, part)
         if isinstance(wanted, str):
-            parts[part] = load_examples(wanted)
+            parts[part] = load_examples(wanted, kind=kind)
         else:
             train, parts[part] = split_examples(train, wanted, config.split_seed)
     splits = Splits(
         train=train,
-        validation=_first(parts["validation"], config.validation_rows),
-        test=_first(parts["test"], config.test_rows),
+        validation=as_answers(_first(parts["validation"], config.validation_rows)),
+        test=as_answers(_first(parts["test"], config.test_rows)),
     )
     if data.score != "loss":
         texts = sorted({part.source for part in vars(splits).values() if part.format == "text"})
@@ -208,7 +222,8 @@ def _task(
         )
 
     return Task(
-        rows=_rows(splits.train, tokenizer, min(config.max_length, window), config.use_chat_template),
+        rows=_rows(as_answers(splits.train), tokenizer, min(config.max_length, window), config.use_chat_template),
+        pairs=_pairs(splits.train, tokenizer, min(config.max_length, window), config.use_chat_template),
         validation=asked(splits.validation),
         curve=asked(_first(splits.validation, config.curve_rows), scored=False),
         test=asked(splits.test),
@@ -220,6 +235,18 @@ def _task(
 def _commonest(examples: Examples) -> float:
     counts = Counter(reference_answer(row).strip() for row in examples.dataset)  # pyright: ignore[reportArgumentType]
     return max(counts.values()) / len(examples)
+
+
+def _pairs(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, use_chat_template: bool | None
+) -> list[Row]:
+    if examples.format != "preference":
+        return []
+    tokens = tokenize_preferences(examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template)
+    sequences: list[Row] = []
+    for ids, labels, (cut, _) in zip(tokens["input_ids"], tokens["labels"], tokens["lengths"], strict=True):
+        sequences += [Row(input_ids=ids[:cut], labels=labels[:cut]), Row(input_ids=ids[cut:], labels=labels[cut:])]
+    return sequences
 
 
 def _rows(

@@ -56,6 +56,10 @@ class Variant:
     rank: int | None
     replay: float = 0.0
     b_ratio: float = 1.0
+    objective: str = "sft"
+    """sft learns the better answers of pairs; the others what is better about them."""
+    beta: float | None = None
+    """Of the objective. Default: as in `theodora train`."""
     learning_rates: tuple[float, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Other fields of the adapter."""
@@ -86,7 +90,8 @@ class Variant:
         return METHODS[self.method].trains
 
 
-_OWN = ("method", "name", "ranks", "learning_rates", "replay", "b_ratio")
+_OWN = ("method", "name", "ranks", "learning_rates", "replay", "b_ratio", "objective", "beta")
+OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo")
 _ADAPTER = {f.name for f in fields(AdapterConfig)} - {"method", "rank"}
 
 
@@ -106,11 +111,7 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
             continue
         method = METHODS[options["method"]]
         replay = float(options.get("replay") or 0.0)
-        name = (
-            options["name"]
-            if options.get("name") is not None
-            else options["method"] + (f"+replay{100 * replay:g}" if replay else "")
-        )
+        name = options["name"] if options.get("name") is not None else options["method"] + _suffix(options, replay)
         wanted = _as_tuple(options.get("ranks", ranks)) if method.has_rank else (None,)
         own = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in _OWN}
         for rank in wanted:
@@ -120,6 +121,8 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
                 rank=rank,
                 replay=replay,
                 b_ratio=float(options.get("b_ratio", method.b_ratio)),
+                objective=options.get("objective", "sft"),
+                beta=None if options.get("beta") is None else float(options["beta"]),
                 learning_rates=_rates(options.get("learning_rates"), rates, name, options["method"], problems),
                 options=own,
             )
@@ -137,6 +140,11 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return chosen
+
+
+def _suffix(options: Mapping[str, Any], replay: float) -> str:
+    objective = options.get("objective", "sft")
+    return (f"-{objective}" if objective != "sft" else "") + (f"+replay{100 * replay:g}" if replay else "")
 
 
 def _wrong(given: Any, options: Any) -> Iterator[str]:
@@ -157,6 +165,15 @@ def _wrong(given: Any, options: Any) -> Iterator[str]:
             yield f"methods: name: {problem}"
         elif name in METHODS and name != options["method"]:
             yield f"methods: {options['method']} is named {name}, which is another method; give it another name"
+    objective, beta = options.get("objective", "sft"), options.get("beta")
+    if objective not in OBJECTIVES:
+        yield f"methods: objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}"
+    elif objective != "sft" and method.adapter is None:
+        yield f"methods: full fine-tuning has no adapter to switch off, which {objective} is compared with"
+    elif objective != "sft" and replay:
+        yield f"methods: replay is of sft; {objective} learns no plain text"
+    if beta is not None and (objective == "sft" or not is_number(beta) or beta <= 0):
+        yield f"methods: beta is {beta!r}; expected a positive number, of an objective other than sft"
     ratio = options.get("b_ratio", 1)
     if not is_number(ratio) or ratio <= 0:
         yield f"methods: b_ratio is {ratio!r}; expected a positive number"

@@ -20,6 +20,7 @@ from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.compare.material import Material, prepare, read_splits
 from theodora.compare.methods import Variant
+from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, TheodoraError
 from theodora.evaluate import Scores
@@ -30,8 +31,10 @@ from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
-from theodora.train.light import LightRunDiverged, LightSettings, train_light
+from theodora.train.light import LightRunDiverged, LightSettings, Preference, train_light
 from theodora.train.memory import peak_of, start_counting
+from theodora.train.objectives import settings_of
+from theodora.train.reference import Reference
 
 _CURVE_POINTS = 60  # of the training loss
 
@@ -168,7 +171,7 @@ class Bench:
                 record.curve.append((step, self._loss(self.material.tasks[cell.data].curve)))
                 measuring += self._now() - begun
 
-        rows = self.material.rows(cell.data, variant.replay, cell.seed)
+        rows = self.material.rows(cell.data, variant.replay, cell.seed, variant.objective)
         start_counting(self.device)
         start = self._now()
         result = train_light(
@@ -176,6 +179,7 @@ class Bench:
             rows,
             settings,
             head=self.head,
+            preference=self._preference(variant),
             pad_id=safe_padding(self.model, self.tokenizer),
             autocast=autocast,
             on_step=on_step if points else None,
@@ -184,6 +188,16 @@ class Bench:
         record.peak_memory = peak_of(self.device)
         record.tokens, record.graphed_steps = result.tokens, result.graphed
         record.losses = thinned(result.losses, _CURVE_POINTS)
+
+    def _preference(self, variant: Variant) -> Preference | None:
+        """What a variant learns of pairs; None for sft."""
+        if variant.objective == "sft":
+            return None
+        beta = {} if variant.beta is None else {"beta": variant.beta}
+        options = {"model": "m", "data": "d", "output": "o", "objective": variant.objective, **beta}
+        settings = settings_of(TrainConfig.from_options(options))
+        assert settings is not None
+        return Preference(settings, Reference(self.model, None) if settings.compares else None)
 
     def _validate(self, cell: Cell, record: Record) -> None:
         scores = self._score(cell.data, self.material.tasks[cell.data].validation)

@@ -5,12 +5,14 @@ from theodora.data.hidden import left_out_of
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
 from theodora.data.prompts import encode_prompt, expected_answer, reference_answer, render_prompt, with_answer
+from theodora.data.sequences import as_answers, tokenize_preferences
 from theodora.data.split import split_examples
 from theodora.data.templates import fallback_chat_template
 from theodora.data.tokens import tokenize
 
 __all__ = [
     "Examples",
+    "as_answers",
     "encode_prompt",
     "expected_answer",
     "fallback_chat_template",
@@ -21,5 +23,6 @@ __all__ = [
     "render_prompt",
     "split_examples",
     "tokenize",
+    "tokenize_preferences",
     "with_answer",
 ]

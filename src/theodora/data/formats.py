@@ -73,6 +73,8 @@ class Layout:
     features: Features
     read: Callable[[Row, Notes], Row | None]
     """Row → row in our shape (None: nothing is in it). What it uses, leaves out and finds wrong goes to the notes."""
+    skipped: str = "rows without text"
+    """What rows are called in which nothing is."""
 
 
 def recognise(row: Row, *, as_turns: bool = False) -> Layout | None:
@@ -116,10 +118,10 @@ def explain_unknown(row: Row) -> str:
         if lower in _HINTS:
             lines.append(f"    {name!r} {_HINTS[lower]}")
         elif lower in PREFERENCES:
-            whole = "messages" if _holds_turns(row[name]) and not set(_by_name(row)) & set(PROMPTS) else "completion"
+            whole = "messages" if holds_turns(row[name]) and not set(_by_name(row)) & set(PROMPTS) else "completion"
             lines.append(
-                f"    {name!r} belongs to preferences, which are not learned here. To train on what is preferred, "
-                f"rename it to {whole!r}"
+                f"    {name!r} belongs to preferences, which --objective dpo learns. To train on what is preferred "
+                f"alone, rename it to {whole!r}"
             )
         elif lower in known:
             partner = COMPLETIONS if lower in PROMPTS else PROMPTS
@@ -162,7 +164,7 @@ def _pair_layout(prompt: str, completion: str, row: Row, as_turns: bool) -> Layo
     contexts = tuple(name for name in CONTEXTS if name != names[0])
     alpaca = names[0] == "instruction" and (names[1] == "output" or bool(set(contexts) & set(_by_name(row))))
     kind, needed = List(Json()), (prompt, completion)
-    if _holds_turns(row[prompt]):
+    if holds_turns(row[prompt]):
         read = _turns_reader(prompt, completion)
     elif names[0] == "prompt" and names[1] in ("completion", "response") and not as_turns:
         read, kind = _verbatim_reader(prompt, completion, contexts), Value("string")
@@ -221,7 +223,7 @@ def _turns_reader(prompt: str, completion: str) -> Callable[[Row, Notes], Row]:
         asked = read_turns(row[prompt], prompt, notes, schemas_of(tools))
         system, rules = _optional(row, SYSTEMS, notes)
         asked = with_system(asked, _text(rules, system, notes), system, notes)
-        if isinstance(row[completion], str) and not _holds_turns(row[completion]):
+        if isinstance(row[completion], str) and not holds_turns(row[completion]):
             answered = [assistant(_read_answer(row, completion, notes))]
         else:
             answered = read_turns(row[completion], completion, notes, schemas_of(tools))
@@ -303,12 +305,13 @@ def _check_preferences(row: Row, messages: list[Message], column: str, notes: No
         name, _ = _optional(row, (preferred,))
         if name and _optional(row, (other,))[0]:
             notes.wrong(
-                f"{column!r} ends without an answer, and {name!r} and {other!r} hold preferences, which are not "
-                f"learned here. To train on what is preferred, append it to {column!r}"
+                f"{column!r} ends without an answer, and {name!r} and {other!r} hold preferences, which "
+                f"--objective dpo learns. To train on what is preferred alone, append it to {column!r}"
             )
 
 
-def _holds_turns(value: Any) -> bool:
+def holds_turns(value: Any) -> bool:
+    """Whether a cell is a conversation: a list of turns, or its text in JSON."""
     return bool(_keys_of_turns(value) & {"role", "from"})
 
 

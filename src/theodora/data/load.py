@@ -7,7 +7,8 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 
-from theodora.data.examples import Examples
+from theodora.data.examples import Examples, Kind
 from theodora.data.files import LocatedRows, Row
 from theodora.data.formats import BESIDE, COLUMNS, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
 from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
+from theodora.data.preference import explain_no_pairs, explain_not_judged, recognise_judged, recognise_pairs
 from theodora.data.problems import Problems, listed
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
@@ -35,11 +37,16 @@ _VERDICTS = ("label", "kto_tag")
 _PREFERRED = (*PREFERENCES, *PREFERENCES.values(), "rejected_response", "rejected_messages")
 # Pictures, sounds and places in them (LLaMA-Factory's, ms-swift's, TRL's).
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
+_RECOGNISED: dict[Kind, tuple[Callable[..., Layout | None], Callable[[Row], str]]] = {
+    "answers": (recognise, explain_unknown),
+    "pairs": (recognise_pairs, explain_no_pairs),
+    "judged": (recognise_judged, explain_not_judged),
+}
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
 """What is in memory before it is written, at most: rows may be whole books, and a batch's text must stay under 2 GB."""
 
 
-def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
+def load_examples(source: str | Path, *, split: str | None = None, kind: Kind = "answers") -> Examples:
     """Read, recognise and check every row of `source`.
 
     Example:
@@ -50,6 +57,7 @@ def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
             folder written by `datasets.save_to_disk`, or the name of a dataset on the Hub (`owner/name` or
             `owner/name:config`; only this downloads anything).
         split: which split of a folder or dataset that has several. Default: `train`.
+        kind: what the rows are to be: answers, pairs (for DPO and its like), or judged answers (for KTO).
 
     Returns:
         The rows, in the order of the source. They live in a temporary folder that is removed when the process ends;
@@ -60,17 +68,27 @@ def load_examples(source: str | Path, *, split: str | None = None) -> Examples:
     """
     opened = open_source(source, split)
     try:
-        return _read(opened, as_turns=False)
+        return _read(opened, kind, as_turns=False)
     except NeedsTurns:
-        return _read(opened, as_turns=True)
+        return _read(opened, kind, as_turns=True)
 
 
-def _read(opened: Source, *, as_turns: bool) -> Examples:
+def _read(opened: Source, kind: Kind, *, as_turns: bool) -> Examples:
     problems = Problems(opened.name)
-    reading = _Pass(problems, UnfoldedSize(opened.name, opened.size), as_turns=as_turns, is_table=opened.is_table)
+    recognise, explain = _RECOGNISED[kind]
+    reading = _Pass(
+        problems,
+        UnfoldedSize(opened.name, opened.size),
+        partial(recognise, as_turns=as_turns),
+        explain,
+        is_table=opened.is_table,
+    )
     dataset = _store(reading.rows(opened.rows(problems)), reading)
     problems.raise_if_any()
     if dataset is None or reading.layout is None:
+        skipped = sentences(reading.left_out())
+        if skipped:
+            raise DataError(f"{opened.name} holds nothing to learn from: {'; '.join(skipped)}")
         raise DataError(f"{opened.name} is empty; expected at least one row")
     if "tools" in dataset.column_names and not reading.has_tools:
         dataset = dataset.remove_columns("tools")
@@ -88,13 +106,20 @@ def _read(opened: Source, *, as_turns: bool) -> Examples:
 class _Pass:
     """One pass over a source: reads its rows by the layout that the first one shows, and counts what is left out."""
 
-    def __init__(self, problems: Problems, unfolded: UnfoldedSize, *, as_turns: bool, is_table: bool) -> None:
-        self.problems = problems
+    def __init__(
+        self,
+        problems: Problems,
+        unfolded: UnfoldedSize,
+        recognise: Callable[[Row], Layout | None],
+        explain: Callable[[Row], str],
+        *,
+        is_table: bool,
+    ) -> None:
+        self.problems, self._recognise, self._explain = problems, recognise, explain
         self._unfolded = unfolded
         self.layout: Layout | None = None
         self.has_tools = False
         self.hashed = hashlib.sha256()
-        self._as_turns = as_turns
         # A table has nulls and an order of keys by itself: that they change is not worth saying.
         self._unsaid = (NULLS, ORDER) if is_table else ()
         self._first = ""
@@ -106,9 +131,9 @@ class _Pass:
         for where, row in located:
             self._unfolded.add(size_of(row))
             if self.layout is None:
-                self.layout, self._first = recognise(row, as_turns=self._as_turns), where
+                self.layout, self._first = self._recognise(row), where
             if self.layout is None:
-                self.problems.add(where, explain_unknown(row))
+                self.problems.add(where, self._explain(row))
                 return
             read = self._read(where, row, self.layout)
             if read is not None and not self.problems.count:
@@ -134,7 +159,7 @@ class _Pass:
         for problem in notes.problems:
             self.problems.add(where, problem)
         if read is None and not notes.problems:
-            notes.leave_out("rows without text", "skipped")
+            notes.leave_out(layout.skipped, "skipped")
         beside = () if layout.format == "text" else BESIDE
         for name in unused:
             notes.leave_out(f"the column {name!r}", _why_unused(name, row[name], beside))
@@ -165,9 +190,9 @@ class _Pass:
 def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
     plain = spelling(name)
     if plain in _VERDICTS and (isinstance(value, bool) or spelling(value) in ("true", "false")):
-        return "not used; what it calls bad is learned like the rest"
+        return "not used; what it calls bad is learned like the rest (--objective kto learns both)"
     if plain in _PREFERRED:
-        return "not used; preferences are not learned here"
+        return "not used; --objective dpo learns preferences"
     if plain in _MEDIA:
         return "not used; the text beside it is learned as it stands, placeholders such as <image> included"
     return NOT_USED if plain in COLUMNS else not_used(name, beside)

@@ -7,7 +7,7 @@ learned is then marked by the characters that tokens stand for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +48,7 @@ from theodora.metered import whole_job
 
 __all__ = ["TrainOn", "tokenize"]
 
+IDS_AND_LABELS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
 
@@ -93,21 +94,8 @@ def tokenize(
         raise ConfigError(f"train_on is {train_on!r}; expected 'completion' or 'all'")
     if tokenizer.eos_token_id is None:
         raise ConfigError("The tokenizer has no EOS token, so that a model never learns to stop; set its eos_token")
-    batches = _Batches(examples, tokenizer, max_length, use_chat_template, train_on)
-    with _progress_bars(progress), whole_job():
-        tokenised = examples.dataset.with_format("arrow").map(
-            batches.encode,
-            batched=True,
-            batch_size=_rows_at_once(examples.dataset),
-            with_indices=True,
-            remove_columns=examples.dataset.column_names,
-            features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
-            # Without a name of its own, datasets would hash the tokenizer and everything else that is held here.
-            new_fingerprint=generate_random_fingerprint(),
-            desc="Tokenising",
-        )
-    tokenised.reset_format()
-    batches.problems.raise_if_any("Bring these conversations into the form that the chat template expects.")
+    batches = Batches(examples, tokenizer, max_length, use_chat_template, train_on)
+    tokenised = encoded_rows(batches, examples, progress=progress)
     left_out = batches.counts.hidden.left_out()
     if not len(tokenised) and batches.counts.unseen:
         raise DataError(
@@ -119,7 +107,31 @@ def tokenize(
             f"{examples.source}: all {len(examples):,} rows are cut off at max_length={max_length} before anything to "
             "learn; raise max_length"
         )
-    tokenised.info.description = batches.counts.describe(max_length, left_out)
+    return tokenised
+
+
+def encoded_rows(batches: Batches, examples: Examples, *, progress: bool = False) -> Dataset:
+    """Every row as `batches` encodes it; what was cut or dropped stands in words in its `info.description`.
+
+    Raises:
+        DataError: the chat template refuses rows.
+    """
+    with progress_bars(progress), whole_job():
+        tokenised = examples.dataset.with_format("arrow").map(
+            batches.encode,
+            batched=True,
+            batch_size=_rows_at_once(examples.dataset),
+            with_indices=True,
+            remove_columns=examples.dataset.column_names,
+            features=Features({**IDS_AND_LABELS, **batches.more_columns}),
+            # Without a name of its own, datasets would hash the tokenizer and everything else that is held here.
+            new_fingerprint=generate_random_fingerprint(),
+            desc="Tokenising",
+        )
+    tokenised.reset_format()
+    batches.problems.raise_if_any("Bring these conversations into the form that the chat template expects.")
+    left_out = batches.counts.hidden.left_out()
+    tokenised.info.description = batches.counts.describe(batches.max_length, left_out)
     if batches.counts.are_worth_saying or left_out:
         logger.warning("%s: %s", examples.source, tokenised.info.description)
     return tokenised
@@ -132,7 +144,9 @@ def _rows_at_once(dataset: Dataset) -> int:
 
 
 @dataclass
-class _Counts:
+class Counts:
+    """What became of the rows."""
+
     rows: int = 0
     tokens: int = 0
     learned: int = 0
@@ -146,11 +160,13 @@ class _Counts:
 
     @property
     def are_worth_saying(self) -> bool:
+        """Whether something was left."""
         return bool(
             self.dropped or self.cut or self.straddled or self.unseen or self.unprompted or self.unprompted_earlier
         )
 
     def describe(self, max_length: int, left_out: Sequence[LeftOut]) -> str:
+        """All of it in words."""
         parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned"]
         if self.dropped:
             parts.append(f"{self.dropped:,} rows dropped: nothing to learn within max_length={max_length}")
@@ -180,7 +196,7 @@ class _Counts:
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A text to tokenise and what of it to learn."""
 
     text: str
@@ -191,8 +207,11 @@ class _Text:
     """EOS is appended, and learned."""
 
 
-class _Batches:
+class Batches:
     """Encodes batches of rows for `Dataset.map`, and remembers what went wrong and what was left out."""
+
+    more_columns: Mapping[str, Any] = {}
+    """Columns beside ids and labels, and their types."""
 
     def __init__(
         self,
@@ -203,7 +222,7 @@ class _Batches:
         train_on: TrainOn,
     ) -> None:
         self.tokenizer, self.max_length, self.features = tokenizer, max_length, examples.dataset.features
-        self.problems, self.counts = Problems(examples.source), _Counts()
+        self.problems, self.counts = Problems(examples.source), Counts()
         self.is_text = "text" in examples.dataset.column_names
         self.learns_all = self.is_text or train_on == "all"
         verbatim = is_verbatim(examples.dataset.features, tokenizer, use_chat_template)
@@ -212,23 +231,28 @@ class _Batches:
 
     def encode(self, table: Any, indices: list[int]) -> Any:
         """One batch, as pyarrow tables; a row may give no row, or several."""
-        columns = plain_columns(table, self.features)
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        texts = [self._text(index, row) for index, row in zip(indices, rows, strict=True)]
+        rows = self.rows(table)
+        texts = [self.text(index, row) for index, row in zip(indices, rows, strict=True)]
         encoded: list[tuple[Tokens, Tokens]] = []
-        for ids, labels in self._tokenised([text for text in texts if text is not None]):
+        for ids, labels in self.tokenised([text for text in texts if text is not None]):
             added = [self._add(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
             self.counts.cut += len(ids) > self.max_length and not self.is_text and any(added)
-        return pa.table({"input_ids": _lists([ids for ids, _ in encoded]), "labels": _lists([l for _, l in encoded])})
+        return pa.table({"input_ids": lists([ids for ids, _ in encoded]), "labels": lists([l for _, l in encoded])})
 
-    def _text(self, index: int, row: dict[str, Any]) -> _Text | None:
+    def rows(self, table: Any) -> list[dict[str, Any]]:
+        """The rows of a batch as dictionaries."""
+        columns = plain_columns(table, self.features)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def text(self, index: int, row: dict[str, Any]) -> Text | None:
+        """A row's text; None if it has none, which is counted or a problem."""
         if self.renderer is not None:
             return self._chat(self.renderer, index, row)
         prompt, rest = ("", row["text"]) if self.is_text else (row["prompt"], row["completion"])
         text = prompt + rest
-        return _Text(text, ((len(prompt), len(text)),), special=True, end=True)
+        return Text(text, ((len(prompt), len(text)),), special=True, end=True)
 
-    def _chat(self, renderer: ChatRenderer, index: int, row: dict[str, Any]) -> _Text | None:
+    def _chat(self, renderer: ChatRenderer, index: int, row: dict[str, Any]) -> Text | None:
         messages = whole_conversation(row)
         try:
             chat = renderer.render_for_training(messages, tools_of(row))
@@ -250,9 +274,9 @@ class _Batches:
             return None
         self.counts.unprompted += not chat.as_prompted
         self.counts.unprompted_earlier += chat.as_prompted and not chat.earlier_as_prompted
-        return _Text(chat.text, chat.spans, special=False, end=chat.ends_open)
+        return Text(chat.text, chat.spans, special=False, end=chat.ends_open)
 
-    def _tokenised(self, texts: Sequence[_Text]) -> Iterator[tuple[Tokens, Tokens]]:
+    def tokenised(self, texts: Sequence[Text]) -> Iterator[tuple[Tokens, Tokens]]:
         """Ids and labels of each text of a batch, however long."""
         texts = [self._shortened(text) for text in texts]
         made = dict(self._by_pieces(texts))
@@ -264,7 +288,7 @@ class _Batches:
             end = [cast(int, self.tokenizer.eos_token_id)] if text.end else []
             yield _with(ids[own], end), _with(labels[own], end)
 
-    def _by_pieces(self, texts: Sequence[_Text]) -> Iterator[tuple[int, tuple[Tokens, Tokens]]]:
+    def _by_pieces(self, texts: Sequence[Text]) -> Iterator[tuple[int, tuple[Tokens, Tokens]]]:
         """The number, ids and labels of each text that can be tokenised by its pieces."""
         by_pieces = self._piece_tokenizer
         around = by_pieces.around if by_pieces and any(text.special for text in texts) else ((), ())
@@ -294,7 +318,7 @@ class _Batches:
         before, behind = ([IGNORED] * len(side) if is_label else side for side in around)
         return np.concatenate([np.array(before, np.int32), tokens, np.array(behind, np.int32)])
 
-    def _whole(self, texts: Sequence[_Text]) -> Iterator[tuple[Tokens, Tokens]]:
+    def _whole(self, texts: Sequence[Text]) -> Iterator[tuple[Tokens, Tokens]]:
         """Ids and labels of texts that the tokenizer is given as they are."""
         if not texts:
             return
@@ -312,7 +336,7 @@ class _Batches:
             # Reading offsets takes time: they are read where something is not learned.
             yield tokens, tokens if self.learns_all else self._labels(text, tokens, encoding)
 
-    def _shortened(self, text: _Text) -> _Text:
+    def _shortened(self, text: Text) -> Text:
         """A text without what lies beyond any `max_length` tokens, which would be tokenised to be thrown away."""
         enough = max(_TEXT_AT_ONCE, 2 * self.max_length * self._longest_token)
         if self.is_text or len(text.text) <= enough:
@@ -324,7 +348,7 @@ class _Batches:
     def _longest_token(self) -> int:
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
-    def _labels(self, text: _Text, ids: Tokens, encoding: Encoding | None) -> Tokens:
+    def _labels(self, text: Text, ids: Tokens, encoding: Encoding | None) -> Tokens:
         given = places_of([]) if encoding is None else places_in(encoding, len(text.text))
         if are_sound(given, text.text):
             places = extents(given)
@@ -359,7 +383,7 @@ class _Batches:
         return True
 
 
-def _lists(rows: Sequence[Tokens]) -> Any:
+def lists(rows: Sequence[Tokens]) -> Any:
     """Rows as one pyarrow array of lists."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *rows]))
@@ -382,7 +406,8 @@ def _where(index: int, messages: Sequence[Message]) -> str:
 
 
 @contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Within the block datasets shows its bars, or does not."""
     if shown or datasets.are_progress_bars_disabled():
         yield
         return

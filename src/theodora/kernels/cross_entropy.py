@@ -88,6 +88,47 @@ def linear_cross_entropy(
     return LossSums(nats, *stats.unbind())
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """The same of each token, (T,), 0 where it is not learned; float32 (float64 for float64)."""
+
+    nats: Tensor
+    """Negative log-likelihood, with gradient."""
+    entropy: Tensor
+    correct: Tensor
+    learned: Tensor
+
+
+def linear_cross_entropy_of_tokens(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORED,
+    with_stats: bool = False,
+) -> TokenLosses:
+    """`linear_cross_entropy` without the sum: whoever weighs the tokens by their losses (as DPO does) needs each.
+
+    The gradient of h is that of each token's own loss, and the backward pass multiplies it by what comes in for it.
+    """
+    hidden_TH = hidden_TH.to(autocast_dtype(hidden_TH) or hidden_TH.dtype)
+    nats, stats = _LinearCrossEntropyOfTokens.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden_TH.contiguous(),
+        weight_VH.detach().to(hidden_TH.dtype),
+        labels_T.contiguous(),
+        None if bias_V is None else bias_V.detach(),
+        scale,
+        softcap,
+        ignore_index,
+        with_stats,
+        torch.is_grad_enabled() and hidden_TH.requires_grad,
+    )
+    return TokenLosses(nats, *stats.unbind())
+
+
 def linear_cross_entropy_reference(
     hidden_TH: Tensor,
     weight_VH: Tensor,
@@ -153,6 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_TH, weight_VH, labels_T, bias_V, scale, softcap, ignore_index, with_stats, with_gradient
         )
         ctx.save_for_backward(dh)
+        sums = sums.sum(1)
         nats, stats = sums[0].clone(), sums[1:].clone()
         ctx.mark_non_differentiable(stats)
         return nats, stats
@@ -162,6 +204,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_nats: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dh,) = ctx.saved_tensors
         return _scaled(dh, d_nats), *(None,) * 8
+
+
+class _LinearCrossEntropyOfTokens(torch.autograd.Function):
+    """-> nats (T,), (entropy, correct, learned) (3, T)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        sums, dh = _operator(*inputs)
+        ctx.save_for_backward(dh)
+        nats, stats = sums[0].clone(), sums[1:].clone()
+        ctx.mark_non_differentiable(stats)
+        return nats, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_nats: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dh,) = ctx.saved_tensors
+        return (dh * d_nats[:, None]).to(dh.dtype), *(None,) * 8
 
 
 def block_rows(tokens: int, vocabulary: int, itemsize: int) -> int:
@@ -182,7 +242,7 @@ def _linear_cross_entropy(
     with_stats: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(nats, entropy, correct, count) over all tokens, and the gradient of the nats in h (empty if not asked for)."""
+    """(nats, entropy, correct, count) of each token, and the gradient of the nats in h (empty if not asked for)."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows = block_rows(tokens, vocabulary, hidden.element_size())
     padded = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
@@ -203,7 +263,7 @@ def _linear_cross_entropy(
         settle(logits, labels[block], bias, scale, softcap, ignore_index, sums[:, block], with_stats, with_gradient)
         if with_gradient:
             torch.mm(logits, weight, out=dh[block])
-    return sums.sum(1), dh
+    return sums, dh
 
 
 def _settle_reference(
@@ -251,7 +311,7 @@ _operator = operator(
     "int ignore_index, bool with_stats, bool with_gradient) -> (Tensor, Tensor)",
     _linear_cross_entropy,
     lambda hidden, weight, labels, bias, scale, softcap, ignore_index, with_stats, with_gradient: (
-        hidden.new_empty(4, dtype=wide_dtype(hidden.dtype)),
+        hidden.new_empty(4, hidden.shape[0], dtype=wide_dtype(hidden.dtype)),
         torch.empty_like(hidden) if with_gradient else hidden.new_empty(0),
     ),
 )

@@ -30,6 +30,7 @@ from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
 from theodora.train.launched import device_chosen
+from theodora.train.objectives import own_names, settings_of, whose
 from theodora.train.processes import Processes, links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
@@ -86,7 +87,9 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     Raises:
         ConfigError: naming every field that TRL does not have, or refuses.
     """
-    other, processes = _checked(config.trainer), Processes.here()
+    settings_of(config)  # which tells what makes no sense for the objective
+    own = own_names(config.objective)
+    other, processes = _checked({k: v for k, v in config.trainer.items() if k not in own}), Processes.here()
     other.pop("ddp_backend", None)  # the processes are joined already
     _check_reporters(config)
     evaluates = config.eval_data is not None or config.held_out != 0
@@ -110,6 +113,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         # Rows are cut already, and TRL refuses a limit that it would not enforce.
         "max_length": None if other.get("padding_free") and not config.packing else config.max_length,
         "packing": config.packing,
+        **({} if config.objective == "sft" else {"router_aux_loss_coef": 0.0}),
         # Tokenised rows need nothing more of TRL's preparation, unless they are packed or shuffled.
         "dataset_kwargs": None if prepares else {"skip_prepare_dataset": True},
         "logging_steps": config.logging_steps,
@@ -236,7 +240,7 @@ def _checked(trainer: Any) -> dict[str, Any]:
 
 
 def _nearest(name: str, value: Any, names: list[str]) -> str:
-    told = advice(name, value)
+    told = advice(name, value) or whose(name)
     if told is not None:
         return f"; {told}"
     close = difflib.get_close_matches(name, names, n=2)

@@ -119,7 +119,7 @@ def settle(
 
     notes: list[str] = []
     found = verdict_of(processes.sharding or "none")
-    left_open = config.sharding == "auto" and processes.sharding is None
+    left_open = config.objective == "sft" and config.sharding == "auto" and processes.sharding is None
     if (
         left_open
         and device.type == "cuda"

@@ -19,6 +19,7 @@ from theodora.safe_text import markdown, markdown_code
 from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described
 from theodora.train.expert_loads import described as described_loads
+from theodora.train.preference_report import described as described_objective
 from theodora.train.progress import as_size, as_time
 from theodora.train.report import (
     Plan,
@@ -53,7 +54,8 @@ def model_card(plan: Plan, result: TrainResult) -> str:
         _metadata(config),
         f"# {markdown(name)}\n\n{describe_adapter(config)}: an adapter for {markdown_code(config.model)}, trained with "
         f"Theodora {theodora.__version__}."
-        + (f" It {markdown(origin)}." if (origin := described(config)) is not None else ""),
+        + (f" It {markdown(origin)}." if (origin := described(config)) is not None else "")
+        + (f" Objective: {markdown(what)}." if (what := described_objective(config)) is not None else ""),
         _results(result),
         _data(plan),
         _settings(plan),
@@ -79,11 +81,20 @@ def _metadata(config: TrainConfig) -> str:
 def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
-    notes = f"Losses are means per predicted token, in nats. Tensors that training moved: {describe_moved(result)}."
+    per = "predicted token, in nats" if result.objective == "sft" else "answer" if result.objective == "kto" else "pair"
+    notes = f"Losses are means per {per}. Tensors that training moved: {describe_moved(result)}."
     notes += "".join(f" {markdown(line)}." for line in described_loads(result.experts))
     if result.stops is not None:
         notes += f" Asked a few of its own prompts, the model {describe_stops(result)}."
-    return f"## Results\n\n{table}\n\n{notes}{_experts(result)}\n\n![Loss curve]({FIGURE_FILE})"
+    return f"## Results\n\n{table}\n\n{notes}{_samples(result)}{_experts(result)}\n\n![Loss curve]({FIGURE_FILE})"
+
+
+def _samples(result: TrainResult) -> str:
+    """Answers before and after, in a table."""
+    if not result.samples:
+        return ""
+    rows = [f"| {markdown(s.prompt)} | {markdown(s.before)} | {markdown(s.after)} |" for s in result.samples]
+    return "\n\n" + "\n".join(["| asked | before | after |", "|---|---|---|", *rows])
 
 
 def _experts(result: TrainResult) -> str:
@@ -105,6 +116,7 @@ def _data(plan: Plan) -> str:
         f" from {markdown_code(config.eval_data)}" if config.eval_data else " of the same file, none of them trained on"
     )
     learned = "completions and assistant turns" if config.train_on == "completion" else "all tokens"
+    learned = learned if config.objective == "sft" else "answers"
     return (
         f"## Data\n\n- Trained on {markdown_code(config.data)} ({plan.data_format}): {counted(plan.rows, 'row')}, "
         f"{plan.tokens:,} tokens.\n"

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.load import load_to_train, original_config
 from theodora.adapters.targets import find_targets
-from theodora.config import AdapterConfig, TrainConfig
+from theodora.config import WITH_REFERENCE, AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.model_folder import base_model_of
+from theodora.train.reference import BASE
 
 _TAKEN = ("method", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "init")
 """Fields of an adapter that its file decides; its targets are compared on the model."""
@@ -30,6 +31,7 @@ def continued(config: TrainConfig) -> TrainConfig:
         CheckpointError: the adapter cannot be read, or names no base model and none is given.
         ConfigError: an option says otherwise than the adapter.
     """
+    config = compared(config)
     if config.from_adapter is None:
         return config
     file = read_adapter(config.from_adapter, for_model=True)
@@ -60,6 +62,16 @@ def continued(config: TrainConfig) -> TrainConfig:
         revision=config.revision or (None if config.model else file.base_revision),
         adapter=replace(mine, **taken, **where, dropout=dropout),
     )
+
+
+def compared(config: TrainConfig) -> TrainConfig:
+    """The configuration with what the model is compared with: by default what training starts from, which a reference
+    alone names, too."""
+    if config.objective not in WITH_REFERENCE:
+        return config
+    if config.reference not in (None, BASE) and config.from_adapter is None:
+        return replace(config, from_adapter=config.reference)
+    return replace(config, reference=config.reference or config.from_adapter or BASE)
 
 
 def load_continued(model: PreTrainedModel, config: TrainConfig) -> TrainConfig:

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 
 from theodora.fastpath.masks import packed_rows, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences
-from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy
+from theodora.kernels.cross_entropy import IGNORED, LossSums, linear_cross_entropy, linear_cross_entropy_of_tokens
 from theodora.kernels.operators import runs_triton
 from theodora.train.experts import Balancing
 from theodora.train.packed_rows import attention_by_bounds, bounds_of
+from theodora.train.sequence_losses import SequenceLosses, summed
 from theodora.train.tried import tried
 
 LEARNED = "learned"
@@ -64,6 +65,8 @@ class Learned(TypedDict):
     """Tokens of the longest of them, at least."""
     real: Tensor | None
     """Which tokens are no padding, nor fill a row up, (B, T) bool, where a mixture's experts are counted."""
+    sequences: NotRequired[int]
+    """How many sequences the batch has, if the loss of each is wanted by itself."""
 
 
 class SelectLearned:
@@ -170,8 +173,8 @@ class Head:
     balancing: Balancing | None = None
     """How the loss that keeps experts balanced comes from the routers' logits, if it is wanted."""
 
-    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> BatchSums:
-        """Run the model's body on a batch and add up the losses of the learned tokens."""
+    def loss(self, model: PreTrainedModel, learned: Learned, *args: Any, **kwargs: Any) -> BatchSums | SequenceLosses:
+        """Run the model's body on a batch and add up the losses of the learned tokens, of each sequence if asked to."""
         if self.maskless and learned["maskless"]:
             kwargs.pop("attention_mask", None)
         known = packed_rows() if learned["packed"] else whole_rows()
@@ -190,15 +193,12 @@ class Head:
         hidden_NH: Any = hidden_BTH.flatten(0, 1).to(weight.device)
         if learned["positions"] is not None:
             hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
-        sums = linear_cross_entropy(
-            hidden_NH,
-            weight,
-            learned["targets"].to(weight.device),
-            bias_V=bias,
-            scale=self.scale,
-            softcap=self.softcap,
-            with_stats=True,
-        )
+        given: Any = {"bias_V": bias, "scale": self.scale, "softcap": self.softcap, "with_stats": True}
+        targets, sequences = learned["targets"].to(weight.device), learned.get("sequences")
+        if sequences is not None:
+            tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
+            return summed(tokens, _sequence_of(learned, hidden_BTH), sequences)
+        sums = linear_cross_entropy(hidden_NH, weight, targets, **given)
         if self.balancing is None:
             return BatchSums(**vars(sums))
         assert learned["real"] is not None
@@ -293,6 +293,16 @@ def _logit_scale(text: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if text.model_type == "hyperclovax" else 1 / scaling
+
+
+def _sequence_of(learned: Learned, hidden_BTH: Tensor) -> Tensor:
+    """The number of the sequence that each chosen position lies in, (N,) int64."""
+    positions, length = learned["positions"], hidden_BTH.shape[1]
+    if positions is None:
+        positions = torch.arange(hidden_BTH.shape[0] * length, device=hidden_BTH.device)
+    if learned["bounds"] is None:
+        return positions // length
+    return torch.searchsorted(learned["bounds"][1:].to(positions.dtype), positions, right=True)
 
 
 class _Rows(torch.autograd.Function):

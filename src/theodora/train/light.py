@@ -25,7 +25,10 @@ from theodora.kernels.cross_entropy import IGNORED
 from theodora.kernels.graph import GraphedStep
 from theodora.train.fused_loss import Head, Learned, fused_loss_pays
 from theodora.train.graphed import graphs_pay
-from theodora.train.loss import can_choose_positions, token_losses
+from theodora.train.loss import can_choose_positions, row_losses, token_losses
+from theodora.train.preference_loss import Answers, Settings, pair_losses
+from theodora.train.reference import Reference
+from theodora.train.sequence_losses import SequenceLosses
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # transformers' defaults
 _LENGTHS, _POSITIONS = 16, 64  # batches of one shape are as long, and learn as many tokens, as a multiple of these
@@ -73,6 +76,14 @@ class LightResult:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """An objective that compares answers: rows are the sequences of pairs then, better, worse, better, …"""
+
+    settings: Settings
+    reference: Reference | None
+
+
+@dataclass(frozen=True)
 class _Batch:
     input_ids: Tensor
     """(B, T), padded on the right."""
@@ -91,6 +102,7 @@ def train_light(
     settings: LightSettings,
     *,
     head: Head | str,
+    preference: Preference | None = None,
     pad_id: int = 0,
     autocast: torch.dtype | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -102,6 +114,7 @@ def train_light(
         rows: what to train on.
         settings: how.
         head: `fused_head` of the base model, before anything was trained.
+        preference: what is learned of pairs; None learns the rows. A batch has `batch_size` of either.
         pad_id: the token that fills up rows.
         autocast: dtype of the products where weights are wider.
         on_step: called after each step with its number, from 1 on.
@@ -110,7 +123,9 @@ def train_light(
         LightRunDiverged: a loss is not finite.
     """
     device = model.device
-    run = _Run(model, head, autocast, graphed=graphs_pay(device) and isinstance(head, Head) and head.maskless)
+    graphed = graphs_pay(device) and isinstance(head, Head) and head.maskless
+    run = _Run(model, head, autocast, preference, graphed=graphed)
+    together = 1 if preference is None else 2
     optimizer = make_optimizer(model, settings)
     scheduler = get_scheduler(
         settings.lr_scheduler_type,
@@ -122,7 +137,7 @@ def train_light(
     losses = _Losses(settings)
     tokens = 0
     model.train()
-    for step, batch in enumerate(_batches(rows, settings, pad_id, one_shape=run.graphed), start=1):
+    for step, batch in enumerate(_batches(rows, settings, pad_id, together, one_shape=run.graphed), start=1):
         optimizer.zero_grad()
         losses.add(run.forward_backward(batch))
         if settings.max_grad_norm > 0:
@@ -177,14 +192,21 @@ def row_order(rows: int, settings: LightSettings) -> Iterator[list[int]]:
         yield from (order[at : at + settings.batch_size] for at in range(0, rows, settings.batch_size))
 
 
-def _batches(rows: Sequence[Row], settings: LightSettings, pad_id: int, *, one_shape: bool) -> Iterator[_Batch]:
-    order = [batch for batch, _ in zip(row_order(len(rows), settings), range(settings.steps), strict=False)]
+def _batches(
+    rows: Sequence[Row], settings: LightSettings, pad_id: int, together: int, *, one_shape: bool
+) -> Iterator[_Batch]:
+    drawn = zip(row_order(len(rows) // together, settings), range(settings.steps), strict=False)
+    order = [[together * i + n for i in batch for n in range(together)] for batch, _ in drawn]
     shape = None
     if one_shape:
         used = {i for batch in order for i in batch}
         length = _up(max(len(rows[i].input_ids) for i in used), _LENGTHS)
         learned = {i: sum(label != IGNORED for label in rows[i].labels[1:]) for i in used}
-        shape = settings.batch_size, length, _up(max(sum(learned[i] for i in batch) for batch in order), _POSITIONS)
+        shape = (
+            settings.batch_size * together,
+            length,
+            _up(max(sum(learned[i] for i in batch) for batch in order), _POSITIONS),
+        )
     return (_batch([rows[i] for i in batch], pad_id, shape) for batch in order)
 
 
@@ -212,13 +234,22 @@ class _Run:
     """Forward and backward passes of one run."""
 
     def __init__(
-        self, model: PreTrainedModel, head: Head | str, autocast: torch.dtype | None, *, graphed: bool
+        self,
+        model: PreTrainedModel,
+        head: Head | str,
+        autocast: torch.dtype | None,
+        preference: Preference | None,
+        *,
+        graphed: bool,
     ) -> None:
-        self.model, self.head, self.autocast, self.graphed = model, head, autocast, graphed
+        self._preference = preference
+        self.model, self.head, self.autocast = model, head, autocast
         layer: Any = model.get_output_embeddings()
         plain = getattr(type(layer), "forward", None) is nn.Linear.forward
         frozen = plain and not any(p.requires_grad for p in layer.parameters())
-        self._fused = isinstance(head, Head) and frozen and fused_loss_pays(model.device)
+        self._reads_head = isinstance(head, Head) and frozen
+        self._fused = self._reads_head and fused_loss_pays(model.device)
+        self.graphed = graphed = graphed and (preference is None or self._reads_head)
         self._takes_positions = can_choose_positions(model)
         self._step = GraphedStep(self._tensors_only, list(model.parameters())) if graphed else None
 
@@ -228,6 +259,8 @@ class _Run:
             host = {"input_ids": batch.input_ids, "positions": batch.positions, "targets": batch.targets}
             tensors = {name: t.to(self.model.device, non_blocking=True) for name, t in host.items()}
             return self._step(tensors).clone()
+        if self._preference is not None:
+            return self._backward(*self._pairs(lambda model: self._losses_of(batch, model)))
         return self._backward(self._nats(batch), batch.count)
 
     def close(self) -> int:
@@ -240,6 +273,9 @@ class _Run:
 
     def _tensors_only(self, tensors: Mapping[str, Tensor]) -> Tensor:
         targets = tensors["targets"]
+        if self._preference is not None:
+            ids, positions = tensors["input_ids"], tensors["positions"]
+            return self._backward(*self._pairs(lambda model: self._sequences(ids, None, positions, targets, model)))
         count = (targets != IGNORED).sum()
         return self._backward(self._from_states(tensors["input_ids"], None, tensors["positions"], targets), count)
 
@@ -280,6 +316,49 @@ class _Run:
                 hidden_BTH = body(**inputs, use_cache=False).last_hidden_state
             logits_NV = self.head.logits(self.model, hidden_BTH.flatten(0, 1).index_select(0, positions_N))
             return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+    def _pairs(self, losses: Callable[[PreTrainedModel], SequenceLosses]) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of all pairs, and how many there are."""
+        assert self._preference is not None
+        settings, reference = self._preference.settings, self._preference.reference
+        own, frozen = losses(self.model), None
+        if reference is not None:
+            with reference.running() as model:
+                frozen = -losses(model).nats.detach()
+        better, worse = (
+            Answers(-own.nats[n::2], own.count[n::2], None if frozen is None else frozen[n::2]) for n in (0, 1)
+        )
+        real = (better.tokens > 0) & (worse.tokens > 0)  # a short batch is filled up
+        each = pair_losses(better, worse, settings)
+        return torch.where(real, each, torch.zeros_like(each)).sum(), real.sum()
+
+    def _losses_of(self, batch: _Batch, model: PreTrainedModel) -> SequenceLosses:
+        device = model.device
+        if isinstance(self.head, Head) and self._reads_head:
+            mask = None if self.head.maskless else batch.mask.to(device)
+            return self._sequences(batch.input_ids.to(device), mask, batch.positions, batch.targets, model)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask, "labels": batch.labels}
+        with self._products():
+            return row_losses(model, {name: t.to(device) for name, t in inputs.items()}, self._takes_positions)
+
+    def _sequences(
+        self, ids_BT: Tensor, mask: Tensor | None, positions_N: Tensor, targets_N: Tensor, model: PreTrainedModel
+    ) -> SequenceLosses:
+        assert isinstance(self.head, Head)
+        learned = Learned(
+            targets=targets_N.to(ids_BT.device),
+            positions=positions_N.to(ids_BT.device),
+            tokens=0,
+            maskless=mask is None,
+            packed=False,
+            bounds=None,
+            longest=0,
+            real=None,
+            sequences=len(ids_BT),
+        )
+        inputs = {"input_ids": ids_BT} | ({} if mask is None else {"attention_mask": mask})
+        with self._products():
+            return self.head.loss(model, learned, **inputs)  # pyright: ignore[reportReturnType]
 
     def _products(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

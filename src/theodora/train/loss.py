@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from theodora.kernels.cross_entropy import IGNORED, LossSums
+from theodora.kernels.cross_entropy import IGNORED, LossSums, TokenLosses
 from theodora.plan.paper import MOST_LOGITS
+from theodora.train.sequence_losses import SequenceLosses, summed
 from theodora.train.tried import is_true, tried
 
 
@@ -66,6 +67,18 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
         takes_positions: `can_choose_positions` of the model itself.
         inputs: what TRL's collator makes, with `labels` (B, T), each at the place of its token (not shifted).
     """
+    tokens, _ = _losses_of_tokens(model, inputs, takes_positions)
+    return LossSums(*(value.sum() for value in (tokens.nats, tokens.entropy, tokens.correct, tokens.learned)))
+
+
+def row_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> SequenceLosses:
+    """The same of each row by itself."""
+    tokens, row_N = _losses_of_tokens(model, inputs, takes_positions)
+    return summed(tokens, row_N, inputs["labels"].shape[0])
+
+
+def _losses_of_tokens(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> tuple[TokenLosses, Tensor]:
+    """Of each learned token, (N,), and the number of its row."""
     labels_BT = inputs["labels"]
     learned_at = _learned_positions(labels_BT)
     arguments = {key: value for key, value in inputs.items() if key != "labels"}
@@ -77,10 +90,10 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
     targets_N = targets_BK[learned]
     log_probs_NV = logits_BKV[learned].float().log_softmax(-1)
     with torch.no_grad():
-        entropy = -(log_probs_NV.exp() * log_probs_NV).sum()
-        correct = (log_probs_NV.argmax(-1) == targets_N).sum()
-    nats = -log_probs_NV.gather(1, targets_N[:, None]).sum()
-    return LossSums(nats, entropy, correct, learned.sum())
+        entropy = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
+        correct = log_probs_NV.argmax(-1) == targets_N
+    nats = -log_probs_NV.gather(1, targets_N[:, None])[:, 0]
+    return TokenLosses(nats, entropy, correct, learned[learned]), learned.nonzero()[:, 0]
 
 
 def _logits(model: nn.Module, arguments: dict[str, Any], positions: Tensor, takes_positions: bool) -> Tensor:

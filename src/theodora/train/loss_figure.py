@@ -8,16 +8,18 @@ from typing import Any
 
 from theodora.files.atomic import atomic_write
 
+_REWARDS = {"rewards/chosen": "better answers", "rewards/rejected": "worse answers", "rewards/margins": "margin"}
 _TRAINING, _HELD_OUT = "#3b6fb6", "#d1603d"
 
 
-def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the losses of a run.
+def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str, per: str = "token (nats)") -> None:
+    """Draw the losses of a run, and beneath them the rewards of better and worse answers, if there are any.
 
     Args:
         metrics: the lines of metrics.jsonl.
         path: the PNG to write.
         title: one line above the figure.
+        per: what a loss is a mean over.
     """
     # The figure class itself, not pyplot: no windows, and no state shared with a user's own figures.
     from matplotlib.figure import Figure
@@ -25,7 +27,13 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> No
     training = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    rewards = [line for line in metrics if line.get("rewards/margins") is not None]
+    if rewards:
+        figure.set_size_inches(8, 8)
+        axes, below = figure.subplots(2, 1)
+        _draw_rewards(below, rewards)
+    else:
+        axes = figure.subplots()
     if training:
         steps, losses = zip(*training, strict=True)
         axes.plot(steps, losses, color=_TRAINING, alpha=0.25, linewidth=1)
@@ -42,7 +50,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> No
             va="center",
             fontweight="bold",
         )
-    _style(axes, title)
+    _style(axes, title, f"loss per {per}")
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -53,12 +61,24 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for part in (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))]
 
 
-def _style(axes: Any, title: str) -> None:
+def _draw_rewards(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
+    steps = [line["step"] for line in lines]
+    for name, color in {
+        "rewards/chosen": _HELD_OUT,
+        "rewards/rejected": _TRAINING,
+        "rewards/margins": "#444444",
+    }.items():
+        values = [line.get(name, float("nan")) for line in lines]
+        axes.plot(steps, smooth(values), color=color, linewidth=2, label=_REWARDS[name])
+    _style(axes, "Implicit rewards, in training", "reward (smoothed)")
+
+
+def _style(axes: Any, title: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#222222")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per token (nats)")
+    axes.set_ylabel(ylabel)
     low, high = axes.get_ylim()
-    if low < high / 2:  # from zero, unless that would flatten the curve
+    if low < high / 2 and low > -0.1 * high:  # from zero, unless that would flatten the curve
         axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from theodora.adapters.quantized import quantization_of
@@ -24,6 +25,7 @@ from theodora.data.packing import packed_batch
 from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
 from theodora.train.in_step import InStep, first_line, let_go
+from theodora.train.pairs import DIVERGENCE, REFERENCE, ROWS, TOGETHER, VERDICT, count_of
 from theodora.train.processes import OtherFailed
 from theodora.train.progress import as_size
 
@@ -34,6 +36,8 @@ _OF_ANOTHER = "in another process"
 _NO_SMALLER = "Another process has run out of memory with a batch that cannot be halved."
 _REAL = "real"
 """Of `Learned`, among the tensors of a batch while it is cut."""
+_KEPT = (TOGETHER, DIVERGENCE)
+"""What all parts of a batch have."""
 _FEW = 8
 """Tokens of a pass that is run for other processes alone."""
 
@@ -155,14 +159,25 @@ def said_of_pieces(counts: list[int]) -> list[str]:
 
 def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     """A batch as `pieces` batches that have its rows between them; fewer where it has fewer rows."""
-    ids = inputs["input_ids"]
-    if (real := inputs.get(LEARNED, {}).get("real")) is not None:
-        inputs = {**inputs, _REAL: real}
+    ids, together = inputs["input_ids"], inputs.get(TOGETHER, 1)
+    real = inputs.get(LEARNED, {}).get("real")
+    whole = inputs if real is None else {**inputs, _REAL: real}
     if ids.shape[0] > 1:
-        parts = [_rows(inputs, rows) for rows in _slices(ids.shape[0], pieces)]
+        parts = [
+            _rows(whole, slice(rows.start * together, rows.stop * together))
+            for rows in _slices(ids.shape[0] // together, pieces)
+        ]
     else:
-        parts = _documents(inputs, pieces)
-    return [_told_anew(part, inputs) for part in parts] if len(parts) > 1 else [_without(parts[0], _REAL)]
+        parts = _documents(whole, pieces)
+    if len(parts) == 1:
+        return [inputs]
+    parts = [_told_anew(part, inputs) for part in parts]
+    if TOGETHER in inputs:
+        total = inputs[ROWS]
+        for part in parts:
+            total -= (few := min(total, _rows_learned(part, together)))
+            part[ROWS] = few
+    return parts
 
 
 def few_of(inputs: Inputs) -> Inputs:
@@ -192,7 +207,20 @@ def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     if real is not None:  # what fills up the whole fills up a part
         part[LEARNED]["real"] = real
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
+    if "sequences" in inputs[LEARNED]:
+        count = part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
+        for name in {REFERENCE, VERDICT} & part.keys():  # zeros for what fills up
+            part[name] = F.pad(part[name], (0, count - len(part[name])))
     return part
+
+
+def _rows_learned(part: Inputs, together: int) -> int:
+    """How many rows of a part that was padded, or made of one row, have something to learn."""
+    learned = part["labels"] != -100
+    if learned.shape[0] > 1 or "position_ids" not in part:
+        return int(learned.any(1).view(-1, together).any(1).sum())
+    number = (part["position_ids"][0] == 0).cumsum(0) - 1
+    return len((number[learned[0]] // together).unique())
 
 
 def _without(inputs: Inputs, name: str) -> Inputs:
@@ -220,6 +248,7 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         return [inputs]
     # Only where nothing is learned across the bound.
     starts = ((positions[0] == 0) & (inputs["labels"][0] == -100)).nonzero().squeeze(1).tolist()
+    every, starts = starts, starts[:: inputs.get(TOGETHER, 1)]
     length = positions.shape[1]
     real = int(inputs[_REAL].sum()) if _REAL in inputs else length
     starts = [start for start in starts if start < real]  # no part is of nothing but what fills the row up
@@ -234,5 +263,8 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         }
         own = [n for n in (positions[0, span] == 0).nonzero().squeeze(1).tolist() if n] + [span.stop - span.start]
         whole = packed_batch([*part["input_ids"][0].tensor_split(own[:-1])])
-        parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part})
+        first, last = (sum(start < bound for start in every) for bound in (span.start, span.stop))
+        part |= {name: inputs[name][first:last] for name in {REFERENCE, VERDICT} & inputs.keys()}
+        kept = {name: inputs[name] for name in _KEPT if name in inputs}
+        parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part, **kept})
     return parts

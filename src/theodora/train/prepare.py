@@ -26,6 +26,7 @@ from theodora.data import (
     load_examples,
     split_examples,
     tokenize,
+    tokenize_preferences,
 )
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
@@ -42,6 +43,7 @@ from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.fused_loss import fused_loss_pays
+from theodora.train.objectives import kind_of
 from theodora.train.packed_rows import can_go_by_bounds_alone, keeps_rows_apart
 from theodora.train.processes import Processes
 from theodora.train.resumed import Past
@@ -109,6 +111,11 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         CheckpointError: the model cannot be loaded.
     """
     processes = Processes.here()
+    if processes.sharding is not None and config.objective != "sft":
+        raise ConfigError(
+            f"sharding is {processes.sharding}, and the objective {config.objective} compares two passes over whole "
+            "weights. Leave sharding out, or set sharding: none."
+        )
     model_config = look_ahead(config, processes)
     data = processes.one_here_does(lambda: read_data(config, arguments))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
@@ -208,7 +215,7 @@ def _check_packing(config: TrainConfig, model: PreTrainedModel, device: torch.de
 
 def read_data(config: TrainConfig, arguments: SFTConfig) -> Data:
     """Read and tokenise what a run trains on, and holds out."""
-    examples = load_examples(config.data)
+    examples = load_examples(config.data, kind=kind_of(config.objective))
     config, training, held_out, notes = _split(config, examples)
     sources = {"data": examples}
     if config.eval_data is not None and held_out is not None:
@@ -247,7 +254,7 @@ def count_tokens(rows: Dataset) -> tuple[int, int]:
 def _split(config: TrainConfig, examples: Examples) -> tuple[TrainConfig, Examples, Examples | None, list[str]]:
     """Rows to train on, and rows held out, whose number the configuration names from then on; what there is to say."""
     if config.eval_data is not None:
-        return config, examples, load_examples(config.eval_data), []
+        return config, examples, load_examples(config.eval_data, kind=kind_of(config.objective)), []
     wanted = config.held_out
     if wanted is None:
         wanted = min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * len(examples)))) if len(examples) > 1 else 0
@@ -285,6 +292,10 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
 
 
 def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    if config.objective != "sft":
+        return tokenize_preferences(
+            examples, tokenizer, max_length=config.max_length, use_chat_template=config.use_chat_template
+        )
     return tokenize(
         examples,
         tokenizer,

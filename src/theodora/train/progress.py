@@ -26,6 +26,8 @@ class ProgressView(TrainerCallback):
         self.console = console
         self.loss: float | None = None
         self.eval_loss: float | None = None
+        self.accuracy: float | None = None
+        self.margin: float | None = None
         self.learning_rate: float | None = None
         self.tokens_per_second: float | None = None
         self.seconds_left: float | None = None
@@ -112,6 +114,8 @@ class ProgressView(TrainerCallback):
             if not self._first_busy:
                 self._first_tokens, self._first_busy = self._all_tokens, self._all_busy
             self._tokens, self._busy = tokens, 0.0
+            self.accuracy = logs.get("rewards/accuracies", self.accuracy)
+            self.margin = logs.get("rewards/margins", self.margin)
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
         evaluated = "eval_loss" in logs
@@ -145,6 +149,8 @@ class ProgressView(TrainerCallback):
         values: list[tuple[str, float | None, Callable[[float], str]]] = [
             ("loss", self.loss, "{:.4f}".format),
             ("held-out", self.eval_loss, "{:.4f}".format),
+            ("preferred", self.accuracy, "{:.0%}".format),
+            ("margin", self.margin, "{:.3f}".format),
             ("lr", self.learning_rate, "{:.1e}".format),
             ("tokens/s", self.tokens_per_second, "{:,.0f}".format),
             ("memory", peak_memory() or None, as_size),

@@ -19,15 +19,18 @@ from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
 from theodora.plan.estimate import bytes_of_state
 from theodora.plan.fits import optimizer_of
-from theodora.safe_text import quoted
+from theodora.safe_text import plain, quoted
 from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described as described_origin
 from theodora.train.expert_loads import TrainedExperts, described
+from theodora.train.preference_report import described as described_objective
+from theodora.train.preference_report import figure_rows
 from theodora.train.progress import as_size, as_time, shorten
 from theodora.train.result import TrainResult
 from theodora.trust import grant_flags
 
 _MOST_LEFT_OUT = 12  # lines of the panel
+_PROMPT, _ANSWER = 100, 160  # characters that are shown
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
     if (origin := described_origin(config)) is not None:
         grid.add_row("", origin)
+    if (objective := described_objective(config)) is not None:
+        grid.add_row("Objective", objective)
     if adapter.modules_to_save:
         grid.add_row("", f"and trained in full: {', '.join(adapter.modules_to_save)}")
     if plan.token_rows:
@@ -142,6 +147,10 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(line, markup=False)
     if result.stops is not None:
         console.print("It " + describe_stops(result))
+    for sample in result.samples:
+        console.print(Text.assemble(("\nAsked: ", "dim"), plain(_short(sample.prompt, _PROMPT))))
+        console.print(Text.assemble(("before ", "dim"), plain(_short(sample.before, _ANSWER))))
+        console.print(Text.assemble(("after  ", "dim"), (plain(_short(sample.after, _ANSWER)), "bold")))
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
     where = Text.assemble(
@@ -152,12 +161,21 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(Text("  " + command, style="cyan"), soft_wrap=True)
 
 
+def _short(text: str, most: int) -> str:
+    """The end of a prompt or the beginning of an answer on one line."""
+    words = " ".join(text.split())
+    if len(words) <= most:
+        return words
+    return "…" + words[-most:] if most == _PROMPT else words[:most] + "…"
+
+
 def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
     """Figure, before, after."""
     rows = []
     if result.eval_loss is not None:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
         rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
+    rows += figure_rows(result.figures)
     return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
 
 
@@ -192,7 +210,7 @@ def next_commands(config: TrainConfig) -> list[str]:
     evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
     return [
-        *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out else []),
+        *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out and config.objective == "sft" else []),
         f"theodora chat {output}{trusts}",
         f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}",
     ]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data.left_out import LeftOut
 from theodora.train.expert_loads import ExpertLoad
+from theodora.train.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,13 @@ class TrainResult:
     """What rows of the data hold and nothing is learned from, with how many rows it concerns."""
     experts: tuple[ExpertLoad, ...] = ()
     """For each layer of adapted experts which had tokens and how evenly, since the resume, if there was one."""
+    objective: str = "sft"
+    """What was learned: losses of all but sft are means per pair or answer."""
+    figures: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Of objectives that compare answers: margins, accuracy, rewards and log-likelihoods of held-out rows, by TRL's
+    names, before and after."""
+    samples: tuple[Sample, ...] = ()
+    """Of such: answers to a few prompts before and after."""
     stops: tuple[int, int] | None = None
     """In how many of how many answers to its own prompts the model stopped by itself; None for plain text, and where it
     was not asked."""
@@ -74,5 +82,6 @@ class TrainResult:
             "output": str(self.output),
             "moved": moved,
             "left_out": [asdict(part) for part in self.left_out],
+            "samples": [asdict(sample) for sample in self.samples],
             "experts": [asdict(load) for load in self.experts],
         }

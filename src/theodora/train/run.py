@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
@@ -21,6 +20,7 @@ from theodora.adapters.quantized import count_parameters
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
+from theodora.data import as_answers
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
@@ -33,18 +33,18 @@ from theodora.safe_text import plain, quoted
 from theodora.terminal import Terminal
 from theodora.train import checkpoints
 from theodora.train.arguments import finish_arguments, sft_arguments
+from theodora.train.build import build_trainer, guard_of, outcome_of
 from theodora.train.callbacks import CountUpdates, Diverged, MetricsFile, StopWhenDiverged, read_metrics
 from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
-from theodora.train.guard import StepGuard
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
 from theodora.train.out_of_memory import memory_advice, said_of_pieces
-from theodora.train.outcome import Outcome
+from theodora.train.preference_report import held_out_figures, per_row
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
@@ -53,6 +53,7 @@ from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
+from theodora.train.samples import answers_of, paired
 from theodora.train.self_stopping import SelfStopping, count_self_stops
 from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
@@ -132,7 +133,9 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     output = Path(config.output)
     said = held.enter_context(alone_in(output))
     checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
-    read = {name: getattr(config, name) for name in ("model", "from_adapter", "data", "eval_data", "replay")}
+    read = {
+        name: getattr(config, name) for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay")
+    }
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
     past = None if checkpoint is None else past_of(checkpoint)
@@ -183,11 +186,11 @@ def _train(
     say = partial(console.print, style="yellow", soft_wrap=True)
     early, keeps, loads = EarlyGradients(tensors), KeepInputs(inputs), ExpertLoads(prepared.model, say)
     callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, loads, view]
-    trainer = _build_trainer(prepared, arguments, callbacks)
+    trainer = build_trainer(prepared, arguments, callbacks)
     trainer.say = say
     trainer.pieces.advice = memory_advice(prepared.config, prepared.model)
-    trainer.guard = _guard(prepared, trainer, output)
-    trainer.outcome = _outcome(trainer, trainer.guard, prepared.model)
+    trainer.guard = guard_of(prepared, trainer, output)
+    trainer.outcome = outcome_of(trainer, trainer.guard, prepared.model)
     plan, announced = _plan(prepared, trainer, checkpoint, path), trainer.why_no_graph
     trainer.options = record_of(
         prepared.config, prepared.given or prepared.config, processes.count, prepared.past, plan.resume_at or 0
@@ -202,6 +205,8 @@ def _train(
         # First, so that the line of a diverged step is written before the run ends over it.
         metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
+    asks = prepared.config.objective != "sft"
+    before_it = processes.first_does(lambda: _answers(prepared), patient=True) if asks else []
     started = time.monotonic()
     with loads.counting():
         _run(trainer, checkpoint, stop, view, prepared.config)
@@ -222,11 +227,14 @@ def _train(
     asks = processes.sharding is None
     stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
+    if before_it:
+        after_it = processes.first_does(lambda: _answers(prepared), patient=True)
+        result = replace(result, samples=paired(before_it, after_it))
     processes.first_does(lambda: _end_record(prepared, plan, result))
     notes = (
         [f"not all steps ran as CUDA graphs: {why}"] if (why := trainer.why_no_graph) not in (None, announced) else []
     )
-    if stops is not None and (warning := stops.warning(result.train_loss)):
+    if stops is not None and prepared.config.objective == "sft" and (warning := stops.warning(result.train_loss)):
         notes.append(warning)
     if loads.warned:
         notes.append(f"most tokens went to few experts at some time: {', '.join(loads.warned[:9])}")
@@ -239,50 +247,6 @@ def _train(
     if resting:
         notes.append(f"{len(resting)} of {len(tensors)} trained tensors had no gradient: {', '.join(resting[:3])} …")
     return result, notes
-
-
-def _build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
-    config = prepared.config
-    if config.early_stopping_patience is not None:
-        callbacks = [EarlyStoppingCallback(config.early_stopping_patience), *callbacks]
-    own_padding = prepared.tokenizer.pad_token
-    try:
-        return AdapterTrainer(
-            model=prepared.model,
-            args=arguments,
-            train_dataset=prepared.train_rows,
-            eval_dataset=prepared.held_out_rows,
-            processing_class=prepared.tokenizer,
-            callbacks=callbacks,
-            kernels=config.kernels,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"TRL refuses this run: {error}") from error
-    finally:
-        prepared.tokenizer.pad_token = own_padding
-
-
-def _guard(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
-    config, arguments, processes = prepared.config, trainer.args, trainer.processes
-    name = checkpoints.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
-    guessing = math.log(prepared.model.config.get_text_config().vocab_size)
-    return StepGuard(
-        output / name,
-        config.on_nan,
-        config.max_loss or 3 * guessing,
-        lambda ids: str(prepared.tokenizer.decode(ids)),
-        waits=arguments.device.type == "cpu",
-        looks_at_norm=not arguments.fp16,
-        hint=f"Try a lower learning_rate (it is {arguments.learning_rate:g}) or a longer warm-up."
-        + (" bf16 instead of fp16 helps, too." if arguments.fp16 else ""),
-    )
-
-
-def _outcome(trainer: AdapterTrainer, guard: StepGuard, model: PreTrainedModel) -> Outcome:
-    # What a user allows a step's own loss at most may be less than what sound weights make of rows that they have seen.
-    guessing = math.log(model.config.get_text_config().vocab_size)
-    bound = None if guard.max_loss is None else max(guard.max_loss, 3 * guessing)
-    return Outcome(trainer, trainer.processes, trainer.loss_now, bound, guard.hint)
 
 
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
@@ -390,7 +354,10 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
         save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(
-        read_metrics(output / checkpoints.METRICS_FILE), output / checkpoints.FIGURE_FILE, summary_line(plan, result)
+        read_metrics(output / checkpoints.METRICS_FILE),
+        output / checkpoints.FIGURE_FILE,
+        summary_line(plan, result),
+        per_row(prepared.config),
     )
     write_card(plan, result)
 
@@ -481,15 +448,23 @@ def _result(
         gathered_bytes_per_step=prepared.bytes_gathered * trainer.args.gradient_accumulation_steps,
         moved=moved,
         left_out=prepared.left_out,
+        objective=prepared.config.objective,
+        figures={} if prepared.config.objective == "sft" else held_out_figures(state.log_history, final),
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
 
 
+def _answers(prepared: Prepared) -> list[tuple[str, str]]:
+    """What the model answers to a few held-out prompts, or prompts of rows trained on."""
+    examples = as_answers(prepared.held_out if prepared.held_out is not None else prepared.training)
+    return answers_of(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
+
+
 def _count_stops(prepared: Prepared) -> SelfStopping | None:
     """Ask a few held-out rows, or rows trained on."""
     examples = prepared.held_out if prepared.held_out is not None else prepared.training
-    return count_self_stops(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
+    return count_self_stops(prepared.model, prepared.tokenizer, as_answers(examples), prepared.config.use_chat_template)
 
 
 def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:

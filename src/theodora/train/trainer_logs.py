@@ -12,7 +12,6 @@ from torch import Tensor
 from theodora.train.deferred_metrics import DeferredMetrics
 from theodora.train.step_state import CountingTrainer, Metrics, replace_metrics
 
-_MEANS = ("entropy", "mean_token_accuracy")
 _LINES_UNDER_WAY = 2  # steps that the host may be ahead of the figures it logs
 
 
@@ -32,6 +31,8 @@ class LogOverrides(CountingTrainer):
 
     defers_logs = False
     """Whether the host goes on meanwhile."""
+    means: tuple[str, ...] = ("entropy", "mean_token_accuracy")
+    """Metrics that are means over the passes of all processes."""
     _under_way: deque[_Line]
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +65,7 @@ class LogOverrides(CountingTrainer):
         """Metrics and the sum of losses over all processes, each of which calls this."""
         if self.processes.alone:
             return metrics, loss
-        names = [*_MEANS, *(["aux_loss"] if self.aux_loss_enabled else [])]
+        names = [*self.means, *(["aux_loss"] if self.aux_loss_enabled else [])]
         wide = torch.float64 if loss.device.type != "mps" else torch.float32
         own = [(metrics.get(name, []), len(metrics.get(name, []))) for name in names]
         sums = [torch.as_tensor(v, device=loss.device).to(wide) for v in (loss, self.tokens)]
@@ -106,7 +107,11 @@ class LogOverrides(CountingTrainer):
         if self.mode == "eval" and "train_runtime" not in logs:
             replace_metrics(metrics, self._of_all(dict(metrics), self.loss_sum)[0])
         metrics.update(DeferredMetrics(metrics).read())
+        self.settle(metrics)
         super().log(logs, start_time)
+
+    def settle(self, metrics: Metrics) -> None:
+        """Make of what was recorded, numbers now, what is logged."""
 
     def store_flos(self) -> None:
         """Overrides transformers 5.17 to 5.23's `Trainer.store_flos`: other processes do as much."""

@@ -177,11 +177,15 @@ class LossOverrides(CountingTrainer):
         """Overrides TRL 1.16's `SFTTrainer.prediction_step`: also adds up the loss over tokens."""
         # (A copy, because the loss takes things out.)
         loss, logits, labels = super().prediction_step(model, dict(inputs), prediction_loss_only, ignore_keys)
-        tokens = (inputs["labels"][..., 1:] != -100).sum().item()
-        if loss is not None and tokens:
-            self._eval_nats += loss.item() * tokens
-            self._eval_tokens += tokens
+        items = self.items_of(inputs)
+        if loss is not None and items:
+            self._eval_nats += loss.item() * items
+            self._eval_tokens += items
         return loss, logits, labels
+
+    def items_of(self, inputs: dict[str, Any]) -> float:
+        """What the loss of a batch is a mean over: its learned tokens."""
+        return (inputs["labels"][..., 1:] != -100).sum().item()
 
 
 def recorded(sums: LossSums) -> Tensor:

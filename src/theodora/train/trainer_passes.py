@@ -45,7 +45,7 @@ class PassOverrides(LossOverrides):
             self._reads_bounds, self.sends_bounds = False, True
             self.shapes = self._shapes()
             free = replace(collate, padding_free=True)
-            self.data_collator = Flatten(free, self.shapes, self.args.train_batch_size, with_real)
+            self.data_collator = Flatten(free, self.shapes, self._sequences, with_real)
             return
         self._reads_bounds = self.why_no_graph is not None or not self.padding_free or reads_bounds(self.model)
         self.sends_bounds = not self._reads_bounds and self._takes_bounds()
@@ -64,6 +64,19 @@ class PassOverrides(LossOverrides):
                 f"apart only by their bounds, which it is not given here ({why}). Train without packing (--no-packing)."
             )
 
+    def lengths_in_batches(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Tokens, and learned tokens, that each row adds to a batch, int64."""
+        return lengths_of(rows)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """How many sequences of a row are in one batch."""
+        return 1
+
+    @property
+    def _sequences(self) -> int:
+        return self.args.train_batch_size * self.sequences_per_row
+
     def _why_no_graph(self) -> str | None:
         if not isinstance(self.head, Head):
             return "TRL's loss"
@@ -80,7 +93,7 @@ class PassOverrides(LossOverrides):
         """What flattened batches are filled up to."""
         rows: Any = self.train_dataset
         size, layers = self.args.train_batch_size, self.model.config.get_text_config().num_hidden_layers
-        lengths, learned = lengths_of(rows)
+        lengths, learned = self.lengths_in_batches(rows)
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         if batches <= 0:
             batches = math.ceil(self.args.num_train_epochs * len(lengths) / size)

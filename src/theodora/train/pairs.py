@@ -1,0 +1,86 @@
+"""The batches of objectives that compare answers: both sequences of a row, or the one and another row's.
+
+A batch of pairs has the rows better, worse, better, worse, …; of judged answers one a row, and the answers to other
+prompts as a batch within it. Legend: S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodora.kernels.cross_entropy import IGNORED
+from theodora.train.fused_loss import LEARNED
+
+TOGETHER = "sequences_together"
+"""In a batch: how many neighbouring sequences are one row, which no cut may part."""
+ROWS = "rows_learned"
+"""In a batch: how many rows there are to learn from."""
+REFERENCE, VERDICT, UNMATCHED, DIVERGENCE = "reference", "label", "unmatched", "divergence"
+COLUMNS = ("lengths", REFERENCE, VERDICT)
+"""Of a dataset, beside ids and labels."""
+_OWN = (TOGETHER, ROWS, REFERENCE, VERDICT, UNMATCHED, DIVERGENCE)
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+class Sequences:
+    """A collator of rows with two sequences each, by one of single sequences."""
+
+    def __init__(self, collate: Collate, judged: bool) -> None:
+        self.collate, self.judged = collate, judged
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows."""
+        both = [_parts(row) for row in rows]
+        known = [row.get(REFERENCE, (None, None)) for row in rows]
+        learned = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
+        if not self.judged:
+            sequences = [sequence for pair in both for sequence in pair]
+            return self._batch(sequences, [logp for pair in known for logp in pair], 2, learned)
+        batch, other = (
+            self._batch([pair[n] for pair in both], [pair[n] for pair in known], 1, learned) for n in (0, 1)
+        )
+        verdicts = _filled([bool(row[VERDICT]) for row in rows], count_of(batch, 1), torch.bool)
+        return {**batch, VERDICT: verdicts, UNMATCHED: other}
+
+    def _batch(
+        self, sequences: list[dict[str, Any]], logps: list[float | None], together: int, learned: int
+    ) -> dict[str, Any]:
+        batch = self.collate(sequences)
+        count = count_of(batch, together)
+        if LEARNED in batch:
+            batch[LEARNED]["sequences"] = count
+        if logps[0] is not None:
+            batch[REFERENCE] = _filled(logps, count, torch.float32)
+        return {**batch, TOGETHER: together, ROWS: learned}
+
+
+def count_of(batch: dict[str, Any], together: int) -> int:
+    """S: sequences of a batch, with those that fill up a flattened one, as many as are whole rows of `together`."""
+    bounds = batch[LEARNED]["bounds"] if LEARNED in batch else None
+    count = batch["input_ids"].shape[0] if bounds is None else len(bounds) - 1
+    return -(-count // together) * together
+
+
+def taken_apart(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the model is given of a batch, and what the objective."""
+    return {k: v for k, v in batch.items() if k not in _OWN}, {k: v for k, v in batch.items() if k in _OWN}
+
+
+def _parts(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    cut = row["lengths"][0]
+    return (
+        {name: row[name][:cut] for name in ("input_ids", "labels")},
+        {name: row[name][cut:] for name in ("input_ids", "labels")},
+    )
+
+
+def _filled(values: list[Any], count: int, dtype: torch.dtype) -> Tensor:
+    """Values of each sequence, (S,), zeros for those that fill up."""
+    tensor = torch.zeros(count, dtype=dtype)
+    tensor[: len(values)] = torch.tensor(values, dtype=dtype)
+    return tensor

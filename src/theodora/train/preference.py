@@ -1,0 +1,338 @@
+"""The trainer of objectives that compare answers: dpo, ipo, orpo, simpo, kto.
+
+The way of a batch is that of `trainer.py`, and so are guards, pieces, graphs, logs and checkpoints; only rows, loss and
+what is recorded are others. A pass computes the log-likelihoods of all answers, the reference those of the same batch
+(or they were computed beforehand), and `preference_loss` makes a loss of each row. A step's loss is the mean over its
+rows, whatever passes and processes they are spread over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value
+from torch import Tensor, nn
+
+from theodora.train.fused_loss import LEARNED, Head, SelectLearned, fused_head
+from theodora.train.graphed import batch_of
+from theodora.train.loss import logits_fit, row_losses
+from theodora.train.out_of_memory import split
+from theodora.train.pairs import (
+    COLUMNS,
+    DIVERGENCE,
+    REFERENCE,
+    ROWS,
+    UNMATCHED,
+    VERDICT,
+    Sequences,
+    count_of,
+    taken_apart,
+)
+from theodora.train.preference_loss import Answers, Settings, judged_losses, pair_losses, rewards
+from theodora.train.reference import Reference
+from theodora.train.sequence_losses import SequenceLosses
+from theodora.train.step_state import Metrics
+from theodora.train.trainer import AdapterTrainer
+
+_OBJECTIVE = "objective."
+_SUM, _COUNT = "sum of ", "number of "
+_OF_ALL = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy")
+_OF_PAIRS = (*_OF_ALL, "rewards/margins", "rewards/accuracies")
+_OF_JUDGED = (*_OF_ALL, "kl")
+
+
+class PreferenceTrainer(AdapterTrainer):
+    """`AdapterTrainer` with another loss.
+
+    Args:
+        settings: of the objective.
+        reference: what the policy is compared with; None for objectives that compare with nothing.
+        **kwargs: as of `AdapterTrainer`; rows are those of `tokenize_preferences`.
+    """
+
+    def __init__(self, *args: Any, settings: Settings, reference: Reference | None, **kwargs: Any) -> None:
+        self.settings, self.reference = settings, reference
+        super().__init__(*args, **kwargs)
+        self.data_collator = Sequences(self.data_collator, settings.judged)
+        self.means = tuple(kind + name for name in self.figures for kind in (_SUM, _COUNT))
+        if settings.precompute_ref_log_probs and reference is not None:
+            self.train_dataset = self._with_reference(self.train_dataset)
+            self.eval_dataset = None if self.eval_dataset is None else self._with_reference(self.eval_dataset)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What is recorded of each pass, by TRL's names."""
+        return _OF_JUDGED if self.settings.judged else _OF_PAIRS
+
+    @property
+    def sequences_per_row(self) -> int:
+        """How many sequences of a row are in one batch."""
+        return 1 if self.settings.judged else 2
+
+    def lengths_in_batches(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Overrides `PassOverrides.lengths_in_batches`: of judged answers without those to other prompts."""
+        if not self.settings.judged:
+            return super().lengths_in_batches(rows)
+        own = rows.select_columns(["labels", "lengths"]).map(_first_alone, remove_columns=["lengths"])
+        return super().lengths_in_batches(own)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Overrides TRL 1.16's `SFTTrainer._set_signature_columns_if_needed`: rows have columns of their own."""
+        self._signature_columns = ["input_ids", "labels", *COLUMNS]
+
+    # Rows of a step
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Overrides transformers 5.17 to 5.23's `Trainer._get_num_items_in_batch`: rows, not tokens."""
+        return torch.tensor(sum(batch[ROWS] for batch in batch_samples), device=device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides transformers 5.17 to 5.23's `Trainer.get_batch_samples`: also measures how far the policy has come
+        from its reference, on the answers to other prompts of the whole step, which KTO's loss goes by."""
+        batches, rows = super().get_batch_samples(*args, **kwargs)
+        if self.settings.judged and batches:
+            sums = [self._divergence(batch) for batch in batches]
+            total = self.processes.sum(torch.stack(sums).sum(0))
+            for batch in batches:
+                del batch[UNMATCHED]
+                batch[DIVERGENCE] = (total[0] / total[1].clamp(min=1)).clamp(min=0)
+        return batches, rows
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Overrides `PassOverrides.prediction_step`: KTO goes by the answers to other prompts of the batch."""
+        if self.settings.judged and UNMATCHED in inputs:
+            total = self._divergence(inputs)
+            inputs = {name: value for name, value in inputs.items() if name != UNMATCHED}
+            inputs[DIVERGENCE] = (total[0] / total[1].clamp(min=1)).clamp(min=0)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def items_of(self, inputs: dict[str, Any]) -> float:
+        """Overrides `LossOverrides.items_of`: rows."""
+        return inputs[ROWS]
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Overrides `LossOverrides.compute_loss`: that of the objective, the mean over rows."""
+        given, own = taken_apart(inputs)
+        loss, figures = self._loss(model, given, own, num_items_in_batch)
+        self.record(figures, _tokens_of(given))
+        return loss
+
+    def _loss(self, model: nn.Module, given: dict[str, Any], own: dict[str, Any], items: Any) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what is recorded of it: a sum and a number for each of `figures`, (2, F)."""
+        losses = self._each(model, given)
+        reference = own.get(REFERENCE)
+        if reference is None and self.reference is not None:
+            reference = self._reference_logps(given)
+        answers = Answers(-losses.nats, losses.count, reference)
+        if self.settings.judged:
+            real = losses.count > 0
+            each = judged_losses(answers, own[VERDICT], self._kl(own), self.settings)
+            figures = self._figures_of_judged(answers, losses, own[VERDICT], self._kl(own))
+        else:
+            better, worse = _halves(answers)
+            real = (better.tokens > 0) & (worse.tokens > 0)
+            each = pair_losses(better, worse, self.settings)
+            figures = self._figures_of_pairs(better, worse, losses, real)
+        total = torch.where(real, each, torch.zeros_like(each)).sum()
+        rows = real.sum() if items is None else torch.as_tensor(items, device=total.device)
+        return total / rows.clamp(min=1), figures
+
+    def _each(self, model: Any, given: dict[str, Any]) -> SequenceLosses:
+        """The losses of each sequence under a model: ours from the hidden states on a GPU, or from its own logits."""
+        if LEARNED not in given:
+            head = None if self._logits_fit(given["labels"]) else self._readable_head
+            if head is None:
+                return row_losses(model, given, self._takes_positions)
+            told = SelectLearned(lambda _: dict(given))([])
+            learned = told.pop(LEARNED) | {"sequences": len(given["labels"])}
+            told.pop("labels")
+            return head.loss(model, learned, **told)  # pyright: ignore[reportReturnType]
+        inputs = {name: value for name, value in given.items() if name != "labels"}
+        if model is self.model or not isinstance(self.head, Head):
+            return model(**inputs)
+        return self.head.loss(model, inputs.pop(LEARNED), **inputs)  # pyright: ignore[reportReturnType]
+
+    def _logits_fit(self, labels: Tensor) -> bool:
+        return logits_fit(labels, self.model.config.get_text_config().vocab_size)
+
+    @cached_property
+    def _readable_head(self) -> Head | None:
+        """How logits come from the hidden states, where few of them are to be held at once; None if in no known way."""
+        head = None if self.adapts_head else fused_head(self.model)
+        return head if isinstance(head, Head) else None
+
+    def _reference_logps(self, given: dict[str, Any]) -> Tensor:
+        assert self.reference is not None
+        with self.reference.running() as model:
+            return -self._each(model, given).nats.detach()
+
+    def _kl(self, own: dict[str, Any]) -> Tensor:
+        kl = own[DIVERGENCE]
+        return torch.zeros_like(kl) if self.settings.unpaired_loss == "apo_zero_unpaired" else kl
+
+    @torch.no_grad()
+    def _divergence(self, batch: dict[str, Any]) -> Tensor:
+        """Σ log π − log π_ref over the answers of a batch to other prompts, and how many there are, (2,)."""
+        unmatched = self._prepare_inputs(batch[UNMATCHED])
+
+        def sums(part: dict[str, Any]) -> Tensor:
+            given, own = taken_apart(part)
+            losses, reference = self._each(self.model, given), own.get(REFERENCE)
+            if reference is None:
+                reference = self._reference_logps(given)
+            real = losses.count > 0
+            return torch.stack([((-losses.nats - reference) * real).sum(), real.sum()])
+
+        with self.compute_loss_context_manager():
+            return _in_parts(sums, unmatched)
+
+    # The same as a graph
+
+    def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
+        """Overrides `PassOverrides._graph_inputs`: with what the objective knows of the batch."""
+        given, own = taken_apart(inputs)
+        tensors = super()._graph_inputs(given, num_items_in_batch)
+        if tensors is None:
+            return None
+        own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return {**tensors, **{_OBJECTIVE + name: value.to(self.args.device) for name, value in own.items()}}
+
+    def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Overrides `PassOverrides._forward_backward`: both passes, of the policy and of its reference."""
+        own = {name.removeprefix(_OBJECTIVE): t for name, t in tensors.items() if name.startswith(_OBJECTIVE)}
+        given = {name: t for name, t in tensors.items() if not name.startswith(_OBJECTIVE)}
+        inputs, items, _ = batch_of(given, None if self.shapes else self.args.max_length)
+        inputs[LEARNED]["sequences"] = count_of(inputs, self.sequences_per_row)
+        with self.compute_loss_context_manager():
+            loss, figures = self._loss(self.model, inputs, own, items)
+        self.accelerator.backward(loss)
+        return loss.detach(), figures
+
+    # What is recorded
+
+    def _figures_of_pairs(self, better: Answers, worse: Answers, losses: SequenceLosses, real: Tensor) -> Tensor:
+        good, bad, rows = rewards(better, self.settings), rewards(worse, self.settings), real.sum()
+        of_rows = {
+            "rewards/chosen": good,
+            "rewards/rejected": bad,
+            "rewards/margins": good - bad,
+            "rewards/accuracies": good > bad,
+            "logps/chosen": better.logps,
+            "logps/rejected": worse.logps,
+        }
+        return self._stacked(
+            {
+                **{name: ((value * real).sum(), rows) for name, value in of_rows.items()},
+                "mean_token_accuracy": (losses.correct[::2].sum(), better.tokens.sum()),
+                "entropy": (losses.entropy.sum(), losses.count.sum()),
+            }
+        )
+
+    def _figures_of_judged(self, answers: Answers, losses: SequenceLosses, good: Tensor, kl: Tensor) -> Tensor:
+        reward, logps, real = rewards(answers, self.settings), answers.logps, answers.tokens > 0
+        yes, no = real & good, real & ~good
+        return self._stacked(
+            {
+                "rewards/chosen": ((reward * yes).sum(), yes.sum()),
+                "rewards/rejected": ((reward * no).sum(), no.sum()),
+                "logps/chosen": ((logps * yes).sum(), yes.sum()),
+                "logps/rejected": ((logps * no).sum(), no.sum()),
+                "kl": (kl, torch.ones_like(kl)),
+                "mean_token_accuracy": ((losses.correct * yes).sum(), (losses.count * yes).sum()),
+                "entropy": (losses.entropy.sum(), losses.count.sum()),
+            }
+        )
+
+    def _stacked(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Sums and numbers in the order of `figures`, (2, F) float32."""
+        both = [[found[name][n].detach().float() for name in self.figures] for n in (0, 1)]
+        return torch.stack([torch.stack(values) for values in both])
+
+    def record(self, sums: Tensor, tokens: Tensor | int) -> None:
+        """Overrides `CountingTrainer.record`: other figures, each with the number that it is a mean over."""
+        metrics = self.metrics_of(self.mode)
+        for name, total, count in zip(self.figures, *sums.detach(), strict=True):
+            metrics[_SUM + name].append(total)
+            metrics[_COUNT + name].append(count)
+        if self.mode == "train":
+            self.tokens = self.tokens + tokens
+        metrics["num_tokens"] = [self.tokens]
+
+    def settle(self, metrics: Metrics) -> None:
+        """Overrides `LogOverrides.settle`: means of what was recorded, over exactly the rows that have it."""
+        for name in self.figures:
+            total, count = (sum(metrics.pop(kind + name, [])) for kind in (_SUM, _COUNT))
+            if count:
+                metrics[name] = [total / count]
+        if self.settings.judged and "rewards/chosen" in metrics and "rewards/rejected" in metrics:
+            metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
+
+    # The reference beforehand
+
+    @torch.no_grad()
+    def _with_reference(self, rows: Any) -> Dataset:
+        """The rows with the reference's log-likelihoods of their two sequences."""
+        assert self.reference is not None
+        size = self.settings.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        collate = Sequences(self.data_collator.collate, judged=False)
+        found: list[list[float]] = []
+
+        def logps_of(part: list[Any]) -> list[list[float]]:
+            with self.compute_loss_context_manager():
+                given, _ = taken_apart(self._prepare_inputs(collate(part)))
+                return self._reference_logps(given)[: 2 * len(part)].view(-1, 2).tolist()
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            while len(found) < len(rows):
+                part = [rows[n] for n in range(len(found), min(len(found) + size, len(rows)))]
+                try:
+                    found += logps_of(part)
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size //= 2
+        finally:
+            self.model.train(training)
+        column = Dataset.from_dict({REFERENCE: found}, features=Features({REFERENCE: List(Value("float32"))}))
+        return rows.add_column(REFERENCE, column.data.column(REFERENCE).combine_chunks())
+
+
+def _in_parts(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) -> Tensor:
+    """What is added up over a batch, in halves where memory does not last for all of it."""
+    try:
+        return run(batch)
+    except torch.OutOfMemoryError:
+        parts = split(batch, 2)
+        if len(parts) == 1:
+            raise
+    # Outside the handler, which holds what did not fit.
+    return torch.stack([_in_parts(run, part) for part in parts]).sum(0)
+
+
+def _first_alone(row: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": row["labels"][: row["lengths"][0]]}
+
+
+def _halves(answers: Answers) -> tuple[Answers, Answers]:
+    """The better answers and the worse ones."""
+    parts = [answers.logps, answers.tokens, answers.reference]
+    return (
+        Answers(*(None if part is None else part[::2] for part in parts)),  # pyright: ignore[reportArgumentType]
+        Answers(*(None if part is None else part[1::2] for part in parts)),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _tokens_of(given: dict[str, Any]) -> Any:
+    if LEARNED in given:
+        return given[LEARNED]["tokens"]
+    mask = given.get("attention_mask")
+    return given["input_ids"].numel() if mask is None else mask.sum()

@@ -1,0 +1,78 @@
+"""What one looks at in a run that learns from preferences: in words, in rows of a table, and in lines of a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from theodora.config import TrainConfig
+from theodora.train.objectives import settings_of
+from theodora.train.preference_loss import Settings
+from theodora.train.reference import BASE
+
+Figures = Mapping[str, tuple[float | None, float | None]]
+"""TRL's name of a figure -> its value on the held-out rows before and after training."""
+
+# TRL's name -> how it is called in tables, and how it is written.
+_ROWS = {
+    "rewards/accuracies": ("Better answer preferred", "{:.1%}"),
+    "rewards/margins": ("Margin of rewards", "{:.4f}"),
+    "rewards/chosen": ("Reward of better answers", "{:.4f}"),
+    "rewards/rejected": ("Reward of worse answers", "{:.4f}"),
+    "logps/chosen": ("Log-likelihood of better answers", "{:.2f}"),
+    "logps/rejected": ("Log-likelihood of worse answers", "{:.2f}"),
+    "kl": ("Divergence from the reference", "{:.4f}"),
+}
+
+
+def held_out_figures(history: Sequence[Mapping[str, Any]], best: float | None = None) -> Figures:
+    """Figures of the first evaluation, if it was before the first step, and of the last, or of the best.
+
+    Args:
+        history: the trainer's log.
+        best: the held-out loss of the adapter that was kept; None: the last one was.
+    """
+    lines = [line for line in history if "eval_loss" in line]
+    if not lines:
+        return {}
+    first = lines[0] if lines[0]["step"] == 0 else {}
+    last = next((line for line in lines if line["eval_loss"] == best), lines[-1])
+    found = {name: (first.get(f"eval_{name}"), last.get(f"eval_{name}")) for name in _ROWS}
+    if found["rewards/margins"][0] == 0:  # the model is its reference still, and prefers nothing
+        found["rewards/accuracies"] = None, found["rewards/accuracies"][1]
+    return {name: values for name, values in found.items() if values[1] is not None}
+
+
+def figure_rows(figures: Figures) -> list[tuple[str, str, str]]:
+    """Figure, before, after, in words."""
+
+    def shown(key: str, value: float | None) -> str:
+        return "" if value is None else _ROWS[key][1].format(value)
+
+    return [(_ROWS[key][0], shown(key, before), shown(key, after)) for key, (before, after) in figures.items()]
+
+
+def described(config: TrainConfig) -> str | None:
+    """`dpo, beta 0.1, compared with the base model (the adapter switched off)`; None for sft."""
+    settings = settings_of(config)
+    if settings is None:
+        return None
+    parts = [config.objective, *_settings(settings)]
+    if config.reference is not None:
+        what = "the base model (the adapter switched off)" if config.reference == BASE else config.reference
+        parts.append(f"compared with {what}" + (", beforehand" if settings.precompute_ref_log_probs else ""))
+    return ", ".join(parts)
+
+
+def per_row(config: TrainConfig) -> str:
+    """What a loss is a mean over."""
+    return {"sft": "token (nats)", "kto": "answer"}.get(config.objective, "pair")
+
+
+def _settings(settings: Settings) -> list[str]:
+    own = [f"beta {settings.beta:g}"]
+    if settings.objective == "dpo" and settings.losses != (("sigmoid", 1.0),):
+        own.append(" + ".join(f"{weight:g} × {name}" for name, weight in settings.losses))
+    if settings.objective == "simpo":
+        own.append(f"gamma {settings.simpo_gamma:g}")
+    return own

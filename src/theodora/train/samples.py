@@ -1,0 +1,70 @@
+"""What a model answers to a few prompts of its data, before and after training: figures alone do not show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from theodora.data import Examples, encode_prompt
+from theodora.errors import TheodoraError
+from theodora.evaluate.batches import evaluating, pad
+from theodora.evaluate.decoding import decoding, end_tokens
+
+_ROWS, _LOOKED_AT = 3, 32
+_LONGEST_PROMPT, _TOKENS, _SECONDS = 512, 96, 20.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt."""
+
+    prompt: str
+    """As the model reads it."""
+    before: str
+    """Its answer where training began, greedily, 96 tokens at most."""
+    after: str
+    """Its answer after training."""
+
+
+def answers_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, use_chat_template: bool | None
+) -> list[tuple[str, str]]:
+    """A few prompts, and what the model answers; nothing where it cannot be asked."""
+    prompts: list[list[int]] = []
+    for row in examples.dataset.select(range(min(_LOOKED_AT, len(examples)))):
+        try:
+            prompt = encode_prompt(row, tokenizer, use_chat_template)  # pyright: ignore[reportArgumentType]
+        except (TheodoraError, KeyError, ValueError, TypeError):
+            continue
+        if 0 < len(prompt) <= _LONGEST_PROMPT and prompt not in prompts:
+            prompts.append(prompt)
+        if len(prompts) == _ROWS:
+            break
+    if not prompts:
+        return []
+    ends = end_tokens(model, tokenizer)
+    settings = decoding(ends, _TOKENS)
+    settings.max_time = _SECONDS
+    try:
+        with evaluating(model):
+            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=pad(prompts, ends[0], left=True).to(model.device),
+                attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device),
+                generation_config=settings,
+            )
+    except (torch.OutOfMemoryError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return []  # a model that cannot generate so is trained all the same
+    answers = output[:, max(map(len, prompts)) :].tolist()
+    return [
+        (str(tokenizer.decode(prompt)), str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def paired(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> tuple[Sample, ...]:
+    """The samples of a run, of the prompts that were answered both times."""
+    later = dict(after)
+    return tuple(Sample(prompt, answer, later[prompt]) for prompt, answer in before if prompt in later)
