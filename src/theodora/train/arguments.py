@@ -46,6 +46,11 @@ _ELSEWHERE = {
     "hub_token": "set HF_TOKEN in the environment; a recipe is no place for it",
 }
 
+# Switches of SFTConfig that are always on here, and why.
+_ALWAYS = {
+    "average_tokens_across_devices": "a step's loss is the mean over the learned tokens of all processes",
+}
+
 # Options of SFTConfig that a CPU cannot serve, and why.
 _NO_CPU = {
     "use_liger_kernel": "Liger's kernels run on GPUs alone",
@@ -234,6 +239,8 @@ def _checked(trainer: Any) -> dict[str, Any]:
                 values[name] = coerce(value, hints[name])
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; expected {error}")
+            if name in _ALWAYS and values.get(name) is False:
+                problems.append(f"{name} cannot be switched off: {_ALWAYS[name]}")
     if problems:
         raise ConfigError("The options make no sense:" + bullet_list(problems))
     return values
