@@ -98,8 +98,8 @@ def test_fields_of_sft_config_reach_the_trainer(run, tmp_path, losses):
 
 
 def test_unknown_and_impossible_options_are_refused_together(run):
+    other = {"average_tokens_across_devices": "false", "push_to_hub": True, "save_on_each_node": True}
     with pytest.raises(ConfigError) as caught:
-        other = {"average_tokens_across_devices": "false", "push_to_hub": True, "save_on_each_node": True}
         run(max_stepz=3, lora_alpha=4, adam_beta1="much", **other)
     message = str(caught.value)
     assert "average_tokens_across_devices cannot be switched off" in message
