@@ -1,5 +1,7 @@
 """The loss that keeps the experts of a mixture balanced is in the fused loss, in graphs and in pieces, as in TRL's."""
 
+import json
+
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -259,3 +261,82 @@ def test_where_nothing_keeps_them_apart_packing_is_refused(run, folder, request,
     without_bounds(monkeypatch)
     with pytest.raises(ConfigError, match=r"only by their bounds.*--no-packing"):
         run(model=folder("gpt_oss"), **SETTINGS | PACKED)
+
+
+@pytest.fixture
+def prefer(run, folder, tmp_path):
+    """Learn from preferences with these options; the rows are alike where any of them are to balance alike."""
+
+    def start(objective, alike=False, **others):
+        prompts = [f"{1 if alike else n // 2} + 2 =" for n in range(48)]
+        good, bad = " 3, or so", " 12!"
+        rows = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt in prompts[::2]]
+        if objective == "kto":
+            answers = zip(prompts, 24 * (good, bad), strict=True)
+            rows = [{"prompt": prompt, "completion": answer, "label": answer == good} for prompt, answer in answers]
+        path = tmp_path / f"{objective}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(**SETTINGS | {"model": folder(), "data": str(path), "objective": objective, "beta": 0.5} | others)
+
+    return start
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("flattened", [False, True])
+def test_preferences_are_learned_with_it(objective, flattened, prefer, made, counts, tmp_path, losses, monkeypatch):
+    if not flattened:
+        without_bounds(monkeypatch)
+    fused = prefer(objective, output=str(tmp_path / "fused"))
+    assert bool(made[0].shapes) == flattened
+    assert made[0].graph_replays >= (3 if flattened else 0), made[0].why_no_graph
+    plain = prefer(objective, output=str(tmp_path / "plain"), kernels="reference")
+    prefer(objective, output=str(tmp_path / "off"), router_aux_loss_coef=0.0)
+    for name in ("loss", "eval_loss", "aux_loss", "eval_aux_loss", "grad_norm", "rewards/chosen"):
+        found, expected = losses(tmp_path / "fused", name), losses(tmp_path / "plain", name)
+        assert found, name
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5, msg=lambda told, name=name: name + told)
+    assert losses(tmp_path / "off", "aux_loss") == []
+    (loss, *_), (without, *_), (balance, *_) = (
+        losses(tmp_path / where, name) for where, name in (("fused", "loss"), ("off", "loss"), ("fused", "aux_loss"))
+    )
+    assert balance > 1
+    assert loss == pytest.approx(without + COEFFICIENT * balance, rel=1e-4)
+    for mine, theirs in zip(fused.experts, plain.experts, strict=True):
+        assert mine.effective == pytest.approx(theirs.effective, rel=1e-2)
+
+
+def test_a_preference_is_balanced_as_by_the_model_itself(prefer, made, folder, losses, tmp_path):
+    prefer("dpo", max_steps=1, held_out=0, eval_steps=1, kernels="reference", per_device_train_batch_size=2)
+    batch = next(iter(made[0].get_train_dataloader()))
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain = type(made[0].model).from_pretrained(folder())
+    expected = plain(**given, output_router_logits=True).aux_loss.detach()
+    assert losses(tmp_path / "run", "aux_loss") == [pytest.approx(float(expected), rel=1e-4)]
+
+
+def test_the_reference_of_preferences_is_not_counted(prefer, made, counts):
+    prefer("dpo", gradient_checkpointing=False)
+    assert made[0].shapes
+    assert [int(each.counts_E1[:-1].sum()) for each in counts] == [2 * made[0].tokens_seen] * 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_preferences_in_pieces_it_is_the_mean(fused, prefer, tmp_path, losses, monkeypatch, request):
+    if fused:
+        request.getfixturevalue("made")
+    settings = {"max_steps": 3, "held_out": 0, "eval_steps": 1, "per_device_train_batch_size": 4}
+    prefer("dpo", alike=True, output=str(tmp_path / "whole"), **settings)
+    one_pass, rows = trainer.AdapterTrainer.one_pass, []
+
+    def short_of_memory(self, inputs, *args):
+        rows.append(int((inputs["labels"] != -100).sum()))
+        if rows[-1] > rows[0] // 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return one_pass(self, inputs, *args)
+
+    monkeypatch.setattr(trainer.AdapterTrainer, "one_pass", short_of_memory)
+    prefer("dpo", alike=True, output=str(tmp_path / "pieces"), **settings)
+    assert rows[1] == rows[0] // 2
+    for name in ("loss", "grad_norm", "aux_loss"):
+        found, expected = losses(tmp_path / "pieces", name), losses(tmp_path / "whole", name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -118,7 +118,6 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         # Rows are cut already, and TRL refuses a limit that it would not enforce.
         "max_length": None if other.get("padding_free") and not config.packing else config.max_length,
         "packing": config.packing,
-        **({} if config.objective == "sft" else {"router_aux_loss_coef": 0.0}),
         # Tokenised rows need nothing more of TRL's preparation, unless they are packed or shuffled.
         "dataset_kwargs": None if prepares else {"skip_prepare_dataset": True},
         "logging_steps": config.logging_steps,

@@ -79,6 +79,8 @@ class ExpertLoads(TrainerCallback):
         learned: Learned | None = kwargs.get(LEARNED)
         mask = kwargs.get("attention_mask") if learned is None else learned["real"]
         for counts in self._counts.values():
+            if counts.off:
+                continue
             counts.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def on_log(
@@ -148,11 +150,16 @@ class _Counts:
         """Of the batch at hand, (rows, tokens): 0 for padding."""
         self.counts_E1 = torch.zeros(self.experts + 1, dtype=torch.int64, device=device)
 
+    @property
+    def off(self) -> bool:
+        """Whether the adapter is switched off: the reference of preferences runs."""
+        return all(place.active is None for place in self.module.adapted.values())
+
     def watch(self) -> Any:
         return self.module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
+        if not module.training or self.off:
             return
         with torch.no_grad():
             if takes_sorted_rows(module):

@@ -67,6 +67,8 @@ class Learned(TypedDict):
     """Which tokens are no padding, nor fill a row up, (B, T) bool, where a mixture's experts are counted."""
     sequences: NotRequired[int]
     """How many sequences the batch has, if the loss of each is wanted by itself."""
+    unbalanced: NotRequired[bool]
+    """Whether the loss that keeps experts balanced is left out, as of a reference."""
 
 
 class SelectLearned:
@@ -183,7 +185,8 @@ class Head:
         elif learned["bounds"] is not None:
             known = attention_by_bounds()
             kwargs[SEQUENCES] = Sequences(learned["bounds"], learned["longest"])
-        if self.balancing is not None:
+        balancing = None if learned.get("unbalanced") else self.balancing
+        if balancing is not None:
             kwargs["output_router_logits"] = True
         with known:
             states = _body(model)(*args, **kwargs, use_cache=False)
@@ -195,14 +198,14 @@ class Head:
             hidden_NH = _Rows.apply(hidden_NH, learned["positions"].to(weight.device))
         given: Any = {"bias_V": bias, "scale": self.scale, "softcap": self.softcap, "with_stats": True}
         targets, sequences = learned["targets"].to(weight.device), learned.get("sequences")
-        if sequences is not None:
-            tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
-            return summed(tokens, _sequence_of(learned, hidden_BTH), sequences)
-        sums = linear_cross_entropy(hidden_NH, weight, targets, **given)
-        if self.balancing is None:
-            return BatchSums(**vars(sums))
-        assert learned["real"] is not None
-        return BatchSums(**vars(sums), balance=self.balancing(states.router_logits, learned["real"]))
+        balance = None
+        if balancing is not None:
+            assert learned["real"] is not None
+            balance = balancing(states.router_logits, learned["real"])
+        if sequences is None:
+            return BatchSums(**vars(linear_cross_entropy(hidden_NH, weight, targets, **given)), balance=balance)
+        tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
+        return summed(tokens, _sequence_of(learned, hidden_BTH), sequences, balance)
 
     def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
         """The logits that the loss stands for, all at once, float32."""

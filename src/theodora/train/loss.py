@@ -67,24 +67,31 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
         takes_positions: `can_choose_positions` of the model itself.
         inputs: what TRL's collator makes, with `labels` (B, T), each at the place of its token (not shifted).
     """
-    tokens, _ = _losses_of_tokens(model, inputs, takes_positions)
+    tokens, _, _ = _losses_of_tokens(model, inputs, takes_positions)
     return LossSums(*(value.sum() for value in (tokens.nats, tokens.entropy, tokens.correct, tokens.learned)))
 
 
-def row_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> SequenceLosses:
-    """The same of each row by itself."""
-    tokens, row_N = _losses_of_tokens(model, inputs, takes_positions)
-    return summed(tokens, row_N, inputs["labels"].shape[0])
+def row_losses(
+    model: nn.Module, inputs: dict[str, Any], takes_positions: bool, balanced: bool = False
+) -> SequenceLosses:
+    """The same of each row by itself; `balanced` with the model's own loss that keeps experts balanced."""
+    wanted = {"output_router_logits": True} if balanced else {}
+    tokens, row_N, outputs = _losses_of_tokens(model, inputs | wanted, takes_positions)
+    return summed(tokens, row_N, inputs["labels"].shape[0], outputs.aux_loss if balanced else None)
 
 
-def _losses_of_tokens(model: nn.Module, inputs: dict[str, Any], takes_positions: bool) -> tuple[TokenLosses, Tensor]:
-    """Of each learned token, (N,), and the number of its row."""
+def _losses_of_tokens(
+    model: nn.Module, inputs: dict[str, Any], takes_positions: bool
+) -> tuple[TokenLosses, Tensor, Any]:
+    """Of each learned token, (N,), the number of its row, and what the model returned."""
     labels_BT = inputs["labels"]
     learned_at = _learned_positions(labels_BT)
     arguments = {key: value for key, value in inputs.items() if key != "labels"}
     # One position at least, so that a batch without a learned token still has a (zero) gradient.
     wanted = learned_at if learned_at.numel() else torch.zeros(1, dtype=torch.long, device=labels_BT.device)
-    logits_BKV = _logits(model, arguments | {"use_cache": False}, wanted, takes_positions)
+    chosen = {"logits_to_keep": wanted} if takes_positions else {}
+    outputs = model(**arguments, use_cache=False, **chosen)
+    logits_BKV = outputs.logits if takes_positions else outputs.logits.index_select(1, wanted)
     targets_BK = labels_BT[:, wanted + 1].to(logits_BKV.device)
     learned = targets_BK != IGNORED
     targets_N = targets_BK[learned]
@@ -93,13 +100,7 @@ def _losses_of_tokens(model: nn.Module, inputs: dict[str, Any], takes_positions:
         entropy = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
         correct = log_probs_NV.argmax(-1) == targets_N
     nats = -log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-    return TokenLosses(nats, entropy, correct, learned[learned]), learned.nonzero()[:, 0]
-
-
-def _logits(model: nn.Module, arguments: dict[str, Any], positions: Tensor, takes_positions: bool) -> Tensor:
-    if takes_positions:
-        return model(**arguments, logits_to_keep=positions).logits
-    return model(**arguments).logits.index_select(1, positions)
+    return TokenLosses(nats, entropy, correct, learned[learned]), learned.nonzero()[:, 0], outputs
 
 
 def _learned_positions(labels_BT: Tensor) -> Tensor:

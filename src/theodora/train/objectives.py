@@ -53,7 +53,6 @@ _OF_SFT = {
     "label_smoothing_factor": "label_smoothing is that of pairs",
     "padding_free": "rows are made one row by themselves where that pays",
     "dft": "it belongs to sft",
-    "router_aux_loss_coef": "the balancing loss of experts is off: answers are compared with a frozen reference",
     "completion_only_loss": "answers alone are learned",
     "assistant_only_loss": "answers alone are learned",
 }

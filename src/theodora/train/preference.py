@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 
-from theodora.train.fused_loss import LEARNED, Head, SelectLearned, fused_head
+from theodora.train.fused_loss import LEARNED, Head, SelectLearned
 from theodora.train.graphed import batch_of
 from theodora.train.loss import logits_fit, row_losses
 from theodora.train.out_of_memory import split
@@ -42,6 +42,7 @@ _SUM, _COUNT = "sum of ", "number of "
 _OF_ALL = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy")
 _OF_PAIRS = (*_OF_ALL, "rewards/margins", "rewards/accuracies")
 _OF_JUDGED = (*_OF_ALL, "kl")
+_BALANCE = "aux_loss"
 
 
 class PreferenceTrainer(AdapterTrainer):
@@ -65,7 +66,8 @@ class PreferenceTrainer(AdapterTrainer):
     @property
     def figures(self) -> tuple[str, ...]:
         """What is recorded of each pass, by TRL's names."""
-        return _OF_JUDGED if self.settings.judged else _OF_PAIRS
+        balance = (_BALANCE,) if self.aux_loss_enabled else ()
+        return (*(_OF_JUDGED if self.settings.judged else _OF_PAIRS), *balance)
 
     @property
     def sequences_per_row(self) -> int:
@@ -124,9 +126,14 @@ class PreferenceTrainer(AdapterTrainer):
         self.record(figures, _tokens_of(given))
         return loss
 
-    def _loss(self, model: nn.Module, given: dict[str, Any], own: dict[str, Any], items: Any) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and what is recorded of it: a sum and a number for each of `figures`, (2, F)."""
-        losses = self._each(model, given)
+    def _loss(
+        self, model: nn.Module, given: dict[str, Any], own: dict[str, Any], items: Any, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what is recorded of it: a sum and a number for each of `figures`, (2, F).
+
+        `weight` is that of the loss that keeps experts balanced, as of `mean_of_step`.
+        """
+        losses = self._each(model, given, balanced=self.aux_loss_enabled)
         reference = own.get(REFERENCE)
         if reference is None and self.reference is not None:
             reference = self._reference_logps(given)
@@ -142,19 +149,24 @@ class PreferenceTrainer(AdapterTrainer):
             figures = self._figures_of_pairs(better, worse, losses, real)
         total = torch.where(real, each, torch.zeros_like(each)).sum()
         rows = real.sum() if items is None else torch.as_tensor(items, device=total.device)
-        return total / rows.clamp(min=1), figures
+        return self.balanced(total / rows.clamp(min=1), losses.balance, items, weight), figures
 
-    def _each(self, model: Any, given: dict[str, Any]) -> SequenceLosses:
-        """The losses of each sequence under a model: ours from the hidden states on a GPU, or from its own logits."""
+    def _each(self, model: Any, given: dict[str, Any], balanced: bool = False) -> SequenceLosses:
+        """The losses of each sequence under a model: ours from the hidden states on a GPU, or from its own logits.
+
+        `balanced` with the loss that keeps experts balanced, which is the policy's alone.
+        """
         if LEARNED not in given:
             head = None if self._logits_fit(given["labels"]) else self._readable_head
             if head is None:
-                return row_losses(model, given, self._takes_positions)
-            told = SelectLearned(lambda _: dict(given))([])
-            learned = told.pop(LEARNED) | {"sequences": len(given["labels"])}
+                return row_losses(model, given, self._takes_positions, balanced)
+            told = SelectLearned(lambda _: dict(given), with_real=balanced)([])
+            learned = told.pop(LEARNED) | {"sequences": len(given["labels"]), "unbalanced": not balanced}
             told.pop("labels")
             return head.loss(model, learned, **told)  # pyright: ignore[reportReturnType]
         inputs = {name: value for name, value in given.items() if name != "labels"}
+        if not balanced:
+            inputs[LEARNED] = {**inputs[LEARNED], "unbalanced": True}
         if model is self.model or not isinstance(self.head, Head):
             return model(**inputs)
         return self.head.loss(model, inputs.pop(LEARNED), **inputs)  # pyright: ignore[reportReturnType]
@@ -165,7 +177,7 @@ class PreferenceTrainer(AdapterTrainer):
     @cached_property
     def _readable_head(self) -> Head | None:
         """How logits come from the hidden states, where few of them are to be held at once; None if in no known way."""
-        head = None if self.adapts_head else fused_head(self.model)
+        head = None if self.adapts_head else self.read_head()
         return head if isinstance(head, Head) else None
 
     def _reference_logps(self, given: dict[str, Any]) -> Tensor:
@@ -208,10 +220,10 @@ class PreferenceTrainer(AdapterTrainer):
         """Overrides `PassOverrides._forward_backward`: both passes, of the policy and of its reference."""
         own = {name.removeprefix(_OBJECTIVE): t for name, t in tensors.items() if name.startswith(_OBJECTIVE)}
         given = {name: t for name, t in tensors.items() if not name.startswith(_OBJECTIVE)}
-        inputs, items, _ = batch_of(given, None if self.shapes else self.args.max_length)
+        inputs, items, weight = batch_of(given, None if self.shapes else self.args.max_length)
         inputs[LEARNED]["sequences"] = count_of(inputs, self.sequences_per_row)
         with self.compute_loss_context_manager():
-            loss, figures = self._loss(self.model, inputs, own, items)
+            loss, figures = self._loss(self.model, inputs, own, items, weight)
         self.accelerator.backward(loss)
         return loss.detach(), figures
 
@@ -232,6 +244,7 @@ class PreferenceTrainer(AdapterTrainer):
                 **{name: ((value * real).sum(), rows) for name, value in of_rows.items()},
                 "mean_token_accuracy": (losses.correct[::2].sum(), better.tokens.sum()),
                 "entropy": (losses.entropy.sum(), losses.count.sum()),
+                **_of_balance(losses),
             }
         )
 
@@ -247,6 +260,7 @@ class PreferenceTrainer(AdapterTrainer):
                 "kl": (kl, torch.ones_like(kl)),
                 "mean_token_accuracy": ((losses.correct * yes).sum(), (losses.count * yes).sum()),
                 "entropy": (losses.entropy.sum(), losses.count.sum()),
+                **_of_balance(losses),
             }
         )
 
@@ -316,6 +330,10 @@ def _in_parts(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) ->
             raise
     # Outside the handler, which holds what did not fit.
     return torch.stack([_in_parts(run, part) for part in parts]).sum(0)
+
+
+def _of_balance(losses: SequenceLosses) -> dict[str, tuple[Tensor, Tensor]]:
+    return {} if losses.balance is None else {_BALANCE: (losses.balance, torch.ones_like(losses.balance))}
 
 
 def _first_alone(row: dict[str, Any]) -> dict[str, Any]:

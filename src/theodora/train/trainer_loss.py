@@ -63,6 +63,10 @@ class LossOverrides(CountingTrainer):
             return f"not on {self.args.device.type}"
         if not self._nll:
             return "the loss is not the plain one"
+        return self.read_head()
+
+    def read_head(self) -> Head | str:
+        """How the model computes its logits, and balances its experts if it is to; or why that is not known."""
         head = fused_head(self.model)
         if isinstance(head, str) or not self.aux_loss_enabled:
             return head
@@ -118,9 +122,16 @@ class LossOverrides(CountingTrainer):
         """
         items = num_items_in_batch if num_items_in_batch is not None else sums.count
         loss = sums.nats / torch.as_tensor(items).clamp(min=1)
-        if not isinstance(sums, BatchSums) or sums.balance is None:
+        balance = sums.balance if isinstance(sums, BatchSums) else None
+        return self.balanced(loss, balance, num_items_in_batch, weight)
+
+    def balanced(
+        self, loss: Tensor, balance: Tensor | None, num_items_in_batch: Any, weight: Tensor | float | None
+    ) -> Tensor:
+        """A batch's loss with the one that keeps experts balanced, if there is one; the others as of `mean_of_step`."""
+        if balance is None:
             return loss
-        return loss + (self.balance_weight(num_items_in_batch) if weight is None else weight) * sums.balance
+        return loss + (self.balance_weight(num_items_in_batch) if weight is None else weight) * balance
 
     def balance_weight(self, num_items_in_batch: Any) -> float:
         """What the loss that keeps experts balanced counts in that of a batch: as in TRL, a mean over those of a step,
