@@ -11,13 +11,14 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.llama import modeling_llama as llama
 
+import tiny_families
 from formula import DEVICE, error
 from theodora import AdapterConfig, accelerate, inject_adapter, kernels
 from theodora.fastpath import sinks
 from theodora.fastpath.accelerate import FastPath, checkpoint_activations, restore_model, speed_up_model
 from theodora.fastpath.masks import EAGER_MASKS, Causal, Unbuilt, causal_of, whole_rows
 from theodora.fastpath.packed_attention import SEQUENCES, Sequences
-from theodora.kernels.sink_attention import sink_attention_reference
+from theodora.kernels.sink_attention import sink_attention_reference, takes
 from theodora.train.packed_rows import attention_by_bounds, bounds_of, takes_bounds
 
 GPU = DEVICE == "cuda"
@@ -204,12 +205,18 @@ def test_a_mask_is_there_for_whoever_wants_a_tensor():
         built.append(torch.arange(4.0).view(1, 1, 2, 2))
         return built[0]
 
-    mask, scores = Unbuilt(Causal(None), build), torch.ones(3, 2, 2, 2)
+    asked = {"batch_size": 1, "q_length": 2, "kv_length": 2}
+    mask, scores = Unbuilt.of(Causal(None), build, asked), torch.ones(3, 2, 2, 2)
+    assert isinstance(mask, torch.Tensor)
+    assert (mask.shape, mask.dtype, mask.dim(), mask.device.type) == ((1, 1, 2, 2), torch.float32, 4, "cpu")
+    assert mask.is_floating_point()
+    assert not mask.requires_grad
     assert not built
     for found in (scores + mask, mask[:, :, :, :2] + scores, torch.add(scores, mask), scores + mask.to(scores.dtype)):
         assert torch.equal(found, scores + torch.arange(4.0).view(1, 1, 2, 2))
     assert torch.equal(torch.cat([mask, mask], dim=-1), torch.cat([built[0]] * 2, dim=-1))
-    assert (mask.shape, mask.dtype, mask.dim()) == ((1, 1, 2, 2), torch.float32, 4)
+    assert torch.equal(mask == 0, built[0] == 0)
+    assert torch.equal(copy.deepcopy(mask), built[0])
     assert len(built) == 1
 
 
@@ -243,8 +250,9 @@ def test_what_bounds_do_not_reach_is_an_error(calls):
     model = accelerate(tiny(attention_dropout=0.1))
     ids, others = packed((5, 7))
     with attention_by_bounds():
-        with pytest.raises(RuntimeError, match="does not go by where its sequences begin"):
-            model(ids, use_cache=False, position_ids=others["position_ids"])
+        for untold in (model, accelerate(tiny())):
+            with pytest.raises(RuntimeError, match="was not told where its sequences begin"):
+                untold(ids, use_cache=False, position_ids=others["position_ids"])
         with pytest.raises(RuntimeError, match="does not know dropout"):
             model(ids, use_cache=False, **others)
     with pytest.raises(RuntimeError, match="any other than causal"):  # under a mask that was built
@@ -308,6 +316,16 @@ def test_functions_are_known_by_what_they_compute():
 
 
 @pytest.mark.parametrize("family", ["granitemoe_swa", "mimo_v2_flash", "hy_v4", "deepseek_v4"])
-def test_other_families_with_sinks(family):
+def test_other_families_with_sinks(family, calls, monkeypatch):
+    """Among them one whose layers ask whether their mask is a tensor, and make it longer, as their keys are."""
     file = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     assert sinks._computes_sinks(file.eager_attention_forward)
+    monkeypatch.setattr(sinks, "takes", lambda q, k, v: q.shape[2:] == k.shape[2:] and (not GPU or takes(q, k, v)))
+    model = tiny_families.tiny_family(family, tiny_families.families()[family]).to(DEVICE, DTYPE).eval()
+    ids = torch.randint(3, 100, (2, 13), device=DEVICE)
+    expected = wanted(model, lambda model: [model(ids, use_cache=False).logits])
+    accelerate(model)
+    with whole_rows():
+        found = [model(ids, use_cache=False).logits]
+    assert same(found, expected)
+    assert bool(calls) == (family != "hy_v4")  # whose mask is always built

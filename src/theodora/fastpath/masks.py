@@ -26,18 +26,33 @@ class Causal(NamedTuple):
     """How many tokens, itself included; None for all."""
 
 
-class Unbuilt:
+# What wrappers of layers, which shard or recompute them, ask of any tensor. (A property's getter is new each time.)
+_PROPERTIES: tuple[Any, ...] = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.is_meta)
+_KNOWN_UNBUILT = {torch.is_floating_point, Tensor.is_floating_point, Tensor.dim, Tensor.size}
+_KNOWN_UNBUILT |= {each.__get__ for each in _PROPERTIES}
+
+
+class Unbuilt(Tensor):
     """A mask for eager attention, (B, 1, T, T), that is built when somebody uses it as the tensor that it stands for.
 
     Attention that goes by `says` never does. Everything else, be it a function of torch's or an attribute, meets the
-    mask itself: so no layer can be left without one, whatever a model hands it on to.
+    mask itself: so no layer can be left without one, whatever a model hands it on to. It is a tensor without memory,
+    because models ask whether their mask is one.
     """
 
-    def __init__(self, says: Causal | None, build: Callable[[], Tensor]) -> None:
-        """Take what the mask says, if that is known, and what builds it."""
-        self.says = says
-        self._build = build
-        self._mask: Tensor | None = None
+    says: Causal | None
+    """What the mask says, if that is known."""
+    _build: Callable[[], Tensor]
+    _mask: Tensor | None
+
+    @staticmethod
+    def of(says: Causal | None, build: Callable[[], Tensor], asked: Mapping[str, Any]) -> Unbuilt:
+        """Take what the mask says, what builds it, and what transformers asks one of its mask functions for."""
+        shape = [asked["batch_size"], 1, asked["q_length"], asked["kv_length"]]
+        kind = {"dtype": asked.get("dtype", torch.float32), "device": asked.get("device", "cpu")}
+        mask: Any = Tensor._make_wrapper_subclass(Unbuilt, shape, **kind)  # pyright: ignore[reportAttributeAccessIssue]
+        mask.says, mask._build, mask._mask = says, build, None
+        return mask
 
     def built(self) -> Tensor:
         """The mask."""
@@ -47,16 +62,15 @@ class Unbuilt:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _KNOWN_UNBUILT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda x: x.built() if isinstance(x, cls) else x, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copying and pickling look for
-            raise AttributeError(name)
-        return getattr(self.built(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.built()[index]
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.__torch_function__(function, types, args, kwargs)  # (torch wants one of a tensor without memory)
 
 
 class _Rows:
@@ -91,7 +105,9 @@ def _leaving_unbuilt(original: Callable[..., Any], patch: Patch) -> Callable[...
     def mask(*args: Any, **asked: Any) -> Any:
         known = patch.on and _Rows.whole and not args and not torch.compiler.is_compiling()
         says = causal_of(asked) if known else None
-        return original(*args, **asked) if says is None else Unbuilt(says, functools.partial(original, **asked))
+        if says is None:
+            return original(*args, **asked)
+        return Unbuilt.of(says, functools.partial(original, **asked), asked)
 
     return mask
 

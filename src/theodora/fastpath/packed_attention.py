@@ -99,6 +99,12 @@ class Maskless:
     under_way = False
     calls = 0
 
+    @classmethod
+    def refuse(cls) -> None:
+        """Raise a RuntimeError in such a pass: for attention without bounds."""
+        if cls.under_way:
+            raise RuntimeError("Attention in a packed row was not told where its sequences begin")
+
 
 def attend(
     original: Any,
@@ -116,8 +122,7 @@ def attend(
     """
     sequences: Sequences | None = options.pop(SEQUENCES, None)
     if sequences is None:
-        if Maskless.under_way:
-            raise RuntimeError("Attention in a packed row was not told where its sequences begin")
+        Maskless.refuse()
         return original(module, query, key, value, attention_mask, **options)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -130,6 +130,7 @@ def _dispatching(original: Callable[..., Any], patch: Patch) -> Callable[..., An
         says = None if unbuilt is None else unbuilt.says
         if sequences is not None:
             return _in_sequences(module, query, key, value, says, sequences, **options), None
+        Maskless.refuse()  # what `says` is of the whole row
         # (torch.compile need not know about the patch, and is asked first)
         ours = not torch.compiler.is_compiling() and patch.on and kernels.fast() and not args
         ours = ours and not _why_not(module, key, options) and not _wants_weights(module, options)

@@ -41,7 +41,10 @@ def attention_by_bounds() -> Iterator[None]:
     So does attention with sinks, which is told of each mask what it would say. Other eager attention meets an error.
     """
     keep_attention()
-    masks: dict[str, Any] = {"sdpa": lambda *_, **__: None, "eager": lambda *_, **asked: Unbuilt(causal_of(asked), _no)}
+    masks: dict[str, Any] = {
+        "sdpa": lambda *_, **__: None,
+        "eager": lambda *_, **asked: Unbuilt.of(causal_of(asked), _no, asked),
+    }
     build_again = [Registered(ALL_MASK_ATTENTION_FUNCTIONS, name).put(mask) for name, mask in masks.items()]
     try:
         with whole_rows(), replaced(Maskless, under_way=True):
