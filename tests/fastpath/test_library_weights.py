@@ -23,14 +23,15 @@ pytestmark = needs_triton
 WIDTH, HIDDEN = 64, 128
 
 
-def quantized(dtype=torch.float32, blocks=2, **config):
-    """A tiny Llama whose layers are quantised twice, with DoRA."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN}
+def quantized(dtype=torch.float32, blocks=2, biased=False, **config):
+    """A tiny Llama whose layers are quantised twice, with DoRA; if `biased` they multiply in any dtype of x."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "mlp_bias": biased}
     model = tiny_model("llama", dtype=dtype, num_hidden_layers=blocks, **sizes)
     for parent in list(model.model.modules()):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear):
-                options = {"bias": False, "compute_dtype": dtype, "compress_statistics": True, "quant_type": "nf4"}
+                options = {"bias": linear.bias is not None, "compute_dtype": None if biased else dtype}
+                options |= {"compress_statistics": True, "quant_type": "nf4"}
                 packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
                 packed.load_state_dict(linear.state_dict())
                 setattr(parent, name, packed)
@@ -136,6 +137,19 @@ def test_what_checkpointed_blocks_keep_of_what_down_gives(slices, moves, monkeyp
         assert machine.log.count("out") == len(machine.memories) == 4
         assert machine.log.count("back") == 3  # the last one has not left yet
         assert machine.joined
+
+
+def test_downs_bias_is_added_once_in_slices_too(monkeypatch):
+    """It is in float32, as the numbers that W stands for are, and x is not."""
+    model = quantized(torch.bfloat16, blocks=1, biased=True, method="lora")
+    torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.bias)
+    speed_up_model(model)
+    checkpoint_activations(model)
+    recompute_less(model)
+    model.enable_input_require_grads()
+    wanted = step(model)
+    monkeypatch.setattr(gated_mlp, "_slices", lambda *_: 3)
+    same(step(model), wanted, within=5e-2)
 
 
 def test_decoding_reads_the_packed_weights():

@@ -342,14 +342,17 @@ def _through_down_in_slices(
     z1_TF: Tensor, z2_TF: Tensor, gate: Update, up: Update, activation: str, down: Parts, slices: int
 ) -> tuple[Tensor | None, Tensor]:
     """(h Aᵀ, z) of down, some tokens at a time."""
-    held = replace(down, weight=down.weight.held(z1_TF.dtype))
+    weight, bias = down.weight.held(z1_TF.dtype), inner_bias(down)  # (of the held one it might be another)
+    bias = None if bias is None else bias.to(z1_TF.dtype)
+    a_RI = None if down.a_RI is None else down.a_RI.to(z1_TF.dtype)
     z, all_xa = z1_TF.new_empty(z1_TF.shape[0], down.weight.shape[0]), list[Tensor]()
     size = -(-z1_TF.shape[0] // slices)
     for start in range(0, z1_TF.shape[0], size):
         at = slice(start, start + size)
         first, second = (replace(t, xa_TR=None if t.xa_TR is None else t.xa_TR[at]) for t in (gate, up))
-        xa, z[at], _ = _through_down(z1_TF[at], z2_TF[at], first, second, activation, held, None)
-        all_xa += [] if xa is None else [xa]
+        h = gated(z1_TF[at], z2_TF[at], first, second, activation)
+        z[at] = weight.product(h, bias)
+        all_xa += [] if a_RI is None else [h @ a_RI.T]
     return torch.cat(all_xa) if all_xa else None, z
 
 
