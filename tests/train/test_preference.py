@@ -202,10 +202,10 @@ def short_of_memory(monkeypatch):
     def limit(tokens):
         each = preference.PreferenceTrainer._each
 
-        def refuse(self, model, given):
+        def refuse(self, model, given, balanced=False):
             if given["input_ids"].numel() > tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return each(self, model, given)
+            return each(self, model, given, balanced)
 
         monkeypatch.setattr(preference.PreferenceTrainer, "_each", refuse)
 
