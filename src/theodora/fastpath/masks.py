@@ -28,8 +28,8 @@ class Causal(NamedTuple):
 
 # What wrappers of layers, which shard or recompute them, ask of any tensor. (A property's getter is new each time.)
 _PROPERTIES: tuple[Any, ...] = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.is_meta)
-_KNOWN_UNBUILT = {torch.is_floating_point, Tensor.is_floating_point, Tensor.dim, Tensor.size}
-_KNOWN_UNBUILT |= {each.__get__ for each in _PROPERTIES}
+_FUNCTIONS: tuple[Any, ...] = (torch.is_floating_point, Tensor.is_floating_point, Tensor.dim, Tensor.size)
+_KNOWN_UNBUILT = {*_FUNCTIONS, *(each.__get__ for each in _PROPERTIES)}
 
 
 class Unbuilt(Tensor):
@@ -63,7 +63,7 @@ class Unbuilt(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _KNOWN_UNBUILT:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
                 return function(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda x: x.built() if isinstance(x, cls) else x, (args, kwargs or {}))
         return function(*args, **kwargs)
