@@ -50,11 +50,12 @@ SHORTER_PYTHON = {
 
 @pytest.fixture
 def reader(tmp_path, tiny_model_dir, monkeypatch):
-    """A folder with what the README takes for granted: the model under its hub name, and two files of rows."""
+    """A folder with what the README takes for granted: the model under its hub name, and files of rows."""
     (tmp_path / HUB_NAME).parent.mkdir()
     (tmp_path / HUB_NAME).symlink_to(tiny_model_dir("llama", tied=True))
     rows = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}"} for i in range(24)]
-    for name, part in (("train.jsonl", rows[:20]), ("held_out.jsonl", rows[20:])):
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "none"} for row in rows[:20]]
+    for name, part in (("train.jsonl", rows[:20]), ("held_out.jsonl", rows[20:]), ("pairs.jsonl", pairs)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     for language, text in BLOCKS:
         if language == "yaml":

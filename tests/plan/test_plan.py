@@ -45,7 +45,7 @@ def measured_rows():
         for table in part if isinstance(part, list) else [part]:
             for row in table["rows"]:
                 method = row["name"].split()[0]
-                if method in ("dora", "lora", "dora-fp8") and row["failure"] is None:
+                if method in ("dora", "lora", "dora-fp8", "dora-experts", "lora-experts") and row["failure"] is None:
                     workload = table["workloads"][row["name"]]
                     rows[method, json.dumps(workload, sort_keys=True)] = row["peak"]
     found = [(method, workload, peak) for (method, workload), peak in rows.items()]
@@ -53,22 +53,24 @@ def measured_rows():
 
 
 @cache
-def paper_model(model, method, rank, targets, stored):
-    adapter = AdapterConfig(method=method, rank=rank, targets=targets)
+def paper_model(model, method, rank, targets, stored, experts=False):
+    adapter = AdapterConfig(method=method, rank=rank, targets=targets, experts=experts or None)
     return PaperModel(AutoConfig.for_model(**json.loads(model)), adapter, stored=stored)
 
 
 def predicted(method, workload, stored="plain"):
     """The peak of a workload of benchmarks/train_step.py, which takes no optimizer's step."""
-    method, _, base = method.partition("-")
+    method, _, other = method.partition("-")
+    experts, base = other == "experts", other if other != "experts" else ""
     targets = workload["targets"] if isinstance(workload["targets"], str) else tuple(workload["targets"])
     model = json.dumps(workload["model"], sort_keys=True)
-    paper = paper_model(model, method, workload["rank"], targets, base or stored)
+    paper = paper_model(model, method, workload["rank"], targets, base or stored, experts)
     step = paper.step(workload["batch"], workload["length"], workload["gradient_checkpointing"])
     assert step.traced
     return paper.weight_bytes + paper.trained_bytes + step.peak + WORKSPACE
 
 
+@pytest.mark.filterwarnings("ignore:.* weights of fused experts .* stay frozen:UserWarning")
 @pytest.mark.parametrize(("method", "workload", "peak"), measured_rows(), ids=lambda value: str(value)[:12])
 def test_peak_of_a_step_on_a_gpu(method, workload, peak):
     # (The code has learned to make states again since most of these were measured: it now holds up to 7 % less.)

@@ -128,7 +128,7 @@ class _Frozen(trainer.AdapterTrainer):
 @pytest.mark.parametrize("part", ["magnitude", "lora_A", "lora_B"])
 def test_a_part_without_gradients_ends_the_run_after_a_few_steps(part, run, tmp_path, monkeypatch, losses):
     monkeypatch.setattr(_Frozen, "part", part)
-    monkeypatch.setattr(sys.modules["theodora.train.run"], "AdapterTrainer", _Frozen)
+    monkeypatch.setattr(sys.modules["theodora.train.build"], "AdapterTrainer", _Frozen)
     with pytest.raises(TheodoraError, match=rf"no gradient in 5 steps(.|\n)*q_proj\.{part}"):
         run(max_steps=40, warmup_steps=3)
     assert len(losses(tmp_path / "run")) <= 8
@@ -141,7 +141,7 @@ def test_a_tensor_that_the_optimizer_lacks_ends_the_run_before_it_begins(run, tm
             optimizer.param_groups[0]["params"].pop()
             return optimizer
 
-    monkeypatch.setattr(sys.modules["theodora.train.run"], "AdapterTrainer", Forgetful)
+    monkeypatch.setattr(sys.modules["theodora.train.build"], "AdapterTrainer", Forgetful)
     with pytest.raises(TheodoraError, match=r"the optimizer does not have them"):
         run()
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()

@@ -30,7 +30,7 @@ def test_a_head_that_the_loss_passes_by_is_an_error(run, monkeypatch):
             for hook in list(self.model._forward_pre_hooks):
                 del self.model._forward_pre_hooks[hook]
 
-    monkeypatch.setattr(sys.modules["theodora.train.run"], "AdapterTrainer", Careless)
+    monkeypatch.setattr(sys.modules["theodora.train.build"], "AdapterTrainer", Careless)
     with pytest.raises(TheodoraError, match=r"left these tensors frozen(.|\n)*lm_head.lora_B"):
         run(targets=["q_proj", "lm_head"])
 
