@@ -19,7 +19,6 @@ reference; with Liger's kernels where it says so. `dora-beforehand` has the refe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -29,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from train_step import base_workload, say, without_gpu
+from train_step import base_workload, say, without_gpu, write_report
 
 from theodora.bench import Job, Runner, Variant, Workload, describe_machine, make_rows, plain_rows, step_table, timings
 
@@ -211,9 +210,7 @@ def main() -> None:
         "rows": plain_rows(rows),
         "seconds": timings(measured),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"written to {args.output}")
+    write_report(args.output, report)
 
 
 def parse_args() -> argparse.Namespace:

@@ -39,7 +39,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train_step import add_workload_arguments, base_workload, say
+from train_step import add_workload_arguments, base_workload, say, write_report
 
 from theodora.bench import Variant, describe_machine
 from theodora.files.trained_on import KINDS
@@ -76,9 +76,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("work", "output", "commit")}
     machine = describe_machine() | ({"commit": args.commit} if args.commit else {})
     report = {"machine": machine, "settings": settings, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"written to {args.output}")
+    write_report(args.output, report)
 
 
 def parse_args() -> argparse.Namespace:

@@ -476,9 +476,13 @@ def save(args: argparse.Namespace, part: str, report: Any) -> None:
     """Put one part into the results file, and leave the others."""
     results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     results[part] = report
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"written to {args.output}")
+    write_report(args.output, results)
+
+
+def write_report(path: Path, report: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"written to {path}")
 
 
 def title(args: argparse.Namespace, workload: Workload) -> str:

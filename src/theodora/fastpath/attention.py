@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from theodora.fastpath.file_users import FileUser, use_file
 from theodora.fastpath.packed_attention import attend
 from theodora.kernels.notes import Remake, note_turned, output_of, turned_again
 from theodora.kernels.operators import runs_triton
@@ -35,20 +36,7 @@ _ROTARY, _ATTENTION = "apply_rotary_pos_emb", "sdpa"
 _USER = "_theodora_attention"
 
 
-class _User:
-    """Held by an attention module on the fast path, which counts as a user of both patches as long as it does.
-
-    A copy of the module counts for itself.
-    """
-
-    def __init__(self, file: str, *uses: Use) -> None:
-        self.file, self.uses = file, uses
-
-    def __reduce__(self) -> Any:
-        return _new_user, (self.file,)
-
-
-def _new_user(file: str) -> _User | None:
+def _new_user(file: str) -> FileUser | None:
     """A user of the rotary embeddings in this file (a module's name), or None if they are of another kind."""
     module = sys.modules.get(file)
     if not hasattr(module, _ROTARY):
@@ -56,7 +44,7 @@ def _new_user(file: str) -> _User | None:
     rotary = _rotary_of(module)
     if not rotary.is_reached() and not _computes_the_usual(rotary.original()):
         return None
-    return _User(file, rotary.use(), _SDPA.use())
+    return FileUser(_new_user, file, rotary.use(), _SDPA.use())
 
 
 @functools.cache
@@ -66,13 +54,7 @@ def _rotary_of(file: ModuleType) -> Patch:
 
 def speed_up_rotary(module: nn.Module) -> bool:
     """Give the file of an attention module the faster function, if it is for its kind; say whether it has it now."""
-    if "ttention" not in type(module).__name__:
-        return False
-    user = module.__dict__.get(_USER) or _new_user(type(module).__module__)
-    if user is None:
-        return False
-    module.__dict__[_USER] = user
-    return True
+    return use_file(module, _USER, _new_user)
 
 
 def restore_rotary(module: nn.Module) -> None:

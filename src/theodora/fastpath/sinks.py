@@ -22,29 +22,17 @@ from torch import Tensor, nn
 
 from theodora import kernels
 from theodora.autocast import without_autocast
+from theodora.fastpath.file_users import FileUser, is_attention, use_file
 from theodora.fastpath.masks import EAGER_MASKS, Causal, Unbuilt
 from theodora.fastpath.packed_attention import FOREIGN, SEQUENCES, Maskless, Sequences
 from theodora.kernels.sink_attention import sink_attention, sink_attention_reference, takes
-from theodora.patches import Attribute, Patch, Use
+from theodora.patches import Attribute, Patch
 
 _EAGER = "eager_attention_forward"
 _USER = "_theodora_sinks"
 
 
-class _User:
-    """Held by an attention module on the fast path, which counts as a user of both patches as long as it does.
-
-    A copy of the module counts for itself.
-    """
-
-    def __init__(self, file: str, *uses: Use) -> None:
-        self.file, self.uses = file, uses
-
-    def __reduce__(self) -> Any:
-        return _new_user, (self.file,)
-
-
-def _new_user(file: str) -> _User | None:
+def _new_user(file: str) -> FileUser | None:
     """A user of the attention in this file (a module's name), or None if it knows no sinks."""
     module = sys.modules.get(file)
     if module is None or not hasattr(module, _EAGER):
@@ -52,7 +40,7 @@ def _new_user(file: str) -> _User | None:
     patch = _attention_of(module)
     if not patch.is_reached() and not _computes_sinks(patch.original()):
         return None
-    return _User(file, patch.use(), EAGER_MASKS.use())
+    return FileUser(_new_user, file, patch.use(), EAGER_MASKS.use())
 
 
 @functools.cache
@@ -60,19 +48,9 @@ def _attention_of(file: ModuleType) -> Patch:
     return Patch(Attribute(file, _EAGER), _dispatching)
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return "ttention" in type(module).__name__
-
-
 def speed_up_sinks(module: nn.Module) -> bool:
     """Give the file of an attention module with sinks the faster function; say whether it has it now."""
-    if not _is_attention(module):
-        return False
-    user = module.__dict__.get(_USER) or _new_user(type(module).__module__)
-    if user is None:
-        return False
-    module.__dict__[_USER] = user
-    return True
+    return use_file(module, _USER, _new_user)
 
 
 def restore_sinks(module: nn.Module) -> None:
@@ -87,7 +65,7 @@ def has_fast_sinks(model: nn.Module) -> bool:
 
 def has_sinks(model: nn.Module) -> bool:
     """Whether attention of the model can be on the fast path for sinks."""
-    files = {type(module).__module__ for module in model.modules() if _is_attention(module)}
+    files = {type(module).__module__ for module in model.modules() if is_attention(module)}
     return any(_new_user(file) is not None for file in files)
 
 

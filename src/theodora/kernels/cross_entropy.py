@@ -71,21 +71,8 @@ def linear_cross_entropy(
         ignore_index: label of tokens that are not learned.
         with_stats: whether entropy and accuracy are computed, too.
     """
-    hidden_TH = hidden_TH.to(autocast_dtype(hidden_TH) or hidden_TH.dtype)
-    dtype = hidden_TH.dtype
-    with_gradient = torch.is_grad_enabled() and hidden_TH.requires_grad
-    nats, stats = _LinearCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden_TH.contiguous(),
-        weight_VH.detach().to(dtype),
-        labels_T.contiguous(),
-        None if bias_V is None else bias_V.detach(),
-        scale,
-        softcap,
-        ignore_index,
-        with_stats,
-        with_gradient,
-    )
-    return LossSums(nats, *stats.unbind())
+    options = scale, softcap, ignore_index, with_stats
+    return LossSums(*_losses(_LinearCrossEntropy, hidden_TH, weight_VH, labels_T, bias_V, *options))
 
 
 @dataclass(frozen=True)
@@ -114,19 +101,24 @@ def linear_cross_entropy_of_tokens(
 
     The gradient of h is that of each token's own loss, and the backward pass multiplies it by what comes in for it.
     """
+    options = scale, softcap, ignore_index, with_stats
+    return TokenLosses(*_losses(_LinearCrossEntropyOfTokens, hidden_TH, weight_VH, labels_T, bias_V, *options))
+
+
+def _losses(
+    function: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, bias_V: Tensor | None, *options: Any
+) -> list[Tensor]:
+    """[nats, entropy, correct, count], by the autograd function for sums or for tokens."""
     hidden_TH = hidden_TH.to(autocast_dtype(hidden_TH) or hidden_TH.dtype)
-    nats, stats = _LinearCrossEntropyOfTokens.apply(  # pyright: ignore[reportGeneralTypeIssues]
+    nats, stats = function.apply(
         hidden_TH.contiguous(),
         weight_VH.detach().to(hidden_TH.dtype),
         labels_T.contiguous(),
         None if bias_V is None else bias_V.detach(),
-        scale,
-        softcap,
-        ignore_index,
-        with_stats,
+        *options,
         torch.is_grad_enabled() and hidden_TH.requires_grad,
     )
-    return TokenLosses(nats, *stats.unbind())
+    return [nats, *stats.unbind()]
 
 
 def linear_cross_entropy_reference(

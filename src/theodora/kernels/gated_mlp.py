@@ -127,8 +127,9 @@ class _GatedMLP(torch.autograd.Function):
         xa1, xa2 = split_ranks(xa, [gate, up])
         z, z1, z2 = _base_products(x_TI, gate, up, stacks.inner, 0 if a is None else a.shape[0])
         z1, z2 = _with_large_update(z1, xa1, gate), _with_large_update(z2, xa2, up)
-        ctx.most_dh = _MOST_DH if not in_a_block() else _MOST_DH_IN_A_BLOCK
-        slices = _slices(z1, down, ctx.most_dh) if in_a_block() and stacks.outer is None else 1
+        recomputed = in_a_block()
+        ctx.most_dh = _MOST_DH_IN_A_BLOCK if recomputed else _MOST_DH
+        slices = _slices(z1, down, ctx.most_dh) if recomputed and stacks.outer is None else 1
         updates = _update(gate, xa1), _update(up, xa2)
         through_down = partial(_through_down, z1, z2, *updates, activation, down, stacks.outer, slices)
         # Without a magnitude z may be written to, and is not needed again.

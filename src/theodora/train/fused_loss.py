@@ -97,7 +97,9 @@ class SelectLearned:
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         tokens = batch["labels"].numel() if mask is None else int(mask.sum())
         packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
-        real = torch.ones_like(batch["labels"]).bool() if mask is None else mask.bool()
+        real = None
+        if self.with_real:
+            real = torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
         if packed and mask is None and self.full is not None:
             fill_up(batch, self.full)
         bounds = bounds_of(batch["position_ids"]) if self.with_bounds and packed and mask is None else None
@@ -110,7 +112,7 @@ class SelectLearned:
             packed=packed,
             bounds=bounds,
             longest=0 if bounds is None else int(bounds.diff().max()),
-            real=F.pad(real, (0, batch["labels"].shape[1] - real.shape[1])) if self.with_real else None,
+            real=None if real is None else F.pad(real, (0, batch["labels"].shape[1] - real.shape[1])),
         )
         return batch
 

@@ -139,9 +139,9 @@ class PreferenceTrainer(AdapterTrainer):
             reference = self._reference_logps(given)
         answers = Answers(-losses.nats, losses.count, reference)
         if self.settings.judged:
-            real = losses.count > 0
-            each = judged_losses(answers, own[VERDICT], self._kl(own), self.settings)
-            figures = self._figures_of_judged(answers, losses, own[VERDICT], self._kl(own))
+            real, kl = losses.count > 0, self._kl(own)
+            each = judged_losses(answers, own[VERDICT], kl, self.settings)
+            figures = self._figures_of_judged(answers, losses, own[VERDICT], kl)
         else:
             better, worse = _halves(answers)
             real = (better.tokens > 0) & (worse.tokens > 0)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples, encode_prompt
 from theodora.errors import TheodoraError
-from theodora.evaluate.batches import evaluating, pad
-from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.evaluate.decoding import end_tokens
+from theodora.train.asked import answers_to
 
 _ROWS, _LOOKED_AT = 3, 32
-_LONGEST_PROMPT, _TOKENS, _SECONDS = 512, 96, 20.0
+_LONGEST_PROMPT, _TOKENS = 512, 96
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,12 @@ def answers_of(
             break
     if not prompts:
         return []
-    ends = end_tokens(model, tokenizer)
-    settings = decoding(ends, _TOKENS)
-    settings.max_time = _SECONDS
-    try:
-        with evaluating(model):
-            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=pad(prompts, ends[0], left=True).to(model.device),
-                attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device),
-                generation_config=settings,
-            )
-    except (torch.OutOfMemoryError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-        return []  # a model that cannot generate so is trained all the same
-    answers = output[:, max(map(len, prompts)) :].tolist()
+    answers = answers_to(model, prompts, end_tokens(model, tokenizer), _TOKENS)
+    if answers is None:
+        return []
     return [
         (str(tokenizer.decode(prompt)), str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
-        for prompt, answer in zip(prompts, answers, strict=True)
+        for prompt, answer in zip(prompts, answers.tolist(), strict=True)
     ]
 
 

@@ -6,21 +6,19 @@ A loss may be 0 and the model still write for ever, where what ends its answers 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.data import Examples, encode_prompt, reference_answer
 from theodora.errors import TheodoraError
-from theodora.evaluate.batches import evaluating, pad
-from theodora.evaluate.decoding import decoding, end_tokens
+from theodora.evaluate.decoding import end_tokens
+from theodora.train.asked import answers_to
 
 _ROWS = 4
 _LOOKED_AT = 64  # rows, of which those with the shortest answers are asked
 _MOST = 128  # tokens of an answer
 _BEYOND = 8  # tokens that a model may write more than the answer has
-_SECONDS = 20.0
 _SMALL_LOSS = 1.0
 
 
@@ -51,20 +49,12 @@ def count_self_stops(
     if not asked:
         return None
     ends = end_tokens(model, tokenizer)
-    settings = decoding(ends, max(length for _, length in asked) + _BEYOND)
-    settings.max_time = _SECONDS
-    prompts = [prompt for prompt, _ in asked]
-    try:
-        with evaluating(model):
-            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=pad(prompts, ends[0], left=True).to(model.device),
-                attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device),
-                generation_config=settings,
-            )
-    except (torch.OutOfMemoryError, RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-        return None  # a model that cannot generate so is trained all the same
-    answers = torch.isin(output[:, max(map(len, prompts)) :].cpu(), torch.tensor(ends))
-    return SelfStopping(int(answers.any(dim=1).sum()), len(prompts))
+    longest = max(length for _, length in asked)
+    answers = answers_to(model, [prompt for prompt, _ in asked], ends, longest + _BEYOND)
+    if answers is None:
+        return None
+    stopped = torch.isin(answers.cpu(), torch.tensor(ends)).any(dim=1)
+    return SelfStopping(int(stopped.sum()), len(asked))
 
 
 def _questions(
