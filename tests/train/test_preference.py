@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from theodora import ConfigError, DataError, TrainConfig
 from theodora.adapters.models import load_model
 from theodora.adapters.state import trained_tensors
-from theodora.train import preference, prepare, trainer_passes
+from theodora.train import preference, prepare, sequence_trainer, trainer_passes
 from theodora.train.reference import Reference
 
 
@@ -85,25 +85,26 @@ class TestReference:
         if start == "another":
             others["reference"] = "base"
         seen, made = [], []
-        init, logps = Reference.__init__, preference.PreferenceTrainer._reference_logps
+        init, of_reference = Reference.__init__, preference.PreferenceTrainer.of_reference
         monkeypatch.setattr(Reference, "__init__", lambda self, *a: init(self, *a) or made.append(self))
 
         def once(self, given):
-            seen.append(({k: v.clone() for k, v in given.items()}, logps(self, given), self))
-            return seen[-1][1]
+            losses = of_reference(self, given)
+            seen.append(({k: v.clone() for k, v in given.items()}, -losses.nats, self))
+            return losses
 
-        monkeypatch.setattr(preference.PreferenceTrainer, "_reference_logps", once)
+        monkeypatch.setattr(preference.PreferenceTrainer, "of_reference", once)
         result = prefer(max_steps=3, beta=0.5, **others)
         (reference,) = made
         given, before, trainer = seen[0]
-        assert torch.equal(logps(trainer, given), before)
-        assert not torch.equal(-trainer._each(result.model, given).nats, before)  # the policy has moved
+        assert torch.equal(-of_reference(trainer, given).nats, before)
+        assert not torch.equal(-trainer.each(result.model, given).nats, before)  # the policy has moved
         assert (reference.twin is None) == (start != "adapter")
         plain = load_model(result.model.name_or_path, dtype="float32")
         if start != "adapter":  # it is the base's own
-            torch.testing.assert_close(-trainer._each(plain, given).nats, before, rtol=0, atol=0)
+            torch.testing.assert_close(-trainer.each(plain, given).nats, before, rtol=0, atol=0)
         else:
-            assert not torch.allclose(-trainer._each(plain, given).nats, before, atol=1e-4)
+            assert not torch.allclose(-trainer.each(plain, given).nats, before, atol=1e-4)
             frozen = {id(p) for p in result.model.parameters()}
             own = [p for p in reference.twin.parameters() if id(p) not in frozen]
             assert sum(p.numel() for p in own) == sum(t.numel() for t in trained_tensors(result.model).values())
@@ -119,9 +120,9 @@ class TestReference:
     def test_computed_beforehand_it_is_the_same(self, prefer, tmp_path, monkeypatch):
         prefer(output=str(tmp_path / "each"), beta=0.5)
         passes = []
-        logps = preference.PreferenceTrainer._reference_logps
+        logps = preference.PreferenceTrainer.of_reference
         monkeypatch.setattr(
-            preference.PreferenceTrainer, "_reference_logps", lambda self, given: passes.append(1) or logps(self, given)
+            preference.PreferenceTrainer, "of_reference", lambda self, given: passes.append(1) or logps(self, given)
         )
         prefer(output=str(tmp_path / "before"), beta=0.5, precompute_ref_log_probs=True, precompute_ref_batch_size=16)
         assert len(passes) == 3  # of 28 rows and 4
@@ -178,13 +179,13 @@ def test_another_objective_or_reference_is_no_way_to_go_on(prefer, run, sums, tm
 def test_rows_of_a_step_that_is_nan_are_kept_and_it_is_skipped(fused, prefer, tmp_path, monkeypatch, request):
     if fused:
         request.getfixturevalue("made")
-    loss = preference.PreferenceTrainer._loss
+    loss = preference.PreferenceTrainer.loss_of
 
     def once(self, *args):
         total, figures = loss(self, *args)
         return total * (float("nan") if self.state.global_step == 2 else 1.0), figures
 
-    monkeypatch.setattr(preference.PreferenceTrainer, "_loss", once)
+    monkeypatch.setattr(preference.PreferenceTrainer, "loss_of", once)
     prefer(max_steps=4, held_out=0, on_nan="skip", per_device_train_batch_size=2, save_steps=100)
     kept = [json.loads(line) for line in (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [3] * 4  # two pairs, both answers of each
@@ -200,14 +201,14 @@ def short_of_memory(monkeypatch):
     """Passes of more tokens than these run out of memory."""
 
     def limit(tokens):
-        each = preference.PreferenceTrainer._each
+        each = preference.PreferenceTrainer.each
 
         def refuse(self, model, given, balanced=False):
             if given["input_ids"].numel() > tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return each(self, model, given, balanced)
 
-        monkeypatch.setattr(preference.PreferenceTrainer, "_each", refuse)
+        monkeypatch.setattr(preference.PreferenceTrainer, "each", refuse)
 
     return limit
 
@@ -250,7 +251,7 @@ def test_as_on_a_gpu_it_is_the_same(objective, flattened, prefer, judged, made, 
 
 def test_logits_that_are_too_many_come_a_few_at_a_time(prefer, tmp_path, monkeypatch):
     prefer(output=str(tmp_path / "all"), beta=0.5)
-    monkeypatch.setattr(preference, "logits_fit", lambda labels, vocabulary: False)
+    monkeypatch.setattr(sequence_trainer, "logits_fit", lambda labels, vocabulary: False)
     monkeypatch.setattr(preference, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
     prefer(output=str(tmp_path / "few"), beta=0.5)
     for name in ("loss", "eval_loss", "grad_norm", "entropy", "mean_token_accuracy"):

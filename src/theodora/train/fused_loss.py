@@ -207,7 +207,9 @@ class Head:
         if sequences is None:
             return BatchSums(**vars(linear_cross_entropy(hidden_NH, weight, targets, **given)), balance=balance)
         tokens = linear_cross_entropy_of_tokens(hidden_NH, weight, targets, **given)
-        return summed(tokens, _sequence_of(learned, hidden_BTH), sequences, balance)
+        predicting = _predicting(learned, hidden_BTH)
+        sequence = _sequence_of(learned, predicting, hidden_BTH.shape[1])
+        return summed(tokens, predicting + 1, sequence, sequences, balance)
 
     def logits(self, model: PreTrainedModel, hidden_BTH: Tensor) -> Tensor:
         """The logits that the loss stands for, all at once, float32."""
@@ -300,11 +302,16 @@ def _logit_scale(text: Any) -> float:
     return float(scaling) if text.model_type == "hyperclovax" else 1 / scaling
 
 
-def _sequence_of(learned: Learned, hidden_BTH: Tensor) -> Tensor:
+def _predicting(learned: Learned, hidden_BTH: Tensor) -> Tensor:
+    """Where in the flattened batch the state stands that each chosen token is predicted from, (N,) int64."""
+    positions = learned["positions"]
+    if positions is not None:
+        return positions
+    return torch.arange(hidden_BTH.shape[0] * hidden_BTH.shape[1], device=hidden_BTH.device)
+
+
+def _sequence_of(learned: Learned, positions: Tensor, length: int) -> Tensor:
     """The number of the sequence that each chosen position lies in, (N,) int64."""
-    positions, length = learned["positions"], hidden_BTH.shape[1]
-    if positions is None:
-        positions = torch.arange(hidden_BTH.shape[0] * length, device=hidden_BTH.device)
     if learned["bounds"] is None:
         return positions // length
     return torch.searchsorted(learned["bounds"][1:].to(positions.dtype), positions, right=True)

@@ -72,18 +72,27 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], takes_positions: bool
 
 
 def row_losses(
-    model: nn.Module, inputs: dict[str, Any], takes_positions: bool, balanced: bool = False
+    model: nn.Module, inputs: dict[str, Any], takes_positions: bool, balanced: bool = False, temperature: float = 1.0
 ) -> SequenceLosses:
-    """The same of each row by itself; `balanced` with the model's own loss that keeps experts balanced."""
+    """The same of each row by itself.
+
+    Args:
+        model: as of `token_losses`.
+        inputs: likewise.
+        takes_positions: likewise.
+        balanced: with the model's own loss that keeps experts balanced.
+        temperature: what the logits are divided by.
+    """
     wanted = {"output_router_logits": True} if balanced else {}
-    tokens, row_N, outputs = _losses_of_tokens(model, inputs | wanted, takes_positions)
-    return summed(tokens, row_N, inputs["labels"].shape[0], outputs.aux_loss if balanced else None)
+    tokens, at_N, outputs = _losses_of_tokens(model, inputs | wanted, takes_positions, temperature)
+    rows, length = inputs["labels"].shape
+    return summed(tokens, at_N, at_N // length, rows, outputs.aux_loss if balanced else None)
 
 
 def _losses_of_tokens(
-    model: nn.Module, inputs: dict[str, Any], takes_positions: bool
+    model: nn.Module, inputs: dict[str, Any], takes_positions: bool, temperature: float = 1.0
 ) -> tuple[TokenLosses, Tensor, Any]:
-    """Of each learned token, (N,), the number of its row, and what the model returned."""
+    """Of each learned token, (N,), its place in the flattened batch, and what the model returned."""
     labels_BT = inputs["labels"]
     learned_at = _learned_positions(labels_BT)
     arguments = {key: value for key, value in inputs.items() if key != "labels"}
@@ -95,12 +104,14 @@ def _losses_of_tokens(
     targets_BK = labels_BT[:, wanted + 1].to(logits_BKV.device)
     learned = targets_BK != IGNORED
     targets_N = targets_BK[learned]
-    log_probs_NV = logits_BKV[learned].float().log_softmax(-1)
+    log_probs_NV = (logits_BKV[learned].float() / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
         correct = log_probs_NV.argmax(-1) == targets_N
     nats = -log_probs_NV.gather(1, targets_N[:, None])[:, 0]
-    return TokenLosses(nats, entropy, correct, learned[learned]), learned.nonzero()[:, 0], outputs
+    row_N, chosen_N = learned.nonzero(as_tuple=True)
+    at_N = row_N * labels_BT.shape[1] + wanted.to(chosen_N.device)[chosen_N] + 1
+    return TokenLosses(nats, entropy, correct, learned[learned]), at_N, outputs
 
 
 def _learned_positions(labels_BT: Tensor) -> Tensor:

@@ -8,57 +8,46 @@ rows, whatever passes and processes they are spread over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 
-from theodora.train.fused_loss import LEARNED, Head, SelectLearned
-from theodora.train.graphed import batch_of
-from theodora.train.loss import logits_fit, row_losses
 from theodora.train.out_of_memory import split
 from theodora.train.pairs import (
-    COLUMNS,
     DIVERGENCE,
     REFERENCE,
-    ROWS,
     UNMATCHED,
     VERDICT,
     Sequences,
-    count_of,
     taken_apart,
 )
 from theodora.train.preference_loss import Answers, Settings, judged_losses, pair_losses, rewards
 from theodora.train.reference import Reference
 from theodora.train.sequence_losses import SequenceLosses
+from theodora.train.sequence_trainer import BALANCE, SequenceTrainer, of_balance
 from theodora.train.step_state import Metrics
-from theodora.train.trainer import AdapterTrainer
 
-_OBJECTIVE = "objective."
-_SUM, _COUNT = "sum of ", "number of "
 _OF_ALL = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "mean_token_accuracy", "entropy")
 _OF_PAIRS = (*_OF_ALL, "rewards/margins", "rewards/accuracies")
 _OF_JUDGED = (*_OF_ALL, "kl")
-_BALANCE = "aux_loss"
 
 
-class PreferenceTrainer(AdapterTrainer):
-    """`AdapterTrainer` with another loss.
+class PreferenceTrainer(SequenceTrainer):
+    """Learns from answers that are compared, or judged.
 
     Args:
         settings: of the objective.
         reference: what the policy is compared with; None for objectives that compare with nothing.
-        **kwargs: as of `AdapterTrainer`; rows are those of `tokenize_preferences`.
+        **kwargs: as of `SequenceTrainer`; rows are those of `tokenize_preferences`.
     """
 
     def __init__(self, *args: Any, settings: Settings, reference: Reference | None, **kwargs: Any) -> None:
-        self.settings, self.reference = settings, reference
-        super().__init__(*args, **kwargs)
+        self.settings = settings
+        super().__init__(*args, reference=reference, **kwargs)
         self.data_collator = Sequences(self.data_collator, settings.judged)
-        self.means = tuple(kind + name for name in self.figures for kind in (_SUM, _COUNT))
         if settings.precompute_ref_log_probs and reference is not None:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = None if self.eval_dataset is None else self._with_reference(self.eval_dataset)
@@ -66,7 +55,7 @@ class PreferenceTrainer(AdapterTrainer):
     @property
     def figures(self) -> tuple[str, ...]:
         """What is recorded of each pass, by TRL's names."""
-        balance = (_BALANCE,) if self.aux_loss_enabled else ()
+        balance = (BALANCE,) if self.aux_loss_enabled else ()
         return (*(_OF_JUDGED if self.settings.judged else _OF_PAIRS), *balance)
 
     @property
@@ -81,15 +70,7 @@ class PreferenceTrainer(AdapterTrainer):
         own = rows.select_columns(["labels", "lengths"]).map(_first_alone, remove_columns=["lengths"])
         return super().lengths_in_batches(own)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """Overrides TRL 1.16's `SFTTrainer._set_signature_columns_if_needed`: rows have columns of their own."""
-        self._signature_columns = ["input_ids", "labels", *COLUMNS]
-
     # Rows of a step
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Overrides transformers 5.17 to 5.23's `Trainer._get_num_items_in_batch`: rows, not tokens."""
-        return torch.tensor(sum(batch[ROWS] for batch in batch_samples), device=device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides transformers 5.17 to 5.23's `Trainer.get_batch_samples`: also measures how far the policy has come
@@ -111,32 +92,16 @@ class PreferenceTrainer(AdapterTrainer):
             inputs[DIVERGENCE] = (total[0] / total[1].clamp(min=1)).clamp(min=0)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def items_of(self, inputs: dict[str, Any]) -> float:
-        """Overrides `LossOverrides.items_of`: rows."""
-        return inputs[ROWS]
-
     # The loss
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Overrides `LossOverrides.compute_loss`: that of the objective, the mean over rows."""
-        given, own = taken_apart(inputs)
-        loss, figures = self._loss(model, given, own, num_items_in_batch)
-        self.record(figures, _tokens_of(given))
-        return loss
-
-    def _loss(
+    def loss_of(
         self, model: nn.Module, given: dict[str, Any], own: dict[str, Any], items: Any, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and what is recorded of it: a sum and a number for each of `figures`, (2, F).
-
-        `weight` is that of the loss that keeps experts balanced, as of `mean_of_step`.
-        """
-        losses = self._each(model, given, balanced=self.aux_loss_enabled)
+        """Overrides `SequenceTrainer.loss_of`: the mean over rows."""
+        losses = self.each(model, given, balanced=self.aux_loss_enabled)
         reference = own.get(REFERENCE)
         if reference is None and self.reference is not None:
-            reference = self._reference_logps(given)
+            reference = -self.of_reference(given).nats
         answers = Answers(-losses.nats, losses.count, reference)
         if self.settings.judged:
             real, kl = losses.count > 0, self._kl(own)
@@ -151,40 +116,6 @@ class PreferenceTrainer(AdapterTrainer):
         rows = real.sum() if items is None else torch.as_tensor(items, device=total.device)
         return self.balanced(total / rows.clamp(min=1), losses.balance, items, weight), figures
 
-    def _each(self, model: Any, given: dict[str, Any], balanced: bool = False) -> SequenceLosses:
-        """The losses of each sequence under a model: ours from the hidden states on a GPU, or from its own logits.
-
-        `balanced` with the loss that keeps experts balanced, which is the policy's alone.
-        """
-        if LEARNED not in given:
-            head = None if self._logits_fit(given["labels"]) else self._readable_head
-            if head is None:
-                return row_losses(model, given, self._takes_positions, balanced)
-            told = SelectLearned(lambda _: dict(given), with_real=balanced)([])
-            learned = told.pop(LEARNED) | {"sequences": len(given["labels"]), "unbalanced": not balanced}
-            told.pop("labels")
-            return head.loss(model, learned, **told)  # pyright: ignore[reportReturnType]
-        inputs = {name: value for name, value in given.items() if name != "labels"}
-        if not balanced:
-            inputs[LEARNED] = {**inputs[LEARNED], "unbalanced": True}
-        if model is self.model or not isinstance(self.head, Head):
-            return model(**inputs)
-        return self.head.loss(model, inputs.pop(LEARNED), **inputs)  # pyright: ignore[reportReturnType]
-
-    def _logits_fit(self, labels: Tensor) -> bool:
-        return logits_fit(labels, self.model.config.get_text_config().vocab_size)
-
-    @cached_property
-    def _readable_head(self) -> Head | None:
-        """How logits come from the hidden states, where few of them are to be held at once; None if in no known way."""
-        head = None if self.adapts_head else self.read_head()
-        return head if isinstance(head, Head) else None
-
-    def _reference_logps(self, given: dict[str, Any]) -> Tensor:
-        assert self.reference is not None
-        with self.reference.running() as model:
-            return -self._each(model, given).nats.detach()
-
     def _kl(self, own: dict[str, Any]) -> Tensor:
         kl = own[DIVERGENCE]
         return torch.zeros_like(kl) if self.settings.unpaired_loss == "apo_zero_unpaired" else kl
@@ -196,36 +127,14 @@ class PreferenceTrainer(AdapterTrainer):
 
         def sums(part: dict[str, Any]) -> Tensor:
             given, own = taken_apart(part)
-            losses, reference = self._each(self.model, given), own.get(REFERENCE)
+            losses, reference = self.each(self.model, given), own.get(REFERENCE)
             if reference is None:
-                reference = self._reference_logps(given)
+                reference = -self.of_reference(given).nats
             real = losses.count > 0
             return torch.stack([((-losses.nats - reference) * real).sum(), real.sum()])
 
         with self.compute_loss_context_manager():
             return _in_parts(sums, unmatched)
-
-    # The same as a graph
-
-    def _graph_inputs(self, inputs: dict[str, Any], num_items_in_batch: Any) -> dict[str, Tensor] | None:
-        """Overrides `PassOverrides._graph_inputs`: with what the objective knows of the batch."""
-        given, own = taken_apart(inputs)
-        tensors = super()._graph_inputs(given, num_items_in_batch)
-        if tensors is None:
-            return None
-        own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        return {**tensors, **{_OBJECTIVE + name: value.to(self.args.device) for name, value in own.items()}}
-
-    def _forward_backward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Overrides `PassOverrides._forward_backward`: both passes, of the policy and of its reference."""
-        own = {name.removeprefix(_OBJECTIVE): t for name, t in tensors.items() if name.startswith(_OBJECTIVE)}
-        given = {name: t for name, t in tensors.items() if not name.startswith(_OBJECTIVE)}
-        inputs, items, weight = batch_of(given, None if self.shapes else self.args.max_length)
-        inputs[LEARNED]["sequences"] = count_of(inputs, self.sequences_per_row)
-        with self.compute_loss_context_manager():
-            loss, figures = self._loss(self.model, inputs, own, items, weight)
-        self.accelerator.backward(loss)
-        return loss.detach(), figures
 
     # What is recorded
 
@@ -239,19 +148,19 @@ class PreferenceTrainer(AdapterTrainer):
             "logps/chosen": better.logps,
             "logps/rejected": worse.logps,
         }
-        return self._stacked(
+        return self.stacked(
             {
                 **{name: ((value * real).sum(), rows) for name, value in of_rows.items()},
                 "mean_token_accuracy": (losses.correct[::2].sum(), better.tokens.sum()),
                 "entropy": (losses.entropy.sum(), losses.count.sum()),
-                **_of_balance(losses),
+                **of_balance(losses),
             }
         )
 
     def _figures_of_judged(self, answers: Answers, losses: SequenceLosses, good: Tensor, kl: Tensor) -> Tensor:
         reward, logps, real = rewards(answers, self.settings), answers.logps, answers.tokens > 0
         yes, no = real & good, real & ~good
-        return self._stacked(
+        return self.stacked(
             {
                 "rewards/chosen": ((reward * yes).sum(), yes.sum()),
                 "rewards/rejected": ((reward * no).sum(), no.sum()),
@@ -260,31 +169,13 @@ class PreferenceTrainer(AdapterTrainer):
                 "kl": (kl, torch.ones_like(kl)),
                 "mean_token_accuracy": ((losses.correct * yes).sum(), (losses.count * yes).sum()),
                 "entropy": (losses.entropy.sum(), losses.count.sum()),
-                **_of_balance(losses),
+                **of_balance(losses),
             }
         )
 
-    def _stacked(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """Sums and numbers in the order of `figures`, (2, F) float32."""
-        both = [[found[name][n].detach().float() for name in self.figures] for n in (0, 1)]
-        return torch.stack([torch.stack(values) for values in both])
-
-    def record(self, sums: Tensor, tokens: Tensor | int) -> None:
-        """Overrides `CountingTrainer.record`: other figures, each with the number that it is a mean over."""
-        metrics = self.metrics_of(self.mode)
-        for name, total, count in zip(self.figures, *sums.detach(), strict=True):
-            metrics[_SUM + name].append(total)
-            metrics[_COUNT + name].append(count)
-        if self.mode == "train":
-            self.tokens = self.tokens + tokens
-        metrics["num_tokens"] = [self.tokens]
-
     def settle(self, metrics: Metrics) -> None:
-        """Overrides `LogOverrides.settle`: means of what was recorded, over exactly the rows that have it."""
-        for name in self.figures:
-            total, count = (sum(metrics.pop(kind + name, [])) for kind in (_SUM, _COUNT))
-            if count:
-                metrics[name] = [total / count]
+        """Overrides `SequenceTrainer.settle`: the margin of judged answers is one of means."""
+        super().settle(metrics)
         if self.settings.judged and "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
 
@@ -301,7 +192,7 @@ class PreferenceTrainer(AdapterTrainer):
         def logps_of(part: list[Any]) -> list[list[float]]:
             with self.compute_loss_context_manager():
                 given, _ = taken_apart(self._prepare_inputs(collate(part)))
-                return self._reference_logps(given)[: 2 * len(part)].view(-1, 2).tolist()
+                return (-self.of_reference(given).nats)[: 2 * len(part)].view(-1, 2).tolist()
 
         training = self.model.training
         self.model.eval()
@@ -332,10 +223,6 @@ def _in_parts(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) ->
     return torch.stack([_in_parts(run, part) for part in parts]).sum(0)
 
 
-def _of_balance(losses: SequenceLosses) -> dict[str, tuple[Tensor, Tensor]]:
-    return {} if losses.balance is None else {_BALANCE: (losses.balance, torch.ones_like(losses.balance))}
-
-
 def _first_alone(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": row["labels"][: row["lengths"][0]]}
 
@@ -347,10 +234,3 @@ def _halves(answers: Answers) -> tuple[Answers, Answers]:
         Answers(*(None if part is None else part[::2] for part in parts)),  # pyright: ignore[reportArgumentType]
         Answers(*(None if part is None else part[1::2] for part in parts)),  # pyright: ignore[reportArgumentType]
     )
-
-
-def _tokens_of(given: dict[str, Any]) -> Any:
-    if LEARNED in given:
-        return given[LEARNED]["tokens"]
-    mask = given.get("attention_mask")
-    return given["input_ids"].numel() if mask is None else mask.sum()
