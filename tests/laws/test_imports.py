@@ -58,7 +58,8 @@ BESIDE = {
     "functional": {"autocast"},
     "conformance": {"serve"},  # what is served is held to the formula, too
     "evaluate": {"serve"},  # many prompts are answered in the batches that serve
-    "train": {"evaluate"},  # the run's report scores the held-out rows
+    # the run's report scores the held-out rows; completions to learn from are drawn in the batches that serve
+    "train": {"evaluate", "serve"},
     "cli": {"demo"},  # `theodora demo`
 }
 

@@ -100,7 +100,7 @@ def _in_a_batch(
     """Tokens of the answers to some of the prompts, by `generate`, with padding behind them."""
     batch = [prompts[i] for i in indices]
     width, pad_token = max(map(len, batch)), rules.ends[0]
-    with _head_reads_one_piece(model):
+    with head_reads_one_piece(model):
         output: Any = model.generate(  # pyright: ignore[reportCallIssue] (it is typed as a Tensor, through nn.Module.__getattr__)
             input_ids=pad(batch, pad_token, left=True).to(model.device),
             attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(model.device),
@@ -111,7 +111,7 @@ def _in_a_batch(
 
 
 @contextmanager
-def _head_reads_one_piece(model: PreTrainedModel) -> Iterator[None]:
+def head_reads_one_piece(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, the output head is given contiguous tensors.
 
     The states at the last position of each row are a view with gaps. torch multiplies such a view by a frozen weight

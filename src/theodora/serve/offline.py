@@ -30,6 +30,8 @@ from theodora.layers.libraries import why_not_captured
 from theodora.layers.norm_cache import looked_at_once
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
+from theodora.serve.processors import KEY, RoutedProcessors
+from theodora.serve.requests import Request, Sampling
 from theodora.serve.trial import Trial, heads_differ
 from theodora.serve.watch import mask_with_infinity
 from theodora.serve.window import window_of_model
@@ -54,6 +56,10 @@ class Unfit(TheodoraError):
     """A model that is not answered for in batches of transformers' own, and why."""
 
 
+class NoRoom(Unfit):
+    """Memory does not do, for so many rows at least."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What one run is asked for."""
@@ -63,6 +69,8 @@ class _Asked:
     settled: Callable[[int, list[int]], bool] | None = None
     over: Callable[[], object] = lambda: None
     logprobs: bool = False
+    samplings: Sequence[Sampling] | None = None
+    """How the tokens of each answer are drawn, all alike but for the seeds; greedily if not given."""
     graphs: bool = False
     answers: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict[int, tuple[list[int], list[float]]])
     """By index, what is over: tokens, and their log-probabilities if they are asked for."""
@@ -105,9 +113,41 @@ def answer_together(
     Raises:
         Unfit: the model or these prompts cannot be run so, or memory does not do; `generate` may.
     """
-    base = runnable(model)
+    answers = _answers(runnable(model), _Asked(prompts, settings, settled, over), rows)
+    return [tokens for tokens, _ in answers]
+
+
+def draw_together(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    samplings: Sequence[Sampling],
+    *,
+    over: Callable[[], object] = lambda: None,
+    rows: int = _MOST_ROWS,
+) -> list[tuple[list[int], list[float]]]:
+    """As `answer_together`, with drawn tokens and the log-probability that each was drawn with.
+
+    Args:
+        model: as there.
+        prompts: as there.
+        settings: of which only `max_new_tokens` and `eos_token_id` are minded.
+        samplings: how each answer's tokens are drawn: alike, but for the seeds. A token depends on its seed, its
+            place and its logits, whoever else is in the batch.
+        over: as there.
+        rows: as there.
+
+    Returns:
+        Of each prompt the tokens, and the logarithm of their softmax at the temperature, before any filter or penalty.
+
+    Raises:
+        Unfit: as there.
+    """
+    return _answers(runnable(model), _Asked(prompts, settings, None, over, logprobs=True, samplings=samplings), rows)
+
+
+def _answers(base: Any, asked: _Asked, rows: int) -> list[tuple[list[int], list[float]]]:
     _tried(base)
-    asked = _Asked(prompts, settings, settled, over)
     try:
         if records(base):
             try:
@@ -119,11 +159,11 @@ def answer_together(
                 _NOT_RECORDED.add(base)
         _run(base, asked, rows)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise Unfit(f"memory does not do: {error}") from error
+        raise NoRoom(f"memory does not do: {error}") from error
     except RuntimeError as error:
         _VERDICTS[base] = _how(base), str(error)
         raise Unfit(f"transformers' batches failed: {error}") from error
-    return [asked.answers[index][0] for index in range(len(prompts))]
+    return [asked.answers[index] for index in range(len(asked.prompts))]
 
 
 _NOT_RECORDED: WeakSet[Any] = WeakSet()
@@ -191,7 +231,9 @@ def _tried(model: Any) -> None:
 
 
 def _how(model: Any) -> tuple[Any, ...]:
-    return model.dtype, model.device, model.config._attn_implementation, construction(model)
+    kind = model.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return model.dtype, model.device, cast, model.config._attn_implementation, construction(model)
 
 
 def _verdict(model: Any) -> str | None:
@@ -219,7 +261,7 @@ def _why_unfit(model: Any) -> str | None:
         _run(model, asked, len(trial.prompts))
         answers = [asked.answers[index] for index in range(len(trial.prompts))]
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise Unfit(f"memory does not do: {error}") from error
+        raise NoRoom(f"memory does not do: {error}") from error
     except Unfit:  # because of its settings, which may change
         raise
     except Exception as error:  # whatever a layer raises that knows no pages
@@ -307,6 +349,9 @@ class _Manager(ContinuousBatchingManager):
         self._made: Any = None
         super().__init__(model, _greedy(model, asked), _batching(model, asked, waiting, rows))
         self.output_router = _Router(self._take)
+        self._processors = RoutedProcessors(asked.samplings[0]) if asked.samplings else None
+        if self._processors is not None:
+            self.logit_processor = self._processors
         helper: Any = self.distributed_helper
         helper.set_tp_seed = lambda *_: None  # it would seed torch's generators, and nothing is drawn here
 
@@ -321,9 +366,17 @@ class _Manager(ContinuousBatchingManager):
                 max_new_tokens=self._asked.most,
                 streaming=self._asked.settled is not None,
                 eos_token_id=self._asked.settings.eos_token_id,
+                **self._request(index),
             )
         while not self._asked.answers.keys() >= set(self._waiting):
             self._generation_loop_body(processor, False)
+
+    def _request(self, index: int) -> dict[str, Any]:
+        samplings = self._asked.samplings
+        if samplings is None:
+            return {}
+        prompt = list(self._asked.prompts[index])
+        return {KEY: Request(id=str(index), prompt=prompt, adapter=None, sampling=samplings[index])}
 
     def _take(self, output: Any) -> None:
         if output.error is not None:
@@ -353,13 +406,17 @@ class _Manager(ContinuousBatchingManager):
         ios: Any = processor.inputs_and_outputs
         if ios.compute_stream is not None:
             ios.compute_stream = _compute_stream(ios.compute_stream.device)
-        choose, stream = runner._get_forward_fn, ios.compute_stream
+        choose, stream, processors = runner._get_forward_fn, ios.compute_stream, self._processors
+        if processors is not None:
+            processors.watch, processors.current_io = watch, lambda: ios
+            runner._sample = processors.sample
 
         def forward(use_block_table: bool) -> tuple[Any, bool]:
             function, graph = choose(use_block_table)
             if stream is not None:  # transformers writes the inputs on another stream than the one that reads them
                 stream.wait_stream(torch.cuda.current_stream(stream.device))
-            return function, graph and ios.num_q_tokens <= _GRAPH_TOKENS
+            eager = processors is not None and processors.eager
+            return function, graph and not eager and ios.num_q_tokens <= _GRAPH_TOKENS
 
         runner._get_forward_fn = forward
         return processor
@@ -374,7 +431,8 @@ class _Manager(ContinuousBatchingManager):
             if (stream := processor.inputs_and_outputs.compute_stream) is not None:
                 stream.synchronize()
             # What was put in its place holds what it was put into; without that, memory would wait for the collector.
-            vars(processor.model_runner).pop("_get_forward_fn", None)
+            for name in ("_get_forward_fn", "_sample"):
+                vars(processor.model_runner).pop(name, None)
             vars(processor.cache).pop("update", None)
         self.destroy()
 
@@ -392,7 +450,7 @@ def _greedy(model: Any, asked: _Asked) -> GenerationConfig:
         Unfit: with them tokens are picked otherwise than greedily from the logits.
     """
     settings = asked.settings
-    if asked.logprobs:  # a trial
+    if asked.logprobs:  # a trial, or tokens are drawn by our own processors
         return settings
     prepared: Any = model._prepare_generation_config(settings)
     settings = prepared[0] if isinstance(prepared, tuple) else prepared
@@ -448,5 +506,5 @@ def _pages(model: Any, needs: list[int], page: int, rows: int) -> int:
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     room = int(_MEMORY * free) // size
     if room < longest:
-        raise Unfit(f"the keys and values of one row would take more than {_MEMORY:.0%} of the free memory")
+        raise NoRoom(f"the keys and values of one row would take more than {_MEMORY:.0%} of the free memory")
     return min(wanted, room)

@@ -28,6 +28,8 @@ def keep_cache_finite(cache: Any) -> Watch:
     update = cache.update
 
     def update_finite(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Under autocast they are of its dtype, or one of them is.
+        key_states, value_states = key_states.to(cache.dtype), value_states.to(cache.dtype)
         return update(*watch.keep_finite(key_states, value_states), *args, **kwargs)
 
     cache.update = update_finite

@@ -36,15 +36,21 @@ def request_of(state: Any) -> Request | None:
 
 
 class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
-    """Takes each sequence's slot and sampling along with the batch, and picks tokens by them."""
+    """Takes each sequence's slot and sampling along with the batch, and picks tokens by them.
+
+    Args:
+        alike: what all requests sample by, but for the seed, where that is so. Then CUDA graphs hold what only some
+            requests of a server ask for, and log-probabilities are those at its temperature: what was drawn from.
+    """
 
     current_io: Callable[[], Any]
     """Gives the outputs of the batch at hand; set with the worker's other parts."""
     watch: Watch
     """What of the batch at hand is not finite; set as well."""
 
-    def __init__(self) -> None:
+    def __init__(self, alike: Sampling | None = None) -> None:
         # The class's own __init__ sorts logits processors, of which there are none here.
+        self._alike = alike
         self.logits_processor = LogitsProcessorList()
         self.tensors_required = _ROWS
         self.supported_keys, self.ignored_keys = {}, set()
@@ -60,7 +66,7 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
     @property
     def eager(self) -> bool:
         """Whether the batch asks for what is not in a CUDA graph."""
-        return self.filters or self.tops or bool(self.shapers) or bool(self.scored)
+        return (self.filters and self._alike is None) or self.tops or bool(self.shapers) or bool(self.scored)
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """A request's arguments are checked before it gets here."""
@@ -91,7 +97,7 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
         self.scored = tuple(part for part in scored if part is not None)
         samplings = [sampling for sampling, _ in new]
         self.samples = any(sampling.temperature > 0 for sampling in samplings)
-        self.filters = any(sampling.filters for sampling in samplings)
+        self.filters = any(s.filters for s in (samplings if self._alike is None else [self._alike]))
         self.tops = any(sampling.top_logprobs > 0 for sampling in samplings)
         chances = [sampling.chance(place) if sampling.temperature > 0 else 0 for sampling, place in new]
         rows = torch.zeros(_ROWS, len(slots), dtype=torch.int32)
@@ -145,6 +151,8 @@ class RoutedProcessors(ContinuousBatchingLogitsProcessorList):
             tokens = shaped.argmax(-1)
         for row, shaper in self.shapers:
             shaper.took(tokens[row])
+        if self._alike is not None and self._alike.temperature > 0:
+            logits = logits / self._alike.temperature
         whole = logits.logsumexp(-1)
         output_ids[0, :count].copy_(tokens)
         logprobs, sequence = logits.gather(1, tokens[:, None])[:, 0] - whole, args[_SEQUENCE].long()

@@ -58,7 +58,11 @@ class Trial:
         with_, without = logprobs_2CV.gather(2, picked), blind.float().log_softmax(-1).view_as(logprobs_2CV)
         context = float((with_ - without.gather(2, picked)).abs().mean())
         # Products of float32 may be those of a coarser type (TF32).
-        exact = model.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        exact = (
+            model.dtype == torch.float32
+            and torch.get_float32_matmul_precision() == "highest"
+            and not torch.is_autocast_enabled(model.device.type)
+        )
         return cls(prompts_2L.tolist(), logprobs_2CV.cpu(), context, exact)
 
     @property

@@ -1,0 +1,282 @@
+"""Completions drawn from the model in training, and the log-probability that each of their tokens was drawn with.
+
+    rollouts = Rollouts(model, Drawing(temperature=0.9), ends=[2], max_new_tokens=256)
+    completions = rollouts(prompts, seed=step)   # of the weights as they are now
+    rollouts.release()                           # memory goes back until the next call
+
+On a GPU the live model itself runs in the batches that serve (`theodora.serve.offline`), elsewhere `generate` does, in
+padded batches. Both pick tokens by `theodora.serve.sampling.pick`, with a random number made from the seed, the
+prompt's index and the token's place: torch's generators are left alone, and a token does not depend on who else is in
+the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from theodora.errors import ConfigError, DataError, TheodoraError
+from theodora.evaluate.batches import batches_by_length, evaluating, pad
+from theodora.evaluate.decoding import decoding
+from theodora.evaluate.exact_match import head_reads_one_piece
+from theodora.serve import offline
+from theodora.serve.requests import Sampling
+from theodora.serve.sampling import pick
+from theodora.serve.shaping import Shaper, shape
+
+log = logging.getLogger("theodora.train")
+
+_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn; names and defaults of TRL's `GRPOConfig`.
+
+    Raises:
+        ConfigError: a value that nothing can be drawn with.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {getattr(self, name)!r}, and has to be {wanted}"
+            for name, fits, wanted in (
+                ("temperature", 0 < self.temperature < math.inf, "above 0: completions are to differ"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("top_k", self.top_k >= 0, "a number of tokens, or 0 for all"),
+                ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
+                ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 does nothing"),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise ConfigError("Tokens cannot be drawn so: " + "; ".join(wrong) + ".")
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """The same as the batches that serve take it, without a seed."""
+        return Sampling(
+            max_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model went on with after one prompt."""
+
+    tokens: list[int]
+    """With the end token, unless it was cut at the most tokens."""
+    logps: list[float]
+    """Of each token: log softmax(logits / temperature), float32, before penalty, top_p, top_k and min_p."""
+
+
+class Rollouts:
+    """Draws completions from a model whose weights change between the calls, in place.
+
+    Args:
+        model: a causal language model, with whatever adapter is active in it, in any mode. Each call leaves it as it
+            was: modes, attention, gradients; and torch's generators.
+        drawing: how tokens are drawn.
+        ends: the tokens that end a completion, at least one.
+        max_new_tokens: tokens of a completion, at most.
+        rows: completions under way at a time, at most. Halved where memory does not do.
+    """
+
+    def __init__(
+        self, model: Any, drawing: Drawing, ends: Sequence[int], max_new_tokens: int, rows: int = _ROWS
+    ) -> None:
+        self._model, self._rows = model, rows
+        self._sampling = drawing.sampling(max_new_tokens)
+        self._settings = decoding(list(ends), max_new_tokens)
+        self._why: str | None = None
+        try:
+            offline.runnable(model)
+            if not offline.worth_it(model):
+                self._why = f"faster on {model.device.type}"
+        except offline.Unfit as error:
+            self._why = str(error)
+
+    @property
+    def way(self) -> str:
+        """What draws; the first call may change it."""
+        return "transformers' continuous batching" if self._why is None else f"generate ({self._why})"
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seed: int, over: Callable[[], object] = lambda: None
+    ) -> list[Completion]:
+        """A completion of each prompt, in their order.
+
+        Args:
+            prompts: token ids of each. Where several are the same, each has random numbers of its own.
+            seed: another one gives other completions.
+            over: called whenever a completion is over.
+
+        Raises:
+            DataError: a prompt without tokens.
+            TheodoraError: the model's output is not finite.
+            torch.OutOfMemoryError: memory does not do for a single row.
+        """
+        if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
+            raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
+        samplings = [replace(self._sampling, seed=(seed << 32) + index) for index in range(len(prompts))]
+        with _nothing_cast_kept():
+            found = self._together(prompts, samplings, over)
+            self._by_generate(prompts, samplings, found, over)
+        completions = [Completion(*found[index]) for index in range(len(prompts))]
+        if not all(math.isfinite(sum(each.logps)) for each in completions):
+            raise TheodoraError(
+                "Completions cannot be drawn: the model's output is not finite. Its weights hold NaN or infinite "
+                "values (training has diverged: try a lower learning rate), or its dtype is too small: try bfloat16."
+            )
+        return completions
+
+    def release(self) -> None:
+        """Give back the memory that is held between calls; the next one takes it again."""
+
+    def _together(
+        self, prompts: Sequence[Sequence[int]], samplings: list[Sampling], over: Callable[[], object]
+    ) -> dict[int, tuple[list[int], list[float]]]:
+        """What the batches that serve can give, by index."""
+        most = self._sampling.max_tokens
+        fit = [i for i, prompt in enumerate(prompts) if offline.fits(self._model, prompt, most)]
+        while self._why is None and fit:
+            try:
+                drawn = offline.draw_together(
+                    self._model,
+                    [prompts[i] for i in fit],
+                    self._settings,
+                    [samplings[i] for i in fit],
+                    over=over,
+                    rows=self._rows,
+                )
+                return dict(zip(fit, drawn, strict=True))
+            except offline.NoRoom as error:
+                if self._rows == 1:
+                    self._why = str(error)
+                self._rows = max(1, self._rows // 2)
+            except offline.Unfit as error:
+                self._why = str(error)
+        return {}
+
+    def _by_generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: list[Sampling],
+        found: dict[int, tuple[list[int], list[float]]],
+        over: Callable[[], object],
+    ) -> None:
+        """Add what is not `found` yet, in padded batches."""
+        while rest := [index for index in range(len(prompts)) if index not in found]:
+            lengths = [len(prompts[index]) + self._sampling.max_tokens for index in rest]
+            batch = [rest[i] for i in next(batches_by_length(lengths, self._rows))]
+            try:
+                drawn = self._in_a_batch([prompts[i] for i in batch], [samplings[i] for i in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                drawn = None
+            if drawn is None:  # outside the handler, which holds what did not fit
+                self._rows = len(batch) // 2
+                continue
+            for index, each in zip(batch, drawn, strict=True):
+                found[index] = each
+                over()
+
+    def _in_a_batch(
+        self, prompts: list[Sequence[int]], samplings: list[Sampling]
+    ) -> list[tuple[list[int], list[float]]]:
+        draw = _Draw(prompts, samplings)
+        ends: Any = self._settings.eos_token_id
+        with evaluating(self._model), _without_own_settings(self._model), head_reads_one_piece(self._model):
+            output: Any = self._model.generate(
+                input_ids=pad(prompts, ends[0], left=True).to(self._model.device),
+                attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(self._model.device),
+                generation_config=self._settings,
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        drawn: list[tuple[list[int], list[float]]] = []
+        for tokens, logps in zip(output[:, max(map(len, prompts)) :].tolist(), draw.logps(), strict=True):
+            count = next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))
+            drawn.append((tokens[:count], logps[:count]))
+        return drawn
+
+
+class _Draw(LogitsProcessor):
+    """Leaves of each row's logits only the token that is drawn, and notes its log-probability. Rows N, vocabulary V."""
+
+    def __init__(self, prompts: list[Sequence[int]], samplings: list[Sampling]) -> None:
+        self._samplings, self._lengths = samplings, [len(prompt) for prompt in prompts]
+        # What changes logits: `pick` does the rest.
+        self._shapers = [
+            (row, Shaper(sampling, prompt))
+            for row, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True))
+            if sampling.shapes
+        ]
+        self._steps: list[Tensor] = []
+
+    def logps(self) -> list[list[float]]:
+        """Of the tokens of each row, those after its end included."""
+        return torch.stack(self._steps, 1).tolist()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Scores, (N, V), for greedy decoding."""
+        logits, step, first = scores.float(), len(self._steps), self._samplings[0]
+        for _, shaper in self._shapers:
+            shaper.begin(step, list)
+        like: Any = {"device": scores.device}
+        rows = range(len(self._samplings))
+        tokens = pick(
+            shape(logits, self._shapers) if self._shapers else logits,
+            torch.tensor([first.temperature for _ in rows], **like),
+            torch.tensor([self._samplings[row].chance(self._lengths[row] + step) for row in rows], **like),
+            torch.tensor([first.top_p for _ in rows], **like),
+            torch.tensor([first.top_k for _ in rows], **like),
+            torch.tensor([first.min_p for _ in rows], **like),
+            first.filters,
+        )
+        for row, shaper in self._shapers:
+            shaper.took(tokens[row])
+        tempered = logits / first.temperature
+        self._steps.append(tempered.gather(1, tokens[:, None])[:, 0] - tempered.logsumexp(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """While it lasts `generate` adds nothing of the model's own (tokens that it suppresses, say): completions are those
+    of the logits that training computes."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _nothing_cast_kept() -> Iterator[None]:
+    """While it lasts autocast keeps no weight that it casts: one that was cast without gradients would be used by the
+    training step, too, which then had none for it; and a recorded CUDA graph would go on reading it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
