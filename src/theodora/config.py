@@ -20,7 +20,7 @@ from theodora.adapter_config import (
     is_int,
     is_number,
 )
-from theodora.coerce import coerce_all
+from theodora.coerce import coerce, coerce_all
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.naming import path_problem
 from theodora.other_words import advice, called
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 BaseDtype = Literal["auto", "fp8"]
-Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"]
+Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"]
 WITH_REFERENCE = ("dpo", "ipo", "kto")
 """Objectives that compare the model with what it was."""
 QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
@@ -73,10 +73,18 @@ class TrainConfig:
     """Folder for the adapter, the model card, metrics, loss curve, configuration and checkpoints."""
     objective: Objective = "sft"
     """What is learned: sft (the answers), dpo, ipo, orpo, simpo (which of two answers is the better one: prompt,
-    chosen, rejected), kto (whether an answer is good: prompt, completion, label), reward (a score for answers)."""
+    chosen, rejected), kto (whether an answer is good: prompt, completion, label), reward (a score for answers), grpo
+    (what functions reward in answers of its own: prompt, and what the functions need)."""
     reference: str | None = None
     """What dpo, ipo and kto compare the model with: base, or the folder of an adapter of it. Default: what training
     starts from. A folder alone is gone on from, too."""
+    reward: tuple[str, ...] = ()
+    """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, or path/to/file.py:function, several with
+    reward_weights. A recipe cannot name a file: the flag can, and Python."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward in their sum. Default: 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds after which a reward that has not returned, for one batch, ends the run."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """Method, rank, targets and the rest of the adapter."""
 
@@ -184,6 +192,7 @@ class TrainConfig:
         if self.learning_rate is None:
             rate = _RATE if self.objective == "sft" else _RATE_OF_PREFERENCES
             object.__setattr__(self, "learning_rate", rate)
+        object.__setattr__(self, "reward_weights", tuple(map(_as_number, self.reward_weights)))
         if self.max_steps == -1:  # what transformers writes for "not set"
             object.__setattr__(self, "max_steps", None)
         if isinstance(self.resume, str) and self.resume.lower() in ("true", "false"):
@@ -223,6 +232,7 @@ class TrainConfig:
             yield f"replay_share is {self.replay_share}; expected at least 0 and below 1"
         if self.early_stopping_patience is not None and self.eval_data is None and self.held_out == 0:
             yield "early_stopping_patience needs held-out rows; expected eval_data, or held_out above 0"
+        yield from self._problems_of_rewards()
         if self.objective != "sft":
             yield from self._problems_of_preferences()
         elif self.reference is not None:
@@ -238,6 +248,25 @@ class TrainConfig:
             yield f"trainer has the key {shown(odd[0])}; expected names of options"
         for name in sorted(self.trainer.keys() & OPTION_NAMES):
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
+
+    def _problems_of_rewards(self) -> Iterator[str]:
+        if self.objective == "grpo" and not self.reward:
+            yield (
+                "reward is missing, and the objective is grpo; expected some of exact_match, token_f1, format:REGEX, "
+                "length:TOKENS, path/to/file.py:function"
+            )
+        if self.objective != "grpo":
+            for name in ("reward", "reward_weights"):
+                if value := getattr(self, name):
+                    yield f"{name} is {shown(value)}, and the objective is {self.objective}; only grpo has rewards"
+        odd = [name for name in list[Any](self.reward) if not isinstance(name, str) or not name.strip()]
+        if odd:
+            yield f"reward holds {shown(odd[0])}; expected names of rewards"
+        wrong = [weight for weight in list[Any](self.reward_weights) if not is_number(weight)]
+        if wrong:
+            yield f"reward_weights holds {shown(wrong[0])}; expected finite numbers"
+        if self.reward and self.reward_weights and len(self.reward_weights) != len(self.reward):
+            yield f"reward_weights holds {len(self.reward_weights)} numbers for {len(self.reward)} rewards"
 
     def _problems_of_preferences(self) -> Iterator[str]:
         what = f"the objective is {self.objective}, which"
@@ -322,6 +351,14 @@ _SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
 }
 
 
+def _as_number(given: Any) -> Any:
+    """A number, which a command line gives as text."""
+    try:
+        return coerce(given, float)
+    except ValueError:
+        return given
+
+
 def _needed(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The options that a run cannot be without."""
     starts = options.get("from_adapter") or options.get("reference") not in (None, "base")
@@ -370,6 +407,7 @@ _TRAIN_BOUNDS = {
     "save_total_limit": (1, True),
     "early_stopping_patience": (1, True),
     "grace_period": (0, False),
+    "reward_timeout": (0, False),
     "max_loss": (0, False),
     "seed": (0, True),
 }

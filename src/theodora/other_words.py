@@ -53,6 +53,7 @@ NAMES = {
     "split_dataset_ratio": "held_out",
     "adapter_path": "output",
     "project_name": "output",
+    "reward_funcs": "reward",
     "sequence_len": "max_length",
     "max_seq_length": "max_length",
     "cutoff_len": "max_length",

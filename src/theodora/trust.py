@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from theodora.errors import ConfigError, bullet_list, shown
@@ -25,6 +25,7 @@ _GRANTS = {
     "trackio_space_id": "says to whose space on the hub the run is reported",
     "trackio_bucket_id": "says to whose bucket on the hub the run is reported",
     "trackio_static_space_id": "says to whose space on the hub the run is reported",
+    "reward": "runs Python code in the files that it names",
     "deepspeed": "hands over to DeepSpeed's configuration, which may name modules to import and services to report to",
 }
 
@@ -89,7 +90,7 @@ def _asked(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     nested = options.get("trainer")
     for name in _GRANTS:
         for place in (options, nested if isinstance(nested, Mapping) else {}):
-            if _asks(value := place.get(name)) and not (name == "report_to" and _is_local(value)):
+            if _asks(value := place.get(name)) and not (name in _HARMLESS and _HARMLESS[name](value)):
                 yield name, value
 
 
@@ -100,6 +101,23 @@ def _asks(value: Any) -> bool:
 def _is_local(value: Any) -> bool:
     names = [name.strip().lower() if isinstance(name, str) else name for name in _names(value)]
     return all(name in _LOCAL_REPORTS for name in names)
+
+
+def names_a_file(reward: str) -> bool:
+    """Whether a reward is a function in a file, rather than one of those that are built in."""
+    kind, colon, _ = reward.partition(":")
+    return bool(colon) and kind not in ("format", "length")
+
+
+def _runs_nothing(value: Any) -> bool:
+    given = [value] if isinstance(value, str) else value
+    return isinstance(given, list | tuple) and not any(
+        not isinstance(name, str) or names_a_file(name) for name in given
+    )
+
+
+_HARMLESS: dict[str, Callable[[Any], bool]] = {"report_to": _is_local, "reward": _runs_nothing}
+"""Options that some values of need no grant, and which."""
 
 
 def _names(value: Any) -> Sequence[Any]:
@@ -115,4 +133,6 @@ def _flag(name: str, value: Any) -> list[str]:
         return [flag]
     if name == "report_to":
         return [flag, *(quoted(str(word).strip()) for word in _names(value))]
+    if name == "reward" and isinstance(value, list | tuple):
+        return [flag, *(quoted(str(word)) for word in value)]
     return [flag, quoted(value if isinstance(value, str) else json.dumps(value, default=str))]

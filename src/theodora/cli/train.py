@@ -29,6 +29,7 @@ PASSES_OPTIONS_ON = True
 
 GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
     "What": (TrainConfig, ("model", "from_adapter", "data", "output", "objective", "reference")),
+    "Rewards": (TrainConfig, ("reward", "reward_weights", "reward_timeout")),
     "Adapter": (
         AdapterConfig,
         (

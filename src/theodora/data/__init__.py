@@ -4,6 +4,7 @@ from theodora.data.examples import Examples
 from theodora.data.hidden import left_out_of
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
+from theodora.data.prompt_rows import PromptRows, tokenize_prompts
 from theodora.data.prompts import encode_prompt, expected_answer, reference_answer, render_prompt, with_answer
 from theodora.data.sequences import as_answers, tokenize_preferences
 from theodora.data.split import split_examples
@@ -12,6 +13,7 @@ from theodora.data.tokens import tokenize
 
 __all__ = [
     "Examples",
+    "PromptRows",
     "as_answers",
     "encode_prompt",
     "expected_answer",
@@ -24,5 +26,6 @@ __all__ = [
     "split_examples",
     "tokenize",
     "tokenize_preferences",
+    "tokenize_prompts",
     "with_answer",
 ]

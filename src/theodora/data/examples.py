@@ -9,9 +9,10 @@ from datasets import Dataset
 
 from theodora.data.left_out import LeftOut
 
-Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired"]
-Kind = Literal["answers", "pairs", "judged"]
-"""What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict."""
+Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired", "prompts"]
+Kind = Literal["answers", "pairs", "judged", "prompts"]
+"""What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict, prompts
+for answers of the model's own."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Examples:
     """Rows to train or evaluate on, in one shape whatever the file's own was.
 
     The columns of `dataset` are `prompt` and `completion` (both strings, or both lists of messages), or `messages`, or
-    `text`; of preferences `prompt`, `chosen` and `rejected`, of judged answers also `label`. Beside conversations there
-    may be `tools`. A message is a dict with `role` and, usually, `content`.
+    `text`; of preferences `prompt`, `chosen` and `rejected`, of judged answers also `label`. Prompts have their
+    reference as `completion` (empty without one), and `columns`, what else their rows hold, as JSON. Beside
+    conversations there may be `tools`. A message is a dict with `role` and, usually, `content`.
     """
 
     dataset: Dataset

@@ -35,6 +35,8 @@ HISTORIES = ("history",)
 TOOLS = ("tools", "functions")
 BESIDE = (*SYSTEMS, *HISTORIES, *TOOLS, *CONTEXTS)
 """What is used beside a question or a conversation."""
+# Pictures, sounds and places in them (LLaMA-Factory's, ms-swift's, TRL's).
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
 TEXT = "text"
 COLUMNS = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, *BESIDE, TEXT)
 """Every name that means something, if only in other files."""

@@ -18,11 +18,12 @@ from datasets.arrow_writer import ArrowWriter
 
 from theodora.data.examples import Examples, Kind
 from theodora.data.files import LocatedRows, Row
-from theodora.data.formats import BESIDE, COLUMNS, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
+from theodora.data.formats import BESIDE, COLUMNS, MEDIA, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
 from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
 from theodora.data.preference import explain_no_pairs, explain_not_judged, recognise_judged, recognise_pairs
 from theodora.data.problems import Problems, listed
+from theodora.data.prompt_layouts import explain_no_prompt, recognise_prompts
 from theodora.data.sources import Source, open_source
 from theodora.data.tools import NULLS, ORDER
 from theodora.data.unfolded_size import UnfoldedSize, size_of
@@ -35,12 +36,11 @@ _FURTHER = ("further columns and keys", NOT_USED)
 # Columns that say whether a completion is a good one (TRL's and LLaMA-Factory's, for KTO).
 _VERDICTS = ("label", "kto_tag")
 _PREFERRED = (*PREFERENCES, *PREFERENCES.values(), "rejected_response", "rejected_messages")
-# Pictures, sounds and places in them (LLaMA-Factory's, ms-swift's, TRL's).
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
 _RECOGNISED: dict[Kind, tuple[Callable[..., Layout | None], Callable[[Row], str]]] = {
     "answers": (recognise, explain_unknown),
     "pairs": (recognise_pairs, explain_no_pairs),
     "judged": (recognise_judged, explain_not_judged),
+    "prompts": (recognise_prompts, explain_no_prompt),
 }
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
 """What is in memory before it is written, at most: rows may be whole books, and a batch's text must stay under 2 GB."""
@@ -57,7 +57,8 @@ def load_examples(source: str | Path, *, split: str | None = None, kind: Kind = 
             folder written by `datasets.save_to_disk`, or the name of a dataset on the Hub (`owner/name` or
             `owner/name:config`; only this downloads anything).
         split: which split of a folder or dataset that has several. Default: `train`.
-        kind: what the rows are to be: answers, pairs (for DPO and its like), or judged answers (for KTO).
+        kind: what the rows are to be: answers, pairs (for DPO and its like), judged answers (for KTO), or prompts
+            (for GRPO) with whatever functions are to judge answers by.
 
     Returns:
         The rows, in the order of the source. They live in a temporary folder that is removed when the process ends;
@@ -193,7 +194,7 @@ def _why_unused(name: str, value: Any, beside: tuple[str, ...]) -> str:
         return "not used; what it calls bad is learned like the rest (--objective kto learns both)"
     if plain in _PREFERRED:
         return "not used; --objective dpo learns preferences"
-    if plain in _MEDIA:
+    if plain in MEDIA:
         return "not used; the text beside it is learned as it stands, placeholders such as <image> included"
     return NOT_USED if plain in COLUMNS else not_used(name, beside)
 

@@ -136,7 +136,7 @@ def _verdict(value: Any, column: str, notes: Notes) -> bool:
 def _are_texts(row: Row, chosen: str, rejected: str, prompt: str | None, conversation: str | None) -> bool:
     """Whether the row is strings that the writer of the file has fitted together."""
     texts = [row[name] for name in (chosen, rejected, prompt) if name is not None]
-    if conversation is not None or any(not isinstance(text, str) or _speaks(text) for text in texts):
+    if conversation is not None or any(not isinstance(text, str) or speaks(text) for text in texts):
         return False
     if any(formats.holds_turns(text) for text in texts):
         return False
@@ -149,7 +149,7 @@ def _text_reader(chosen: str, rejected: str, prompt: str | None) -> Callable[[Ro
         if any(spelling(name) in beside and not is_empty(value) for name, value in row.items()):
             raise NeedsTurns
         texts = {name: row.get(name) for name in (chosen, rejected, prompt) if name is not None}
-        if any(isinstance(text, str) and _speaks(text) for text in texts.values()):
+        if any(isinstance(text, str) and speaks(text) for text in texts.values()):
             raise NeedsTurns
         notes.use(*filter(None, (prompt, chosen, rejected)))
         better, worse = (read_words(row[name], repr(name), notes) for name in (chosen, rejected))
@@ -200,7 +200,7 @@ def _turns_reader(chosen: str | None, rejected: str, prompt: str | None) -> Call
         if _is_whole(better) and _is_whole(worse):
             asked, better, worse = _parted(better, worse, chosen or "", rejected, notes)
         elif chosen is not None:
-            asked = _asked(row, prompt, conversation, filled(HISTORIES), notes, tools)
+            asked = asked_in(row, prompt, conversation, filled(HISTORIES), notes, tools)
             better, worse = _without(asked, better), _without(asked, worse)
         if system_in is not None:
             notes.use(system_in)
@@ -224,15 +224,15 @@ def _turns_reader(chosen: str | None, rejected: str, prompt: str | None) -> Call
 def _turns(value: Any, column: str, notes: Notes, tools: list[Any]) -> list[Message]:
     """An answer, or a conversation that ends with one, as messages."""
     if isinstance(value, str) and not formats.holds_turns(value):
-        return _spoken(value) if _speaks(value) else [assistant(read_words(value, repr(column), notes))]
+        return _spoken(value) if speaks(value) else [assistant(read_words(value, repr(column), notes))]
     turns = [value] if isinstance(value, dict) else value
     return [] if is_empty(turns) else read_turns(turns, column, notes, schemas_of(tools))
 
 
-def _asked(
+def asked_in(
     row: Row, prompt: str | None, conversation: str | None, history: str | None, notes: Notes, tools: list[Any]
 ) -> list[Message]:
-    """What the answers reply to, from the columns beside them."""
+    """What an answer replies to, from the columns beside it."""
     name = conversation or prompt
     if name is None or is_empty(row.get(name)):
         notes.wrong(f"has no prompt that the answers reply to; it has {listed(list(row), 40)}")
@@ -243,7 +243,7 @@ def _asked(
         value = next((value[key] for key in value if spelling(key) in CONVERSATIONS), value)
     if not isinstance(value, str) or formats.holds_turns(value):
         return read_turns(value, name, notes, schemas_of(tools))
-    if _speaks(value):
+    if speaks(value):
         return _spoken(value)
     turns: list[Message] = []
     if history is not None:
@@ -296,7 +296,7 @@ def _says(turns: list[Message]) -> bool:
     )
 
 
-def _speaks(text: str) -> bool:
+def speaks(text: str) -> bool:
     """Whether a text is a dialogue as Anthropic's data write it."""
     return re.match(r"\s*(Human|Assistant):", text) is not None and "Human:" in text
 

@@ -30,14 +30,15 @@ def render_prompt(
         DataError: a row of plain text, which asks nothing, or one that the chat template refuses.
     """
     verbatim = is_verbatim(example, tokenizer, use_chat_template)
-    return _render_prompt(example, None if verbatim else ChatRenderer(tokenizer, use_chat_template))
+    return rendered(example, None if verbatim else ChatRenderer(tokenizer, use_chat_template))
 
 
-def _render_prompt(example: Mapping[str, Any], renderer: ChatRenderer | None) -> str:
+def rendered(example: Mapping[str, Any], renderer: ChatRenderer | None) -> str:
+    """`render_prompt` with the renderer of many rows; None: as it stands."""
     _refuse_text(example)
     if renderer is None:
         return example["prompt"]
-    asked, _ = _question_and_answer(example)
+    asked, _ = question_and_answer(example)
     try:
         return renderer.render(asked, tools_of(example), generation_prompt=True)
     except TEMPLATE_ERRORS as error:
@@ -59,8 +60,14 @@ def encode_prompts(
         return []
     verbatim = is_verbatim(examples[0], tokenizer, use_chat_template)
     renderer = None if verbatim else ChatRenderer(tokenizer, use_chat_template)
-    texts = [_render_prompt(example, renderer) for example in examples]
-    ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=verbatim)["input_ids"])
+    return encode_rendered([rendered(example, renderer) for example in examples], tokenizer, verbatim=verbatim)
+
+
+def encode_rendered(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, verbatim: bool) -> list[list[int]]:
+    """Token ids of what `rendered` gives; `verbatim` says that no chat template has written BOS."""
+    if not texts:
+        return []
+    ids = cast("list[list[int]]", tokenizer(texts, add_special_tokens=verbatim, verbose=False)["input_ids"])
     return [row[own_tokens(row, tokenizer)] for row in ids] if verbatim else ids
 
 
@@ -71,7 +78,7 @@ def reference_answer(example: Mapping[str, Any]) -> str:
         DataError: a row of plain text, which answers nothing.
     """
     _refuse_text(example)
-    _, answered = _question_and_answer(example)
+    _, answered = question_and_answer(example)
     return answered[0].get("content") or ""
 
 
@@ -116,7 +123,7 @@ def expected_answers(
 
 def _shown_answer(example: Mapping[str, Any], renderer: ChatRenderer) -> str | None:
     """What the chat template makes of the answer; None if it shows nothing of it."""
-    asked, _ = _question_and_answer(example)
+    asked, _ = question_and_answer(example)
     turn = sum(message["role"] == "assistant" for message in asked)
     try:
         chat = renderer.render_for_training(whole_conversation(example), tools_of(example))
@@ -134,7 +141,7 @@ def with_answer(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
     _refuse_text(example)
     if isinstance(example.get("prompt"), str):
         return {**example, "completion": answer}
-    asked, (old, *rest) = _question_and_answer(example)
+    asked, (old, *rest) = question_and_answer(example)
     turns = [{**old, "content": answer}, *rest]
     if "messages" in example:
         return {**example, "messages": asked + turns}
@@ -150,7 +157,7 @@ def answered_alone(example: Mapping[str, Any], answer: str) -> dict[str, Any]:
     changed = with_answer(example, answer)
     if isinstance(example.get("prompt"), str) or "messages" in example:
         return changed
-    asked, answered = _question_and_answer(changed)
+    asked, answered = question_and_answer(changed)
     return {**changed, "completion": [*asked[len(example["prompt"]) :], answered[0]]}
 
 
@@ -182,7 +189,7 @@ def own_tokens(ids: Sequence[int] | NDArray[np.int32], tokenizer: PreTrainedToke
     return slice(first, len(ids) - int(len(ids) > first + 1 and ids[-1] == eos))
 
 
-def _question_and_answer(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+def question_and_answer(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
     """The turns before the answer, and from the answer on: the first of a completion, the last learned of messages."""
     if isinstance(row.get("prompt"), str):
         return [user(row["prompt"])], [assistant(row["completion"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +66,12 @@ def _wanted(held_out: float | int, rows: int) -> int:
     )
 
 
-def _key(row: object) -> int:
-    """Eight bytes that stand for a row. Two rows that share them by chance would only stay together."""
+def _key(row: Any) -> int:
+    """Eight bytes that stand for a row. Two rows that share them by chance would only stay together.
+
+    A prompt is the same whatever stands beside it.
+    """
+    row = row["prompt"] if "columns" in row else row
     text = json.dumps(row, sort_keys=True, ensure_ascii=False)
     for escaped in (r"\n", r"\r", r"\t"):
         text = text.replace(escaped, "")

@@ -258,12 +258,12 @@ class Batches:
             chat = renderer.render_for_training(messages, tools_of(row))
         except TEMPLATE_ERRORS as error:
             self.problems.add(
-                _where(index, messages), f"the chat template refuses it: {error}{_hint_of_tools(messages)}"
+                row_in_words(index, messages), f"the chat template refuses it: {error}{_hint_of_tools(messages)}"
             )
             return None
         if chat is None:
             self.problems.add(
-                _where(index, messages),
+                row_in_words(index, messages),
                 "the chat template leaves an assistant turn out, or begins it so that it cannot be found; "
                 "use a template that has {% generation %} and {% endgeneration %} around assistant turns",
             )
@@ -399,7 +399,7 @@ def _hint_of_tools(messages: Sequence[Message]) -> str:
     return f" (the row holds tool calls or results; {mend})" if with_tools else ""
 
 
-def _where(index: int, messages: Sequence[Message]) -> str:
+def row_in_words(index: int, messages: Sequence[Message]) -> str:
     """A row for people: its number, and how it begins."""
     text = " ".join(messages[0]["content"].split())
     return f"row {index + 1} ({messages[0]['role']}: {text[:40]}{'…' if len(text) > 40 else ''})"

@@ -22,7 +22,7 @@ from theodora.evaluate.batches import USUAL_ROWS, batches_by_length, evaluating,
 from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choose
 from theodora.evaluate.loss import summed_loss
-from theodora.evaluate.metrics import Metric, mean_score, token_f1
+from theodora.evaluate.metrics import Metric, mean_score, same_text, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
 from theodora.layers.norm_cache import looked_at_once
 from theodora.terminal import Terminal
@@ -165,8 +165,7 @@ def score(
         if exact_match or metrics:
             # An answer that is only compared is broken off as soon as it differs.
             given = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
-            right = [a == reference.strip() for a, reference in zip(given, asked.references, strict=True)]
-            matches = sum(right) / len(right) if exact_match else None
+            matches = mean_score(same_text, "exact_match", given, asked.references) if exact_match else None
             means = {name: mean_score(metric, name, given, asked.references) for name, metric in metrics.items()}
     return Scores(
         loss=total / tokens,

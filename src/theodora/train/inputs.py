@@ -35,6 +35,7 @@ _TOKENS_OF_TRL = (
     "completion_only_loss",
     "assistant_only_loss",
     "dataset_text_field",
+    "max_completion_length",
 )
 _BASE = ("model", "revision", "bf16", "quantize", "modules_to_save")
 _BASE_OF_TRL = ("model_init_kwargs", "fp16")

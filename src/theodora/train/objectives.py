@@ -11,6 +11,8 @@ from theodora.data.examples import Kind
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.train.preference_loss import PAIR_LOSSES, Settings
 
+_KINDS: dict[str, Kind] = {"sft": "answers", "kto": "judged", "grpo": "prompts"}
+_COMPLETION_LENGTH = 256
 _REFERENCE = ("precompute_ref_log_probs", "precompute_ref_batch_size")
 # Objective -> the fields of its configuration in TRL (DPOConfig, KTOConfig, CPOConfig, ORPOConfig) that are used here.
 _OWN: dict[str, tuple[str, ...]] = {
@@ -68,7 +70,28 @@ _REWARD = (
 
 def kind_of(objective: str) -> Kind:
     """What the rows of an objective are."""
-    return "answers" if objective == "sft" else "judged" if objective == "kto" else "pairs"
+    return _KINDS.get(objective, "pairs")
+
+
+def completion_length(config: TrainConfig) -> int:
+    """The most tokens of a completion that grpo draws (TRL's `max_completion_length`); 0 for other objectives.
+
+    Raises:
+        ConfigError: it is no length, or no prompt fits beside it into `max_length`.
+    """
+    if config.objective != "grpo":
+        return 0
+    given = config.trainer.get("max_completion_length", _COMPLETION_LENGTH)
+    try:
+        length = coerce(given, int)
+    except ValueError as error:
+        raise ConfigError(f"max_completion_length is {shown(given)}; expected {error}") from error
+    if not 1 <= length < config.max_length:
+        raise ConfigError(
+            f"max_completion_length is {length}, and max_length, of prompt and completion together, is "
+            f"{config.max_length}; expected at least 1, and less than max_length"
+        )
+    return length
 
 
 def own_names(objective: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
@@ -22,11 +22,13 @@ from theodora.adapters.targets import for_text
 from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
+    PromptRows,
     fallback_chat_template,
     load_examples,
     split_examples,
     tokenize,
     tokenize_preferences,
+    tokenize_prompts,
 )
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
@@ -43,10 +45,11 @@ from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.fused_loss import fused_loss_pays
-from theodora.train.objectives import kind_of
+from theodora.train.objectives import completion_length, kind_of
 from theodora.train.packed_rows import can_go_by_bounds_alone, keeps_rows_apart
 from theodora.train.processes import Processes
 from theodora.train.resumed import Past
+from theodora.train.rewards import Rewards, rewards_of
 from theodora.train.text_only import check_continues_text
 from theodora.train.tried import know
 
@@ -82,6 +85,8 @@ class Prepared:
     """The run as it was asked for, before choices were made."""
     bytes_gathered: int = 0
     """What a process sends to others in a pass so that they have its parts of sharded weights."""
+    rewards: Rewards | None = None
+    """What completions are rewarded for, if the objective is grpo."""
     past: Past | None = None
     """What the checkpoint tells that it goes on from."""
 
@@ -116,8 +121,9 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             f"sharding is {processes.sharding}, and the objective {config.objective} compares two passes over whole "
             "weights. Leave sharding out, or set sharding: none."
         )
+    rewards = rewards_of(config)
     model_config = look_ahead(config, processes)
-    data = processes.one_here_does(lambda: read_data(config, arguments))
+    data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
     precision = choose_precision(config, arguments)
@@ -192,6 +198,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         sources=data.sources,
         base_hash=base_hash,
         left_out=tuple(data.left_out),
+        rewards=rewards,
     )
 
 
@@ -213,27 +220,44 @@ def _check_packing(config: TrainConfig, model: PreTrainedModel, device: torch.de
     )
 
 
-def read_data(config: TrainConfig, arguments: SFTConfig) -> Data:
-    """Read and tokenise what a run trains on, and holds out."""
+def window_of(model_config: PreTrainedConfig | None) -> int | None:
+    """The most tokens that a model takes, as far as its configuration says."""
+    return None if model_config is None else getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def read_data(
+    config: TrainConfig, arguments: SFTConfig, rewards: Rewards | None = None, window: int | None = None
+) -> Data:
+    """Read and tokenise what a run trains on, and holds out.
+
+    Args:
+        config: the run.
+        arguments: TRL's, of the same run.
+        rewards: of completions, which are tried on the rows.
+        window: `window_of` the model.
+    """
     examples = load_examples(config.data, kind=kind_of(config.objective))
     config, training, held_out, notes = _split(config, examples)
     sources = {"data": examples}
     if config.eval_data is not None and held_out is not None:
         sources["eval_data"] = held_out
     tokenizer = _load_tokenizer(config, arguments, training)
-    train_rows = _tokenize(config, training, tokenizer)
+    if rewards is not None:
+        for part in filter(None, (training, held_out)):
+            rewards.check(PromptRows(part), tokenizer)
+    train_rows = _tokenize(config, training, tokenizer, window)
     notes += _new_notes(train_rows, notes)
     left_out = [*examples.left_out, *left_out_of(train_rows)]
     if config.replay is not None:
         replayed = sources["replay"] = load_examples(config.replay)
-        texts = _tokenize(config, replayed, tokenizer)
+        texts = _tokenize(config, replayed, tokenizer, window)
         notes += _new_notes(texts, notes)
         left_out += named([*replayed.left_out, *left_out_of(texts)], config.replay)
         train_rows = _with_replay(config, train_rows, texts)
         notes.append(f"replay: {config.replay_share:.0%} of the rows are texts of {config.replay}")
     held_out_rows = None
     if held_out is not None:
-        held_out_rows = _tokenize(config, held_out, tokenizer)
+        held_out_rows = _tokenize(config, held_out, tokenizer, window)
         notes += _new_notes(held_out_rows, notes)
         left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
     return Data(config, tokenizer, training, held_out, train_rows, held_out_rows, notes, sources, left_out)
@@ -291,7 +315,18 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
     return tokenizer
 
 
-def _tokenize(config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _tokenize(
+    config: TrainConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> Dataset:
+    if config.objective == "grpo":
+        most = min(config.max_length, window or config.max_length, tokenizer.model_max_length)
+        room = most - completion_length(config)
+        if room < 1:
+            raise ConfigError(
+                f"max_completion_length is {completion_length(config)}, and the model takes {most} tokens, prompt and "
+                "completion together; lower max_completion_length"
+            )
+        return tokenize_prompts(examples, tokenizer, max_prompt=room, use_chat_template=config.use_chat_template)
     if config.objective != "sft":
         return tokenize_preferences(
             examples, tokenizer, max_length=config.max_length, use_chat_template=config.use_chat_template
