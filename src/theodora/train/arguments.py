@@ -60,7 +60,7 @@ _NO_CPU = {
 # The least that makes sense of options that SFTConfig takes as they are, and torch refuses in the middle of a run.
 _LEAST = {"dataloader_num_workers": 0, "neftune_noise_alpha": 0, "eval_accumulation_steps": 1}
 
-_EVAL_ROWS = 8
+_EVAL_ROWS, _EVAL_PROMPTS = 8, 128
 """Rows in a pass of an evaluation, at least, unless told otherwise."""
 
 # Arguments of from_pretrained that have to be said elsewhere, or not at all.
@@ -97,6 +97,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     other, processes = _checked({k: v for k, v in config.trainer.items() if k not in own}), Processes.here()
     other.pop("ddp_backend", None)  # the processes are joined already
     _check_reporters(config)
+    eval_rows = _EVAL_ROWS if config.objective != "grpo" else _EVAL_PROMPTS
     evaluates = config.eval_data is not None or config.held_out != 0
     stops_early = config.early_stopping_patience is not None
     prepares = config.packing or other.get("shuffle_dataset") or other.get("eval_packing")
@@ -106,7 +107,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size or _EVAL_ROWS,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size or eval_rows,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
@@ -149,7 +150,7 @@ def sft_arguments(config: TrainConfig, checkpoints: Path) -> SFTConfig:
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"TRL refuses the training configuration: {error}") from error
     if config.per_device_eval_batch_size is None and arguments.device.type != "cpu":
-        arguments.per_device_eval_batch_size = max(_EVAL_ROWS, 2 * config.per_device_train_batch_size)
+        arguments.per_device_eval_batch_size = max(eval_rows, 2 * config.per_device_train_batch_size)
     _check_model_options(arguments.model_init_kwargs, config.trust_remote_code)
     _check_values(arguments)
     _check_optimizer(arguments)

@@ -11,8 +11,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import disable_dropout_in_model
 
+from theodora.data import PromptRows
 from theodora.errors import ConfigError
 from theodora.train import checkpoints
+from theodora.train.grpo import GRPOTrainer
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.guard import StepGuard
 from theodora.train.objectives import settings_of
 from theodora.train.outcome import Outcome
@@ -35,7 +38,11 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
     if settings is not None:
         if settings.disable_dropout:
             prepared.notes += _without_dropout(prepared)
-        trainer = partial(PreferenceTrainer, settings=settings, reference=reference_of(prepared))
+        reference = reference_of(prepared) if settings.compares else None
+        if isinstance(settings, PolicySettings):
+            trainer = _policy_trainer(prepared, settings, reference)
+        else:
+            trainer = partial(PreferenceTrainer, settings=settings, reference=reference)
     own_padding = prepared.tokenizer.pad_token
     try:
         return trainer(
@@ -51,6 +58,18 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
         raise ConfigError(f"TRL refuses this run: {error}") from error
     finally:
         prepared.tokenizer.pad_token = own_padding
+
+
+def _policy_trainer(prepared: Prepared, settings: PolicySettings, reference: Reference | None) -> Any:
+    assert prepared.rewards is not None
+    return partial(
+        GRPOTrainer,
+        settings=settings,
+        reference=reference,
+        rewards=prepared.rewards,
+        training=PromptRows(prepared.training),
+        held_out=None if prepared.held_out is None else PromptRows(prepared.held_out),
+    )
 
 
 def reference_of(prepared: Prepared) -> Reference | None:

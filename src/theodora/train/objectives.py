@@ -9,10 +9,11 @@ from theodora.coerce import coerce
 from theodora.config import TrainConfig
 from theodora.data.examples import Kind
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.train import grpo_options
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.preference_loss import PAIR_LOSSES, Settings
 
 _KINDS: dict[str, Kind] = {"sft": "answers", "kto": "judged", "grpo": "prompts"}
-_COMPLETION_LENGTH = 256
 _REFERENCE = ("precompute_ref_log_probs", "precompute_ref_batch_size")
 # Objective -> the fields of its configuration in TRL (DPOConfig, KTOConfig, CPOConfig, ORPOConfig) that are used here.
 _OWN: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ _OWN: dict[str, tuple[str, ...]] = {
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "disable_dropout", *_REFERENCE),
     "orpo": ("beta", "disable_dropout"),
     "simpo": ("beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "disable_dropout"),
+    "grpo": grpo_options.NAMES,
 }
 _TYPES: dict[str, Any] = {
     "loss_type": list[str],
@@ -51,7 +53,7 @@ _REFUSED = {
 }
 # Fields of SFTConfig and transformers that mean nothing for them, or something else than they say.
 _OF_SFT = {
-    "neftune_noise_alpha": "the reference would be given noise, too",
+    "neftune_noise_alpha": "answers that are compared would be given noise",
     "label_smoothing_factor": "label_smoothing is that of pairs",
     "padding_free": "rows are made one row by themselves where that pays",
     "dft": "it belongs to sft",
@@ -74,28 +76,27 @@ def kind_of(objective: str) -> Kind:
 
 
 def completion_length(config: TrainConfig) -> int:
-    """The most tokens of a completion that grpo draws (TRL's `max_completion_length`); 0 for other objectives.
+    """The most tokens of a completion that grpo draws; 0 for other objectives.
 
     Raises:
-        ConfigError: it is no length, or no prompt fits beside it into `max_length`.
+        ConfigError: no prompt fits beside it into `max_length`.
     """
-    if config.objective != "grpo":
+    settings = settings_of(config)
+    if not isinstance(settings, PolicySettings):
         return 0
-    given = config.trainer.get("max_completion_length", _COMPLETION_LENGTH)
-    try:
-        length = coerce(given, int)
-    except ValueError as error:
-        raise ConfigError(f"max_completion_length is {shown(given)}; expected {error}") from error
-    if not 1 <= length < config.max_length:
+    length = settings.max_completion_length
+    if length >= config.max_length:
         raise ConfigError(
             f"max_completion_length is {length}, and max_length, of prompt and completion together, is "
-            f"{config.max_length}; expected at least 1, and less than max_length"
+            f"{config.max_length}; expected less than max_length"
         )
     return length
 
 
 def own_names(objective: str) -> frozenset[str]:
     """Options that the objective's configuration has in TRL, used here or refused."""
+    if objective == "grpo":
+        return grpo_options.own_names() | {"loss_type"}
     return frozenset() if objective == "sft" else frozenset((*_OWN.get(objective, ()), *_REFUSED, "loss_type"))
 
 
@@ -105,7 +106,7 @@ def whose(name: str) -> str | None:
     return f"it belongs to --objective {', '.join(objectives)}" if objectives else None
 
 
-def settings_of(config: TrainConfig) -> Settings | None:
+def settings_of(config: TrainConfig) -> Settings | PolicySettings | None:
     """What the objective computes; None for sft.
 
     Raises:
@@ -123,7 +124,7 @@ def settings_of(config: TrainConfig) -> Settings | None:
             problems.append(f"{name} is {shown(value)}, and the objective is {objective}: {_OF_SFT[name]}")
         if name == "truncation_mode" and value != "keep_start":
             problems.append(f"truncation_mode is {shown(value)}; expected keep_start: rows are cut at their end")
-        if name not in own_names(objective):
+        if name not in own_names(objective) or objective == "grpo":
             continue
         if name in _OWN[objective]:
             try:
@@ -134,11 +135,15 @@ def settings_of(config: TrainConfig) -> Settings | None:
             problems.append(f"loss_type is {shown(value)}, and the objective {objective} is a loss of its own")
         elif value:
             problems.append(f"{name} has no effect here: {_REFUSED[name]}")
-    if not problems:
+    of_policy = None
+    if objective == "grpo":
+        of_policy, wrong = grpo_options.grpo_settings(config)
+        problems += wrong
+    elif not problems:
         problems = list(_problems(objective, values))
     if problems:
         raise ConfigError("The options make no sense:" + bullet_list(problems))
-    return _settings(objective, values)
+    return of_policy or _settings(objective, values)
 
 
 def _is_word(name: str, value: Any) -> bool:

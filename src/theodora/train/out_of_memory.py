@@ -25,7 +25,7 @@ from theodora.data.packing import packed_batch
 from theodora.layers import base_weight
 from theodora.train.fused_loss import LEARNED, SelectLearned
 from theodora.train.in_step import InStep, first_line, let_go
-from theodora.train.pairs import DIVERGENCE, REFERENCE, ROWS, TOGETHER, VERDICT, count_of
+from theodora.train.pairs import DIVERGENCE, OF_SEQUENCES, OF_TOKENS, ROWS, TOGETHER, count_of
 from theodora.train.processes import OtherFailed
 from theodora.train.progress import as_size
 
@@ -209,7 +209,7 @@ def _told_anew(part: Inputs, inputs: Inputs) -> Inputs:
     part[LEARNED] |= {name: value.to(device) for name, value in part[LEARNED].items() if isinstance(value, Tensor)}
     if "sequences" in inputs[LEARNED]:
         count = part[LEARNED]["sequences"] = count_of(part, inputs.get(TOGETHER, 1))
-        for name in {REFERENCE, VERDICT} & part.keys():  # zeros for what fills up
+        for name in {*OF_SEQUENCES} & part.keys():  # zeros for what fills up
             part[name] = F.pad(part[name], (0, count - len(part[name])))
     return part
 
@@ -258,13 +258,12 @@ def _documents(inputs: Inputs, pieces: int) -> list[Inputs]:
         return [inputs]
     parts: list[Inputs] = []
     for span in spans:
-        part = {
-            name: inputs[name][:, span] for name in ("input_ids", "labels", "position_ids", _REAL) if name in inputs
-        }
+        names = ("input_ids", "labels", "position_ids", _REAL, *OF_TOKENS)
+        part = {name: inputs[name][:, span] for name in names if name in inputs}
         own = [n for n in (positions[0, span] == 0).nonzero().squeeze(1).tolist() if n] + [span.stop - span.start]
         whole = packed_batch([*part["input_ids"][0].tensor_split(own[:-1])])
         first, last = (sum(start < bound for start in every) for bound in (span.start, span.stop))
-        part |= {name: inputs[name][first:last] for name in {REFERENCE, VERDICT} & inputs.keys()}
+        part |= {name: inputs[name][first:last] for name in {*OF_SEQUENCES} & inputs.keys()}
         kept = {name: inputs[name] for name in _KEPT if name in inputs}
         parts.append({**{name: value for name, value in whole.items() if name in inputs}, **part, **kept})
     return parts

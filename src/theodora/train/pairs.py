@@ -20,9 +20,13 @@ TOGETHER = "sequences_together"
 ROWS = "rows_learned"
 """In a batch: how many rows there are to learn from."""
 REFERENCE, VERDICT, UNMATCHED, DIVERGENCE = "reference", "label", "unmatched", "divergence"
+ADVANTAGE, SAMPLED = "advantage", "sampled_logps"
+"""Of completions that were drawn: what each is worth, and the log-probability that each token was drawn with."""
 COLUMNS = ("lengths", REFERENCE, VERDICT)
 """Of a dataset, beside ids and labels."""
-_OWN = (TOGETHER, ROWS, REFERENCE, VERDICT, UNMATCHED, DIVERGENCE)
+OF_SEQUENCES, OF_TOKENS = (REFERENCE, VERDICT, ADVANTAGE), (SAMPLED,)
+"""In a batch, what there is of each sequence, (S,), and of each token where it stands, (B, T)."""
+_OWN = (TOGETHER, ROWS, *OF_SEQUENCES, *OF_TOKENS, UNMATCHED, DIVERGENCE)
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from theodora.config import TrainConfig
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.objectives import settings_of
 from theodora.train.preference_loss import Settings
 from theodora.train.reference import BASE
@@ -57,16 +58,31 @@ def described(config: TrainConfig) -> str | None:
     settings = settings_of(config)
     if settings is None:
         return None
-    parts = [config.objective, *_settings(settings)]
+    of_policy = isinstance(settings, PolicySettings)
+    parts = [config.objective, *(_of_policy(config, settings) if of_policy else _settings(settings))]
     if config.reference is not None:
         what = "the base model (the adapter switched off)" if config.reference == BASE else config.reference
-        parts.append(f"compared with {what}" + (", beforehand" if settings.precompute_ref_log_probs else ""))
+        beforehand = not of_policy and settings.precompute_ref_log_probs
+        parts.append(f"compared with {what}" + (", beforehand" if beforehand else ""))
     return ", ".join(parts)
 
 
 def per_row(config: TrainConfig) -> str:
     """What a loss is a mean over."""
-    return {"sft": "token (nats)", "kto": "answer"}.get(config.objective, "pair")
+    return {"sft": "token (nats)", "kto": "answer", "grpo": "token"}.get(config.objective, "pair")
+
+
+def _of_policy(config: TrainConfig, settings: PolicySettings) -> list[str]:
+    weights = config.reward_weights or (1.0,) * len(config.reward)
+    shares = (f"{weight:g} × {name}" for weight, name in zip(weights, config.reward, strict=True))
+    rewards = config.reward[0] if len(config.reward) == 1 else " + ".join(shares)
+    return [
+        f"rewards {rewards}",
+        f"{settings.num_generations} completions of each prompt, {settings.max_completion_length} tokens at most",
+        f"temperature {settings.drawing.temperature:g}",
+        *([f"beta {settings.beta:g}"] if settings.beta else []),
+        *([f"loss {settings.loss_type}"] if settings.loss_type != "dapo" else []),
+    ]
 
 
 def _settings(settings: Settings) -> list[str]:

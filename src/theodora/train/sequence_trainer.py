@@ -45,13 +45,23 @@ class SequenceTrainer(AdapterTrainer):
     @property
     @abstractmethod
     def figures(self) -> tuple[str, ...]:
-        """What is recorded of each pass, by TRL's names."""
+        """What is recorded, by TRL's names."""
+
+    @property
+    def pass_figures(self) -> tuple[str, ...]:
+        """What of it each pass records."""
+        return self.figures
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        return 1.0
 
     @abstractmethod
     def loss_of(
         self, model: nn.Module, given: dict[str, Any], own: dict[str, Any], items: Any, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and what is recorded of it: a sum and a number for each of `figures`, (2, F).
+        """The loss of a batch, and what is recorded of it: a sum and a number for each of `pass_figures`, (2, F).
 
         Args:
             model: the policy, or a wrapper of it.
@@ -92,7 +102,7 @@ class SequenceTrainer(AdapterTrainer):
         if LEARNED not in given:
             head = None if self._logits_fit(given["labels"]) else self._readable_head
             if head is None:
-                return row_losses(model, given, self._takes_positions, balanced)
+                return row_losses(model, given, self._takes_positions, balanced, self.temperature)
             told = SelectLearned(lambda _: dict(given), with_real=balanced)([])
             learned = told.pop(LEARNED) | {"sequences": len(given["labels"]), "unbalanced": not balanced}
             told.pop("labels")
@@ -144,13 +154,13 @@ class SequenceTrainer(AdapterTrainer):
     # What is recorded
 
     def stacked(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """Sums and numbers in the order of `figures`, (2, F) float32."""
-        both = [[found[name][n].detach().float() for name in self.figures] for n in (0, 1)]
+        """Sums and numbers in the order of `pass_figures`, (2, F) float32."""
+        both = [[found[name][n].detach().float() for name in self.pass_figures] for n in (0, 1)]
         return torch.stack([torch.stack(values) for values in both])
 
     def record(self, sums: Tensor, tokens: Tensor | int) -> None:
         """Overrides `CountingTrainer.record`: other figures, each with the number that it is a mean over."""
-        for name, total, count in zip(self.figures, *sums.detach(), strict=True):
+        for name, total, count in zip(self.pass_figures, *sums.detach(), strict=True):
             self.add_to_mean(name, total, count)
         if self.mode == "train":
             self.tokens = self.tokens + tokens

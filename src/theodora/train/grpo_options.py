@@ -1,0 +1,121 @@
+"""The options of grpo: fields of TRL's GRPOConfig, by its names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from theodora.coerce import coerce
+from theodora.config import TrainConfig
+from theodora.errors import ConfigError, shown
+from theodora.train.grpo_loss import LOSSES, PolicySettings
+from theodora.train.rollouts import Drawing
+
+_DRAWING = tuple(field.name for field in fields(Drawing))
+_TYPES: dict[str, Any] = {
+    "num_generations": int,
+    "num_generations_eval": int,
+    "max_completion_length": int,
+    "top_k": int,
+    "min_p": float | None,
+    "epsilon_high": float | None,
+    "delta": float | None,
+    "loss_type": str,
+    "importance_sampling_level": str,
+    "scale_rewards": str,
+    "multi_objective_aggregation": str,
+    "mask_truncated_completions": bool,
+    "use_bias_correction_kl": bool,
+    "disable_dropout": bool,
+    **dict.fromkeys((*set(_DRAWING) - {"top_k", "min_p"}, "beta", "epsilon"), float),
+}
+NAMES = tuple(_TYPES)
+_WORDS = {
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+# Why fields of TRL's have no effect here; of the others nothing is said but that.
+_WHY = {
+    "num_iterations": "completions are learned from once, by the policy that drew them",
+    "steps_per_generation": "completions are drawn for each step, by the policy that learns from them",
+    "generation_batch_size": "completions are drawn for each step, by the policy that learns from them",
+    "use_vllm": "the model in training draws by itself, in the batches that serve",
+    "use_transformers_continuous_batching": "it is used where it is faster",
+    "use_transformers_paged": "it is used where it is faster",
+    "sync_ref_model": "the reference is frozen: it is the model without its adapter, or with the one it started from",
+    "generation_kwargs": "tokens are drawn by temperature, top_p, top_k, min_p and repetition_penalty",
+    "chat_template_kwargs": "prompts are what evaluate and chat make of them",
+    "log_completions": "the report has samples from before and after",
+    "reward_weights": "it stands beside reward",
+}
+
+
+@cache
+def own_names() -> frozenset[str]:
+    """Fields that GRPOConfig has and SFTConfig has not."""
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.sft_config import SFTConfig
+
+    ours = {field.name for field in fields(SFTConfig)}
+    return frozenset({field.name for field in fields(GRPOConfig)} - ours | {*NAMES})
+
+
+def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
+    """What grpo computes, and what about its options makes no sense."""
+    values: dict[str, Any] = {"reward_weights": config.reward_weights}
+    problems: list[str] = []
+    for name, value in config.trainer.items():
+        if name in _TYPES:
+            try:
+                values[name] = coerce(_as_word(name, value), _TYPES[name])
+            except ValueError as error:
+                problems.append(f"{name} is {shown(value)}; expected {error}")
+        elif name in own_names() and value not in (None, False, _default(name)):
+            problems.append(f"{name} has no effect here" + (f": {_WHY[name]}" if name in _WHY else ""))
+    if not problems:
+        problems = list(_problems(values))
+    if problems:
+        return PolicySettings(), problems
+    drawing = {name: values.pop(name) for name in _DRAWING if name in values}
+    try:
+        return PolicySettings(drawing=Drawing(**drawing), **values), []
+    except ConfigError as error:
+        return PolicySettings(), [str(error)]
+
+
+def _default(name: str) -> Any:
+    from trl.trainer.grpo_config import GRPOConfig
+
+    return next(field.default for field in fields(GRPOConfig) if field.name == name)
+
+
+def _as_word(name: str, value: Any) -> Any:
+    """TRL's other values for two fields: a list of one loss, and true or false for how rewards are scaled."""
+    if name == "scale_rewards" and isinstance(value, bool):
+        return "group" if value else "none"
+    return value[0] if name == "loss_type" and isinstance(value, list) and len(value) == 1 else value
+
+
+def _problems(values: dict[str, Any]) -> Iterator[str]:
+    if values.get("num_generations", 8) < 2:
+        yield f"num_generations is {values['num_generations']}; expected at least 2: completions are compared"
+    for name, least in {"num_generations_eval": 1, "max_completion_length": 1, "beta": 0, "epsilon": 0}.items():
+        if name in values and not values[name] >= least:
+            yield f"{name} is {values[name]}; expected at least {least}"
+    for name, words in _WORDS.items():
+        if name in values and values[name] not in words:
+            yield f"{name} is {shown(values[name])}; expected one of {', '.join(words)}"
+    loss, high, delta = values.get("loss_type", "dapo"), values.get("epsilon_high"), values.get("delta")
+    if loss == "bnpo":
+        yield "loss_type is bnpo, whose mean is over a batch; expected dapo, the same over a step"
+    elif loss not in LOSSES:
+        yield f"loss_type is {shown(loss)}; expected one of {', '.join(LOSSES)}"
+    if loss == "cispo" and high is None:
+        yield "loss_type cispo needs epsilon_high, the most that a ratio counts (ScaleRL, 2510.13786, takes 5)"
+    if high is not None and not high > 0:
+        yield f"epsilon_high is {high}; expected more than 0"
+    if delta is not None and not delta > 1:
+        yield f"delta is {delta}; expected more than 1"
