@@ -69,5 +69,20 @@ def export(adapter: Path, output: Path) -> None:
     module.export_adapter(adapter, output, "gguf", check=False)
 
 
+def rewards_that_hang(file: Path, stuck: bool, errors: Path) -> None:
+    """The first function never returns, and lets others run; the second does not even that."""
+    from theodora.errors import DataError
+    from theodora.train import rewards
+
+    rewards._GRACE = 0.2
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    own = rewards.Rewards([f"{file}:{'stuck' if stuck else 'waits'}"], timeout=0.05)
+    try:
+        own(["Q"], ["A"], {}, [[1]])
+    except DataError as error:
+        os.write(2, str(error).encode())
+        sys.exit(7)
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

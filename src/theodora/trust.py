@@ -110,10 +110,8 @@ def names_a_file(reward: str) -> bool:
 
 
 def _runs_nothing(value: Any) -> bool:
-    given = [value] if isinstance(value, str) else value
-    return isinstance(given, list | tuple) and not any(
-        not isinstance(name, str) or names_a_file(name) for name in given
-    )
+    given = value if isinstance(value, list | tuple) else [value]
+    return not any(isinstance(name, str) and names_a_file(name) for name in given)
 
 
 _HARMLESS: dict[str, Callable[[Any], bool]] = {"report_to": _is_local, "reward": _runs_nothing}

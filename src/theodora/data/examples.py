@@ -21,7 +21,7 @@ class Examples:
 
     The columns of `dataset` are `prompt` and `completion` (both strings, or both lists of messages), or `messages`, or
     `text`; of preferences `prompt`, `chosen` and `rejected`, of judged answers also `label`. Prompts have their
-    reference as `completion` (empty without one), and `columns`, what else their rows hold, as JSON. Beside
+    reference as `completion` (empty without one), and `columns`, the row as it was, as JSON. Beside
     conversations there may be `tools`. A message is a dict with `role` and, usually, `content`.
     """
 

@@ -1,7 +1,7 @@
 """Recognises rows that ask something, with or without an answer to compare with, in anybody's layout.
 
 A row becomes `prompt` (a string as it stands in a column of that name, or a list of messages), `completion` (the
-reference: empty if there is none) and `columns`, what else the row holds, by its own names, as JSON.
+reference: empty if there is none) and `columns`, the row as it was, as JSON, whose columns rewards get by their names.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from theodora.data.words import read_words
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input")
 REFERENCES = ("reference", "ground_truth", "answer", "solution", "completion", "response", "output", "label")
 """Columns with what answers are compared with; the first of them that holds something is taken."""
-_GIVEN_ANYWAY = "prompt"
-"""The column that functions get as `prompts`."""
 _LOOKED_FOR = (
     "prompt (also question, instruction, query, problem), as text or as a list of {role, content}",
     "messages or conversations, of which a last turn of the model's is the reference",
@@ -162,10 +160,10 @@ def _reference(row: Row, column: str | None, notes: Notes) -> list[Message]:
 
 
 def _columns(row: Row, notes: Notes) -> str:
-    """What else a row holds, for functions that take it by name."""
+    """What a row holds, for functions that take it by name, as JSON."""
     texts: list[str] = []
     for name, value in row.items():
-        if name == _GIVEN_ANYWAY or spelling(name) in MEDIA:
+        if spelling(name) in MEDIA:
             continue
         try:
             texts.append(f"{json.dumps(name)}: {json.dumps(value)}")

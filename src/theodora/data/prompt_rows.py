@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer, tools_of
@@ -112,8 +112,8 @@ class _PromptCounts(Counts):
         parts = [f"{self.rows:,} prompts, {self.tokens:,} tokens"]
         if self.dropped:
             parts.append(
-                f"{self.dropped:,} prompts left out: more than {max_length:,} tokens, which leaves no room for "
-                "max_completion_length"
+                f"{self.dropped:,} {'prompt' if self.dropped == 1 else 'prompts'} left out: more than {max_length:,} "
+                "tokens, which leaves no room for max_completion_length"
             )
         return "; ".join([*parts, *sentences(left_out)]) + "."
 
@@ -124,10 +124,11 @@ class _Prompts(Batches):
     counts: _PromptCounts
 
     def __init__(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, most: int, template: bool | None
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_prompt: int, use_chat_template: bool | None
     ) -> None:
-        super().__init__(examples, tokenizer, most, template, "completion")
+        super().__init__(examples, tokenizer, max_prompt, use_chat_template, "completion")
         self.counts = _PromptCounts()
+        self.more_columns = {ROW: Value("int64")}
 
     def encode(self, table: Any, indices: list[int]) -> Any:
         """One batch, as a pyarrow table; a row gives one row or none."""

@@ -176,7 +176,7 @@ class Rewards:
 
     def _misses(self, rows: PromptRows) -> Iterator[str]:
         taken = [name for name in rows.names if name in _OF_BATCH]
-        if taken and any(reward.needs for reward in self._rewards):
+        if taken and any(reward.in_file and not reward.compares for reward in self._rewards):
             yield f"there is a column {taken[0]!r}, which is what functions call something of the model's; rename it"
         for reward in self._rewards:
             missing = [name for name in reward.needs if name not in rows.names]

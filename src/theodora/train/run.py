@@ -342,7 +342,10 @@ def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     checkpoints.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
         with atomic_write(output / checkpoints.HELD_OUT_FILE) as file:
-            prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
+            if prepared.held_out.format == "prompts":  # as they were, with what functions take by name
+                file.write_text("".join(f"{line}\n" for line in prepared.held_out.dataset["columns"]), encoding="utf-8")
+            else:
+                prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
             check_lines(file, len(prepared.held_out))
 
 
