@@ -144,7 +144,7 @@ class GRPOTrainer(SequenceTrainer):
             self.model.train()
         real = [batch for batch in batches if not batch.get(NOTHING)]
         drawn = self._drawn(_joined([batch[PROMPTS] for batch in real]), (self.state.global_step << 1) * _PRIME)
-        groups, rewards, lengths, cut = self._of_all(drawn)
+        groups, rewards, lengths, cut = self._gathered(drawn)
         self._of_step = groups, rewards, lengths, cut
         self._record_drawn(*self._of_step)
         learned = [not (self.settings.mask_truncated_completions and each) for each in cut]
@@ -169,7 +169,7 @@ class GRPOTrainer(SequenceTrainer):
             rewards = self.rewards(prompts, texts, columns, [each.tokens for each in completions], self.state)
         return _Drawn(asked, completions, [each.tokens[-1] not in self._ends for each in completions], rewards)
 
-    def _of_all(self, drawn: _Drawn) -> tuple[list[int], Tensor, list[int], list[bool]]:
+    def _gathered(self, drawn: _Drawn) -> tuple[list[int], Tensor, list[int], list[bool]]:
         """Of the completions of all processes: the row of each, its rewards, its tokens, and whether it was cut."""
         lengths = [len(each.tokens) for each in drawn.completions]
         found = self.processes.gather((drawn.asked.rows, drawn.rewards, lengths, drawn.cut))
