@@ -41,7 +41,7 @@ __all__ = [
 
 BaseDtype = Literal["auto", "fp8"]
 Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"]
-WITH_REFERENCE = ("dpo", "ipo", "kto")
+WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo")
 """Objectives that compare the model with what it was."""
 QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
 _RATE, _RATE_OF_PREFERENCES = 5e-4, 5e-5
@@ -76,7 +76,7 @@ class TrainConfig:
     chosen, rejected), kto (whether an answer is good: prompt, completion, label), reward (a score for answers), grpo
     (what functions reward in answers of its own: prompt, and what the functions need)."""
     reference: str | None = None
-    """What dpo, ipo, kto and grpo (with beta) compare the model with: base, or the folder of an adapter of it. Default:
+    """What dpo, ipo, kto and grpo compare the model with: base, or the folder of an adapter of it. Default:
     what training starts from. A folder alone is gone on from, too."""
     reward: tuple[str, ...] = ()
     """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, or path/to/file.py:function, several with
@@ -249,11 +249,6 @@ class TrainConfig:
         for name in sorted(self.trainer.keys() & OPTION_NAMES):
             yield f"trainer holds {name}, which is an option of its own; expected it outside trainer"
 
-    @property
-    def compares(self) -> bool:
-        """Whether the objective compares the model with what it was: grpo does so for beta alone."""
-        return self.objective in WITH_REFERENCE or (self.objective == "grpo" and bool(self.trainer.get("beta")))
-
     def _problems_of_rewards(self) -> Iterator[str]:
         if self.objective == "grpo" and not self.reward:
             yield (
@@ -281,9 +276,8 @@ class TrainConfig:
             yield f"train_on is all, and {what} is about answers alone"
         if self.replay is not None:
             yield f"replay is given, and {what} learns no plain text"
-        if self.reference is not None and not self.compares:
-            with_beta = " without beta" if self.objective == "grpo" else ""
-            yield f"reference is {shown(self.reference)}, and {what} compares with nothing{with_beta}"
+        if self.reference is not None and self.objective not in WITH_REFERENCE:
+            yield f"reference is {shown(self.reference)}, and {what} compares with nothing"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, granted: Collection[str] = ()) -> TrainConfig:

@@ -38,7 +38,7 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
     if settings is not None:
         if settings.disable_dropout:
             prepared.notes += _without_dropout(prepared)
-        reference = reference_of(prepared) if settings.compares else None
+        reference = reference_of(prepared)
         if isinstance(settings, PolicySettings):
             trainer = _policy_trainer(prepared, settings, reference)
         else:

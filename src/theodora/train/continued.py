@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from theodora.adapters.load import load_to_train, original_config
 from theodora.adapters.targets import find_targets
-from theodora.config import AdapterConfig, TrainConfig
+from theodora.config import WITH_REFERENCE, AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.model_folder import base_model_of
@@ -67,7 +67,7 @@ def continued(config: TrainConfig) -> TrainConfig:
 def compared(config: TrainConfig) -> TrainConfig:
     """The configuration with what the model is compared with: by default what training starts from, which a reference
     alone names, too."""
-    if not config.compares:
+    if config.objective not in WITH_REFERENCE:
         return config
     if config.reference not in (None, BASE) and config.from_adapter is None:
         return replace(config, from_adapter=config.reference)

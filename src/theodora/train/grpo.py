@@ -22,7 +22,8 @@ from theodora.train.flattened import Shape
 from theodora.train.fused_loss import Head
 from theodora.train.grpo_batches import PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
 from theodora.train.grpo_loss import PolicySettings, TokenTerms, advantages, loss_sum, spread, token_terms
-from theodora.train.pairs import ADVANTAGE, SAMPLED
+from theodora.train.out_of_memory import in_parts
+from theodora.train.pairs import ADVANTAGE, SAMPLED, taken_apart
 from theodora.train.reference import Reference
 from theodora.train.rewards import Rewards
 from theodora.train.rollouts import Completion, Rollouts
@@ -30,12 +31,18 @@ from theodora.train.sequence_losses import SequenceLosses
 from theodora.train.sequence_trainer import BALANCE, SequenceTrainer, of_balance
 from theodora.train.shares import NOTHING
 
-_OF_PASSES = ("entropy", "kl", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
+_OF_PASSES = ("entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
 _OF_GROUPS = ("frac_reward_zero_std", "reward_std")
 _OF_DRAWN = ("reward", "completions/mean_length", "completions/clipped_ratio")
 _SHAPES, _SHORTEST = 12, 64
 """Lengths that batches are filled up to, at most, and the shortest."""
 _PRIME = 1_000_003
+_STEPS_WITHOUT = 10
+_SAME_REWARDS = (
+    "all completions of each prompt had the same reward. Prompts that the model can answer now and then, rewards that "
+    "tell better from worse, more completions of each (num_generations) or a higher temperature give it something to "
+    "learn from; so does an adapter that has seen right answers (--from-adapter)."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class GRPOTrainer(SequenceTrainer):
 
     Args:
         settings: of the objective.
-        reference: what the policy is held to; None if β is 0.
+        reference: what the policy is held to by β, and its divergence from which is measured.
         rewards: the functions.
         training: what they are told of the rows trained on.
         held_out: likewise of the rows held out, if there are any.
@@ -66,7 +73,7 @@ class GRPOTrainer(SequenceTrainer):
         self,
         *args: Any,
         settings: PolicySettings,
-        reference: Reference | None,
+        reference: Reference,
         rewards: Rewards,
         training: PromptRows,
         held_out: PromptRows | None,
@@ -83,18 +90,29 @@ class GRPOTrainer(SequenceTrainer):
         self.rollouts = Rollouts(self.model, settings.drawing, ends, settings.max_completion_length)
         self._ends = frozenset(ends)
         self._eval_batch = self._before = 0
+        self._without_spread: int | None = 0
+        """Steps from the first on in which all completions of each prompt had one reward; None once there was another.
+        """
         self._of_step: tuple[list[int], Tensor, list[int], list[bool]]
 
     @property
     def figures(self) -> tuple[str, ...]:
         """What is recorded, by TRL's names."""
         of_functions = (f"rewards/{name}/mean" for name in self.rewards.names)
-        return (*self.pass_figures, *_OF_DRAWN, *_OF_GROUPS, *of_functions)
+        return (*self._of_passes(with_kl=True), *_OF_DRAWN, *_OF_GROUPS, *of_functions)
 
     @property
     def pass_figures(self) -> tuple[str, ...]:
-        """What a pass records."""
-        return (*_OF_PASSES, *((BALANCE,) if self.aux_loss_enabled else ()))
+        """Overrides `SequenceTrainer.pass_figures`: what is drawn is recorded once in a step."""
+        return self._of_passes(self._compares)
+
+    def _of_passes(self, with_kl: bool) -> tuple[str, ...]:
+        return (*_OF_PASSES, *(("kl",) if with_kl else ()), *((BALANCE,) if self.aux_loss_enabled else ()))
+
+    @property
+    def _compares(self) -> bool:
+        """Whether a pass runs the reference, too: without β held-out prompts alone tell how far the policy has come."""
+        return bool(self.settings.beta) or self.mode == "eval"
 
     # How a batch is made
 
@@ -186,9 +204,15 @@ class GRPOTrainer(SequenceTrainer):
         for size in sizes:
             own = slice(begin, begin := begin + size)
             learned = [not (self.settings.mask_truncated_completions and cut) for cut in drawn.cut[own]]
-            batch = self._collate(drawn.asked.tokens[own], drawn.completions[own], learned, advantage[own])
-            batches.append(batch)
+            batches.append(self._collate(drawn.asked.tokens[own], drawn.completions[own], learned, advantage[own]))
         return batches
+
+    @property
+    def nothing_to_learn(self) -> str | None:
+        """Why no step could move anything, if none could."""
+        if not self._without_spread:
+            return None
+        return f"There was nothing to learn: {_SAME_REWARDS}"
 
     # The loss
 
@@ -197,9 +221,7 @@ class GRPOTrainer(SequenceTrainer):
     ) -> tuple[Tensor, Tensor]:
         """Overrides `SequenceTrainer.loss_of`: a share of the step's mean."""
         losses = self.each(model, given, balanced=self.aux_loss_enabled)
-        frozen = None
-        if self.reference is not None:
-            frozen = -self.of_reference(given).tokens.nats
+        frozen = -self.of_reference(given).tokens.nats if self._compares else None
         terms = token_terms(losses, own[ADVANTAGE], None, frozen, self.settings)
         count = losses.count.sum() if items is None else torch.as_tensor(items, device=terms.loss.device)
         total = loss_sum(terms, losses, self.settings) / count.clamp(min=1)
@@ -230,10 +252,24 @@ class GRPOTrainer(SequenceTrainer):
         drawn = self._drawn(asked, 2 * self._eval_batch + 1)
         lengths = [len(each.tokens) for each in drawn.completions]
         self._record_drawn(asked.rows, drawn.rewards, lengths, drawn.cut)
+        self._measure(drawn)
         reward = float((drawn.rewards @ self.rewards.weights).mean())
         self._eval_nats -= reward * len(asked.rows)
         self._eval_tokens += len(asked.rows)
         return torch.tensor(-reward, device=self.args.device), None, None
+
+    @torch.no_grad()
+    def _measure(self, drawn: _Drawn) -> None:
+        """Record what passes record, of held-out completions: as many at a time as in training, fewer if they do not
+        fit."""
+        count, size = len(drawn.completions), self.args.train_batch_size
+        sizes = [min(size, count - begin) for begin in range(0, count, size)]
+        for batch in self._batches(drawn, torch.zeros(count), sizes):
+            with self.compute_loss_context_manager():
+                self.record(in_parts(self._figures_of, self._prepare_inputs(batch)), 0)
+
+    def _figures_of(self, batch: dict[str, Any]) -> Tensor:
+        return self.loss_of(self.model, *taken_apart(batch), None)[1]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides `LossOverrides.evaluation_loop`: draws alike in every evaluation."""
@@ -251,8 +287,12 @@ class GRPOTrainer(SequenceTrainer):
         for n, name in enumerate(self.rewards.names):
             self.add_to_mean(f"rewards/{name}/mean", float(rewards[:, n].sum()), count)
         if self.mode == "train":
-            for name, value in zip(_OF_GROUPS, spread(rewards, groups, self.settings), strict=True):
-                self.add_to_mean(name, value, 1)
+            same, deviation = spread(rewards, groups, self.settings)
+            self.add_to_mean("frac_reward_zero_std", same, 1)
+            self.add_to_mean("reward_std", deviation, 1)
+            self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
+            if self._without_spread == _STEPS_WITHOUT:
+                self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
         """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too."""

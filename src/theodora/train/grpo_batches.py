@@ -24,9 +24,6 @@ from theodora.train.rollouts import Completion
 
 PROMPTS = "prompts"
 """In a batch as it is loaded: its `Asked`, and nothing else."""
-ADVANTAGE, SAMPLED, FROZEN = "advantage", "sampled_logps", "reference_logps"
-"""Of each sequence, (S,); of each token, (B, T), where it stands: as it was drawn, and under the reference."""
-OF_SEQUENCES, OF_TOKENS = (ADVANTAGE,), (SAMPLED, FROZEN)
 
 
 @dataclass(frozen=True)

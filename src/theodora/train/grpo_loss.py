@@ -54,11 +54,6 @@ class PolicySettings:
     disable_dropout: bool = True
     """(TRL leaves dropout on.)"""
 
-    @property
-    def compares(self) -> bool:
-        """Whether there is a reference."""
-        return self.beta != 0
-
     def items(self, tokens: list[int]) -> int:
         """What the losses of a step are divided by, given how many learned tokens each of its completions has."""
         if self.loss_type == "grpo":

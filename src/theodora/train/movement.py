@@ -28,6 +28,7 @@ def check_moved(
     before: Mapping[str, int],
     updates: int,
     after: Mapping[str, int] | None = None,
+    doubt: str = "Is the learning rate far too small, or does the loss bypass these modules?",
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Check that training moved the tensors and left them finite.
 
@@ -39,6 +40,7 @@ def check_moved(
         before: their fingerprints before training.
         updates: optimizer steps at a learning rate above 0.
         after: their fingerprints when training ended, if they have been changed since.
+        doubt: what may be wrong where all rest.
 
     Returns:
         For each part (lora_A, lora_B, magnitude, …) how many tensors moved, of how many; and the names of single
@@ -60,7 +62,7 @@ def check_moved(
         raise TheodoraError(
             f"Training left these tensors frozen in all {updates} steps, so the adapter is not what was asked for:"
             + bullet_list(frozen)
-            + "\nIs the learning rate far too small, or does the loss bypass these modules?"
+            + f"\n{doubt}"
         )
     moved: dict[str, tuple[int, int]] = {}
     for name in tensors:

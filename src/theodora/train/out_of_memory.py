@@ -180,6 +180,18 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     return parts
 
 
+def in_parts(run: Callable[[Inputs], Tensor], batch: Inputs) -> Tensor:
+    """What is added up over a batch, in halves where memory does not last for all of it."""
+    try:
+        return run(batch)
+    except torch.OutOfMemoryError:
+        parts = split(batch, 2)
+        if len(parts) == 1:
+            raise
+    # Outside the handler, which holds what did not fit.
+    return torch.stack([in_parts(run, part) for part in parts]).sum(0)
+
+
 def few_of(inputs: Inputs) -> Inputs:
     """A few tokens of a batch, of which nothing is learned."""
     shape = inputs["input_ids"].shape

@@ -8,14 +8,13 @@ rows, whatever passes and processes they are spread over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor, nn
 
-from theodora.train.out_of_memory import split
+from theodora.train.out_of_memory import in_parts
 from theodora.train.pairs import (
     DIVERGENCE,
     REFERENCE,
@@ -134,7 +133,7 @@ class PreferenceTrainer(SequenceTrainer):
             return torch.stack([((-losses.nats - reference) * real).sum(), real.sum()])
 
         with self.compute_loss_context_manager():
-            return _in_parts(sums, unmatched)
+            return in_parts(sums, unmatched)
 
     # What is recorded
 
@@ -209,18 +208,6 @@ class PreferenceTrainer(SequenceTrainer):
             self.model.train(training)
         column = Dataset.from_dict({REFERENCE: found}, features=Features({REFERENCE: List(Value("float32"))}))
         return rows.add_column(REFERENCE, column.data.column(REFERENCE).combine_chunks())
-
-
-def _in_parts(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) -> Tensor:
-    """What is added up over a batch, in halves where memory does not last for all of it."""
-    try:
-        return run(batch)
-    except torch.OutOfMemoryError:
-        parts = split(batch, 2)
-        if len(parts) == 1:
-            raise
-    # Outside the handler, which holds what did not fit.
-    return torch.stack([_in_parts(run, part) for part in parts]).sum(0)
 
 
 def _first_alone(row: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
+from theodora.train.grpo import GRPOTrainer
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
@@ -221,7 +222,10 @@ def _train(
         checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
-    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end)
+    doubts = (
+        {"doubt": trainer.nothing_to_learn} if isinstance(trainer, GRPOTrainer) and trainer.nothing_to_learn else {}
+    )
+    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, **doubts)
     result = replace(_result(prepared, plan, trainer, view, seconds, moved), experts=loads.loads(processes))
     # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
     asks = processes.sharding is None
