@@ -106,6 +106,7 @@ class Rollouts:
         self._model, self._rows = model, rows
         self._sampling = drawing.sampling(max_new_tokens)
         self._settings = decoding(list(ends), max_new_tokens)
+        self._kept = offline.Kept()
         self._why: str | None = None
         try:
             offline.runnable(model)
@@ -150,6 +151,7 @@ class Rollouts:
 
     def release(self) -> None:
         """Give back the memory that is held between calls; the next one takes it again."""
+        self._kept.let_go()
 
     def _together(
         self, prompts: Sequence[Sequence[int]], samplings: list[Sampling], over: Callable[[], object]
@@ -166,6 +168,7 @@ class Rollouts:
                     [samplings[i] for i in fit],
                     over=over,
                     rows=self._rows,
+                    kept=self._kept,
                 )
                 return dict(zip(fit, drawn, strict=True))
             except offline.NoRoom as error:
@@ -276,7 +279,9 @@ def _nothing_cast_kept() -> Iterator[None]:
     training step, too, which then had none for it; and a recorded CUDA graph would go on reading it."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()  # accelerate's autocast, within `forward`, keeps casts all the same
