@@ -218,9 +218,11 @@ def test_dropout_is_off(way):
 
 def test_within_autocast(way):
     model = trained(tiny_model(), "dora4").train()
-    model.lm_head.requires_grad_(True)
+    model.lm_head.requires_grad_(True)  # so that autocast would keep its cast
     rollouts = Rollouts(model, Drawing(), ENDS, MOST)
     with torch.autocast("cpu", torch.bfloat16):
+        rollouts(prompts_of(), 1)
+        model.lm_head.weight.data.neg_()
         completions = rollouts(prompts_of(), 0)
         ids = torch.tensor([[5, 6, 7]])
         model(ids, labels=ids).loss.backward()  # of casts that have a gradient
@@ -246,8 +248,7 @@ def test_within_the_autocast_that_accelerate_puts_into_forward(way):
     rollouts = Rollouts(model, Drawing(), ENDS, MOST)
     completions = rollouts(prompts_of(), 0)
     assert rollouts.way == way
-    pairs = [(one.logps[0], other.logps[0]) for one, other in zip(exact, completions, strict=True)]
-    assert pairs != [(one, pytest.approx(one, abs=1e-5)) for one, _ in pairs]
+    assert [each.logps[0] for each in completions] != pytest.approx([each.logps[0] for each in exact], abs=1e-5)
     for prompt, each in zip(prompts_of(), completions, strict=True):
         logps = forward_logps(model, prompt, each.tokens, 1.0)
         assert each.logps == pytest.approx(logps.tolist(), abs=0.15)
@@ -321,8 +322,8 @@ def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
     for layer in model.modules():
         for adapter in getattr(layer, "adapters", {}).values():
             adapter.scale = 3.0  # a number that a recorded pass would not see
-    fresh = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST, rows=4)(prompts_of(), 0)
-    assert rollouts(prompts_of(), 0) == fresh
+    fresh = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST, rows=4)(prompts_of((40, 30, 50)), 0)
+    assert rollouts(prompts_of((40, 30, 50)), 0) == fresh
     assert len(made) == 5
 
 

@@ -80,6 +80,17 @@ def as_when_answering(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def nothing_cast_kept() -> Iterator[None]:
+    """While it lasts autocast keeps no weight that it casts: a CUDA graph would read it, but not make it anew."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def paged_attention(model: Any) -> Iterator[None]:
     """The model's attention by pages, of the kind that it has: another kernel would round otherwise."""
     before = model.config._attn_implementation

@@ -138,9 +138,8 @@ class Rollouts:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
             raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
         samplings = [replace(self._sampling, seed=(seed << 32) + index) for index in range(len(prompts))]
-        with _nothing_cast_kept():
-            found = self._together(prompts, samplings, over)
-            self._by_generate(prompts, samplings, found, over)
+        found = self._together(prompts, samplings, over)
+        self._by_generate(prompts, samplings, found, over)
         completions = [Completion(*found[index]) for index in range(len(prompts))]
         if not all(math.isfinite(sum(each.logps)) for each in completions):
             raise TheodoraError(
@@ -271,17 +270,3 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def _nothing_cast_kept() -> Iterator[None]:
-    """While it lasts autocast keeps no weight that it casts: one that was cast without gradients would be used by the
-    training step, too, which then had none for it; and a recorded CUDA graph would go on reading it."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-        torch.clear_autocast_cache()  # accelerate's autocast, within `forward`, keeps casts all the same
