@@ -30,7 +30,7 @@ def way(request, monkeypatch):
     """Both ways run on a CPU here; which one does is said in `Rollouts.way`."""
     if request.param == "batches":
         monkeypatch.setattr(offline, "DEVICES", {"cpu"})
-    return BATCHES if request.param == "batches" else "generate (faster on cpu)"
+    return BATCHES if request.param == "batches" else "generate (it is faster on cpu)"
 
 
 @torch.no_grad()
@@ -219,11 +219,13 @@ def test_dropout_is_off(way):
 def test_within_autocast(way):
     model = trained(tiny_model(), "dora4").train()
     model.lm_head.requires_grad_(True)  # so that autocast would keep its cast
-    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    cached, rollouts = [], Rollouts(model, Drawing(), ENDS, MOST)
     with torch.autocast("cpu", torch.bfloat16):
         rollouts(prompts_of(), 1)
         model.lm_head.weight.data.neg_()
+        model.lm_head.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
         completions = rollouts(prompts_of(), 0)
+        assert way != BATCHES or not any(cached)  # a recorded graph would go on reading the cast
         ids = torch.tensor([[5, 6, 7]])
         model(ids, labels=ids).loss.backward()  # of casts that have a gradient
         expected = [
@@ -387,12 +389,13 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
         return generate(self, *args, **options)
 
     whole = tokens_of(Rollouts(model, Drawing(), ENDS, MOST)(prompts_of(), 0))
-    rollouts = Rollouts(model, Drawing(), ENDS, MOST, rows=8)
+    rollouts, told = Rollouts(model, Drawing(), ENDS, MOST, rows=8), []
     if way == BATCHES:
         monkeypatch.setattr(offline, "_run", runs)
     else:
         monkeypatch.setattr(type(model), "generate", generates)
-    assert tokens_of(rollouts(prompts_of(), 0)) == whole
+    assert tokens_of(rollouts(prompts_of(), 0, over=lambda: told.append(1))) == whole
+    assert len(told) == len(whole)
     assert rollouts.way == way
     assert seen[:3] == [8, 4, 2]
 

@@ -32,7 +32,6 @@ from theodora.serve.offline_manager import (
     Sizes,
     Unfit,
     as_when_answering,
-    nothing_cast_kept,
     paged_attention,
 )
 from theodora.serve.requests import Sampling
@@ -243,7 +242,7 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
     waiting = [index for index in range(len(asked.prompts)) if index not in asked.answers]
     if not waiting:
         return
-    with as_when_answering(model), nothing_cast_kept():
+    with as_when_answering(model):
         if kept is not None:
             kept.check(model, asked)
         with looked_at_once(None if kept is None else kept.held):

@@ -67,27 +67,22 @@ class Asked:
 
 @contextmanager
 def as_when_answering(model: Any) -> Iterator[None]:
-    """In evaluation mode, without gradients; afterwards every module is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training]
+    """In evaluation mode, without gradients; afterwards every module is in the mode it was in before.
+
+    Autocast keeps no weight that it casts: one from before a step may be there, and a CUDA graph would go on reading
+    it.
+    """
+    training, cached = [module for module in model.modules() if module.training], torch.is_autocast_cache_enabled()
     if training:
         model.eval()
+    torch.set_autocast_cache_enabled(False)
     try:
         with torch.no_grad():
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for module in training:
             module.training = True
-
-
-@contextmanager
-def nothing_cast_kept() -> Iterator[None]:
-    """While it lasts autocast keeps no weight that it casts: a CUDA graph would read it, but not make it anew."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager
