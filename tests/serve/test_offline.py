@@ -16,8 +16,9 @@ from theodora import adapter_disabled, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.config import AdapterConfig
 from theodora.evaluate.decoding import decoding
-from theodora.serve import offline
+from theodora.serve import offline, offline_manager
 from theodora.serve.offline import Unfit, answer_together, runnable
+from theodora.serve.offline_manager import Asked, Sizes
 from tiny import tiny_model
 
 ENDS, MOST = [2, 77, 140], 12
@@ -149,8 +150,10 @@ def test_a_model_in_training_is_left_as_it_was(attention, error):
 @pytest.mark.parametrize("fails", [False, True])
 def test_pages_are_given_back_at_once(fails, monkeypatch):
     pages = []
-    keep = offline.keep_cache_finite
-    monkeypatch.setattr(offline, "keep_cache_finite", lambda cache: pages.append(weakref.ref(cache)) or keep(cache))
+    keep = offline_manager.keep_cache_finite
+    monkeypatch.setattr(
+        offline_manager, "keep_cache_finite", lambda cache: pages.append(weakref.ref(cache)) or keep(cache)
+    )
 
     def over():
         if fails:
@@ -256,18 +259,23 @@ def test_settings_that_pick_otherwise_are_for_generate():
 
 def test_pages_are_as_many_as_the_rows_need():
     model = tiny_model()
-    assert offline._pages(model, [3, 1, 2], 32, 2) == 5
-    assert offline._pages(model, [2000, 1, 2], 32, 2) == 2000
-    assert offline._pages(model, [100] * 300, 32, 256) == 1024
+
+    def pages(needs, rows):
+        asked = Asked([[5] * (need * 32 - MOST) for need in needs], decoding(ENDS, MOST))
+        return Sizes.of(model, asked, range(len(needs)), rows).pages
+
+    assert pages([3, 1, 2], 2) == 5
+    assert pages([2000, 1, 2], 2) == 2000
+    assert pages([100] * 300, 256) == 1024
 
 
 def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
     model, counted, runs = trained(tiny_model(), "dora4").eval(), [], []
-    batching = offline._batching
+    batching = offline_manager._batching
 
-    def noted(model, asked, waiting, rows):
-        config = batching(model, asked, waiting, rows)
-        runs.append((asked.graphs, len(waiting)))
+    def noted(model, asked, sizes):
+        config = batching(model, asked, sizes)
+        runs.append((asked.graphs, sizes.rows))
         config.use_cuda_graph = False  # there are none on a CPU
         return config
 
@@ -276,7 +284,7 @@ def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
         return len(tokens) == 2 and row == 4
 
-    monkeypatch.setattr(offline, "_batching", noted)
+    monkeypatch.setattr(offline_manager, "_batching", noted)
     monkeypatch.setattr(offline, "records", lambda model: model not in offline._NOT_RECORDED)
     expected = generated(model, prompts_of())
     expected[4] = expected[4][:2]

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from serving import trained
 from theodora.adapters.state import trained_tensors
 from theodora.errors import ConfigError, DataError, TheodoraError
-from theodora.serve import offline
+from theodora.serve import offline, offline_manager
 from theodora.train.rollouts import Drawing, Rollouts
 from tiny import tiny_model
 
@@ -29,7 +30,7 @@ def way(request, monkeypatch):
     """Both ways run on a CPU here; which one does is said in `Rollouts.way`."""
     if request.param == "batches":
         monkeypatch.setattr(offline, "DEVICES", {"cpu"})
-    return BATCHES if request.param == "batches" else "generate (faster on cpu)"
+    return BATCHES if request.param == "batches" else "generate (it is faster on cpu)"
 
 
 @torch.no_grad()
@@ -217,10 +218,14 @@ def test_dropout_is_off(way):
 
 def test_within_autocast(way):
     model = trained(tiny_model(), "dora4").train()
-    model.lm_head.requires_grad_(True)
-    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    model.lm_head.requires_grad_(True)  # so that autocast would keep its cast
+    cached, rollouts = [], Rollouts(model, Drawing(), ENDS, MOST)
     with torch.autocast("cpu", torch.bfloat16):
+        rollouts(prompts_of(), 1)
+        model.lm_head.weight.data.neg_()
+        model.lm_head.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
         completions = rollouts(prompts_of(), 0)
+        assert way != BATCHES or not any(cached)  # a recorded graph would go on reading the cast
         ids = torch.tensor([[5, 6, 7]])
         model(ids, labels=ids).loss.backward()  # of casts that have a gradient
         expected = [
@@ -236,6 +241,108 @@ def test_within_autocast(way):
     logps = torch.tensor([logp for each in completions for logp in each.logps])
     rounding = float((torch.cat(expected).float() - torch.cat(exact)).abs().mean())
     assert 0 < float((logps - torch.cat(exact)).abs().mean()) < 2 * rounding
+
+
+def test_within_the_autocast_that_accelerate_puts_into_forward(way):
+    model = trained(tiny_model(), "dora4").train()
+    exact = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST)(prompts_of(), 0)
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    completions = rollouts(prompts_of(), 0)
+    assert rollouts.way == way
+    assert [each.logps[0] for each in completions] != pytest.approx([each.logps[0] for each in exact], abs=1e-5)
+    for prompt, each in zip(prompts_of(), completions, strict=True):
+        logps = forward_logps(model, prompt, each.tokens, 1.0)
+        assert each.logps == pytest.approx(logps.tolist(), abs=0.15)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What is noted of each manager of batches that draws; this is on a CPU, but as if passes were recorded there."""
+    made, batching = [], offline_manager._batching
+
+    def noted(model, asked, sizes):
+        config = batching(model, asked, sizes)
+        config.use_cuda_graph = False
+        if asked.samplings:
+            assert asked.graphs
+            made.append(sizes)
+        return config
+
+    monkeypatch.setattr(offline_manager, "_batching", noted)
+    monkeypatch.setattr(offline, "records", lambda model: True)
+    monkeypatch.setattr(offline, "DEVICES", {"cpu"})
+    return made
+
+
+def read_by_graphs(model):
+    """Addresses of what passes without gradients read of each layer."""
+    return [layer.norm_cache._inference.norm_O.data_ptr() for layer in model.modules() if hasattr(layer, "norm_cache")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_graphs_read_is_made_anew_where_it_lies(training, made):
+    model = trained(tiny_model(), "dora4").train(training)
+    optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=0.3)
+    rollouts, addresses, drawn = Rollouts(model, Drawing(), ENDS, MOST, rows=4), [], []
+    for step in range(3):
+        completions = rollouts(prompts_of(), 0)
+        assert completions == Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST, rows=4)(prompts_of(), 0)
+        addresses.append(read_by_graphs(model))
+        drawn.append(tokens_of(completions))
+        ids = torch.tensor([completions[0].tokens])
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        if step:
+            optimizer.step()
+        else:  # what leaves no trace but in the values
+            for name, tensor in trained_tensors(model).items():
+                tensor.data.mul_(-2.0 if "lora_B" in name else 1.2)
+        with torch.no_grad():  # makes something of its own, which nobody recorded reads
+            model(ids)
+        aside = [torch.empty(64) for _ in range(64)]  # takes what was let go of
+    del aside
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert len(made) == 4  # one, and that of each fresh copy
+
+
+def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
+    model = trained(tiny_model(), "dora4").train()
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST, rows=4)
+    for seed, lengths in enumerate([(40, 30, 50), (3, 60, 50), (1,), (40, 30, 50)]):
+        rollouts(prompts_of(lengths), seed)
+    assert len(made) == 1
+    rollouts(prompts_of((300, 300)), 0)
+    assert len(made) == 2
+    rollouts(prompts_of((40, 30, 50)), 0)
+    assert len(made) == 2
+    rollouts.release()
+    rollouts.release()
+    rollouts(prompts_of((40, 30, 50)), 0)
+    assert len(made) == 3
+    for layer in model.modules():
+        for adapter in getattr(layer, "adapters", {}).values():
+            adapter.scale = 3.0  # a number that a recorded pass would not see
+    fresh = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST, rows=4)(prompts_of((40, 30, 50)), 0)
+    assert rollouts(prompts_of((40, 30, 50)), 0) == fresh
+    assert len(made) == 5
+
+
+def test_after_an_error_nothing_is_kept(made):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    model = trained(tiny_model(), "dora4").train()
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    completions = rollouts(prompts_of(), 0)
+    with pytest.raises(Stop):
+        rollouts(prompts_of(), 1, over=stop)
+    assert rollouts(prompts_of(), 0) == completions
+    assert len(made) == 2
 
 
 def test_what_the_model_is_set_to_suppress_is_drawn_all_the_same(way):
@@ -282,12 +389,13 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
         return generate(self, *args, **options)
 
     whole = tokens_of(Rollouts(model, Drawing(), ENDS, MOST)(prompts_of(), 0))
-    rollouts = Rollouts(model, Drawing(), ENDS, MOST, rows=8)
+    rollouts, told = Rollouts(model, Drawing(), ENDS, MOST, rows=8), []
     if way == BATCHES:
         monkeypatch.setattr(offline, "_run", runs)
     else:
         monkeypatch.setattr(type(model), "generate", generates)
-    assert tokens_of(rollouts(prompts_of(), 0)) == whole
+    assert tokens_of(rollouts(prompts_of(), 0, over=lambda: told.append(1))) == whole
+    assert len(told) == len(whole)
     assert rollouts.way == way
     assert seen[:3] == [8, 4, 2]
 

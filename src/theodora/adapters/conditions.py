@@ -53,7 +53,7 @@ def conditions(model: PreTrainedModel, weights: str) -> dict[str, Any] | None:
         "config": config,
         "adapters": None if state is None else [state.active, state.merged, repr(state.configs)],
         "attention": model.config.get_text_config()._attn_implementation,  # pyright: ignore[reportPrivateUsage]
-        "modules": _structure(model),
+        "modules": structure(model),
         "code": code,
         "own_code": own_code,
         "device": str(device),
@@ -90,7 +90,7 @@ def construction(model: nn.Module) -> list[str]:
     ]
 
 
-def _structure(model: nn.Module) -> str:
+def structure(model: nn.Module) -> str:
     """The hash of `construction`, of dtypes, of what is trained, and of what modules keep beside their weights:
     numbers and names, and small buffers."""
     modules = construction(model) + [

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -106,13 +106,19 @@ class NormCache:
         known = self._weight_norm
         if torch.compiler.is_compiling():
             return compute() if known is None else known.norm_sq_O
-        tensors, block = weight.watched(), _ONCE.get()
+        tensors, block, held = weight.watched(), _ONCE.get(), _HELD.get()
+        old = None if held is None else held.weights.get(self)
+        if old is not None and known is not old:
+            known = None
         if known is not None and look and block is not None and known.looked is block:
             look = False
         if known is None or not known.stamp.fits(tensors, rounding) or (look and known.content != content(*tensors)):
             with torch.inference_mode(False), torch.no_grad():
-                known = self._weight_norm = _WeightNorm(Stamp(tensors, rounding), content(*tensors), compute())
+                norm_sq = compute() if old is None else _rewritten(old.norm_sq_O, compute())
+                known = self._weight_norm = _WeightNorm(Stamp(tensors, rounding), content(*tensors), norm_sq)
             look = True  # at what it was computed from
+        if held is not None:
+            held.weights[self] = known
         if look:
             known.looked = block
         return known.norm_sq_O
@@ -135,9 +141,14 @@ class NormCache:
         known = self._inference
         if torch.compiler.is_compiling():
             return known if one_token and known is not None and known.name == name else None
-        tensors, values = _tensors(weight, adapter), None
+        tensors, values, held = _tensors(weight, adapter), None, _HELD.get()
+        old = None if held is None else held.layers.get(self)
+        if old is not None and known is not old:
+            known = None
         current = known if known is not None and known.stamp.fits(tensors, adapter.scale) else None
         block = _ONCE.get()
+        if held is not None and current is not None:
+            held.layers[self] = current
         if current is not None and (one_token or (block is not None and current.looked is block)):
             return current
         if adapter.magnitude is not None:
@@ -148,10 +159,15 @@ class NormCache:
             self.look_at(weight)
         with torch.inference_mode(False), torch.no_grad():
             norm, decode = compute()
-            if current is not None and current.decode is not None and decode is not None:
-                decode = current.decode.rewrite(decode)
+            read = current if held is None else old
+            if read is not None and read.decode is not None and decode is not None:
+                decode = read.decode.rewrite(decode)
+            if old is not None and old.norm_O is not None and norm is not None:
+                norm = _rewritten(old.norm_O, norm)
         # (Not read again from the cache, which another thread may have invalidated meanwhile.)
         known = self._inference = InferenceTensors(name, Stamp(tensors, adapter.scale), values, norm, decode, block)
+        if held is not None:
+            held.layers[self] = known
         _IN_USE.add(self)
         return known
 
@@ -192,17 +208,34 @@ _PACKED = 1 << 18
 _ONCE: ContextVar[object] = ContextVar("theodora_looked_at_once", default=None)
 
 
+class Held:
+    """What CUDA graphs read of layers that were recorded in one `looked_at_once` and run again in another.
+
+    Whatever happened to the weights and to the layers' caches in between: what has to be made anew is made in the same
+    memory, by the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.layers: WeakKeyDictionary[NormCache, InferenceTensors] = WeakKeyDictionary()
+        self.weights: WeakKeyDictionary[NormCache, _WeightNorm] = WeakKeyDictionary()
+
+
+_HELD: ContextVar[Held | None] = ContextVar("theodora_held", default=None)
+
+
 @contextmanager
-def looked_at_once() -> Iterator[None]:
+def looked_at_once(held: Held | None = None) -> Iterator[None]:
     """While it lasts, nobody writes to a weight through `.data`: the values of each layer are looked at once.
 
-    Without the wait for the device that a look is, passes can be recorded in CUDA graphs.
+    Without the wait for the device that a look is, passes can be recorded in CUDA graphs; with `held` these can be run
+    again in another such block that is given the same.
     """
-    token = _ONCE.set(object())
+    once, before = _ONCE.set(object()), _HELD.set(held)
     try:
         yield
     finally:
-        _ONCE.reset(token)
+        _ONCE.reset(once)
+        _HELD.reset(before)
 
 
 class Stamp:

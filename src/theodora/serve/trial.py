@@ -62,6 +62,7 @@ class Trial:
             model.dtype == torch.float32
             and torch.get_float32_matmul_precision() == "highest"
             and not torch.is_autocast_enabled(model.device.type)
+            and "_original_forward" not in vars(model)  # accelerate's autocast is within `forward`
         )
         return cls(prompts_2L.tolist(), logprobs_2CV.cpu(), context, exact)
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,11 +107,12 @@ class Rollouts:
         self._model, self._rows = model, rows
         self._sampling = drawing.sampling(max_new_tokens)
         self._settings = decoding(list(ends), max_new_tokens)
+        self._kept = offline.Kept()
         self._why: str | None = None
         try:
             offline.runnable(model)
             if not offline.worth_it(model):
-                self._why = f"faster on {model.device.type}"
+                self._why = f"it is faster on {model.device.type}"
         except offline.Unfit as error:
             self._why = str(error)
 
@@ -137,9 +139,9 @@ class Rollouts:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
             raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
         samplings = [replace(self._sampling, seed=(seed << 32) + index) for index in range(len(prompts))]
-        with _nothing_cast_kept():
-            found = self._together(prompts, samplings, over)
-            self._by_generate(prompts, samplings, found, over)
+        told = _Told(over)
+        found = self._together(prompts, samplings, told)
+        self._by_generate(prompts, samplings, found, told)
         completions = [Completion(*found[index]) for index in range(len(prompts))]
         if not all(math.isfinite(sum(each.logps)) for each in completions):
             raise TheodoraError(
@@ -150,14 +152,16 @@ class Rollouts:
 
     def release(self) -> None:
         """Give back the memory that is held between calls; the next one takes it again."""
+        self._kept.let_go()
 
     def _together(
-        self, prompts: Sequence[Sequence[int]], samplings: list[Sampling], over: Callable[[], object]
+        self, prompts: Sequence[Sequence[int]], samplings: list[Sampling], over: _Told
     ) -> dict[int, tuple[list[int], list[float]]]:
         """What the batches that serve can give, by index."""
         most = self._sampling.max_tokens
         fit = [i for i, prompt in enumerate(prompts) if offline.fits(self._model, prompt, most)]
         while self._why is None and fit:
+            over.begin(0)
             try:
                 drawn = offline.draw_together(
                     self._model,
@@ -166,6 +170,7 @@ class Rollouts:
                     [samplings[i] for i in fit],
                     over=over,
                     rows=self._rows,
+                    kept=self._kept,
                 )
                 return dict(zip(fit, drawn, strict=True))
             except offline.NoRoom as error:
@@ -181,9 +186,10 @@ class Rollouts:
         prompts: Sequence[Sequence[int]],
         samplings: list[Sampling],
         found: dict[int, tuple[list[int], list[float]]],
-        over: Callable[[], object],
+        over: _Told,
     ) -> None:
         """Add what is not `found` yet, in padded batches."""
+        over.begin(len(found))
         while rest := [index for index in range(len(prompts)) if index not in found]:
             lengths = [len(prompts[index]) + self._sampling.max_tokens for index in rest]
             batch = [rest[i] for i in next(batches_by_length(lengths, self._rows))]
@@ -219,6 +225,23 @@ class Rollouts:
         return drawn
 
 
+class _Told:
+    """Tells of each completion once, though some may be drawn anew."""
+
+    def __init__(self, over: Callable[[], object]) -> None:
+        self._over, self._told, self._count = over, 0, 0
+
+    def begin(self, count: int) -> None:
+        """So many completions are over."""
+        self._count = count
+
+    def __call__(self) -> None:
+        self._count += 1
+        if self._count > self._told:
+            self._told = self._count
+            self._over()
+
+
 class _Draw(LogitsProcessor):
     """Leaves of each row's logits only the token that is drawn, and notes its log-probability. Rows N, vocabulary V."""
 
@@ -241,15 +264,15 @@ class _Draw(LogitsProcessor):
         logits, step, first = scores.float(), len(self._steps), self._samplings[0]
         for _, shaper in self._shapers:
             shaper.begin(step, list)
-        like: Any = {"device": scores.device}
-        rows = range(len(self._samplings))
+        chances = [each.chance(length + step) for each, length in zip(self._samplings, self._lengths, strict=True)]
+        alike = partial(torch.full, (len(chances),), device=scores.device)
         tokens = pick(
             shape(logits, self._shapers) if self._shapers else logits,
-            torch.tensor([first.temperature for _ in rows], **like),
-            torch.tensor([self._samplings[row].chance(self._lengths[row] + step) for row in rows], **like),
-            torch.tensor([first.top_p for _ in rows], **like),
-            torch.tensor([first.top_k for _ in rows], **like),
-            torch.tensor([first.min_p for _ in rows], **like),
+            alike(first.temperature),
+            torch.tensor(chances, device=scores.device),
+            alike(first.top_p),
+            alike(first.top_k),
+            alike(first.min_p),
             first.filters,
         )
         for row, shaper in self._shapers:
@@ -268,15 +291,3 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def _nothing_cast_kept() -> Iterator[None]:
-    """While it lasts autocast keeps no weight that it casts: one that was cast without gradients would be used by the
-    training step, too, which then had none for it; and a recorded CUDA graph would go on reading it."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
