@@ -13,6 +13,7 @@ from theodora.trust import check_code_granted, check_granted, grant_flags
         for value in (False, None, "false", "False", " no ", 0, "off", "", "null")
     ]
     + [{"report_to": value} for value in ("none", "tensorboard", ["tensorboard"], [], (), "none,tensorboard", [None])]
+    + [{"reward": value} for value in ("exact_match", ["format:a.py:f", "length:9"], [], 3)]
     + [{"trainer": {"deepspeed": None, "trackio_static_space_id": False}}, {"trainer": "nothing"}, {"trainer": None}],
     ids=str,
 )  # fmt: skip
@@ -31,6 +32,8 @@ def test_what_asks_for_nothing_passes(options):
         ({"report_to": "Tensorboard WANDB"}, " --report-to Tensorboard WANDB"),
         ({"report_to": {"a": 1}}, " --report-to '{'\"'\"'a'\"'\"': 1}'"),
         ({"trainer": {"deepspeed": {"a": 1}}}, " --deepspeed '{\"a\": 1}'"),
+        ({"reward": "my own.py:f"}, " --reward 'my own.py:f'"),
+        ({"reward": ["exact_match", "own.py:f"]}, " --reward exact_match own.py:f"),
         ({"trackio_space_id": "me/my space"}, " --trackio-space-id 'me/my space'"),
     ],
     ids=str,

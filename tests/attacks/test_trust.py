@@ -117,6 +117,16 @@ def test_a_recipe_does_not_send_anything(recipe, tmp_path, capsys, asking, flag)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_does_not_run_a_file_for_its_rewards(recipe, tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef f(completions): return []\n")
+    for reward in (f"{file}:f", ["exact_match", f"{file}:f"]):
+        for asking in ({"reward": reward}, {"trainer": {"reward": reward}}):
+            assert main(["train", "--config", recipe(objective="grpo", **asking)]) == 2
+            assert "runs Python code in the files that it names" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.long
 def test_a_run_goes_on_with_what_its_user_grants_again(recipe, tmp_path, capsys):
     assert main(["train", "--config", recipe(trust_remote_code=True), "--trust-remote-code"]) == 0

@@ -3,6 +3,8 @@
 import json
 import math
 import threading
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,29 @@ def test_completions_are_messages_where_the_prompt_is(own, rewarded):
     assert rewarded(own("talks"), prompt=asked) == [[1], [0]]
     assert rewarded(own("talks")) == [[0], [0]]
     assert rewarded(own("same"), "exact_match", prompt=asked) == [[1, 1], [0, 0]]  # metrics get texts
+
+
+def test_trls_own_functions_work_as_they_are(tmp_path, rewarded):
+    (tmp_path / "trls.py").write_text(
+        "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
+        "not_long = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)\n"
+    )
+    names = [f"{tmp_path / 'trls.py'}:{name}" for name in ("think_format_reward", "not_long")]
+    answers = ("<think>\n1\n</think>\n2", "2")
+    found = rewarded(*names, prompt=[{"role": "user", "content": "1 + 1"}], completions=answers, ids=([5] * 3, [5, 2]))
+    assert found == [[1, -0.5], [0, 0]]
+
+
+def test_the_example_of_the_docs_works(tmp_path, read):
+    text = (Path(__file__).parents[2] / "docs" / "preference.md").read_text()
+    (tmp_path / "rewards.py").write_text(text.partition("```python\n# rewards.py\n")[2].partition("```")[0])
+    names = [f"{tmp_path / 'rewards.py'}:{name}" for name in ("brief", "close", "same_start")]
+    sums = {"prompt": "1 + 1 =", "solution": 2, "tolerance": 0}, {"prompt": "9 * 9 =", "solution": 81, "tolerance": 2}
+    rows = read(*sums)
+    rewards = Rewards(names)
+    rewards.check(rows, tiny_tokenizer())
+    prompts, columns = rows([0, 1])
+    assert rewards(prompts, ["3", "8" + " 83" * 40], columns, [[1], [1]]).tolist() == [[1, 0, 0], [0, 1, 1]]
 
 
 def test_what_one_does_to_its_lists_is_nothing_to_the_next(own, rewarded):
@@ -340,6 +365,12 @@ class TestRuns:
         row = found.held_out_rows[2]
         (prompt,), columns = PromptRows(found.held_out)([row["row"]])
         assert prompt == f"{columns['id'][0]} + {columns['answer'][0] - columns['id'][0]} ="
+
+    def test_held_out_prompts_are_kept_with_their_columns(self, data, tmp_path):
+        found = data(held_out=4).held_out
+        import_module("theodora.train.run")._write_held_out(found, tmp_path / "held_out.jsonl")
+        again = load_examples(tmp_path / "held_out.jsonl", kind="prompts")
+        assert list(again.dataset) == list(found.dataset)
 
     def test_prompts_without_room_beside_a_completion_are_left_out_and_said(self, data, tmp_path):
         with (tmp_path / "prompts.jsonl").open("a") as file:

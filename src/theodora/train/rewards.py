@@ -386,7 +386,7 @@ def _within(seconds: float, work: Callable[[], Any], where: str, count: int) -> 
         thread.start()
         thread.join(seconds)
     if not outcome:
-        frame = sys._current_frames().get(thread.ident or 0)
+        frame = sys._current_frames().get(thread.ident or 0)  # pyright: ignore[reportPrivateUsage] (it is documented)
         place = "" if frame is None else _line_in(where, traceback.extract_stack(frame))
         raise DataError(
             f"The reward {where} has not returned after {seconds:g} s, for {count} completions{place}. Raise "

@@ -20,7 +20,7 @@ from theodora.adapters.quantized import count_parameters
 from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
-from theodora.data import as_answers
+from theodora.data import Examples, as_answers
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
@@ -345,12 +345,16 @@ def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
     head += "".join(f"# {plain(line)}\n" for line in plan.history)
     checkpoints.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
-        with atomic_write(output / checkpoints.HELD_OUT_FILE) as file:
-            if prepared.held_out.format == "prompts":  # as they were, with what functions take by name
-                file.write_text("".join(f"{line}\n" for line in prepared.held_out.dataset["columns"]), encoding="utf-8")
-            else:
-                prepared.held_out.dataset.to_json(file, lines=True, force_ascii=False)
-            check_lines(file, len(prepared.held_out))
+        _write_held_out(prepared.held_out, output / checkpoints.HELD_OUT_FILE)
+
+
+def _write_held_out(rows: Examples, path: Path) -> None:
+    with atomic_write(path) as file:
+        if rows.format == "prompts":  # as they were, with what functions take by name
+            file.write_text("".join(f"{line}\n" for line in rows.dataset["columns"]), encoding="utf-8")
+        else:
+            rows.dataset.to_json(file, lines=True, force_ascii=False)
+        check_lines(file, len(rows))
 
 
 def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
