@@ -10,8 +10,9 @@ from datasets import Dataset
 from theodora.data.left_out import LeftOut
 
 Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired"]
-Kind = Literal["answers", "pairs", "judged"]
-"""What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict."""
+Kind = Literal["answers", "pairs", "judged", "any"]
+"""What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict; or as what
+their columns say."""
 
 
 @dataclass(frozen=True)
