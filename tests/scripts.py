@@ -24,7 +24,9 @@ def load(script: str) -> ModuleType:
     assert spec
     assert spec.loader
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, path.stem, module)  # where dataclasses look up what their annotations name
+        spec.loader.exec_module(module)
     return module
 
 

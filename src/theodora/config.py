@@ -44,6 +44,8 @@ Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo
 WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo")
 """Objectives that compare the model with what it was."""
 QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
+GENERAL_ROWS, GENERAL_LENGTH = 64, 256
+"""Texts, and tokens of each, that the loss on general text is measured on: 16,384 tokens at most."""
 _RATE, _RATE_OF_PREFERENCES = 5e-4, 5e-5
 
 
@@ -97,6 +99,9 @@ class TrainConfig:
     """File with general text to mix into the rows, so that less is forgotten."""
     replay_share: float = 0.1
     """Share of the rows trained on that are general text, if there is any (replay)."""
+    general: str | None = None
+    """File with general text: the loss on 64 of its texts, 256 tokens of each, before and after training is reported,
+    and on a GPU at every evaluation. It tells what was forgotten."""
     train_on: Literal["completion", "all"] = "completion"
     """Tokens that count in the loss: those of completions and assistant turns, or all."""
     resize_embeddings: bool = False
@@ -212,7 +217,7 @@ class TrainConfig:
         for name in _needed(vars(self)):
             if not str(getattr(self, name)).strip():
                 yield f"{name} is empty"
-        for name in ("model", "from_adapter", "reference", "data", "output", "eval_data", "replay"):
+        for name in ("model", "from_adapter", "reference", "data", "output", "eval_data", "replay", "general"):
             value = getattr(self, name)
             if isinstance(value, str) and (problem := path_problem(value, written=name == "output")):
                 yield f"{name} is {shown(value)}: {problem}"

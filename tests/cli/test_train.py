@@ -60,6 +60,7 @@ TYPED = {
     "held_out": ("20", 20),
     "replay": ("g.jsonl", "g.jsonl"),
     "replay_share": ("0.2", 0.2),
+    "general": ("g.jsonl", "g.jsonl"),
     "train_on": ("all", "all"),
     "use_chat_template": ("false", False),
     "resize_embeddings": (None, True),

@@ -21,7 +21,7 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("name", ["study.yaml", "study-small.yaml"])
+@pytest.mark.parametrize("name", ["study.yaml", "study-small.yaml", "study-preference.yaml"])
 def test_the_studies_are_comparisons(name):
     text = (RECIPES / name).read_text()
     config = CompareConfig.from_options(yaml.safe_load(text))

@@ -15,7 +15,7 @@ from theodora.evaluate import evaluate, text_loss
 from theodora.evaluate import scores as scores_module
 from theodora.evaluate.batches import batches_by_length, pad, rows_together
 from theodora.evaluate.decoding import decoding, end_tokens
-from theodora.evaluate.loss import summed_loss
+from theodora.evaluate.loss import row_losses
 from theodora.layers import norm_cache
 from tiny import FAMILIES
 
@@ -199,13 +199,13 @@ def test_what_memory_does_not_hold_together_is_scored_in_halves(tiny_model, tiny
     expected = evaluate(model, tiny_tokenizer, rows, exact_match=False)
     sizes = []
 
-    def summed(model, ids, labels):
+    def losses(model, ids, labels):
         sizes.append(len(ids))
         if len(ids) > 20:
             raise torch.OutOfMemoryError
-        return summed_loss(model, ids, labels)
+        return row_losses(model, ids, labels)
 
-    monkeypatch.setattr(scores_module, "summed_loss", summed)
+    monkeypatch.setattr(scores_module, "row_losses", losses)
     monkeypatch.setattr(scores_module, "rows_together", lambda model: lambda length: 64)
     scores = evaluate(model, tiny_tokenizer, rows, exact_match=False)
     assert sizes == [40, 20, 20]

@@ -22,7 +22,10 @@ from train import fails_in_one
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
 SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
-FIGURES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step")
+FIGURES = (
+    *("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step"),
+    "general_loss",
+)
 OF_PIECES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step")  # the others are means of passes
 KINDS = {
     # 33 rows in batches of 3: the last of an epoch's 11 batches is one process' alone
@@ -82,7 +85,9 @@ def kinds(folder):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         preferences[objective] = {"objective": objective, "data": str(path), "beta": 0.5, "held_out": 2, "max_steps": 4}
     replay = {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}
-    return KINDS | {"replay": replay, **preferences}
+    # What is forgotten is measured by the first process; of sharded weights by all of them (`sharded`).
+    plain = KINDS["plain"] | {"general": str(texts)}
+    return KINDS | {"plain": plain, "replay": replay, **preferences}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def two(base, folder, ended, kinds):
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
         kind("skips", SKIPS),
-        kind("sharded", KINDS["plain"] | {"sharding": "fsdp2", "gradient_checkpointing": True}),
+        kind("sharded", kinds["plain"] | {"sharding": "fsdp2", "gradient_checkpointing": True}),
         kind("nf4", {"sharding": "fsdp2", "quantize": "nf4", "max_steps": 2, "held_out": 0}),
         kind("int8", {"sharding": "fsdp2", "quantize": "int8", "data": str(folder / "none.jsonl")}),
         # 40 rows in batches of 6, of which process 1 can take one row at a time; the second step has less for it to do

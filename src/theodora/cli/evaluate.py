@@ -1,4 +1,5 @@
-"""`theodora evaluate`: the loss and exact match of a model, with or without an adapter, on a file.
+"""`theodora evaluate`: the loss and exact match of a model, with or without an adapter, on a file; on pairs which
+answers it finds likelier.
 
 example:
   theodora evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --data held_out.jsonl
@@ -8,6 +9,10 @@ example:
 assistant turns; all tokens of plain text). Exact match is the share of rows whose greedy answer is the reference,
 blanks around both aside; plain text has none. With --labels the model need not write anything: the likeliest of a
 closed set of answers counts, which is also fair to a model that was never trained.
+
+Pairs (prompt, chosen, rejected) and judged answers (a label that is true or false) are recognised by their columns: on
+them log-likelihoods are compared, with an adapter also with those of the base. --labels, --f1 and --metric ask for
+answers, and read judged ones as such.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from theodora.cli.arguments import add_quantize, positive
 from theodora.cli.imports import imports
 
 if TYPE_CHECKING:
-    from theodora.evaluate import Scores
+    from theodora.evaluate import PreferenceScores, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import print_json, say_base, stderr, stdout
         from theodora.data import load_examples
-        from theodora.evaluate import evaluate
+        from theodora.evaluate import evaluate, evaluate_preferences
         from theodora.evaluate.harness import check_harness, run_harness
         from theodora.evaluate.labels import labels_of
         from theodora.evaluate.metrics import load_metric
@@ -99,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     if args.lm_eval:
         check_harness()
     begin_with_gpu(best_device())
-    examples = load_examples(args.data, split=args.split)
+    answered = bool(args.labels or args.f1 or args.metric)
+    examples = load_examples(args.data, split=args.split, kind="answers" if answered else "any")
+    compares = examples.format in ("preference", "unpaired")
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))
     stderr().print(examples.description, style="dim", markup=False)
@@ -117,19 +124,26 @@ def run(args: argparse.Namespace) -> int:
     say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        scores = evaluate(
-            model,
-            tokenizer,
-            examples,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            exact_match=not args.no_exact_match,
-            labels=labels,
-            f1=args.f1,
-            metrics=metrics,
-            max_length=args.max_length,
-            use_chat_template=False if args.no_chat_template else None,
-            progress=stderr().is_terminal,
+        same = {
+            "batch_size": args.batch_size,
+            "max_length": args.max_length,
+            "use_chat_template": False if args.no_chat_template else None,
+            "progress": stderr().is_terminal,
+        }
+        scores = (
+            evaluate_preferences(model, tokenizer, examples, **same)
+            if compares
+            else evaluate(
+                model,
+                tokenizer,
+                examples,
+                max_new_tokens=args.max_new_tokens,
+                exact_match=not args.no_exact_match,
+                labels=labels,
+                f1=args.f1,
+                metrics=metrics,
+                **same,
+            )
         )
     for warning in caught:
         stderr().print(f"Warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
@@ -142,26 +156,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(scores: Scores, tasks: dict[str, dict[str, float]]):  # -> rich.table.Table
+def _table(scores: Scores | PreferenceScores, tasks: dict[str, dict[str, float]]):  # -> rich.table.Table
     from rich.table import Table
 
+    from theodora.evaluate import Scores
+
+    rows = _rows(scores) if isinstance(scores, Scores) else _preference_rows(scores)
+    rows += [(f"{task} {name}", f"{value:.4g}") for task, values in tasks.items() for name, value in values.items()]
+    rows += [("predicted tokens", f"{scores.tokens:,}"), ("seconds", f"{scores.seconds:,.1f}")]
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_row("loss per token", f"{scores.loss:.4f}")
-    table.add_row("perplexity", f"{scores.perplexity:,.2f}")
-    if scores.exact_match is not None:
-        table.add_row("exact match", f"{scores.exact_match:.1%}")
-    if scores.label_accuracy is not None:
-        table.add_row("right label likeliest", f"{scores.label_accuracy:.1%}")
-    if scores.token_f1 is not None:
-        table.add_row("F1 of words", f"{scores.token_f1:.1%}")
-    for name, value in scores.metrics.items():
-        table.add_row(name, f"{value:.4g}")
-    for task, values in tasks.items():
-        for name, value in values.items():
-            table.add_row(f"{task} {name}", f"{value:.4g}")
-    table.add_row("rows", f"{scores.rows:,}")
-    table.add_row("predicted tokens", f"{scores.tokens:,}")
-    table.add_row("seconds", f"{scores.seconds:,.1f}")
+    for _ in range(max(map(len, rows)) - 1):
+        table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _rows(scores: Scores) -> list[tuple[str, ...]]:
+    rows = [("loss per token", f"{scores.loss:.4f}"), ("perplexity", f"{scores.perplexity:,.2f}")]
+    shares = {
+        "exact match": scores.exact_match,
+        "right label likeliest": scores.label_accuracy,
+        "F1 of words": scores.token_f1,
+    }
+    rows += [(name, f"{value:.1%}") for name, value in shares.items() if value is not None]
+    rows += [(name, f"{value:.4g}") for name, value in scores.metrics.items()]
+    return [*rows, ("rows", f"{scores.rows:,}")]
+
+
+def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:
+    """Figures of the model; with an adapter between those of the base and those of their difference."""
+    pairs = scores.policy.accuracy is not None
+    better, worse = ("better", "worse") if pairs else ("good", "bad")
+    figures = {
+        "better answer likelier": ("accuracy", "{:.1%}"),
+        "better answer likelier per token": ("accuracy_per_token", "{:.1%}"),
+        "a good answer likelier than a bad one, per token (AUC)": ("auc", "{:.3f}"),
+        f"log-likelihood of {better} answers": ("better", "{:.3f}"),
+        f"log-likelihood of {worse} answers": ("worse", "{:.3f}"),
+        "margin": ("margin", "{:.3f}"),
+        f"{better} answers, per token": ("better_per_token", "{:.4f}"),
+        f"{worse} answers, per token": ("worse_per_token", "{:.4f}"),
+    }
+    columns, rows = [scores.policy], list[tuple[str, ...]]()
+    if scores.base is not None and scores.rewards is not None:
+        columns = [scores.base, scores.policy, scores.rewards]
+        rows.append(("", "base", "with adapter", "difference: reward / β"))
+    for words, (name, form) in figures.items():
+        values = [getattr(column, name) for column in columns]
+        if None not in values:
+            rows.append((words, *map(form.format, values)))
+    counts = [("pairs", scores.better)] if pairs else [("good answers", scores.better), ("bad answers", scores.worse)]
+    return [*rows, *((name, f"{count:,}") for name, count in counts)]

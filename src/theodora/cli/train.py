@@ -56,6 +56,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "held_out",
             "replay",
             "replay_share",
+            "general",
             "train_on",
             "use_chat_template",
             "resize_embeddings",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from theodora.coerce import coerce, type_hints
 from theodora.compare.methods import Variant, variants
-from theodora.config import QuantizeTo, is_number
+from theodora.config import GENERAL_LENGTH, GENERAL_ROWS, QuantizeTo, is_number
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.naming import alike, name_problem, path_problem
 from theodora.trust import check_code_granted, check_granted
@@ -56,9 +56,9 @@ class CompareConfig:
     """Data sets by name: a file, or a mapping (train, validation, test, score, labels, max_new_tokens)."""
     general: str | None = None
     """General text, to see what is forgotten; replay takes other texts of it."""
-    general_rows: int = 64
+    general_rows: int = GENERAL_ROWS
     """Texts that the loss on general text is measured on."""
-    general_length: int = 256
+    general_length: int = GENERAL_LENGTH
     """Tokens after which a general text is cut."""
     methods: tuple[Any, ...] = ("full", "lora", "dora")
     """Names (full, lora, rslora, pissa, olora, lora+, dora, dora+, magnitude, direction), or mappings: method (one of

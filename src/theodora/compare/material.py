@@ -19,7 +19,10 @@ from theodora.data import (
 )
 from theodora.data.left_out import named, sentences
 from theodora.data.replay import mix
+from theodora.data.sequences import parted
+from theodora.data.split import spread_out
 from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list
+from theodora.evaluate.general import general_questions, read_general
 from theodora.evaluate.labels import answers_of
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions, context_window, questions
@@ -122,7 +125,7 @@ def prepare(
     replayed = any(variant.replay for variant in config.variants)
     return Material(
         tasks=tasks,
-        general=questions(scored, tokenizer, max_length=length, answered=False),
+        general=general_questions(scored, tokenizer, length),
         replay=_rows(left, tokenizer, min(length, config.max_length), None) if replayed else [],
     )
 
@@ -151,8 +154,8 @@ def _split(config: CompareConfig, name: str, data: DataConfig) -> Splits:
             train, parts[part] = split_examples(train, wanted, config.split_seed)
     splits = Splits(
         train=train,
-        validation=as_answers(_first(parts["validation"], config.validation_rows)),
-        test=as_answers(_first(parts["test"], config.test_rows)),
+        validation=as_answers(spread_out(parts["validation"], config.validation_rows)),
+        test=as_answers(spread_out(parts["test"], config.test_rows)),
     )
     if data.score != "loss":
         texts = sorted({part.source for part in vars(splits).values() if part.format == "text"})
@@ -182,18 +185,8 @@ def _check_labels(name: str, data: DataConfig, splits: Splits) -> None:
             raise DataError(f"{part.source}: answers that are none of the labels: {', '.join(sorted(strange)[:5])}")
 
 
-def _first(examples: Examples, count: int | None) -> Examples:
-    """The first rows of a source, which may be sorted: picked at even distances."""
-    total = len(examples)
-    if count is None or count >= total:
-        return examples
-    return examples.with_dataset(examples.dataset.select([i * total // count for i in range(count)]))
-
-
 def _general(config: CompareConfig, source: str) -> tuple[Examples, Examples]:
-    texts = load_examples(source)
-    if texts.format != "text":
-        raise DataError(f"{source} is {texts.format}; expected plain text (a column `text`)")
+    texts = read_general(source)
     if any(variant.replay for variant in config.variants):
         if len(texts) <= config.general_rows:
             raise ConfigError(
@@ -202,7 +195,7 @@ def _general(config: CompareConfig, source: str) -> tuple[Examples, Examples]:
             )
         left, scored = split_examples(texts, config.general_rows, config.split_seed)
         return scored, left
-    return _first(texts, config.general_rows), texts
+    return spread_out(texts, config.general_rows), texts
 
 
 def _task(
@@ -225,9 +218,9 @@ def _task(
         rows=_rows(as_answers(splits.train), tokenizer, min(config.max_length, window), config.use_chat_template),
         pairs=_pairs(splits.train, tokenizer, min(config.max_length, window), config.use_chat_template),
         validation=asked(splits.validation),
-        curve=asked(_first(splits.validation, config.curve_rows), scored=False),
+        curve=asked(spread_out(splits.validation, config.curve_rows), scored=False),
         test=asked(splits.test),
-        other=asked(_first(splits.test, config.other_rows)) if config.other_rows else None,
+        other=asked(spread_out(splits.test, config.other_rows)) if config.other_rows else None,
         commonest=_commonest(splits.test) if data.score in ("labels", "exact-match") else None,
     )
 
@@ -243,10 +236,7 @@ def _pairs(
     if examples.format != "preference":
         return []
     tokens = tokenize_preferences(examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template)
-    sequences: list[Row] = []
-    for ids, labels, (cut, _) in zip(tokens["input_ids"], tokens["labels"], tokens["lengths"], strict=True):
-        sequences += [Row(input_ids=ids[:cut], labels=labels[:cut]), Row(input_ids=ids[cut:], labels=labels[cut:])]
-    return sequences
+    return [Row(**sequence) for row in tokens for sequence in parted(row)]
 
 
 def _rows(

@@ -10,9 +10,9 @@ from datasets import Dataset
 from theodora.data.left_out import LeftOut
 
 Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired", "prompts"]
-Kind = Literal["answers", "pairs", "judged", "prompts"]
+Kind = Literal["answers", "pairs", "judged", "prompts", "any"]
 """What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict, prompts
-for answers of the model's own."""
+for answers of the model's own; or as what their columns say."""
 
 
 @dataclass(frozen=True)

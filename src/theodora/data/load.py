@@ -21,7 +21,13 @@ from theodora.data.files import LocatedRows, Row
 from theodora.data.formats import BESIDE, COLUMNS, MEDIA, PREFERENCES, Layout, NeedsTurns, explain_unknown, recognise
 from theodora.data.left_out import LeftOut, sentences
 from theodora.data.notes import NOT_USED, Notes, is_empty, not_used, spelling
-from theodora.data.preference import explain_no_pairs, explain_not_judged, recognise_judged, recognise_pairs
+from theodora.data.preference import (
+    explain_no_pairs,
+    explain_not_judged,
+    recognise_any,
+    recognise_judged,
+    recognise_pairs,
+)
 from theodora.data.problems import Problems, listed
 from theodora.data.prompt_layouts import explain_no_prompt, recognise_prompts
 from theodora.data.sources import Source, open_source
@@ -41,6 +47,7 @@ _RECOGNISED: dict[Kind, tuple[Callable[..., Layout | None], Callable[[Row], str]
     "pairs": (recognise_pairs, explain_no_pairs),
     "judged": (recognise_judged, explain_not_judged),
     "prompts": (recognise_prompts, explain_no_prompt),
+    "any": (recognise_any, explain_unknown),
 }
 _BATCH_ROWS, _BATCH_BYTES = 100, 64 << 20
 """What is in memory before it is written, at most: rows may be whole books, and a batch's text must stay under 2 GB."""
@@ -57,8 +64,8 @@ def load_examples(source: str | Path, *, split: str | None = None, kind: Kind = 
             folder written by `datasets.save_to_disk`, or the name of a dataset on the Hub (`owner/name` or
             `owner/name:config`; only this downloads anything).
         split: which split of a folder or dataset that has several. Default: `train`.
-        kind: what the rows are to be: answers, pairs (for DPO and its like), judged answers (for KTO), or prompts
-            (for GRPO) with whatever functions are to judge answers by.
+        kind: what the rows are to be: answers, pairs (for DPO and its like), judged answers (for KTO), prompts (for
+            GRPO) with whatever functions are to judge answers by, or any of the first three, as the first row has it.
 
     Returns:
         The rows, in the order of the source. They live in a temporary folder that is removed when the process ends;

@@ -102,6 +102,21 @@ def recognise_judged(row: Row, *, as_turns: bool = False) -> Layout | None:
     )
 
 
+def recognise_any(row: Row, *, as_turns: bool = False) -> Layout | None:
+    """The layout of pairs or judged answers, where the first row shows one, else that of answers or text.
+
+    A label that is neither true nor false, as those of other tasks, is no verdict.
+    """
+    by_name = {spelling(name): value for name, value in row.items()}
+    verdicts = [by_name[name] for name in LABELS if name in by_name]
+    judged = any(isinstance(value, bool) or str(value).strip().lower() in ("true", "false") for value in verdicts)
+    return (
+        recognise_pairs(row, as_turns=as_turns)
+        or (recognise_judged(row, as_turns=as_turns) if judged else None)
+        or formats.recognise(row, as_turns=as_turns)
+    )
+
+
 def explain_no_pairs(row: Row) -> str:
     """Why a row is no pair: what there is, what was looked for, and what learns from it."""
     return _explain(row, "no pair of a better and a worse answer", _PAIRS)

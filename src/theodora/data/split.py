@@ -55,6 +55,14 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
     return examples.with_dataset(training), examples.with_dataset(other)
 
 
+def spread_out(examples: Examples, count: int | None) -> Examples:
+    """`count` rows of a source, which may be sorted: picked at even distances. None, or more than there are: all."""
+    total = len(examples)
+    if count is None or count >= total:
+        return examples
+    return examples.with_dataset(examples.dataset.select([i * total // count for i in range(count)]))
+
+
 def _wanted(held_out: float | int, rows: int) -> int:
     if is_int(held_out) and 0 <= held_out < rows:
         return int(held_out)

@@ -18,10 +18,10 @@ from theodora.kernels.cross_entropy import IGNORED
 _CHUNK = 256
 
 
-def summed_loss(
+def row_losses(
     model: PreTrainedModel, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-) -> tuple[float, int]:
-    """Sum of the negative log-likelihoods of the labels, and how many there are.
+) -> list[tuple[float, int]]:
+    """For each row the sum of the negative log-likelihoods of its labels, in nats, and how many there are.
 
     Args:
         model: any causal language model, in evaluation mode.
@@ -34,17 +34,21 @@ def summed_loss(
     targets_BT = pad(labels, IGNORED)[:, 1:]  # the token at t is predicted from the state at t-1
     predicted_at = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if predicted_at.numel() == 0:
-        return 0.0, 0
+        return [(0.0, 0)] * len(input_ids)
     last = int(predicted_at[-1]) + 1  # what follows the last predicted token of all rows changes nothing
     logits = logits_at(model, ids_BT[:, :last], predicted_at.to(model.device))
     targets = targets_BT[:, predicted_at].to(logits.device)
     predicted = targets != IGNORED
     logits_NV, targets_N = logits[predicted], targets[predicted]
-    total = sum(
-        F.cross_entropy(chunk_NV.float(), chunk_N, reduction="sum").double()
-        for chunk_NV, chunk_N in zip(logits_NV.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+    losses_N = torch.cat(
+        [
+            F.cross_entropy(chunk_NV.float(), chunk_N, reduction="none")
+            for chunk_NV, chunk_N in zip(logits_NV.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+        ]
     )
-    return float(total), targets_N.numel()
+    losses_BK = torch.zeros(targets.shape, dtype=torch.float64)
+    losses_BK[predicted.cpu()] = losses_N.double().cpu()
+    return list(zip(losses_BK.sum(1).tolist(), predicted.sum(1).tolist(), strict=True))
 
 
 def logits_at(model: PreTrainedModel, ids_BT: Tensor, positions: Tensor | None, **arguments: Any) -> Tensor:

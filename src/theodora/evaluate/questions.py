@@ -35,6 +35,8 @@ class Questions:
     """Whether an answer ends with its first line."""
     choices: list[Choice] = field(default_factory=list[Choice])
     """Empty where there are no labels to choose from."""
+    unit: str | None = None
+    """What each of `input_ids` is, if it is no row and no piece of a text."""
     left_out: tuple[LeftOut, ...] = ()
     """What the rows hold that no model is shown or asked for."""
 

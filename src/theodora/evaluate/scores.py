@@ -21,13 +21,13 @@ from theodora.errors import DataError, TheodoraError, in_line
 from theodora.evaluate.batches import USUAL_ROWS, batches_by_length, evaluating, rows_together
 from theodora.evaluate.exact_match import answers
 from theodora.evaluate.labels import choose
-from theodora.evaluate.loss import summed_loss
+from theodora.evaluate.loss import row_losses
 from theodora.evaluate.metrics import Metric, mean_score, same_text, token_f1
 from theodora.evaluate.questions import Questions, context_window, questions, warn_of_long_answers
 from theodora.layers.norm_cache import looked_at_once
 from theodora.terminal import Terminal
 
-_MEND_VOCABULARY = (
+MEND_VOCABULARY = (
     "Score the model, or an adapter of it, that was trained with these tokens (theodora train --resize-embeddings), or "
     "take the tokenizer that fits this one."
 )
@@ -112,6 +112,10 @@ def evaluate(
         LossNotFinite: the model's loss is NaN or infinite; the message names the model and the rows.
     """
     start = time.perf_counter()
+    if examples.format == "preference":
+        raise DataError(
+            f"{examples.source} holds pairs of answers, which evaluate_preferences scores; as_answers leaves the better"
+        )
     is_text = examples.format == "text"
     if is_text and (f1 or metrics or labels is not None):
         raise DataError(
@@ -154,8 +158,8 @@ def score(
     """`evaluate` on rows that `questions` has made ready. Arguments and errors are the same."""
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
-    check_rows(asked.token_ids(), model, tokenizer, asked.source, _MEND_VOCABULARY)
-    with evaluating(model), looked_at_once(), _progress_bar(shown=progress) as bar:
+    check_rows(asked.token_ids(), model, tokenizer, asked.source, MEND_VOCABULARY)
+    with evaluating(model), looked_at_once(), progress_bar(shown=progress) as bar:
         total, tokens = _loss(model, asked, batch_size or rows_together(model), bar)
         batch_size = batch_size or USUAL_ROWS
         if tokens == 0:
@@ -213,7 +217,8 @@ def text_loss(
     )
 
 
-def _progress_bar(*, shown: bool) -> Progress:
+def progress_bar(*, shown: bool) -> Progress:
+    """On standard error, gone when it is done."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -228,37 +233,53 @@ def _progress_bar(*, shown: bool) -> Progress:
 def _loss(
     model: PreTrainedModel, asked: Questions, batch_size: int | Callable[[int], int], bar: Progress
 ) -> tuple[float, int]:
+    losses = losses_of(model, asked, batch_size, bar)
+    return sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)
+
+
+def losses_of(
+    model: PreTrainedModel,
+    asked: Questions,
+    batch_size: int | Callable[[int], int],
+    bar: Progress,
+    title: str = "Loss",
+) -> list[tuple[float, int]]:
+    """`row_losses` of all rows, in their order.
+
+    Raises:
+        LossNotFinite: naming the model and the rows.
+    """
     rows = asked.input_ids
-    total, tokens = 0.0, 0
-    task = bar.add_task("Loss", total=len(rows))
+    losses = [(0.0, 0)] * len(rows)
+    task = bar.add_task(title, total=len(rows))
     for batch in batches_by_length([len(row) for row in rows], batch_size):
-        batch_loss, predicted = _loss_of(model, asked, batch)
-        if not math.isfinite(batch_loss):
-            raise LossNotFinite(_not_finite(model, asked, batch, batch_loss))
-        total, tokens = total + batch_loss, tokens + predicted
+        found = _losses_of(model, asked, batch)
+        if not math.isfinite(total := sum(loss for loss, _ in found)):
+            raise LossNotFinite(_not_finite(model, asked, batch, total))
+        for i, own in zip(batch, found, strict=True):
+            losses[i] = own
         bar.advance(task, len(batch))
-    return total, tokens
+    return losses
 
 
-def _loss_of(model: PreTrainedModel, asked: Questions, batch: Sequence[int]) -> tuple[float, int]:
+def _losses_of(model: PreTrainedModel, asked: Questions, batch: Sequence[int]) -> list[tuple[float, int]]:
     """Of some rows: together, or in halves where there is no memory for more than the usual number."""
     try:
-        return summed_loss(model, [asked.input_ids[i] for i in batch], [asked.labels[i] for i in batch])
+        return row_losses(model, [asked.input_ids[i] for i in batch], [asked.labels[i] for i in batch])
     except torch.OutOfMemoryError:
         if len(batch) <= USUAL_ROWS:
             raise
     half = len(batch) // 2  # (outside the handler, which holds what did not fit)
-    (one, count), (other, more) = (_loss_of(model, asked, part) for part in (batch[:half], batch[half:]))
-    return one + other, count + more
+    return [loss for part in (batch[:half], batch[half:]) for loss in _losses_of(model, asked, part)]
 
 
 def _not_finite(model: PreTrainedModel, asked: Questions, batch: Sequence[int], loss: float) -> str:
     """Which model says what of which rows, and what that usually comes from."""
-    alone = [summed_loss(model, [asked.input_ids[i]], [asked.labels[i]])[0] for i in batch]
+    alone = [row_losses(model, [asked.input_ids[i]], [asked.labels[i]])[0][0] for i in batch]
     bad = sorted(i + 1 for i, own in zip(batch, alone, strict=True) if not math.isfinite(own))
     told = in_line([str(row) for row in bad], 5)
     # A long text is cut into several rows.
-    what = "row" if asked.rows == len(asked.input_ids) else "piece of text"
+    what = asked.unit or ("row" if asked.rows == len(asked.input_ids) else "piece of text")
     which = f"{what} {told}" if bad else f"a batch of {len(batch)} rows, though in none of them alone"
     adapted = " with its adapter" if find_state(model) is not None else ""
     return (

@@ -46,7 +46,7 @@ class Inputs:
     """What a run is made from."""
 
     sources: Mapping[str, tuple[str, str]]
-    """Option (data, eval_data, replay) -> where it was read, and the hash of its rows."""
+    """Option (data, eval_data, replay, general) -> where it was read, and the hash of its rows."""
     tokens: str
     """Hash of all rows to train on, as tokens."""
     base: str

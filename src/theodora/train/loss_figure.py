@@ -9,10 +9,11 @@ from typing import Any
 from theodora.files.atomic import atomic_write
 
 _REWARDS = {"rewards/chosen": "better answers", "rewards/rejected": "worse answers", "rewards/margins": "margin"}
-_TRAINING, _HELD_OUT = "#3b6fb6", "#d1603d"
+_TRAINING, _HELD_OUT, _GENERAL = "#3b6fb6", "#d1603d", "#6a8f3c"
+_PER_TOKEN = "token (nats)"
 
 
-def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str, per: str = "token (nats)") -> None:
+def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str, per: str = _PER_TOKEN) -> None:
     """Draw the losses of a run, and beneath them the rewards of better and worse answers, if there are any.
 
     Args:
@@ -26,6 +27,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str, per: 
 
     training = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
+    general = [(line["step"], line["general_loss"]) for line in metrics if line.get("general_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     rewards = [line for line in metrics if line.get("rewards/margins") is not None]
     if rewards:
@@ -38,21 +40,29 @@ def draw_losses(metrics: Sequence[dict[str, Any]], path: Path, title: str, per: 
         steps, losses = zip(*training, strict=True)
         axes.plot(steps, losses, color=_TRAINING, alpha=0.25, linewidth=1)
         axes.plot(steps, smooth(losses), color=_TRAINING, linewidth=2, label="training (smoothed)")
-    if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out")
-        axes.annotate(
-            f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=_HELD_OUT,
-            va="center",
-            fontweight="bold",
-        )
+    _draw_points(axes, held_out, _HELD_OUT, "held out")
+    if per == _PER_TOKEN:  # what general text costs is of no other scale
+        _draw_points(axes, general, _GENERAL, "general text")
     _style(axes, title, f"loss per {per}")
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
+
+
+def _draw_points(axes: Any, points: Sequence[tuple[int, float]], color: str, label: str) -> None:
+    """Losses at some steps, the last with its value."""
+    if not points:
+        return
+    steps, losses = zip(*points, strict=True)
+    axes.plot(steps, losses, color=color, linewidth=2, marker="o", markersize=5, label=label)
+    axes.annotate(
+        f"{losses[-1]:.3f}",
+        (steps[-1], losses[-1]),
+        xytext=(8, 0),
+        textcoords="offset points",
+        color=color,
+        va="center",
+        fontweight="bold",
+    )
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from theodora.data.sequences import parted
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train.fused_loss import LEARNED
 
@@ -39,7 +40,7 @@ class Sequences:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of these rows."""
-        both = [_parts(row) for row in rows]
+        both = [parted(row) for row in rows]
         known = [row.get(REFERENCE, (None, None)) for row in rows]
         learned = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
         if not self.judged:
@@ -73,14 +74,6 @@ def count_of(batch: dict[str, Any], together: int) -> int:
 def taken_apart(batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model is given of a batch, and what the objective."""
     return {k: v for k, v in batch.items() if k not in _OWN}, {k: v for k, v in batch.items() if k in _OWN}
-
-
-def _parts(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    cut = row["lengths"][0]
-    return (
-        {name: row[name][:cut] for name in ("input_ids", "labels")},
-        {name: row[name][cut:] for name in ("input_ids", "labels")},
-    )
 
 
 def _filled(values: list[Any], count: int, dtype: torch.dtype) -> Tensor:

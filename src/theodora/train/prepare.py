@@ -19,7 +19,7 @@ from theodora.adapters.parts import other_parts_note
 from theodora.adapters.quantized import count_parameters, experts_left_plain, left_plain, quantization_of
 from theodora.adapters.state import adapter_layers
 from theodora.adapters.targets import for_text
-from theodora.config import TrainConfig
+from theodora.config import GENERAL_LENGTH, GENERAL_ROWS, TrainConfig
 from theodora.data import (
     Examples,
     PromptRows,
@@ -33,7 +33,10 @@ from theodora.data import (
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
+from theodora.data.split import spread_out
 from theodora.errors import ConfigError
+from theodora.evaluate.general import general_questions, read_general
+from theodora.evaluate.questions import Questions, context_window
 from theodora.files.model_folder import has_tokenizer
 from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.cross_entropy import IGNORED
@@ -91,6 +94,8 @@ class Prepared:
     """What completions are rewarded for, if the objective is grpo."""
     past: Past | None = None
     """What the checkpoint tells that it goes on from."""
+    general: Questions | None = None
+    """Texts that the loss on general text is measured on."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Data:
     notes: list[str]
     sources: dict[str, Examples]
     left_out: list[LeftOut]
+    general: Examples | None = None
 
 
 def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
@@ -203,7 +209,13 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         base_hash=base_hash,
         left_out=tuple(data.left_out),
         rewards=rewards,
+        general=None if data.general is None else _general(data.general, model, tokenizer),
     )
+
+
+def _general(texts: Examples, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    length = min(GENERAL_LENGTH, context_window(model, tokenizer))
+    return general_questions(spread_out(texts, GENERAL_ROWS), tokenizer, length)
 
 
 def _check_packing(config: TrainConfig, model: PreTrainedModel, device: torch.device) -> None:
@@ -264,7 +276,11 @@ def read_data(
         held_out_rows = _tokenize(config, held_out, tokenizer, window)
         notes += _new_notes(held_out_rows, notes)
         left_out += _of_held_out(config, held_out, held_out_rows, {part.what for part in left_out})
-    return Data(config, tokenizer, training, held_out, train_rows, held_out_rows, notes, sources, left_out)
+    general = None
+    if config.general is not None:
+        general = sources["general"] = read_general(config.general)
+        left_out += named(general.left_out, config.general)
+    return Data(config, tokenizer, training, held_out, train_rows, held_out_rows, notes, sources, left_out, general)
 
 
 def count_tokens(rows: Dataset) -> tuple[int, int]:

@@ -176,6 +176,9 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
         rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
     rows += figure_rows(result.figures)
+    if result.general_loss is not None:
+        before = "" if result.general_loss_before is None else f"{result.general_loss_before:.4f}"
+        rows.append(("Loss on general text (nats per token)", before, f"{result.general_loss:.4f}"))
     return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
 
 
@@ -210,7 +213,7 @@ def next_commands(config: TrainConfig) -> list[str]:
     evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
     return [
-        *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out and config.objective == "sft" else []),
+        *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out else []),
         f"theodora chat {output}{trusts}",
         f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}",
     ]

@@ -28,6 +28,11 @@ class TrainResult:
     """Held-out loss before training; None without held-out rows."""
     eval_loss: float | None
     """Held-out loss of the adapter that was saved; None without held-out rows."""
+    general_loss_before: float | None = None
+    """Loss on general text where training began; None where none was given, or the run went on from a record without
+    it."""
+    general_loss: float | None = None
+    """Loss on general text of the adapter that was saved."""
     trainable_parameters: int
     """How many numbers were trained."""
     total_parameters: int

@@ -48,7 +48,7 @@ _OPTIMIZER = frozenset({"optim", "optim_args", "optim_target_modules"})
 _COURSE = frozenset({"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"})
 _BEST = frozenset({"eval_data", "metric_for_best_model", "greater_is_better"})
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-REFUSED = _ADAPTER | _ROWS | _OPTIMIZER | {"from_adapter", "objective", "reference"}
+REFUSED = _ADAPTER | _ROWS | _OPTIMIZER | {"from_adapter", "objective", "reference", "general"}
 """Options that must be as they were; `_COURSE`, `_BEST` and `_BATCH` must under conditions. All others are used."""
 
 _OF_STATE = ("reduce_lr_on_plateau", "greedy")  # schedules whose course is a state of their own, not a formula
@@ -195,6 +195,7 @@ def _reasons(now: Mapping[str, Any], past: Past) -> dict[str, str]:
     reasons["from_adapter"] = "the checkpoint's adapter takes its place"
     reasons["objective"] = "the optimizer's state is of that loss"
     reasons["reference"] = "the model has been compared with it so far"
+    reasons["general"] = "the loss before training was measured on it"
     if not then.get("replay") and not now.get("replay"):
         del reasons["replay_share"]
     kinds = [_value("lr_scheduler_type", options) for options in (then, now)]

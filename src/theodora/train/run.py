@@ -39,6 +39,7 @@ from theodora.train.card import summary_line, write_card
 from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
+from theodora.train.forgetting import Forgetting
 from theodora.train.grpo import GRPOTrainer
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
@@ -135,7 +136,8 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     said = held.enter_context(alone_in(output))
     checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
     read = {
-        name: getattr(config, name) for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay")
+        name: getattr(config, name)
+        for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
     }
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
@@ -206,6 +208,9 @@ def _train(
         # First, so that the line of a diverged step is written before the run ends over it.
         metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
+    forgetting = None if prepared.general is None else Forgetting(prepared, trainer)
+    if forgetting is not None:  # before the clock that counts the time of steps
+        trainer.callback_handler.callbacks.insert(0, forgetting)
     asks = prepared.config.objective != "sft"
     before_it = processes.first_does(lambda: _answers(prepared), patient=True) if asks else []
     started = time.monotonic()
@@ -227,6 +232,9 @@ def _train(
     )
     moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, **doubts)
     result = replace(_result(prepared, plan, trainer, view, seconds, moved), experts=loads.loads(processes))
+    if forgetting is not None:
+        before, after = forgetting.before_and_after()
+        result = replace(result, general_loss_before=before, general_loss=after)
     # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
     asks = processes.sharding is None
     stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
