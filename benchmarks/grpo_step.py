@@ -143,7 +143,7 @@ def ours(args: argparse.Namespace, method: str, clock: Clock) -> dict[str, Any]:
             "save_steps": 1000,
             "logging_steps": 1,
         }
-        train(TrainConfig.from_options(options), console=Console(quiet=True))
+        train(TrainConfig.from_options(options, granted=["reward"]), console=Console(quiet=True))
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     name = "sampling/sampling_logp_difference/mean"
     difference = [line[name] for line in lines if name in line]
