@@ -154,7 +154,7 @@ class Rollouts:
         """Give back the memory that is held between calls; the next one takes it again.
 
         On a GPU those are the keys and values of the rows under way (32,768 tokens at most, and half of what was free),
-        and CUDA graphs, which take seconds to be recorded again; nothing elsewhere.
+        and CUDA graphs, which the next call has to record again; nothing elsewhere.
         """
         self._kept.let_go()
 
