@@ -3,13 +3,16 @@
 import copy
 import math
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
 from serving import trained
+from theodora import inject_adapter
 from theodora.adapters.state import trained_tensors
+from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, DataError, TheodoraError
 from theodora.serve import offline, offline_manager
 from theodora.train.rollouts import Drawing, Rollouts
@@ -204,10 +207,23 @@ def test_a_model_in_training_is_left_as_it_was(way):
     assert tokens_of(Rollouts(model.eval(), Drawing(), ENDS, MOST)(prompts_of(), 0)) == tokens_of(completions)
 
 
-def test_dropout_is_off(way):
-    from theodora import inject_adapter
-    from theodora.config import AdapterConfig
+def test_a_model_of_pefts_draws_as_its_own(way):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), config).train()
+    own = model.get_base_model().generation_config
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    for seed in range(2):
+        for prompt, each in zip(prompts_of(), rollouts(prompts_of(), seed), strict=True):
+            expected = forward_logps(copy.deepcopy(model).eval(), prompt, each.tokens, 1.0)
+            assert each.logps == pytest.approx(expected.tolist(), abs=5e-5)
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.data.mul_(1.5)
+    assert rollouts.way == way
+    assert model.get_base_model().generation_config is own
 
+
+def test_dropout_is_off(way):
     model = inject_adapter(tiny_model(), AdapterConfig(rank=4, dropout=0.5)).train()
     for tensor in trained_tensors(model).values():
         tensor.data += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3))

@@ -242,10 +242,8 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
     waiting = [index for index in range(len(asked.prompts)) if index not in asked.answers]
     if not waiting:
         return
-    with as_when_answering(model):
-        if kept is not None:
-            kept.check(model, asked)
-        with looked_at_once(None if kept is None else kept.held):
+    try:
+        with as_when_answering(model), looked_at_once(None if kept is None else kept.begin(model, asked)):
             if asked.graphs:
                 # What layers keep is made before, or it would lie in the graphs' memory; and made anew where graphs
                 # read it already.
@@ -253,16 +251,18 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             with paged_attention(model):
                 sizes = Sizes.of(model, asked, waiting, rows)
-                manager = Manager(model, asked, sizes) if kept is None else kept.manager(model, asked, sizes)
+                if kept is not None:
+                    kept.manager(model, asked, sizes).run(asked, waiting)
+                    return
+                manager = Manager(model, asked, sizes)
                 try:
                     manager.run(asked, waiting)
-                except BaseException:
+                finally:
                     manager.let_go()
-                    if kept is not None:
-                        kept.let_go()
-                    raise
-                if kept is None:
-                    manager.let_go()
+    except BaseException:
+        if kept is not None:
+            kept.let_go()
+        raise
 
 
 class Kept:
@@ -273,17 +273,18 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self.held = Held()
+        self._held = Held()
         self._manager: Manager | None = None
         self._depends: object = None
 
-    def check(self, model: Any, asked: Asked) -> None:
-        """Let go of what does not go with this model and what it is asked for, if there is anything."""
+    def begin(self, model: Any, asked: Asked) -> Held:
+        """What the graphs read that go with this model and what it is asked for; others are let go of."""
         first = None if asked.samplings is None else replace(asked.samplings[0], seed=0)
         depends = asked.graphs, asked.logprobs, first, _recorded(model)
         if depends != self._depends:
             self.let_go()
             self._depends = depends
+        return self._held
 
     def manager(self, model: Any, asked: Asked, sizes: Sizes) -> Manager:
         """One that does for a run of these sizes: the one that is kept, or another."""
@@ -298,7 +299,7 @@ class Kept:
 
     def let_go(self) -> None:
         """Give everything back, now."""
-        manager, self._manager, self._depends, self.held = self._manager, None, None, Held()
+        manager, self._manager, self._depends, self._held = self._manager, None, None, Held()
         if manager is not None:
             manager.let_go()
 
