@@ -174,6 +174,7 @@ def measurements(run: Run, settings: Settings) -> Path:
 def carry_out(run: Run, settings: Settings) -> None:
     """Train, measure, and write down what came out."""
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from theodora import TrainConfig, train
     from theodora.adapters.models import best_device, load_model_and_tokenizer
@@ -185,6 +186,7 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.objective == "base":
         # As runs hold it.
         dtype = "bfloat16" if computes_in_bf16(best_device()) else "float32"
+        disable_progress_bar()
         model, tokenizer = load_model_and_tokenizer(settings.model, dtype=dtype)
         path.parent.mkdir(exist_ok=True)
     else:
