@@ -387,6 +387,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e6e6e6", linewidth=0.8)
         panel.set_axisbelow(True)
+    axes[1].set_xscale("symlog", linthresh=0.01)  # SFT goes a hundred times as far as what follows it
     axes[0].set_ylabel("right label likeliest (%)")
     axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path)

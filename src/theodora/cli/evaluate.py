@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from theodora.cli.arguments import add_quantize, positive
 from theodora.cli.imports import imports
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        same = {
+        same: dict[str, Any] = {
             "batch_size": args.batch_size,
             "max_length": args.max_length,
             "use_chat_template": False if args.no_chat_template else None,
