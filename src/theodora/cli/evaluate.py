@@ -192,7 +192,7 @@ def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:
     figures = {
         "better answer likelier": ("accuracy", "{:.1%}"),
         "better answer likelier per token": ("accuracy_per_token", "{:.1%}"),
-        "a good answer likelier than a bad one, per token (AUC)": ("auc", "{:.3f}"),
+        "good likelier than bad, per token (AUC)": ("auc", "{:.3f}"),
         f"log-likelihood of {better} answers": ("better", "{:.3f}"),
         f"log-likelihood of {worse} answers": ("worse", "{:.3f}"),
         "margin": ("margin", "{:.3f}"),
@@ -202,7 +202,7 @@ def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:
     columns, rows = [scores.policy], list[tuple[str, ...]]()
     if scores.base is not None and scores.rewards is not None:
         columns = [scores.base, scores.policy, scores.rewards]
-        rows.append(("", "base", "with adapter", "difference: reward / β"))
+        rows.append(("", "base", "adapter", "reward/β"))
     for words, (name, form) in figures.items():
         values = [getattr(column, name) for column in columns]
         if None not in values:
