@@ -137,6 +137,13 @@ study-small: $(VENV)/.demo ## the same in small, on two cores (results in out/st
 	$(BIN)/python recipes/study_data.py --small --output out/study-small/data --model out/study-small/SmolLM2-135M-Instruct
 	$(BIN)/theodora compare recipes/study-small.yaml $(ARGS)
 
+study-preference: $(VENV)/.demo ## objectives compared, then DPO and GRPO after SFT, as docs/preference.md reports (a GPU; results in out/study)
+	$(BIN)/python recipes/study_data.py --output out/study/data --model out/study/SmolLM2-135M-Instruct
+	$(BIN)/python recipes/preference_pairs.py --data out/study/data
+	$(BIN)/theodora compare recipes/study-preference.yaml --workers-per-gpu $(or $(WORKERS),8)
+	$(BIN)/python recipes/preference_study.py --model out/study/SmolLM2-135M-Instruct --data out/study/data \
+	    --output out/study/preference --workers $(or $(WORKERS),8) $(ARGS)
+
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .venv-vllm .venv-oldest .package build dist out mutants .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +

@@ -174,6 +174,7 @@ def measurements(run: Run, settings: Settings) -> Path:
 def carry_out(run: Run, settings: Settings) -> None:
     """Train, measure, and write down what came out."""
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from theodora import TrainConfig, train
     from theodora.adapters.models import best_device, load_model_and_tokenizer
@@ -185,6 +186,7 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.objective == "base":
         # As runs hold it.
         dtype = "bfloat16" if computes_in_bf16(best_device()) else "float32"
+        disable_progress_bar()
         model, tokenizer = load_model_and_tokenizer(settings.model, dtype=dtype)
         path.parent.mkdir(exist_ok=True)
     else:
@@ -385,6 +387,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e6e6e6", linewidth=0.8)
         panel.set_axisbelow(True)
+    axes[1].set_xscale("symlog", linthresh=0.01)  # SFT goes a hundred times as far as what follows it
     axes[0].set_ylabel("right label likeliest (%)")
     axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path)

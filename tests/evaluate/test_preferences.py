@@ -156,7 +156,7 @@ class TestCommand:
         printed = self.asked(capsys, *rows)
         assert "8 rows read as preferences" in printed.err
         words = printed.out.splitlines()[0].split()
-        assert words == ["base", "with", "adapter", "difference:", "reward", "/", "β"]
+        assert words == ["base", "adapter", "reward/β"]
         assert "better answer likelier" in printed.out
         found = json.loads(self.asked(capsys, *rows, "--json").out)
         assert found["better"] == 8

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from theodora import ConfigError, DataError
+from theodora import ConfigError, DataError, TrainConfig, train
 from theodora.adapters.models import load_model_and_tokenizer
 from theodora.evaluate import text_loss
 from theodora.train import forgetting
@@ -104,6 +104,12 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(run, sums, general, pa
     run(held_out=0)
     with pytest.raises(ConfigError, match=r"general was None and is .*: the loss before training was measured on it"):
         run(held_out=0, general=general, resume="auto", max_steps=8)
+
+
+def test_texts_that_are_trained_on_are_said(options, general, capsys):
+    others = {"general": general, "replay": general, "held_out": 0, "max_steps": 1}
+    train(TrainConfig.from_options(options | others))
+    assert "general and replay are the same texts" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("per", "shown"), [("token (nats)", {"held out", "general text"}), ("pair", {"held out"})])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from theodora.cli.arguments import add_quantize, positive
 from theodora.cli.imports import imports
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        same = {
+        same: dict[str, Any] = {
             "batch_size": args.batch_size,
             "max_length": args.max_length,
             "use_chat_template": False if args.no_chat_template else None,
@@ -192,7 +192,7 @@ def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:
     figures = {
         "better answer likelier": ("accuracy", "{:.1%}"),
         "better answer likelier per token": ("accuracy_per_token", "{:.1%}"),
-        "a good answer likelier than a bad one, per token (AUC)": ("auc", "{:.3f}"),
+        "good likelier than bad, per token (AUC)": ("auc", "{:.3f}"),
         f"log-likelihood of {better} answers": ("better", "{:.3f}"),
         f"log-likelihood of {worse} answers": ("worse", "{:.3f}"),
         "margin": ("margin", "{:.3f}"),
@@ -202,7 +202,7 @@ def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:
     columns, rows = [scores.policy], list[tuple[str, ...]]()
     if scores.base is not None and scores.rewards is not None:
         columns = [scores.base, scores.policy, scores.rewards]
-        rows.append(("", "base", "with adapter", "difference: reward / β"))
+        rows.append(("", "base", "adapter", "reward/β"))
     for words, (name, form) in figures.items():
         values = [getattr(column, name) for column in columns]
         if None not in values:

@@ -6,7 +6,7 @@ answer and the one of another row (for the divergence in KTO's loss). `lengths` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def tokenize_preferences(
     return tokenised
 
 
-def parted(row: Mapping[str, Any]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+def parted(row: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """`input_ids` and `labels` of both sequences of a row of `tokenize_preferences`."""
     cut = row["lengths"][0]
     return (

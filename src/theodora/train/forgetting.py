@@ -47,7 +47,8 @@ class Forgetting(TrainerCallback):
         return known.get(0), self._note() if after is None else after
 
     def _known(self) -> dict[int, float]:
-        return {line["step"]: line[GENERAL_LOSS] for line in self.trainer.state.log_history if GENERAL_LOSS in line}
+        lines = [line for line in self.trainer.state.log_history if GENERAL_LOSS in line]
+        return {int(line["step"]): line[GENERAL_LOSS] for line in lines}
 
     def _note(self) -> float:
         loss = self._measured()

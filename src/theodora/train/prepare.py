@@ -280,6 +280,8 @@ def read_data(
     if config.general is not None:
         general = sources["general"] = read_general(config.general)
         left_out += named(general.left_out, config.general)
+        if config.replay is not None and sources["replay"].sha256 == general.sha256:
+            notes.append("general and replay are the same texts: those that are measured are trained on, too")
     return Data(config, tokenizer, training, held_out, train_rows, held_out_rows, notes, sources, left_out, general)
 
 
