@@ -114,6 +114,11 @@ class GRPOTrainer(SequenceTrainer):
         """Whether a pass runs the reference, too: without β held-out prompts alone tell how far the policy has come."""
         return bool(self.settings.beta) or self.mode == "eval"
 
+    @property
+    def fast_notes(self) -> list[str]:
+        """Overrides `AdapterTrainer.fast_notes`: also what draws."""
+        return [*super().fast_notes, f"answers drawn by {self.rollouts.way}"]
+
     # How a batch is made
 
     def read_head(self) -> Head | str:
