@@ -93,6 +93,8 @@ def _draw_drawn(figure: Any, lines: Sequence[Metrics], held_out: Sequence[Metric
     _style(rewards, title, "reward")
     _style(lengths, "", "tokens of an answer")
     _style(divergence, "", "divergence from the\nreference (nats/token)")
+    for axes in (rewards, lengths):  # one axis of steps for all
+        axes.set_xlabel("")
 
 
 def _draw_smoothed(axes: Any, lines: Sequence[Metrics], name: str, color: str, label: str) -> None:

@@ -443,9 +443,8 @@ def _result(
     state = trainer.state
     last_tenth = [line for line in state.log_history if line["step"] > state.global_step * 0.9]
     held_out = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
-    final = held_out[-1][1] if held_out else None
-    if trainer.args.load_best_model_at_end and state.best_metric is not None:
-        final = state.best_metric
+    best = state.best_metric if trainer.args.load_best_model_at_end else None
+    final = best if best is not None else held_out[-1][1] if held_out else None
     return TrainResult(
         output=Path(prepared.config.output),
         steps=state.global_step,
@@ -467,7 +466,7 @@ def _result(
         moved=moved,
         left_out=prepared.left_out,
         objective=prepared.config.objective,
-        figures=held_out_figures(prepared.config.objective, state.log_history, final),
+        figures=held_out_figures(prepared.config.objective, state.log_history, best),
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
