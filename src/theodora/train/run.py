@@ -262,8 +262,8 @@ def _train(
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_at_once = arguments.per_device_train_batch_size * trainer.processes.count
-    rows: Any = trainer.train_dataset  # packed, perhaps
-    batches = math.ceil(len(rows) / rows_at_once)
+    rows = trainer.rows_of_epoch
+    batches = math.ceil(rows / rows_at_once)
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     tokens, learned = count_tokens(prepared.train_rows)
@@ -292,7 +292,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         notes=[
             *prepared.notes,
             *_device_notes(trainer.processes),
-            *_remainder(len(rows), arguments, trainer.processes),
+            *_remainder(rows, arguments, trainer.processes),
             *missing_parts(arguments.device),
             *(checkpoints.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
