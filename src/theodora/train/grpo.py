@@ -165,8 +165,7 @@ class GRPOTrainer(SequenceTrainer):
         groups, rewards, lengths, cut = self._gathered(drawn)
         self._of_step = groups, rewards, lengths, cut
         self._record_drawn(*self._of_step)
-        learned = [not (self.settings.mask_truncated_completions and each) for each in cut]
-        items = self.settings.items([length for length, is_learned in zip(lengths, learned, strict=True) if is_learned])
+        items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
         advantage = self._own(advantages(rewards, groups, self.settings), len(drawn.completions))
         made = iter(self._batches(drawn, advantage, [len(batch[PROMPTS].rows) for batch in real]))
         nothing = {NOTHING: True, "input_ids": torch.zeros(1, 0, dtype=torch.long)}
@@ -198,12 +197,15 @@ class GRPOTrainer(SequenceTrainer):
     def _own(self, of_all: Tensor, count: int) -> Tensor:
         return of_all[self._before : self._before + count]
 
+    def _learns_from(self, cut: bool) -> bool:
+        return not (cut and self.settings.mask_truncated_completions)
+
     def _batches(self, drawn: _Drawn, advantage: Tensor, sizes: Sequence[int]) -> list[dict[str, Any]]:
         batches: list[dict[str, Any]] = []
         begin = 0
         for size in sizes:
             own = slice(begin, begin := begin + size)
-            learned = [not (self.settings.mask_truncated_completions and cut) for cut in drawn.cut[own]]
+            learned = [self._learns_from(cut) for cut in drawn.cut[own]]
             batches.append(self._collate(drawn.asked.tokens[own], drawn.completions[own], learned, advantage[own]))
         return batches
 
