@@ -215,13 +215,13 @@ class GRPOTrainer(SequenceTrainer):
         groups, rewards, lengths, cut = self._gathered(drawn)
         self._of_step = groups, rewards, lengths, cut
         self._record_drawn(*self._of_step)
-        leaves_out = self.settings.mask_truncated_completions
-        items = self.settings.items(
-            [length for length, was_cut in zip(lengths, cut, strict=True) if not (leaves_out and was_cut)]
-        )
+        items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
         worth = advantages(rewards, groups, self.settings)[self._before : self._before + len(drawn.completions)]
-        lesson = _Lesson(drawn.completions, [not (leaves_out and each) for each in drawn.cut], worth.tolist(), items)
+        lesson = _Lesson(drawn.completions, [self._learns_from(each) for each in drawn.cut], worth.tolist(), items)
         return lesson if self.settings.num_iterations == 1 else replace(lesson, old=self._old(asked, lesson))
+
+    def _learns_from(self, cut: bool) -> bool:
+        return not (cut and self.settings.mask_truncated_completions)
 
     @torch.no_grad()
     def _old(self, asked: list[Asked], lesson: _Lesson) -> list[list[float]]:

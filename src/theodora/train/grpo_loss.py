@@ -57,7 +57,8 @@ class PolicySettings:
     """(TRL leaves dropout on.)"""
 
     def items(self, tokens: list[int]) -> int:
-        """What the losses of a step are divided by, given how many learned tokens each of its completions has."""
+        """What the losses of a step are divided by, given how many learned tokens each of its completions has: those of
+        which nothing is learned count among them, as in TRL."""
         if self.loss_type == "grpo":
             return len(tokens)
         if self.loss_type == "dr_grpo":
@@ -85,7 +86,7 @@ def advantages(rewards_SF: Tensor, groups: list[int], settings: PolicySettings) 
         groups: which completions answer the same prompt: a number for each.
         settings: of the objective.
     """
-    weights, rewards_SF = _weights(rewards_SF, settings), rewards_SF.double()
+    weights, rewards_SF = _weights(rewards_SF, settings), rewards_SF.to(torch.float64, copy=True)
     places = list(_places(groups).values())
     if settings.multi_objective_aggregation == "normalize_then_sum":
         for place in places:
