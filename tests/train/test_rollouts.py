@@ -14,13 +14,13 @@ from theodora import inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, DataError, TheodoraError
-from theodora.serve import offline, offline_manager
+from theodora.serve import offline, offline_manager, static_batches
 from theodora.train.rollouts import Drawing, Rollouts
 from tiny import tiny_model
 
 ENDS, MOST = [2, 77, 140], 12
 LENGTHS = (3, 17, 40, 8, 25, 1, 60, 33)
-BATCHES = "transformers' continuous batching"
+IN_STEP, BATCHES = "batches in lock-step", "transformers' continuous batching"
 
 
 def prompts_of(lengths=LENGTHS):
@@ -28,12 +28,22 @@ def prompts_of(lengths=LENGTHS):
     return [torch.randint(3, 260, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.fixture(params=["batches", "generate"])
+@pytest.fixture(autouse=True)
+def _one_way(monkeypatch):
+    """What draws is what a test asks for."""
+    monkeypatch.setattr(static_batches, "DEVICES", set())
+
+
+@pytest.fixture(params=["in step", "batches", "generate"])
 def way(request, monkeypatch):
-    """Both ways run on a CPU here; which one does is said in `Rollouts.way`."""
+    """All ways run on a CPU here; which one does is said in `Rollouts.way`."""
+    if request.param == "in step":
+        monkeypatch.setattr(static_batches, "DEVICES", {"cpu"})
+        return IN_STEP
     if request.param == "batches":
         monkeypatch.setattr(offline, "DEVICES", {"cpu"})
-    return BATCHES if request.param == "batches" else "generate (it is faster on cpu)"
+        return BATCHES
+    return "generate (it is faster on cpu)"
 
 
 @torch.no_grad()
@@ -388,7 +398,7 @@ def test_a_prompt_beyond_the_window_is_for_generate(monkeypatch):
 
 def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     model, seen = tiny_model(), []
-    run, generate = offline._run, type(model).generate
+    run, generate, batch = offline._run, type(model).generate, static_batches._Batch
 
     def scarce(count):
         seen.append(count)
@@ -400,6 +410,11 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
             scarce(min(rows, len(asked.prompts) - len(asked.answers)))
         return run(model, asked, rows, *more)
 
+    def takes(asked, like, rows, width):
+        if asked.sampling.temperature:  # not in the trial
+            scarce(rows)
+        return batch(asked, like, rows, width)
+
     def generates(self, *args, **options):
         scarce(len(options["input_ids"]))
         return generate(self, *args, **options)
@@ -408,6 +423,8 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     rollouts, told = Rollouts(model, Drawing(), ENDS, MOST, rows=8), []
     if way == BATCHES:
         monkeypatch.setattr(offline, "_run", runs)
+    elif way == IN_STEP:
+        monkeypatch.setattr(static_batches, "_Batch", takes)
     else:
         monkeypatch.setattr(type(model), "generate", generates)
     assert tokens_of(rollouts(prompts_of(), 0, over=lambda: told.append(1))) == whole

@@ -139,7 +139,7 @@ class GraphedStep:
         for p in self._parameters:
             p.grad = None
         try:
-            with _strict() if strict and states[1] is not None else nullcontext():
+            with strict() if strict and states[1] is not None else nullcontext():
                 result = self._step(inputs)
         except RuntimeError:
             for p, grad in zip(self._parameters, before, strict=True):
@@ -215,7 +215,7 @@ def record(step: Callable[[], Any], pool: Any) -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
+def strict() -> Iterator[None]:
     """Inside the block it is an error if the host waits for the GPU, and afterwards if it has drawn random numbers."""
     mode = torch.cuda.get_sync_debug_mode()
     states = random.getstate(), torch.get_rng_state()

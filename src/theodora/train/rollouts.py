@@ -28,9 +28,9 @@ from theodora.errors import ConfigError, DataError, TheodoraError
 from theodora.evaluate.batches import batches_by_length, evaluating, pad
 from theodora.evaluate.decoding import decoding
 from theodora.evaluate.exact_match import head_reads_one_piece
-from theodora.serve import offline
+from theodora.serve import offline, static_batches
 from theodora.serve.requests import Sampling
-from theodora.serve.sampling import pick
+from theodora.serve.sampling import logprobs_of, pick
 from theodora.serve.shaping import Shaper, shape
 
 log = logging.getLogger("theodora.train")
@@ -108,18 +108,24 @@ class Rollouts:
         self._sampling = drawing.sampling(max_new_tokens)
         self._settings = decoding(list(ends), max_new_tokens)
         self._kept = offline.Kept()
-        self._why: str | None = None
+        self._ways: list[tuple[str, Callable[..., Any]]] = []
+        """What is tried before `generate`, the fastest first."""
+        self._why = f"it is faster on {model.device.type}"
+        """Why the last of them was given up."""
         try:
             self._model = offline.runnable(model)
-            if not offline.worth_it(model):
-                self._why = f"it is faster on {model.device.type}"
         except offline.Unfit as error:
             self._why = str(error)
+            return
+        if model.device.type in static_batches.DEVICES:
+            self._ways.append(("batches in lock-step", static_batches.draw_in_step))
+        if offline.worth_it(model):
+            self._ways.append(("transformers' continuous batching", offline.draw_together))
 
     @property
     def way(self) -> str:
         """What draws; the first call may change it."""
-        return "transformers' continuous batching" if self._why is None else f"generate ({self._why})"
+        return self._ways[0][0] if self._ways else f"generate ({self._why})"
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], seed: int, over: Callable[[], object] = lambda: None
@@ -164,10 +170,11 @@ class Rollouts:
         """What the batches that serve can give, by index."""
         most = self._sampling.max_tokens
         fit = [i for i, prompt in enumerate(prompts) if offline.fits(self._model, prompt, most)]
-        while self._why is None and fit:
+        while self._ways and fit:
             over.begin(0)
+            title, draw = self._ways[0]
             try:
-                drawn = offline.draw_together(
+                drawn = draw(
                     self._model,
                     [prompts[i] for i in fit],
                     self._settings,
@@ -177,12 +184,13 @@ class Rollouts:
                     kept=self._kept,
                 )
                 return dict(zip(fit, drawn, strict=True))
-            except offline.NoRoom as error:
-                if self._rows == 1:
-                    self._why = str(error)
-                self._rows = max(1, self._rows // 2)
             except offline.Unfit as error:
+                if isinstance(error, offline.NoRoom) and self._rows > 1:
+                    self._rows //= 2
+                    continue
+                log.info("completions are not drawn by %s: %s", title, error)
                 self._why = str(error)
+                del self._ways[0]
         return {}
 
     def _by_generate(
@@ -281,8 +289,7 @@ class _Draw(LogitsProcessor):
         )
         for row, shaper in self._shapers:
             shaper.took(tokens[row])
-        tempered = logits / first.temperature
-        self._steps.append(tempered.gather(1, tokens[:, None])[:, 0] - tempered.logsumexp(-1))
+        self._steps.append(logprobs_of(tokens, logits, first.temperature))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
 
 
