@@ -72,7 +72,8 @@ class _Lesson:
     @classmethod
     def read(cls, values: dict[str, Any]) -> _Lesson:
         """From what `asdict` has made of it."""
-        return cls(**{**values, "completions": [Completion(**each) for each in values["completions"]]})
+        completions: Any = [Completion(**each) for each in values["completions"]]
+        return cls(**{**values, "completions": completions})
 
 
 class GRPOTrainer(SequenceTrainer):
@@ -104,7 +105,8 @@ class GRPOTrainer(SequenceTrainer):
         super().__init__(*args, reference=reference, **kwargs)
         self._collate = DrawnBatches(self.data_collator)
         self.data_collator = asked_for
-        ends = end_tokens(self.model, self.processing_class)
+        tokenizer: Any = self.processing_class
+        self._decode, ends = tokenizer.batch_decode, end_tokens(self.model, tokenizer)
         self.rollouts = Rollouts(self.model, settings.drawing, ends, settings.max_completion_length)
         self._ends = frozenset(ends)
         self._eval_batch = self._before = 0
@@ -257,7 +259,7 @@ class GRPOTrainer(SequenceTrainer):
         assert told is not None
         rewards = torch.zeros(0, len(self.rewards.names))
         if completions:
-            texts = self.processing_class.batch_decode([each.tokens for each in completions], skip_special_tokens=True)
+            texts = self._decode([each.tokens for each in completions], skip_special_tokens=True)
             prompts, columns = told(asked.rows)
             rewards = self.rewards(prompts, texts, columns, [each.tokens for each in completions], self.state)
         return _Drawn(asked, completions, [each.tokens[-1] not in self._ends for each in completions], rewards)
