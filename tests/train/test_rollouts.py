@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
+import recorder
 from serving import trained
 from theodora import inject_adapter
 from theodora.adapters.state import trained_tensors
@@ -306,8 +307,17 @@ def read_by_graphs(model):
     return [layer.norm_cache._inference.norm_O.data_ptr() for layer in model.modules() if hasattr(layer, "norm_cache")]
 
 
+@pytest.fixture(params=["in step", "batches"])
+def graphs(request, monkeypatch):
+    """What is noted of each recording, in the two ways that record."""
+    if request.param == "batches":
+        return request.getfixturevalue("made")
+    monkeypatch.setattr(static_batches, "DEVICES", {"cpu"})
+    return recorder.install_steps(monkeypatch)
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_what_graphs_read_is_made_anew_where_it_lies(training, made):
+def test_what_graphs_read_is_made_anew_where_it_lies(training, graphs):
     model = trained(tiny_model(), "dora4").train(training)
     optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=0.3)
     rollouts, addresses, drawn = Rollouts(model, Drawing(), ENDS, MOST, rows=4), [], []
@@ -330,7 +340,7 @@ def test_what_graphs_read_is_made_anew_where_it_lies(training, made):
     del aside
     assert addresses[0] == addresses[1] == addresses[2]
     assert drawn[0] != drawn[1] != drawn[2]
-    assert len(made) == 4  # one, and that of each fresh copy
+    assert len(graphs) == 4  # one, and that of each fresh copy
 
 
 def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
@@ -388,6 +398,24 @@ def test_a_model_that_is_unfit_draws_by_generate(monkeypatch):
         assert each.logps == pytest.approx(forward_logps(model, prompt, each.tokens, 1.0).tolist(), abs=5e-5)
 
 
+def test_a_model_whose_steps_are_not_recorded_draws_otherwise(monkeypatch):
+    def fails(step, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, told = trained(tiny_model(), "dora4").train(), []
+    expected = Rollouts(model, Drawing(), ENDS, MOST)(prompts_of(), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_batches, "DEVICES", {"cpu"})
+        patch.setattr(offline, "DEVICES", {"cpu"})
+        recorder.install_steps(patch)
+        patch.setattr(static_batches, "record", fails)
+        rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+        assert rollouts.way == IN_STEP
+        assert tokens_of(rollouts(prompts_of(), 3, over=lambda: told.append(1))) == tokens_of(expected)
+    assert rollouts.way == BATCHES
+    assert len(told) == len(expected)
+
+
 def test_a_prompt_beyond_the_window_is_for_generate(monkeypatch):
     monkeypatch.setattr(offline, "DEVICES", {"cpu"})
     model = tiny_model(max_position_embeddings=48)
@@ -398,7 +426,7 @@ def test_a_prompt_beyond_the_window_is_for_generate(monkeypatch):
 
 def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     model, seen = tiny_model(), []
-    run, generate, batch = offline._run, type(model).generate, static_batches._Batch
+    run, generate, batch = offline._run, type(model).generate, static_batches.Batch
 
     def scarce(count):
         seen.append(count)
@@ -424,7 +452,7 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     if way == BATCHES:
         monkeypatch.setattr(offline, "_run", runs)
     elif way == IN_STEP:
-        monkeypatch.setattr(static_batches, "_Batch", takes)
+        monkeypatch.setattr(static_batches, "Batch", takes)
     else:
         monkeypatch.setattr(type(model), "generate", generates)
     assert tokens_of(rollouts(prompts_of(), 0, over=lambda: told.append(1))) == whole

@@ -13,18 +13,14 @@ Shapes: N rows, T new tokens, W places of keys and values, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer, get_layer_types_and_kwargs
+from transformers import GenerationConfig
 
 from theodora.kernels.graph import record, strict
 from theodora.layers.norm_cache import looked_at_once
@@ -33,6 +29,7 @@ from theodora.serve.offline_manager import MOST_ROWS, NoRoom, Unfit, as_when_ans
 from theodora.serve.requests import Sampling
 from theodora.serve.sampling import logprobs_of, pick
 from theodora.serve.shaping import repeated_less
+from theodora.serve.static_cache import Asked, Batch, Masks, Read, Run, added
 from theodora.serve.trial import Trial
 from theodora.serve.tried import Way
 
@@ -45,7 +42,6 @@ _LOOK = 8  # steps between two looks at who is over
 _FEW = 8  # rows; fewer are hardly faster
 _WORTH = 16  # steps that are left from which on moving rows together pays
 _GRAIN = 64  # places; also what attention's kernels like best
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 Answer = tuple[list[int], list[float]]
 """Tokens, and their log-probabilities."""
@@ -83,13 +79,13 @@ def draw_in_step(
     graphs = records(base)
     if base.device.type == "cuda" and not graphs:
         raise Unfit("its passes are not recorded in CUDA graphs")
-    masks = _Masks.of(base)
+    masks = Masks.of(base)
     _WAY.try_out(base)
-    asked = _Asked(seedless(samplings), tuple(settings.eos_token_id), settings.max_new_tokens)  # pyright: ignore
+    asked = Asked(seedless(samplings), tuple(settings.eos_token_id), settings.max_new_tokens)  # pyright: ignore
     own = Kept() if kept is None else kept
     try:
         with as_when_answering(base), looked_at_once(own.begin(base, "in step", asked)):
-            return _answers(_Run(base, masks, asked, graphs), prompts, samplings, over, rows, own)
+            return _answers(Run(base, masks, asked, graphs), prompts, samplings, over, rows, own)
     except (torch.OutOfMemoryError, MemoryError) as error:
         own.let_go()
         raise NoRoom(f"memory does not do: {error}") from error
@@ -108,7 +104,7 @@ def _answer_trial(model: Any, trial: Trial) -> list[Answer]:
     greedy = Sampling(max_tokens=trial.count, temperature=0.0)
     # The longer one puts padding before the others.
     prompts = [*trial.prompts, [token for prompt in trial.prompts for token in prompt]]
-    kept, run = Kept(), _Run(model, _Masks.of(model), _Asked(greedy, (-1,), trial.count), False)
+    kept, run = Kept(), Run(model, Masks.of(model), Asked(greedy, (-1,), trial.count), False)
     with as_when_answering(model), looked_at_once():
         return _answers(run, prompts, [greedy] * 3, lambda: None, 3, kept)[:2]
 
@@ -116,192 +112,8 @@ def _answer_trial(model: Any, trial: Trial) -> list[Answer]:
 _WAY = Way("tried-in-step", "batches in lock-step", _answer_trial)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What steps depend on."""
-
-    sampling: Sampling
-    ends: tuple[int, ...]
-    most: int
-    """New tokens of an answer."""
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """The masks that a model's layers want."""
-
-    window: int | None
-    """Places that a query of a sliding layer sees, its own included; None without such layers."""
-    mixed: bool
-    """Whether other layers see everything."""
-
-    @classmethod
-    def of(cls, model: Any) -> _Masks:
-        """Those of a model.
-
-        Raises:
-            Unfit: it has other layers, or an attention that takes no such masks, or finds positions itself.
-        """
-        attention = model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise Unfit(f"{attention} attention takes no mask for padded keys and values")
-        if "position_ids" not in inspect.signature(type(model).forward).parameters:
-            raise Unfit("it finds positions itself")
-        text = model.config.get_text_config()
-        try:
-            types = set(get_layer_types_and_kwargs(text)[0])
-            window = text.sliding_window if _SLIDING in types else None
-        except Exception as error:  # of configurations that differ by layer, say
-            raise Unfit(f"what its layers see is not known ({error})") from error
-        if others := types - {_FULL, _SLIDING}:
-            raise Unfit(f"it has layers of {', '.join(sorted(others))}")
-        return cls(window, len(types) > 1)
-
-    def given(self, mask_N11W: Tensor, last: Tensor) -> Any:
-        """What the model takes, the query standing at the `last` place; the mask is what is added to scores."""
-        width = mask_N11W.shape[-1]
-        if self.window is None or width <= self.window:
-            return mask_N11W
-        near_W = torch.arange(width, device=last.device) > last - self.window
-        sliding = mask_N11W.masked_fill(~near_W, torch.finfo(mask_N11W.dtype).min)
-        return {_FULL: mask_N11W, _SLIDING: sliding} if self.mixed else sliding
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A model and how it is run."""
-
-    model: Any
-    masks: _Masks
-    asked: _Asked
-    graphs: bool
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> _Read:
-        """Read prompts, in one pass."""
-        device = self.model.device
-        width = max(2, *map(len, prompts))  # a pass over one token would take what layers keep to be up to date
-        rows = [torch.tensor([0] * (width - len(prompts[0])) + list(prompts[0])), *map(torch.tensor, prompts[1:])]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-        seen = (torch.arange(width) >= width - lengths[:, None]).to(device)
-        given: dict[str, Any] = {"attention_mask": seen.long(), "position_ids": (seen.cumsum(-1) - 1).clamp_min(0)}
-        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
-            # (As a slice it would be a view with gaps, which torch multiplies by a frozen weight row by row.)
-            given["logits_to_keep"] = torch.tensor([width - 1], device=device)
-        cache = Cache(layer_class_to_replicate=_AsRead)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1].float()
-        layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-        for each in (tensor for layer in layers for tensor in layer):
-            if not isinstance(each, Tensor) or each.dim() != 4 or each.shape[0::2] != ids.shape:
-                raise Unfit("its layers keep something else than the keys and values of each token")
-        if not layers:
-            raise Unfit("its layers keep no keys and values")
-        return _Read(logits, layers, seen)  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a pass over prompts of up to L tokens, padded on their left, leaves."""
-
-    logits_NV: Tensor
-    """After the last token; float32."""
-    layers: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer, (N, heads, L, width of a head)."""
-    seen_NL: Tensor
-    """Whether a place is a token."""
-
-
-class _AsRead(DynamicLayer):
-    """Keys and values of one layer in one pass, in the dtypes that they come in (under autocast those may differ)."""
-
-    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-
-class _Layer(StaticLayer):
-    """Keys and values of one layer, to which all rows add at the same place."""
-
-    def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
-        super().__init__(keys.shape[2])
-        self.keys, self.values, self._at = keys, values, at
-        self.is_initialized = True
-
-    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self._at, key_states)
-        self.values.index_copy_(2, self._at, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> Any:
-        return self._at
-
-
-class _Batch:
-    """As many rows as there are places for: keys and values, what steps read and write, and the graphs of steps."""
-
-    def __init__(self, asked: _Asked, like: _Read, rows: int, width: int) -> None:
-        """Take memory.
-
-        Args:
-            asked: what steps depend on.
-            like: of any prompt.
-            rows: under way at a time, at most.
-            width: places of keys and values of each row: those of the longest prompt, and of `asked.most` tokens.
-        """
-        device, most = like.logits_NV.device, asked.most
-        self.rows, self.width, self.wanted = rows, width, rows
-        self.begin = width - most
-        """Place of the first new token: prompts end before it."""
-        make = partial(torch.zeros, device=device)
-        self.layers = [
-            tuple(make(rows, t.shape[1], width, t.shape[3], dtype=t.dtype) for t in layer) for layer in like.layers
-        ]
-        self.mask_N11W = make(rows, 1, 1, width, dtype=like.layers[0][1].dtype)
-        self.at, self.step = make(1, dtype=torch.long), make(1, dtype=torch.long)
-        self.token_N1, self.position_N1 = make(rows, 1, dtype=torch.long), make(rows, 1, dtype=torch.long)
-        self.chance_NT = make(rows, most, dtype=torch.int32)
-        self.drawn_NT, self.logprob_NT = make(rows, most, dtype=torch.long), make(rows, most)
-        self.over_N = make(rows, dtype=torch.bool)
-        self.seen_NV: Tensor | None = None
-        """Which tokens there were, where that matters."""
-        if asked.sampling.repetition_penalty != 1:
-            self.seen_NV = make(rows, like.logits_NV.shape[1], dtype=torch.bool)
-        self.ends_E = torch.tensor(asked.ends, device=device)
-        self.caches: dict[int, Cache] = {}
-        self.graphs: dict[int, Any] = {}
-        """By rows."""
-        self.warm: dict[int, int] = {}
-        """Rows -> steps of so many that were run without a graph."""
-        self.pool: Any = None
-
-    def of_rows(self) -> Iterator[Tensor]:
-        """Everything that has a row for each row."""
-        yield from (tensor for layer in self.layers for tensor in layer)
-        yield from (self.mask_N11W, self.token_N1, self.position_N1, self.chance_NT)
-        yield from (self.drawn_NT, self.logprob_NT, self.over_N)
-        if self.seen_NV is not None:
-            yield self.seen_NV
-
-    def cache(self, rows: int) -> Cache:
-        """Keys and values of the first rows, as a model takes them."""
-        if rows not in self.caches:
-            layers = [_Layer(keys[:rows], values[:rows], self.at) for keys, values in self.layers]
-            self.caches[rows] = Cache(layers=layers)
-        return self.caches[rows]
-
-    def let_go(self) -> None:
-        """Give memory back, now."""
-        if self.at.is_cuda:
-            torch.cuda.current_stream(self.at.device).synchronize()
-        vars(self).clear()
-
-
 def _answers(
-    run: _Run,
+    run: Run,
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     over: Callable[[], object],
@@ -319,10 +131,10 @@ def _answers(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _batch_for(run: _Run, kept: Kept, count: int, rows: int, longest: Sequence[int]) -> _Batch:
+def _batch_for(run: Run, kept: Kept, count: int, rows: int, longest: Sequence[int]) -> Batch:
     """One for so many prompts, the longest first: the one that is kept if it does, or another."""
     need, wanted = max(2, len(longest)) + run.asked.most, min(rows, _rounded(count, _FEW))
-    before: _Batch | None = kept.made
+    before: Batch | None = kept.made
     if before is not None:
         # Each step reads all places.
         if before.wanted >= wanted and need <= before.width <= max(4 * need, 4 * _GRAIN):
@@ -331,18 +143,18 @@ def _batch_for(run: _Run, kept: Kept, count: int, rows: int, longest: Sequence[i
     width = _rounded(need, max(_GRAIN, (1 << need.bit_length()) // 8))
     like = run.read([longest])
 
-    def make() -> _Batch:
+    def make() -> Batch:
         fit = min(wanted, _most_rows(run, like, width))
         if fit < 1:
             raise NoRoom("the keys and values of one row would take more than half of the free memory")
-        batch = _Batch(run.asked, like, fit, width)
+        batch = Batch(run.asked, like, fit, width)
         batch.wanted = wanted
         return batch
 
     return kept.replace(make)
 
 
-def _most_rows(run: _Run, like: _Read, width: int) -> int:
+def _most_rows(run: Run, like: Read, width: int) -> int:
     """Rows that there is memory for."""
     device = like.logits_NV.device
     if device.type != "cuda":
@@ -359,9 +171,7 @@ def _rounded(count: int, grain: int) -> int:
 class _Steps:
     """Some prompts, from reading them to the last token."""
 
-    def __init__(
-        self, run: _Run, batch: _Batch, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
-    ) -> None:
+    def __init__(self, run: Run, batch: Batch, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
         self._run, self._batch, self._prompts, self._samplings = run, batch, prompts, samplings
         self._size = self._sizes(len(prompts))
         self._who: list[int | None] = [*range(len(prompts)), *[None] * (self._size - len(prompts))]
@@ -436,7 +246,7 @@ class _Steps:
             for layer, new in zip(batch.layers, read.layers, strict=True):
                 for old, tensor in zip(layer, new, strict=True):
                     old[:, :, place].index_copy_(0, to, tensor.masked_fill(padding, 0)[from_])
-            batch.mask_N11W[:, 0, 0, place].index_copy_(0, to, _added(read.seen_NL, batch.mask_N11W.dtype)[from_])
+            batch.mask_N11W[:, 0, 0, place].index_copy_(0, to, added(read.seen_NL, batch.mask_N11W.dtype)[from_])
             if logits_NV is None:
                 logits_NV = read.logits_NV.new_empty(self._size, read.logits_NV.shape[1])
             logits_NV.index_copy_(0, to, read.logits_NV[from_])
@@ -453,7 +263,10 @@ class _Steps:
                 else [self._samplings[who].chance(len(self._prompts[who]) + step) for step in range(first, last)]
                 for who in self._who
             ]
-            self._batch.chance_NT[: self._size, first:last] = torch.tensor(chances, dtype=torch.int32)
+            made = torch.tensor(chances, dtype=torch.int32)
+            if self._batch.at.is_cuda:  # a copy of other memory would wait for all steps before it
+                made = made.pin_memory().to(self._batch.at.device, non_blocking=True)
+            self._batch.chance_NT[: self._size, first:last] = made
 
     def _step(self) -> None:
         """Another token of each row."""
@@ -569,8 +382,3 @@ def _passes(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]
         count = max(1, _READ // len(prompts[begin]))
         yield list(prompts[begin : begin + count])
         begin += count
-
-
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores so that only these places are seen."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
