@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from theodora.data import PromptRows
+from theodora.evaluate.batches import without_router_loss
 from theodora.evaluate.decoding import end_tokens
 from theodora.train.flattened import Shape
 from theodora.train.fused_loss import Head
@@ -146,7 +147,9 @@ class GRPOTrainer(SequenceTrainer):
         """Overrides `StepOverrides._get_train_sampler`: completions of a prompt are drawn together."""
         times, seed = self.settings.num_generations, self.args.data_seed
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return Repeated(len(rows) // times, times, self.args.seed if seed is None else seed)
+        seed = self.args.seed if seed is None else seed
+        in_order = self.args.train_sampling_strategy == "sequential"
+        return Repeated(len(rows) // times, times, None if in_order else seed)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Overrides `SequenceTrainer._set_signature_columns_if_needed`: rows are prompts."""
@@ -177,7 +180,7 @@ class GRPOTrainer(SequenceTrainer):
         evaluation."""
         step = 0 if self.mode == "eval" else self.state.global_step + 1
         seed = (self.args.seed << 32) + step
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), without_router_loss(self.model):
             completions = self.rollouts(asked.tokens, seed, places=asked.places) if asked.rows else []
         told = self._told[self.mode]
         assert told is not None
