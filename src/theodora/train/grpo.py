@@ -2,8 +2,8 @@
 
 Before each optimizer step the prompts of its batches are answered by the live model (`rollouts.py`), all at once;
 functions reward the answers (`rewards.py`), and the batches that are learned from are made of both. From there on a
-batch goes the way of all others (`trainer.py`). What is drawn depends on the run's seed, the step and the weights, so
-that a resumed run draws the same. The step's loss stands in `grpo_loss.py`.
+batch goes the way of all others (`trainer.py`). What is drawn depends on the run's seed, the step, the row and the
+weights, so that a resumed run draws the same, and so do several processes. The step's loss stands in `grpo_loss.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from theodora.data import PromptRows
+from theodora.evaluate.batches import without_router_loss
 from theodora.evaluate.decoding import end_tokens
 from theodora.train.flattened import Shape
 from theodora.train.fused_loss import Head
-from theodora.train.grpo_batches import PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
+from theodora.train.grpo_batches import PLACE, PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
 from theodora.train.grpo_loss import PolicySettings, TokenTerms, advantages, loss_sum, spread, token_terms
 from theodora.train.out_of_memory import in_parts
 from theodora.train.pairs import ADVANTAGE, OLD, SAMPLED, taken_apart
@@ -36,7 +37,6 @@ _OF_GROUPS = ("frac_reward_zero_std", "reward_std")
 _OF_DRAWN = ("reward", "completions/mean_length", "completions/clipped_ratio")
 _SHAPES, _SHORTEST = 12, 64
 """Lengths that batches are filled up to, at most, and the shortest."""
-_PRIME = 1_000_003
 _STEPS_WITHOUT = 10
 _SAME_REWARDS = (
     "all completions of each prompt had the same reward. Prompts that the model can answer now and then, rewards that "
@@ -109,7 +109,7 @@ class GRPOTrainer(SequenceTrainer):
         self._decode, ends = tokenizer.batch_decode, end_tokens(self.model, tokenizer)
         self.rollouts = Rollouts(self.model, settings.drawing, ends, settings.max_completion_length)
         self._ends = frozenset(ends)
-        self._eval_batch = self._before = 0
+        self._before = 0
         self._without_spread: int | None = 0
         """Steps from the first on in which all completions of each prompt had one reward; None once there was another.
         """
@@ -174,7 +174,7 @@ class GRPOTrainer(SequenceTrainer):
         times, seed = self.settings.num_generations, self.args.data_seed
         completions = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.count
         seed = self.args.seed if seed is None else seed
-        in_order = getattr(self.args, "train_sampling_strategy", "random") == "sequential"
+        in_order = self.args.train_sampling_strategy == "sequential"
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return Repeated(
             len(rows) // times,
@@ -191,7 +191,7 @@ class GRPOTrainer(SequenceTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Overrides `SequenceTrainer._set_signature_columns_if_needed`: rows are prompts."""
-        self._signature_columns = ["input_ids", "labels", "row", NOTHING]
+        self._signature_columns = ["input_ids", "labels", "row", PLACE, NOTHING]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides `StepOverrides.get_batch_samples`: draws the completions of a step, and has them rewarded."""
@@ -213,10 +213,11 @@ class GRPOTrainer(SequenceTrainer):
 
     def _new_lesson(self, asked: list[Asked]) -> _Lesson:
         """Draw completions of a step's batches, and find out what they are worth."""
-        drawn = self._drawn(_joined(asked), (self.state.global_step << 1) * _PRIME)
+        drawn = self._drawn(_joined(asked))
         groups, rewards, lengths, cut = self._gathered(drawn)
         self._of_step = groups, rewards, lengths, cut
         self._record_drawn(*self._of_step)
+        self._look_for_spread(groups, rewards)
         items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
         worth = advantages(rewards, groups, self.settings)[self._before : self._before + len(drawn.completions)]
         lesson = _Lesson(drawn.completions, [self._learns_from(each) for each in drawn.cut], worth.tolist(), items)
@@ -250,11 +251,13 @@ class GRPOTrainer(SequenceTrainer):
         """Overrides `CountingTrainer.carry_on`."""
         self._lesson = None if carried is None else _Lesson.read(carried)
 
-    def _drawn(self, asked: Asked, seed: int) -> _Drawn:
-        """Completions of prompts, and what they are rewarded with."""
-        seed = (self.args.seed * _PRIME + seed) * self.processes.count + self.processes.index
-        with self.compute_loss_context_manager():
-            completions = self.rollouts(asked.tokens, seed=seed % (1 << 62)) if asked.rows else []
+    def _drawn(self, asked: Asked) -> _Drawn:
+        """Completions of prompts, and what they are rewarded with: of held-out ones by the same random numbers in every
+        evaluation."""
+        step = 0 if self.mode == "eval" else self.state.global_step + 1
+        seed = (self.args.seed << 32) + step
+        with self.compute_loss_context_manager(), without_router_loss(self.model):
+            completions = self.rollouts(asked.tokens, seed, places=asked.places) if asked.rows else []
         told = self._told[self.mode]
         assert told is not None
         rewards = torch.zeros(0, len(self.rewards.names))
@@ -320,13 +323,11 @@ class GRPOTrainer(SequenceTrainer):
         return self.stacked({**{name: (total, count) for name, total in found.items()}, **of_balance(losses)})
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Overrides `PassOverrides.prediction_step`: the held-out loss is the mean reward, negative; the same random
-        numbers each time."""
+        """Overrides `PassOverrides.prediction_step`: the held-out loss is the mean reward, negative."""
         if inputs.pop(NOTHING, False):
             return torch.zeros((), device=self.args.device), None, None
         asked: Asked = inputs[PROMPTS]
-        self._eval_batch += 1
-        drawn = self._drawn(asked, 2 * self._eval_batch + 1)
+        drawn = self._drawn(asked)
         lengths = [len(each.tokens) for each in drawn.completions]
         self._record_drawn(asked.rows, drawn.rewards, lengths, drawn.cut)
         self._measure(drawn)
@@ -339,9 +340,9 @@ class GRPOTrainer(SequenceTrainer):
     def _measure(self, drawn: _Drawn) -> None:
         """Record what passes record, of held-out completions: as many at a time as in training, fewer if they do not
         fit."""
-        tokens, rows, size = drawn.asked.tokens, drawn.asked.rows, self.args.train_batch_size
-        asked = [Asked(tokens[n : n + size], rows[n : n + size]) for n in range(0, len(rows), size)]
-        lesson = _Lesson(drawn.completions, [True] * len(rows), [0.0] * len(rows), 0)
+        count, size = len(drawn.completions), self.args.train_batch_size
+        asked = [drawn.asked[n : n + size] for n in range(0, count, size)]
+        lesson = _Lesson(drawn.completions, [True] * count, [0.0] * count, 0)
         for batch in self._batches(asked, lesson):
             with self.compute_loss_context_manager():
                 for figures in in_parts(self._figures_of, self._prepare_inputs(batch)):
@@ -349,11 +350,6 @@ class GRPOTrainer(SequenceTrainer):
 
     def _figures_of(self, batch: dict[str, Any]) -> Tensor:
         return self.loss_of(self.model, *taken_apart(batch), None)[1]
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Overrides `LossOverrides.evaluation_loop`: draws alike in every evaluation."""
-        self._eval_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
 
     # What is recorded
 
@@ -369,9 +365,12 @@ class GRPOTrainer(SequenceTrainer):
             same, deviation = spread(rewards, groups, self.settings)
             self.add_to_mean("frac_reward_zero_std", same, 1)
             self.add_to_mean("reward_std", deviation, 1)
-            self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
-            if self._without_spread == _STEPS_WITHOUT:
-                self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
+
+    def _look_for_spread(self, groups: list[int], rewards: Tensor) -> None:
+        same, _ = spread(rewards, groups, self.settings)
+        self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
+        if self._without_spread == _STEPS_WITHOUT:
+            self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
         """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too."""
@@ -389,7 +388,8 @@ class GRPOTrainer(SequenceTrainer):
 
 
 def _joined(batches: Sequence[Asked]) -> Asked:
-    return Asked([ids for each in batches for ids in each.tokens], [row for each in batches for row in each.rows])
+    parts = ([value for each in batches for value in getattr(each, name)] for name in ("tokens", "rows", "places"))
+    return Asked(*parts)
 
 
 def _at(losses: SequenceLosses, grid_BT: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from theodora.train.rollouts import Completion
 
 PROMPTS = "prompts"
 """In a batch as it is loaded: its `Asked`, and nothing else."""
+PLACE = "place"
+"""Of a row: where it stands among all rows, of which each prompt has several."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ class Asked:
     tokens: list[list[int]]
     rows: list[int]
     """The number of each among the examples."""
+    places: list[int]
+    """What tells completions of one prompt apart: their random numbers go by it, whatever batch they come in."""
+
+    def __getitem__(self, some: slice) -> Asked:
+        return Asked(self.tokens[some], self.rows[some], self.places[some])
 
 
 def asked_for(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The batch of these rows, before anything was drawn: a collator."""
-    return {PROMPTS: Asked([list(row["input_ids"]) for row in rows], [int(row[ROW]) for row in rows]), ROWS: len(rows)}
+    numbers = ([int(row[name]) for row in rows] for name in (ROW, PLACE))
+    return {PROMPTS: Asked([list(row["input_ids"]) for row in rows], *numbers), ROWS: len(rows)}
 
 
 class Repeated(Sampler[int]):
@@ -96,8 +104,9 @@ def check_completions(config: TrainConfig, times: int, processes: int) -> None:
 
 
 def repeated(rows: Dataset, times: int) -> Dataset:
-    """Each row several times, one after the other."""
-    return rows.select([row for row in range(len(rows)) for _ in range(times)])
+    """Each row several times, one after the other, with a number of its own."""
+    several = rows.select([row for row in range(len(rows)) for _ in range(times)])
+    return several.add_column(PLACE, list(range(len(several))))
 
 
 class DrawnBatches:

@@ -51,6 +51,12 @@ _WHY = {
     "log_completions": "the report has samples from before and after",
     "reward_weights": "it stands beside reward",
 }
+# Values of SFTConfig's fields that would part the completions of a prompt.
+_ORDERS: dict[str, tuple[Any, ...]] = {
+    "shuffle_dataset": (True, "true"),
+    "train_sampling_strategy": ("group_by_length",),
+}
+_ORDER = "prompts in another order in each epoch; train_sampling_strategy: sequential takes that of the data"
 
 
 @cache
@@ -73,10 +79,10 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
                 values[name] = coerce(_as_word(name, value), _TYPES[name])
             except ValueError as error:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
+        elif name in _ORDERS and value in _ORDERS[name]:
+            problems.append(f"{name} is {shown(value)}: the completions of a prompt come together ({_ORDER})")
         elif name in own_names() and value not in (None, False, _default(name)):
             problems.append(f"{name} has no effect here" + (f": {_WHY[name]}" if name in _WHY else ""))
-    if config.trainer.get("train_sampling_strategy") == "group_by_length" or config.trainer.get("group_by_length"):
-        problems.append("rows are grouped by length, and the objective is grpo: answers have lengths of their own")
     if not problems:
         problems = list(_problems(values))
     if problems:

@@ -177,6 +177,11 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
         for part in parts:
             total -= (few := min(total, _rows_learned(part, together)))
             part[ROWS] = few
+    if LEARNED in inputs:
+        left = inputs[LEARNED]["tokens"]  # to which what fills up the last part does not belong
+        for part in parts:
+            left -= (own := min(left, part[LEARNED]["tokens"]))
+            part[LEARNED]["tokens"] = own
     return parts
 
 

@@ -6,7 +6,7 @@
 
 On a GPU the live model itself runs in the batches that serve (`theodora.serve.offline`), elsewhere `generate` does, in
 padded batches. Both pick tokens by `theodora.serve.sampling.pick`, with a random number made from the seed, the
-prompt's index and the token's place: torch's generators are left alone, and a token does not depend on who else is in
+prompt's place and the token's: torch's generators are left alone, and a token does not depend on who else is in
 the batch.
 """
 
@@ -128,7 +128,11 @@ class Rollouts:
         return self._ways[0][0] if self._ways else f"generate ({self._why})"
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], seed: int, over: Callable[[], object] = lambda: None
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        over: Callable[[], object] = lambda: None,
+        places: Sequence[int] | None = None,
     ) -> list[Completion]:
         """A completion of each prompt, in their order.
 
@@ -136,6 +140,7 @@ class Rollouts:
             prompts: token ids of each. Where several are the same, each has random numbers of its own.
             seed: another one gives other completions.
             over: called whenever a completion is over.
+            places: what the random numbers of each go by beside the seed, below 2³²; None for its index.
 
         Raises:
             DataError: a prompt without tokens.
@@ -144,7 +149,8 @@ class Rollouts:
         """
         if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
             raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
-        samplings = [replace(self._sampling, seed=(seed << 32) + index) for index in range(len(prompts))]
+        own = range(len(prompts)) if places is None else places
+        samplings = [replace(self._sampling, seed=(seed << 32) + place) for place in own]
         told = _Told(over)
         found = self._together(prompts, samplings, told)
         self._by_generate(prompts, samplings, found, told)
