@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -271,18 +272,28 @@ class _Steps:
     def _step(self) -> None:
         """Another token of each row."""
         batch, size = self._batch, self._size
-        if (graph := batch.graphs.get(size)) is not None:
-            graph.replay()
-            return
-        warm = batch.warm[size] = batch.warm.get(size, 0) + 1
-        if not self._run.graphs or warm == 1:  # kernels are chosen and made
+        if not self._run.graphs:
             self._forward(size)
-        elif warm == 2 and not batch.graphs:  # so that what cannot be captured does not fail half-way
-            with strict():
+            return
+        if size not in batch.graphs:
+            batch.graphs[size] = self._recorded(size)
+        batch.graphs[size].replay()
+
+    def _recorded(self, size: int) -> Any:
+        """A graph, after passes that choose and make its kernels and leave no trace: every token comes from a graph, so
+        that whoever goes on from the same weights draws the same, whatever was recorded before."""
+        batch = self._batch
+        written = [batch.at, batch.step, batch.token_N1, batch.position_N1, batch.over_N]
+        written += [] if batch.seen_NV is None else [batch.seen_NV]
+        before = [tensor.clone() for tensor in written]
+        # The second so that what cannot be captured does not fail half-way.
+        for watch in (nullcontext, strict)[: 1 if batch.graphs else 2]:
+            with watch():
                 self._forward(size)
-        else:
-            batch.graphs[size], _, batch.pool = record(lambda: self._forward(size), batch.pool)
-            batch.graphs[size].replay()
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+        graph, _, batch.pool = record(lambda: self._forward(size), batch.pool)
+        return graph
 
     def _forward(self, size: int) -> None:
         batch, run = self._batch, self._run

@@ -181,8 +181,6 @@ class Batch:
         self.caches: dict[int, Cache] = {}
         self.graphs: dict[int, Any] = {}
         """By rows."""
-        self.warm: dict[int, int] = {}
-        """Rows -> steps of so many that were run without a graph."""
         self.pool: Any = None
 
     def of_rows(self) -> Iterator[Tensor]:
