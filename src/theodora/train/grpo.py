@@ -295,8 +295,8 @@ class GRPOTrainer(SequenceTrainer):
                 self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
-        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too."""
-        self.rollouts.release()
+        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too, and keeps none any more."""
+        self.rollouts.release(for_good=True)
         super().start_step_over()
         self._record_drawn(*self._of_step)  # what was recorded of the step is forgotten, and it is not drawn again
 
