@@ -217,6 +217,12 @@ def test_who_cannot_be_run_so_is_unfit(family, more, says):
             in_step(model, prompts_of())
 
 
+@pytest.mark.parametrize("more", [{"bias": ((5, 9.0),)}, {"presence_penalty": 1.0}, {"allowed": (5, 6)}])
+def test_what_changes_logits_is_for_others(more):
+    with pytest.raises(Unfit, match="changes logits"):
+        in_step(tiny_model(), prompts_of(), sampling=more)
+
+
 def test_a_model_that_takes_no_such_mask_is_unfit():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"

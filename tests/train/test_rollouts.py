@@ -365,6 +365,16 @@ def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
     assert len(made) == 5
 
 
+def test_nothing_is_kept_where_others_need_it(graphs):
+    model = trained(tiny_model(), "dora4").train()
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    completions = rollouts(prompts_of(), 0)
+    for for_good, count in ((False, 2), (True, 4)):
+        rollouts.release(for_good)
+        assert [rollouts(prompts_of(), 0) for _ in range(2)] == [completions] * 2
+        assert len(graphs) == count
+
+
 def test_after_an_error_nothing_is_kept(made):
     class Stop(Exception):
         pass

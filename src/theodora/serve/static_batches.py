@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,12 +75,14 @@ def draw_in_step(
         Of each prompt the tokens, and the logarithm of their softmax at the temperature, before any filter or penalty.
 
     Raises:
-        Unfit: the model cannot be run so, or memory does not do.
+        Unfit: the model or the samplings cannot be run so, or memory does not do.
     """
     base = runnable(model)
     graphs = records(base)
     if base.device.type == "cuda" and not graphs:
         raise Unfit("its passes are not recorded in CUDA graphs")
+    if replace(samplings[0], repetition_penalty=1.0).shapes:
+        raise Unfit("it is asked for what changes logits")
     masks = Masks.of(base)
     _WAY.try_out(base)
     asked = Asked(seedless(samplings), tuple(settings.eos_token_id), settings.max_new_tokens)  # pyright: ignore

@@ -373,8 +373,8 @@ class GRPOTrainer(SequenceTrainer):
             self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
-        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too."""
-        self.rollouts.release()
+        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too, and keeps none any more."""
+        self.rollouts.release(for_good=True)
         super().start_step_over()
         if self._of_step is not None:  # what was recorded of the step is forgotten, and it is not drawn again
             self._record_drawn(*self._of_step)

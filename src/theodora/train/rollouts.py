@@ -4,10 +4,10 @@
     completions = rollouts(prompts, seed=step)   # of the weights as they are now
     rollouts.release()                           # memory goes back until the next call
 
-On a GPU the live model itself runs in the batches that serve (`theodora.serve.offline`), elsewhere `generate` does, in
-padded batches. Both pick tokens by `theodora.serve.sampling.pick`, with a random number made from the seed, the
-prompt's place and the token's: torch's generators are left alone, and a token does not depend on who else is in
-the batch.
+On a GPU the live model itself runs in lock-step, from CUDA graphs (`theodora.serve.static_batches`); if it cannot, in
+the batches that serve (`theodora.serve.offline`); elsewhere `generate` does, in padded batches. All pick tokens by
+`theodora.serve.sampling.pick`, with a random number made from the seed, the prompt's index and the token's place:
+torch's generators are left alone, and a token does not depend on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Rollouts:
         self._model, self._rows = model, rows
         self._sampling = drawing.sampling(max_new_tokens)
         self._settings = decoding(list(ends), max_new_tokens)
-        self._kept = offline.Kept()
+        self._kept, self._keeps = offline.Kept(), True
         self._ways: list[tuple[str, Callable[..., Any]]] = []
         """What is tried before `generate`, the fastest first."""
         self._why = f"it is faster on {model.device.type}"
@@ -153,6 +153,8 @@ class Rollouts:
         samplings = [replace(self._sampling, seed=(seed << 32) + place) for place in own]
         told = _Told(over)
         found = self._together(prompts, samplings, told)
+        if not self._keeps:
+            self.release()
         self._by_generate(prompts, samplings, found, told)
         completions = [Completion(*found[index]) for index in range(len(prompts))]
         if not all(math.isfinite(sum(each.logps)) for each in completions):
@@ -162,12 +164,16 @@ class Rollouts:
             )
         return completions
 
-    def release(self) -> None:
+    def release(self, for_good: bool = False) -> None:
         """Give back the memory that is held between calls; the next one takes it again.
 
-        On a GPU those are the keys and values of the rows under way (32,768 tokens at most, and half of what was free),
-        and CUDA graphs, which the next call has to record again; nothing elsewhere.
+        On a GPU those are the keys and values of the rows under way (half of what was free, at most), and CUDA graphs,
+        which the next call has to record again; nothing elsewhere.
+
+        Args:
+            for_good: whether later calls are to leave nothing, either, because others have no room beside it.
         """
+        self._keeps = self._keeps and not for_good
         self._kept.let_go()
 
     def _together(
