@@ -18,62 +18,10 @@ from theodora.train import grpo, prepare, sequence_trainer, train, trainer_passe
 from theodora.train.reference import Reference
 from theodora.train.rollouts import Rollouts
 from theodora.train.stop import TrainingInterrupted
+from train.rewarded import ENDS, reward, saved
 
-OWN = '''
-import os
-import signal
-from pathlib import Path
-
-def low(completion_ids, **kwargs):
-    """The share of low tokens."""
-    return [sum(token < 136 for token in ids) / len(ids) for ids in completion_ids]
-
-def first(completion_ids, **kwargs):
-    return [float(ids[0] < 136) for ids in completion_ids]
-
-def alike(completions):
-    return [0.3] * len(completions)
-
-def of_rows(prompts, completions, completion_ids, n, kind, reference, trainer_state):
-    """Looks whether all that belongs together comes together."""
-    tried = trainer_state.max_steps == 0  # with the rows' own references, beforehand
-    assert tried or len(n) == {"train": 8, "held out": 2}[kind[0]]
-    assert len(prompts) == len(completions) == len(completion_ids) == len(n)
-    assert set(kind) == {kind[0]}
-    assert trainer_state.global_step <= 4
-    for prompt, number, right in zip(prompts, n, reference):
-        assert prompt == [{"role": "user", "content": f"number {number}?"}]
-        assert right == f"it is {number}"
-    if kind[0] == "train" and not tried:
-        assert len(set(n)) == 2
-        assert n == sorted(n, key=n.index)  # those of a prompt one after the other
-    assert all(turns[0]["role"] == "assistant" for turns in completions)
-    return [len(ids) for ids in completion_ids]
-
-def stops(completion_ids, trainer_state, **kwargs):
-    flag = Path(__file__).with_name("stop")
-    if trainer_state.global_step == 2 and flag.exists():
-        flag.unlink()
-        os.kill(os.getpid(), signal.SIGTERM)
-    return low(completion_ids)
-'''
 DRAWN = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
 ALL = ("loss", "eval_loss", "grad_norm", "num_tokens", "entropy", "kl", "eval_kl", "eval_reward", *DRAWN)
-
-
-@pytest.fixture(scope="session")
-def own(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rewards") / "own.py"
-    path.write_text(OWN)
-    return lambda name: f"{path}:{name}"
-
-
-def saved(model, path):
-    """The folder of a tiny model that ends what it says after some seven tokens."""
-    model.generation_config.eos_token_id = [2, *range(60, 100)]
-    model.save_pretrained(path)
-    tiny.tiny_tokenizer().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -88,12 +36,12 @@ def mixture(tmp_path_factory):
 
 
 @pytest.fixture
-def options(options, base, own):
+def options(options, base):
     """Two prompts in each step, and four completions of each."""
     return options | {
         "model": base,
         "objective": "grpo",
-        "reward": [own("low")],
+        "reward": [reward("low")],
         "num_generations": 4,
         "per_device_train_batch_size": 8,
         "max_completion_length": 8,
@@ -115,7 +63,7 @@ def lines(folder, name):
     return [line[name] for line in found if name in line]
 
 
-def alike(one, other, names=ALL, rtol=1e-3, atol=2e-5):
+def close(one, other, names=ALL, rtol=1e-3, atol=2e-5):
     for name in names:
         torch.testing.assert_close(
             lines(one, name), lines(other, name), rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
@@ -152,7 +100,7 @@ def test_rewards_rise(method, run, tmp_path):
 
 class TestReference:
     @pytest.mark.parametrize("start", ["base", "adapter", "another"])
-    def test_it_does_not_move_by_a_bit(self, start, run, own, tmp_path, monkeypatch):
+    def test_it_does_not_move_by_a_bit(self, start, run, tmp_path, monkeypatch):
         others = {}
         if start != "base":
             run(max_steps=2, learning_rate=3e-2, output=str(tmp_path / "first"), held_out=0)
@@ -200,7 +148,7 @@ def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp
     others = {**few, **others, "num_generations": 6, "max_steps": 4}
     parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
     run(output=str(tmp_path / "parts"), **parts, **others)
-    alike(tmp_path / "parts", whole(per_device_train_batch_size=12, **others))
+    close(tmp_path / "parts", whole(per_device_train_batch_size=12, **others))
 
 
 @pytest.mark.parametrize("others", [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}])
@@ -216,10 +164,11 @@ def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run
     same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_sigterm_while_rewards_are_computed(run, own, tmp_path):
-    settings = {"reward": [own("stops")], "save_steps": 100, "resume": "auto", "max_steps": 5}
+def test_sigterm_while_rewards_are_computed(run, tmp_path, monkeypatch):
+    settings = {"reward": [reward("stops")], "save_steps": 100, "resume": "auto", "max_steps": 5}
     run(output=str(tmp_path / "whole"), **settings)
-    Path(own("")[:-1]).with_name("stop").touch()
+    monkeypatch.setenv("THEODORA_TEST_STOP", str(tmp_path / "stop"))
+    (tmp_path / "stop").touch()
     with pytest.raises(TrainingInterrupted, match="--resume"):
         run(output=str(tmp_path / "parts"), **settings)
     (checkpoint,) = (tmp_path / "parts" / "checkpoints").iterdir()
@@ -232,7 +181,7 @@ def test_held_out_prompts_are_answered_alike_in_whatever_batches(run, tmp_path):
     settings = {"max_steps": 2, "held_out": 6, "num_generations_eval": 3}
     run(output=str(tmp_path / "one"), per_device_eval_batch_size=16, **settings)
     run(output=str(tmp_path / "other"), per_device_eval_batch_size=5, **settings)
-    alike(tmp_path / "one", tmp_path / "other")
+    close(tmp_path / "one", tmp_path / "other")
 
 
 def test_another_seed_draws_others_and_two_steps_do_not_draw_alike(run, tmp_path, monkeypatch):
@@ -294,7 +243,7 @@ def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory
     run(output=str(tmp_path / "whole"), **others)
     short_of_memory(160)
     run(output=str(tmp_path / "pieces"), **others)
-    alike(tmp_path / "pieces", tmp_path / "whole", rtol=2e-3)
+    close(tmp_path / "pieces", tmp_path / "whole", rtol=2e-3)
 
 
 @pytest.mark.parametrize("others", [{"beta": 0.2}, {"temperature": 0.7, "mask_truncated_completions": True}])
@@ -308,7 +257,7 @@ def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monk
     if flattened:
         assert made[0].graph_replays >= 3, made[0].why_no_graph
     run(output=str(tmp_path / "plain"), kernels="reference", **others)
-    alike(tmp_path / "fused", tmp_path / "plain")
+    close(tmp_path / "fused", tmp_path / "plain")
     assert max(lines(tmp_path / "fused", "sampling/sampling_logp_difference/mean")) < 1e-5
 
 
@@ -317,7 +266,7 @@ def test_logits_that_are_too_many_come_a_few_at_a_time(run, tmp_path, monkeypatc
     monkeypatch.setattr(sequence_trainer, "logits_fit", lambda labels, vocabulary: False)
     monkeypatch.setattr(sequence_trainer, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
     run(output=str(tmp_path / "few"), temperature=0.8)
-    alike(tmp_path / "few", tmp_path / "all")
+    close(tmp_path / "few", tmp_path / "all")
 
 
 KINDS = {
@@ -373,7 +322,7 @@ class TestTruncated:
         run(**few, mask_truncated_completions=True, max_steps=4, max_completion_length=4)
         ratios = lines(tmp_path / "run", "completions/clipped_ratio")
         assert 0.2 < min(ratios) <= max(ratios) < 1
-        ends = torch.tensor([2, *range(60, 100)])
+        ends = torch.tensor(ENDS)
         for inputs in batches:
             for labels, mask, ids in zip(inputs["labels"], inputs["attention_mask"], inputs["input_ids"], strict=True):
                 ended = bool(torch.isin(ids[mask.bool()][-1], ends))
@@ -386,7 +335,7 @@ class TestTruncated:
         assert lines(tmp_path / "run", "loss") == [0.0, 0.0]
 
 
-def test_a_function_gets_what_belongs_together(run, own, tmp_path):
+def test_a_function_gets_what_belongs_together(run, tmp_path):
     rows = {
         kind: [{"question": f"number {n}?", "answer": f"it is {n}", "n": n, "kind": kind} for n in numbers]
         for kind, numbers in {"train": range(6), "held out": range(6, 8)}.items()
@@ -394,7 +343,7 @@ def test_a_function_gets_what_belongs_together(run, own, tmp_path):
     for kind, own_rows in rows.items():
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own_rows))
     files = {"data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "held out.jsonl"), "held_out": None}
-    run(**files, reward=[own("of_rows")], max_steps=4, eval_steps=2, max_length=256)
+    run(**files, reward=[reward("of_rows")], max_steps=4, eval_steps=2, max_length=256)
     # each gives the number of tokens
     for name in ("", "eval_"):
         assert lines(tmp_path / "run", f"{name}reward") == pytest.approx(
@@ -402,9 +351,9 @@ def test_a_function_gets_what_belongs_together(run, own, tmp_path):
         )
 
 
-def test_rewards_that_are_all_alike_are_said(run, own, few, options, capsys):
+def test_rewards_that_are_all_alike_are_said(run, few, options, capsys):
     with pytest.raises(Exception, match="all completions of each prompt had the same reward") as caught:
-        run(**few, reward=[own("alike")], max_steps=3)
+        run(**few, reward=[reward("alike")], max_steps=3)
     assert "--from-adapter" in str(caught.value)
 
 
@@ -414,7 +363,7 @@ def test_epochs_are_of_completions(run, few, tmp_path):
     assert [round(epoch, 2) for epoch in lines(tmp_path / "run", "epoch")[:6]] == [0.33, 0.67, 1.0, 1.33, 1.67, 2.0]
 
 
-def test_the_record_runs_again(run, tmp_path, base, own):
+def test_the_record_runs_again(run, tmp_path):
     run(max_steps=2, beta=0.1, top_k=50, epsilon_high=0.28, scale_rewards="none", num_generations_eval=2)
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert record["objective"] == "grpo"
@@ -489,9 +438,9 @@ class TestWhatMakesNoSense:
         with pytest.raises(DataError, match="max_completion_length"):
             run(data=str(tmp_path / "long.jsonl"), held_out=0)
 
-    def test_columns_that_a_function_needs(self, run, own):
+    def test_columns_that_a_function_needs(self, run):
         with pytest.raises(DataError, match="needs 'n' and 'kind'"):
-            run(reward=[own("of_rows")])
+            run(reward=[reward("of_rows")])
 
 
 def test_a_default_batch_has_a_group(options):
