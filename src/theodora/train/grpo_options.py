@@ -14,7 +14,7 @@ from theodora.train.grpo_loss import LOSSES, PolicySettings
 from theodora.train.rollouts import Drawing
 
 _DRAWING = tuple(field.name for field in fields(Drawing))
-_TYPES: dict[str, Any] = {
+TYPES: dict[str, Any] = {
     "num_generations": int,
     "num_generations_eval": int,
     "max_completion_length": int,
@@ -31,14 +31,15 @@ _TYPES: dict[str, Any] = {
     "disable_dropout": bool,
     **dict.fromkeys((*set(_DRAWING) - {"top_k", "min_p"}, "beta", "epsilon"), float),
 }
-NAMES = tuple(_TYPES)
+"""Option -> what it holds."""
+NAMES = tuple(TYPES)
 _WORDS = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 # Why fields of TRL's have no effect here; of the others nothing is said but that.
-_WHY = {
+WHY = {
     "num_iterations": "completions are learned from once, by the policy that drew them",
     "steps_per_generation": "completions are drawn for each step, by the policy that learns from them",
     "generation_batch_size": "completions are drawn for each step, by the policy that learns from them",
@@ -68,13 +69,13 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
     values: dict[str, Any] = {"reward_weights": config.reward_weights}
     problems: list[str] = []
     for name, value in config.trainer.items():
-        if name in _TYPES:
+        if name in TYPES:
             try:
-                values[name] = coerce(_as_word(name, value), _TYPES[name])
+                values[name] = coerce(_as_word(name, value), TYPES[name])
             except ValueError as error:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
         elif name in own_names() and value not in (None, False, _default(name)):
-            problems.append(f"{name} has no effect here" + (f": {_WHY[name]}" if name in _WHY else ""))
+            problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
     if not problems:
         problems = list(_problems(values))
     if problems:
