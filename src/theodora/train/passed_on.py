@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from trl.trainer.dpo_config import DPOConfig
@@ -14,7 +16,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.sft_config import SFTConfig
 
+from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, SAME_AS, Objective
+from theodora.errors import shown
 from theodora.train.arguments import ALWAYS, ELSEWHERE
 from theodora.train.objectives import own_types, refused_names
 
@@ -56,6 +60,31 @@ def passed_options() -> list[PassedOption]:
             option = PassedOption(name=option.name, hint=hint, default=other.default, description=text)
         options[option.name] = option
     return list(options.values())
+
+
+def checks() -> dict[str, Callable[[Any], str | None]]:
+    """Names of these options, and of ours that TRL decides on → what is wrong with a value (None: nothing)."""
+    found: dict[str, Callable[[Any], str | None]] = {}
+    for option in passed_options():
+        found[option.name] = partial(_objection, option)
+    schedule = next(field for field in fields(SFTConfig) if field.name == "lr_scheduler_type")
+    found[schedule.name] = partial(_objection, PassedOption(name=schedule.name, hint=str))
+    return found
+
+
+def _objection(option: PassedOption, value: Any) -> str | None:
+    known = words_of(option.name)
+    if option.refused:
+        return option.description if value else None
+    if known and value not in known:
+        close = difflib.get_close_matches(str(value), known, n=3)
+        near = f" ({', '.join(close)} are close)" if close else ""
+        return f"would set {option.name} to {shown(value)}, which transformers does not have{near}"
+    try:
+        coerce(value, option.hint)
+    except ValueError as error:
+        return f"{option.name} cannot be that; expected {error}"
+    return None
 
 
 def words_of(name: str) -> tuple[str, ...]:
