@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ def draw_in_step(
     *,
     over: Callable[[], object] = lambda: None,
     rows: int = MOST_ROWS,
+    longest: int = 0,
     kept: Kept | None = None,
 ) -> list[Answer]:
     """What `offline.draw_together` gives, with the same arguments, in lock-step.
@@ -69,6 +70,8 @@ def draw_in_step(
             repetition penalty.
         over: called whenever an answer is over, some steps later.
         rows: answers under way at a time, at most.
+        longest: tokens of the longest prompt of any call, if that is known: then all sizes go by it and by `rows`, so
+            that what is drawn does not depend on the calls before (other sizes round otherwise).
         kept: what earlier calls have left, and this one leaves for later ones. Nothing is left if not given.
 
     Returns:
@@ -89,7 +92,7 @@ def draw_in_step(
     own = Kept() if kept is None else kept
     try:
         with as_when_answering(base), looked_at_once(own.begin(base, "in step", asked)):
-            return _answers(Run(base, masks, asked, graphs), prompts, samplings, over, rows, own)
+            return _answers(Run(base, masks, asked, graphs), prompts, samplings, over, _Sizes(rows, longest), own)
     except (torch.OutOfMemoryError, MemoryError) as error:
         own.let_go()
         raise NoRoom(f"memory does not do: {error}") from error
@@ -110,10 +113,20 @@ def _answer_trial(model: Any, trial: Trial) -> list[Answer]:
     prompts = [*trial.prompts, [token for prompt in trial.prompts for token in prompt]]
     kept, run = Kept(), Run(model, Masks.of(model), Asked(greedy, (-1,), trial.count), False)
     with as_when_answering(model), looked_at_once():
-        return _answers(run, prompts, [greedy] * 3, lambda: None, 3, kept)[:2]
+        return _answers(run, prompts, [greedy] * 3, lambda: None, _Sizes(3), kept)[:2]
 
 
 _WAY = Way("tried-in-step", "batches in lock-step", _answer_trial)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What calls ask for."""
+
+    rows: int
+    """At a time, at most."""
+    longest: int = 0
+    """Tokens of the longest prompt of any call; 0 if it is not known."""
 
 
 def _answers(
@@ -121,23 +134,24 @@ def _answers(
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     over: Callable[[], object],
-    rows: int,
+    sizes: _Sizes,
     kept: Kept,
 ) -> list[Answer]:
     """Answers to all prompts, as many at a time as there is memory for."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))  # equal ones together
     answers: dict[int, Answer] = {}
     while order:
-        batch = _batch_for(run, kept, len(order), rows, prompts[order[0]])
+        batch = _batch_for(run, kept, len(order), sizes, prompts[order[0]])
         some, order = order[: batch.rows], order[batch.rows :]
         steps = _Steps(run, batch, [prompts[i] for i in some], [samplings[i] for i in some])
         answers.update(zip(some, steps.run(over), strict=True))
     return [answers[index] for index in range(len(prompts))]
 
 
-def _batch_for(run: Run, kept: Kept, count: int, rows: int, longest: Sequence[int]) -> Batch:
+def _batch_for(run: Run, kept: Kept, count: int, sizes: _Sizes, longest: Sequence[int]) -> Batch:
     """One for so many prompts, the longest first: the one that is kept if it does, or another."""
-    need, wanted = max(2, len(longest)) + run.asked.most, min(rows, _rounded(count, _FEW))
+    need = max(2, len(longest), sizes.longest) + run.asked.most
+    wanted = min(sizes.rows, _rounded(sizes.rows if sizes.longest else count, _FEW))
     before: Batch | None = kept.made
     if before is not None:
         # Each step reads all places.

@@ -35,6 +35,7 @@ from theodora.train.shares import NOTHING
 _OF_PASSES = ("entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
 _OF_GROUPS = ("frac_reward_zero_std", "reward_std")
 _OF_DRAWN = ("reward", "completions/mean_length", "completions/clipped_ratio")
+_MOST_ROWS = 256
 _SHAPES, _SHORTEST = 12, 64
 """Lengths that batches are filled up to, at most, and the shortest."""
 _STEPS_WITHOUT = 10
@@ -107,7 +108,9 @@ class GRPOTrainer(SequenceTrainer):
         self.data_collator = asked_for
         tokenizer: Any = self.processing_class
         self._decode, ends = tokenizer.batch_decode, end_tokens(self.model, tokenizer)
-        self.rollouts = Rollouts(self.model, settings.drawing, ends, settings.max_completion_length)
+        rows, longest = self._drawn_at_once()
+        most = settings.max_completion_length
+        self.rollouts = Rollouts(self.model, settings.drawing, ends, most, rows=rows, longest=longest)
         self._ends = frozenset(ends)
         self._before = 0
         self._without_spread: int | None = 0
@@ -139,6 +142,14 @@ class GRPOTrainer(SequenceTrainer):
     def fast_notes(self) -> list[str]:
         """Overrides `AdapterTrainer.fast_notes`: also what draws."""
         return [*super().fast_notes, f"answers drawn by {self.rollouts.way}"]
+
+    def _drawn_at_once(self) -> tuple[int, int]:
+        """Completions that are drawn together, at most, and tokens of the longest prompt."""
+        parts: list[Any] = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+        longest = max(int(self.lengths_in_batches(rows)[0].max()) for rows in parts)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        held_out = 0 if self.eval_dataset is None else min(self.args.eval_batch_size, len(parts[-1]))
+        return min(_MOST_ROWS, max(step, held_out)), longest
 
     # How a batch is made
 

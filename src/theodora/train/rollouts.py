@@ -99,10 +99,17 @@ class Rollouts:
         ends: the tokens that end a completion, at least one.
         max_new_tokens: tokens of a completion, at most.
         rows: completions under way at a time, at most. Halved where memory does not do.
+        longest: tokens of the longest prompt of any call, so that what is drawn does not depend on earlier calls.
     """
 
     def __init__(
-        self, model: Any, drawing: Drawing, ends: Sequence[int], max_new_tokens: int, rows: int = _ROWS
+        self,
+        model: Any,
+        drawing: Drawing,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        rows: int = _ROWS,
+        longest: int = 0,
     ) -> None:
         self._model, self._rows = model, rows
         self._sampling = drawing.sampling(max_new_tokens)
@@ -118,7 +125,8 @@ class Rollouts:
             self._why = str(error)
             return
         if model.device.type in static_batches.DEVICES:
-            self._ways.append(("batches in lock-step", static_batches.draw_in_step))
+            in_step = partial(static_batches.draw_in_step, longest=longest)
+            self._ways.append(("batches in lock-step", in_step))
         if offline.worth_it(model):
             self._ways.append(("transformers' continuous batching", offline.draw_together))
 
