@@ -44,7 +44,7 @@ def options(options, base):
         "reward": [reward("low")],
         "num_generations": 4,
         "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
+        "max_completion_length": 6,
         "max_length": 64,
         "held_out": 2,
     }
@@ -145,7 +145,7 @@ class TestReference:
 @pytest.mark.parametrize("size", [4, 3])
 def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp_path):
     """Also where a batch holds a part of a group, and where the last step of an epoch has fewer."""
-    others = {**few, **others, "num_generations": 6, "max_steps": 4}
+    others = {**few, **others, "num_generations": 6, "max_steps": 3}
     parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
     run(output=str(tmp_path / "parts"), **parts, **others)
     close(tmp_path / "parts", whole(per_device_train_batch_size=12, **others))
@@ -154,7 +154,7 @@ def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp
 @pytest.mark.parametrize("others", [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}])
 def test_it_resumes_with_the_same_bits(others, resumes, few, tmp_path):
     few = few | {"held_out": 1} if "beta" in others else few
-    resumes(**few, save_steps=4, max_steps=8, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
+    resumes(**few, save_steps=4, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
     same(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -164,8 +164,17 @@ def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run
     same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_what_prompts_are_counted_by_stays_as_it_was(run, few, tmp_path):
+    run(**few, max_steps=1, max_completion_length=2)
+    for name, value in {"num_generations": 8, "max_completion_length": 4}.items():
+        with pytest.raises(ConfigError, match=rf"{name} was \d and is {value}"):
+            run(**few, **{"max_steps": 2, "max_completion_length": 2, name: value}, resume=True)
+    run(**few, max_steps=2, max_completion_length=2, temperature=0.7, num_generations=4, resume=True)
+    assert len(lines(tmp_path / "run", "loss")) == 2
+
+
 def test_sigterm_while_rewards_are_computed(run, tmp_path, monkeypatch):
-    settings = {"reward": [reward("stops")], "save_steps": 100, "resume": "auto", "max_steps": 5}
+    settings = {"reward": [reward("stops")], "save_steps": 100, "resume": "auto", "max_steps": 4}
     run(output=str(tmp_path / "whole"), **settings)
     monkeypatch.setenv("THEODORA_TEST_STOP", str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
@@ -239,7 +248,7 @@ def short_of_memory(monkeypatch):
 def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory, tmp_path, request):
     if fused:
         request.getfixturevalue("made")
-    others = {**others, "max_steps": 3, "held_out": 6, "gradient_accumulation_steps": 2}
+    others = {**others, "max_steps": 2, "held_out": 6, "gradient_accumulation_steps": 2}
     run(output=str(tmp_path / "whole"), **others)
     short_of_memory(160)
     run(output=str(tmp_path / "pieces"), **others)
@@ -249,7 +258,7 @@ def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory
 @pytest.mark.parametrize("others", [{"beta": 0.2}, {"temperature": 0.7, "mask_truncated_completions": True}])
 @pytest.mark.parametrize("flattened", [False, True])
 def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monkeypatch):
-    others = {**others, "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    others = {**others, "max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     if not flattened:
         monkeypatch.setattr(trainer_passes, "takes_bounds", lambda *_: False)
     run(output=str(tmp_path / "fused"), **others)
@@ -357,9 +366,19 @@ def test_rewards_that_are_all_alike_are_said(run, few, options, capsys):
     assert "--from-adapter" in str(caught.value)
 
 
-def test_epochs_are_of_completions(run, few, tmp_path):
-    result = run(**few, max_steps=None, num_train_epochs=2)  # five prompts, four completions of each, eight in a step
+def test_epochs_are_of_completions(run, few, tmp_path, monkeypatch):
+    """Of five prompts, four completions of each, eight in a step; each prompt once, in another order."""
+    asked, call = [], Rollouts.__call__
+    monkeypatch.setattr(
+        Rollouts, "__call__", lambda self, p, *a, **k: asked.append([*map(len, p)]) or call(self, p, *a, **k)
+    )
+    result = run(**few, max_steps=None, num_train_epochs=2)
     assert result.steps == 6
+    assert [len(lengths) for lengths in asked] == [8, 8, 4, 8, 8, 4]
+    one, other = ([length for lengths in asked[n : n + 3] for length in lengths] for n in (0, 3))
+    assert sorted(one) == sorted(other)
+    assert len(set(one)) == 5
+    assert one != other
     assert [round(epoch, 2) for epoch in lines(tmp_path / "run", "epoch")[:6]] == [0.33, 0.67, 1.0, 1.33, 1.67, 2.0]
 
 
