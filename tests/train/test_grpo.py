@@ -255,9 +255,17 @@ def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory
     close(tmp_path / "pieces", tmp_path / "whole", rtol=2e-3)
 
 
-@pytest.mark.parametrize("others", [{"beta": 0.2}, {"temperature": 0.7, "mask_truncated_completions": True}])
-@pytest.mark.parametrize("flattened", [False, True])
-def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("others", "flattened"),
+    [
+        ({"beta": 0.2}, True),
+        ({"beta": 0.2}, False),
+        ({"temperature": 0.7, "mask_truncated_completions": True}, True),
+        ({"experts": True, "router_aux_loss_coef": 0.5, "held_out": 0}, True),
+    ],
+)
+def test_as_on_a_gpu_it_is_the_same(others, flattened, run, mixture, made, tmp_path, monkeypatch):
+    others = {**others, **({"model": mixture} if "experts" in others else {})}
     others = {**others, "max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     if not flattened:
         monkeypatch.setattr(trainer_passes, "takes_bounds", lambda *_: False)
@@ -266,7 +274,7 @@ def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monk
     if flattened:
         assert made[0].graph_replays >= 3, made[0].why_no_graph
     run(output=str(tmp_path / "plain"), kernels="reference", **others)
-    close(tmp_path / "fused", tmp_path / "plain")
+    close(tmp_path / "fused", tmp_path / "plain", (*ALL, "aux_loss"))
     assert max(lines(tmp_path / "fused", "sampling/sampling_logp_difference/mean")) < 1e-5
 
 
@@ -360,6 +368,16 @@ def test_a_function_gets_what_belongs_together(run, tmp_path):
         )
 
 
+def test_rows_keep_their_columns_where_others_are_left_out(run, tmp_path):
+    rows = [
+        {"prompt": f"number{n} " + "is long " * 20 * (n % 3 == 1), "answer": f"it is {n}", "n": n} for n in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(data=str(tmp_path / "rows.jsonl"), held_out=3, max_steps=3, eval_steps=3, reward=[reward("belongs")])
+    assert len(lines(tmp_path / "run", "reward")) == 3
+    assert len(lines(tmp_path / "run", "eval_reward")) == 2
+
+
 def test_rewards_that_are_all_alike_are_said(run, few, options, capsys):
     with pytest.raises(Exception, match="all completions of each prompt had the same reward") as caught:
         run(**few, reward=[reward("alike")], max_steps=3)
@@ -439,6 +457,7 @@ class TestWhatMakesNoSense:
             ({"chat_template_kwargs": {"a": 1}}, "prompts are what evaluate and chat make of them"),
             ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
             ({"shuffle_dataset": True}, "shuffle_dataset"),
+            ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
             ({"packing": True}, "needs each answer by itself"),
             ({"eval_packing": True}, "eval_packing"),
             ({"train_on": "all"}, "is about answers alone"),
@@ -460,6 +479,24 @@ class TestWhatMakesNoSense:
     def test_columns_that_a_function_needs(self, run):
         with pytest.raises(DataError, match="needs 'n' and 'kind'"):
             run(reward=[reward("of_rows")])
+
+
+def test_many_steps_without_a_difference_are_said_once(run, few, tmp_path, monkeypatch):
+    """However often a step is begun anew."""
+    said, each = [], grpo.GRPOTrainer.each
+    monkeypatch.setattr(grpo, "_STEPS_WITHOUT", 3)
+    monkeypatch.setattr(Console, "print", lambda self, *objects, **_: said.append(str(objects[0]) if objects else ""))
+
+    def refuse(self, model, given, balanced=False):
+        if given["input_ids"].numel() > 160 and self.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return each(self, model, given, balanced)
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "each", refuse)
+    with pytest.raises(TheodoraError, match="frozen"):
+        run(**few, reward=[reward("alike")], max_steps=2)
+    assert any("Each batch now takes 2 passes" in text for text in said)
+    assert not any("3 steps, and all completions" in text for text in said)
 
 
 def test_a_default_batch_has_a_group(options):
