@@ -31,7 +31,7 @@ QUANTISERS_NEED := loguru==0.7.3 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.
 
 # Ray likewise, with what of its own needs is not there already.
 RAY := 2.60.0
-RAY_NEED := msgpack==1.2.4 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 attrs==26.1.0
+RAY_NEED := msgpack==1.2.4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

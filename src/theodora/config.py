@@ -221,7 +221,7 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, str) and (problem := path_problem(value, written=name == "output")):
                 yield f"{name} is {shown(value)}: {problem}"
-        for name, (least, inclusive) in _TRAIN_BOUNDS.items():
+        for name, (least, inclusive) in TRAIN_BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not (value > least or (inclusive and value == least)):
                 yield f"{name} is {shown(value)}; expected {'at least' if inclusive else 'more than'} {least}"
@@ -345,8 +345,7 @@ _OWN_NAMES = frozenset(f.name for f in fields(TrainConfig)) - {"adapter"}
 OPTION_NAMES = _ADAPTER_NAMES | _OWN_NAMES
 """Every option of a training run but those that go through to `trl.SFTConfig`."""
 
-# Fields of transformers and TRL that are options here under another name, or with other values.
-_SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
+SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
     "output_dir": ("output", {}),
     "resume_from_checkpoint": ("resume", {}),
     "activation_checkpointing": ("gradient_checkpointing", {}),
@@ -354,6 +353,7 @@ _SAME_AS: dict[str, tuple[str, dict[Any, Any]]] = {
     "completion_only_loss": ("train_on", {True: "completion", False: "all"}),
     "assistant_only_loss": ("train_on", {True: "completion", False: "all"}),
 }
+"""Fields of transformers and TRL that are options here under another name: the name, and its word for each value."""
 
 
 def _as_number(given: Any) -> Any:
@@ -382,7 +382,7 @@ def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     renamed: dict[str, Any] = {}
     problems: list[str] = []
     for given, value in options.items():
-        name, values = _SAME_AS.get(given, (given, {}))
+        name, values = SAME_AS.get(given, (given, {}))
         if given == "bf16" and value == "auto":  # Axolotl's word for what holds by default
             value = None
         if name != given and value is None:  # "not set" in transformers and TRL
@@ -393,8 +393,7 @@ def _current_names(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     return renamed, problems
 
 
-# field -> (smallest value, whether that value itself is allowed)
-_TRAIN_BOUNDS = {
+TRAIN_BOUNDS: dict[str, tuple[int, bool]] = {
     "max_length": (2, True),
     "num_train_epochs": (0, False),
     "max_steps": (1, True),
@@ -416,5 +415,6 @@ _TRAIN_BOUNDS = {
     "max_loss": (0, False),
     "seed": (0, True),
 }
+"""Field -> smallest value, and whether that value itself is allowed."""
 _LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""

@@ -40,7 +40,7 @@ FLOORS = [
     {"adapters"},
     {"merging", "data"},
     {"plan"},
-    {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin"},
+    {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin", "foreign"},
     {"compare"},
     {"launch"},
     {"demo", "cli"},

@@ -46,6 +46,10 @@ COMMANDS = {
         "verify": ("theodora.cli.verify", "compare two forms of one model: adapter, merged, GGUF, a server"),
         "serve": ("theodora.cli.serve", "serve a model and many adapters over HTTP, as OpenAI does"),
     },
+    "Set up": {
+        "import": ("theodora.cli.import_recipe", "read a recipe of Axolotl, LLaMA-Factory or Unsloth into ours"),
+        "schema": ("theodora.cli.schema", "write a JSON Schema of the YAML, with which editors complete it"),
+    },
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
 _RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve"}

@@ -144,7 +144,7 @@ class CompareConfig:
                 yield f"{name} is {shown(value)}: {problem}"
         yield from (f"data: {problem}" for problem in map(name_problem, self.data) if problem)
         yield from (f"data: {one} and {other} differ in capitals alone" for one, other in alike(self.data))
-        for name, least in _BOUNDS.items():
+        for name, least in BOUNDS.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"{name} is {value}; expected at least {least}"
@@ -288,7 +288,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-_BOUNDS = {
+BOUNDS = {
     "steps": 1,
     "batch_size": 1,
     "max_length": 2,

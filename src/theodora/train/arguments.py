@@ -34,7 +34,7 @@ from theodora.train.objectives import own_names, settings_of, whose
 from theodora.train.processes import Processes, links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
-_ELSEWHERE = {
+ELSEWHERE = {
     "dataset_text_field": "call the column `text`",
     "dataset_kwargs": "rows are tokenised before TRL sees them",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint by itself",
@@ -47,7 +47,7 @@ _ELSEWHERE = {
 }
 
 # Switches of SFTConfig that are always on here, and why.
-_ALWAYS = {
+ALWAYS = {
     "average_tokens_across_devices": "a step's loss is the mean over the learned tokens of all processes",
 }
 
@@ -232,15 +232,15 @@ def _checked(trainer: Any) -> dict[str, Any]:
     for name, value in trainer.items():
         if name not in known:
             problems.append(f"there is no option {name}{_nearest(name, value, sorted({*known, *OPTION_NAMES}))}")
-        elif name in _ELSEWHERE and value:
-            problems.append(f"{name} has no effect here: {_ELSEWHERE[name]}")
+        elif name in ELSEWHERE and value:
+            problems.append(f"{name} has no effect here: {ELSEWHERE[name]}")
         else:
             try:
                 values[name] = coerce(value, hints[name])
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; expected {error}")
-            if name in _ALWAYS and values.get(name) is False:
-                problems.append(f"{name} cannot be switched off: {_ALWAYS[name]}")
+            if name in ALWAYS and values.get(name) is False:
+                problems.append(f"{name} cannot be switched off: {ALWAYS[name]}")
     if problems:
         raise ConfigError("The options make no sense:" + bullet_list(problems))
     return values

@@ -38,6 +38,8 @@ class PolicySettings:
     """The same of held-out prompts. (TRL takes as many as in training.)"""
     max_completion_length: int = 256
     """Tokens of a completion, at most. (TRL's default is 512.)"""
+    num_iterations: int = 1
+    """Steps that learn from the same completions."""
     drawing: Drawing = field(default_factory=Drawing)
     beta: float = 0.0
     epsilon: float = 0.2

@@ -14,10 +14,11 @@ from theodora.train.grpo_loss import LOSSES, PolicySettings
 from theodora.train.rollouts import Drawing
 
 _DRAWING = tuple(field.name for field in fields(Drawing))
-_TYPES: dict[str, Any] = {
+TYPES: dict[str, Any] = {
     "num_generations": int,
     "num_generations_eval": int,
     "max_completion_length": int,
+    "num_iterations": int,
     "top_k": int,
     "min_p": float | None,
     "epsilon_high": float | None,
@@ -31,17 +32,17 @@ _TYPES: dict[str, Any] = {
     "disable_dropout": bool,
     **dict.fromkeys((*set(_DRAWING) - {"top_k", "min_p"}, "beta", "epsilon"), float),
 }
-NAMES = tuple(_TYPES)
+"""Option -> what it holds."""
+NAMES = tuple(TYPES)
 _WORDS = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 # Why fields of TRL's have no effect here; of the others nothing is said but that.
-_WHY = {
-    "num_iterations": "completions are learned from once, by the policy that drew them",
-    "steps_per_generation": "completions are drawn for each step, by the policy that learns from them",
-    "generation_batch_size": "completions are drawn for each step, by the policy that learns from them",
+WHY = {
+    "steps_per_generation": "completions are drawn for each step (num_iterations steps learn from them)",
+    "generation_batch_size": "completions are drawn for each step (num_iterations steps learn from them)",
     "use_vllm": "the model in training draws by itself, in the batches that serve",
     "use_transformers_continuous_batching": "it is used where it is faster",
     "use_transformers_paged": "it is used where it is faster",
@@ -74,15 +75,15 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
     values: dict[str, Any] = {"reward_weights": config.reward_weights}
     problems: list[str] = []
     for name, value in config.trainer.items():
-        if name in _TYPES:
+        if name in TYPES:
             try:
-                values[name] = coerce(_as_word(name, value), _TYPES[name])
+                values[name] = coerce(_as_word(name, value), TYPES[name])
             except ValueError as error:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
         elif name in _ORDERS and value in _ORDERS[name]:
             problems.append(f"{name} is {shown(value)}: the completions of a prompt come together ({_ORDER})")
         elif name in own_names() and value not in (None, False, _default(name)):
-            problems.append(f"{name} has no effect here" + (f": {_WHY[name]}" if name in _WHY else ""))
+            problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
         elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
             problems.append("accelerator_config holds dispatch_batches; expected none: each process reads its prompts")
     if not problems:
@@ -112,7 +113,8 @@ def _as_word(name: str, value: Any) -> Any:
 def _problems(values: dict[str, Any]) -> Iterator[str]:
     if values.get("num_generations", 8) < 2:
         yield f"num_generations is {values['num_generations']}; expected at least 2: completions are compared"
-    for name, least in {"num_generations_eval": 1, "max_completion_length": 1, "beta": 0, "epsilon": 0}.items():
+    least_of = {"num_generations_eval": 1, "max_completion_length": 1, "num_iterations": 1, "beta": 0, "epsilon": 0}
+    for name, least in least_of.items():
         if name in values and not values[name] >= least:
             yield f"{name} is {values[name]}; expected at least {least}"
     for name, words in _WORDS.items():

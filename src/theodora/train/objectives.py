@@ -101,6 +101,18 @@ def own_names(objective: str) -> frozenset[str]:
     return frozenset() if objective == "sft" else frozenset((*_OWN.get(objective, ()), *_REFUSED, "loss_type"))
 
 
+def own_types(objective: str) -> dict[str, Any]:
+    """The options that the objective has beside those of every run, and what each holds."""
+    if objective == "grpo":
+        return dict(grpo_options.TYPES)
+    return {name: _TYPES.get(name, float) for name in _OWN.get(objective, ())}
+
+
+def refused_names() -> dict[str, str]:
+    """Fields of TRL's that have no effect with any objective of ours, and why."""
+    return {**_REFUSED, **grpo_options.WHY}
+
+
 def whose(name: str) -> str | None:
     """What to say of an option that other objectives have."""
     objectives = [objective for objective, names in _OWN.items() if name in names]

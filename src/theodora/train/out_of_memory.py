@@ -185,16 +185,16 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
     return parts
 
 
-def in_parts(run: Callable[[Inputs], Tensor], batch: Inputs) -> Tensor:
-    """What is added up over a batch, in halves where memory does not last for all of it."""
+def in_parts(run: Callable[[Inputs], Tensor], batch: Inputs) -> list[Tensor]:
+    """What is computed of a batch: of all of it, or of its halves where memory does not last for it."""
     try:
-        return run(batch)
+        return [run(batch)]
     except torch.OutOfMemoryError:
         parts = split(batch, 2)
         if len(parts) == 1:
             raise
     # Outside the handler, which holds what did not fit.
-    return torch.stack([in_parts(run, part) for part in parts]).sum(0)
+    return [result for part in parts for result in in_parts(run, part)]
 
 
 def few_of(inputs: Inputs) -> Inputs:
