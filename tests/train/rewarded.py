@@ -49,6 +49,14 @@ def of_rows(prompts, completions, completion_ids, n, kind, reference, trainer_st
     return [len(ids) for ids in completion_ids]
 
 
+def belongs(prompts, completions, completion_ids, n, reference):
+    """Of rows some of which are left out, and some held out."""
+    assert len(prompts) == len(completions) == len(completion_ids) == len(n)
+    assert [prompt.split()[0] for prompt in prompts] == [f"number{number}" for number in n]
+    assert reference == [f"it is {number}" for number in n]
+    return [number + len(ids) / 100 for number, ids in zip(n, completion_ids, strict=True)]
+
+
 def stops(completion_ids, trainer_state, **kwargs):
     """Sends SIGTERM at the third step, if a file asks for it."""
     flag = Path(os.environ.get("THEODORA_TEST_STOP", "none"))

@@ -44,7 +44,7 @@ def options(options, base):
         "reward": [reward("low")],
         "num_generations": 4,
         "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
+        "max_completion_length": 6,
         "max_length": 64,
         "held_out": 2,
     }
@@ -145,7 +145,7 @@ class TestReference:
 @pytest.mark.parametrize("size", [4, 3])
 def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp_path):
     """Also where a batch holds a part of a group, and where the last step of an epoch has fewer."""
-    others = {**few, **others, "num_generations": 6, "max_steps": 4}
+    others = {**few, **others, "num_generations": 6, "max_steps": 3}
     parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
     run(output=str(tmp_path / "parts"), **parts, **others)
     close(tmp_path / "parts", whole(per_device_train_batch_size=12, **others))
@@ -154,7 +154,7 @@ def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp
 @pytest.mark.parametrize("others", [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}])
 def test_it_resumes_with_the_same_bits(others, resumes, few, tmp_path):
     few = few | {"held_out": 1} if "beta" in others else few
-    resumes(**few, save_steps=4, max_steps=8, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
+    resumes(**few, save_steps=4, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
     same(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -164,8 +164,17 @@ def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run
     same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_what_prompts_are_counted_by_stays_as_it_was(run, few, tmp_path):
+    run(**few, max_steps=1, max_completion_length=2)
+    for name, value in {"num_generations": 8, "max_completion_length": 4}.items():
+        with pytest.raises(ConfigError, match=rf"{name} was \d and is {value}"):
+            run(**few, **{"max_steps": 2, "max_completion_length": 2, name: value}, resume=True)
+    run(**few, max_steps=2, max_completion_length=2, temperature=0.7, num_generations=4, resume=True)
+    assert len(lines(tmp_path / "run", "loss")) == 2
+
+
 def test_sigterm_while_rewards_are_computed(run, tmp_path, monkeypatch):
-    settings = {"reward": [reward("stops")], "save_steps": 100, "resume": "auto", "max_steps": 5}
+    settings = {"reward": [reward("stops")], "save_steps": 100, "resume": "auto", "max_steps": 4}
     run(output=str(tmp_path / "whole"), **settings)
     monkeypatch.setenv("THEODORA_TEST_STOP", str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
@@ -239,17 +248,25 @@ def short_of_memory(monkeypatch):
 def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory, tmp_path, request):
     if fused:
         request.getfixturevalue("made")
-    others = {**others, "max_steps": 3, "held_out": 6, "gradient_accumulation_steps": 2}
+    others = {**others, "max_steps": 2, "held_out": 6, "gradient_accumulation_steps": 2}
     run(output=str(tmp_path / "whole"), **others)
     short_of_memory(160)
     run(output=str(tmp_path / "pieces"), **others)
     close(tmp_path / "pieces", tmp_path / "whole", rtol=2e-3)
 
 
-@pytest.mark.parametrize("others", [{"beta": 0.2}, {"temperature": 0.7, "mask_truncated_completions": True}])
-@pytest.mark.parametrize("flattened", [False, True])
-def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monkeypatch):
-    others = {**others, "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+@pytest.mark.parametrize(
+    ("others", "flattened"),
+    [
+        ({"beta": 0.2}, True),
+        ({"beta": 0.2}, False),
+        ({"temperature": 0.7, "mask_truncated_completions": True}, True),
+        ({"experts": True, "router_aux_loss_coef": 0.5, "held_out": 0}, True),
+    ],
+)
+def test_as_on_a_gpu_it_is_the_same(others, flattened, run, mixture, made, tmp_path, monkeypatch):
+    others = {**others, **({"model": mixture} if "experts" in others else {})}
+    others = {**others, "max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     if not flattened:
         monkeypatch.setattr(trainer_passes, "takes_bounds", lambda *_: False)
     run(output=str(tmp_path / "fused"), **others)
@@ -257,7 +274,7 @@ def test_as_on_a_gpu_it_is_the_same(others, flattened, run, made, tmp_path, monk
     if flattened:
         assert made[0].graph_replays >= 3, made[0].why_no_graph
     run(output=str(tmp_path / "plain"), kernels="reference", **others)
-    close(tmp_path / "fused", tmp_path / "plain")
+    close(tmp_path / "fused", tmp_path / "plain", (*ALL, "aux_loss"))
     assert max(lines(tmp_path / "fused", "sampling/sampling_logp_difference/mean")) < 1e-5
 
 
@@ -351,15 +368,35 @@ def test_a_function_gets_what_belongs_together(run, tmp_path):
         )
 
 
+def test_rows_keep_their_columns_where_others_are_left_out(run, tmp_path):
+    rows = [
+        {"prompt": f"number{n} " + "is long " * 20 * (n % 3 == 1), "answer": f"it is {n}", "n": n} for n in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(data=str(tmp_path / "rows.jsonl"), held_out=3, max_steps=3, eval_steps=3, reward=[reward("belongs")])
+    assert len(lines(tmp_path / "run", "reward")) == 3
+    assert len(lines(tmp_path / "run", "eval_reward")) == 2
+
+
 def test_rewards_that_are_all_alike_are_said(run, few, options, capsys):
     with pytest.raises(Exception, match="all completions of each prompt had the same reward") as caught:
         run(**few, reward=[reward("alike")], max_steps=3)
     assert "--from-adapter" in str(caught.value)
 
 
-def test_epochs_are_of_completions(run, few, tmp_path):
-    result = run(**few, max_steps=None, num_train_epochs=2)  # five prompts, four completions of each, eight in a step
+def test_epochs_are_of_completions(run, few, tmp_path, monkeypatch):
+    """Of five prompts, four completions of each, eight in a step; each prompt once, in another order."""
+    asked, call = [], Rollouts.__call__
+    monkeypatch.setattr(
+        Rollouts, "__call__", lambda self, p, *a, **k: asked.append([*map(len, p)]) or call(self, p, *a, **k)
+    )
+    result = run(**few, max_steps=None, num_train_epochs=2)
     assert result.steps == 6
+    assert [len(lengths) for lengths in asked] == [8, 8, 4, 8, 8, 4]
+    one, other = ([length for lengths in asked[n : n + 3] for length in lengths] for n in (0, 3))
+    assert sorted(one) == sorted(other)
+    assert len(set(one)) == 5
+    assert one != other
     assert [round(epoch, 2) for epoch in lines(tmp_path / "run", "epoch")[:6]] == [0.33, 0.67, 1.0, 1.33, 1.67, 2.0]
 
 
@@ -420,6 +457,7 @@ class TestWhatMakesNoSense:
             ({"chat_template_kwargs": {"a": 1}}, "prompts are what evaluate and chat make of them"),
             ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
             ({"shuffle_dataset": True}, "shuffle_dataset"),
+            ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
             ({"packing": True}, "needs each answer by itself"),
             ({"eval_packing": True}, "eval_packing"),
             ({"train_on": "all"}, "is about answers alone"),
@@ -441,6 +479,24 @@ class TestWhatMakesNoSense:
     def test_columns_that_a_function_needs(self, run):
         with pytest.raises(DataError, match="needs 'n' and 'kind'"):
             run(reward=[reward("of_rows")])
+
+
+def test_many_steps_without_a_difference_are_said_once(run, few, tmp_path, monkeypatch):
+    """However often a step is begun anew."""
+    said, each = [], grpo.GRPOTrainer.each
+    monkeypatch.setattr(grpo, "_STEPS_WITHOUT", 3)
+    monkeypatch.setattr(Console, "print", lambda self, *objects, **_: said.append(str(objects[0]) if objects else ""))
+
+    def refuse(self, model, given, balanced=False):
+        if given["input_ids"].numel() > 160 and self.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return each(self, model, given, balanced)
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "each", refuse)
+    with pytest.raises(TheodoraError, match="frozen"):
+        run(**few, reward=[reward("alike")], max_steps=2)
+    assert any("Each batch now takes 2 passes" in text for text in said)
+    assert not any("3 steps, and all completions" in text for text in said)
 
 
 def test_a_default_batch_has_a_group(options):

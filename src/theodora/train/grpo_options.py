@@ -84,6 +84,8 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
             problems.append(f"{name} is {shown(value)}: the completions of a prompt come together ({_ORDER})")
         elif name in own_names() and value not in (None, False, _default(name)):
             problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
+        elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
+            problems.append("accelerator_config holds dispatch_batches; expected none: each process reads its prompts")
     if not problems:
         problems = list(_problems(values))
     if problems:
