@@ -141,7 +141,9 @@ class TestReference:
         assert len(lines(tmp_path / "5.0", "kl")) == 4
 
 
-@pytest.mark.parametrize("others", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "dr_grpo"}])
+@pytest.mark.parametrize(
+    "others", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "dr_grpo"}, {"num_iterations": 2}]
+)
 @pytest.mark.parametrize("size", [4, 3])
 def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp_path):
     """Also where a batch holds a part of a group, and where the last step of an epoch has fewer."""
@@ -151,7 +153,10 @@ def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp
     close(tmp_path / "parts", whole(per_device_train_batch_size=12, **others))
 
 
-@pytest.mark.parametrize("others", [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}])
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}, {"num_iterations": 3}],
+)
 def test_it_resumes_with_the_same_bits(others, resumes, few, tmp_path):
     few = few | {"held_out": 1} if "beta" in others else few
     resumes(**few, save_steps=4, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
@@ -398,6 +403,30 @@ def test_epochs_are_of_completions(run, few, tmp_path, monkeypatch):
     assert len(set(one)) == 5
     assert one != other
     assert [round(epoch, 2) for epoch in lines(tmp_path / "run", "epoch")[:6]] == [0.33, 0.67, 1.0, 1.33, 1.67, 2.0]
+
+
+def test_steps_learn_from_the_same_completions(run, few, tmp_path, monkeypatch):
+    """Of five prompts two in a step, of which three steps each learn: an epoch takes one of the first again."""
+    drawn, call = [], Rollouts.__call__
+
+    def once(self, prompts, *args, **kwargs):
+        drawn.append((self._model.training, [*map(len, prompts)]))
+        return call(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(Rollouts, "__call__", once)
+    result = run(**few, max_steps=None, num_train_epochs=1, num_iterations=3, learning_rate=3e-2)
+    assert result.steps == 9
+    assert [len(lengths) for _, lengths in drawn] == [8, 8, 8]
+    asked = [length for _, lengths in drawn for length in lengths[::4]]
+    assert len(set(asked)) == 5
+    assert asked[5] == asked[0]
+    assert lines(tmp_path / "run", "epoch")[:9] == pytest.approx([n / 9 for n in range(1, 10)])
+    assert len(lines(tmp_path / "run", "reward")) == 3  # what is drawn is told once
+    cut = lines(tmp_path / "run", "clip_ratio/region_mean")
+    assert cut[::3] == [0, 0, 0]  # by the policy that learns
+    assert min(cut[2::3]) > 0
+    run(**few, max_steps=1, learning_rate=3e-2, output=str(tmp_path / "once"))
+    assert lines(tmp_path / "once", "loss")[0] == pytest.approx(lines(tmp_path / "run", "loss")[0], abs=1e-6)
 
 
 def test_the_record_runs_again(run, tmp_path):
