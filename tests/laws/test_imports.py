@@ -31,6 +31,7 @@ FLOORS = [
         "parse",
         "ends",
         "kept",
+        "extras",
     }
     | {"locks", "main_memory", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
