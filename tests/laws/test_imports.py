@@ -78,6 +78,7 @@ ONLY_IN = {
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
     "xgrammar": {"serve", "cli"},
+    "shtab": {"cli"},
     "vllm": {"vllm_plugin"},
     "ray": {"launch"},
 }
