@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def look() -> Here:
 
         from theodora.autocast import computes_in_bf16
 
-        found: dict[str, Any] = torch.cpu.get_capabilities()
+        found: Mapping[str, Any] = torch.cpu.get_capabilities()
         gpus = tuple(_gpus(torch))
         bf16 = computes_in_bf16(torch.device("cpu"))
     unused = None
