@@ -1,10 +1,12 @@
 """CUDA graphs without CUDA: what is recorded runs again on the same tensors, and its results are overwritten."""
 
 import random
+from contextlib import nullcontext
 
 import torch
 
 from theodora.kernels import graph
+from theodora.serve import static_batches
 
 
 class FakeGraph:
@@ -49,3 +51,34 @@ def record(step, pool):
 
 def _tensors(result):
     return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in _tensors(part)]
+
+
+class Step:
+    """A recorded step without a result. Nothing is computed while it is recorded."""
+
+    def __init__(self, step):
+        self.replay = step
+
+
+def install_steps(monkeypatch):
+    """Let batches in lock-step record their steps on a CPU.
+
+    Returns:
+        The rows of each step that is recorded, from its first replay on.
+    """
+    rows, forward = [], static_batches._Steps._forward
+
+    def noted(self, size):
+        if rows and rows[-1] is None:
+            rows[-1] = size
+        forward(self, size)
+
+    def record(step, pool):
+        rows.append(None)
+        return Step(step), None, pool or object()
+
+    monkeypatch.setattr(static_batches, "record", record)
+    monkeypatch.setattr(static_batches, "strict", nullcontext)
+    monkeypatch.setattr(static_batches, "records", lambda model: True)
+    monkeypatch.setattr(static_batches._Steps, "_forward", noted)
+    return rows

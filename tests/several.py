@@ -118,7 +118,8 @@ def _run(scenario: Scenario, index: int, patch: pytest.MonkeyPatch, folder: Path
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            result = train(TrainConfig.from_options(options), console=Console(file=printed, width=120))
+            config = TrainConfig.from_options(options, granted=["reward"])
+            result = train(config, console=Console(file=printed, width=120))
     except BaseException as error:
         return {"error": type(error).__name__, "text": str(error), "printed": printed.getvalue()}
     return {"error": None, "replays": made[0].graph_replays, "printed": printed.getvalue(), **result.to_dict()}

@@ -16,7 +16,8 @@ from theodora import adapter_disabled, inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.config import AdapterConfig
 from theodora.evaluate.decoding import decoding
-from theodora.serve import offline, offline_manager
+from theodora.serve import offline, offline_manager, trial
+from theodora.serve import tried as module_of_trials
 from theodora.serve.offline import Unfit, answer_together, runnable
 from theodora.serve.offline_manager import Asked, Sizes
 from tiny import tiny_model
@@ -188,8 +189,8 @@ def test_who_cannot_be_run_so_is_unfit(family, says):
 
 def test_a_model_is_tried_once(monkeypatch):
     tried = []
-    of = offline.Trial.of
-    monkeypatch.setattr(offline.Trial, "of", lambda *args: tried.append(1) or of(*args))
+    of = trial.Trial.of
+    monkeypatch.setattr(trial.Trial, "of", lambda *args: tried.append(1) or of(*args))
     model = tiny_model()
     for _ in range(2):
         together(model, prompts_of((3, 5)))
@@ -212,8 +213,8 @@ def test_a_model_that_has_got_a_hook_since_is_tried_again():
 def test_a_model_that_was_fit_is_not_tried_at_the_next_start(monkeypatch, tmp_path):
     monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
     tried = []
-    of = offline.Trial.of
-    monkeypatch.setattr(offline.Trial, "of", lambda *args: tried.append(1) or of(*args))
+    of = trial.Trial.of
+    monkeypatch.setattr(trial.Trial, "of", lambda *args: tried.append(1) or of(*args))
 
     def runs(model):
         tried.clear()
@@ -236,7 +237,7 @@ def test_a_model_that_was_fit_is_not_tried_at_the_next_start(monkeypatch, tmp_pa
 def test_why_a_model_is_unfit_is_found_out_each_time(monkeypatch, tmp_path):
     monkeypatch.setenv("THEODORA_CACHE", str(tmp_path))
     tried = []
-    monkeypatch.setattr(offline, "_why_unfit", lambda model: tried.append(1) or "it is not")
+    monkeypatch.setattr(module_of_trials, "_why_unfit", lambda model, way: tried.append(1) or "it is not")
     for _ in range(2):
         with pytest.raises(Unfit, match="it is not"):
             together(tiny_model(), prompts_of((3, 5)))

@@ -63,7 +63,8 @@ def run(options) -> Callable[..., TrainResult]:
     """Train with these options and others, in silence."""
 
     def start(**others: Any) -> TrainResult:
-        return train(TrainConfig.from_options(options | others), console=Console(quiet=True))
+        config = TrainConfig.from_options(options | others, granted=["reward"])
+        return train(config, console=Console(quiet=True))
 
     return start
 

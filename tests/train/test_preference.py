@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from theodora import ConfigError, DataError, TrainConfig
+from theodora.adapters import load_adapter
 from theodora.adapters.models import load_model
 from theodora.adapters.state import trained_tensors
 from theodora.train import preference, prepare, sequence_trainer, trainer_passes
@@ -109,6 +110,15 @@ class TestReference:
             own = [p for p in reference.twin.parameters() if id(p) not in frozen]
             assert sum(p.numel() for p in own) == sum(t.numel() for t in trained_tensors(result.model).values())
         assert lines(tmp_path / "run", "rewards/margins")[0] == pytest.approx(0, abs=1e-5 if start != "another" else 9)
+
+    def test_it_goes_where_the_policy_goes(self, run, sums, tmp_path, options):
+        run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
+        policy = load_model(options["model"], dtype="float32")
+        reference = Reference(load_adapter(policy, str(tmp_path / "first")), str(tmp_path / "first"))
+        policy.to("meta")  # stands for a GPU
+        reference.place()
+        places = {tensor.device.type for tensor in (*reference.twin.parameters(), *reference.twin.buffers())}
+        assert places == {"meta"}
 
     def test_an_adapter_alone_is_gone_on_from(self, prefer, run, sums, tmp_path, options):
         run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)

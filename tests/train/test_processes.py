@@ -13,18 +13,25 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import tiny
 from crash.killing import fork_server
 from several import Scenario, launch
 from theodora.config import TrainConfig
 from theodora.train import train
 from theodora.train.wholeness import faults
 from train import fails_in_one
+from train.rewarded import reward, saved
 
 SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-3}
 SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 FIGURES = (
     *("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step"),
     "general_loss",
+)
+OF_GRPO = (
+    *("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step", "entropy", "kl", "eval_kl", "reward"),
+    *("reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
+    *("rewards/low/mean", "eval_reward", "eval_completions/mean_length", "eval_rewards/low/mean"),
 )
 OF_PIECES = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step")  # the others are means of passes
 KINDS = {
@@ -84,6 +91,27 @@ def kinds(folder):
         path = folder / f"{objective}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         preferences[objective] = {"objective": objective, "data": str(path), "beta": 0.5, "held_out": 2, "max_steps": 4}
+    asked = folder / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": "say " + "so " * n}) + "\n" for n in range(5)))
+    grpo = {"objective": "grpo", "reward": [reward("low")], "num_generations": 4, "max_completion_length": 8}
+    grpo |= {
+        "model": saved(tiny.tiny_model(), folder / "ends"),
+        "data": str(asked),
+        "held_out": 0,
+        "max_length": 64,
+        "max_steps": 5,
+        "beta": 0.1,
+    }
+    preferences |= {
+        # the completions of a prompt are spread over both, held-out prompts too
+        "grpo": grpo
+        | {"data": str(folder / "rows.jsonl"), "held_out": 3, "per_device_train_batch_size": 2}
+        | {"num_generations_eval": 3, "per_device_eval_batch_size": 2, "eval_steps": 2, "save_steps": 3},
+        # the last step of an epoch has one prompt, which is one process' alone
+        "grpo-masked": grpo
+        | {"mask_truncated_completions": True, "loss_type": "grpo"}
+        | {"per_device_train_batch_size": 4, "max_completion_length": 4},
+    }
     replay = {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}
     # What is forgotten is measured by the first process; of sharded weights by all of them (`sharded`).
     plain = KINDS["plain"] | {"general": str(texts)}
@@ -115,6 +143,10 @@ def two(base, folder, ended, kinds):
         kind("whole", DRAWN),
         kind("again", DRAWN, dies=(1, 4, "raise")),  # after the checkpoint of step 3
         *(kind(f"{name} resumed", DRAWN | {"output": str(folder / name), "resume": "auto"}) for name in ENDINGS),
+        kind("grpo again", kinds["grpo"], dies=(1, 4, "raise")),  # after the checkpoint of step 3
+        kind("grpo again resumed", kinds["grpo"] | {"output": str(folder / "grpo again"), "resume": "auto"}),
+        kind("grpo-fails", kinds["grpo"] | {"reward": [reward("fails")]}),
+        kind("grpo-short", kinds["grpo-masked"], memory=(1, 100)),
         kind("configured", {}, of_process={1: {"learning_rate": 0.5}}),
         kind("rows", {"held_out": 0, "data": str(folder / "rows.jsonl")}, of_process={1: {"data": str(other)}}),
         kind("first-fails", {"data": str(folder / "none.jsonl")}),
@@ -144,6 +176,40 @@ def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, f
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
     run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
     trace(folder / kind, tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["grpo", "grpo-masked"])
+def test_two_processes_draw_what_one_does_and_learn_the_same(kind, kinds, two, folder, run, base, tmp_path):
+    """Advantages go by groups that are spread over both, and means by the completions of both."""
+    assert [found["error"] for found in two[kind]] == [None, None], two[kind]
+    run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
+    trace(folder / kind, tmp_path / "one", figures=OF_GRPO)
+    assert max(lines_of(folder / kind, "clip_ratio/region_mean")) == 0
+    if kind == "grpo":
+        assert max(lines_of(folder / kind, "frac_reward_zero_std")) < 1
+    else:
+        assert 0 < min(lines_of(folder / kind, "completions/clipped_ratio")) < 1
+
+
+def test_a_run_of_grpo_whose_process_failed_goes_on_with_the_same_bits(two, folder):
+    resumed = two["grpo again resumed"]
+    assert [found["error"] for found in resumed] == [None, None], resumed
+    assert "going on from step 3" in resumed[0]["printed"]
+    same(folder / "grpo again", folder / "grpo", OF_GRPO)
+
+
+def test_a_reward_that_fails_in_one_process_ends_all(two):
+    first, second = two["grpo-fails"]
+    assert second["error"] == "DataError"
+    assert "no more rewards" in second["text"]
+    assert first["error"] == "OtherFailed", first
+    assert "no more rewards" in first["text"]
+
+
+def test_where_one_runs_out_of_memory_rewards_are_the_same(two, folder):
+    assert [found["error"] for found in two["grpo-short"]] == [None, None], two["grpo-short"]
+    assert "Each batch now takes 2 passes" in (folder / "grpo-short" / "logs" / "process-1.txt").read_text()
+    trace(folder / "grpo-short", folder / "grpo-masked", figures=OF_GRPO)
 
 
 def test_four_processes_trace_one(four, folder, run, base, tmp_path):
@@ -314,9 +380,14 @@ def test_torchrun_shows_the_error_of_the_process_that_fails(base, folder):
     assert "on fire" in (folder / "launched" / "logs" / "process-1.txt").read_text()
 
 
-def same(one: Path, other: Path):
+def lines_of(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def same(one: Path, other: Path, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
-    for name in FIGURES:
+    for name in figures:
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
     first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import yaml
 from rich.console import Console
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import AdapterConfig, TrainConfig
@@ -252,6 +253,6 @@ def test_damaged_options_of_a_checkpoint_are_said(text, tmp_path):
 
 
 def test_each_option_that_must_stay_is_one_that_there_is():
-    names = {f.name for kind in (AdapterConfig, TrainConfig, SFTConfig) for f in dataclasses.fields(kind)}
+    names = {f.name for kind in (AdapterConfig, TrainConfig, SFTConfig, GRPOConfig) for f in dataclasses.fields(kind)}
     groups = resumed.REFUSED | resumed._COURSE | resumed._BEST | set(resumed._BATCH)
     assert groups - names <= {"group_by_length"}  # of earlier versions of transformers

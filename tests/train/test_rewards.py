@@ -343,6 +343,7 @@ class TestRuns:
             "objective": "grpo",
             "reward": "exact_match",
             "max_length": 60,
+            "num_generations": 4,
         }
         return {**options, **given}
 

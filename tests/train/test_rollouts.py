@@ -9,18 +9,19 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
+import recorder
 from serving import trained
 from theodora import inject_adapter
 from theodora.adapters.state import trained_tensors
 from theodora.config import AdapterConfig
 from theodora.errors import ConfigError, DataError, TheodoraError
-from theodora.serve import offline, offline_manager
+from theodora.serve import offline, offline_manager, static_batches
 from theodora.train.rollouts import Drawing, Rollouts
 from tiny import tiny_model
 
 ENDS, MOST = [2, 77, 140], 12
 LENGTHS = (3, 17, 40, 8, 25, 1, 60, 33)
-BATCHES = "transformers' continuous batching"
+IN_STEP, BATCHES = "batches in lock-step", "transformers' continuous batching"
 
 
 def prompts_of(lengths=LENGTHS):
@@ -28,12 +29,22 @@ def prompts_of(lengths=LENGTHS):
     return [torch.randint(3, 260, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.fixture(params=["batches", "generate"])
+@pytest.fixture(autouse=True)
+def _one_way(monkeypatch):
+    """What draws is what a test asks for."""
+    monkeypatch.setattr(static_batches, "DEVICES", set())
+
+
+@pytest.fixture(params=["in step", "batches", "generate"])
 def way(request, monkeypatch):
-    """Both ways run on a CPU here; which one does is said in `Rollouts.way`."""
+    """All ways run on a CPU here; which one does is said in `Rollouts.way`."""
+    if request.param == "in step":
+        monkeypatch.setattr(static_batches, "DEVICES", {"cpu"})
+        return IN_STEP
     if request.param == "batches":
         monkeypatch.setattr(offline, "DEVICES", {"cpu"})
-    return BATCHES if request.param == "batches" else "generate (it is faster on cpu)"
+        return BATCHES
+    return "generate (it is faster on cpu)"
 
 
 @torch.no_grad()
@@ -296,8 +307,17 @@ def read_by_graphs(model):
     return [layer.norm_cache._inference.norm_O.data_ptr() for layer in model.modules() if hasattr(layer, "norm_cache")]
 
 
+@pytest.fixture(params=["in step", "batches"])
+def graphs(request, monkeypatch):
+    """What is noted of each recording, in the two ways that record."""
+    if request.param == "batches":
+        return request.getfixturevalue("made")
+    monkeypatch.setattr(static_batches, "DEVICES", {"cpu"})
+    return recorder.install_steps(monkeypatch)
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_what_graphs_read_is_made_anew_where_it_lies(training, made):
+def test_what_graphs_read_is_made_anew_where_it_lies(training, graphs):
     model = trained(tiny_model(), "dora4").train(training)
     optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=0.3)
     rollouts, addresses, drawn = Rollouts(model, Drawing(), ENDS, MOST, rows=4), [], []
@@ -320,7 +340,7 @@ def test_what_graphs_read_is_made_anew_where_it_lies(training, made):
     del aside
     assert addresses[0] == addresses[1] == addresses[2]
     assert drawn[0] != drawn[1] != drawn[2]
-    assert len(made) == 4  # one, and that of each fresh copy
+    assert len(graphs) == 4  # one, and that of each fresh copy
 
 
 def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
@@ -343,6 +363,16 @@ def test_pages_are_made_once_and_anew_where_they_do_not_do(made):
     fresh = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST, rows=4)(prompts_of((40, 30, 50)), 0)
     assert rollouts(prompts_of((40, 30, 50)), 0) == fresh
     assert len(made) == 5
+
+
+def test_nothing_is_kept_where_others_need_it(graphs):
+    model = trained(tiny_model(), "dora4").train()
+    rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+    completions = rollouts(prompts_of(), 0)
+    for for_good, count in ((False, 2), (True, 4)):
+        rollouts.release(for_good)
+        assert [rollouts(prompts_of(), 0) for _ in range(2)] == [completions] * 2
+        assert len(graphs) == count
 
 
 def test_after_an_error_nothing_is_kept(made):
@@ -378,6 +408,24 @@ def test_a_model_that_is_unfit_draws_by_generate(monkeypatch):
         assert each.logps == pytest.approx(forward_logps(model, prompt, each.tokens, 1.0).tolist(), abs=5e-5)
 
 
+def test_a_model_whose_steps_are_not_recorded_draws_otherwise(monkeypatch):
+    def fails(step, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, told = trained(tiny_model(), "dora4").train(), []
+    expected = Rollouts(model, Drawing(), ENDS, MOST)(prompts_of(), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_batches, "DEVICES", {"cpu"})
+        patch.setattr(offline, "DEVICES", {"cpu"})
+        recorder.install_steps(patch)
+        patch.setattr(static_batches, "record", fails)
+        rollouts = Rollouts(model, Drawing(), ENDS, MOST)
+        assert rollouts.way == IN_STEP
+        assert tokens_of(rollouts(prompts_of(), 3, over=lambda: told.append(1))) == tokens_of(expected)
+    assert rollouts.way == BATCHES
+    assert len(told) == len(expected)
+
+
 def test_a_prompt_beyond_the_window_is_for_generate(monkeypatch):
     monkeypatch.setattr(offline, "DEVICES", {"cpu"})
     model = tiny_model(max_position_embeddings=48)
@@ -388,7 +436,7 @@ def test_a_prompt_beyond_the_window_is_for_generate(monkeypatch):
 
 def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     model, seen = tiny_model(), []
-    run, generate = offline._run, type(model).generate
+    run, generate, batch = offline._run, type(model).generate, static_batches.Batch
 
     def scarce(count):
         seen.append(count)
@@ -400,6 +448,11 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
             scarce(min(rows, len(asked.prompts) - len(asked.answers)))
         return run(model, asked, rows, *more)
 
+    def takes(asked, like, rows, width):
+        if asked.sampling.temperature:  # not in the trial
+            scarce(rows)
+        return batch(asked, like, rows, width)
+
     def generates(self, *args, **options):
         scarce(len(options["input_ids"]))
         return generate(self, *args, **options)
@@ -408,6 +461,8 @@ def test_rows_are_halved_where_memory_does_not_do(monkeypatch, way):
     rollouts, told = Rollouts(model, Drawing(), ENDS, MOST, rows=8), []
     if way == BATCHES:
         monkeypatch.setattr(offline, "_run", runs)
+    elif way == IN_STEP:
+        monkeypatch.setattr(static_batches, "Batch", takes)
     else:
         monkeypatch.setattr(type(model), "generate", generates)
     assert tokens_of(rollouts(prompts_of(), 0, over=lambda: told.append(1))) == whole

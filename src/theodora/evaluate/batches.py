@@ -65,8 +65,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_router_loss(model):
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def without_router_loss(model: nn.Module) -> Iterator[None]:
+    """While it lasts a mixture's configuration does not ask for the loss that keeps its experts balanced, as it does in
+    training: tokens that are decoded one at a time do not fit the mask of all."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if not getattr(text, "output_router_logits", False):
+        yield
+        return
+    text.output_router_logits = False
+    try:
+        yield
+    finally:
+        text.output_router_logits = True

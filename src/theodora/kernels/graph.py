@@ -125,21 +125,21 @@ class GraphedStep:
 
     def _first(self, key: Any, inputs: Inputs) -> Any:
         """The call that finds out whether a shape can be captured, and captures it for the next."""
-        result, trained = self._apart(inputs, strict=True)
+        result, trained = self._apart(inputs, strictly=True)
         try:
             self._capture(key, inputs, trained)
         except RuntimeError as error:
             self.release(_reason(error))
         return result
 
-    def _apart(self, inputs: Inputs, strict: bool = False) -> tuple[Any, list[nn.Parameter]]:
+    def _apart(self, inputs: Inputs, strictly: bool = False) -> tuple[Any, list[nn.Parameter]]:
         """The step and what it reached, with all gradients and random states as they were if it fails."""
         before = [p.grad for p in self._parameters]
         states = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         for p in self._parameters:
             p.grad = None
         try:
-            with _strict() if strict and states[1] is not None else nullcontext():
+            with strict() if strictly and states[1] is not None else nullcontext():
                 result = self._step(inputs)
         except RuntimeError:
             for p, grad in zip(self._parameters, before, strict=True):
@@ -215,7 +215,7 @@ def record(step: Callable[[], Any], pool: Any) -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
+def strict() -> Iterator[None]:
     """Inside the block it is an error if the host waits for the GPU, and afterwards if it has drawn random numbers."""
     mode = torch.cuda.get_sync_debug_mode()
     states = random.getstate(), torch.get_rng_state()

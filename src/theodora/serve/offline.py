@@ -13,15 +13,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from theodora import kernels
-from theodora.adapters.conditions import conditions, construction, hash_of_weights, structure
-from theodora.kept import kept as kept_on_disk
+from theodora.adapters.conditions import structure
 from theodora.layers.libraries import why_not_captured
 from theodora.layers.norm_cache import Held, looked_at_once
 from theodora.serve.offline_manager import (
@@ -36,6 +35,7 @@ from theodora.serve.offline_manager import (
 )
 from theodora.serve.requests import Sampling
 from theodora.serve.trial import Trial, heads_differ
+from theodora.serve.tried import Way, how
 from theodora.serve.window import window_of_model
 
 log = logging.getLogger("theodora.serve")
@@ -113,7 +113,7 @@ def draw_together(
 
 
 def _answers(base: Any, asked: Asked, rows: int, kept: Kept | None = None) -> list[tuple[list[int], list[float]]]:
-    _tried(base)
+    _WAY.try_out(base)
     try:
         if records(base):
             try:
@@ -127,8 +127,7 @@ def _answers(base: Any, asked: Asked, rows: int, kept: Kept | None = None) -> li
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NoRoom(f"memory does not do: {error}") from error
     except RuntimeError as error:
-        _VERDICTS[base] = _how(base), str(error)
-        raise Unfit(f"transformers' batches failed: {error}") from error
+        raise _WAY.failed(base, error) from error
     return [asked.answers[index] for index in range(len(asked.prompts))]
 
 
@@ -178,63 +177,14 @@ def runnable(model: Any) -> Any:
     return base
 
 
-_VERDICTS: WeakKeyDictionary[Any, tuple[tuple[Any, ...], str | None]] = WeakKeyDictionary()
-"""Model -> how it was tried, and why it is unfit."""
+def _answer_trial(model: Any, trial: Trial) -> list[tuple[list[int], list[float]]]:
+    settings = GenerationConfig(do_sample=False, max_new_tokens=trial.count, eos_token_id=[-1])
+    asked = Asked(trial.prompts, settings, logprobs=True)
+    _run(model, asked, len(trial.prompts))
+    return [asked.answers[index] for index in range(len(trial.prompts))]
 
 
-def _tried(model: Any) -> None:
-    """Try the model out, unless it has been.
-
-    Raises:
-        Unfit: it fails, or says something else together than alone.
-    """
-    how = _how(model)
-    known = _VERDICTS.get(model)
-    if known is None or known[0] != how:
-        known = _VERDICTS[model] = (how, _verdict(model))
-    if known[1] is not None:
-        raise Unfit(known[1])
-
-
-def _how(model: Any) -> tuple[Any, ...]:
-    kind = model.device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return model.dtype, model.device, cast, model.config._attn_implementation, construction(model)
-
-
-def _verdict(model: Any) -> str | None:
-    """`_why_unfit`; that nothing speaks against a model is kept for the next start with the very same one."""
-    # What is stored in a byte is no part of its hash.
-    plain = all(p.is_floating_point() and p.element_size() > 1 and not p.is_meta for p in model.parameters())
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        known = conditions(model, hash_of_weights(model)) if plain else None
-        if known is None:
-            return _why_unfit(model)
-        return kept_on_disk("tried-answering-together", known, lambda: _why_unfit(model), lambda why: why is None)
-
-
-def _why_unfit(model: Any) -> str | None:
-    window = window_of_model(model)
-    if window is not None and window < 2:
-        return "its window is too short to try it out"
-    try:
-        with as_when_answering(model):
-            trial = Trial.of(model, window or 1 << 30)
-        if not trial.finite:
-            return "its output is not finite"
-        settings = GenerationConfig(do_sample=False, max_new_tokens=trial.count, eos_token_id=[-1])
-        asked = Asked(trial.prompts, settings, logprobs=True)
-        _run(model, asked, len(trial.prompts))
-        answers = [asked.answers[index] for index in range(len(trial.prompts))]
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NoRoom(f"memory does not do: {error}") from error
-    except Unfit:  # because of its settings, which may change
-        raise
-    except Exception as error:  # whatever a layer raises that knows no pages
-        return f"transformers' batches do not take it ({error})"
-    if not (distance := trial.distance(answers)) <= trial.bound:
-        return f"log-probabilities are off by {distance:.2g} in transformers' batches"
-    return None
+_WAY = Way("tried-answering-together", "transformers' batches", _answer_trial)
 
 
 def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
@@ -243,7 +193,7 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
     if not waiting:
         return
     try:
-        with as_when_answering(model), looked_at_once(None if kept is None else kept.begin(model, asked)):
+        with as_when_answering(model), looked_at_once(_begun(kept, model, asked)):
             if asked.graphs:
                 # What layers keep is made before, or it would lie in the graphs' memory; and made anew where graphs
                 # read it already.
@@ -252,7 +202,7 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
             with paged_attention(model):
                 sizes = Sizes.of(model, asked, waiting, rows)
                 if kept is not None:
-                    kept.manager(model, asked, sizes).run(asked, waiting)
+                    _kept_manager(kept, model, asked, sizes).run(asked, waiting)
                     return
                 manager = Manager(model, asked, sizes)
                 try:
@@ -265,49 +215,64 @@ def _run(model: Any, asked: Asked, rows: int, kept: Kept | None = None) -> None:
         raise
 
 
+def _begun(kept: Kept | None, model: Any, asked: Asked) -> Held | None:
+    return None if kept is None else kept.begin(model, asked.graphs, asked.logprobs, seedless(asked.samplings))
+
+
+def _kept_manager(kept: Kept, model: Any, asked: Asked, sizes: Sizes) -> Manager:
+    """One that does for a run of these sizes: the one that is kept, or another."""
+    before: Manager | None = kept.made
+    if before is not None and before.sizes.do_for(sizes):
+        return before
+    larger = sizes.with_room(None if before is None else before.sizes)
+    return kept.replace(lambda: Manager(model, asked, larger))
+
+
 class Kept:
-    """What a run of batches leaves for the next one with the same model: pages, and CUDA graphs with what they read.
+    """What a run leaves for the next one with the same model: keys and values, and CUDA graphs with what they read.
 
     Weights may be written to in between, in place. Whatever else a graph depends on is looked at, and where it is
     another one everything is made anew.
     """
 
     def __init__(self) -> None:
+        self.made: Any = None
+        """What is kept, if anything is; has `let_go()`."""
         self._held = Held()
-        self._manager: Manager | None = None
         self._depends: object = None
 
-    def begin(self, model: Any, asked: Asked) -> Held:
+    def begin(self, model: Any, *asked: object) -> Held:
         """What the graphs read that go with this model and what it is asked for; others are let go of."""
-        first = None if asked.samplings is None else replace(asked.samplings[0], seed=0)
-        depends = asked.graphs, asked.logprobs, first, _recorded(model)
+        depends = asked, _recorded(model)
         if depends != self._depends:
             self.let_go()
             self._depends = depends
         return self._held
 
-    def manager(self, model: Any, asked: Asked, sizes: Sizes) -> Manager:
-        """One that does for a run of these sizes: the one that is kept, or another."""
-        before = self._manager
-        if before is not None and before.sizes.do_for(sizes):
-            return before
-        if before is not None:  # there may be no memory for both
-            self._manager = None
+    def replace(self, make: Callable[[], Any]) -> Any:
+        """Keep what `make` gives instead of what is kept, which goes first: there may be no memory for both."""
+        before, self.made = self.made, None
+        if before is not None:
             before.let_go()
-        self._manager = Manager(model, asked, sizes.with_room(None if before is None else before.sizes))
-        return self._manager
+        self.made = make()
+        return self.made
 
     def let_go(self) -> None:
         """Give everything back, now."""
-        manager, self._manager, self._depends, self._held = self._manager, None, None, Held()
-        if manager is not None:
-            manager.let_go()
+        made, self.made, self._depends, self._held = self.made, None, None, Held()
+        if made is not None:
+            made.let_go()
+
+
+def seedless(samplings: Sequence[Sampling] | None) -> Sampling | None:
+    """What answers that are alike but for their seeds are drawn by."""
+    return None if samplings is None else replace(samplings[0], seed=0)
 
 
 def _recorded(model: Any) -> tuple[Any, ...]:
     """What a recorded pass depends on beside the values of its weights."""
     tensors = [*model.parameters(), *model.buffers()]
-    return _how(model), kernels.fast(), structure(model), [(id(t), _address(t)) for t in tensors]
+    return how(model), kernels.fast(), structure(model), [(id(t), _address(t)) for t in tensors]
 
 
 def _address(tensor: Tensor) -> int:

@@ -325,9 +325,13 @@ def _pages(model: Any, sizes: Sizes, page: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * page
-    free = torch.cuda.mem_get_info(model.device)[0]
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    room = int(_MEMORY * free) // size
+    room = room_for_keys(model.device) // size
     if room < sizes.longest:
         raise NoRoom(f"the keys and values of one row would take more than {_MEMORY:.0%} of the free memory")
     return min(sizes.pages, room)
+
+
+def room_for_keys(device: torch.device) -> int:
+    """Bytes of a GPU that keys and values may take: half of what is free."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return int(_MEMORY * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))

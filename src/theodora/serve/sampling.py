@@ -61,6 +61,12 @@ def likeliest(logits_NV: Tensor, logsumexp_N: Tensor, count: int) -> tuple[Tenso
     return tokens, values - logsumexp_N[:, None]
 
 
+def logprobs_of(tokens_N: Tensor, logits_NV: Tensor, temperature: float) -> Tensor:
+    """The logarithm of the tokens' softmax at a temperature (0 stands for 1), before any filter, (N,) float32."""
+    tempered = logits_NV / temperature if temperature > 0 else logits_NV
+    return tempered.gather(1, tokens_N[:, None])[:, 0] - tempered.logsumexp(-1)
+
+
 def _draw(chances_NV: Tensor, chance_N1: Tensor) -> Tensor:
     sums = chances_NV.cumsum(-1)
     return torch.searchsorted(sums, chance_N1 * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1)

@@ -105,9 +105,7 @@ class Shaper:
     def _penalise(self, logits_V: Tensor, counts_V: Tensor, seen_V: Tensor) -> None:
         sampling = self._sampling
         if sampling.repetition_penalty != 1:
-            by = sampling.repetition_penalty
-            weaker_V = torch.where(logits_V > 0, logits_V / by, logits_V * by)
-            logits_V.copy_(torch.where(seen_V, weaker_V, logits_V))
+            logits_V.copy_(repeated_less(logits_V, seen_V, sampling.repetition_penalty))
         logits_V -= sampling.frequency_penalty * counts_V
         logits_V -= sampling.presence_penalty * (counts_V > 0)
 
@@ -130,6 +128,11 @@ class Shaper:
         if tokens not in self._places:
             self._places[tokens] = _spread(dict.fromkeys(tokens, 1), logits_V) > 0
         return self._places[tokens]
+
+
+def repeated_less(logits: Tensor, seen: Tensor, by: float) -> Tensor:
+    """Logits, (…, V), with a repetition penalty on those of tokens that were `seen`, of the same shape."""
+    return torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
 
 
 def _spread(values: Mapping[int, float], logits_V: Tensor) -> Tensor:

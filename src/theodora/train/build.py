@@ -62,6 +62,7 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
 
 def _policy_trainer(prepared: Prepared, settings: PolicySettings, reference: Reference | None) -> Any:
     assert prepared.rewards is not None
+    assert reference is not None
     return partial(
         GRPOTrainer,
         settings=settings,

@@ -27,6 +27,7 @@ from theodora.train.report import (
     describe_adapter,
     describe_modules,
     describe_moved,
+    describe_step,
     describe_stops,
     describe_token_rows,
     device_name,
@@ -81,12 +82,18 @@ def _metadata(config: TrainConfig) -> str:
 def _results(result: TrainResult) -> str:
     rows = [f"| {name} | {before} | {after} |" for name, before, after in result_rows(result)]
     table = "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
-    per = "predicted token, in nats" if result.objective == "sft" else "answer" if result.objective == "kto" else "pair"
-    notes = f"Losses are means per {per}. Tensors that training moved: {describe_moved(result)}."
+    notes = f"{_means(result)} Tensors that training moved: {describe_moved(result)}."
     notes += "".join(f" {markdown(line)}." for line in described_loads(result.experts))
     if result.stops is not None:
         notes += f" Asked a few of its own prompts, the model {describe_stops(result)}."
     return f"## Results\n\n{table}\n\n{notes}{_samples(result)}{_experts(result)}\n\n![Loss curve]({FIGURE_FILE})"
+
+
+def _means(result: TrainResult) -> str:
+    if result.objective == "grpo":
+        return "Rewards are means over answers; those of held-out prompts were drawn with the same random numbers."
+    per = "predicted token, in nats" if result.objective == "sft" else "answer" if result.objective == "kto" else "pair"
+    return f"Losses are means per {per}."
 
 
 def _samples(result: TrainResult) -> str:
@@ -120,8 +127,8 @@ def _data(plan: Plan) -> str:
     return (
         f"## Data\n\n- Trained on {markdown_code(config.data)} ({plan.data_format}): {counted(plan.rows, 'row')}, "
         f"{plan.tokens:,} tokens.\n"
-        f"- Loss on {learned}: {plan.learned:,} tokens.\n"
-        f"- Held out: {held_out if plan.held_out_rows else 'none'}."
+        + ("" if config.objective == "grpo" else f"- Loss on {learned}: {plan.learned:,} tokens.\n")
+        + f"- Held out: {held_out if plan.held_out_rows else 'none'}."
     ) + "".join(f"\n- Left out: {markdown(part)}." for part in sentences(plan.left_out))
 
 
@@ -136,7 +143,7 @@ def _settings(plan: Plan) -> str:
         f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
         f"{markdown(describe_modules(plan.modules))}"
         f"{f' and {markdown(describe_token_rows(plan))}' if plan.token_rows else ''}.\n"
-        f"- {counted(plan.steps, 'step')} of {counted(plan.rows_per_step, 'row')} ({epochs_of(plan)}), "
+        f"- {counted(plan.steps, 'step')} of {describe_step(plan)} ({epochs_of(plan)}), "
         f"base model in {plan.dtype} on {device_name(plan.device)}"
         f"{f', {plan.processes}' if plan.processes is not None else ''}.\n"
         + "".join(f"- Resumed with other options; {markdown(line)}.\n" for line in plan.history)

@@ -2,14 +2,14 @@
 
 Before each optimizer step the prompts of its batches are answered by the live model (`rollouts.py`), all at once;
 functions reward the answers (`rewards.py`), and the batches that are learned from are made of both. From there on a
-batch goes the way of all others (`trainer.py`). What is drawn depends on the run's seed, the step and the weights, so
-that a resumed run draws the same. The step's loss stands in `grpo_loss.py`.
+batch goes the way of all others (`trainer.py`). What is drawn depends on the run's seed, the step, the row and the
+weights, so that a resumed run draws the same, and so do several processes. The step's loss stands in `grpo_loss.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from theodora.data import PromptRows
+from theodora.evaluate.batches import without_router_loss
 from theodora.evaluate.decoding import end_tokens
 from theodora.train.flattened import Shape
 from theodora.train.fused_loss import Head
-from theodora.train.grpo_batches import PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
+from theodora.train.grpo_batches import PLACE, PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
 from theodora.train.grpo_loss import PolicySettings, TokenTerms, advantages, loss_sum, spread, token_terms
 from theodora.train.out_of_memory import in_parts
-from theodora.train.pairs import ADVANTAGE, SAMPLED, taken_apart
+from theodora.train.pairs import ADVANTAGE, OLD, SAMPLED, taken_apart
 from theodora.train.reference import Reference
 from theodora.train.rewards import Rewards
 from theodora.train.rollouts import Completion, Rollouts
@@ -34,9 +35,9 @@ from theodora.train.shares import NOTHING
 _OF_PASSES = ("entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
 _OF_GROUPS = ("frac_reward_zero_std", "reward_std")
 _OF_DRAWN = ("reward", "completions/mean_length", "completions/clipped_ratio")
+_MOST_ROWS = 256
 _SHAPES, _SHORTEST = 12, 64
 """Lengths that batches are filled up to, at most, and the shortest."""
-_PRIME = 1_000_003
 _STEPS_WITHOUT = 10
 _SAME_REWARDS = (
     "all completions of each prompt had the same reward. Prompts that the model can answer now and then, rewards that "
@@ -55,6 +56,25 @@ class _Drawn:
     """Whether each ended for want of tokens."""
     rewards: Tensor
     """(completions, functions) float32."""
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What steps learn from: the completions of this process, and what they are worth among those of all."""
+
+    completions: list[Completion]
+    learned: list[bool]
+    advantage: list[float]
+    items: int
+    """What the losses of the step are divided by, over all processes."""
+    old: list[list[float]] | None = None
+    """Log-probabilities under the policy that drew them, where several steps learn from them."""
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> _Lesson:
+        """From what `asdict` has made of it."""
+        completions: Any = [Completion(**each) for each in values["completions"]]
+        return cls(**{**values, "completions": completions})
 
 
 class GRPOTrainer(SequenceTrainer):
@@ -86,14 +106,18 @@ class GRPOTrainer(SequenceTrainer):
         super().__init__(*args, reference=reference, **kwargs)
         self._collate = DrawnBatches(self.data_collator)
         self.data_collator = asked_for
-        ends = end_tokens(self.model, self.processing_class)
-        self.rollouts = Rollouts(self.model, settings.drawing, ends, settings.max_completion_length)
+        tokenizer: Any = self.processing_class
+        self._decode, ends = tokenizer.batch_decode, end_tokens(self.model, tokenizer)
+        rows, longest = self._drawn_at_once()
+        most = settings.max_completion_length
+        self.rollouts = Rollouts(self.model, settings.drawing, ends, most, rows=rows, longest=longest)
         self._ends = frozenset(ends)
-        self._eval_batch = self._before = 0
+        self._before = 0
         self._without_spread: int | None = 0
         """Steps from the first on in which all completions of each prompt had one reward; None once there was another.
         """
-        self._of_step: tuple[list[int], Tensor, list[int], list[bool]]
+        self._lesson: _Lesson | None = None
+        self._of_step: tuple[list[int], Tensor, list[int], list[bool]] | None = None
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -113,6 +137,19 @@ class GRPOTrainer(SequenceTrainer):
     def _compares(self) -> bool:
         """Whether a pass runs the reference, too: without β held-out prompts alone tell how far the policy has come."""
         return bool(self.settings.beta) or self.mode == "eval"
+
+    @property
+    def fast_notes(self) -> list[str]:
+        """Overrides `AdapterTrainer.fast_notes`: also what draws."""
+        return [*super().fast_notes, f"answers drawn by {self.rollouts.way}"]
+
+    def _drawn_at_once(self) -> tuple[int, int]:
+        """Completions that are drawn together, at most, and tokens of the longest prompt."""
+        parts: list[Any] = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+        longest = max(int(self.lengths_in_batches(rows)[0].max()) for rows in parts)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        held_out = 0 if self.eval_dataset is None else min(self.args.eval_batch_size, len(parts[-1]))
+        return min(_MOST_ROWS, max(step, held_out)), longest
 
     # How a batch is made
 
@@ -146,12 +183,26 @@ class GRPOTrainer(SequenceTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Overrides `StepOverrides._get_train_sampler`: completions of a prompt are drawn together."""
         times, seed = self.settings.num_generations, self.args.data_seed
+        completions = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.count
+        seed = self.args.seed if seed is None else seed
+        in_order = self.args.train_sampling_strategy == "sequential"
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return Repeated(len(rows) // times, times, self.args.seed if seed is None else seed)
+        return Repeated(
+            len(rows) // times,
+            times,
+            None if in_order else seed,
+            iterations=self.settings.num_iterations,
+            per_step=completions // times,
+        )
+
+    @property
+    def rows_of_epoch(self) -> int:
+        """Overrides `AdapterTrainer.rows_of_epoch`: completions, as often as they are learned from."""
+        return len(self._get_train_sampler())
 
     def _set_signature_columns_if_needed(self) -> None:
         """Overrides `SequenceTrainer._set_signature_columns_if_needed`: rows are prompts."""
-        self._signature_columns = ["input_ids", "labels", "row", NOTHING]
+        self._signature_columns = ["input_ids", "labels", "row", PLACE, NOTHING]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides `StepOverrides.get_batch_samples`: draws the completions of a step, and has them rewarded."""
@@ -161,28 +212,68 @@ class GRPOTrainer(SequenceTrainer):
         if not self.model.training:  # after an evaluation
             self.model.train()
         real = [batch for batch in batches if not batch.get(NOTHING)]
-        drawn = self._drawn(_joined([batch[PROMPTS] for batch in real]), (self.state.global_step << 1) * _PRIME)
+        asked = [batch[PROMPTS] for batch in real]
+        if self._lesson is None or self.state.global_step % self.settings.num_iterations == 0:
+            self._lesson = self._new_lesson(asked)
+        else:
+            self._of_step = None
+        made = iter(self._batches(asked, self._lesson))
+        nothing = {NOTHING: True, "input_ids": torch.zeros(1, 0, dtype=torch.long)}
+        batches = [dict(nothing) if batch.get(NOTHING) else next(made) for batch in batches]
+        return batches, torch.tensor(self._lesson.items, device=self.args.device)
+
+    def _new_lesson(self, asked: list[Asked]) -> _Lesson:
+        """Draw completions of a step's batches, and find out what they are worth."""
+        drawn = self._drawn(_joined(asked))
         groups, rewards, lengths, cut = self._gathered(drawn)
         self._of_step = groups, rewards, lengths, cut
         self._record_drawn(*self._of_step)
-        learned = [not (self.settings.mask_truncated_completions and each) for each in cut]
-        items = self.settings.items([length for length, is_learned in zip(lengths, learned, strict=True) if is_learned])
-        advantage = self._own(advantages(rewards, groups, self.settings), len(drawn.completions))
-        made = iter(self._batches(drawn, advantage, [len(batch[PROMPTS].rows) for batch in real]))
-        nothing = {NOTHING: True, "input_ids": torch.zeros(1, 0, dtype=torch.long)}
-        batches = [dict(nothing) if batch.get(NOTHING) else next(made) for batch in batches]
-        return batches, torch.tensor(items, device=self.args.device)
+        self._look_for_spread(groups, rewards)
+        items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
+        worth = advantages(rewards, groups, self.settings)[self._before : self._before + len(drawn.completions)]
+        lesson = _Lesson(drawn.completions, [self._learns_from(each) for each in drawn.cut], worth.tolist(), items)
+        return lesson if self.settings.num_iterations == 1 else replace(lesson, old=self._old(asked, lesson))
 
-    def _drawn(self, asked: Asked, seed: int) -> _Drawn:
-        """Completions of prompts, and what they are rewarded with."""
-        seed = (self.args.seed * _PRIME + seed) * self.processes.count + self.processes.index
+    def _learns_from(self, cut: bool) -> bool:
+        return not (cut and self.settings.mask_truncated_completions)
+
+    @torch.no_grad()
+    def _old(self, asked: list[Asked], lesson: _Lesson) -> list[list[float]]:
+        """Log-probabilities of all completions' tokens as training computes them."""
+
+        def logps(batch: dict[str, Any]) -> Tensor:
+            tokens = self.each(self.model, taken_apart(batch)[0]).tokens
+            return -tokens.nats[tokens.learned.bool()]
+
         with self.compute_loss_context_manager():
-            completions = self.rollouts(asked.tokens, seed=seed % (1 << 62)) if asked.rows else []
+            parts = [in_parts(logps, self._prepare_inputs(batch)) for batch in self._batches(asked, lesson)]
+        flat = iter(torch.cat([*chain(*parts)]).tolist() if parts else [])
+        return [
+            [next(flat) if learned else 0.0 for _ in each.tokens]
+            for each, learned in zip(lesson.completions, lesson.learned, strict=True)
+        ]
+
+    def carried(self) -> Any:
+        """Overrides `CountingTrainer.carried`: what the next step learns from, too."""
+        again = self._lesson is not None and self.state.global_step % self.settings.num_iterations
+        return asdict(self._lesson) if again and self._lesson is not None else None
+
+    def carry_on(self, carried: Any) -> None:
+        """Overrides `CountingTrainer.carry_on`."""
+        self._lesson = None if carried is None else _Lesson.read(carried)
+
+    def _drawn(self, asked: Asked) -> _Drawn:
+        """Completions of prompts, and what they are rewarded with: of held-out ones by the same random numbers in every
+        evaluation."""
+        step = 0 if self.mode == "eval" else self.state.global_step + 1
+        seed = (self.args.seed << 32) + step
+        with self.compute_loss_context_manager(), without_router_loss(self.model):
+            completions = self.rollouts(asked.tokens, seed, places=asked.places) if asked.rows else []
         told = self._told[self.mode]
         assert told is not None
         rewards = torch.zeros(0, len(self.rewards.names))
         if completions:
-            texts = self.processing_class.batch_decode([each.tokens for each in completions], skip_special_tokens=True)
+            texts = self._decode([each.tokens for each in completions], skip_special_tokens=True)
             prompts, columns = told(asked.rows)
             rewards = self.rewards(prompts, texts, columns, [each.tokens for each in completions], self.state)
         return _Drawn(asked, completions, [each.tokens[-1] not in self._ends for each in completions], rewards)
@@ -195,16 +286,15 @@ class GRPOTrainer(SequenceTrainer):
         rows, rewards, lengths, cut = zip(*found, strict=True)
         return [*chain(*rows)], torch.cat(rewards), [*chain(*lengths)], [*chain(*cut)]
 
-    def _own(self, of_all: Tensor, count: int) -> Tensor:
-        return of_all[self._before : self._before + count]
-
-    def _batches(self, drawn: _Drawn, advantage: Tensor, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    def _batches(self, asked: Sequence[Asked], lesson: _Lesson) -> list[dict[str, Any]]:
+        """The batches that are learned from."""
         batches: list[dict[str, Any]] = []
         begin = 0
-        for size in sizes:
-            own = slice(begin, begin := begin + size)
-            learned = [not (self.settings.mask_truncated_completions and cut) for cut in drawn.cut[own]]
-            batches.append(self._collate(drawn.asked.tokens[own], drawn.completions[own], learned, advantage[own]))
+        for batch in asked:
+            own = slice(begin, begin := begin + len(batch.rows))
+            old = None if lesson.old is None else lesson.old[own]
+            worth = torch.tensor(lesson.advantage[own])
+            batches.append(self._collate(batch.tokens, lesson.completions[own], lesson.learned[own], worth, old))
         return batches
 
     @property
@@ -222,7 +312,8 @@ class GRPOTrainer(SequenceTrainer):
         """Overrides `SequenceTrainer.loss_of`: a share of the step's mean."""
         losses = self.each(model, given, balanced=self.aux_loss_enabled)
         frozen = -self.of_reference(given).tokens.nats if self._compares else None
-        terms = token_terms(losses, own[ADVANTAGE], None, frozen, self.settings)
+        old = _at(losses, own[OLD]) if OLD in own else None
+        terms = token_terms(losses, own[ADVANTAGE], old, frozen, self.settings)
         count = losses.count.sum() if items is None else torch.as_tensor(items, device=terms.loss.device)
         total = loss_sum(terms, losses, self.settings) / count.clamp(min=1)
         return self.balanced(total, losses.balance, items, weight), self._figures(losses, terms, own)
@@ -231,9 +322,9 @@ class GRPOTrainer(SequenceTrainer):
         """Sums and numbers in the order of `pass_figures`, (2, F)."""
         learned = losses.tokens.learned.float()
         count = losses.count.sum()
-        sampled = own[SAMPLED].flatten()
-        drawn_N = sampled[losses.at.clamp(max=sampled.numel() - 1)]
-        difference = (-losses.tokens.nats.detach() - drawn_N).abs() * learned
+        # The policy that has drawn them may be another by now.
+        trained = _at(losses, own[OLD]) if OLD in own else -losses.tokens.nats.detach()
+        difference = (trained - _at(losses, own[SAMPLED])).abs() * learned
         found = {
             "entropy": losses.entropy.sum(),
             "kl": terms.kl.sum(),
@@ -243,13 +334,11 @@ class GRPOTrainer(SequenceTrainer):
         return self.stacked({**{name: (total, count) for name, total in found.items()}, **of_balance(losses)})
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Overrides `PassOverrides.prediction_step`: the held-out loss is the mean reward, negative; the same random
-        numbers each time."""
+        """Overrides `PassOverrides.prediction_step`: the held-out loss is the mean reward, negative."""
         if inputs.pop(NOTHING, False):
             return torch.zeros((), device=self.args.device), None, None
         asked: Asked = inputs[PROMPTS]
-        self._eval_batch += 1
-        drawn = self._drawn(asked, 2 * self._eval_batch + 1)
+        drawn = self._drawn(asked)
         lengths = [len(each.tokens) for each in drawn.completions]
         self._record_drawn(asked.rows, drawn.rewards, lengths, drawn.cut)
         self._measure(drawn)
@@ -263,18 +352,15 @@ class GRPOTrainer(SequenceTrainer):
         """Record what passes record, of held-out completions: as many at a time as in training, fewer if they do not
         fit."""
         count, size = len(drawn.completions), self.args.train_batch_size
-        sizes = [min(size, count - begin) for begin in range(0, count, size)]
-        for batch in self._batches(drawn, torch.zeros(count), sizes):
+        asked = [drawn.asked[n : n + size] for n in range(0, count, size)]
+        lesson = _Lesson(drawn.completions, [True] * count, [0.0] * count, 0)
+        for batch in self._batches(asked, lesson):
             with self.compute_loss_context_manager():
-                self.record(in_parts(self._figures_of, self._prepare_inputs(batch)), 0)
+                for figures in in_parts(self._figures_of, self._prepare_inputs(batch)):
+                    self.record(figures, 0)
 
     def _figures_of(self, batch: dict[str, Any]) -> Tensor:
         return self.loss_of(self.model, *taken_apart(batch), None)[1]
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Overrides `LossOverrides.evaluation_loop`: draws alike in every evaluation."""
-        self._eval_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
 
     # What is recorded
 
@@ -290,15 +376,19 @@ class GRPOTrainer(SequenceTrainer):
             same, deviation = spread(rewards, groups, self.settings)
             self.add_to_mean("frac_reward_zero_std", same, 1)
             self.add_to_mean("reward_std", deviation, 1)
-            self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
-            if self._without_spread == _STEPS_WITHOUT:
-                self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
+
+    def _look_for_spread(self, groups: list[int], rewards: Tensor) -> None:
+        same, _ = spread(rewards, groups, self.settings)
+        self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
+        if self._without_spread == _STEPS_WITHOUT:
+            self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
-        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too."""
-        self.rollouts.release()
+        """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too, and keeps none any more."""
+        self.rollouts.release(for_good=True)
         super().start_step_over()
-        self._record_drawn(*self._of_step)  # what was recorded of the step is forgotten, and it is not drawn again
+        if self._of_step is not None:  # what was recorded of the step is forgotten, and it is not drawn again
+            self._record_drawn(*self._of_step)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides `PassOverrides.train`: what draws does not outlive it."""
@@ -309,7 +399,14 @@ class GRPOTrainer(SequenceTrainer):
 
 
 def _joined(batches: Sequence[Asked]) -> Asked:
-    return Asked([ids for each in batches for ids in each.tokens], [row for each in batches for row in each.rows])
+    parts = ([value for each in batches for value in getattr(each, name)] for name in ("tokens", "rows", "places"))
+    return Asked(*parts)
+
+
+def _at(losses: SequenceLosses, grid_BT: Tensor) -> Tensor:
+    """What stands in a grid at the tokens of a batch, (N,)."""
+    flat = grid_BT.flatten()
+    return flat[losses.at.clamp(max=flat.numel() - 1)]  # what fills up may lie behind the last one
 
 
 def _rounded(size: float) -> int:

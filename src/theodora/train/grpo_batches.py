@@ -19,11 +19,13 @@ from theodora.data.prompt_rows import ROW
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train.fused_loss import LEARNED
-from theodora.train.pairs import ADVANTAGE, ROWS, SAMPLED, TOGETHER, Collate, count_of
+from theodora.train.pairs import ADVANTAGE, OLD, ROWS, SAMPLED, TOGETHER, Collate, count_of
 from theodora.train.rollouts import Completion
 
 PROMPTS = "prompts"
 """In a batch as it is loaded: its `Asked`, and nothing else."""
+PLACE = "place"
+"""Of a row: where it stands among all rows, of which each prompt has several."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,36 @@ class Asked:
     tokens: list[list[int]]
     rows: list[int]
     """The number of each among the examples."""
+    places: list[int]
+    """What tells completions of one prompt apart: their random numbers go by it, whatever batch they come in."""
+
+    def __getitem__(self, some: slice) -> Asked:
+        return Asked(self.tokens[some], self.rows[some], self.places[some])
 
 
 def asked_for(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The batch of these rows, before anything was drawn: a collator."""
-    return {PROMPTS: Asked([list(row["input_ids"]) for row in rows], [int(row[ROW]) for row in rows]), ROWS: len(rows)}
+    numbers = ([int(row[name]) for row in rows] for name in (ROW, PLACE))
+    return {PROMPTS: Asked([list(row["input_ids"]) for row in rows], *numbers), ROWS: len(rows)}
 
 
 class Repeated(Sampler[int]):
     """Every prompt as often in a row as completions are drawn for it, prompts in an order of each epoch's own.
 
+    Where a step's completions are learned from in several steps, its prompts come as often, and an epoch ends with some
+    of its first prompts again, so that all steps have as many.
+
     Args:
         prompts: how many there are; a dataset holds each `times` in a row.
         times: completions of each.
         seed: of the orders; None for the order of the data.
+        iterations: steps that learn from the same completions.
+        per_step: prompts of a step.
     """
 
-    def __init__(self, prompts: int, times: int, seed: int | None) -> None:
+    def __init__(self, prompts: int, times: int, seed: int | None, iterations: int = 1, per_step: int = 1) -> None:
         self.prompts, self.times, self.seed = prompts, times, seed
+        self.iterations, self.per_step = iterations, min(per_step, prompts)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -58,13 +72,19 @@ class Repeated(Sampler[int]):
         order = torch.arange(self.prompts)
         if self.seed is not None:
             order = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(self.seed + epoch))
-        self._order = order.tolist()
+        self._order: list[int] = order.tolist()
+        if self.iterations > 1:
+            self._order += self._order[: -self.prompts % self.per_step]
 
     def __len__(self) -> int:
-        return self.prompts * self.times
+        return len(self._order) * self.times * self.iterations
 
     def __iter__(self) -> Iterator[int]:
-        return (prompt * self.times + n for prompt in self._order for n in range(self.times))
+        size = self.per_step if self.iterations > 1 else len(self._order)
+        for begin in range(0, len(self._order), size):
+            for _ in range(self.iterations):
+                for prompt in self._order[begin : begin + size]:
+                    yield from range(prompt * self.times, (prompt + 1) * self.times)
 
 
 def check_completions(config: TrainConfig, times: int, processes: int) -> None:
@@ -84,8 +104,9 @@ def check_completions(config: TrainConfig, times: int, processes: int) -> None:
 
 
 def repeated(rows: Dataset, times: int) -> Dataset:
-    """Each row several times, one after the other."""
-    return rows.select([row for row in range(len(rows)) for _ in range(times)])
+    """Each row several times, one after the other, with a number of its own."""
+    several = rows.select([row for row in range(len(rows)) for _ in range(times)])
+    return several.add_column(PLACE, list(range(len(several))))
 
 
 class DrawnBatches:
@@ -104,6 +125,7 @@ class DrawnBatches:
         completions: Sequence[Completion],
         learned: Sequence[bool],
         advantage: Tensor,
+        old: Sequence[Sequence[float]] | None = None,
     ) -> dict[str, Any]:
         """The batch.
 
@@ -112,6 +134,7 @@ class DrawnBatches:
             completions: of each.
             learned: whether each is learned from.
             advantage: of each, (S,) float32.
+            old: log-probabilities of each one's tokens under the policy that drew them, if it is another by now.
         """
         rows = [
             {
@@ -126,13 +149,17 @@ class DrawnBatches:
             batch[LEARNED]["sequences"] = count
         filled = torch.zeros(count)
         filled[: len(advantage)] = advantage
-        logps = [[0.0] * len(prompt) + drawn.logps for prompt, drawn in zip(prompts, completions, strict=True)]
+        shape = batch["input_ids"].shape
+        of_tokens = {SAMPLED: [drawn.logps for drawn in completions]} | ({} if old is None else {OLD: old})
         return {
             **batch,
             TOGETHER: 1,
             ROWS: sum(learned),
             ADVANTAGE: filled,
-            SAMPLED: laid_out(logps, batch["input_ids"].shape),
+            **{
+                name: laid_out([[0.0] * len(p) + [*own] for p, own in zip(prompts, values, strict=True)], shape)
+                for name, values in of_tokens.items()
+            },
         }
 
 

@@ -38,6 +38,8 @@ class PolicySettings:
     """The same of held-out prompts. (TRL takes as many as in training.)"""
     max_completion_length: int = 256
     """Tokens of a completion, at most. (TRL's default is 512.)"""
+    num_iterations: int = 1
+    """Steps that learn from the same completions."""
     drawing: Drawing = field(default_factory=Drawing)
     beta: float = 0.0
     epsilon: float = 0.2
@@ -55,7 +57,8 @@ class PolicySettings:
     """(TRL leaves dropout on.)"""
 
     def items(self, tokens: list[int]) -> int:
-        """What the losses of a step are divided by, given how many learned tokens each of its completions has."""
+        """What the losses of a step are divided by, given how many learned tokens each of its completions has: those of
+        which nothing is learned count among them, as in TRL."""
         if self.loss_type == "grpo":
             return len(tokens)
         if self.loss_type == "dr_grpo":
@@ -83,7 +86,7 @@ def advantages(rewards_SF: Tensor, groups: list[int], settings: PolicySettings) 
         groups: which completions answer the same prompt: a number for each.
         settings: of the objective.
     """
-    weights, rewards_SF = _weights(rewards_SF, settings), rewards_SF.double()
+    weights, rewards_SF = _weights(rewards_SF, settings), rewards_SF.to(torch.float64, copy=True)
     places = list(_places(groups).values())
     if settings.multi_objective_aggregation == "normalize_then_sum":
         for place in places:

@@ -18,6 +18,7 @@ TYPES: dict[str, Any] = {
     "num_generations": int,
     "num_generations_eval": int,
     "max_completion_length": int,
+    "num_iterations": int,
     "top_k": int,
     "min_p": float | None,
     "epsilon_high": float | None,
@@ -40,9 +41,8 @@ _WORDS = {
 }
 # Why fields of TRL's have no effect here; of the others nothing is said but that.
 WHY = {
-    "num_iterations": "completions are learned from once, by the policy that drew them",
-    "steps_per_generation": "completions are drawn for each step, by the policy that learns from them",
-    "generation_batch_size": "completions are drawn for each step, by the policy that learns from them",
+    "steps_per_generation": "completions are drawn for each step (num_iterations steps learn from them)",
+    "generation_batch_size": "completions are drawn for each step (num_iterations steps learn from them)",
     "use_vllm": "the model in training draws by itself, in the batches that serve",
     "use_transformers_continuous_batching": "it is used where it is faster",
     "use_transformers_paged": "it is used where it is faster",
@@ -52,6 +52,12 @@ WHY = {
     "log_completions": "the report has samples from before and after",
     "reward_weights": "it stands beside reward",
 }
+# Values of SFTConfig's fields that would part the completions of a prompt.
+_ORDERS: dict[str, tuple[Any, ...]] = {
+    "shuffle_dataset": (True, "true"),
+    "train_sampling_strategy": ("group_by_length",),
+}
+_ORDER = "prompts in another order in each epoch; train_sampling_strategy: sequential takes that of the data"
 
 
 @cache
@@ -74,8 +80,12 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
                 values[name] = coerce(_as_word(name, value), TYPES[name])
             except ValueError as error:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
+        elif name in _ORDERS and value in _ORDERS[name]:
+            problems.append(f"{name} is {shown(value)}: the completions of a prompt come together ({_ORDER})")
         elif name in own_names() and value not in (None, False, _default(name)):
             problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
+        elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
+            problems.append("accelerator_config holds dispatch_batches; expected none: each process reads its prompts")
     if not problems:
         problems = list(_problems(values))
     if problems:
@@ -103,7 +113,8 @@ def _as_word(name: str, value: Any) -> Any:
 def _problems(values: dict[str, Any]) -> Iterator[str]:
     if values.get("num_generations", 8) < 2:
         yield f"num_generations is {values['num_generations']}; expected at least 2: completions are compared"
-    for name, least in {"num_generations_eval": 1, "max_completion_length": 1, "beta": 0, "epsilon": 0}.items():
+    least_of = {"num_generations_eval": 1, "max_completion_length": 1, "num_iterations": 1, "beta": 0, "epsilon": 0}
+    for name, least in least_of.items():
         if name in values and not values[name] >= least:
             yield f"{name} is {values[name]}; expected at least {least}"
     for name, words in _WORDS.items():

@@ -14,6 +14,8 @@ from transformers.training_args import OptimizerNames
 from theodora.errors import TheodoraError, bullet_list
 from theodora.files.finite import not_finite
 
+_DOUBT = "Is the learning rate far too small, or does the loss bypass these modules?"
+
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """A hash of the bits of each tensor."""
@@ -28,7 +30,7 @@ def check_moved(
     before: Mapping[str, int],
     updates: int,
     after: Mapping[str, int] | None = None,
-    doubt: str = "Is the learning rate far too small, or does the loss bypass these modules?",
+    doubt: str | None = None,
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Check that training moved the tensors and left them finite.
 
@@ -40,7 +42,7 @@ def check_moved(
         before: their fingerprints before training.
         updates: optimizer steps at a learning rate above 0.
         after: their fingerprints when training ended, if they have been changed since.
-        doubt: what may be wrong where all rest.
+        doubt: why all may rest, if that is known.
 
     Returns:
         For each part (lora_A, lora_B, magnitude, …) how many tensors moved, of how many; and the names of single
@@ -62,7 +64,7 @@ def check_moved(
         raise TheodoraError(
             f"Training left these tensors frozen in all {updates} steps, so the adapter is not what was asked for:"
             + bullet_list(frozen)
-            + f"\n{doubt}"
+            + f"\n{doubt or _DOUBT}"
         )
     moved: dict[str, tuple[int, int]] = {}
     for name in tensors:

@@ -57,6 +57,7 @@ _OF_SFT = {
     "label_smoothing_factor": "label_smoothing is that of pairs",
     "padding_free": "rows are made one row by themselves where that pays",
     "dft": "it belongs to sft",
+    "eval_packing": "each answer is needed by itself",
     "completion_only_loss": "answers alone are learned",
     "assistant_only_loss": "answers alone are learned",
 }

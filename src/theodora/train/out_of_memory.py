@@ -177,19 +177,24 @@ def split(inputs: Inputs, pieces: int) -> list[Inputs]:
         for part in parts:
             total -= (few := min(total, _rows_learned(part, together)))
             part[ROWS] = few
+    if LEARNED in inputs:
+        left = inputs[LEARNED]["tokens"]  # to which what fills up the last part does not belong
+        for part in parts:
+            left -= (own := min(left, part[LEARNED]["tokens"]))
+            part[LEARNED]["tokens"] = own
     return parts
 
 
-def in_parts(run: Callable[[Inputs], Tensor], batch: Inputs) -> Tensor:
-    """What is added up over a batch, in halves where memory does not last for all of it."""
+def in_parts(run: Callable[[Inputs], Tensor], batch: Inputs) -> list[Tensor]:
+    """What is computed of a batch: of all of it, or of its halves where memory does not last for it."""
     try:
-        return run(batch)
+        return [run(batch)]
     except torch.OutOfMemoryError:
         parts = split(batch, 2)
         if len(parts) == 1:
             raise
     # Outside the handler, which holds what did not fit.
-    return torch.stack([in_parts(run, part) for part in parts]).sum(0)
+    return [result for part in parts for result in in_parts(run, part)]
 
 
 def few_of(inputs: Inputs) -> Inputs:

@@ -21,11 +21,12 @@ TOGETHER = "sequences_together"
 ROWS = "rows_learned"
 """In a batch: how many rows there are to learn from."""
 REFERENCE, VERDICT, UNMATCHED, DIVERGENCE = "reference", "label", "unmatched", "divergence"
-ADVANTAGE, SAMPLED = "advantage", "sampled_logps"
-"""Of completions that were drawn: what each is worth, and the log-probability that each token was drawn with."""
+ADVANTAGE, SAMPLED, OLD = "advantage", "sampled_logps", "old_logps"
+"""Of completions that were drawn: what each is worth; the log-probability that each token was drawn with; the same as
+training computes it, by the policy that drew it."""
 COLUMNS = ("lengths", REFERENCE, VERDICT)
 """Of a dataset, beside ids and labels."""
-OF_SEQUENCES, OF_TOKENS = (REFERENCE, VERDICT, ADVANTAGE), (SAMPLED,)
+OF_SEQUENCES, OF_TOKENS = (REFERENCE, VERDICT, ADVANTAGE), (SAMPLED, OLD)
 """In a batch, what there is of each sequence, (S,), and of each token where it stands, (B, T)."""
 _OWN = (TOGETHER, ROWS, *OF_SEQUENCES, *OF_TOKENS, UNMATCHED, DIVERGENCE)
 

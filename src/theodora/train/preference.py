@@ -133,7 +133,7 @@ class PreferenceTrainer(SequenceTrainer):
             return torch.stack([((-losses.nats - reference) * real).sum(), real.sum()])
 
         with self.compute_loss_context_manager():
-            return in_parts(sums, unmatched)
+            return torch.stack(in_parts(sums, unmatched)).sum(0)
 
     # What is recorded
 

@@ -1,8 +1,8 @@
-"""What one looks at in a run that learns from preferences: in words, in rows of a table, and in lines of a log."""
+"""What one looks at in a run that learns from preferences or rewards: in words, and in rows of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from theodora.config import TrainConfig
@@ -24,33 +24,60 @@ _ROWS = {
     "logps/rejected": ("Log-likelihood of worse answers", "{:.2f}"),
     "kl": ("Divergence from the reference", "{:.4f}"),
 }
+# The same of grpo, whose divergence is of a token. Between them stand its rewards by function.
+_REWARD = {"reward": ("Reward", "{:.4f}")}
+_DRAWN = {
+    "kl": ("Divergence from the reference, of a token", "{:.5f}"),
+    "entropy": ("Entropy of a token (nats)", "{:.4f}"),
+    "completions/mean_length": ("Tokens of an answer", "{:.1f}"),
+    "completions/clipped_ratio": ("Answers that were cut", "{:.1%}"),
+}
 
 
-def held_out_figures(history: Sequence[Mapping[str, Any]], best: float | None = None) -> Figures:
+def held_out_figures(objective: str, history: Sequence[Mapping[str, Any]], best: float | None = None) -> Figures:
     """Figures of the first evaluation, if it was before the first step, and of the last, or of the best.
 
     Args:
+        objective: of the run.
         history: the trainer's log.
         best: the held-out loss of the adapter that was kept; None: the last one was.
     """
     lines = [line for line in history if "eval_loss" in line]
-    if not lines:
+    if not lines or objective == "sft":
         return {}
     first = lines[0] if lines[0]["step"] == 0 else {}
     last = next((line for line in lines if line["eval_loss"] == best), lines[-1])
-    found = {name: (first.get(f"eval_{name}"), last.get(f"eval_{name}")) for name in _ROWS}
-    if found["rewards/margins"][0] == 0:  # the model is its reference still, and prefers nothing
+    names = _ROWS if objective != "grpo" else (*_REWARD, *functions_in([last], "eval_"), *_DRAWN)
+    found = {name: (first.get(f"eval_{name}"), last.get(f"eval_{name}")) for name in names}
+    if objective != "grpo" and found["rewards/margins"][0] == 0:  # the model is its reference still: it prefers nothing
         found["rewards/accuracies"] = None, found["rewards/accuracies"][1]
     return {name: values for name, values in found.items() if values[1] is not None}
 
 
-def figure_rows(figures: Figures) -> list[tuple[str, str, str]]:
+def functions_in(lines: Iterable[Mapping[str, Any]], before: str = "") -> list[str]:
+    """Names of the rewards by function in lines of a log, where there are several; `before` stands before each."""
+    begin, end = f"{before}rewards/", "/mean"
+    names = dict.fromkeys(
+        name.removeprefix(before) for line in lines for name in line if name.startswith(begin) and name.endswith(end)
+    )
+    return [*names] if len(names) > 1 else []
+
+
+def figure_rows(objective: str, figures: Figures) -> list[tuple[str, str, str]]:
     """Figure, before, after, in words."""
+    known = _ROWS if objective != "grpo" else _REWARD | _DRAWN
 
-    def shown(key: str, value: float | None) -> str:
-        return "" if value is None else _ROWS[key][1].format(value)
+    def row(key: str, values: tuple[float | None, float | None]) -> tuple[str, str, str]:
+        words, form = known.get(key) or (f"Reward: {function_of(key)}", "{:.4f}")
+        before, after = ("" if value is None else form.format(value) for value in values)
+        return words, before, after
 
-    return [(_ROWS[key][0], shown(key, before), shown(key, after)) for key, (before, after) in figures.items()]
+    return [row(key, values) for key, values in figures.items()]
+
+
+def function_of(name: str) -> str:
+    """`brief`, of rewards/brief/mean."""
+    return name.removeprefix("rewards/").removesuffix("/mean")
 
 
 def described(config: TrainConfig) -> str | None:

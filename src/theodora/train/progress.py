@@ -28,6 +28,8 @@ class ProgressView(TrainerCallback):
         self.eval_loss: float | None = None
         self.accuracy: float | None = None
         self.margin: float | None = None
+        self.reward: float | None = None
+        self.eval_reward: float | None = None
         self.learning_rate: float | None = None
         self.tokens_per_second: float | None = None
         self.seconds_left: float | None = None
@@ -116,8 +118,12 @@ class ProgressView(TrainerCallback):
             self._tokens, self._busy = tokens, 0.0
             self.accuracy = logs.get("rewards/accuracies", self.accuracy)
             self.margin = logs.get("rewards/margins", self.margin)
+            if "reward" in logs:
+                weight = 1 - _SMOOTHING if self.reward is not None else 1.0
+                self.reward = (self.reward or 0.0) * (1 - weight) + logs["reward"] * weight
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
+            self.eval_reward = logs.get("eval_reward")
         evaluated = "eval_loss" in logs
         if not self.console.is_terminal and (evaluated or ("loss" in logs and not control.should_evaluate)):
             self._print_line(state, due=evaluated)  # where an evaluation follows, once, with what it found
@@ -147,8 +153,10 @@ class ProgressView(TrainerCallback):
 
     def _values(self) -> list[tuple[str, str]]:
         values: list[tuple[str, float | None, Callable[[float], str]]] = [
-            ("loss", self.loss, "{:.4f}".format),
-            ("held-out", self.eval_loss, "{:.4f}".format),
+            # (a loss that rewards weigh is no figure to look at)
+            ("loss", self.loss if self.reward is None else None, "{:.4f}".format),
+            ("reward", self.reward, "{:.3f}".format),
+            ("held-out", self.eval_loss if self.eval_reward is None else self.eval_reward, "{:.4f}".format),
             ("preferred", self.accuracy, "{:.0%}".format),
             ("margin", self.margin, "{:.3f}".format),
             ("lr", self.learning_rate, "{:.1e}".format),

@@ -42,6 +42,12 @@ class Reference:
         # Parameters that an adapter has in the base's places are exchanged by name.
         self._switch_all = bool(require_state(model).originals or token_layers(model))
 
+    def place(self) -> None:
+        """Put the copy where the policy is by now: frozen parameters are shared, and have moved with it."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if self.twin is not None and len(devices) == 1:
+            self.twin.to(devices.pop())  # pyright: ignore[reportArgumentType]
+
     @contextmanager
     def running(self) -> Iterator[PreTrainedModel]:
         """Within the block the model that is yielded is the reference, and keeps nothing for a backward pass."""

@@ -96,12 +96,12 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.experts:
         grid.add_row("", describe_trained_experts(plan))
     grid.add_row("Data", f"{shorten(config.data)}  format {plan.data_format}")
-    grid.add_row("", f"{counted(plan.rows, 'row')}, {plan.tokens:,} tokens, {plan.learned:,} of them in the loss")
+    grid.add_row("", f"{counted(plan.rows, 'row')}, {describe_tokens(plan)}")
     for part in left_out_lines(plan.left_out):
         grid.add_row(Text("Left out", style="yellow"), Text(part))
     held_out = counted(plan.held_out_rows, "row") + (f" of {config.eval_data}" if config.eval_data else "")
     grid.add_row("Held out", held_out if plan.held_out_rows else "none")
-    grid.add_row("Steps", f"{plan.steps:,} of {counted(plan.rows_per_step, 'row')}, {epochs_of(plan)}")
+    grid.add_row("Steps", f"{plan.steps:,} of {describe_step(plan)}, {epochs_of(plan)}")
     if plan.resume_at is not None:
         grid.add_row("", f"going on from step {plan.resume_at:,}")
     grid.add_row(
@@ -172,13 +172,15 @@ def _short(text: str, most: int) -> str:
 def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
     """Figure, before, after."""
     rows = []
-    if result.eval_loss is not None:
+    if result.eval_loss is not None and result.objective != "grpo":  # whose is the reward again, negative
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}"
         rows.append(("Held-out loss", before, f"{result.eval_loss:.4f}"))
-    rows += figure_rows(result.figures)
+    rows += figure_rows(result.objective, result.figures)
     if result.general_loss is not None:
         before = "" if result.general_loss_before is None else f"{result.general_loss_before:.4f}"
         rows.append(("Loss on general text (nats per token)", before, f"{result.general_loss:.4f}"))
+    if result.train_reward is not None:
+        return [*rows, ("Reward in training (last tenth)", "", f"{result.train_reward:.4f}")]
     return [*rows, ("Training loss (last tenth)", "", f"{result.train_loss:.4f}")]
 
 
@@ -246,6 +248,21 @@ def epochs_of(plan: Plan) -> str:
     """`1 epoch`, `0.33 epochs`."""
     number = f"{plan.epochs:.2g}"
     return f"{number} epoch" + ("" if number == "1" else "s")
+
+
+def describe_tokens(plan: Plan) -> str:
+    """`1,200 tokens, 300 of them in the loss`; of prompts nothing is."""
+    tokens = f"{plan.tokens:,} tokens"
+    return tokens if plan.config.objective == "grpo" else f"{tokens}, {plan.learned:,} of them in the loss"
+
+
+def describe_step(plan: Plan) -> str:
+    """`16 rows`, or `16 answers of its own`."""
+    return (
+        counted(plan.rows_per_step, "answer") + " of its own"
+        if plan.config.objective == "grpo"
+        else counted(plan.rows_per_step, "row")
+    )
 
 
 def describe_trained_experts(plan: Plan) -> str:

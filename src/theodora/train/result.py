@@ -24,10 +24,12 @@ class TrainResult:
     """Optimizer steps taken, those before a resume included."""
     train_loss: float
     """Mean training loss over the last tenth of the steps."""
+    train_reward: float | None = None
+    """Mean reward of the answers drawn in the last tenth of the steps; None where nothing is rewarded."""
     eval_loss_before: float | None
     """Held-out loss before training; None without held-out rows."""
     eval_loss: float | None
-    """Held-out loss of the adapter that was saved; None without held-out rows."""
+    """Held-out loss of the adapter that was saved (of grpo the reward, negative); None without held-out rows."""
     general_loss_before: float | None = None
     """Loss on general text where training began; None where none was given, or the run went on from a record without
     it."""
@@ -65,8 +67,8 @@ class TrainResult:
     objective: str = "sft"
     """What was learned: losses of all but sft are means per pair or answer."""
     figures: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    """Of objectives that compare answers: margins, accuracy, rewards and log-likelihoods of held-out rows, by TRL's
-    names, before and after."""
+    """Of objectives that compare or reward answers: margins, accuracy, rewards, log-likelihoods, lengths of held-out
+    rows, by TRL's names, before and after."""
     samples: tuple[Sample, ...] = ()
     """Of such: answers to a few prompts before and after."""
     stops: tuple[int, int] | None = None

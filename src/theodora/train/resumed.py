@@ -31,6 +31,7 @@ from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.parse import parse_yaml
 from theodora.train.checkpoints import CONFIG_FILE, steps_done
+from theodora.train.grpo_loss import PolicySettings
 
 OPTIONS_FILE = "options.json"
 """In a checkpoint: the options it was trained with."""
@@ -43,10 +44,12 @@ _ROWS = frozenset({
     "data_seed", "train_sampling_strategy", "group_by_length", "length_column_name", "shuffle_dataset",
     "dataloader_drop_last", "packing_strategy", "truncation_mode", "chat_template_path", "eos_token",
     "accelerator_config",
+    # PolicySettings'
+    "num_generations", "max_completion_length",
 })  # fmt: skip
 _OPTIMIZER = frozenset({"optim", "optim_args", "optim_target_modules"})
 _COURSE = frozenset({"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"})
-_BEST = frozenset({"eval_data", "metric_for_best_model", "greater_is_better"})
+_BEST = frozenset({"eval_data", "metric_for_best_model", "greater_is_better", "reward", "reward_weights"})
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 REFUSED = _ADAPTER | _ROWS | _OPTIMIZER | {"from_adapter", "objective", "reference", "general"}
 """Options that must be as they were; `_COURSE`, `_BEST` and `_BATCH` must under conditions. All others are used."""
@@ -257,11 +260,9 @@ def _value(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    of_trl = {f.name: f.default for f in fields(SFTConfig) if f.default is not MISSING}
-    ours = {
-        f.name: f.default for kind in (AdapterConfig, TrainConfig) for f in fields(kind) if f.default is not MISSING
-    }
-    found = {name: getattr(value, "value", value) for name, value in (of_trl | ours).items()}
+    found: dict[str, Any] = {}
+    for kind in (PolicySettings, SFTConfig, AdapterConfig, TrainConfig):  # of a name in several the last counts
+        found |= {f.name: getattr(f.default, "value", f.default) for f in fields(kind) if f.default is not MISSING}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 

@@ -165,9 +165,10 @@ class Rewards:
             return
         prompts, columns = rows(tried)
         texts = rows.references(tried)
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        end = tokenizer.eos_token_id or 0  # no completion is without a token
+        ids = [[*own, end] for own in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
         try:
-            self(prompts, texts, columns, ids, TrainerState())  # pyright: ignore[reportArgumentType]
+            self(prompts, texts, columns, ids, TrainerState())
         except DataError as error:
             raise DataError(
                 f"{error}\nThis was a try before training, on the first rows of {rows.source} with their own "

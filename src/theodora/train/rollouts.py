@@ -4,10 +4,10 @@
     completions = rollouts(prompts, seed=step)   # of the weights as they are now
     rollouts.release()                           # memory goes back until the next call
 
-On a GPU the live model itself runs in the batches that serve (`theodora.serve.offline`), elsewhere `generate` does, in
-padded batches. Both pick tokens by `theodora.serve.sampling.pick`, with a random number made from the seed, the
-prompt's index and the token's place: torch's generators are left alone, and a token does not depend on who else is in
-the batch.
+On a GPU the live model itself runs in lock-step, from CUDA graphs (`theodora.serve.static_batches`); if it cannot, in
+the batches that serve (`theodora.serve.offline`); elsewhere `generate` does, in padded batches. All pick tokens by
+`theodora.serve.sampling.pick`, with a random number made from the seed, the prompt's index and the token's place:
+torch's generators are left alone, and a token does not depend on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from theodora.errors import ConfigError, DataError, TheodoraError
 from theodora.evaluate.batches import batches_by_length, evaluating, pad
 from theodora.evaluate.decoding import decoding
 from theodora.evaluate.exact_match import head_reads_one_piece
-from theodora.serve import offline
+from theodora.serve import offline, static_batches
 from theodora.serve.requests import Sampling
-from theodora.serve.sampling import pick
+from theodora.serve.sampling import logprobs_of, pick
 from theodora.serve.shaping import Shaper, shape
 
 log = logging.getLogger("theodora.train")
@@ -99,30 +99,48 @@ class Rollouts:
         ends: the tokens that end a completion, at least one.
         max_new_tokens: tokens of a completion, at most.
         rows: completions under way at a time, at most. Halved where memory does not do.
+        longest: tokens of the longest prompt of any call, so that what is drawn does not depend on earlier calls.
     """
 
     def __init__(
-        self, model: Any, drawing: Drawing, ends: Sequence[int], max_new_tokens: int, rows: int = _ROWS
+        self,
+        model: Any,
+        drawing: Drawing,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        rows: int = _ROWS,
+        longest: int = 0,
     ) -> None:
         self._model, self._rows = model, rows
         self._sampling = drawing.sampling(max_new_tokens)
         self._settings = decoding(list(ends), max_new_tokens)
-        self._kept = offline.Kept()
-        self._why: str | None = None
+        self._kept, self._keeps = offline.Kept(), True
+        self._ways: list[tuple[str, Callable[..., Any]]] = []
+        """What is tried before `generate`, the fastest first."""
+        self._why = f"it is faster on {model.device.type}"
+        """Why the last of them was given up."""
         try:
             self._model = offline.runnable(model)
-            if not offline.worth_it(model):
-                self._why = f"it is faster on {model.device.type}"
         except offline.Unfit as error:
             self._why = str(error)
+            return
+        if model.device.type in static_batches.DEVICES:
+            in_step = partial(static_batches.draw_in_step, longest=longest)
+            self._ways.append(("batches in lock-step", in_step))
+        if offline.worth_it(model):
+            self._ways.append(("transformers' continuous batching", offline.draw_together))
 
     @property
     def way(self) -> str:
         """What draws; the first call may change it."""
-        return "transformers' continuous batching" if self._why is None else f"generate ({self._why})"
+        return self._ways[0][0] if self._ways else f"generate ({self._why})"
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], seed: int, over: Callable[[], object] = lambda: None
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        over: Callable[[], object] = lambda: None,
+        places: Sequence[int] | None = None,
     ) -> list[Completion]:
         """A completion of each prompt, in their order.
 
@@ -130,6 +148,7 @@ class Rollouts:
             prompts: token ids of each. Where several are the same, each has random numbers of its own.
             seed: another one gives other completions.
             over: called whenever a completion is over.
+            places: what the random numbers of each go by beside the seed, below 2³²; None for its index.
 
         Raises:
             DataError: a prompt without tokens.
@@ -138,9 +157,12 @@ class Rollouts:
         """
         if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
             raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
-        samplings = [replace(self._sampling, seed=(seed << 32) + index) for index in range(len(prompts))]
+        own = range(len(prompts)) if places is None else places
+        samplings = [replace(self._sampling, seed=(seed << 32) + place) for place in own]
         told = _Told(over)
         found = self._together(prompts, samplings, told)
+        if not self._keeps:
+            self.release()
         self._by_generate(prompts, samplings, found, told)
         completions = [Completion(*found[index]) for index in range(len(prompts))]
         if not all(math.isfinite(sum(each.logps)) for each in completions):
@@ -150,12 +172,16 @@ class Rollouts:
             )
         return completions
 
-    def release(self) -> None:
+    def release(self, for_good: bool = False) -> None:
         """Give back the memory that is held between calls; the next one takes it again.
 
-        On a GPU those are the keys and values of the rows under way (32,768 tokens at most, and half of what was free),
-        and CUDA graphs, which the next call has to record again; nothing elsewhere.
+        On a GPU those are the keys and values of the rows under way (half of what was free, at most), and CUDA graphs,
+        which the next call has to record again; nothing elsewhere.
+
+        Args:
+            for_good: whether later calls are to leave nothing, either, because others have no room beside it.
         """
+        self._keeps = self._keeps and not for_good
         self._kept.let_go()
 
     def _together(
@@ -164,10 +190,11 @@ class Rollouts:
         """What the batches that serve can give, by index."""
         most = self._sampling.max_tokens
         fit = [i for i, prompt in enumerate(prompts) if offline.fits(self._model, prompt, most)]
-        while self._why is None and fit:
+        while self._ways and fit:
             over.begin(0)
+            title, draw = self._ways[0]
             try:
-                drawn = offline.draw_together(
+                drawn = draw(
                     self._model,
                     [prompts[i] for i in fit],
                     self._settings,
@@ -177,12 +204,13 @@ class Rollouts:
                     kept=self._kept,
                 )
                 return dict(zip(fit, drawn, strict=True))
-            except offline.NoRoom as error:
-                if self._rows == 1:
-                    self._why = str(error)
-                self._rows = max(1, self._rows // 2)
             except offline.Unfit as error:
+                if isinstance(error, offline.NoRoom) and self._rows > 1:
+                    self._rows //= 2
+                    continue
+                log.info("completions are not drawn by %s: %s", title, error)
                 self._why = str(error)
+                del self._ways[0]
         return {}
 
     def _by_generate(
@@ -281,8 +309,7 @@ class _Draw(LogitsProcessor):
         )
         for row, shaper in self._shapers:
             shaper.took(tokens[row])
-        tempered = logits / first.temperature
-        self._steps.append(tempered.gather(1, tokens[:, None])[:, 0] - tempered.logsumexp(-1))
+        self._steps.append(logprobs_of(tokens, logits, first.temperature))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -227,10 +227,8 @@ def _train(
         checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
-    doubts = (
-        {"doubt": trainer.nothing_to_learn} if isinstance(trainer, GRPOTrainer) and trainer.nothing_to_learn else {}
-    )
-    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, **doubts)
+    doubt = trainer.nothing_to_learn if isinstance(trainer, GRPOTrainer) else None
+    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, doubt)
     result = replace(_result(prepared, plan, trainer, view, seconds, moved), experts=loads.loads(processes))
     if forgetting is not None:
         before, after = forgetting.before_and_after()
@@ -264,8 +262,8 @@ def _train(
 def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, path: str | None) -> Plan:
     arguments, model, output = trainer.args, prepared.model, Path(prepared.config.output)
     rows_at_once = arguments.per_device_train_batch_size * trainer.processes.count
-    rows: Any = trainer.train_dataset  # packed, perhaps
-    batches = math.ceil(len(rows) / rows_at_once)
+    rows = trainer.rows_of_epoch
+    batches = math.ceil(rows / rows_at_once)
     steps_per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     tokens, learned = count_tokens(prepared.train_rows)
@@ -294,7 +292,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         notes=[
             *prepared.notes,
             *_device_notes(trainer.processes),
-            *_remainder(len(rows), arguments, trainer.processes),
+            *_remainder(rows, arguments, trainer.processes),
             *missing_parts(arguments.device),
             *(checkpoints.passed_over(output, checkpoint) if prepared.config.resume else []),
             *(change_notes(prepared.config, prepared.past) if prepared.past is not None else []),
@@ -443,15 +441,15 @@ def _result(
     moved: dict[str, tuple[int, int]],
 ) -> TrainResult:
     state = trainer.state
-    last_tenth = _mean(state.log_history, lambda line: line["step"] > state.global_step * 0.9)
+    last_tenth = [line for line in state.log_history if line["step"] > state.global_step * 0.9]
     held_out = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
-    final = held_out[-1][1] if held_out else None
-    if trainer.args.load_best_model_at_end and state.best_metric is not None:
-        final = state.best_metric
+    best = state.best_metric if trainer.args.load_best_model_at_end else None
+    final = best if best is not None else held_out[-1][1] if held_out else None
     return TrainResult(
         output=Path(prepared.config.output),
         steps=state.global_step,
-        train_loss=last_tenth,
+        train_loss=_mean(last_tenth, "loss"),
+        train_reward=_mean(last_tenth, "reward") if prepared.config.objective == "grpo" else None,
         eval_loss_before=next((loss for step, loss in held_out if step == 0), None),
         eval_loss=final,
         trainable_parameters=plan.trainable,
@@ -468,7 +466,7 @@ def _result(
         moved=moved,
         left_out=prepared.left_out,
         objective=prepared.config.objective,
-        figures={} if prepared.config.objective == "sft" else held_out_figures(state.log_history, final),
+        figures=held_out_figures(prepared.config.objective, state.log_history, best),
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
@@ -486,6 +484,6 @@ def _count_stops(prepared: Prepared) -> SelfStopping | None:
     return count_self_stops(prepared.model, prepared.tokenizer, as_answers(examples), prepared.config.use_chat_template)
 
 
-def _mean(history: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> float:
-    losses = [line["loss"] for line in history if "loss" in line and keep(line)]
-    return sum(losses) / len(losses) if losses else math.nan
+def _mean(lines: list[dict[str, Any]], name: str) -> float:
+    values = [line[name] for line in lines if name in line]
+    return sum(values) / len(values) if values else math.nan

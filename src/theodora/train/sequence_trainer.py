@@ -39,7 +39,9 @@ class SequenceTrainer(AdapterTrainer):
 
     def __init__(self, *args: Any, reference: Reference | None, **kwargs: Any) -> None:
         self.reference = reference
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # which places the model
+        if reference is not None:
+            reference.place()
         self.means = tuple(kind + name for name in self.figures for kind in (_SUM, _COUNT))
 
     @property

@@ -115,6 +115,13 @@ class CountingTrainer(SFTTrainer):
     last_step: StepState | None = None
     """The state at the end of the last step that was finished."""
 
+    def carried(self) -> Any:
+        """What else of this process the next step goes on from, fit for JSON; None for nothing."""
+        return None
+
+    def carry_on(self, carried: Any) -> None:
+        """Go on from what `carried` gave."""
+
     def log_arrived(self, all_of_them: bool) -> None:
         """Write the lines of the log whose figures have come, or `all_of_them`: `LogOverrides` holds lines back."""
 
@@ -191,12 +198,13 @@ class CountingTrainer(SFTTrainer):
 
 def unlogged(trainer: CountingTrainer) -> dict[str, Any]:
     """What a process has not logged yet."""
-    metrics = DeferredMetrics(trainer.metrics_of("train")).read()
+    metrics, carried = DeferredMetrics(trainer.metrics_of("train")).read(), trainer.carried()
     return {
         "step": trainer.logged_at,
         "loss": trainer.loss_sum.item(),
         "tokens": trainer.tokens_seen,
         "metrics": {name: values for name, values in metrics.items() if values},
+        **({} if carried is None else {"carried": carried}),
     }
 
 
@@ -240,6 +248,7 @@ class RestoreUnlogged(TrainerCallback):
             trainer.loss_sum.add_(found["loss"])
             trainer.tokens = found["tokens"]
             replace_metrics(trainer.metrics_of("train"), found["metrics"])
+            trainer.carry_on(found.get("carried"))
         elif trainer.processes.index:
             # What is drawn in training, as dropout, is another in each process; rows were drawn alike before.
             torch.manual_seed(trainer.args.seed + trainer.processes.index)

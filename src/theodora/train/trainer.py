@@ -73,6 +73,12 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
         self.choose_graphs()
 
     @property
+    def rows_of_epoch(self) -> int:
+        """Rows that an epoch goes through, packed perhaps."""
+        rows: Any = self.train_dataset
+        return len(rows)
+
+    @property
     def fast_notes(self) -> list[str]:
         """What there is to say about loss and steps where a fast path is reported."""
         if not isinstance(self.head, Head):
