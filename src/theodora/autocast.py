@@ -1,4 +1,5 @@
-"""What autocast does to a linear layer, said once: products run and come out in its dtype, all else is left alone."""
+"""In which dtype products run: what autocast does to a linear layer, said once (they run and come out in its dtype, all
+else is left alone), and whether a device has instructions for bfloat16."""
 
 from __future__ import annotations
 
@@ -46,3 +47,26 @@ def backward_without_autocast(backward: _Function) -> _Function:
             return backward(ctx, *gradients)
 
     return run  # pyright: ignore[reportReturnType]
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, rather than emulating it: with them they are used, too."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        has_them = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return has_them and (found.get("architecture") != "x86_64" or _onednn_takes_bf16())
+    return device.type in ("xpu", "npu", "hpu")
+
+
+def _onednn_takes_bf16() -> bool:
+    """Whether oneDNN, which alone uses x86's instructions, is there, switched on, and not held below them.
+
+    `ONEDNN_MAX_CPU_ISA` holds it, and without it a product takes up to a hundred times as long.
+    """
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

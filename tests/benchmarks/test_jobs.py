@@ -207,7 +207,7 @@ def test_a_cpu_of_avx2_alone(monkeypatch):
     seen = {}
 
     def command():
-        from theodora.train.arguments import computes_in_bf16
+        from theodora.autocast import computes_in_bf16
 
         seen.update(torch.cpu.get_capabilities(), bf16_chosen=computes_in_bf16(torch.device("cpu")))
         return 3

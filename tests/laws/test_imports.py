@@ -31,6 +31,7 @@ FLOORS = [
         "parse",
         "ends",
         "kept",
+        "extras",
     }
     | {"locks", "main_memory", "patches", "safe_text", "synonyms", "terminal"},
     {"functional", "autocast"},
@@ -77,6 +78,7 @@ ONLY_IN = {
     "uvicorn": {"serve", "cli"},
     "prometheus_client": {"serve", "cli"},
     "xgrammar": {"serve", "cli"},
+    "shtab": {"cli"},
     "vllm": {"vllm_plugin"},
     "ray": {"launch"},
 }

@@ -9,9 +9,10 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 import tiny
+from theodora.autocast import computes_in_bf16
 from theodora.config import TrainConfig
 from theodora.errors import ConfigError
-from theodora.train.arguments import choose_precision, computes_in_bf16, finish_arguments, sft_arguments
+from theodora.train.arguments import choose_precision, finish_arguments, sft_arguments
 from theodora.train.processes import links_unasked
 
 

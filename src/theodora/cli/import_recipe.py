@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from theodora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from theodora.foreign import Translation
+    from theodora.foreign import Note, Translation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,12 +85,15 @@ def _say(console: Any, translation: Translation, output: str) -> None:
     from theodora.foreign.written import HEADINGS, said
     from theodora.safe_text import quoted
 
-    by_kind = {kind: [note for note in translation.notes if note.kind == kind] for kind in HEADINGS}
+    by_kind: dict[str, list[Note]] = {
+        kind: [note for note in translation.notes if note.kind == kind] for kind in HEADINGS
+    }
     console.print(f"{translation.tool}: {len(by_kind['translated'])} fields translated.", style="bold")
-    for kind, notes in by_kind.items():
+    for kind, heading in HEADINGS.items():
+        notes = by_kind[kind]
         if kind == "translated" or not notes:
             continue
-        console.print(f"{HEADINGS[kind]}:", style="yellow" if kind == "missing" else "bold")
+        console.print(f"{heading}:", style="yellow" if kind == "missing" else "bold")
         if kind == "unset":
             console.print("  " + ", ".join(note.field for note in notes))
             continue

@@ -47,8 +47,10 @@ COMMANDS = {
         "serve": ("theodora.cli.serve", "serve a model and many adapters over HTTP, as OpenAI does"),
     },
     "Set up": {
+        "doctor": ("theodora.cli.doctor", "say what is installed, what this machine can do, and what is missing"),
         "import": ("theodora.cli.import_recipe", "read a recipe of Axolotl, LLaMA-Factory or Unsloth into ours"),
         "schema": ("theodora.cli.schema", "write a JSON Schema of the YAML, with which editors complete it"),
+        "completion": ("theodora.cli.completion", "write what a shell reads to complete commands and flags by Tab"),
     },
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.

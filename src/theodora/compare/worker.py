@@ -16,6 +16,7 @@ from theodora.adapters import inject_adapter, remove_adapter, save_adapter
 from theodora.adapters.models import load_model, move
 from theodora.adapters.quantized import quantization_of
 from theodora.adapters.state import trained_tensors
+from theodora.autocast import computes_in_bf16
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
 from theodora.compare.material import Material, prepare, read_splits
@@ -29,7 +30,6 @@ from theodora.evaluate.questions import Questions
 from theodora.evaluate.scores import LossNotFinite, score
 from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
-from theodora.train.arguments import computes_in_bf16
 from theodora.train.fused_loss import fused_head
 from theodora.train.light import LightRunDiverged, LightSettings, Preference, train_light
 from theodora.train.memory import peak_of, start_counting

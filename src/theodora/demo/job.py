@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters import adapter_disabled
 from theodora.adapters.models import best_device, load_model_and_tokenizer
+from theodora.autocast import computes_in_bf16
 from theodora.config import TrainConfig
 from theodora.data import encode_prompt, load_examples, reference_answer
 from theodora.demo import assets, pace, task
@@ -32,7 +33,6 @@ from theodora.merging import merge_checkpoint
 from theodora.safe_text import quoted
 from theodora.terminal import Terminal
 from theodora.train import train
-from theodora.train.arguments import computes_in_bf16
 from theodora.train.quiet import quiet_libraries
 from theodora.train.stop import TrainingInterrupted
 

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 
+from theodora.autocast import computes_in_bf16
 from theodora.coerce import coerce
 from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.data.vocabulary import safe_padding
@@ -287,29 +288,6 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16
     dtype = "bfloat16" if bf16 and not trains_base_weights else "float32"
     return Precision(dtype=dtype, bf16=bf16, autocast=bf16 and trains_base_weights)
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, rather than emulating it: with them they are used, too."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        has_them = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return has_them and (found.get("architecture") != "x86_64" or _onednn_takes_bf16())
-    return device.type in ("xpu", "npu", "hpu")
-
-
-def _onednn_takes_bf16() -> bool:
-    """Whether oneDNN, which alone uses x86's instructions, is there, switched on, and not held below them.
-
-    `ONEDNN_MAX_CPU_ISA` holds it, and without it a product takes up to a hundred times as long.
-    """
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def finish_arguments(

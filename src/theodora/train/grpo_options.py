@@ -30,7 +30,7 @@ TYPES: dict[str, Any] = {
     "mask_truncated_completions": bool,
     "use_bias_correction_kl": bool,
     "disable_dropout": bool,
-    **dict.fromkeys((*set(_DRAWING) - {"top_k", "min_p"}, "beta", "epsilon"), float),
+    **dict.fromkeys((*(name for name in _DRAWING if name not in ("top_k", "min_p")), "beta", "epsilon"), float),
 }
 """Option -> what it holds."""
 NAMES = tuple(TYPES)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
+from enum import Enum
+from functools import cache, partial
 from typing import Any, get_args, get_type_hints
 
 from trl.trainer.dpo_config import DPOConfig
@@ -23,7 +24,7 @@ from theodora.train.arguments import ALWAYS, ELSEWHERE
 from theodora.train.objectives import own_types, refused_names
 
 # What TRL's configurations of the others would say is behind an import that warns of changes to come.
-_HELP_OF: dict[str, type] = {"dpo": DPOConfig, "kto": KTOConfig, "grpo": GRPOConfig}
+_HELP_OF: dict[str, Any] = {"dpo": DPOConfig, "kto": KTOConfig, "grpo": GRPOConfig}
 # What a run sets otherwise than TRL does, unless told: TRL's default is not ours.
 _SET_HERE = (
     *("run_name", "do_eval", "eval_strategy", "eval_on_start", "save_strategy", "logging_nan_inf_filter", "log_level"),
@@ -87,10 +88,11 @@ def _objection(option: PassedOption, value: Any) -> str | None:
     return None
 
 
+@cache
 def words_of(name: str) -> tuple[str, ...]:
     """The words that a field of TRL's takes that is one of an enumeration there; none for other fields."""
     for choice in get_args(get_type_hints(SFTConfig).get(name)):
-        if isinstance(choice, type) and hasattr(choice, "__members__"):
+        if isinstance(choice, type) and issubclass(choice, Enum):
             return tuple(str(member.value) for member in choice)
     return ()
 
@@ -135,7 +137,8 @@ def _help(name: str, objectives: list[str]) -> str:
     texts = {
         " ".join(str(field.metadata.get("help", "")).split())
         for objective in objectives
-        for field in fields(_HELP_OF.get(objective, object) if objective in _HELP_OF else SFTConfig)
+        if objective in _HELP_OF
+        for field in fields(_HELP_OF[objective])
         if field.name == name
     } - {""}
     return _HELP.get(name) or (texts.pop() if len(texts) == 1 else "")
