@@ -1,0 +1,216 @@
+"""What needs torch, transformers and datasets to be known: a file of data as a model will see it, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from theodora.config import TrainConfig
+from theodora.data import Examples, encode_prompt, fallback_chat_template, load_examples, tokenize, tokenize_preferences
+from theodora.data.left_out import sentences
+from theodora.data.sequences import parted
+from theodora.data.split import count_copies, spread_out
+from theodora.errors import TheodoraError
+from theodora.files.model_folder import has_tokenizer
+from theodora.files.tokenizer import load_tokenizer
+from theodora.kernels.cross_entropy import IGNORED
+from theodora.train.objectives import kind_of
+
+_SHOWN, _MEASURED = 12, 2000
+_MOST_TOKENS, _MOST_TEXT = 1500, 4000
+_BINS = 24
+
+
+def look_at_data(
+    path: str, model: str = "", *, objective: str = "sft", max_length: int = 1024, train_on: str = "completion"
+) -> dict[str, Any]:
+    """A source of rows: what it is, what is left out, lengths, and the first rows token by token.
+
+    Args:
+        path: a file, a folder or a name on the hub, as `--data` takes it.
+        model: whose tokenizer reads the rows, or an adapter's folder that has one; without it rows are shown as text.
+        objective: which decides what the rows have to be.
+        max_length: tokens after which a row is cut.
+        train_on: as in training.
+
+    Raises:
+        DataError: naming what is wrong, by line.
+        CheckpointError: the model has no tokenizer that loads.
+    """
+    examples = load_examples(path, kind=kind_of(objective))
+    found: dict[str, Any] = {
+        "format": examples.format,
+        "rows": len(examples),
+        "description": examples.description,
+        "left_out": sentences(examples.left_out),
+        "copies": count_copies(examples),
+        "shown": [],
+        "lengths": None,
+        "note": "",
+    }
+    first = examples.dataset.select(range(min(_SHOWN, len(examples))))
+    if not model:
+        found["shown"] = [_as_text(row) for row in first]
+        return found
+    tokenizer = _tokenizer(model)
+    if tokenizer.chat_template is None and not isinstance(first[0].get("prompt", first[0].get("text", [])), str):
+        tokenizer.chat_template = fallback_chat_template(tokenizer)
+    found["shown"] = [
+        _row(examples.with_dataset(first.select([i])), tokenizer, objective, max_length, train_on)
+        for i in range(len(first))
+    ]
+    if objective != "grpo":
+        measured = spread_out(examples, _MEASURED)
+        rows = _tokenised(measured, tokenizer, objective, max_length, train_on)
+        found["lengths"] = _lengths(rows, max_length) | {"of": len(measured)}
+        found["note"] = rows.info.description
+    return found
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(model if not has_tokenizer(model) else str(Path(model).expanduser()))
+
+
+def _tokenised(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int, train_on: Any
+) -> Dataset:
+    if objective != "sft":
+        return tokenize_preferences(examples, tokenizer, max_length=max_length)
+    return tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)
+
+
+def _row(
+    one: Examples, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int, train_on: str
+) -> dict[str, Any]:
+    """One row: its sequences, each in pieces of text with what becomes of them."""
+    row: Any = one.dataset[0]
+    try:
+        if objective == "grpo":
+            ids = encode_prompt(row, tokenizer)
+            return {"parts": [_part("prompt", ids, [IGNORED] * len(ids), tokenizer, max_length)], "problem": ""}
+        rows = _tokenised(one, tokenizer, objective, max(4 * max_length, 64), train_on)
+        names, sequences = _sequences(rows[0], one.format)
+        parts = [
+            _part(name, sequence["input_ids"], sequence["labels"], tokenizer, max_length)
+            for name, sequence in zip(names, sequences, strict=True)
+        ]
+    except TheodoraError as error:
+        return _as_text(row) | {"problem": str(error)}
+    dropped = objective == "sft" and not any(piece["kind"] == "learned" for part in parts for piece in part["pieces"])
+    return {"parts": parts, "problem": f"dropped: nothing to learn within {max_length} tokens" if dropped else ""}
+
+
+def _sequences(row: Mapping[str, Any], format: str) -> tuple[Sequence[str], Sequence[Mapping[str, list[int]]]]:
+    if "lengths" not in row:
+        return [""], [row]
+    both = parted(row)
+    if format == "unpaired":
+        return ["good answer" if row["label"] else "bad answer"], both[:1]
+    return ["better answer", "worse answer"], both
+
+
+def _part(
+    name: str, ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
+    kinds = [
+        "cut" if at >= max_length else "learned" if label != IGNORED and at else "seen"
+        for at, label in enumerate(labels)
+    ]
+    shown = min(len(ids), _MOST_TOKENS)
+    return {
+        "name": name,
+        "tokens": len(ids),
+        "learned": kinds.count("learned"),
+        "pieces": list(_pieces(ids[:shown], kinds[:shown], tokenizer)),
+        "more": len(ids) - shown,
+    }
+
+
+def _pieces(ids: Sequence[int], kinds: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, str]]:
+    """The text of each token; of those that share a character together."""
+    waiting: list[int] = []
+    for at, (id, kind) in enumerate(zip(ids, kinds, strict=True)):
+        waiting.append(id)
+        text = str(tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        ends = at + 1 == len(ids) or kinds[at + 1] != kind
+        if text.endswith("\ufffd") and not ends and len(waiting) < 8:
+            continue
+        yield {"text": text, "kind": kind}
+        waiting.clear()
+
+
+def _as_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it was read, where there is no tokenizer: nothing is known of its tokens."""
+    parts = []
+    for name, value in row.items():
+        if value in (None, "", []):
+            continue
+        turns = value if isinstance(value, list) else [{"role": name, "content": value}]
+        parts += [
+            {
+                "name": str(turn.get("role", name)) if isinstance(value, list) else name,
+                "pieces": [{"text": str(turn.get("content") or turn)[:_MOST_TEXT], "kind": "plain"}],
+                "tokens": None,
+                "learned": None,
+                "more": 0,
+            }
+            for turn in turns
+            if isinstance(turn, dict)
+        ]
+    return {"parts": parts, "problem": ""}
+
+
+def _lengths(rows: Dataset, max_length: int) -> dict[str, Any]:
+    lengths = sorted(len(row) for row in rows["input_ids"])
+    learned = sum(sum(label != IGNORED for label in row[1:]) for row in rows["labels"])
+    most = lengths[-1]
+    bins = [0] * _BINS
+    for length in lengths:
+        bins[min(_BINS - 1, (length - 1) * _BINS // most)] += 1
+    return {
+        "shortest": lengths[0],
+        "median": lengths[len(lengths) // 2],
+        "longest": most,
+        "bins": bins,
+        "tokens": sum(lengths),
+        "learned": learned,
+        "at_limit": sum(length >= max_length for length in lengths),
+    }
+
+
+def look_at_plan(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether a run fits this machine, from configurations alone.
+
+    Raises:
+        ConfigError: the options make no sense, also to TRL; or the adapter does not fit the model.
+        CheckpointError: the model has no configuration that can be read.
+    """
+    from dataclasses import replace
+
+    from theodora.files.model_folder import base_model_of
+    from theodora.plan import fits, machine
+    from theodora.plan.fits import read_config, size
+    from theodora.train.arguments import sft_arguments
+
+    config = TrainConfig.from_options(options)
+    if not config.model and config.from_adapter is not None:
+        config = replace(config, model=base_model_of(config.from_adapter))
+    sft_arguments(config, Path(config.output) / "checkpoints")
+    where = machine()
+    model_config = read_config(config)
+    verdict = fits(config, where, model_config=model_config)
+    return {
+        "fits": verdict.fits,
+        "splits": verdict.splits,
+        "message": verdict.message,
+        "taken": None if verdict.estimate is None else size(verdict.estimate.taken),
+        "memory": size(where.memory),
+        "device": where.device,
+        "family": str(getattr(model_config, "model_type", "")),
+    }
