@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import filecmp
+import json
 import os
 import re
 import tempfile
@@ -20,12 +22,11 @@ from starlette.concurrency import run_in_threadpool
 
 import theodora
 from theodora.errors import TheodoraError, UsageError
-from theodora.files.folder import read_file
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE_FILE, METRICS_FILE
-from theodora.studio.form import check, form
+from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
-from theodora.studio.metrics import paces, read_on, tail
-from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, log_text, text_of
+from theodora.studio.metrics import paces, read, read_on, tail
+from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, log_text, text_of
 from theodora.studio.worker import Failed, Worker
 
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -89,16 +90,16 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/check")
     async def checked(request: Request) -> Any:
-        return await run_in_threadpool(check, _mapping(await request.json()))
+        return await run_in_threadpool(check, await _body(request))
 
     @app.post("/api/plan")
     async def planned(request: Request) -> Any:
-        options = check(_mapping(await request.json()))["options"]
+        options = check(await _body(request))["options"]
         return await run_in_threadpool(worker.ask, "plan", options=options)
 
     @app.post("/api/data")
     async def data(request: Request) -> Any:
-        asked = _mapping(await request.json())
+        asked = await _body(request)
         path = str(asked.pop("path", "")).strip()
         if not path:
             raise UsageError("data is empty; expected a file, a folder, or a name on the hub.")
@@ -116,7 +117,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/runs")
     async def start(request: Request) -> Any:
-        asked = _mapping(await request.json())
+        asked = await _body(request)
         found = await run_in_threadpool(check, _mapping(asked.get("options")))
         if found["problems"]:
             return JSONResponse({"problems": found["problems"]}, 400)
@@ -143,16 +144,16 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
             "log": log_text(run),
             "card": text_of(run, CARD_FILE),
             "config": config,
+            "typed": typed_of(asked_of(run)),
             "checkpoints": _names(run / CHECKPOINTS),
             "figure": (run / FIGURE_FILE).is_file(),
         }
 
     @app.get("/api/runs/{id}/loss.png")
     def figure(id: str) -> Response:
-        try:
-            return Response(read_file(runs.folder_of(id) / FIGURE_FILE), media_type="image/png")
-        except OSError as error:
-            raise HTTPException(404) from error
+        if not (found := read(runs.folder_of(id) / FIGURE_FILE)):
+            raise HTTPException(404)
+        return Response(found, media_type="image/png")
 
     @app.post("/api/runs/{id}/stop")
     def stop(id: str) -> Any:
@@ -166,14 +167,23 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/folders")
     async def name_folder(request: Request) -> Any:
-        return {"path": await run_in_threadpool(runs.add, str(_mapping(await request.json()).get("path", "")))}
+        return {"path": await run_in_threadpool(runs.add, str((await _body(request)).get("path", "")))}
 
     @app.post("/api/folders/forget")
     async def forget_folder(request: Request) -> Any:
-        await run_in_threadpool(runs.forget, str(_mapping(await request.json()).get("path", "")))
+        await run_in_threadpool(runs.forget, str((await _body(request)).get("path", "")))
         return {}
 
     return Guard(app, token, port)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        given = await request.json()
+        json.dumps(given, ensure_ascii=False).encode()  # halves of characters have no place in files or answers
+    except (ValueError, RecursionError) as error:
+        raise UsageError("The body is no JSON text.") from error
+    return _mapping(given)
 
 
 def _mapping(given: Any) -> dict[str, Any]:
@@ -222,7 +232,7 @@ async def _keep(request: Request, folder: Path, name: str) -> Path:
             try:
                 os.link(aside, path)  # unlike a renaming, it takes no name that is taken
             except FileExistsError:
-                if path.read_bytes() == Path(aside).read_bytes():  # dropped again
+                if filecmp.cmp(path, aside, shallow=False):  # dropped again
                     return path
                 continue
             return path

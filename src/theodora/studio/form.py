@@ -108,6 +108,29 @@ def options_of(typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
     return options, problems
 
 
+def typed_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options as they would be typed into the form: those of it that differ from their defaults."""
+    typed: dict[str, str] = {}
+    for field in (field for group in form() for field in group["fields"]):
+        name, value = field["name"], options.get(field["name"])
+        if value in (None, "", [], {}):
+            continue
+        if name == _EXTRA:
+            text = to_yaml(value)
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, Mapping):
+            text = " ".join(f"{key}={inner}" for key, inner in value.items())
+        elif isinstance(value, list | tuple):
+            text = " ".join(map(str, value))
+        else:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+        if text != field["default"]:
+            typed[name] = text
+    more = {name: value for name, value in options.items() if name not in OPTION_NAMES}
+    return typed | ({_EXTRA: (typed.get(_EXTRA, "") + to_yaml(more))} if more else {})
+
+
 def _pairs(text: str) -> Any:
     """KEY=VALUE, as many as there are; as it stands where it is something else, for the configuration to refuse."""
     pairs = [word.rpartition("=") for word in text.split()]

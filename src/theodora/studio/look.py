@@ -19,6 +19,7 @@ from theodora.errors import TheodoraError
 from theodora.files.model_folder import has_tokenizer
 from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.cross_entropy import IGNORED
+from theodora.serve.text import Writer
 from theodora.train.objectives import kind_of
 
 _SHOWN, _MEASURED = 12, 2000
@@ -60,10 +61,7 @@ def look_at_data(
     tokenizer = _tokenizer(model)
     if tokenizer.chat_template is None and not isinstance(first[0].get("prompt", first[0].get("text", [])), str):
         tokenizer.chat_template = fallback_chat_template(tokenizer)
-    found["shown"] = [
-        _row(examples.with_dataset(first.select([i])), tokenizer, objective, max_length, train_on)
-        for i in range(len(first))
-    ]
+    found["shown"] = _rows(examples.with_dataset(first), tokenizer, objective, max_length, train_on)
     if objective != "grpo":
         measured = spread_out(examples, _MEASURED)
         rows = _tokenised(measured, tokenizer, objective, max_length, train_on)
@@ -85,25 +83,57 @@ def _tokenised(
     return tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)
 
 
-def _row(
-    one: Examples, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int, train_on: str
-) -> dict[str, Any]:
-    """One row: its sequences, each in pieces of text with what becomes of them."""
-    row: Any = one.dataset[0]
+def _rows(
+    first: Examples, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int, train_on: str
+) -> list[dict[str, Any]]:
+    """Each row as its sequences, in pieces of text with what becomes of them."""
+    if objective == "grpo":
+        return [_prompt(row, tokenizer, max_length) for row in first.dataset]
+    # Longer than they will be, so that what is cut off can be shown.
+    longer = max(4 * max_length, 64)
     try:
-        if objective == "grpo":
-            ids = encode_prompt(row, tokenizer)
-            return {"parts": [_part("prompt", ids, [IGNORED] * len(ids), tokenizer, max_length)], "problem": ""}
-        rows = _tokenised(one, tokenizer, objective, max(4 * max_length, 64), train_on)
-        names, sequences = _sequences(rows[0], one.format)
-        parts = [
-            _part(name, sequence["input_ids"], sequence["labels"], tokenizer, max_length)
-            for name, sequence in zip(names, sequences, strict=True)
-        ]
+        rows = _tokenised(first, tokenizer, objective, longer, train_on)
+        if len(rows) == len(first):
+            return [_row(row, first.format, tokenizer, max_length) for row in rows]
+    except TheodoraError as error:
+        if len(first) == 1:
+            return [_as_text(first.dataset[0]) | {"problem": str(error)}]
+    # A row has come to nothing, or to several: each by itself, so that it is known which.
+    alone = (first.with_dataset(first.dataset.select([i])) for i in range(len(first)))
+    return [_alone(one, tokenizer, objective, longer, max_length, train_on) for one in alone]
+
+
+def _alone(
+    one: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: str,
+    longer: int,
+    max_length: int,
+    train_on: str,
+) -> dict[str, Any]:
+    try:
+        row = _tokenised(one, tokenizer, objective, longer, train_on)[0]
+    except TheodoraError as error:
+        return _as_text(one.dataset[0]) | {"problem": str(error)}
+    return _row(row, one.format, tokenizer, max_length)
+
+
+def _prompt(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    try:
+        ids = encode_prompt(row, tokenizer)
     except TheodoraError as error:
         return _as_text(row) | {"problem": str(error)}
-    dropped = objective == "sft" and not any(piece["kind"] == "learned" for part in parts for piece in part["pieces"])
-    return {"parts": parts, "problem": f"dropped: nothing to learn within {max_length} tokens" if dropped else ""}
+    return {"parts": [_part("prompt", ids, [IGNORED] * len(ids), tokenizer, max_length)], "problem": ""}
+
+
+def _row(row: Any, format: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    names, sequences = _sequences(row, format)
+    parts = [
+        _part(name, sequence["input_ids"], sequence["labels"], tokenizer, max_length)
+        for name, sequence in zip(names, sequences, strict=True)
+    ]
+    dropped = any(not part["learned"] for part in parts)
+    return {"parts": parts, "problem": f"dropped: nothing to learn within {max_length:,} tokens" if dropped else ""}
 
 
 def _sequences(row: Mapping[str, Any], format: str) -> tuple[Sequence[str], Sequence[Mapping[str, list[int]]]]:
@@ -134,15 +164,12 @@ def _part(
 
 def _pieces(ids: Sequence[int], kinds: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, str]]:
     """The text of each token; of those that share a character together."""
-    waiting: list[int] = []
-    for at, (id, kind) in enumerate(zip(ids, kinds, strict=True)):
-        waiting.append(id)
-        text = str(tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        ends = at + 1 == len(ids) or kinds[at + 1] != kind
-        if text.endswith("\ufffd") and not ends and len(waiting) < 8:
-            continue
-        yield {"text": text, "kind": kind}
-        waiting.clear()
+    writer = Writer(tokenizer, skip_special=False)
+    writer.write(ids, finished=True)
+    ends = [*writer.offsets[1:], len(writer.text)]
+    for begin, end, kind in zip(writer.offsets, ends, kinds, strict=True):
+        if end > begin:
+            yield {"text": writer.text[begin:end], "kind": kind}
 
 
 def _as_text(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from theodora.errors import CheckpointError
-from theodora.files.folder import OpenFile
+from theodora.files.folder import OpenFile, Place
 from theodora.parse import finite_values
 
 _MOST_READ = 4 << 20  # bytes at a time; the page asks again while there are more
@@ -32,6 +32,16 @@ class Lines:
     """Whether there are others by now."""
 
 
+def opened(path: Path) -> OpenFile | None:
+    """A file of a run, out of whose folder no link leads; None if it is not there, or cannot be read."""
+    within = path.parent if os.open in os.supports_dir_fd else None  # not on Windows
+    try:
+        with Place(path.parent, within=within).open() as folder:
+            return folder.open(path.name)
+    except (OSError, CheckpointError):
+        return None
+
+
 def read_on(path: Path, cursor: str = "") -> Lines:
     """Read whole lines of a metrics file from a cursor on.
 
@@ -39,9 +49,8 @@ def read_on(path: Path, cursor: str = "") -> Lines:
         path: of the file, which may not be there yet.
         cursor: of the last look; empty for the first.
     """
-    try:
-        file = OpenFile.at(path)
-    except (OSError, CheckpointError):
+    file = opened(path)
+    if file is None:
         return Lines([], "", anew=cursor != "", more=False)
     with file:
         name, _, place = cursor.partition(":")
@@ -50,7 +59,10 @@ def read_on(path: Path, cursor: str = "") -> Lines:
         at = 0 if anew else at
         size = min(file.size - at, _MOST_READ)
         data = bytearray(size)
-        file.fill(memoryview(data), at)
+        try:
+            file.fill(memoryview(data), at)
+        except CheckpointError:  # it is being written anew: the next look begins with it
+            return Lines([], "", anew=False, more=False)
         whole = data.rfind(b"\n") + 1  # the last line may be half written
         if not whole and size == _MOST_READ:
             whole = size  # no line of ours is that long
@@ -76,14 +88,29 @@ def _line(text: bytes | bytearray) -> dict[str, Any] | None:
 
 def tail(path: Path, most: int = _LOG_TAIL) -> bytes:
     """The end of a log, from the beginning of a line on; empty where there is none."""
-    try:
-        with OpenFile.at(path) as file:
-            at = max(0, file.size - most)
-            data = bytearray(file.size - at)
-            file.fill(memoryview(data), at)
-    except (OSError, CheckpointError):  # it is not there, or no file, or is being written anew
+    file = opened(path)
+    if file is None:
         return b""
+    with file:
+        at = max(0, file.size - most)
+        data = bytearray(file.size - at)
+        try:
+            file.fill(memoryview(data), at)
+        except CheckpointError:  # it is being written anew
+            return b""
     return bytes(data[data.find(b"\n") + 1 if at else 0 :])
+
+
+def read(path: Path, most: int = 32 << 20) -> bytes:
+    """All of a file; empty where there is none, or a larger one."""
+    file = opened(path)
+    if file is None:
+        return b""
+    with file:
+        try:
+            return file.read(most)
+        except CheckpointError:
+            return b""
 
 
 def paces(log: bytes) -> list[dict[str, Any]]:
@@ -117,9 +144,8 @@ def steps_of(folder: Path) -> int | None:
         return None
     for name in sorted(names, key=lambda name: -int(name.rpartition("-")[2])):
         try:
-            with OpenFile.at(folder / name / "trainer_state.json") as file:
-                state = json.loads(file.read())
-        except (OSError, CheckpointError, ValueError, RecursionError):
+            state = json.loads(read(folder / name / "trainer_state.json"))
+        except (ValueError, RecursionError):
             continue
         steps = state.get("max_steps") if isinstance(state, dict) else None
         if type(steps) is int and steps > 0:

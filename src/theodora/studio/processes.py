@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from theodora.locks import is_here, read_owner
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _OURS: dict[int, subprocess.Popen[bytes]] = {}
 """Children of this process, which have to be asked for their end, or they stay as zombies."""
@@ -67,7 +75,42 @@ def ask_to_end(pid: int, started: str) -> bool:
     """Send SIGTERM, after which a run saves a checkpoint; whether there was somebody to get it."""
     if not is_alive(pid, started):
         return False
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGTERM)
+        return True
+    return False
+
+
+def holder_of(lock: Path) -> tuple[int, str] | None:
+    """Pid and start of the process of this machine that holds the lock of an output folder; None if none does.
+
+    The file names it, but anybody can write a file: whoever is named has to hold the lock, or "Stop" in a folder from
+    elsewhere would end any process of the user's.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
+    try:
+        descriptor = os.open(lock, flags)
+    except OSError:
+        return None
+    try:
+        owner = read_owner(descriptor) or {}
+        pid = owner.get("pid")
+        if type(pid) is not int or pid <= 1 or not is_here(owner) or not _holds(pid, descriptor):
+            return None
+    finally:
+        os.close(descriptor)
+    started = started_at(pid)
+    return None if started is None else (pid, started)
+
+
+def _holds(pid: int, descriptor: int) -> bool:
+    with suppress(OSError):  # (Asking for the lock would keep a run that begins at this moment from having it.)
+        text = Path("/proc/locks").read_text(encoding="ascii")
+        return re.search(rf"FLOCK +ADVISORY +WRITE +{pid} \S+:{os.fstat(descriptor).st_ino} ", text) is not None
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
         return True
     return False

@@ -12,19 +12,19 @@ from typing import Any
 
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.alone import LOCK
-from theodora.files.folder import read_file
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RECORD_HEAD, RUN_FILES
-from theodora.locks import is_here, read_owner
 from theodora.parse import parse_yaml, to_yaml
 from theodora.safe_text import plain_lines, quoted
 from theodora.studio.known import Begun, Memory
-from theodora.studio.metrics import last_step, paces, parsed, steps_of, tail
-from theodora.studio.processes import ask_to_end, begin, is_alive, started_at
+from theodora.studio.metrics import last_step, paces, parsed, read, steps_of, tail
+from theodora.studio.processes import ask_to_end, begin, holder_of, is_alive
 from theodora.trust import grant_flags
 
 RECIPE_FILE, LOG_FILE = "studio.yaml", "studio.log"
 """What a run that was started here has beside its own files: what was asked for, and what its process says."""
+_TELLING = (METRICS_FILE, LOG_FILE, CONFIG_FILE, RECIPE_FILE, CARD_FILE)
 _MOST_RUNS = 500
+_LARGEST_TEXT = 1 << 20
 _ENDED_BY_HAND = (b"Interrupted", b"Stopped before training began", b"SIGTERM: no checkpoint")
 
 
@@ -64,6 +64,7 @@ class Runs:
 
     def __init__(self, memory: Memory, named: Sequence[str] = ()) -> None:
         self.memory = memory
+        self._looked_at: dict[Path, tuple[Any, State]] = {}
         with memory.changing() as known:
             for folder in named:
                 if (path := os.path.abspath(os.path.expanduser(folder))) not in known.folders:
@@ -95,12 +96,21 @@ class Runs:
 
     def state(self, folder: Path) -> State:
         """How a run stands, as its folder and its process say."""
-        begun, alive = self.memory.known.begun.get(str(folder)), self._process(folder) is not None
-        metrics, log = folder / METRICS_FILE, tail(folder / LOG_FILE)
-        changed = _changed(metrics)
-        word, options = self._word(folder, begun, alive, log), options_of(folder)
+        begun, process = self.memory.known.begun.get(str(folder)), self._process(folder)
+        word = self._word(folder, begun, process)
+        # Pages ask every second or two, and most runs have ended long ago.
+        stamp = (
+            word,
+            *(_stamp(folder / name) for name in (METRICS_FILE, LOG_FILE, CONFIG_FILE, RECIPE_FILE, CARD_FILE)),
+        )
+        known = self._looked_at.get(folder)
+        if known is None or known[0] != stamp:
+            known = self._looked_at[folder] = (stamp, self._look(folder, word, begun, process is not None))
+        return known[1]
+
+    def _look(self, folder: Path, word: str, begun: Begun | None, alive: bool) -> State:
+        metrics, log, options = folder / METRICS_FILE, tail(folder / LOG_FILE), options_of(folder)
         pace: Mapping[str, Any] = (paces(log) or [{}])[-1]
-        step = last_step(metrics)
         steps = pace.get("steps") or steps_of(folder / CHECKPOINTS) or options.get("max_steps")
         return State(
             id=_id_of(folder),
@@ -109,27 +119,29 @@ class Runs:
             state=word,
             model=str(options.get("model") or options.get("from_adapter") or ""),
             method=f"{options.get('method') or 'dora'} {options.get('rank') or 8}",
-            step=step,
+            step=last_step(metrics),
             steps=steps if isinstance(steps, int) else None,
             loss=_last_figure(metrics),
             left=pace.get("left") if word == "training" else None,
-            changed=changed or (begun.at if begun else _changed(folder)),
+            changed=_changed(metrics) or (begun.at if begun else _changed(folder)),
             can_stop=alive or word == "waiting",
-            can_resume=word in ("stopped", "failed") and (folder / CONFIG_FILE).is_file() | (begun is not None),
+            can_resume=word in ("stopped", "failed") and (_is_record(folder) or begun is not None),
         )
 
-    def _word(self, folder: Path, begun: Begun | None, alive: bool, log: bytes) -> str:
+    def _word(self, folder: Path, begun: Begun | None, process: tuple[int, str] | None) -> str:
         if str(folder) in self.memory.known.waiting:
             return "waiting"
         written = _changed(folder / METRICS_FILE)
-        if alive:
-            if begun and begun.told_to_stop:
+        if process is not None:
+            ours = begun is not None and process == (begun.pid, begun.started)
+            if begun is not None and ours and begun.told_to_stop:
                 return "stopping"
-            return "training" if written > (begun.at if begun else 0) else "starting"
+            return "training" if written > (begun.at if begun is not None and ours else 0) else "starting"
         # The card is the last thing that a run writes.
-        if written and _changed(folder / CARD_FILE) >= written:
+        if written and _changed(folder / CARD_FILE) >= written and not (begun and begun.at > written):
             return "finished"
-        if begun is None or begun.told_to_stop or any(word in log[-2000:] for word in _ENDED_BY_HAND):
+        log = tail(folder / LOG_FILE, 2000)
+        if begun is None or begun.told_to_stop or any(word in log for word in _ENDED_BY_HAND):
             return "stopped"
         return "failed"
 
@@ -138,19 +150,7 @@ class Runs:
         begun = self.memory.known.begun.get(str(folder))
         if begun is not None and begun.pid and is_alive(begun.pid, begun.started):
             return begun.pid, begun.started
-        # Its lock names it. (Asking for the lock itself would keep a run that begins at this moment from having it.)
-        try:
-            descriptor = os.open(folder / LOCK, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
-        except OSError:
-            return None
-        try:
-            owner = read_owner(descriptor) or {}
-        finally:
-            os.close(descriptor)
-        pid = owner.get("pid")
-        if type(pid) is not int or pid <= 1 or not is_here(owner) or (started := started_at(pid)) is None:
-            return None
-        return pid, started
+        return holder_of(folder / LOCK)
 
     def start(self, options: Mapping[str, Any], *, at_once: bool = False) -> str:
         """Begin a run, or have it wait until those at work have ended.
@@ -222,7 +222,8 @@ class Runs:
             process = self._process(folder)
             if process is None or not ask_to_end(*process):
                 raise UsageError(f"No process of this machine is at work in {folder}.")
-            begun = known.begun.setdefault(str(folder), Begun(*_of_elsewhere(process)))
+            begun = known.begun.setdefault(str(folder), Begun(folder=os.getcwd()))
+            begun.pid, begun.started = process
             begun.told_to_stop = True
 
     def resume(self, folder: Path) -> None:
@@ -281,6 +282,11 @@ def options_of(folder: Path) -> dict[str, Any]:
     return _options(folder / CONFIG_FILE) or _options(folder / RECIPE_FILE)
 
 
+def asked_of(folder: Path) -> dict[str, Any]:
+    """What a run was asked for, without what it found out by itself where that is known."""
+    return _options(folder / RECIPE_FILE) or _options(folder / CONFIG_FILE)
+
+
 def log_text(folder: Path) -> str:
     """The end of what the process of a run said, fit to be shown."""
     return plain_lines(tail(folder / LOG_FILE).decode("utf-8", errors="replace").replace("\r\n", "\n"))
@@ -288,26 +294,20 @@ def log_text(folder: Path) -> str:
 
 def text_of(folder: Path, name: str) -> str:
     """A small text file of a run, fit to be shown; empty where there is none."""
-    try:
-        return plain_lines(read_file(folder / name, 1 << 20).decode("utf-8", errors="replace"))
-    except (OSError, TheodoraError):
-        return ""
+    return plain_lines(read(folder / name, _LARGEST_TEXT).decode("utf-8", errors="replace"))
 
 
 def _options(file: Path) -> dict[str, Any]:
     try:
-        found = parse_yaml(read_file(file, 1 << 20).decode("utf-8"))
-    except (OSError, TheodoraError, ValueError):
+        found = parse_yaml(read(file, _LARGEST_TEXT).decode("utf-8"))
+    except ValueError:
         return {}
     return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _is_record(folder: Path) -> bool:
     """Whether a run has written down all that it was begun with."""
-    try:
-        head = read_file(folder / CONFIG_FILE, 1 << 20)[: len(RECORD_HEAD) + 40].decode("utf-8", errors="replace")
-    except (OSError, TheodoraError):
-        return False
+    head = read(folder / CONFIG_FILE, _LARGEST_TEXT)[: len(RECORD_HEAD) + 40].decode("utf-8", errors="replace")
     return head.startswith(RECORD_HEAD) and "only begun" not in head and "being deleted" not in head
 
 
@@ -331,6 +331,14 @@ def _id_of(folder: Path) -> str:
     return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -344,7 +352,3 @@ def _last_figure(metrics: Path) -> float | None:
             if line.get(name) is not None:
                 return line[name]
     return None
-
-
-def _of_elsewhere(process: tuple[int, str]) -> tuple[str, int, str]:
-    return os.getcwd(), *process

@@ -19,6 +19,8 @@ from theodora.parse import to_json
 
 _PATIENCE = 180.0
 """Seconds for an answer, the imports of a first one included."""
+_REST = 900.0
+"""Seconds without a question after which the process, and the memory that its libraries take, goes."""
 
 
 class Failed(TheodoraError):
@@ -31,12 +33,14 @@ class Worker:
     def __init__(self, patience: float = _PATIENCE) -> None:
         self._patience, self._turn = patience, threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._rest: threading.Timer | None = None
 
     def wake(self) -> None:
         """Have the process load its libraries while nobody waits."""
         if self._turn.acquire(blocking=False):
             try:
                 self._started()
+                self._rest_later()
             finally:
                 self._turn.release()
 
@@ -66,12 +70,32 @@ class Worker:
                     f"Looking at it took more than {self._patience:g} s, or more memory than there is, and was ended."
                 )
             answer = json.loads(line)
+            self._rest_later()
             if "error" in answer:
                 raise Failed(answer["error"])
             return answer["value"]
 
+    def _rest_later(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = threading.Timer(_REST, self._rest_now)
+        self._rest.daemon = True
+        self._rest.start()
+
+    def _rest_now(self) -> None:
+        if self._turn.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._turn.release()
+
     def stop(self) -> None:
-        """End the process."""
+        """End the process, also in the midst of an answer."""
+        if self._rest is not None:
+            self._rest.cancel()
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -82,7 +106,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            self.stop()
+            self._end()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "theodora.studio.worker"],
                 stdin=subprocess.PIPE,

@@ -1,5 +1,5 @@
 // Curves, drawn by hand: several runs over one another, with a cross that reads their values off.
-import { el, put, say, svg } from "./dom.js";
+import { bytes, el, put, say, svg } from "./dom.js";
 
 const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24;
 const MOST_POINTS = 1200;
@@ -48,7 +48,7 @@ export class Chart {
       const y = this.y(value);
       parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }));
       const label = svg("text", { x: LEFT - 8, y: y + 4, "text-anchor": "end" });
-      label.textContent = this.show(value);
+      label.textContent = this.label(value);
       parts.push(label);
     }
     for (const value of ticks(first, last, Math.max(2, Math.floor(width / 110))).filter(Number.isInteger)) {
@@ -68,6 +68,10 @@ export class Chart {
     put(this.drawing, ...parts, this.cross);
     if (this.at === null) this.leave();
     else this.mark();
+  }
+
+  label(value) {
+    return this.show === bytes ? bytes(value) : Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3) ? value.toExponential(0) : value.toLocaleString("en", { maximumFractionDigits: 4 });
   }
 
   path(points, color, more) {

@@ -3,17 +3,13 @@ import { post, upload } from "./api.js";
 import { bars } from "./chart.js";
 import { el, figure, put } from "./dom.js";
 
-const OBJECTIVES = [
-  ["sft", "learn the answers"], ["dpo", "prefer the better of two answers"], ["kto", "learn from judged answers"],
-  ["grpo", "reward its own answers"],
-];
-
 export class DataScreen {
   constructor(root, { about, train }) {
     this.train = train;
+    const objective = about.form[0].fields.find(({ name }) => name === "objective");
     this.path = el("input", { id: "data-path", placeholder: "train.jsonl", autocomplete: "off", spellcheck: "false" });
     this.model = el("input", { id: "data-model", placeholder: "HuggingFaceTB/SmolLM2-135M-Instruct", autocomplete: "off", spellcheck: "false" });
-    this.objective = el("select", { id: "data-objective" }, ...OBJECTIVES.map(([name, told]) => el("option", { value: name }, `${name}: ${told}`)));
+    this.objective = el("select", { id: "data-objective" }, ...objective.choices.map((name) => el("option", { value: name }, name)));
     this.length = el("input", { id: "data-length", value: "1024", inputmode: "numeric" });
     this.button = el("button", { class: "main", type: "submit" }, "Look at it");
     this.file = el("input", { type: "file", id: "data-file", hidden: true, accept: ".jsonl,.json,.csv,.tsv,.parquet,.gz" });
@@ -25,9 +21,9 @@ export class DataScreen {
         field("A file, a folder, or a data set's name on the hub", this.path, "wide", "A .jsonl, .json, .csv or .parquet file; its format is recognised."),
         el("div", { class: "field wide" }, this.drop, this.file),
         field("Model", this.model, "", "Its tokenizer and chat template say what the model will see. Without it rows are shown as text."),
-        field("Objective", this.objective),
+        field("Objective", this.objective, "", objective.help),
         field("Cut rows after", this.length, "", "tokens: max_length"),
-        el("div", { class: "field" }, el("label", {}, "\u00a0"), this.button)));
+        el("div", { class: "field end" }, this.button)));
     put(root, el("div", { class: "head" }, el("h1", {}, "Data"),
       el("p", {}, "See what the model will see before it learns from it: learned tokens in colour, the others grey, what is cut off struck through.")), form, this.result);
     this.file.addEventListener("change", () => this.file.files[0] && this.keep(this.file.files[0]));
@@ -42,7 +38,8 @@ export class DataScreen {
 
   show() { post("/api/wake").catch(() => {}); }
 
-  fill({ data, model, objective, max_length }) {
+  fill({ data, model, from_adapter, objective, max_length }) {
+    model ||= from_adapter;
     if (data) this.path.value = data;
     if (model) this.model.value = model;
     if (objective) this.objective.value = objective;

@@ -9,7 +9,6 @@ const COLORS = matchMedia("(prefers-color-scheme: dark)").matches
   : ["#2f62a8", "#c4552f", "#4f8a2f", "#7a4fb0", "#a67c00", "#16847b", "#b83c77", "#6f6a61"];
 const WORDS = { waiting: "waits", starting: "starting", training: "training", stopping: "stopping", finished: "finished", stopped: "stopped", failed: "failed" };
 const BUSY = ["waiting", "starting", "training", "stopping"];
-const KEY = "theodora-shown";
 
 export class RunsScreen {
   constructor(root, { atWork, again }) {
@@ -200,7 +199,7 @@ class Detail {
 
   changed() {
     this.seen = null;
-    this.options = null;
+    this.typed = {};
     this.wrong.hidden = true;
     for (const each of [this.log, this.config, this.command]) say(each, "");
     put(this.results);
@@ -218,8 +217,8 @@ class Detail {
   }
 
   copy() {
-    const values = Object.fromEntries((this.config.textContent.match(/^[a-z_]+: [^\n]+$/gm) ?? []).map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 2)]).filter(([, value]) => !/^(null|\[\]|\{\}|false|'')$/.test(value)).map(([name, value]) => [name, value === "true" ? "yes" : value.replace(/^'(.*)'$/, "$1")]));
-    delete values.resume;
+    const values = { ...this.typed };
+    delete values.overwrite;
     values.output = next(this.run.folder, this.screen.runs.map(({ folder }) => folder));
     this.screen.again(values);
   }
@@ -248,6 +247,7 @@ class Detail {
     if (atEnd) this.log.scrollTop = this.log.scrollHeight;
     this.logCard.hidden = !texts.log;
     say(this.config, texts.config);
+    this.typed = texts.typed;
     say(this.command, commands(run));
     put(this.results, ...card(texts.card));
     if (run.state === "failed" && this.wrong.hidden) {
