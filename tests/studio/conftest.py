@@ -13,8 +13,8 @@ from theodora.studio.processes import started_at
 
 
 @pytest.fixture
-def studio_of(tmp_path, monkeypatch):
-    """`studio_of(named)`: an open studio; its runs are ended after the test."""
+def _runs_of_fork_server(monkeypatch):
+    """Runs come from there, and are ended after the test."""
     begun = []
 
     def begin(words, log, folder):
@@ -24,15 +24,21 @@ def studio_of(tmp_path, monkeypatch):
         return process.pid, started_at(process.pid)
 
     monkeypatch.setattr(runs_module, "begin", begin)
+    yield
+    for process in begun:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def studio_of(_runs_of_fork_server, tmp_path):
+    """`studio_of(named)`: an open studio."""
     with ExitStack() as stack:
 
         def make(*named, worker=None):
             return stack.enter_context(Studio(tmp_path / "studio", named, worker))
 
         yield make
-    for process in begun:
-        process.kill()
-        process.join()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import filecmp
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -26,7 +27,7 @@ from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
 from theodora.studio.metrics import paces, read, read_on, tail
-from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, log_text, text_of
+from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, log_text, text_of
 from theodora.studio.worker import Failed, Worker
 
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -78,6 +79,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         return {
             "version": theodora.__version__,
             "working": os.getcwd(),
+            "home": os.path.expanduser("~"),
             "folders": runs.memory.known.folders,
             "uploads": str(folder / "data"),
             "form": form(),
@@ -145,6 +147,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
             "card": text_of(run, CARD_FILE),
             "config": config,
             "typed": typed_of(asked_of(run)),
+            "command": shlex.join(["theodora", *command_of(run)]),
             "checkpoints": _names(run / CHECKPOINTS),
             "figure": (run / FIGURE_FILE).is_file(),
         }

@@ -24,14 +24,17 @@ FIRST = (
 # Said on a command line alone (`theodora.trust`), or by the buttons of a run.
 _NOT_HERE = ("trust_remote_code", "resume")
 _EXTRA = "trainer"
+_HEADINGS = {"What": "Where it starts"}  # of what is left of the group
 
 
 def form() -> list[dict[str, Any]]:
     """Groups of fields: heading, and of each field what the page needs to show it."""
     first = {"heading": "", "fields": [_field(name) for name in FIRST]}
+    elsewhere = {*FIRST, *_NOT_HERE}
+    left = {heading: [n for n in names if n not in elsewhere] for heading, (_, names) in GROUPS.items()}
     folded = [
-        {"heading": heading, "fields": [_field(name) for name in names if name not in (*FIRST, *_NOT_HERE)]}
-        for heading, (_, names) in GROUPS.items()
+        {"heading": _HEADINGS.get(heading, heading), "fields": [_field(name) for name in names]}
+        for heading, names in left.items()
     ]
     extra = {
         "name": _EXTRA,
@@ -105,7 +108,8 @@ def options_of(typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
                 problems[name] = problem
         else:
             options[name] = _number(text) if kinds[name] == "number" else text
-    return options, problems
+    order = {name: place for place, name in enumerate(kinds)}
+    return dict(sorted(options.items(), key=lambda item: order.get(item[0], len(order)))), problems
 
 
 def typed_of(options: Mapping[str, Any]) -> dict[str, str]:

@@ -1,12 +1,12 @@
 // The frame: which screen is shown, and what all of them know.
 import { get } from "./api.js";
-import { say } from "./dom.js";
+import { place, say } from "./dom.js";
 import { DataScreen } from "./data.js";
 import { TrainScreen } from "./train.js";
 import { RunsScreen } from "./runs.js";
 
 const about = await get("/api/studio");
-say(document.getElementById("where"), about.working);
+say(document.getElementById("where"), place(about.working, about.home));
 document.getElementById("where").title = `version ${about.version}, working in ${about.working}`;
 
 const go = (to) => { location.hash = to; };
@@ -16,23 +16,27 @@ const atWork = (count) => {
   say(badge, String(count));
 };
 const screens = {
-  data: new DataScreen(document.getElementById("data"), { about, train: (values) => { screens.train.fill(values); go("train"); } }),
-  train: new TrainScreen(document.getElementById("train"), { about, started: (id) => go(`runs/${id}`), look: (values) => { screens.data.fill(values); go("data"); } }),
-  runs: new RunsScreen(document.getElementById("runs"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); } }),
+  data: new DataScreen(document.getElementById("data-screen"), { about, train: (values) => { screens.train.fill(values); go("train"); } }),
+  train: new TrainScreen(document.getElementById("train-screen"), { about, started: (id) => go(`runs/${id}`), look: (values) => { screens.data.fill(values); go("data"); } }),
+  runs: new RunsScreen(document.getElementById("runs-screen"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); } }),
 };
+
+let before;
 
 function show(focuses) {
   const [name, ...rest] = location.hash.slice(1).split("/");
   const chosen = name in screens ? name : "runs";
   for (const [each, screen] of Object.entries(screens)) {
     const shown = each === chosen;
-    document.getElementById(each).hidden = !shown;
+    document.getElementById(`${each}-screen`).hidden = !shown;
     const tab = document.querySelector(`[data-screen=${each}]`);
     if (shown) tab.setAttribute("aria-current", "page");
     else tab.removeAttribute("aria-current");
     if (shown) screen.show(rest.join("/"));
     else screen.hide?.();
   }
+  if (chosen !== before) scrollTo(0, 0);
+  before = chosen;
   document.title = `${chosen[0].toUpperCase()}${chosen.slice(1)} · Theodora studio`;
   if (focuses) document.getElementById("main").focus({ preventScroll: true });
 }

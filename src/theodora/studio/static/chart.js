@@ -1,7 +1,7 @@
 // Curves, drawn by hand: several runs over one another, with a cross that reads their values off.
 import { bytes, el, put, say, svg } from "./dom.js";
 
-const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const LEFT = 52, RIGHT = 18, TOP = 8, BOTTOM = 24;
 const MOST_POINTS = 1200;
 const SMOOTHING = 0.9;
 
@@ -86,8 +86,11 @@ export class Chart {
   }
 
   mark() {
-    const found = this.series.map((each) => ({ ...each, near: nearest(each.points, this.at) }));
-    const step = found[0].near[0];
+    const all = this.series.map((each) => ({ ...each, near: nearest(each.points, this.at) }));
+    const closest = all.reduce((a, b) => (Math.abs(b.near[0] - this.at) < Math.abs(a.near[0] - this.at) ? b : a));
+    const step = closest.near[0];
+    // A run that ended long before has nothing to say here.
+    const found = all.filter(({ points, near }) => near[0] === step || (points[0][0] <= step && points[points.length - 1][0] >= step));
     const parts = [svg("line", { class: "cross", x1: this.x(step), x2: this.x(step), y1: TOP, y2: this.height - BOTTOM })];
     for (const { near, color } of found) parts.push(svg("circle", { cx: this.x(near[0]), cy: this.y(near[1]), r: 3.5, fill: color }));
     put(this.cross, ...parts);
@@ -118,12 +121,17 @@ function nearest(points, step) {
   return Math.abs(points[low][0] - step) < Math.abs(points[high][0] - step) ? points[low] : points[high];
 }
 
+// The mean of two exponential means, one from either end: smooth, and not behind the curve where it is steep.
 function smoothed(points) {
-  let [mean, weight] = [0, 0];
-  return points.map(([step, value]) => {
-    weight = SMOOTHING * weight + 1 - SMOOTHING; // corrected as in Adam, as in the terminal's own view
-    mean += ((value - mean) * (1 - SMOOTHING)) / weight;
-    return [step, mean];
+  const there = mean(points), back = mean([...points].reverse()).reverse();
+  return points.map(([step], at) => [step, (there[at] + back[at]) / 2]);
+}
+
+function mean(points) {
+  let [value, weight] = [0, 0];
+  return points.map(([, each]) => {
+    weight = SMOOTHING * weight + 1 - SMOOTHING; // corrected as in Adam, so that the first one is itself
+    return (value += ((each - value) * (1 - SMOOTHING)) / weight);
   });
 }
 

@@ -41,6 +41,8 @@ export function bytes(value) {
   return value >= 1e9 ? `${(value / 1e9).toFixed(1)} GB` : `${Math.round(value / 1e6)} MB`;
 }
 
+export const place = (path, home) => (home.length > 1 && path.startsWith(`${home}/`) ? `~${path.slice(home.length)}` : path);
+
 export function copied(text) {
   const button = el("button", { class: "plain", type: "button" }, "Copy");
   button.addEventListener("click", async () => {

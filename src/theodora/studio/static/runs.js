@@ -1,7 +1,7 @@
 // Runs: all that are known, their curves over one another, and one of them in full.
 import { get, post } from "./api.js";
 import { Chart } from "./chart.js";
-import { bytes, copied, el, figure, put, say } from "./dom.js";
+import { bytes, copied, el, figure, place, put, say } from "./dom.js";
 
 const EVERY = 1500; // milliseconds between two looks
 const COLORS = matchMedia("(prefers-color-scheme: dark)").matches
@@ -11,8 +11,8 @@ const WORDS = { waiting: "waits", starting: "starting", training: "training", st
 const BUSY = ["waiting", "starting", "training", "stopping"];
 
 export class RunsScreen {
-  constructor(root, { atWork, again }) {
-    Object.assign(this, { atWork, again, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
+  constructor(root, { about, atWork, again }) {
+    Object.assign(this, { home: about.home, atWork, again, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
     this.list = el("div", { class: "list", role: "list" });
     this.detail = new Detail(this);
     this.charts = [
@@ -227,7 +227,7 @@ class Detail {
     const { run } = this;
     if (!run) return;
     say(this.title, run.name);
-    say(this.folder, run.folder);
+    say(this.folder, place(run.folder, this.screen.home));
     say(this.badge, WORDS[run.state] ?? run.state);
     this.badge.className = `badge ${run.state}`;
     this.stop.hidden = !run.can_stop;
@@ -248,7 +248,7 @@ class Detail {
     this.logCard.hidden = !texts.log;
     say(this.config, texts.config);
     this.typed = texts.typed;
-    say(this.command, commands(run));
+    say(this.command, commands(run, texts.command));
     put(this.results, ...card(texts.card));
     if (run.state === "failed" && this.wrong.hidden) {
       say(this.wrong, lastWords(texts.log));
@@ -279,11 +279,10 @@ function next(folder, taken) {
 
 const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-function commands(run) {
+function commands(run, again) {
   const folder = quoted(run.folder);
-  const record = quoted(`${run.folder}/config.yaml`);
   if (run.state === "finished") return `theodora chat ${folder}\ntheodora info ${folder}\ntheodora merge ${folder} --output ${quoted(`${run.folder}-merged`)}`;
-  return `theodora train --config ${record} --resume auto`;
+  return again;
 }
 
 // The command's own message stands at the end of the log, after a blank line or the last line of progress.
