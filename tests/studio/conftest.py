@@ -16,6 +16,9 @@ from theodora.studio.processes import started_at
 def _runs_of_fork_server(monkeypatch):
     """Runs come from there, and are ended after the test."""
     begun = []
+    ready = fork_server().Process(target=int)  # its imports take seconds, for which no request should wait
+    ready.start()
+    ready.join()
 
     def begin(words, log, folder):
         process = fork_server().Process(target=dying.studio_run, args=(words, log, folder))

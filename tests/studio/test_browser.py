@@ -30,6 +30,7 @@ CAPITALS = {
     "Chile": "Santiago",
 }
 HOSTILE = "<img src=x onerror='window.hacked = true'>"
+IMAGES = Path(os.environ["STUDIO_IMAGES"]).absolute() if os.environ.get("STUDIO_IMAGES") else None
 OPEN = "field => { const group = field.closest('details'); if (group) group.open = true; }"
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
@@ -94,6 +95,7 @@ def page_of(chromium):
 
 def watched(context, studio):
     page = context.new_page()
+    page.set_default_timeout(120_000)  # machines are slow at times; that it comes is what counts
     page.wrong, page.asked = [], []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("request", lambda request: page.asked.append(request.url))
@@ -102,10 +104,10 @@ def watched(context, studio):
     return page
 
 
-def picture(page, name, **options):
-    if folder := os.environ.get("STUDIO_IMAGES"):
-        page.wait_for_timeout(400)
-        page.screenshot(path=Path(folder) / f"studio-{name}.png", **options)
+def picture(page, name):
+    if IMAGES is not None:
+        page.wait_for_timeout(400)  # for what moves to come to rest
+        page.screenshot(path=IMAGES / f"studio-{name}.png")
 
 
 def until(page, found):
@@ -142,7 +144,7 @@ def test_a_newcomers_way(studio, page_of, home):
     page.fill("#data-model", "tiny-llama")
     page.fill("#data-length", "180")
     page.set_input_files("#data-file", home / "geography" / "capitals.jsonl")
-    page.wait_for_selector(".sample", timeout=120_000)
+    page.wait_for_selector(".sample")
     assert page.input_value("#data-path") == str(home / ".cache" / "theodora" / "studio" / "data" / "capitals.jsonl")
     learned = "".join(page.locator(".sample").first.locator(".t.learned").all_inner_texts())
     assert learned.startswith("The capital of ")
@@ -152,6 +154,8 @@ def test_a_newcomers_way(studio, page_of, home):
     page.click("text=Look at it")
     page.wait_for_selector(".result pre >> text=--data capitals.jsonl")
     page.wait_for_selector(".sample")
+    page.locator(".result").scroll_into_view_if_needed()
+    page.evaluate("scrollTo(0, 250)")
     picture(page, "data")
 
     page.click("text=Train on it")
@@ -164,12 +168,12 @@ def test_a_newcomers_way(studio, page_of, home):
     assert page.evaluate("document.activeElement.id") == "field-output"
     page.fill("#field-output", "runs/dora")
     page.click("text=Does it fit?")
-    page.wait_for_selector(".note.good", timeout=120_000)
+    page.wait_for_selector(".note.good")
     picture(page, "train")
     typed = {"general": "general.jsonl", "num_train_epochs": "8", "learning_rate": "0.002"}
     start(page, **typed)
-    start(page, **typed, output="runs/lora", method="lora", learning_rate="0.001")
-    until(page, lambda: badge(page, "lora") == "waits")
+    start(page, **typed | {"output": "runs/lora", "method": "lora", "learning_rate": "0.001"})
+    until(page, lambda: badge(page, "lora"))
     page.reload()
     page.wait_for_selector("body[data-ready]")
     until(page, lambda: badge(page, "lora") == badge(page, "dora") == "finished")
@@ -234,7 +238,7 @@ def test_hostile_names_and_rows_are_text(studio, page_of, home):
     page.fill("#data-path", "hostile.jsonl")
     page.fill("#data-model", "tiny-llama")
     page.click("text=Look at it")
-    page.wait_for_selector(".sample", timeout=120_000)
+    page.wait_for_selector(".sample")
     assert HOSTILE in page.locator(".sample").first.inner_text()
     page.click("text=Train on it")
     page.fill("#field-output", HOSTILE)

@@ -49,6 +49,8 @@ def test_what_is_cut_is_shown_and_a_row_without_anything_to_learn_is_named(tmp_p
     assert first["problem"] == ""
     assert "nothing to learn" in second["problem"]
     assert found["copies"] == 1
+    assert (found["lengths"]["cut"], found["lengths"]["of"]) == (3, 3)
+    assert found["lengths"]["longest"] > 50
     assert "dropped" in found["note"]
 
 

@@ -65,7 +65,8 @@ def look_at_data(
     if objective != "grpo":
         measured = spread_out(examples, _MEASURED)
         rows = _tokenised(measured, tokenizer, objective, max_length, train_on)
-        found["lengths"] = _lengths(rows, max_length) | {"of": len(measured)}
+        whole = _tokenised(measured, tokenizer, objective, _longer(max_length), train_on)
+        found["lengths"] = _lengths(whole, rows, max_length) | {"of": len(measured)}
         found["note"] = rows.info.description
     return found
 
@@ -90,7 +91,7 @@ def _rows(
     if objective == "grpo":
         return [_prompt(row, tokenizer, max_length) for row in first.dataset]
     # Longer than they will be, so that what is cut off can be shown.
-    longer = max(4 * max_length, 64)
+    longer = _longer(max_length)
     try:
         rows = _tokenised(first, tokenizer, objective, longer, train_on)
         if len(rows) == len(first):
@@ -101,6 +102,11 @@ def _rows(
     # A row has come to nothing, or to several: each by itself, so that it is known which.
     alone = (first.with_dataset(first.dataset.select([i])) for i in range(len(first)))
     return [_alone(one, tokenizer, objective, longer, max_length, train_on) for one in alone]
+
+
+def _longer(max_length: int) -> int:
+    """How much of a row is looked at, to tell what is cut off from what is kept."""
+    return max(4 * max_length, 64)
 
 
 def _alone(
@@ -172,7 +178,7 @@ def _pieces(ids: Sequence[int], kinds: Sequence[str], tokenizer: PreTrainedToken
             yield {"text": writer.text[begin:end], "kind": kind}
 
 
-def _as_text(row: Mapping[str, Any]) -> dict[str, Any]:
+def _as_text(row: Any) -> dict[str, Any]:
     """A row as it was read, where there is no tokenizer: nothing is known of its tokens."""
     parts = []
     for name, value in row.items():
@@ -193,21 +199,20 @@ def _as_text(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"parts": parts, "problem": ""}
 
 
-def _lengths(rows: Dataset, max_length: int) -> dict[str, Any]:
-    lengths = sorted(len(row) for row in rows["input_ids"])
-    learned = sum(sum(label != IGNORED for label in row[1:]) for row in rows["labels"])
-    most = lengths[-1]
+def _lengths(whole: Dataset, rows: Dataset, max_length: int) -> dict[str, Any]:
+    """Of rows as they are, as far as they are looked at; what is learned is that of rows as they are cut."""
+    lengths = sorted(map(len, whole["input_ids"]))
     bins = [0] * _BINS
     for length in lengths:
-        bins[min(_BINS - 1, (length - 1) * _BINS // most)] += 1
+        bins[min(_BINS - 1, (length - 1) * _BINS // lengths[-1])] += 1
     return {
         "shortest": lengths[0],
         "median": lengths[len(lengths) // 2],
-        "longest": most,
+        "longest": lengths[-1],
         "bins": bins,
-        "tokens": sum(lengths),
-        "learned": learned,
-        "at_limit": sum(length >= max_length for length in lengths),
+        "cut": sum(length > max_length for length in lengths),
+        "tokens": sum(map(len, rows["input_ids"])),
+        "learned": sum(sum(label != IGNORED for label in row[1:]) for row in rows["labels"]),
     }
 
 

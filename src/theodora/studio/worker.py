@@ -101,7 +101,8 @@ class Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with suppress(OSError):
-                    stream and stream.close()
+                    if stream is not None:
+                        stream.close()
             self._process = None
 
     def _started(self) -> subprocess.Popen[str]:

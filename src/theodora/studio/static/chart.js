@@ -3,7 +3,6 @@ import { bytes, el, put, say, svg } from "./dom.js";
 
 const LEFT = 52, RIGHT = 18, TOP = 8, BOTTOM = 24;
 const MOST_POINTS = 1200;
-const SMOOTHING = 0.9;
 
 export class Chart {
   constructor(title, { show, smooth = false, large = false, floor = null }) {
@@ -129,9 +128,10 @@ function smoothed(points) {
 
 function mean(points) {
   let [value, weight] = [0, 0];
+  const share = 1 / Math.min(50, Math.max(2, points.length / 20)); // over a twentieth of the curve, about
   return points.map(([, each]) => {
-    weight = SMOOTHING * weight + 1 - SMOOTHING; // corrected as in Adam, so that the first one is itself
-    return (value += ((each - value) * (1 - SMOOTHING)) / weight);
+    weight = (1 - share) * weight + share; // corrected as in Adam, so that the first one is itself
+    return (value += ((each - value) * share) / weight);
   });
 }
 

@@ -17,9 +17,9 @@ export class DataScreen {
     this.drop = el("div", { class: "drop" }, "Drop a file here, or ", pick);
     this.result = el("div", { class: "result", "aria-live": "polite" });
     const form = el("form", { class: "card", onsubmit: (event) => { event.preventDefault(); this.look(); } },
-      el("div", { class: "fields" },
-        field("A file, a folder, or a data set's name on the hub", this.path, "wide", "A .jsonl, .json, .csv or .parquet file; its format is recognised."),
-        el("div", { class: "field wide" }, this.drop, this.file),
+      el("div", { class: "fields look" },
+        field("A file, a folder, or a data set's name on the hub", this.path, "path", "A .jsonl, .json, .csv or .parquet file; its format is recognised."),
+        el("div", { class: "field drops" }, this.drop, this.file),
         field("Model", this.model, "", "Its tokenizer and chat template say what the model will see. Without it rows are shown as text."),
         field("Objective", this.objective, "", objective.help),
         field("Cut rows after", this.length, "", "tokens: max_length"),
@@ -84,7 +84,7 @@ export class DataScreen {
     const facts = [
       [figure(found.rows), found.rows === 1 ? "row" : "rows"], [found.format, "format"],
       [figure(found.copies), "copies of an earlier row"],
-      ...(lengths ? [[figure(lengths.median), "tokens, median"], [figure(lengths.longest), "tokens, longest"], [share, "of the tokens are learned"]] : []),
+      ...(lengths ? [[figure(lengths.median), "tokens, median"], [figure(lengths.longest), "tokens, longest"], [figure(lengths.cut), lengths.cut === 1 ? "row is cut" : "rows are cut"], [share, "of the tokens are learned"]] : []),
     ];
     const notes = [found.description, ...(found.note && lengths.of < found.rows ? [`Of ${figure(lengths.of)} rows: ${found.note}`] : found.note ? [found.note] : [])];
     put(this.result,
