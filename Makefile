@@ -29,6 +29,10 @@ WITH_HQQ := PYTHONPATH=$(VENV)/hqq $(BIN)/python
 QUANTISERS := compressed-tensors==0.20.1 gptqmodel==7.7.0 optimum==2.3.0
 QUANTISERS_NEED := loguru==0.7.3 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28
 
+# Playwright drives the browser that the system has (Debian: apt-get install chromium); it is for the studio's test alone.
+PLAYWRIGHT := 1.65.2
+PLAYWRIGHT_NEED := greenlet==3.5.6
+
 # Ray likewise, with what of its own needs is not there already.
 RAY := 2.60.0
 RAY_NEED := msgpack==1.2.4
@@ -36,7 +40,7 @@ RAY_NEED := msgpack==1.2.4
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills test-attacks
-.PHONY: test-long test-ray mutants package audit sbom lock families check bench study study-small clean
+.PHONY: test-long test-ray test-studio mutants package audit sbom lock families check bench study study-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +67,9 @@ test-quantisers: $(VENV)/.test $(VENV)/hqq/$(HQQ) $(VENV)/quantisers/.installed 
 
 test-ray: $(VENV)/.test $(VENV)/ray/$(RAY) ## run training and comparisons on a Ray cluster of this machine
 	PYTHONPATH=$(VENV)/ray $(BIN)/python -m pytest tests/launch $(ARGS)
+
+test-studio: $(VENV)/.test $(VENV)/playwright/$(PLAYWRIGHT) ## run the studio in a real Chromium, and make its screenshots (docs/images)
+	PYTHONPATH=$(VENV)/playwright STUDIO_IMAGES=docs/images $(BIN)/python -m pytest tests/studio --long $(ARGS)
 
 test-kills: $(VENV)/.test ## kill runs, merges and conversions at random (KILLS=250), and see that nothing is lost
 	THEODORA_KILLS=$(or $(KILLS),250) $(BIN)/python -m pytest tests/crash -s $(ARGS)
@@ -167,6 +174,11 @@ $(VENV)/hqq/$(HQQ): | $(VENV)/.created
 $(VENV)/quantisers/.installed: Makefile | $(VENV)/.test
 	rm -rf $(VENV)/quantisers
 	$(PIP) install --quiet --no-deps --no-build-isolation --target $(VENV)/quantisers $(QUANTISERS) $(QUANTISERS_NEED)
+	@touch $@
+
+$(VENV)/playwright/$(PLAYWRIGHT): Makefile | $(VENV)/.test
+	rm -rf $(VENV)/playwright
+	$(PIP) install --quiet --no-deps --target $(VENV)/playwright playwright==$(PLAYWRIGHT) $(PLAYWRIGHT_NEED)
 	@touch $@
 
 $(VENV)/ray/$(RAY): Makefile | $(VENV)/.test

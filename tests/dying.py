@@ -28,6 +28,18 @@ def command(words: list[str], errors: Path) -> None:
     main()
 
 
+def studio_run(words: list[str], log: Path, folder: str) -> None:
+    """What `studio.processes.begin` starts: a command in a session of its own that speaks into a log."""
+    from theodora.cli.main import main
+
+    os.setsid()
+    os.chdir(folder)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv[1:] = words
+    main()
+
+
 def compare(options: dict[str, Any]) -> None:
     """Killed before the third record is written."""
     from theodora.compare import CompareConfig

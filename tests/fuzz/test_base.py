@@ -26,8 +26,9 @@ from theodora.errors import CheckpointError, TheodoraError
 from theodora.files import base_model as base_checkpoint
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.files.model_folder import INDEX
+from theodora.files.run_files import CONFIG_FILE, RUN_FILES
 from theodora.merging.checkpoint import merge_checkpoint
-from theodora.train.checkpoints import CONFIG_FILE, RUN_FILES, check_output, clear_run
+from theodora.train.checkpoints import check_output, clear_run
 
 FIELDS = st.one_of(
     st.sampled_from(

@@ -44,7 +44,7 @@ FLOORS = [
     {"train", "evaluate", "serve", "analysis", "bench", "conformance", "export", "vllm_plugin", "foreign"},
     {"compare"},
     {"launch"},
-    {"demo", "cli"},
+    {"demo", "studio", "cli"},
 ]
 BESIDE = {
     "coerce": {"errors"},
@@ -61,7 +61,8 @@ BESIDE = {
     "evaluate": {"serve"},  # many prompts are answered in the batches that serve
     # the run's report scores the held-out rows; completions to learn from are drawn in the batches that serve
     "train": {"evaluate", "serve"},
-    "cli": {"demo"},  # `theodora demo`
+    "cli": {"demo", "studio"},  # `theodora demo`, `theodora studio`
+    "studio": {"cli"},  # its form has the flags of `theodora train`
 }
 
 # Library -> the only parts that import it.
@@ -74,8 +75,8 @@ ONLY_IN = {
     # accelerate_peft, and the rows to compare with; its files are read without it
     "peft": {"fastpath", "bench", "conformance"},
     "gguf": {"export"},
-    "fastapi": {"serve", "cli"},
-    "uvicorn": {"serve", "cli"},
+    "fastapi": {"serve", "studio", "cli"},
+    "uvicorn": {"serve", "studio", "cli"},
     "prometheus_client": {"serve", "cli"},
     "xgrammar": {"serve", "cli"},
     "shtab": {"cli"},

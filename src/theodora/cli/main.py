@@ -26,6 +26,7 @@ COMMANDS = {
     "Train": {
         "train": ("theodora.cli.train", "fine-tune a model on your data with DoRA or LoRA"),
         "plan": ("theodora.cli.plan", "say what fits your GPU before anything is loaded, and how to run it"),
+        "studio": ("theodora.cli.studio", "do all of this on a page in the browser, on this machine"),
         "demo": ("theodora.cli.demo", "see the whole method at work on a small model, in minutes"),
     },
     "Look": {
@@ -54,7 +55,7 @@ COMMANDS = {
     },
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
-_RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve"}
+_RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "export", "serve", "studio"}
 _INTERRUPTED = 130  # the status of what SIGINT ends
 _BROKEN_PIPE = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}

@@ -113,7 +113,7 @@ def _command(args: argparse.Namespace, config: TrainConfig, found: Any) -> str:
     missing = {name: value for name, value in _PLACEHOLDERS.items() if name not in {*given, *in_file}}
     for name, value in (given | missing).items():
         if name not in replaced:
-            words += _flag(name, value)
+            words += flag_words(name, value)
     words += [*args.other_options, *changed]
     start = "theodora train"
     if found.machine.gpus > 1 and args.launcher is None:
@@ -121,7 +121,8 @@ def _command(args: argparse.Namespace, config: TrainConfig, found: Any) -> str:
     return f"{start} {shlex.join(words)}"
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def flag_words(name: str, value: Any) -> list[str]:
+    """The words of a command line that give an option its value."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag] if value else ["--no-" + name.replace("_", "-")]

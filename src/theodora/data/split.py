@@ -55,6 +55,12 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
     return examples.with_dataset(training), examples.with_dataset(other)
 
 
+def count_copies(examples: Examples) -> int:
+    """How many rows are copies of an earlier one, case and white space apart."""
+    keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, len(examples))
+    return len(examples) - len(np.unique(keys))
+
+
 def spread_out(examples: Examples, count: int | None) -> Examples:
     """`count` rows of a source, which may be sorted: picked at even distances. None, or more than there are: all."""
     total = len(examples)

@@ -13,7 +13,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from theodora.data import PromptRows
 from theodora.errors import ConfigError
-from theodora.train import checkpoints
+from theodora.files import run_files
 from theodora.train.grpo import GRPOTrainer
 from theodora.train.grpo_loss import PolicySettings
 from theodora.train.guard import StepGuard
@@ -92,7 +92,7 @@ def _without_dropout(prepared: Prepared) -> list[str]:
 def guard_of(prepared: Prepared, trainer: AdapterTrainer, output: Path) -> StepGuard:
     """What looks at each step."""
     config, arguments, processes = prepared.config, trainer.args, trainer.processes
-    name = checkpoints.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
+    name = run_files.BAD_BATCHES_FILE.replace(".", "." if processes.first else f"-{processes.index}.")
     guessing = math.log(prepared.model.config.get_text_config().vocab_size)
     return StepGuard(
         output / name,

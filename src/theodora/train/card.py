@@ -15,8 +15,8 @@ from theodora.data.left_out import sentences
 from theodora.files.atomic import atomic_write
 from theodora.files.classes import auto_name
 from theodora.files.read_back import write_text
+from theodora.files.run_files import CARD_FILE, FIGURE_FILE
 from theodora.safe_text import markdown, markdown_code
-from theodora.train.checkpoints import CARD_FILE, FIGURE_FILE
 from theodora.train.continued import described
 from theodora.train.expert_loads import described as described_loads
 from theodora.train.preference_report import described as described_objective

@@ -13,28 +13,15 @@ from pathlib import Path
 from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.atomic import atomic_write, clear_leftovers, remove_folder
 from theodora.files.read_back import write_text
+from theodora.files.run_files import (
+    CARD_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    RECORD_HEAD,
+    RUN_FILES,
+)
 from theodora.train.wholeness import faults, is_listed, read_state
 
-CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-FIGURE_FILE = "loss.png"
-CARD_FILE = "README.md"
-HELD_OUT_FILE = "held_out.jsonl"
-BAD_BATCHES_FILE = "bad_batches.jsonl"
-RUN_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    CARD_FILE,
-    METRICS_FILE,
-    FIGURE_FILE,
-    CONFIG_FILE,
-    HELD_OUT_FILE,
-    BAD_BATCHES_FILE,
-    CHECKPOINTS,
-)
-RECORD_HEAD = "# Every setting of this run."
-"""How a run's own `config.yaml` begins: by that a run is told from what has the names of its files."""
 _BEGUN = f"{RECORD_HEAD} It has only begun.\n"
 """What it says before anything else of a run is written."""
 _DOOMED = f"{RECORD_HEAD} It is being deleted, for another run to begin here.\n"

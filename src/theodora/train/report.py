@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from theodora.config import METHOD_NAMES, TrainConfig
 from theodora.data.left_out import LeftOut, sentences
+from theodora.files.run_files import CONFIG_FILE, HELD_OUT_FILE
 from theodora.plan.estimate import bytes_of_state
 from theodora.plan.fits import optimizer_of
 from theodora.safe_text import plain, quoted
-from theodora.train.checkpoints import CONFIG_FILE, HELD_OUT_FILE
 from theodora.train.continued import described as described_origin
 from theodora.train.expert_loads import TrainedExperts, described
 from theodora.train.preference_report import described as described_objective

@@ -29,8 +29,9 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.files.run_files import CONFIG_FILE
 from theodora.parse import parse_yaml
-from theodora.train.checkpoints import CONFIG_FILE, steps_done
+from theodora.train.checkpoints import steps_done
 from theodora.train.grpo_loss import PolicySettings
 
 OPTIONS_FILE = "options.json"

@@ -22,6 +22,7 @@ from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data import Examples, as_answers
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
+from theodora.files import run_files
 from theodora.files.alone import alone_in
 from theodora.files.atomic import atomic_files, atomic_write
 from theodora.files.finite import not_finite
@@ -99,7 +100,7 @@ def _train_in_order(
 ) -> TrainResult:
     config = continued(config)
     output = Path(config.output)
-    arguments = sft_arguments(config, output / checkpoints.CHECKPOINTS)
+    arguments = sft_arguments(config, output / run_files.CHECKPOINTS)
     begin_with_gpu(arguments.device)
     console = Terminal.over(console or Terminal()) if processes.first else Terminal(quiet=True)
     with ExitStack() as held:
@@ -206,7 +207,7 @@ def _train(
     if processes.writes:
         _begin_record(prepared, plan, output)
         # First, so that the line of a diverged step is written before the run ends over it.
-        metrics = MetricsFile(output / checkpoints.METRICS_FILE, resume_at=plan.resume_at)
+        metrics = MetricsFile(output / run_files.METRICS_FILE, resume_at=plan.resume_at)
         trainer.callback_handler.callbacks.insert(0, metrics)
     forgetting = None if prepared.general is None else Forgetting(prepared, trainer)
     if forgetting is not None:  # before the clock that counts the time of steps
@@ -224,7 +225,7 @@ def _train(
     ):
         # It may have been killed after its last checkpoint, before older ones were deleted.
         limit, best = arguments.save_total_limit, trainer.state.best_model_checkpoint
-        checkpoints.rotate(output / checkpoints.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
+        checkpoints.rotate(output / run_files.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
     doubt = trainer.nothing_to_learn if isinstance(trainer, GRPOTrainer) else None
@@ -346,12 +347,12 @@ def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:
         checkpoints.clear_run(output)
     checkpoints.clear_partial(output)
     options = config.to_options() | {"overwrite": False, "resume": None}
-    command = f"theodora train --config {quoted(output / checkpoints.CONFIG_FILE)} --overwrite{grant_flags(options)}"
-    head = f"{checkpoints.RECORD_HEAD} To run it again: {command}\n"
+    command = f"theodora train --config {quoted(output / run_files.CONFIG_FILE)} --overwrite{grant_flags(options)}"
+    head = f"{run_files.RECORD_HEAD} To run it again: {command}\n"
     head += "".join(f"# {plain(line)}\n" for line in plan.history)
     checkpoints.write_record(output, head + to_yaml(options))
     if prepared.held_out is not None and config.eval_data is None:
-        _write_held_out(prepared.held_out, output / checkpoints.HELD_OUT_FILE)
+        _write_held_out(prepared.held_out, output / run_files.HELD_OUT_FILE)
 
 
 def _write_held_out(rows: Examples, path: Path) -> None:
@@ -371,8 +372,8 @@ def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
         save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(
-        read_metrics(output / checkpoints.METRICS_FILE),
-        output / checkpoints.FIGURE_FILE,
+        read_metrics(output / run_files.METRICS_FILE),
+        output / run_files.FIGURE_FILE,
         summary_line(plan, result),
         per_row(prepared.config),
     )
@@ -397,7 +398,7 @@ def _run(
     except Diverged as error:
         _check_base(trainer, error)
         if trainer.processes.writes and error.in_doubt is not None:
-            note_divergence(output / checkpoints.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
+            note_divergence(output / run_files.CHECKPOINTS / f"checkpoint-{error.in_doubt}", error.reason)
         raise
     if stop.requested and trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise TrainingInterrupted(_interrupted(config), stop.exit_code)

@@ -1,0 +1,42 @@
+// Questions to the studio's server. What goes wrong is an Error whose message is for people.
+
+export class Refused extends Error {
+  constructor(message, answer) {
+    super(message);
+    this.answer = answer;
+  }
+}
+
+const banner = document.getElementById("banner");
+
+function tell(text) {
+  banner.textContent = text;
+  banner.hidden = !text;
+}
+
+async function asked(path, options) {
+  let reply;
+  try {
+    reply = await fetch(path, options);
+  } catch (error) {
+    tell("The studio does not answer. Runs go on without it; start it again with `theodora studio`, and open its new address.");
+    throw new Refused("The studio does not answer.");
+  }
+  const answer = await reply.json().catch(() => ({}));
+  if (reply.status === 403) tell(`${answer.error ?? "Refused."} Was the studio started again? Its address is a new one each time.`);
+  else tell("");
+  if (!reply.ok) throw new Refused(answer.error ?? `The studio answered ${reply.status}.`, answer);
+  return answer;
+}
+
+export const get = (path) => asked(path);
+
+export const post = (path, body = {}) =>
+  asked(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+
+export const upload = (file) =>
+  asked(`/api/upload?name=${encodeURIComponent(file.name)}`, {
+    method: "POST",
+    headers: { "content-type": "application/octet-stream" },
+    body: file,
+  });

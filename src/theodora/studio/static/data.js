@@ -1,0 +1,132 @@
+// Data: a file, how it is read, and its first rows as the model will see them.
+import { post, upload } from "./api.js";
+import { bars } from "./chart.js";
+import { el, figure, put } from "./dom.js";
+
+export class DataScreen {
+  constructor(root, { about, train }) {
+    this.train = train;
+    const objective = about.form[0].fields.find(({ name }) => name === "objective");
+    this.path = el("input", { id: "data-path", placeholder: "train.jsonl", autocomplete: "off", spellcheck: "false" });
+    this.model = el("input", { id: "data-model", placeholder: "HuggingFaceTB/SmolLM2-135M-Instruct", autocomplete: "off", spellcheck: "false" });
+    this.objective = el("select", { id: "data-objective" }, ...objective.choices.map((name) => el("option", { value: name }, name)));
+    this.length = el("input", { id: "data-length", value: "1024", inputmode: "numeric" });
+    this.button = el("button", { class: "main", type: "submit" }, "Look at it");
+    this.file = el("input", { type: "file", id: "data-file", hidden: true, accept: ".jsonl,.json,.csv,.tsv,.parquet,.gz" });
+    const pick = el("button", { class: "plain", type: "button", onclick: () => this.file.click() }, "choose one");
+    this.drop = el("div", { class: "drop" }, "Drop a file here, or ", pick);
+    this.result = el("div", { class: "result", "aria-live": "polite" });
+    const form = el("form", { class: "card", onsubmit: (event) => { event.preventDefault(); this.look(); } },
+      el("div", { class: "fields look" },
+        field("A file, a folder, or a data set's name on the hub", this.path, "path", "A .jsonl, .json, .csv or .parquet file; its format is recognised."),
+        el("div", { class: "field drops" }, this.drop, this.file),
+        field("Model", this.model, "", "Its tokenizer and chat template say what the model will see. Without it rows are shown as text."),
+        field("Objective", this.objective, "", objective.help),
+        field("Cut rows after", this.length, "", "tokens: max_length"),
+        el("div", { class: "field end" }, this.button)));
+    put(root, el("div", { class: "head" }, el("h1", {}, "Data"),
+      el("p", {}, "See what the model will see before it learns from it: learned tokens in colour, the others grey, what is cut off struck through.")), form, this.result);
+    this.file.addEventListener("change", () => this.file.files[0] && this.keep(this.file.files[0]));
+    for (const kind of ["dragover", "dragleave", "drop"])
+      root.addEventListener(kind, (event) => {
+        event.preventDefault();
+        this.drop.classList.toggle("over", kind === "dragover");
+        if (kind === "drop" && event.dataTransfer.files[0]) this.keep(event.dataTransfer.files[0]);
+      });
+    this.drop.title = `Files are kept in ${about.uploads}`;
+  }
+
+  show() { post("/api/wake").catch(() => {}); }
+
+  fill({ data, model, from_adapter, objective, max_length }) {
+    model ||= from_adapter;
+    if (data) this.path.value = data;
+    if (model) this.model.value = model;
+    if (objective) this.objective.value = objective;
+    if (max_length) this.length.value = max_length;
+    if (data) this.look();
+  }
+
+  async keep(file) {
+    this.waiting(`Taking ${file.name} over …`);
+    try {
+      this.path.value = (await upload(file)).path;
+    } catch (error) {
+      return this.failed(error);
+    }
+    await this.look();
+  }
+
+  waiting(text) { put(this.result, el("div", { class: "card quiet" }, el("span", { class: "spin" }), text)); this.spaced(); }
+
+  failed(error) { put(this.result, el("div", { class: "note bad", role: "alert" }, error.message)); this.spaced(); }
+
+  spaced() { this.result.style.marginTop = "1.1rem"; }
+
+  async look() {
+    const asked = { path: this.path.value.trim(), model: this.model.value.trim(), objective: this.objective.value };
+    const length = Number(this.length.value);
+    if (length >= 2) asked.max_length = length;
+    this.button.disabled = true;
+    this.waiting("Reading … (the first time the libraries take some seconds to load)");
+    try {
+      this.shown(await post("/api/data", asked), asked);
+    } catch (error) {
+      this.failed(error);
+    } finally {
+      this.button.disabled = false;
+    }
+  }
+
+  shown(found, asked) {
+    const { lengths } = found;
+    const share = lengths ? `${Math.round((100 * lengths.learned) / lengths.tokens)} %` : null;
+    const facts = [
+      [figure(found.rows), found.rows === 1 ? "row" : "rows"], [found.format, "format"],
+      [figure(found.copies), "copies of an earlier row"],
+      ...(lengths ? [[figure(lengths.median), "tokens, median"], [figure(lengths.longest), "tokens, longest"], [figure(lengths.cut), lengths.cut === 1 ? "row is cut" : "rows are cut"], [share, "of the tokens are learned"]] : []),
+    ];
+    const notes = [found.description, ...(found.note && lengths.of < found.rows ? [`Of ${figure(lengths.of)} rows: ${found.note}`] : found.note ? [found.note] : [])];
+    put(this.result,
+      el("div", { class: "card stack" },
+        el("div", { class: "row spread" }, el("h2", {}, "What is in it"),
+          el("button", { type: "button", class: "main", onclick: () => this.train({ data: asked.path, model: asked.model, objective: asked.objective === "sft" ? "" : asked.objective, max_length: asked.max_length === 1024 ? "" : String(asked.max_length ?? "") }) }, "Train on it")),
+        el("div", { class: "figures" }, ...facts.map(([value, told]) => el("div", { class: "figure" }, el("b", {}, value), el("span", {}, told)))),
+        lengths && el("div", {}, el("h3", {}, `Lengths, from 1 to ${figure(lengths.longest)} tokens`), bars(lengths.bins, "How many rows have which length")),
+        ...found.left_out.map((told) => el("div", { class: "note warn" }, `Left out: ${told}`)),
+        ...notes.filter(Boolean).map((told) => el("p", { class: "quiet small" }, told)),
+        el("pre", {}, command(asked))),
+      el("div", { class: "row spread", style: undefined }, el("h2", {}, `The first ${found.shown.length} rows`), asked.model ? legend() : null),
+      el("div", { class: "rows" }, ...found.shown.map((row, index) => sample(row, index))));
+    this.result.children[1].style.marginTop = "1.6rem";
+    this.spaced();
+  }
+}
+
+function command({ path, model, max_length }) {
+  const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+  return `theodora train --model ${quoted(model || "MODEL")} --data ${quoted(path)}${max_length && max_length !== 1024 ? ` --max-length ${max_length}` : ""} --output runs/first`;
+}
+
+function field(label, input, kind = "", help = "") {
+  return el("div", { class: `field ${kind}` }, el("label", { for: input.id }, label), input, help && el("span", { class: "help" }, help));
+}
+
+function legend() {
+  return el("div", { class: "legend" },
+    ...[["learned", "learned"], ["seen", "seen, not learned"], ["cut", "cut off"]].map(([kind, told]) => el("span", { class: `t ${kind}` }, told)));
+}
+
+function sample(row, index) {
+  const head = el("header", {}, el("b", {}, String(index + 1)));
+  const tokens = row.parts.reduce((sum, part) => sum + (part.tokens ?? 0), 0);
+  const learned = row.parts.reduce((sum, part) => sum + (part.learned ?? 0), 0);
+  if (tokens) head.append(`${figure(tokens)} tokens, ${figure(learned)} learned`);
+  if (row.problem) head.append(el("span", { class: "badge warn" }, row.problem.split("\n")[0].slice(0, 160)));
+  const parts = row.parts.flatMap((part) => [
+    part.name && el("div", { class: "part" }, part.name),
+    el("div", { class: "tokens", tabindex: "0" }, ...part.pieces.map(({ text, kind }) => el("span", { class: `t ${kind}` }, text)),
+      part.more ? el("span", { class: "quiet" }, ` … and ${figure(part.more)} more tokens`) : ""),
+  ]).filter(Boolean);
+  return el("article", { class: "sample" }, head, ...parts);
+}

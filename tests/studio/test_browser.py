@@ -1,0 +1,252 @@
+"""The studio in a real Chromium: a newcomer's way from a dropped file to a trained adapter, and what may come between.
+
+`make test-studio` runs it, and keeps the pictures that docs/studio.md shows (STUDIO_IMAGES names their folder).
+"""
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from studios import Served
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="make test-studio installs Playwright")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"),
+]
+CAPITALS = {
+    "France": "Paris",
+    "Japan": "Tokyo",
+    "Peru": "Lima",
+    "Kenya": "Nairobi",
+    "Norway": "Oslo",
+    "Chile": "Santiago",
+}
+HOSTILE = "<img src=x onerror='window.hacked = true'>"
+IMAGES = Path(os.environ["STUDIO_IMAGES"]).absolute() if os.environ.get("STUDIO_IMAGES") else None
+OPEN = "field => { const group = field.closest('details'); if (group) group.open = true; }"
+WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, tiny_model_dir):
+    """A home with data and a model in a folder to work in."""
+    work = tmp_path / "geography"
+    work.mkdir()
+    shutil.copytree(tiny_model_dir(), work / "tiny-llama")
+    drawn = random.Random(0)
+    system = {"role": "system", "content": "You are a patient teacher of geography."}
+    rows = []
+    for number in range(96):
+        country = drawn.choice(list(CAPITALS))
+        asked = f"What is the capital of {country}?" + " Tell me something that few people know, too." * (
+            number % 3 == 1
+        )
+        told = f"The capital of {country} is {CAPITALS[country]}." + " Its streets are older than its maps." * (
+            number % 3
+        )
+        turns = [system, {"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+        rows.append({"messages": turns, "source": "a school-book"})
+    (work / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    general = [
+        {"text": f"The number {n} comes after {n - 1} and before {n + 1}, as everybody knows."} for n in range(24)
+    ]
+    (work / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+@pytest.fixture
+def studio(home, _runs_of_fork_server):
+    with Served(home / ".cache" / "theodora" / "studio") as served:
+        yield served
+
+
+@pytest.fixture
+def page_of(chromium):
+    """`page_of(studio)`: a page of it, watched: what it asks for, and what goes wrong in it."""
+    contexts = []
+
+    def make(studio, viewport=WIDE, scheme="light", **more):
+        context = chromium.new_context(viewport=viewport, color_scheme=scheme, **more)
+        contexts.append(context)
+        return watched(context, studio)
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+def watched(context, studio):
+    page = context.new_page()
+    page.set_default_timeout(120_000)  # machines are slow at times; that it comes is what counts
+    page.wrong, page.asked = [], []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(studio.address)
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
+def picture(page, name):
+    if IMAGES is not None:
+        page.wait_for_timeout(400)  # for what moves to come to rest
+        page.screenshot(path=IMAGES / f"studio-{name}.png")
+
+
+def until(page, found):
+    deadline = time.monotonic() + 240  # that it comes is what counts
+    while not found():
+        assert time.monotonic() < deadline, page.inner_text("main")
+        page.wait_for_timeout(100)
+
+
+def badge(page, name):
+    card = page.locator(".run", has=page.get_by_text(name, exact=True))
+    return card.locator(".badge").inner_text() if card.count() else ""
+
+
+def start(page, **typed):
+    page.click("nav >> text=Train")
+    for name, value in typed.items():
+        page.eval_on_selector(
+            f"#field-{name}", "field => { const box = field.closest('details'); if (box) box.open = true; }"
+        )
+        if page.eval_on_selector(f"#field-{name}", "field => field.tagName") == "SELECT":
+            page.select_option(f"#field-{name}", value)
+        else:
+            page.fill(f"#field-{name}", value)
+    page.click("text=Start training")
+    page.wait_for_selector("#runs-screen:not([hidden])")
+
+
+def test_a_newcomers_way(studio, page_of, home):
+    page = page_of(studio)
+    assert "token" not in page.url
+    page.wait_for_selector("text=No run yet")
+    page.click("#runs-screen >> text=Look at data")
+    page.fill("#data-model", "tiny-llama")
+    page.fill("#data-length", "180")
+    page.set_input_files("#data-file", home / "geography" / "capitals.jsonl")
+    page.wait_for_selector(".sample")
+    assert page.input_value("#data-path") == str(home / ".cache" / "theodora" / "studio" / "data" / "capitals.jsonl")
+    learned = "".join(page.locator(".sample").first.locator(".t.learned").all_inner_texts())
+    assert learned.startswith("The capital of ")
+    assert page.locator(".t.cut").count()
+    assert page.is_visible("text=Left out: the column 'source': not used (96 rows)")
+    page.fill("#data-path", "capitals.jsonl")
+    page.click("text=Look at it")
+    page.wait_for_selector(".result pre >> text=--data capitals.jsonl")
+    page.wait_for_selector(".sample")
+    page.locator(".result").scroll_into_view_if_needed()
+    page.evaluate("scrollTo(0, 250)")
+    picture(page, "data")
+
+    page.click("text=Train on it")
+    assert page.input_value("#field-data") == "capitals.jsonl"
+    page.fill("#field-rank", "many")
+    page.wait_for_selector(".wrong >> text=expected a whole number")
+    page.fill("#field-rank", "")
+    page.click("text=Start training")  # what is missing is said where it is missing
+    page.wait_for_selector("#field-output-problem >> text=output is missing")
+    assert page.evaluate("document.activeElement.id") == "field-output"
+    page.fill("#field-output", "runs/dora")
+    page.click("text=Does it fit?")
+    page.wait_for_selector(".note.good")
+    picture(page, "train")
+    typed = {"general": "general.jsonl", "num_train_epochs": "8", "learning_rate": "0.002"}
+    start(page, **typed)
+    start(page, **typed | {"output": "runs/lora", "method": "lora", "learning_rate": "0.001"})
+    until(page, lambda: badge(page, "lora"))
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    until(page, lambda: badge(page, "lora") == badge(page, "dora") == "finished")
+    for box in page.locator(".swatch:not(:checked)").all():
+        box.check()
+    page.click(".run .name >> text=dora")
+    page.wait_for_selector("td >> text=Held-out loss")
+    until(page, lambda: page.locator(".chart:visible").count() == 5)
+    picture(page, "runs")
+    assert page.wrong == []
+    assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
+
+    dark = page_of(studio, scheme="dark")
+    dark.click(".run .name >> text=lora")
+    dark.locator(".swatch:not(:checked)").first.check()
+    dark.wait_for_selector("td >> text=Held-out loss")
+    picture(dark, "dark")
+    phone = page_of(studio, viewport=PHONE, device_scale_factor=2, has_touch=True, is_mobile=True)
+    phone.wait_for_selector("td >> text=Held-out loss")
+    picture(phone, "phone")
+    for screen in ("data", "train", "runs"):
+        phone.goto(f"{studio.base}#{screen}")
+        assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), screen
+
+
+def test_tabs_and_a_server_that_is_killed_and_started_again(studio, page_of, home):
+    page = page_of(studio)
+    other = watched(page.context, studio)
+    start(page, model="tiny-llama", data="capitals.jsonl", output="runs/long", max_steps="3000", save_steps="3000")
+    until(other, lambda: badge(other, "long") == "training")
+    studio.__exit__()
+    page.wait_for_selector("#banner >> text=does not answer")
+    with Served(home / ".cache" / "theodora" / "studio", studio.port) as again:
+        page.wait_for_selector("#banner >> text=Its address is a new one")
+        page.goto(again.address)
+        until(page, lambda: badge(page, "long") == "training")
+        step = int(page.locator(".figure b").first.inner_text().split(" / ")[0].replace(",", ""))
+        page.click("button.danger")
+        until(other, lambda: badge(other, "long") == "stopped")  # the other tab has the new cookie, too
+        page.click("button >> text=Resume")
+        until(page, lambda: badge(page, "long") == "training")
+        until(page, lambda: int(page.locator(".figure b").first.inner_text().split(" / ")[0].replace(",", "")) > step)
+        page.click("button.danger")
+        until(page, lambda: badge(page, "long") == "stopped")
+        assert page.wrong == other.wrong == []
+
+
+def test_hostile_names_and_rows_are_text(studio, page_of, home):
+    work = home / "geography"
+    rows = [{"prompt": HOSTILE, "completion": f"<script>window.hacked = true</script>{HOSTILE}"}] * 3
+    (work / "hostile.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = work / "runs" / HOSTILE.replace("/", "")
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, HOSTILE: 2}) + "\n")
+    (run / "studio.log").write_text(f"{HOSTILE}\n\x1b[31m red \u202e\n")
+    (run / "README.md").write_text(f"## Results\n\n| {HOSTILE} | before |\n|---|---|\n| {HOSTILE} | javascript:1 |\n")
+    page = page_of(studio)
+    page.wait_for_selector(f"th:has-text('{HOSTILE[:8]}')")
+    assert HOSTILE in page.inner_text(".log")
+    assert "\\x1b[31m red \\u202e" in page.inner_text(".log")
+    page.click("nav >> text=Data")
+    page.fill("#data-path", "hostile.jsonl")
+    page.fill("#data-model", "tiny-llama")
+    page.click("text=Look at it")
+    page.wait_for_selector(".sample")
+    assert HOSTILE in page.locator(".sample").first.inner_text()
+    page.click("text=Train on it")
+    page.fill("#field-output", HOSTILE)
+    page.fill("#field-rank", HOSTILE)
+    page.wait_for_selector(".wrong")
+    assert page.locator("main img, main script, main iframe").count() == 0
+    assert page.evaluate("window.hacked === undefined")
+    assert page.wrong == []
+    # And if the page had a hole, the browser would not let markup through.
+    refused = "() => { try { document.body.innerHTML = '<b>x</b>'; return false; } catch { return true; } }"
+    assert page.evaluate(refused)
