@@ -40,6 +40,7 @@ EXTRAS = {
         needs=("fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21", "xgrammar>=0.2.9"),
         gives="theodora serve: HTTP as OpenAI has it, grammars, metrics",
     ),
+    "studio": Extra(needs=("fastapi>=0.115", "uvicorn>=0.34"), gives="theodora studio: a page in the browser"),
 }
 """Extra → what it brings: pip install 'theodora[NAME]'. Those for developing Theodora (test, dev, …) are not listed."""
 

@@ -34,6 +34,7 @@ from theodora.train.fused_loss import fused_head
 from theodora.train.light import LightRunDiverged, LightSettings, Preference, train_light
 from theodora.train.memory import peak_of, start_counting
 from theodora.train.objectives import settings_of
+from theodora.train.preference_loss import Settings
 from theodora.train.reference import Reference
 
 _CURVE_POINTS = 60  # of the training loss
@@ -196,7 +197,7 @@ class Bench:
         beta = {} if variant.beta is None else {"beta": variant.beta}
         options = {"model": "m", "data": "d", "output": "o", "objective": variant.objective, **beta}
         settings = settings_of(TrainConfig.from_options(options))
-        assert settings is not None
+        assert isinstance(settings, Settings)  # (grpo is no method here)
         return Preference(settings, Reference(self.model, None) if settings.compares else None)
 
     def _validate(self, cell: Cell, record: Record) -> None:

@@ -77,7 +77,7 @@ def without_router_loss(model: nn.Module) -> Iterator[None]:
     """While it lasts a mixture's configuration does not ask for the loss that keeps its experts balanced, as it does in
     training: tokens that are decoded one at a time do not fit the mask of all."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
     if not getattr(text, "output_router_logits", False):
         yield
         return

@@ -131,6 +131,9 @@ class _AsRead(DynamicLayer):
 class _Layer(StaticLayer):
     """Keys and values of one layer, to which all rows add at the same place."""
 
+    keys: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
         super().__init__(keys.shape[2])
         self.keys, self.values, self._at = keys, values, at
@@ -194,7 +197,7 @@ class Batch:
     def cache(self, rows: int) -> Cache:
         """Keys and values of the first rows, as a model takes them."""
         if rows not in self.caches:
-            layers = [_Layer(keys[:rows], values[:rows], self.at) for keys, values in self.layers]
+            layers: Any = [_Layer(keys[:rows], values[:rows], self.at) for keys, values in self.layers]
             self.caches[rows] = Cache(layers=layers)
         return self.caches[rows]
 

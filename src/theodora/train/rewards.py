@@ -166,7 +166,7 @@ class Rewards:
         prompts, columns = rows(tried)
         texts = rows.references(tried)
         end = tokenizer.eos_token_id or 0  # no completion is without a token
-        ids = [[*own, end] for own in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids: Any = [[*own, end] for own in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
         try:
             self(prompts, texts, columns, ids, TrainerState())
         except DataError as error:
