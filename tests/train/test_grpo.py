@@ -260,6 +260,24 @@ def test_a_batch_that_does_not_fit_is_halved(others, fused, run, short_of_memory
     close(tmp_path / "pieces", tmp_path / "whole", rtol=2e-3)
 
 
+def test_graphs_make_room_for_a_held_out_row(run, monkeypatch, tmp_path):
+    full, figures, release = [True], grpo.GRPOTrainer._figures_of, grpo.GRPOTrainer.release_graphs
+
+    def short_of_memory(self, batch):
+        if full[0]:
+            raise torch.OutOfMemoryError("no room")
+        return figures(self, batch)
+
+    def make_room(self, why):
+        release(self, why)
+        return full[0] and not full.__setitem__(0, False)
+
+    monkeypatch.setattr(grpo.GRPOTrainer, "_figures_of", short_of_memory)
+    monkeypatch.setattr(grpo.GRPOTrainer, "release_graphs", make_room)
+    run(max_steps=1, per_device_eval_batch_size=1)
+    assert len(lines(tmp_path / "run", "eval_kl")) == 2
+
+
 @pytest.mark.parametrize(
     ("others", "flattened"),
     [
@@ -460,6 +478,8 @@ class TestWhatMakesNoSense:
             ({"reward_weights": [1.0, 2.0]}, "holds 2 numbers for 1 rewards"),
             ({"num_generations": 1}, "num_generations is 1; expected at least 2"),
             ({"num_generations": 3}, "has 8 completions .*num_generations is 3"),
+            ({"dataloader_drop_last": True}, "dataloader_drop_last is True: the completions of a prompt stay together"),
+            ({"num_iterations": 0}, "num_iterations is 0; expected at least 1"),
             ({"num_generations_eval": 0}, "num_generations_eval is 0; expected at least 1"),
             ({"max_completion_length": 0}, "max_completion_length is 0; expected at least 1"),
             ({"max_completion_length": 64}, "max_completion_length is 64, and max_length.*is 64"),

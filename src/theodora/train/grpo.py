@@ -355,9 +355,19 @@ class GRPOTrainer(SequenceTrainer):
         asked = [drawn.asked[n : n + size] for n in range(0, count, size)]
         lesson = _Lesson(drawn.completions, [True] * count, [0.0] * count, 0)
         for batch in self._batches(asked, lesson):
-            with self.compute_loss_context_manager():
-                for figures in in_parts(self._figures_of, self._prepare_inputs(batch)):
-                    self.record(figures, 0)
+            for figures in self._in_parts(self._prepare_inputs(batch)):
+                self.record(figures, 0)
+
+    def _in_parts(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Figures of a batch without gradients, for which graphs make room if they have to."""
+        with self.compute_loss_context_manager():
+            try:
+                return in_parts(self._figures_of, batch)
+            except torch.OutOfMemoryError:
+                if not self.release_graphs("evaluation needs the memory"):
+                    raise
+            # Outside the handler, which holds what did not fit.
+            return in_parts(self._figures_of, batch)
 
     def _figures_of(self, batch: dict[str, Any]) -> Tensor:
         return self.loss_of(self.model, *taken_apart(batch), None)[1]

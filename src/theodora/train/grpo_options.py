@@ -56,6 +56,7 @@ WHY = {
 _ORDERS: dict[str, tuple[Any, ...]] = {
     "shuffle_dataset": (True, "true"),
     "train_sampling_strategy": ("group_by_length",),
+    "dataloader_drop_last": (True, "true"),
 }
 _ORDER = "prompts in another order in each epoch; train_sampling_strategy: sequential takes that of the data"
 
@@ -81,7 +82,7 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
             except ValueError as error:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
         elif name in _ORDERS and value in _ORDERS[name]:
-            problems.append(f"{name} is {shown(value)}: the completions of a prompt come together ({_ORDER})")
+            problems.append(f"{name} is {shown(value)}: the completions of a prompt stay together ({_ORDER})")
         elif name in own_names() and value not in (None, False, _default(name)):
             problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
         elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
