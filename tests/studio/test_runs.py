@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import dying
+from crash.killing import fork_server
 from theodora.files.run_files import RECORD_HEAD
 from theodora.locks import this_process
 from theodora.studio.processes import begin, holder_of, is_alive, started_at
@@ -116,6 +118,29 @@ def test_runs_of_elsewhere_appear_when_their_folder_is_named(studio_of, tmp_path
     studio.post("/api/folders/forget", {"path": str(run.parent)})
     assert studio.get("/api/runs")["runs"] == []
     studio.get(f"/api/runs/{found['id']}", status=404)
+
+
+def test_a_run_of_a_terminal_is_at_work_here_and_can_be_stopped(studio_of, options, tmp_path):
+    words = ["train"]
+    for name, value in (options | {"max_steps": "3000", "save_steps": "3000"}).items():
+        words += [f"--{name}", value]
+    process = fork_server().Process(target=dying.studio_run, args=(words, tmp_path / "log", str(tmp_path)))
+    process.start()
+    try:
+        studio = studio_of(tmp_path / "runs")
+        while not studio.get("/api/runs")["runs"]:  # its folder is made when it begins
+            assert process.is_alive(), (tmp_path / "log").read_text()
+        (found,) = studio.get("/api/runs")["runs"]
+        assert studio.until(found["id"], "training", step=2)["can_stop"]
+        assert holder_of(tmp_path / "runs" / "first" / ".theodora.lock") == (process.pid, started_at(process.pid))
+        studio.post(f"/api/runs/{found['id']}/stop")
+        stopped = studio.until(found["id"], "stopped")
+        assert stopped["can_resume"]
+        process.join(60)
+        assert process.exitcode == 0  # as after any SIGTERM that found the time for a checkpoint
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_folder_of_runs_does_not_lead_out_of_it(studio_of, tmp_path):
