@@ -262,7 +262,7 @@ def test_as_on_a_gpu_it_is_the_same(objective, flattened, prefer, judged, made, 
 def test_logits_that_are_too_many_come_a_few_at_a_time(prefer, tmp_path, monkeypatch):
     prefer(output=str(tmp_path / "all"), beta=0.5)
     monkeypatch.setattr(sequence_trainer, "logits_fit", lambda labels, vocabulary: False)
-    monkeypatch.setattr(preference, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
+    monkeypatch.setattr(sequence_trainer, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
     prefer(output=str(tmp_path / "few"), beta=0.5)
     for name in ("loss", "eval_loss", "grad_norm", "entropy", "mean_token_accuracy"):
         torch.testing.assert_close(lines(tmp_path / "few", name), lines(tmp_path / "all", name), rtol=1e-3, atol=2e-5)

@@ -265,6 +265,7 @@ def test_one_process_goes_on_where_two_stopped(two, folder, run, base, tmp_path)
     shutil.rmtree(tmp_path / "fewer" / "checkpoints" / "checkpoint-8")
     printed = io.StringIO()
     options = base | KINDS["plain"] | {"gradient_accumulation_steps": 2, "resume": "auto"}
+    options |= {"general": str(folder / "general.jsonl")}
     train(TrainConfig.from_options(options | {"output": str(tmp_path / "fewer")}), console=Console(file=printed))
     assert "processes from 2 to 1" in printed.getvalue()
     trace(tmp_path / "fewer", folder / "plain")

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import GenerationConfig
 
 import recorder
@@ -271,6 +272,7 @@ def test_within_autocast(way):
 
 
 def test_within_the_autocast_that_accelerate_puts_into_forward(way):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of runs before
     model = trained(tiny_model(), "dora4").train()
     exact = Rollouts(copy.deepcopy(model), Drawing(), ENDS, MOST)(prompts_of(), 0)
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
