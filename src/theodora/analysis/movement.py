@@ -50,11 +50,13 @@ def update_norm(tensors: AdapterTensors) -> float:
 
 def measure(w_OI: Tensor, tensors: AdapterTensors) -> Movement:
     """Compare the rows of a base weight, (O, I), with the rows after adaptation."""
-    norm_sq = row_norm_squared(w_OI)
-    wide = norm_sq.dtype
+    # In float64: of a row that changes nearly along itself the angle is a small difference of large squares.
+    wide = torch.float64 if w_OI.device.type != "mps" else torch.float32
+    wide_OI = w_OI.to(wide)
+    norm_sq = row_norm_squared(wide_OI)
     alive = norm_sq > 0
     a_RI, b_OR, scale = tensors.a.to(wide), tensors.b.to(wide), tensors.scale
-    dot = scale * (b_OR * (w_OI.to(wide) @ a_RI.T)).sum(1)
+    dot = scale * (b_OR * (wide_OI @ a_RI.T)).sum(1)
     update_sq = (scale**2 * ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)).clamp_min(0)
     relative_update = float((update_sq.sum() / norm_sq.sum()).sqrt()) if bool(alive.any()) else float("nan")
 
