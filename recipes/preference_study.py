@@ -275,6 +275,7 @@ def divergence(model: Any, start: Any, tokenizer: Any, examples: Any, seed: int,
     import torch
 
     from theodora.data import encode_prompt
+    from theodora.ends import length_to_end
     from theodora.evaluate.batches import evaluating, pad
     from theodora.evaluate.decoding import decoding, end_tokens
 
@@ -290,7 +291,7 @@ def divergence(model: Any, start: Any, tokenizer: Any, examples: Any, seed: int,
                 attention_mask=pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(model.device),
                 generation_config=drawing,
             )[:, longest:].tolist()
-            answers = [up_to_end(answer, ends) for answer in drawn]
+            answers = [answer[: length_to_end(answer, ends)] for answer in drawn]
             ids = pad([[*p, *a] for p, a in zip(batch, answers, strict=True)], ends[0]).to(model.device)
             # What each token of an answer is drawn from stands at the token before it.
             places = [
@@ -302,11 +303,6 @@ def divergence(model: Any, start: Any, tokenizer: Any, examples: Any, seed: int,
                 other = reference(input_ids=ids).logits[where].float().log_softmax(-1)
             total += float((own.exp() * (own - other)).sum())
     return total / len(prompts)
-
-
-def up_to_end(answer: list[int], ends: list[int]) -> list[int]:
-    """The tokens of an answer, the one that ends it included."""
-    return next((answer[: at + 1] for at, token in enumerate(answer) if token in ends), answer)
 
 
 def write_report(settings: Settings, failed: dict[str, str]) -> None:

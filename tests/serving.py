@@ -75,17 +75,12 @@ def free_port():
         return found.getsockname()[1]
 
 
-class Server:
-    """A running server: `.client` (openai), `.url`, `.engine`."""
+class Running:
+    """A server in a thread of its own."""
 
-    def __init__(self, engine, tokenizer):
-        self.engine, self.tokenizer = engine, tokenizer
-        self.port = free_port()
-        settings = server_settings(engine, tokenizer, port=self.port, timeout_graceful_shutdown=5)
+    def __init__(self, settings):
         self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
 
     def __enter__(self):
         self.thread.start()
@@ -95,7 +90,21 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        self.client.close()
         self.server.should_exit = True
         self.thread.join(60)
         assert not self.thread.is_alive()
+
+
+class Server(Running):
+    """A running server: `.client` (openai), `.url`, `.engine`."""
+
+    def __init__(self, engine, tokenizer):
+        self.engine, self.tokenizer = engine, tokenizer
+        self.port = free_port()
+        super().__init__(server_settings(engine, tokenizer, port=self.port, timeout_graceful_shutdown=5))
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+    def __exit__(self, *_):
+        self.client.close()
+        super().__exit__()

@@ -1,12 +1,11 @@
 """A studio that tests ask over HTTP, as its page does and as strangers do."""
 
-import threading
 import time
 
 import uvicorn
 from starlette.testclient import TestClient
 
-from serving import free_port
+from serving import Running, free_port
 from theodora.studio.app import create_app
 from theodora.studio.known import Memory
 from theodora.studio.runs import Runs
@@ -64,27 +63,12 @@ class Studio:
         raise AssertionError(f"{run}\n{self.get(f'/api/runs/{id}/texts')['log']}")
 
 
-class Served:
+class Served(Running):
     """A studio on a port of this machine, for a browser."""
 
     def __init__(self, folder, port=0):
         self.port, self.token = port or free_port(), f"token-{time.monotonic_ns()}"  # a new one each time, as served
         app = create_app(Runs(Memory(folder), ["runs"]), Worker(), folder, token=self.token, port=self.port)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, port=self.port, log_level="error", timeout_graceful_shutdown=1)
-        )
-        self.thread = threading.Thread(target=self.server.run)
+        super().__init__(uvicorn.Config(app, port=self.port, log_level="error", timeout_graceful_shutdown=1))
         self.base = f"http://127.0.0.1:{self.port}/"
         self.address = f"{self.base}?token={self.token}"
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive()
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()

@@ -7,6 +7,7 @@ with the second. Whoever waits for the first alone waits for ever.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from theodora.metered import meter_templates
@@ -29,6 +30,11 @@ def end_token_ids(model_generation_config: Any, tokenizer: Any) -> tuple[int, ..
     )
     ids = [*as_ids(configured), *as_ids(getattr(tokenizer, "eos_token_id", None)), *template_end_ids(tokenizer)]
     return tuple(dict.fromkeys(id for id in ids if id >= 0))
+
+
+def length_to_end(tokens: Sequence[int], ends: Collection[int]) -> int:
+    """How many tokens an answer has, the first that ends it included; all of them where none does."""
+    return next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))
 
 
 def as_ids(eos_token_id: Any) -> list[int]:

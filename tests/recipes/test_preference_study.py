@@ -12,6 +12,7 @@ from theodora.adapters.merge import adapter_disabled
 from theodora.adapters.models import load_model_and_tokenizer
 from theodora.adapters.state import trained_tensors
 from theodora.data import Examples, encode_prompt
+from theodora.ends import length_to_end
 from theodora.train.reference import Reference
 from undrawn import leave_losses_blank
 
@@ -162,4 +163,4 @@ def test_the_divergence_is_over_the_whole_vocabulary(tiny_model_dir, monkeypatch
     assert study.divergence(model, start, tokenizer, examples, 0, rows=2) == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr(study, "ANSWER", 4)
     assert study.divergence(model, start, tokenizer, examples, 0, rows=2) > expected
-    assert study.up_to_end([5, 2, 7], [2, 3]) == [5, 2]
+    assert [5, 2, 7][: length_to_end([5, 2, 7], [2, 3])] == [5, 2]

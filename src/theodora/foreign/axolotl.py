@@ -20,6 +20,7 @@ from theodora.foreign.reading import (
     read_fields,
     read_under,
     to,
+    when_on,
     words,
 )
 
@@ -249,11 +250,7 @@ def _trackers() -> dict[str, Rule]:
     for tool in ("mlflow", "comet"):
         for name in (f"use_{tool}", f"{tool}_tracking_uri", f"{tool}_experiment_name", f"{tool}_project_name"):
             rules[name] = flag(f"--report-to {'comet_ml' if tool == 'comet' else tool}", report)
-    rules["use_tensorboard"] = lambda reading, origin, given: (
-        reading.set("report_to", ["tensorboard"], origin, given)
-        if is_on(given)
-        else reading.note("held", origin, given, "it is off here, too")
-    )
+    rules["use_tensorboard"] = when_on("report_to", ["tensorboard"])
     return rules
 
 
@@ -315,11 +312,7 @@ RULES: dict[str, Rule] = {
     "sample_packing_bin_size": held("rows are fitted together by themselves"),
     "sample_packing_eff_est": held("steps are counted, not estimated"),
     "total_num_tokens": held("steps are counted, not estimated"),
-    "group_by_length": lambda reading, origin, given: (
-        reading.set("train_sampling_strategy", "group_by_length", origin, given)
-        if is_on(given)
-        else reading.note("held", origin, given, "it is off here, too")
-    ),
+    "group_by_length": when_on("train_sampling_strategy", "group_by_length"),
     "lora_r": to("rank"),
     "lora_alpha": to("alpha"),
     "lora_dropout": to("dropout"),
@@ -373,11 +366,7 @@ RULES: dict[str, Rule] = {
     "cut_cross_entropy": held(_KERNELS),
     "flash_attn_cross_entropy": held(_KERNELS),
     "flash_attn_rms_norm": held(_KERNELS),
-    "auto_resume_from_checkpoints": lambda reading, origin, given: (
-        reading.set("resume", "auto", origin, given)
-        if is_on(given)
-        else reading.note("held", origin, given, "a run begins anew unless --resume is given")
-    ),
+    "auto_resume_from_checkpoints": when_on("resume", "auto", "a run begins anew unless --resume is given"),
     "save_safetensors": held("adapters are safetensors files"),
     "include_tokens_per_second": held("tokens per second are logged"),
     "loss_watchdog_threshold": to("max_loss", "a step above it stops the run at once"),

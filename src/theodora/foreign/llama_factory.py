@@ -8,7 +8,20 @@ from typing import Any
 
 from theodora.errors import shown
 from theodora.foreign import sources
-from theodora.foreign.reading import Reading, Rule, bf16, flag, held, is_off, is_on, missing, read_fields, to, words
+from theodora.foreign.reading import (
+    Reading,
+    Rule,
+    bf16,
+    flag,
+    held,
+    is_off,
+    is_on,
+    missing,
+    read_fields,
+    to,
+    when_on,
+    words,
+)
 from theodora.parse import parse_json
 
 TOOL = "LLaMA-Factory"
@@ -220,16 +233,6 @@ def _names(option: str) -> Rule:
     return rule
 
 
-def _report_to(reading: Reading, origin: str, given: Any) -> None:
-    names = [str(name) for name in sources.listed(given) if not is_off(name)]
-    if set(names) <= {"tensorboard"}:
-        reading.set("report_to", names, origin, given)
-    else:
-        reading.note(
-            "flag", origin, given, f"--report-to {' '.join(names)}: a file cannot send what a run logs to others"
-        )
-
-
 def _adapters(reading: Reading, origin: str, given: Any) -> None:
     names = [str(name) for name in sources.listed(given)]
     if len(names) == 1:
@@ -298,11 +301,7 @@ RULES: dict[str, Rule] = {
     "lora_target": _targets,
     "additional_target": _names("modules_to_save"),
     "use_rslora": to("rslora"),
-    "pissa_init": lambda reading, origin, given: (
-        reading.set("init", "pissa", origin, given)
-        if is_on(given)
-        else reading.note("held", origin, given, "it is off here, too")
-    ),
+    "pissa_init": when_on("init", "pissa"),
     "pissa_iter": lambda reading, origin, given: (
         reading.note("held", origin, given, "the singular vectors are exact")
         if str(given) == "-1"
@@ -324,11 +323,7 @@ RULES: dict[str, Rule] = {
     "use_adam_mini": missing("would train with Adam-mini"),
     "use_muon": missing("would train with Muon"),
     "use_llama_pro": missing(_FREE),
-    "pure_bf16": lambda reading, origin, given: (
-        reading.set("bf16", True, origin, given, "adapters stay in adapter_dtype")
-        if is_on(given)
-        else reading.note("held", origin, given, "it is off here, too")
-    ),
+    "pure_bf16": when_on("bf16", True, differs="adapters stay in adapter_dtype"),
     "bf16": bf16,
     "pref_beta": to("beta"),
     "pref_ftx": missing(
@@ -368,7 +363,7 @@ RULES: dict[str, Rule] = {
     "output_dir": to("output"),
     "overwrite_output_dir": held("a run begins in an empty folder; --overwrite deletes the one that is there"),
     "plot_loss": held("loss.png is always drawn"),
-    "report_to": _report_to,
+    "report_to": sources.report_to,
     "early_stopping_steps": to("early_stopping_patience"),
     "include_effective_tokens_per_second": held("tokens per second are logged"),
     "include_num_input_tokens_seen": held("tokens are counted"),

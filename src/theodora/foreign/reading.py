@@ -169,6 +169,25 @@ def flag(words: str, why: str) -> Rule:
     return rule
 
 
+def when_on(name: str, value: Any, otherwise: str = "it is off here, too", differs: str = "") -> Rule:
+    """An option that a switch stands for.
+
+    Args:
+        name: ours.
+        value: its value where the switch is on.
+        otherwise: what to note where it is off.
+        differs: what is otherwise here, if something is.
+    """
+
+    def rule(reading: Reading, origin: str, given: Any) -> None:
+        if is_on(given):
+            reading.set(name, value, origin, given, differs)
+        else:
+            reading.note("held", origin, given, otherwise)
+
+    return rule
+
+
 def words(name: str, by_word: Mapping[str, Any], otherwise: str) -> Rule:
     """An option whose words are others here.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from theodora.errors import shown
-from theodora.foreign.reading import Reading
+from theodora.foreign.reading import Reading, is_off
 
 JOINED = "all-rows.jsonl"
 """What several data sets have to be joined as: ours takes one."""
@@ -56,6 +56,17 @@ def name_columns(
         else:
             expected = " or ".join(understood[purpose])
             reading.missing(field, name, f"would take the column {shown(name)} for {purpose}; rename it to {expected}")
+
+
+def report_to(reading: Reading, origin: str, given: Any) -> None:
+    """Where a run logs to: what writes files here; what sends is a flag."""
+    names = [str(name) for name in listed(given) if not is_off(name)]
+    if set(names) <= {"tensorboard"}:
+        reading.set("report_to", names, origin, given)
+    else:
+        reading.note(
+            "flag", origin, given, f"--report-to {' '.join(names)}: a file cannot send what a run logs to others"
+        )
 
 
 def listed(value: Any) -> Iterator[Any]:

@@ -8,7 +8,20 @@ from typing import Any
 from theodora.errors import in_line, shown
 from theodora.foreign import sources
 from theodora.foreign.calls import Call, Computed
-from theodora.foreign.reading import Reading, Rule, bf16, flag, held, is_off, is_on, missing, read_fields, to, words
+from theodora.foreign.reading import (
+    Reading,
+    Rule,
+    bf16,
+    flag,
+    held,
+    is_off,
+    is_on,
+    missing,
+    read_fields,
+    to,
+    when_on,
+    words,
+)
 
 TOOL = "Unsloth"
 _LOADERS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
@@ -204,16 +217,6 @@ def _learned(reading: Reading, calls: Sequence[Call]) -> None:
         reading.default("train_on", "all")
 
 
-def _quantised(kind: str) -> Rule:
-    def rule(reading: Reading, origin: str, given: Any) -> None:
-        if is_on(given):
-            reading.set("quantize", kind, origin, given)
-        else:
-            reading.note("held", origin, given, "the base stays as it is stored")
-
-    return rule
-
-
 def _targets(reading: Reading, origin: str, given: Any) -> None:
     names = [str(name) for name in sources.listed(given)]
     reading.set("targets", "all-linear" if names == ["all-linear"] else names, origin, given)
@@ -224,21 +227,11 @@ def _checkpointing(reading: Reading, origin: str, given: Any) -> None:
     reading.set("gradient_checkpointing", not is_off(given), origin, given, differs)
 
 
-def _report_to(reading: Reading, origin: str, given: Any) -> None:
-    names = [str(name) for name in sources.listed(given) if not is_off(name)]
-    if set(names) <= {"tensorboard"}:
-        reading.set("report_to", names, origin, given)
-    else:
-        reading.note(
-            "flag", origin, given, f"--report-to {' '.join(names)}: a file cannot send what a run logs to others"
-        )
-
-
 _MODEL: dict[str, Rule] = {
     "model_name": to("model"),
     "max_seq_length": to("max_length"),
-    "load_in_4bit": _quantised("nf4"),
-    "load_in_8bit": _quantised("int8"),
+    "load_in_4bit": when_on("quantize", "nf4", "the base stays as it is stored"),
+    "load_in_8bit": when_on("quantize", "int8", "the base stays as it is stored"),
     "load_in_16bit": held("the base stays as it is stored"),
     "full_finetuning": missing("would train all weights"),
     "dtype": held("bf16 says it; by default it is used where the hardware computes in it"),
@@ -293,7 +286,7 @@ _TRAINING: dict[str, Rule] = {
     "max_seq_length": to("max_length"),
     "max_length": to("max_length"),
     "bf16": bf16,
-    "report_to": _report_to,
+    "report_to": sources.report_to,
     "embedding_learning_rate": missing("would give embeddings a rate of their own"),
     "dataset_text_field": words("", {"text": None}, "would read the rows from that column; call it text"),
     "dataset_num_proc": held("rows are prepared in one process"),

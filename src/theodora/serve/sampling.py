@@ -6,8 +6,12 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from theodora.serve.requests import Sampling
 
 _BITS = 23  # of a random number; below 1 also after a product with the largest float32 sum
 
@@ -59,6 +63,21 @@ def likeliest(logits_NV: Tensor, logsumexp_N: Tensor, count: int) -> tuple[Tenso
     """The likeliest tokens of each row and their log-probabilities, (N, count) each; all tokens if there are fewer."""
     values, tokens = logits_NV.topk(min(count, logits_NV.shape[1]), -1)
     return tokens, values - logsumexp_N[:, None]
+
+
+def draw_alike(shaped_NV: Tensor, logits_NV: Tensor, chance_N: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """Tokens of rows that are drawn alike but for their random numbers, (N,) int64, and their `logprobs_of`.
+
+    Args:
+        shaped_NV: logits to pick from, float32.
+        logits_NV: those of the model.
+        chance_N: as of `pick`.
+        how: the settings of all rows.
+    """
+    alike = partial(torch.full, (logits_NV.shape[0],), device=logits_NV.device)
+    given = alike(how.temperature), chance_N, alike(how.top_p), alike(how.top_k), alike(how.min_p)
+    token_N = pick(shaped_NV, *given, how.filters)
+    return token_N, logprobs_of(token_N, logits_NV, how.temperature)
 
 
 def logprobs_of(tokens_N: Tensor, logits_NV: Tensor, temperature: float) -> Tensor:

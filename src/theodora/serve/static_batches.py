@@ -17,19 +17,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from theodora.ends import length_to_end
 from theodora.kernels.graph import record, strict
 from theodora.layers.norm_cache import looked_at_once
 from theodora.serve.offline import Kept, records, runnable, seedless
 from theodora.serve.offline_manager import MOST_ROWS, NoRoom, Unfit, as_when_answering, room_for_keys
 from theodora.serve.requests import Sampling
-from theodora.serve.sampling import logprobs_of, pick
+from theodora.serve.sampling import draw_alike
 from theodora.serve.shaping import repeated_less
 from theodora.serve.static_cache import Asked, Batch, Masks, Read, Run, added
 from theodora.serve.trial import Trial
@@ -329,20 +329,11 @@ class _Steps:
     def _take(self, size: int, logits_NV: Tensor) -> None:
         """Pick a token of each row."""
         batch, sampling = self._batch, self._run.asked.sampling
-        alike = partial(torch.full, (size,), device=logits_NV.device)
         shaped_NV, seen_NV = logits_NV, None if batch.seen_NV is None else batch.seen_NV[:size]
         if seen_NV is not None:
             shaped_NV = repeated_less(logits_NV, seen_NV, sampling.repetition_penalty)
-        token_N = pick(
-            shaped_NV,
-            alike(sampling.temperature),
-            batch.chance_NT[:size].index_select(1, batch.step)[:, 0],
-            alike(sampling.top_p),
-            alike(sampling.top_k),
-            alike(sampling.min_p),
-            sampling.filters,
-        )
-        logprob_N = logprobs_of(token_N, logits_NV, sampling.temperature)
+        chance_N = batch.chance_NT[:size].index_select(1, batch.step)[:, 0]
+        token_N, logprob_N = draw_alike(shaped_NV, logits_NV, chance_N, sampling)
         batch.token_N1[:size].copy_(token_N[:, None])
         batch.drawn_NT[:size].index_copy_(1, batch.step, token_N[:, None])
         batch.logprob_NT[:size].index_copy_(1, batch.step, logprob_N[:, None])
@@ -378,7 +369,7 @@ class _Steps:
         for row in rows:
             if (who := self._who[row]) is not None:
                 tokens: list[int] = drawn[row]
-                count = next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))
+                count = length_to_end(tokens, ends)
                 self._answers[who] = tokens[:count], logprobs[row][:count]
                 self._who[row] = None
 

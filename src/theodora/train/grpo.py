@@ -58,6 +58,10 @@ class _Drawn:
     """(completions, functions) float32."""
 
 
+_OfAll = tuple[list[int], Tensor, list[int], list[bool]]
+"""Of completions: the row of each, its rewards, its tokens, and whether it was cut."""
+
+
 @dataclass(frozen=True)
 class _Lesson:
     """What steps learn from: the completions of this process, and what they are worth among those of all."""
@@ -112,12 +116,11 @@ class GRPOTrainer(SequenceTrainer):
         most = settings.max_completion_length
         self.rollouts = Rollouts(self.model, settings.drawing, ends, most, rows=rows, longest=longest)
         self._ends = frozenset(ends)
-        self._before = 0
         self._without_spread: int | None = 0
         """Steps from the first on in which all completions of each prompt had one reward; None once there was another.
         """
         self._lesson: _Lesson | None = None
-        self._of_step: tuple[list[int], Tensor, list[int], list[bool]] | None = None
+        self._of_step: tuple[*_OfAll, tuple[float, float]] | None = None
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -204,6 +207,9 @@ class GRPOTrainer(SequenceTrainer):
         """Overrides `SequenceTrainer._set_signature_columns_if_needed`: rows are prompts."""
         self._signature_columns = ["input_ids", "labels", "row", PLACE, NOTHING]
 
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Overrides `SequenceTrainer._get_num_items_in_batch`: they are counted once they are drawn."""
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Overrides `StepOverrides.get_batch_samples`: draws the completions of a step, and has them rewarded."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
@@ -225,12 +231,12 @@ class GRPOTrainer(SequenceTrainer):
     def _new_lesson(self, asked: list[Asked]) -> _Lesson:
         """Draw completions of a step's batches, and find out what they are worth."""
         drawn = self._drawn(_joined(asked))
-        groups, rewards, lengths, cut = self._gathered(drawn)
-        self._of_step = groups, rewards, lengths, cut
+        (groups, rewards, lengths, cut), own = self._gathered(drawn)
+        self._of_step = groups, rewards, lengths, cut, spread(rewards, groups, self.settings)
         self._record_drawn(*self._of_step)
-        self._look_for_spread(groups, rewards)
+        self._look_for_spread(self._of_step[-1][0])
         items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
-        worth = advantages(rewards, groups, self.settings)[self._before : self._before + len(drawn.completions)]
+        worth = advantages(rewards, groups, self.settings)[own]
         lesson = _Lesson(drawn.completions, [self._learns_from(each) for each in drawn.cut], worth.tolist(), items)
         return lesson if self.settings.num_iterations == 1 else replace(lesson, old=self._old(asked, lesson))
 
@@ -278,13 +284,15 @@ class GRPOTrainer(SequenceTrainer):
             rewards = self.rewards(prompts, texts, columns, [each.tokens for each in completions], self.state)
         return _Drawn(asked, completions, [each.tokens[-1] not in self._ends for each in completions], rewards)
 
-    def _gathered(self, drawn: _Drawn) -> tuple[list[int], Tensor, list[int], list[bool]]:
-        """Of the completions of all processes: the row of each, its rewards, its tokens, and whether it was cut."""
+    def _gathered(self, drawn: _Drawn) -> tuple[_OfAll, slice]:
+        """Of the completions of all processes: the row of each, its rewards, its tokens, and whether it was cut; and
+        which of them are those of this one."""
         lengths = [len(each.tokens) for each in drawn.completions]
         found = self.processes.gather((drawn.asked.rows, drawn.rewards, lengths, drawn.cut))
-        self._before = sum(len(rows) for rows, *_ in found[: self.processes.index])
+        before = sum(len(rows) for rows, *_ in found[: self.processes.index])
         rows, rewards, lengths, cut = zip(*found, strict=True)
-        return [*chain(*rows)], torch.cat(rewards), [*chain(*lengths)], [*chain(*cut)]
+        of_all = [*chain(*rows)], torch.cat(rewards), [*chain(*lengths)], [*chain(*cut)]
+        return of_all, slice(before, before + len(drawn.completions))
 
     def _batches(self, asked: Sequence[Asked], lesson: _Lesson) -> list[dict[str, Any]]:
         """The batches that are learned from."""
@@ -298,8 +306,8 @@ class GRPOTrainer(SequenceTrainer):
         return batches
 
     @property
-    def nothing_to_learn(self) -> str | None:
-        """Why no step could move anything, if none could."""
+    def why_at_rest(self) -> str | None:
+        """Overrides `AdapterTrainer.why_at_rest`: all rewards were alike."""
         if not self._without_spread:
             return None
         return f"There was nothing to learn: {_SAME_REWARDS}"
@@ -374,7 +382,15 @@ class GRPOTrainer(SequenceTrainer):
 
     # What is recorded
 
-    def _record_drawn(self, groups: list[int], rewards: Tensor, lengths: list[int], cut: list[bool]) -> None:
+    def _record_drawn(
+        self,
+        groups: list[int],
+        rewards: Tensor,
+        lengths: list[int],
+        cut: list[bool],
+        of_groups: tuple[float, float] | None = None,
+    ) -> None:
+        """Record completions, and of those that are learned from what `spread` says."""
         total = rewards.double() @ self.rewards.weights.double()
         count = len(groups)
         self.add_to_mean("reward", float(total.sum()), count)
@@ -382,13 +398,11 @@ class GRPOTrainer(SequenceTrainer):
         self.add_to_mean("completions/clipped_ratio", float(sum(cut)), count)
         for n, name in enumerate(self.rewards.names):
             self.add_to_mean(f"rewards/{name}/mean", float(rewards[:, n].sum()), count)
-        if self.mode == "train":
-            same, deviation = spread(rewards, groups, self.settings)
-            self.add_to_mean("frac_reward_zero_std", same, 1)
-            self.add_to_mean("reward_std", deviation, 1)
+        if of_groups is not None:
+            for name, value in zip(_OF_GROUPS, of_groups, strict=True):
+                self.add_to_mean(name, value, 1)
 
-    def _look_for_spread(self, groups: list[int], rewards: Tensor) -> None:
-        same, _ = spread(rewards, groups, self.settings)
+    def _look_for_spread(self, same: float) -> None:
         self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
         if self._without_spread == _STEPS_WITHOUT:
             self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")

@@ -31,7 +31,6 @@ LOSSES = ("dapo", "grpo", "dr_grpo", "cispo")
 class PolicySettings:
     """What grpo computes; names and defaults are those of TRL's GRPOConfig, where not said otherwise."""
 
-    objective: str = "grpo"
     num_generations: int = 8
     """Completions of each prompt."""
     num_generations_eval: int = 1

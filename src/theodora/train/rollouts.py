@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from theodora.ends import length_to_end
 from theodora.errors import ConfigError, DataError, TheodoraError
 from theodora.evaluate.batches import batches_by_length, evaluating, pad
 from theodora.evaluate.decoding import decoding
 from theodora.evaluate.exact_match import head_reads_one_piece
 from theodora.serve import offline, static_batches
 from theodora.serve.requests import Sampling
-from theodora.serve.sampling import logprobs_of, pick
+from theodora.serve.sampling import draw_alike
 from theodora.serve.shaping import Shaper, shape
 
 log = logging.getLogger("theodora.train")
@@ -252,7 +253,7 @@ class Rollouts:
             )
         drawn: list[tuple[list[int], list[float]]] = []
         for tokens, logps in zip(output[:, max(map(len, prompts)) :].tolist(), draw.logps(), strict=True):
-            count = next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))
+            count = length_to_end(tokens, ends)
             drawn.append((tokens[:count], logps[:count]))
         return drawn
 
@@ -293,23 +294,15 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scores, (N, V), for greedy decoding."""
-        logits, step, first = scores.float(), len(self._steps), self._samplings[0]
+        logits, step = scores.float(), len(self._steps)
         for _, shaper in self._shapers:
             shaper.begin(step, list)
         chances = [each.chance(length + step) for each, length in zip(self._samplings, self._lengths, strict=True)]
-        alike = partial(torch.full, (len(chances),), device=scores.device)
-        tokens = pick(
-            shape(logits, self._shapers) if self._shapers else logits,
-            alike(first.temperature),
-            torch.tensor(chances, device=scores.device),
-            alike(first.top_p),
-            alike(first.top_k),
-            alike(first.min_p),
-            first.filters,
-        )
+        shaped = shape(logits, self._shapers) if self._shapers else logits
+        tokens, logps = draw_alike(shaped, logits, torch.tensor(chances, device=scores.device), self._samplings[0])
         for row, shaper in self._shapers:
             shaper.took(tokens[row])
-        self._steps.append(logprobs_of(tokens, logits, first.temperature))
+        self._steps.append(logps)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
 
 

@@ -41,7 +41,6 @@ from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.forgetting import Forgetting
-from theodora.train.grpo import GRPOTrainer
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
@@ -228,8 +227,7 @@ def _train(
         checkpoints.rotate(output / run_files.CHECKPOINTS, checkpoints.steps_done(checkpoint), limit, best)
     seconds = time.monotonic() - started
     steps = updates.count + max(0, (plan.resume_at or 0) - 1)  # the first may have had a learning rate of 0
-    doubt = trainer.nothing_to_learn if isinstance(trainer, GRPOTrainer) else None
-    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, doubt)
+    moved, resting = check_moved(tensors, before, steps, trainer.fingerprints_at_end, trainer.why_at_rest)
     result = replace(_result(prepared, plan, trainer, view, seconds, moved), experts=loads.loads(processes))
     if forgetting is not None:
         before, after = forgetting.before_and_after()

@@ -73,6 +73,11 @@ class AdapterTrainer(LogOverrides, CheckpointOverrides, StepOverrides):
         self.choose_graphs()
 
     @property
+    def why_at_rest(self) -> str | None:
+        """Why no step could move anything, if that is known."""
+        return None
+
+    @property
     def rows_of_epoch(self) -> int:
         """Rows that an epoch goes through, packed perhaps."""
         rows: Any = self.train_dataset
