@@ -244,6 +244,19 @@ def test_dropout_is_off(way):
         assert each.logps == pytest.approx(expected.tolist(), abs=5e-5)
 
 
+def test_attention_gives_the_same_bits_each_time(way):
+    model, on = tiny_model("llama"), []
+    model.register_forward_hook(lambda *_: on.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        Rollouts(model, Drawing(), ENDS, MOST)(prompts_of(), 3)
+        assert set(on) == {False}  # cuDNN's does not, for one query
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_within_autocast(way):
     model = trained(tiny_model(), "dora4").train()
     model.lm_head.requires_grad_(True)  # so that autocast would keep its cast

@@ -65,11 +65,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode(), without_router_loss(model):
+        with torch.inference_mode(), without_router_loss(model), repeatable_attention():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def repeatable_attention() -> Iterator[None]:
+    """While it lasts attention gives the same bits each time. cuDNN's, which torch takes first on new GPUs, does not
+    where there is a single query, as in decoding (seen on an H200 with torch 2.11)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
 from theodora.errors import TheodoraError
+from theodora.evaluate.batches import repeatable_attention
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
 from theodora.serve.processors import KEY, RoutedProcessors
@@ -77,7 +78,7 @@ def as_when_answering(model: Any) -> Iterator[None]:
         model.eval()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), repeatable_attention():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
