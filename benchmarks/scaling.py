@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                                # Llama-3-8B's shape, 8 of 32 layers, on 1, 2, 4 … GPUs
     python benchmarks/scaling.py --processes 2 8 --layers 32 --gradient-checkpointing --ways dora-fsdp2 peft-dora-fsdp2
-    python benchmarks/scaling.py --quantize nf4 --layers 32          # DDP alone: of ours, and PEFT's
+    python benchmarks/scaling.py --processes 2 --layers 80 --hidden 8192 --ways dora-nf4-fsdp2 --memory-limit 80
     python benchmarks/scaling.py --device cpu --backend gloo --processes 1 2 \
         --layers 1 --hidden 64 --length 64 --batch 2 --vocabulary 256                # to try it
 
@@ -16,11 +16,14 @@ collectives are called, as the usual ring makes of it: 2·(N - 1)/N of an all-re
 gives or a reduce-scatter takes. Memory is the most that PyTorch's allocator has handed out in any process during the
 steps (on a CPU, the process's peak). The loss of the first step is the same for every number of processes.
 
+The floor is the frozen model without an adapter, its blocks compiled, with our cross entropy and gradients that flow to
+the embeddings' output; under DDP it has nothing to send.
+
 DDP: PEFT's model in torch's DistributedDataParallel; ours without a wrapper, its gradients averaged in one message, as
 `theodora train` does. FSDP2: torch's `fully_shard` on each decoder block and the whole, PEFT's adapter sharded with it
-(in the base's dtype, which a group has to share); ours by `theodora.train.sharding`, whose adapter stays whole. The
-model is built whole on its device before it is sharded, so it has to fit there. A way that fails has a row that says
-so.
+(in the base's dtype, which a group has to share; DDP's is in it, too); ours by `theodora.train.sharding`, whose adapter
+stays whole. The model is built whole on its device before it is sharded, so it has to fit there. A way that fails has a
+row that says so.
 """
 
 from __future__ import annotations
@@ -42,20 +45,30 @@ from typing import Any
 from train_step import add_workload_arguments, base_workload, say, write_report
 
 from theodora.bench import Variant, describe_machine
-from theodora.files.trained_on import KINDS
 
 RESULTS = Path("benchmarks/results/scaling.json")
+FLOOR = Variant(label="no adapter, compiled blocks", compiled=True)
+LORA = Variant(label="Theodora LoRA", library="theodora", method="lora", accelerate=True)
+DORA = Variant(label="Theodora DoRA", library="theodora", method="dora", accelerate=True)
+DORA_FP8 = replace(DORA, label="Theodora DoRA, fp8 base", base_dtype="fp8")
+DORA_NF4 = replace(DORA, label="Theodora DoRA, NF4 base")
+PEFT_LORA = Variant(label="Liger + PEFT LoRA", library="peft", method="lora", bf16_adapter=True, liger="all")
+PEFT_DORA = replace(PEFT_LORA, label="Liger + PEFT DoRA", method="dora")
 WAYS: dict[str, tuple[Variant, str]] = {
-    "lora-ddp": (Variant(label="Theodora LoRA, DDP", library="theodora", method="lora", accelerate=True), "ddp"),
-    "dora-ddp": (Variant(label="Theodora DoRA, DDP", library="theodora", method="dora", accelerate=True), "ddp"),
-    "peft-lora-ddp": (Variant(label="PEFT LoRA, DDP", library="peft", method="lora"), "ddp"),
-    "peft-dora-ddp": (Variant(label="PEFT DoRA, DDP", library="peft", method="dora"), "ddp"),
-    "lora-fsdp2": (Variant(label="Theodora LoRA, FSDP2", library="theodora", method="lora", accelerate=True), "fsdp2"),
-    "dora-fsdp2": (Variant(label="Theodora DoRA, FSDP2", library="theodora", method="dora", accelerate=True), "fsdp2"),
-    "peft-lora-fsdp2": (Variant(label="PEFT LoRA, FSDP2", library="peft", method="lora", bf16_adapter=True), "fsdp2"),
-    "peft-dora-fsdp2": (Variant(label="PEFT DoRA, FSDP2", library="peft", method="dora", bf16_adapter=True), "fsdp2"),
+    f"{name}-{how}": (replace(variant, label=f"{variant.label}, {how.upper()}"), how)
+    for how in ("ddp", "fsdp2")
+    for name, variant in {
+        "floor": FLOOR,
+        "lora": LORA,
+        "dora": DORA,
+        "dora-fp8": DORA_FP8,
+        "dora-nf4": DORA_NF4,
+        "peft-lora": PEFT_LORA,
+        "peft-dora": PEFT_DORA,
+    }.items()
+    if (name, how) != ("dora-fp8", "fsdp2")  # float8 is not sharded
 }
-COLUMNS = ("way", "N", "ms", "tokens/s", "× 1", "sent MB", "peak GiB", "loss")
+COLUMNS = ("way", "N", "ms", "× floor", "tokens/s", "× 1", "sent MB", "peak GiB", "× floor", "loss")
 
 
 def main() -> None:
@@ -63,17 +76,25 @@ def main() -> None:
     if args.work is not None:
         work(args)
         return
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(args.beside.read_text(encoding="utf-8"))["rows"] if args.beside else []
     for way in args.ways:
         for count in args.processes:
             say(f"{way} in {count} process{'es' * (count > 1)}")
             rows.append({"way": way, "label": WAYS[way][0].label, "processes": count} | launch(args, way, count))
+            write(rows, args)
     for row in rows:
-        one = next((r for r in rows if r["way"] == row["way"] and r["processes"] == 1), {})
-        if "tokens_per_second" in row and "tokens_per_second" in one:
-            row["speedup"] = row["tokens_per_second"] / one["tokens_per_second"]
+        others = {(r["way"], r["processes"]): r for r in rows if "failure" not in r}
+        how = WAYS[row["way"]][1]
+        one, floor = others.get((row["way"], 1)), others.get((f"floor-{how}", row["processes"]))
+        if "failure" not in row:
+            row |= {"speedup": row["tokens_per_second"] / one["tokens_per_second"]} if one else {}
+            row |= {f"{key}_by_floor": row[key] / floor[key] for key in ("seconds", "peak")} if floor else {}
     show(rows, args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "output", "commit")}
+    write(rows, args)
+
+
+def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(args).items() if name not in ("work", "output", "commit", "beside")}
     machine = describe_machine() | ({"commit": args.commit} if args.commit else {})
     report = {"machine": machine, "settings": settings, "rows": rows}
     write_report(args.output, report)
@@ -87,11 +108,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backend", help="default: nccl, or gloo on the CPU")
     add_workload_arguments(parser)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block")
-    parser.add_argument("--quantize", choices=KINDS, help="store the frozen linear layers so; default: in bf16")
+    parser.add_argument("--memory-limit", type=float, help="GiB of each GPU, as if there were no more. Default: all.")
     parser.add_argument("--cpu-offload", action="store_true", help="FSDP2 keeps the shards in the host's memory")
     parser.add_argument("--warm-up", type=int, default=3, help="untimed steps; default: 3")
     parser.add_argument("--steps", type=int, default=10, help="timed steps; default: 10")
     parser.add_argument("--seconds", type=float, default=900, help="for one row, until it is given up; default: 900")
+    parser.add_argument("--beside", type=Path, help="JSON file of an earlier call on this machine, whose rows go first")
     parser.add_argument("--commit", help="to be noted where the code is not in a checkout")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file; default: {RESULTS}")
     parser.add_argument("--work", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
@@ -105,8 +127,7 @@ def parse_args() -> argparse.Namespace:
     args.processes = args.processes or [count for count in (1, 2, 4, 8, 16) if count <= most]
     if args.device == "cuda" and max(args.processes) > gpus:
         parser.error(f"--processes {max(args.processes)}: there are {gpus} GPUs")
-    if args.ways is None:  # a sharded base is not quantised in every library
-        args.ways = [way for way in WAYS if args.quantize is None or way.endswith("ddp")]
+    args.ways = args.ways or list(WAYS)
     return args
 
 
@@ -127,9 +148,9 @@ def launch(args: argparse.Namespace, way: str, count: int) -> dict[str, Any]:
 
 def passed_on(args: argparse.Namespace) -> Iterator[str]:
     """The arguments that a process needs."""
-    for name in ("device", "backend", "layers", "hidden", "vocabulary", "batch", "length", "rank", "quantize"):
+    for name in ("device", "backend", "layers", "hidden", "vocabulary", "batch", "length", "rank", "memory_limit"):
         if (value := getattr(args, name)) is not None:
-            yield from (f"--{name}", str(value))
+            yield from (f"--{name.replace('_', '-')}", str(value))
     yield from ("--warm-up", str(args.warm_up), "--steps", str(args.steps))
     for name in ("gradient_checkpointing", "cpu_offload"):
         if getattr(args, name):
@@ -162,14 +183,20 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             row["label"],
             str(row["processes"]),
             f"{1000 * row['seconds']:.1f}",
+            ratio(row, "seconds_by_floor"),
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['speedup']:.2f}" if "speedup" in row else "",
+            ratio(row, "speedup"),
             f"{row['bytes_sent'] / 1e6:,.2f}",
             f"{row['peak'] / 2**30:.2f}",
+            ratio(row, "peak_by_floor"),
             f"{row['loss']:.4f}",
         )
     console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def ratio(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.3f}" if name in row else ""
 
 
 # In each process ------------------------------------------------------------------------------------------------------
@@ -185,8 +212,15 @@ def work(args: argparse.Namespace) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(args.backend)
     workload = replace(
-        base_workload(args), device=args.device, dtype="bfloat16" if args.device == "cuda" else "float32"
+        base_workload(args),
+        device=args.device,
+        dtype="bfloat16" if args.device == "cuda" else "float32",
+        quantize="nf4" if "nf4" in way else None,
+        sharded=WAYS[way][1] == "fsdp2",
     )
+    if args.memory_limit is not None:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_limit * 2**30 / total)
     sent = Sent(dist.get_world_size())
     with sent.counted():
         step = build(args, workload, *WAYS[way], sent)
@@ -222,18 +256,23 @@ def build(args: argparse.Namespace, workload: Any, variant: Variant, how: str, s
     from torch.nn.parallel import DistributedDataParallel
 
     from theodora.bench.build import prepare
-    from theodora.bench.models import load_base
+    from theodora.bench.models import decoder_blocks, load_base
 
     ours, model = variant.library == "theodora", load_base(workload)
+    if args.device == "cpu":  # Liger's kernels are Triton's
+        variant = replace(variant, liger="none")
     # What makes it fast goes on last: onto what is sharded, not under it.
-    prepare(model, workload, replace(variant, accelerate=False))
+    prepare(model, workload, replace(variant, accelerate=False, compiled=False))
     if how == "fsdp2":
         shard(model, ours, args.cpu_offload)
-    loss = own_forward(model, workload, ours)
+    if variant.compiled:
+        for block in decoder_blocks(model):  # the pass alone: what gathers weights runs before it
+            block.forward = torch.compile(block.forward, dynamic=False)
+    loss = own_forward(model, workload, variant)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     called: Any = model
-    if how == "ddp" and not ours and sent.count > 1:
+    if how == "ddp" and variant.library == "peft" and sent.count > 1:
         called = DistributedDataParallel(
             model, device_ids=[torch.cuda.current_device()] if args.device == "cuda" else None
         )
@@ -244,8 +283,9 @@ def build(args: argparse.Namespace, workload: Any, variant: Variant, how: str, s
         value.backward()
         if ours:
             average(trained, sent.count)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return value.detach()
 
     return step
@@ -270,9 +310,9 @@ def shard(model: Any, ours: bool, cpu_offload: bool) -> None:
     fully_shard(model, offload_policy=policy)
 
 
-def own_forward(model: Any, workload: Any, ours: bool) -> Callable[[Any], Any]:
-    """The mean loss of the batch. Ours has the fused cross entropy inside the model's forward pass, so that whatever
-    wraps the model or hooks into it (FSDP2 gathers the head there) sees one call."""
+def own_forward(model: Any, workload: Any, variant: Variant) -> Callable[[Any], Any]:
+    """The mean loss of the batch. Where its cross entropy is fused with the head, that is inside the model's forward
+    pass, so that whatever wraps the model or hooks into it (FSDP2 gathers the head there) sees one call."""
     import torch
 
     from theodora.bench.build import random_batch, shifted_labels
@@ -281,21 +321,28 @@ def own_forward(model: Any, workload: Any, ours: bool) -> Callable[[Any], Any]:
     from theodora.kernels.cross_entropy import linear_cross_entropy
 
     ids_BT = random_batch(workload, model.config.get_text_config().vocab_size)
-    if not ours:
+    if variant.library == "peft" and variant.liger == "none":
         return lambda called: called(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-    accelerate(model)
-    if workload.gradient_checkpointing:
-        recompute_less(model)
+    if variant.accelerate:
+        accelerate(model)
+        if workload.gradient_checkpointing:
+            recompute_less(model)
     decoder, head = model.base_model, model.get_output_embeddings()
     labels_N = shifted_labels(ids_BT).flatten()
     predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
 
-    def forward(ids_BT: torch.Tensor) -> torch.Tensor:
+    def ours(ids_BT: torch.Tensor) -> torch.Tensor:
         with whole_rows():
             hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
         return linear_cross_entropy(hidden_NH, head.weight, labels_N, bias_V=head.bias).nats / predicted
 
-    model.forward = forward
+    def ligers(ids_BT: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        hidden_NH = decoder(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
+        return LigerFusedLinearCrossEntropyLoss()(head.weight, hidden_NH, labels_N, head.bias)
+
+    model.forward = ligers if variant.library == "peft" else ours
     return lambda called: called(ids_BT)
 
 

@@ -8,7 +8,7 @@ does the model go from where it started, and what does it forget? LoRA and DoRA,
 
 Writes study.json (every run), study.md (the table) and study.png into the output folder, and each run as `theodora
 train` leaves it, with its measurements in measured.json: the same command goes on with what is missing. `--workers`
-processes share one GPU; with 1 everything runs in this one. docs/preference.md has the results.
+processes share the GPUs there are; with 1 everything runs in this one. docs/preference.md has the results.
 
 Measured on the test rows, after each run and of the base model:
 - score: share of rows whose right label is the likeliest of all labels; exact match of greedy answers;
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,8 +145,11 @@ def carried_out(runs: list[Run], settings: Settings, workers: int) -> Iterator[t
         for run in runs:
             yield run, attempt(run, settings)
         return
-    # Of its own kind: a fork of a process that has a GPU has none.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    import torch
+
+    spawn = get_context("spawn")  # a fork of a process that has a GPU has none
+    given = spawn.Value("i", 0), torch.cuda.device_count()
+    with ProcessPoolExecutor(workers, spawn, initializer=take_a_gpu, initargs=given) as pool:
         waiting, under_way = list(runs), dict[Future[str | None], Run]()
         while waiting or under_way:
             held = {run.name for run in (*waiting, *under_way.values())}
@@ -154,6 +158,14 @@ def carried_out(runs: list[Run], settings: Settings, workers: int) -> Iterator[t
                 under_way[pool.submit(attempt, run, settings)] = run
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 yield under_way.pop(future), future.result()
+
+
+def take_a_gpu(taken: Any, count: int) -> None:
+    """Processes have the GPUs in turn, each one of them; before torch sees them all."""
+    if count > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        with taken.get_lock():
+            index, taken.value = taken.value % count, taken.value + 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
 
 
 def attempt(run: Run, settings: Settings) -> str | None:

@@ -1,6 +1,8 @@
 """Pairs from labels, and the study of what follows SFT: runs in their order, measured, in a table and a figure."""
 
 import json
+import multiprocessing
+import os
 from importlib import import_module
 
 import pytest
@@ -103,6 +105,18 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(data, tiny_model_dir, tmp
     assert [run["objective"] for run in json.loads((tmp_path / "study" / "study.json").read_text())["runs"]] == ["base"]
 
 
+def test_processes_have_the_gpus_in_turn(monkeypatch):
+    study = scripts.load("recipes/preference_study.py")
+    taken, had = multiprocessing.get_context("spawn").Value("i", 0), []
+    for _ in range(3):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        study.take_a_gpu(taken, 2)
+        had.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert had == ["0", "1", "0"]
+    study.take_a_gpu(taken, 2)  # somebody has said which
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
 def test_runs_wait_for_the_one_that_they_go_on_from(monkeypatch):
     study = scripts.load("recipes/preference_study.py")
     assert study.Run(objective="grpo", start="base", method="lora").after is None
@@ -113,7 +127,7 @@ def test_runs_wait_for_the_one_that_they_go_on_from(monkeypatch):
     class Pool:
         """Finishes one run at a time, the newest first."""
 
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers, mp_context, **_):
             self.futures = {}
 
         def __enter__(self):

@@ -53,6 +53,7 @@ def random_model(
     quantize: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    sharded: bool = False,
 ) -> Any:
     """A causal language model with random weights, frozen.
 
@@ -63,13 +64,14 @@ def random_model(
         quantize: what the linear layers of its decoder blocks are quantised to: nf4, int8, int4, fp8, or none.
         seed: of the weights.
         trust_remote_code: run Python code that the configuration names.
+        sharded: whether the weights are going to be cut over processes, which packed ones are stored for.
 
     Raises:
         ConfigError: the quantiser or what it takes is not there, or the blocks are not alike, so that they cannot be
             built one by one.
     """
     if quantize not in (None, "none"):
-        return _quantized_by_blocks(config, dtype, device, quantize, seed, trust_remote_code)
+        return _quantized_by_blocks(config, dtype, device, quantize, seed, trust_remote_code, sharded)
     torch.manual_seed(seed)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -96,6 +98,7 @@ def _drawn_model(workload: Workload) -> Any:
         quantize=workload.quantize,
         seed=workload.seed,
         trust_remote_code=workload.trust_remote_code,
+        sharded=workload.sharded,
     )
 
 
@@ -146,7 +149,7 @@ def _keep_layers(text: Any, count: int) -> None:
 
 
 def _quantized_by_blocks(
-    config: Any, dtype: torch.dtype, device: str, quantize: str, seed: int, trust_remote_code: bool
+    config: Any, dtype: torch.dtype, device: str, quantize: str, seed: int, trust_remote_code: bool, sharded: bool
 ) -> Any:
     # What speaks against it is said before anything is built.
     options = loading_options(
@@ -160,6 +163,7 @@ def _quantized_by_blocks(
         trust_remote_code=trust_remote_code,
         auto_class=AutoModelForCausalLM,
         adapted=True,
+        sharded=sharded,
     )
     whole, first = config.get_text_config(), deepcopy(config)
     _keep_layers(first.get_text_config(), 1)

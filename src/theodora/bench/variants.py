@@ -39,6 +39,8 @@ class Workload:
     gradient_checkpointing: bool = False
     optimizer: bool = False
     """Whether the step includes an AdamW update of the adapter."""
+    sharded: bool = False
+    """Whether the weights are going to be cut over processes, which packed ones are stored for."""
     memory_limit: float | None = None
     """GiB of the GPU that PyTorch's allocator may take, as if there were no more. Default: all."""
     seed: int = 0
