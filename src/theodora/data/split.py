@@ -8,10 +8,13 @@ import random
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from theodora.config import is_int
 from theodora.data.examples import Examples
 from theodora.errors import ConfigError
+
+_HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 
 
 def split_examples(examples: Examples, held_out: float | int, seed: int) -> tuple[Examples, Examples]:
@@ -28,10 +31,32 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
     Raises:
         ConfigError: nothing would be left to train on, or `held_out` makes no sense.
     """
+    return parts_of(examples, rows_held_out(examples, held_out, seed))
+
+
+def parts_of(examples: Examples, held_out: NDArray[np.bool_]) -> tuple[Examples, Examples]:
+    """The rows for training, and the rows held out, from which rows these are, (rows,)."""
+    if not held_out.any():
+        return examples, examples.with_dataset(examples.dataset.select([]))
+    training, other = (examples.dataset.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+    return examples.with_dataset(training), examples.with_dataset(other)
+
+
+def default_held_out(rows: int) -> int:
+    """How many of so many rows are held out where nobody says how many."""
+    return min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * rows))) if rows > 1 else 0
+
+
+def rows_held_out(examples: Examples, held_out: float | int, seed: int) -> NDArray[np.bool_]:
+    """Which rows `split_examples` holds out, (rows,).
+
+    Raises:
+        ConfigError: as there.
+    """
     rows = len(examples)
     wanted = _wanted(held_out, rows)
     if wanted == 0:
-        return examples, examples.with_dataset(examples.dataset.select([]))
+        return np.zeros(rows, bool)
     # Arrays of numbers: dictionaries and lists would take ten times the memory, for millions of rows gigabytes.
     keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, rows)
     _, first, group_of = np.unique(keys, return_index=True, return_inverse=True)
@@ -51,8 +76,7 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
             f"Cannot hold out {wanted} of {rows} rows: identical rows have to stay together, and no row of "
             f"{examples.source} has that few copies; remove the copies or give evaluation data of its own"
         )
-    training, other = (examples.dataset.select(np.flatnonzero(part)) for part in (~chosen, chosen))
-    return examples.with_dataset(training), examples.with_dataset(other)
+    return chosen
 
 
 def count_copies(examples: Examples) -> int:
