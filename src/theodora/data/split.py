@@ -47,8 +47,16 @@ def default_held_out(rows: int) -> int:
     return min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * rows))) if rows > 1 else 0
 
 
-def rows_held_out(examples: Examples, held_out: float | int, seed: int) -> NDArray[np.bool_]:
+def rows_held_out(
+    examples: Examples, held_out: float | int, seed: int, keys: NDArray[np.uint64] | None = None
+) -> NDArray[np.bool_]:
     """Which rows `split_examples` holds out, (rows,).
+
+    Args:
+        examples: as there, like what follows.
+        held_out: rows, or a share of them.
+        seed: of the draw.
+        keys: `keys_of` the rows, if they are known.
 
     Raises:
         ConfigError: as there.
@@ -57,8 +65,7 @@ def rows_held_out(examples: Examples, held_out: float | int, seed: int) -> NDArr
     wanted = _wanted(held_out, rows)
     if wanted == 0:
         return np.zeros(rows, bool)
-    # Arrays of numbers: dictionaries and lists would take ten times the memory, for millions of rows gigabytes.
-    keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, rows)
+    keys = keys_of(examples) if keys is None else keys
     _, first, group_of = np.unique(keys, return_index=True, return_inverse=True)
     sizes = np.bincount(group_of)
     order = np.argsort(first, kind="stable")  # the groups as they appear
@@ -79,10 +86,10 @@ def rows_held_out(examples: Examples, held_out: float | int, seed: int) -> NDArr
     return chosen
 
 
-def count_copies(examples: Examples) -> int:
-    """How many rows are copies of an earlier one, case and white space apart."""
-    keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, len(examples))
-    return len(examples) - len(np.unique(keys))
+def keys_of(examples: Examples) -> NDArray[np.uint64]:
+    """A number for each row, (rows,): the same for rows that differ in case and white space alone."""
+    # Arrays of numbers: dictionaries and lists would take ten times the memory, for millions of rows gigabytes.
+    return np.fromiter((_key(row) for row in examples.dataset), np.uint64, len(examples))
 
 
 def spread_out(examples: Examples, count: int | None) -> Examples:

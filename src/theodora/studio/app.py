@@ -105,7 +105,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         path = str(asked.pop("path", "")).strip()
         if not path:
             raise UsageError("data is empty; expected a file, a folder, or a name on the hub.")
-        known = ("model", "objective", "max_length", "train_on")
+        known = ("model", "eval_data", "objective", "max_length", "train_on")
         given = {name: asked[name] for name in known if asked.get(name) not in (None, "")}
         return await run_in_threadpool(worker.ask, "data", path=path, **given)
 
