@@ -22,7 +22,6 @@ one, say). --rows writes what each row asks, what is expected, what was answered
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
                 "batch_size": args.batch_size,
                 "max_length": args.max_length,
                 "use_chat_template": False if args.no_chat_template else None,
-                "progress": stderr().is_terminal or (bool(args.rows) and tells(_say, whose)),
+                "progress": stderr().is_terminal or (bool(args.rows) and tells(stderr().print, whose)),
             }
             if compares:
                 return evaluate_preferences(model, tokenizer, examples, **same)
@@ -202,10 +201,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.rows:
         check_free(args.rows)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _table(scores: Scores | PreferenceScores, base: Scores | None, tasks: dict[str, dict[str, float]]):  # -> rich Table
