@@ -19,6 +19,7 @@ from typing import Any
 
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.atomic import atomic_write
+from theodora.files.run_files import HELD_OUT_FILE
 from theodora.safe_text import plain_lines
 from theodora.studio.bodies import Mistyped
 from theodora.studio.metrics import read, tail
@@ -75,7 +76,7 @@ class Answers:
             UsageError: another one is at work.
         """
         asked = _checked(typed)
-        if any(is_alive(each.pid, each.started) for _, each in self._all()):
+        if any(_at_work(folder, each) for folder, each in self._all()):
             raise UsageError("Another comparison is at work. Stop it, or wait for its end.")
         id = f"{time.time_ns():x}-{secrets.token_hex(4)}"
         folder = self._folder / id
@@ -117,7 +118,7 @@ class Answers:
     def forget(self, id: str) -> None:
         """Delete a comparison that has ended."""
         folder, asked = self._of(id)
-        if is_alive(asked.pid, asked.started):
+        if _at_work(folder, asked):
             raise UsageError("It is at work. Stop it first.")
         shutil.rmtree(folder)
 
@@ -148,8 +149,6 @@ def _checked(typed: Mapping[str, Any]) -> Comparison:
     for name, most in (("limit", _MOST_ROWS), ("max_new_tokens", 1 << 20)):
         if whole[name] is None:
             problems[name] = f"expected a whole number from 1 to {most:,}"
-    if not text["data"]:
-        problems["data"] = "is empty; expected a file, a folder, or a name on the hub"
     for name in ("model", "base"):
         if name == "base" and not text["base"]:
             continue
@@ -163,6 +162,13 @@ def _checked(typed: Mapping[str, Any]) -> Comparison:
             problems["base"] = f"{found.name} is an adapter; expected a model"
         elif name == "model" and not found.is_adapter and not text["base"]:
             problems["base"] = "is empty; a model without an adapter has nothing to switch off: name what it was before"
+    if not text["data"]:
+        held_out = Path(text["model"]) / HELD_OUT_FILE
+        text["data"] = str(held_out) if held_out.is_file() else ""
+    if not text["data"]:
+        problems["data"] = f"is empty, and no run's {HELD_OUT_FILE} is there; expected a file, a folder, or a hub name"
+    elif text["data"].startswith("-"):
+        problems["data"] = f"{text['data']} would be taken for a flag; expected ./ before it"
     if problems:
         raise Mistyped(problems)
     return Comparison(**text, answers=typed.get("answers") is not False, **{k: v for k, v in whole.items() if v})
@@ -183,11 +189,15 @@ def _words(asked: Comparison) -> list[str]:
 
 
 def _state(folder: Path, asked: Comparison) -> dict[str, Any]:
-    there = (folder / _ROWS).is_file()
-    alive = not there and is_alive(asked.pid, asked.started)
+    there, alive = (folder / _ROWS).is_file(), _at_work(folder, asked)
     word = "finished" if there else "running" if alive else "stopped" if asked.told_to_stop else "failed"
     found = {name: value for name, value in asdict(asked).items() if name not in ("words", "pid", "started")}
     return found | {"id": folder.name, "state": word, "progress": _progress(folder, asked) if alive else None}
+
+
+def _at_work(folder: Path, asked: Comparison) -> bool:
+    """Whether rows are still to come: a process that has written them needs a moment more to end."""
+    return not (folder / _ROWS).is_file() and is_alive(asked.pid, asked.started)
 
 
 def _progress(folder: Path, asked: Comparison) -> dict[str, Any]:

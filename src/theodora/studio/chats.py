@@ -76,10 +76,9 @@ class Chats:
         self.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         key = self._folder / _KEY
-        with atomic_write(key) as file:
-            file.touch(mode=0o600)
-            file.write_text(secrets.token_urlsafe(32) + "\n", encoding="ascii")
-        key.chmod(0o600)
+        key.unlink(missing_ok=True)
+        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
         (self._folder / _LOG).write_bytes(b"")
         names = _names(adapters)
         serving = Serving(model, port=_free_port())

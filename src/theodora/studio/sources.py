@@ -13,7 +13,7 @@ from theodora.errors import UsageError
 from theodora.files.names import CONFIG_NAME
 from theodora.studio.metrics import read
 
-_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ON_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # none that a command would take for a flag
 _LARGEST_CONFIG = 1 << 20
 
 
