@@ -186,6 +186,10 @@ def test_a_newcomers_way(studio, page_of, home):
     assert page.wrong == []
     assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
 
+    look(page)
+    assert page.wrong == []
+    assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
+
     dark = page_of(studio, scheme="dark")
     dark.click(".run .name >> text=lora")
     dark.locator(".swatch:not(:checked)").first.check()
@@ -194,9 +198,57 @@ def test_a_newcomers_way(studio, page_of, home):
     phone = page_of(studio, viewport=PHONE, device_scale_factor=2, has_touch=True, is_mobile=True)
     phone.wait_for_selector("td >> text=Held-out loss")
     picture(phone, "phone")
-    for screen in ("data", "train", "runs"):
+    for name in ("answers", "chat"):
+        dark.goto(f"{studio.base}#look/{name}")
+        phone.goto(f"{studio.base}#look/{name}")
+        for each in (dark, phone):
+            each.wait_for_selector(".pairs tbody tr" if name == "answers" else ".composer")
+        picture(dark, f"{name}-dark")
+        picture(phone, f"{name}-phone")
+    for screen in ("data", "train", "runs", "look/answers", "look/chat"):
         phone.goto(f"{studio.base}#{screen}")
         assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), screen
+
+
+def look(page):
+    """From a run that has ended to its answers, and to a chat with it."""
+    page.click("text=Before and after")
+    page.fill("#answers-tokens", "24")
+    page.click("button >> text=Compare")
+    page.wait_for_selector(".pairs tbody tr")
+    assert page.locator(".pairs tbody tr").count() > 4
+    changes = [abs(float(text.replace("−", "-"))) for text in page.locator(".pairs td:last-child").all_inner_texts()]
+    assert changes == sorted(changes, reverse=True)
+    picture(page, "answers")
+    first = page.locator(".pairs tbody tr").first
+    first.locator("button").press("Enter")
+    page.wait_for_selector(".pairs tr.open >> text=You are a patient teacher of geography.")
+    page.click(".pairs th button >> text=#")
+    assert page.locator(".pairs tbody td:first-child").all_inner_texts()[:3] == ["1", "2", "3"]
+    page.reload()
+    page.wait_for_selector(".pairs tbody tr")
+
+    page.keyboard.press("g")
+    page.keyboard.press("r")
+    page.click(".run .name >> text=dora")
+    page.click("#runs-screen button >> text=Chat")
+    page.click(".chip >> text=lora")
+    page.click("#look-chat button >> text=Load")
+    page.wait_for_selector(".composer")
+    page.fill("#chat-text", "What is the capital of Peru?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".reply[aria-busy=true] .answer:not(:text('…'))")  # while it is made
+    until(page, lambda: page.locator(".reply[aria-busy=false]").count() == 3)
+    assert page.locator(".reply header b").all_inner_texts() == ["base", "dora", "lora"]
+    page.fill("#chat-text", "And of Norway? Tell me all that you know.")
+    page.keyboard.press("Enter")
+    picture(page, "chat")
+    page.click("#look-chat button >> text=Stop")
+    until(page, lambda: page.locator(".reply[aria-busy=false]").count() == 6)
+    told = page.locator(".talk").inner_text()
+    page.reload()
+    page.wait_for_selector(".composer")
+    assert page.locator(".talk").inner_text() == told
 
 
 def test_tabs_and_a_server_that_is_killed_and_started_again(studio, page_of, home):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +80,19 @@ def ask_to_end(pid: int, started: str) -> bool:
         os.kill(pid, signal.SIGTERM)
         return True
     return False
+
+
+def end(pid: int, started: str, patience: float) -> None:
+    """Have a process end, and wait for it; one that has not ended after so many seconds is killed."""
+    if not ask_to_end(pid, started):
+        return
+    late = time.monotonic() + patience
+    while is_alive(pid, started):
+        if time.monotonic() > late:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.05)
 
 
 def holder_of(lock: Path) -> tuple[int, str] | None:

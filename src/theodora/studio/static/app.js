@@ -19,7 +19,7 @@ const atWork = (count) => {
 const screens = {
   data: new DataScreen(document.getElementById("data-screen"), { about, train: (values) => { screens.train.fill(values); go("train"); } }),
   train: new TrainScreen(document.getElementById("train-screen"), { about, started: (id) => go(`runs/${id}`), look: (values) => { screens.data.fill(values); go("data"); } }),
-  runs: new RunsScreen(document.getElementById("runs-screen"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); } }),
+  runs: new RunsScreen(document.getElementById("runs-screen"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); }, look: (tab, values) => { screens.look.fill(tab, values); go(`look/${tab}`); } }),
   look: new LookScreen(document.getElementById("look-screen"), { about }),
 };
 

@@ -11,8 +11,8 @@ const WORDS = { waiting: "waits", starting: "starting", training: "training", st
 const BUSY = ["waiting", "starting", "training", "stopping"];
 
 export class RunsScreen {
-  constructor(root, { about, atWork, again }) {
-    Object.assign(this, { home: about.home, atWork, again, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
+  constructor(root, { about, atWork, again, look }) {
+    Object.assign(this, { home: about.home, atWork, again, lookAt: look, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
     this.list = el("div", { class: "list", role: "list" });
     this.detail = new Detail(this);
     this.charts = [
@@ -182,7 +182,9 @@ class Detail {
     this.stop = el("button", { type: "button", class: "danger", onclick: () => this.act("stop") }, "Stop");
     this.resume = el("button", { type: "button", class: "main", onclick: () => this.act("resume") }, "Resume");
     this.again = el("button", { type: "button", onclick: () => this.copy() }, "Another like it");
-    put(this.buttons, this.stop, this.resume, this.again);
+    this.answers = el("button", { type: "button", onclick: () => this.screen.lookAt("answers", { model: place(this.run.folder, this.screen.home), data: this.typed.eval_data ?? "" }) }, "Before and after");
+    this.chat = el("button", { type: "button", onclick: () => this.screen.lookAt("chat", { adapters: [place(this.run.folder, this.screen.home)] }) }, "Chat");
+    put(this.buttons, this.answers, this.chat, this.stop, this.resume, this.again);
     this.element = el("div", { class: "card stack" }, el("div", { class: "row spread" }, el("div", {}, el("div", { class: "row" }, this.title, this.badge), this.folder), this.buttons), this.progress, this.figures, this.wrong);
     this.log = el("pre", { class: "log", tabindex: "0" });
     this.results = el("div", {});
@@ -234,6 +236,7 @@ class Detail {
     this.stop.disabled = run.state === "stopping";
     say(this.stop, run.state === "waiting" ? "Take it out of the queue" : "Stop");
     this.resume.hidden = !run.can_resume;
+    this.answers.hidden = this.chat.hidden = run.state !== "finished";
     say(this.resume, run.step === null ? "Start again" : "Resume");
     const known = run.steps && run.step !== null && BUSY.includes(run.state);
     this.progress.hidden = !known;
