@@ -28,8 +28,10 @@ from theodora.studio.bodies import Mistyped, body_of, mapping
 from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
+from theodora.studio.jobs import Jobs, NoSuchJob
 from theodora.studio.look_routes import look_routes
 from theodora.studio.metrics import paces, read, read_on, tail
+from theodora.studio.reports import NoSuchReport, Reports
 from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, log_text, text_of
 from theodora.studio.worker import Failed, Worker
 
@@ -73,7 +75,8 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     def refused(_: Request, error: TheodoraError) -> Response:
         if isinstance(error, Mistyped):
             return JSONResponse({"problems": error.problems}, 400)
-        status = 404 if isinstance(error, NoSuchRun | NoSuchComparison) else 422 if isinstance(error, Failed) else 400
+        unknown = NoSuchRun | NoSuchComparison | NoSuchJob | NoSuchReport
+        status = 404 if isinstance(error, unknown) else 422 if isinstance(error, Failed) else 400
         return JSONResponse({"error": str(error)}, status)
 
     @app.get("/")
@@ -187,7 +190,8 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         await run_in_threadpool(runs.forget, str((await body_of(request)).get("path", "")))
         return {}
 
-    app.include_router(look_routes(Answers(folder / "answers"), chats))
+    reports = Reports(lambda: runs.memory.known.folders)
+    app.include_router(look_routes(Answers(folder / "answers"), chats, Jobs(folder / "jobs"), reports))
     return Guard(app, token, port)
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from theodora.locks import is_here, read_owner
+from theodora.terminal import TELLS_STATUS
 
 try:
     import fcntl
@@ -41,7 +42,7 @@ def begin(words: Sequence[str], log: Path, folder: str) -> tuple[int, str]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", TELLS_STATUS: "1"},
             start_new_session=True,  # Ctrl-C at the studio's terminal, and its end, are none of the run's business
         )
     _OURS[process.pid] = process

@@ -1,11 +1,17 @@
 // Look: what an adapter has changed. Each tab is a module of its own, with `show(rest)`, and `hide()` and `fill(values)` if it wants.
 import { el, put } from "./dom.js";
 import { AnswersTab } from "./look_answers.js";
+import { ChangeTab } from "./look_change.js";
 import { ChatTab } from "./look_chat.js";
+import { MakeTab } from "./look_make.js";
+import { ReportsTab } from "./look_reports.js";
 
 const TABS = [
   ["answers", "Before and after", AnswersTab],
   ["chat", "Chat", ChatTab],
+  ["change", "What changed", ChangeTab],
+  ["reports", "Comparisons", ReportsTab],
+  ["make", "Make", MakeTab],
 ];
 
 export class LookScreen {
