@@ -30,6 +30,16 @@ CAPITALS = {
     "Chile": "Santiago",
 }
 HOSTILE = "<img src=x onerror='window.hacked = true'>"
+REPORT = """<h1>tiny-llama: lora, dora</h1>
+<p class="warning">This comparison is not finished: 2 cells are still to run.</p>
+<h2>In words: test score</h2><ul><li><b>dora</b> against lora: no difference found at this size.</li></ul>
+<h2>Results</h2><table><tr><th>method</th><th>test score, %</th><th>test loss</th></tr>
+<tr><td>lora</td><td>81.2 ± 0.7</td><td>0.4012 ± 0.0031</td></tr>
+<tr><td>dora &lt;img src=x&gt;</td><td>82.0 ± 0.9</td><td>0.3954 ± 0.0022</td></tr></table>
+<h2>Figures</h2><figure><figcaption>Score over parameters</figcaption><svg viewBox="0 0 300 120" width="100%">
+<script>window.hacked = true</script><rect width="300" height="120" fill="#eef" style="stroke: #3b6fb6"/>
+<path d="M10 100 L150 40 L290 20" stroke="#d1603d" fill="none"/></svg></figure>
+<script>window.hacked = true</script>"""
 IMAGES = Path(os.environ["STUDIO_IMAGES"]).absolute() if os.environ.get("STUDIO_IMAGES") else None
 OPEN = "field => { const group = field.closest('details'); if (group) group.open = true; }"
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
@@ -249,6 +259,82 @@ def look(page):
     page.reload()
     page.wait_for_selector(".composer")
     assert page.locator(".talk").inner_text() == told
+
+
+def test_what_changed_reports_and_what_is_made(studio, page_of, home, adapter):
+    work = home / "geography"
+    shutil.copytree(adapter, work / "runs" / "loud")
+    report = work / "runs" / "study"
+    report.mkdir()
+    (report / "report.html").write_text(REPORT)
+    near = {"prompt": "Where does the ferry to the islands begin its way?", "completion": "At the old pier, by eight."}
+    rows = [{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(30)]
+    for name, more in (("some.jsonl", near), ("held_out.jsonl", near | {"completion": "At the old pier, by noon."})):
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows[:20], more]))
+
+    page = page_of(studio)
+    page.click("nav >> text=Data")
+    page.fill("#data-path", "some.jsonl")
+    page.fill("#data-eval", "held_out.jsonl")
+    page.click("text=Look at it")
+    page.click(".near summary >> text=21 of 21 held-out rows are nearly in what is trained on")
+    page.wait_for_selector(".near .pair >> text=At the old pier, by noon.")
+    picture(page, "near")
+
+    page.goto(f"{studio.base}#look/change")
+    page.fill("#change-runs-typed", "runs/nowhere")
+    page.click("button >> text=Measure")
+    page.wait_for_selector(".wrong >> text=is no folder of this machine")
+    page.fill("#change-runs-typed", "runs/loud")
+    page.click("button >> text=Measure")
+    page.wait_for_selector("#look-change td >> text=q_proj")
+    until(
+        page,
+        lambda: (
+            page.evaluate("[...document.querySelectorAll('#look-change img')].filter(each => each.naturalWidth).length")
+            >= 1
+        ),
+    )
+    picture(page, "change")
+    page.keyboard.press("Escape")
+
+    page.click("#look-tab-reports")
+    page.wait_for_selector("#look-reports td >> text=dora <img src=x>")
+    until(
+        page,
+        lambda: (
+            page.evaluate(
+                "[...document.querySelectorAll('#look-reports img')].filter(each => each.naturalWidth).length"
+            )
+            == 1
+        ),
+    )
+    picture(page, "reports")
+    assert page.locator("#look-reports img:not(.drawn), #look-reports script, #look-reports svg").count() == 0
+
+    page.click("#look-tab-make")
+    page.fill("#make-adapter", "runs/loud")
+    page.keyboard.press("Tab")
+    assert page.input_value("#make-output") == "runs/loud-merged"
+    page.click("#look-make button >> text=Export")
+    page.wait_for_selector(".said >> text=The two forms agree.")
+    picture(page, "make")
+    page.click("#look-make button >> text=Export")
+    page.wait_for_selector(".wrong >> text=nothing is replaced")
+    page.reload()
+    page.wait_for_selector(".said >> text=The two forms agree.")
+    assert page.wrong == []
+    assert page.evaluate("window.hacked === undefined")
+    assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
+
+    dark = page_of(studio, scheme="dark")
+    phone = page_of(studio, viewport=PHONE, device_scale_factor=2, has_touch=True, is_mobile=True)
+    for name, ready in (("change", "td >> text=q_proj"), ("reports", "td >> text=dora"), ("make", ".said")):
+        for kind, each in (("dark", dark), ("phone", phone)):
+            each.goto(f"{studio.base}#look/{name}")
+            each.wait_for_selector(f"#look-{name} {ready}")
+            picture(each, f"{name}-{kind}")
+        assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
 
 
 def test_tabs_and_a_server_that_is_killed_and_started_again(studio, page_of, home):

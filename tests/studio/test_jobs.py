@@ -1,4 +1,4 @@
-"""Inspect, export, merge and verify over HTTP: begun, followed, found again; nothing replaced; wrong where it is wrong."""
+"""Inspect, export, merge and verify over HTTP: begun, followed, found again; nothing is replaced."""
 
 import json
 import os
@@ -84,6 +84,9 @@ def test_what_fails_says_so_and_leaves_nothing(studio_of, adapter, tmp_path):
         ({"kind": "export", "adapter": "ADAPTER", "form": "hf", "output": "free", "base_model": "--x"}, "base_model"),
         ({"kind": "merge", "adapter": "ADAPTER", "output": "free", "onto": "else"}, "onto"),
         ({"kind": "merge", "adapter": "ADAPTER", "output": ""}, "output"),
+        ({"kind": "combine", "adapters": ["ADAPTER"], "output": "free"}, "adapters"),
+        ({"kind": "combine", "adapters": ["ADAPTER", "ADAPTER"], "output": "free", "weights": "1 x"}, "weights"),
+        ({"kind": "combine", "adapters": ["ADAPTER", "ADAPTER"], "output": "free", "density": "2"}, "density"),
         ({"kind": "verify", "a": "ADAPTER", "b": "nowhere.gguf"}, "b"),
     ],
 )
@@ -92,7 +95,10 @@ def test_what_makes_no_sense_is_said_at_its_field(
 ):
     monkeypatch.chdir(tmp_path)
     places = {"ADAPTER": str(adapter), "MODEL": str(tiny_model_dir())}
-    given = {key: places.get(value, value) if isinstance(value, str) else value for key, value in asked.items()}
+    given = {
+        key: [places.get(each, each) for each in value] if isinstance(value, list) else places.get(value, value)
+        for key, value in asked.items()
+    }
     studio = studio_of()
     assert list(studio.post("/api/look/jobs", given, status=400)["problems"]) == [field]
     assert studio.get("/api/look/jobs")["jobs"] == []

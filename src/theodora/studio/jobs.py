@@ -1,4 +1,4 @@
-"""Commands with an end and a result: inspect, export, merge, verify, in processes that outlive the studio.
+"""Commands with an end and a result: inspect, export, merge, combine, verify, in processes that outlive the studio.
 
 Each has a folder in the studio's own, with what was asked and what its process says; what it makes stands where it was
 asked for. Whether it came to its end is told by what it writes last.
@@ -29,6 +29,7 @@ from theodora.studio.sources import source_of
 REPORT, FIGURES = "report.json", "figures"
 """What inspect writes into the job's folder."""
 FORMS = ("hf", "peft", "mlx", "gguf", "gguf-lora", "served")
+COMBINATIONS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
 _DTYPES = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("fp32", "bf16", "fp16", "q8_0")}
 _ONTO = ("original", "dequantised", "quantised")
 _ASKED, _LOG = "asked.json", "log"
@@ -45,7 +46,7 @@ class Job:
     """What was asked, and who is at it."""
 
     kind: str
-    """inspect, export, merge or verify."""
+    """inspect, export, merge, combine or verify."""
     title: str
     """For people."""
     words: list[str] = field(default_factory=list[str])
@@ -80,6 +81,7 @@ class Jobs:
             "inspect": _inspect,
             "export": _export,
             "merge": _merge,
+            "combine": _combine,
             "verify": _verify,
         }
         if kind not in checks:
@@ -250,6 +252,24 @@ def _merge(typed: _Typed, _: Path) -> Job:
     onto, dtype = typed.one_of("onto", _ONTO), typed.one_of("dtype", _DTYPES["hf"])
     words = ["merge", adapter, "--output", output, *typed.flags(base_model=typed.base, onto=onto, dtype=dtype)]
     return Job("merge", f"{Path(adapter).name} merged", words, output)
+
+
+def _combine(typed: _Typed, _: Path) -> Job:
+    adapters, output = typed.sources("adapters"), typed.free("output")
+    if len(adapters) < 2:
+        typed.wrong("adapters", "expected two or more, one a line")
+    weights = typed.text("weights").split()
+    if weights and not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", each) for each in weights):
+        typed.wrong("weights", "expected numbers, such as 0.7 0.3")
+    elif weights and len(weights) != len(adapters):
+        typed.wrong("weights", f"{len(weights)} for {len(adapters)} adapters; expected one for each")
+    density = typed.text("density")
+    if density and not re.fullmatch(r"0?\.\d{1,9}|1", density):
+        typed.wrong("density", "expected a share above 0 and at most 1")
+    words = ["combine", *adapters, "--output", output, *(["--weights", *weights] if weights else [])]
+    words += typed.flags(method=typed.one_of("method", COMBINATIONS), rank=typed.number("rank"), density=density)
+    title = " + ".join(Path(adapter).name for adapter in adapters)
+    return Job("combine", title, [*words, *typed.flags(base_model=typed.base)], output)
 
 
 def _verify(typed: _Typed, _: Path) -> Job:
