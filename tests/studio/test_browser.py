@@ -270,14 +270,14 @@ def test_what_changed_reports_and_what_is_made(studio, page_of, home, adapter):
     near = {"prompt": "Where does the ferry to the islands begin its way?", "completion": "At the old pier, by eight."}
     rows = [{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(30)]
     for name, more in (("some.jsonl", near), ("held_out.jsonl", near | {"completion": "At the old pier, by noon."})):
-        (work / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows[:20], more]))
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows[:6], more]))
 
     page = page_of(studio)
     page.click("nav >> text=Data")
     page.fill("#data-path", "some.jsonl")
     page.fill("#data-eval", "held_out.jsonl")
     page.click("text=Look at it")
-    page.click(".near summary >> text=21 of 21 held-out rows are nearly in what is trained on")
+    page.click(".near summary >> text=7 of 7 held-out rows are nearly in what is trained on")
     page.wait_for_selector(".near .pair >> text=At the old pier, by noon.")
     picture(page, "near")
 
