@@ -310,7 +310,7 @@ def test_what_changed_reports_and_what_is_made(studio, page_of, home, adapter):
         ),
     )
     picture(page, "reports")
-    assert page.locator("#look-reports img:not(.drawn), #look-reports script, #look-reports svg").count() == 0
+    assert page.locator("#look-reports :not(.drawn) > img, #look-reports script, #look-reports svg").count() == 0
 
     page.click("#look-tab-make")
     page.fill("#make-adapter", "runs/loud")

@@ -5,7 +5,7 @@ import { field, KnownRuns, problems, typed } from "./look_parts.js";
 
 const METHODS = { lora: "LoRA", dora: "DoRA", full: "full" };
 const short = (value, digits = 3) => (typeof value === "number" && Number.isFinite(value) ? value.toPrecision(digits) : "–");
-const percent = (value) => (typeof value === "number" && Number.isFinite(value) ? `${(100 * value).toPrecision(2)} %` : "–");
+const percent = (value) => (typeof value === "number" && Number.isFinite(value) ? `${Math.abs(value) < 5e-6 ? 0 : (100 * value).toPrecision(2)} %` : "–");
 const mean = (values) => { const known = values.filter((value) => typeof value === "number"); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null; };
 const MEASURES = [["ΔM", "magnitude", short], ["ΔM / ‖w‖", "relative_magnitude", percent], ["ΔD", "direction", short], ["‖ΔW‖ / ‖W‖", "size", percent], ["rank", "effective_rank", (value) => short(value, 2)]];
 const FIGURES = { "scatter.png": "ΔM against ΔD, a point for each layer", "heat_map.png": "Every module", "experts.png": "Experts" };

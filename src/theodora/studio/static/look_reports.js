@@ -8,7 +8,7 @@ export class ReportsTab {
     this.home = about.home;
     this.list = el("div", { class: "row look-earlier", role: "group", "aria-label": "Reports" });
     this.result = el("div", { class: "look-result" });
-    put(root, el("p", { class: "quiet look-told" }, "What `theodora compare` found out about methods on your data. Reports of folders that are named on the screen Runs appear here."), this.list, this.result);
+    put(root, el("p", { class: "quiet look-told" }, "What theodora compare found out about methods on your data. Reports of folders that are named on the screen Runs appear here."), this.list, this.result);
   }
 
   async show(id) {
@@ -37,7 +37,11 @@ export class ReportsTab {
       else if (block.kind === "table") card.append(grid(block.head, block.rows));
       else if (block.kind === "figure" || block.kind === "figcaption") {
         if (!figures) card.append((figures = el("div", { class: "drawn-grid" })));
-        figures.append(block.kind === "figure" ? el("img", { class: "drawn", src: `/api/look/reports/${id}/figure/${block.number}`, alt: "Figure of the report", loading: "lazy" }) : el("b", { class: "small caption" }, block.text));
+        // A caption and its picture, whichever comes first.
+        const image = block.kind === "figure", last = figures.lastElementChild;
+        const own = last && !last.querySelector(image ? "img" : "figcaption") ? last : el("figure", { class: "drawn" });
+        own.append(image ? el("img", { src: `/api/look/reports/${id}/figure/${block.number}`, alt: "Figure of the report", loading: "lazy" }) : el("figcaption", {}, block.text));
+        figures.append(own);
       } else if (block.kind === "li") {
         if (!list) card.append((list = el("ul", {})));
         list.append(el("li", {}, block.text));
@@ -46,6 +50,6 @@ export class ReportsTab {
       else if (block.kind === "pre") card.append(el("pre", {}, block.text));
       else card.append(el("p", { class: "quiet" }, block.text));
     }
-    put(this.result, el("div", { class: "quiet mono small" }, place(folder, this.home)), ...cards);
+    put(this.result, el("div", { class: "quiet mono small look-told" }, place(folder, this.home)), ...cards);
   }
 }
