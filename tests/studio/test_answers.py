@@ -27,7 +27,7 @@ def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
     assert [row["row"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
     assert [row["expected"] for row in found["rows"]] == ["0", "2", "4", "6", "8", "10"]
     assert all(row["loss"] != row["base"]["loss"] for row in found["rows"])
-    assert found["command"].startswith(f"theodora evaluate --model {adapter} --base --data {rows} --limit 6 ")
+    assert found["state"]["command"].startswith(f"theodora evaluate --model {adapter} --base --data {rows} --limit 6 ")
     assert "base: answers 6/6" in found["log"]
 
     studio.close()

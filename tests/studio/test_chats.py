@@ -59,6 +59,12 @@ def test_base_and_adapter_answer_side_by_side_until_the_studio_ends(studio_of, a
     (unknown,) = said(studio, [column("nobody")])
     assert "nobody" in unknown[-1]["error"]
 
+    long = [{"role": role, "content": "word " * 50} for role in ("user", "assistant")]
+    turns = [{"role": "system", "content": "Be kind."}, *long, *long, *column("base")["messages"]]
+    (pieces,) = said(studio, [{"name": "base", "messages": turns}])
+    assert "no longer fits" in pieces[0]["note"]
+    assert pieces[-1]["end"]
+
     pid = json.loads((studio.folder / "chat" / "asked.json").read_text())["pid"]
     assert started_at(pid)
     studio.close()

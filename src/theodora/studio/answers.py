@@ -94,7 +94,7 @@ class Answers:
         return [_state(folder, asked) for folder, asked in self._all()]
 
     def one(self, id: str) -> dict[str, Any]:
-        """How one stands, its rows, and what its process says.
+        """How one stands (its command, too), its rows, and what its process says.
 
         Raises:
             NoSuchComparison: there is none of that id.
@@ -103,7 +103,6 @@ class Answers:
         return {
             "state": _state(folder, asked),
             "rows": list(_rows(folder)),
-            "command": shlex.join(["theodora", *asked.words]),
             "log": plain_lines(tail(folder / _LOG).decode("utf-8", errors="replace").replace("\r\n", "\n")),
         }
 
@@ -192,7 +191,12 @@ def _state(folder: Path, asked: Comparison) -> dict[str, Any]:
     there, alive = (folder / _ROWS).is_file(), _at_work(folder, asked)
     word = "finished" if there else "running" if alive else "stopped" if asked.told_to_stop else "failed"
     found = {name: value for name, value in asdict(asked).items() if name not in ("words", "pid", "started")}
-    return found | {"id": folder.name, "state": word, "progress": _progress(folder, asked) if alive else None}
+    progress = _progress(folder, asked) if alive else None
+    return found | {"id": folder.name, "state": word, "progress": progress, "command": _command(asked)}
+
+
+def _command(asked: Comparison) -> str:
+    return shlex.join(["theodora", *asked.words])
 
 
 def _at_work(folder: Path, asked: Comparison) -> bool:

@@ -33,7 +33,7 @@ _MOST_COLUMNS = 8
 _GRACE = 2  # seconds that answers under way may take when it is stopped
 _PATIENCE = 15.0  # seconds until a server that was told to end is ended
 _LINE = 4 << 20  # bytes of an event, at most
-_NO_TEMPLATE = "no chat template"
+_NO_TEMPLATE, _TOO_LONG = "no chat template", "together they may be at most"  # in what the server says
 
 
 class NotServed(TheodoraError):
@@ -180,17 +180,24 @@ class Chats:
     async def _answer(
         self, serving: Serving, column: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> AsyncIterator[dict[str, Any]]:
-        messages = column["messages"]
+        messages: list[dict[str, str]] = [*column["messages"]]
+        first = int(messages[0]["role"] == "system")
         asked = {"model": column["name"], "stream": True, "stream_options": {"include_usage": True}, **settings}
-        try:
-            async for piece in self._pieces(serving, "/v1/chat/completions", asked | {"messages": messages}):
-                yield piece
-        except NotServed as error:
-            if _NO_TEMPLATE not in str(error):
-                raise
-            yield {"note": "The model has no chat template: it goes on from each message alone."}
-            async for piece in self._pieces(serving, "/v1/completions", asked | {"prompt": messages[-1]["content"]}):
-                yield piece
+        while True:
+            try:
+                async for piece in self._pieces(serving, "/v1/chat/completions", asked | {"messages": messages}):
+                    yield piece
+                return
+            except NotServed as error:
+                if _NO_TEMPLATE in str(error):
+                    break
+                if _TOO_LONG not in str(error) or len(messages) - first < 3:
+                    raise
+            del messages[first : first + 2]  # the oldest question and its answer, as in `theodora chat`
+            yield {"note": "The beginning of the conversation no longer fits, and was left out."}
+        yield {"note": "The model has no chat template: it goes on from each message alone."}
+        async for piece in self._pieces(serving, "/v1/completions", asked | {"prompt": messages[-1]["content"]}):
+            yield piece
 
     async def _pieces(self, serving: Serving, path: str, asked: Any) -> AsyncIterator[dict[str, Any]]:
         ended, tokens, begun = "", 0, time.perf_counter()

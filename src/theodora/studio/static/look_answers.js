@@ -38,15 +38,15 @@ export class AnswersTab {
     this.button = el("button", { class: "main", type: "submit" }, "Compare");
     this.wrong = el("div", { class: "note bad", role: "alert", hidden: true });
     this.boxes = {
-      model: field("A run, an adapter, or a merged model", this.model, { kind: "wide" }),
-      data: field("Rows", this.data, { help: "A file, a folder, or a data set's name on the hub. Empty: what the run held out." }),
-      base: field("Before", this.base, { help: "The model to compare with. A merged model needs it; an adapter can be switched off." }),
+      model: field("A run, an adapter, or a merged model", this.model, { kind: "half" }),
+      data: field("Rows", this.data, { kind: "half", help: "A file, a folder, or a data set's name on the hub. Empty: what the run held out." }),
+      base: field("Before", this.base, { kind: "half", help: "The model to compare with. A merged model needs it; an adapter can be switched off." }),
       limit: field("Rows at most", this.limit, { help: "The first ones." }),
       max_new_tokens: field("Longest answer", this.tokens, { help: "tokens" }),
     };
     this.known.element.hidden = true;
     const form = el("form", { class: "card stack", onsubmit: (event) => { event.preventDefault(); this.start(); } },
-      el("div", { class: "fields" }, ...Object.values(this.boxes)),
+      el("div", { class: "fields look-form" }, ...Object.values(this.boxes)),
       el("div", { class: "row" }, this.button, el("label", { class: "check", for: "answers-losses" }, this.losses, "losses alone, which is quicker")),
       this.wrong, this.known.element);
     this.earlier = el("div", { class: "row look-earlier", role: "group", "aria-label": "Comparisons" });
@@ -127,13 +127,13 @@ export class AnswersTab {
     return button;
   }
 
-  atWork({ id, model, progress }, anew) {
+  atWork({ id, model, progress, command }, anew) {
     if (anew) {
       this.bar = el("progress", { max: 1 });
       this.doing = el("span", { class: "quiet" });
       put(this.result, el("div", { class: "card stack" },
         el("div", { class: "row spread" }, el("h2", {}, place(model, this.home)), el("button", { type: "button", class: "danger", onclick: () => this.act(id, "stop") }, "Stop")),
-        this.bar, el("div", { role: "status" }, el("span", { class: "spin" }), this.doing)));
+        this.bar, el("div", { role: "status" }, el("span", { class: "spin" }), this.doing), el("pre", {}, command)));
     }
     this.bar.value = progress.share;
     say(this.doing, `${PASSES[progress.what] ?? progress.what}${progress.share ? ` · ${Math.round(100 * progress.share)} %` : ""}`);
@@ -149,7 +149,8 @@ export class AnswersTab {
     await this.look();
   }
 
-  tell({ state, rows, command, log }) {
+  tell({ state, rows, log }) {
+    const { command } = state;
     this.rows = rows.filter((row) => row.base);
     this.shown = SHOWN;
     const again = el("button", { type: "button", class: "plain", onclick: () => this.act(state.id, "forget") }, "Delete");

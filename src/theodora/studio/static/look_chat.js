@@ -242,6 +242,7 @@ export class ChatTab {
       this.halt.hidden = true;
       this.keep();
       this.look();
+      if (this.visible) turn.element.scrollIntoView({ block: "nearest" });
       if (this.visible) this.text.focus({ preventScroll: true });
     }
   }
