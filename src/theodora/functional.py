@@ -114,6 +114,22 @@ def factored_norm_squared(
     return w_norm_sq_O + 2 * scale * (b_OR * w_a_OR).sum(-1) + update, w_norm_sq_O + update
 
 
+def update_products(w_a_OR: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """⟨w, d⟩ and |d|² of each output row, (O,), where d is the row of s·B·A, from W Aᵀ; all in one dtype."""
+    update_sq = scale**2 * ((b_OR @ (a_RI @ a_RI.mT)) * b_OR).sum(-1)
+    return scale * (b_OR * w_a_OR).sum(-1), update_sq.clamp_min(0)
+
+
+def row_angles(w_norm_O: Tensor, dot_O: Tensor, update_sq_O: Tensor) -> Tensor:
+    """The angle between each row w and w + d, (O,), in radians, from |w|, ⟨w, d⟩ and |d|².
+
+    It is taken from the part of d across w, not from the cosine: 1 - cos loses all digits below a tenth of a degree.
+    """
+    along = dot_O / w_norm_O
+    across = (update_sq_O - along.square()).clamp_min(0).sqrt()
+    return torch.atan2(across, w_norm_O + along)
+
+
 def _delta_rows(a_RI: Tensor, b_OR: Tensor, scale: float, at: Tensor) -> Tensor:
     """The rows of s·B·A, (N, I), that the mask `at` picks."""
     if a_RI.dim() == 2:

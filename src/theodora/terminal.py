@@ -20,6 +20,8 @@ from rich.text import Text
 
 from theodora.safe_text import for_stream
 
+TELLS_STATUS = "THEODORA_STATUS"
+"""Set, in the environment: what is being done is told in lines where the output is no terminal."""
 _LEAST_WIDTH = 40  # columns; of a table in fewer nothing is left, and a terminal may report 1, or none
 
 
@@ -91,9 +93,11 @@ class Terminal(Console):
 
 
 class _Status(Status):
-    """A spinner whose text is no markup."""
+    """A spinner whose text is no markup; where nobody sees it turn, and THEODORA_STATUS asks for it, lines of text."""
 
     def update(self, status: RenderableType | None = None, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if isinstance(status, str) and not self.console.is_terminal and os.environ.get(TELLS_STATUS):
+            self.console.print(status, soft_wrap=True)
         super().update(None if status is None else _as_text(status), **options)
 
 

@@ -161,3 +161,82 @@ def test_what_rows_hold_and_nothing_is_learned_from_is_in_the_result(tmp_path, t
     path.write_text('{"prompt": "a", "completion": "b", "id": 7}\n', encoding="utf-8")
     scores = evaluate("--model", tiny_model_dir("llama"), "--data", path, "--no-exact-match")
     assert scores["left_out"] == [{"what": "the column 'id'", "rows": 1, "why": "not used"}]
+
+
+@pytest.fixture
+def adapter(tiny_model_dir, tmp_path):
+    """A folder with an adapter that changes much."""
+    model = inject_adapter(load_model(tiny_model_dir("llama")), AdapterConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_each_row_before_and_after(data, adapter, tiny_model_dir, evaluate, tmp_path, capsys):
+    words = ("--data", data, "--max-new-tokens", "5")
+    both = evaluate("--model", adapter, "--base", "--rows", tmp_path / "rows.jsonl2", *words)
+    alone = evaluate("--model", tiny_model_dir("llama"), *words)
+    assert both["base"]["loss"] == pytest.approx(alone["loss"])
+    assert both["loss"] != pytest.approx(alone["loss"], rel=0.01)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl2").read_text().splitlines()]
+    assert [row["row"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"] for row in rows] == [
+        row["prompt"] for row in ROWS
+    ]
+    assert [row["expected"] for row in rows] == [row["completion"] for row in ROWS]
+    for whole, of in ((both, rows), (both["base"], [row["base"] for row in rows])):
+        sums = sum(line["loss"] * row["tokens"] for line, row in zip(of, rows, strict=True))
+        assert sums / whole["tokens"] == pytest.approx(whole["loss"])
+        assert all(line["right"] is False and isinstance(line["answer"], str) for line in of)
+        assert any(len(line["answer"]) > 1 for line in of)  # whole, and not broken off where they are wrong
+    assert main(["evaluate", "--model", str(adapter), "--base", "--data", str(data), "--no-exact-match"]) == 0
+    assert re.search(r"base +model\n.*loss per token +[\d.]+ +[\d.]+\n", capsys.readouterr().out)
+
+
+def test_another_model_as_the_base_is_asked_with_the_same_prompts(data, adapter, tiny_model_dir, evaluate, tmp_path):
+    words = ("--data", data, "--no-exact-match")
+    found = evaluate("--model", adapter, "--base", tiny_model_dir("gpt2"), "--rows", tmp_path / "rows", *words)
+    assert found["base"]["loss"] == pytest.approx(evaluate("--model", tiny_model_dir("gpt2"), *words)["loss"])
+    first = json.loads((tmp_path / "rows").read_text().splitlines()[0])
+    assert first["answer"] is first["right"] is first["base"]["answer"] is None
+
+
+def test_rows_of_which_nothing_is_left_and_texts_of_several_pieces_keep_their_numbers(
+    tiny_model_dir, evaluate, tmp_path
+):
+    short, long = {"prompt": "a", "completion": "b"}, {"prompt": "a" * 200, "completion": "b"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (short, long, short)))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in (1, 40, 2)))
+    model = ("--model", tiny_model_dir("llama"), "--max-length", "60", "--max-new-tokens", "2")
+    evaluate(*model, "--data", tmp_path / "rows.jsonl", "--rows", tmp_path / "a")
+    first, cut, last = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    assert (cut["loss"], cut["tokens"]) == (None, 0)
+    assert first["loss"] == pytest.approx(last["loss"])
+    whole = evaluate(*model, "--data", tmp_path / "texts.jsonl", "--rows", tmp_path / "b")
+    texts = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+    assert [text["prompt"] for text in texts] == ["word " * n for n in (1, 40, 2)]
+    assert sum(text["tokens"] for text in texts) == whole["tokens"]
+    assert texts[1]["tokens"] > 60
+
+
+def test_what_cannot_be_written_or_compared_is_said_before_long_work(data, tiny_model_dir, tmp_path, capsys):
+    words = ["evaluate", "--model", str(tiny_model_dir("llama")), "--data", str(data)]
+    (tmp_path / "taken").write_text("mine")
+    for more, told in (
+        (["--rows", str(tmp_path / "taken")], "already"),
+        (["--rows", str(tmp_path / "nowhere" / "rows")], "no folder"),
+        (["--base"], "no adapter"),
+    ):
+        assert main([*words, *more]) == 2
+        assert told in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_where_no_terminal_is_progress_is_told_by_tenths(data, adapter, tmp_path, capfd):
+    rows = ["--base", "--rows", str(tmp_path / "rows"), "--max-new-tokens", "2"]
+    assert main(["evaluate", "--model", str(adapter), "--data", str(data), *rows]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("base: ", "model: "))]
+    assert lines == [f"{whose}: {what} 6/6" for whose in ("base", "model") for what in ("loss", "answers")]

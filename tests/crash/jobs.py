@@ -143,7 +143,7 @@ def _watch(folder: str, at_event: int | None) -> list[int]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("runtime", "per_second")
+    clock = ("runtime", "per_second", "seconds_left", "peak_memory")
     return [
         {name: value for name, value in line.items() if not name.endswith(clock)}
         for line in lines

@@ -30,6 +30,16 @@ CAPITALS = {
     "Chile": "Santiago",
 }
 HOSTILE = "<img src=x onerror='window.hacked = true'>"
+REPORT = """<h1>tiny-llama: lora, dora</h1>
+<p class="warning">This comparison is not finished: 2 cells are still to run.</p>
+<h2>In words: test score</h2><ul><li><b>dora</b> against lora: no difference found at this size.</li></ul>
+<h2>Results</h2><table><tr><th>method</th><th>test score, %</th><th>test loss</th></tr>
+<tr><td>lora</td><td>81.2 ± 0.7</td><td>0.4012 ± 0.0031</td></tr>
+<tr><td>dora &lt;img src=x&gt;</td><td>82.0 ± 0.9</td><td>0.3954 ± 0.0022</td></tr></table>
+<h2>Figures</h2><figure><figcaption>Score over parameters</figcaption><svg viewBox="0 0 300 120" width="100%">
+<script>window.hacked = true</script><rect width="300" height="120" fill="#eef" style="stroke: #3b6fb6"/>
+<path d="M10 100 L150 40 L290 20" stroke="#d1603d" fill="none"/></svg></figure>
+<script>window.hacked = true</script>"""
 IMAGES = Path(os.environ["STUDIO_IMAGES"]).absolute() if os.environ.get("STUDIO_IMAGES") else None
 OPEN = "field => { const group = field.closest('details'); if (group) group.open = true; }"
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
@@ -186,6 +196,10 @@ def test_a_newcomers_way(studio, page_of, home):
     assert page.wrong == []
     assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
 
+    look(page)
+    assert page.wrong == []
+    assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
+
     dark = page_of(studio, scheme="dark")
     dark.click(".run .name >> text=lora")
     dark.locator(".swatch:not(:checked)").first.check()
@@ -194,9 +208,133 @@ def test_a_newcomers_way(studio, page_of, home):
     phone = page_of(studio, viewport=PHONE, device_scale_factor=2, has_touch=True, is_mobile=True)
     phone.wait_for_selector("td >> text=Held-out loss")
     picture(phone, "phone")
-    for screen in ("data", "train", "runs"):
+    for name in ("answers", "chat"):
+        dark.goto(f"{studio.base}#look/{name}")
+        phone.goto(f"{studio.base}#look/{name}")
+        for each in (dark, phone):
+            each.wait_for_selector(".pairs tbody tr" if name == "answers" else ".composer")
+        picture(dark, f"{name}-dark")
+        picture(phone, f"{name}-phone")
+    for screen in ("data", "train", "runs", "look/answers", "look/chat"):
         phone.goto(f"{studio.base}#{screen}")
         assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), screen
+
+
+def look(page):
+    """From a run that has ended to its answers, and to a chat with it."""
+    page.click("text=Before and after")
+    page.fill("#answers-tokens", "24")
+    page.click("button >> text=Compare")
+    page.wait_for_selector(".pairs tbody tr")
+    assert page.locator(".pairs tbody tr").count() > 4
+    changes = [abs(float(text.replace("−", "-"))) for text in page.locator(".pairs td:last-child").all_inner_texts()]
+    assert changes == sorted(changes, reverse=True)
+    picture(page, "answers")
+    first = page.locator(".pairs tbody tr").first
+    first.locator("button").press("Enter")
+    page.wait_for_selector(".pairs tr.open >> text=You are a patient teacher of geography.")
+    page.click(".pairs th button >> text=#")
+    assert page.locator(".pairs tbody td:first-child").all_inner_texts()[:3] == ["1", "2", "3"]
+    page.reload()
+    page.wait_for_selector(".pairs tbody tr")
+
+    page.keyboard.press("g")
+    page.keyboard.press("r")
+    page.click(".run .name >> text=dora")
+    page.click("#runs-screen button >> text=Chat")
+    page.click(".chip >> text=lora")
+    page.click("#look-chat button >> text=Load")
+    page.wait_for_selector(".composer")
+    page.fill("#chat-text", "What is the capital of Peru?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".reply[aria-busy=true] .answer:not(:text('…'))")  # while it is made
+    until(page, lambda: page.locator(".reply[aria-busy=false]").count() == 3)
+    assert page.locator(".reply header b").all_inner_texts() == ["base", "dora", "lora"]
+    page.fill("#chat-text", "And of Norway? Tell me all that you know.")
+    page.keyboard.press("Enter")
+    picture(page, "chat")
+    page.click("#look-chat button >> text=Stop")
+    until(page, lambda: page.locator(".reply[aria-busy=false]").count() == 6)
+    told = page.locator(".talk").inner_text()
+    page.reload()
+    page.wait_for_selector(".composer")
+    assert page.locator(".talk").inner_text() == told
+
+
+def test_what_changed_reports_and_what_is_made(studio, page_of, home, adapter):
+    work = home / "geography"
+    shutil.copytree(adapter, work / "runs" / "loud")
+    report = work / "runs" / "study"
+    report.mkdir()
+    (report / "report.html").write_text(REPORT)
+    near = {"prompt": "Where does the ferry to the islands begin its way?", "completion": "At the old pier, by eight."}
+    rows = [{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(30)]
+    for name, more in (("some.jsonl", near), ("held_out.jsonl", near | {"completion": "At the old pier, by noon."})):
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows[:6], more]))
+
+    page = page_of(studio)
+    page.click("nav >> text=Data")
+    page.fill("#data-path", "some.jsonl")
+    page.fill("#data-eval", "held_out.jsonl")
+    page.click("text=Look at it")
+    page.click(".near summary >> text=7 of 7 held-out rows are nearly in what is trained on")
+    page.wait_for_selector(".near .pair >> text=At the old pier, by noon.")
+    picture(page, "near")
+
+    page.goto(f"{studio.base}#look/change")
+    page.fill("#change-runs-typed", "runs/nowhere")
+    page.click("button >> text=Measure")
+    page.wait_for_selector(".wrong >> text=is no folder of this machine")
+    page.fill("#change-runs-typed", "runs/loud")
+    page.click("button >> text=Measure")
+    page.wait_for_selector("#look-change td >> text=q_proj")
+    until(
+        page,
+        lambda: (
+            page.evaluate("[...document.querySelectorAll('#look-change img')].filter(each => each.naturalWidth).length")
+            >= 1
+        ),
+    )
+    picture(page, "change")
+    page.keyboard.press("Escape")
+
+    page.click("#look-tab-reports")
+    page.wait_for_selector("#look-reports td >> text=dora <img src=x>")
+    until(
+        page,
+        lambda: (
+            page.evaluate(
+                "[...document.querySelectorAll('#look-reports img')].filter(each => each.naturalWidth).length"
+            )
+            == 1
+        ),
+    )
+    picture(page, "reports")
+    assert page.locator("#look-reports :not(.drawn) > img, #look-reports script, #look-reports svg").count() == 0
+
+    page.click("#look-tab-make")
+    page.fill("#make-adapter", "runs/loud")
+    page.keyboard.press("Tab")
+    assert page.input_value("#make-output") == "runs/loud-merged"
+    page.click("#look-make button >> text=Export")
+    page.wait_for_selector(".said >> text=The two forms agree.")
+    picture(page, "make")
+    page.click("#look-make button >> text=Export")
+    page.wait_for_selector(".wrong >> text=nothing is replaced")
+    page.reload()
+    page.wait_for_selector(".said >> text=The two forms agree.")
+    assert page.wrong == []
+    assert page.evaluate("window.hacked === undefined")
+    assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
+
+    dark = page_of(studio, scheme="dark")
+    phone = page_of(studio, viewport=PHONE, device_scale_factor=2, has_touch=True, is_mobile=True)
+    for name, ready in (("change", "td >> text=q_proj"), ("reports", "td >> text=dora"), ("make", ".said")):
+        for kind, each in (("dark", dark), ("phone", phone)):
+            each.goto(f"{studio.base}#look/{name}")
+            each.wait_for_selector(f"#look-{name} {ready}")
+            picture(each, f"{name}-{kind}")
+        assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
 
 
 def test_tabs_and_a_server_that_is_killed_and_started_again(studio, page_of, home):

@@ -54,6 +54,30 @@ def test_what_is_cut_is_shown_and_a_row_without_anything_to_learn_is_named(tmp_p
     assert "dropped" in found["note"]
 
 
+LONG = "The {} of the river is nine miles from here by the old road, and nobody has ever walked it {} in a day."
+
+
+def test_near_copies_are_shown_side_by_side(tmp_path):
+    rows = [{"prompt": f"number {n} of them {n * n}", "completion": f"so {n * 7} it is, {n}"} for n in range(60)]
+    near = [
+        {"prompt": "Where?", "completion": LONG.format(*words)} for words in (("mouth", "twice"), ("mouth", "here"))
+    ]
+    held_out = write(tmp_path / "b.jsonl", *rows[:3], near[1])
+    found = look_at_data(write(tmp_path / "a.jsonl", *rows[3:], near[0]), eval_data=held_out)["near"]
+    assert (found["count"], found["held_out"], found["training"], found["totals"]) == (1, 4, 58, [4, 58])
+    (pair,) = found["pairs"]
+    assert (pair["row"], pair["of"]) == (4, 58)
+    assert 0.8 <= pair["share"] < 1
+    assert [side[1]["pieces"][0]["text"] for side in pair["sides"]] == [near[1]["completion"], near[0]["completion"]]
+    # Of one file those that a run would hold out, by their rows in the file.
+    texts = [LONG.format(f"spring{n} and the far end{n} with all{n}", f"round{n} back{n} home{n}") for n in range(30)]
+    twice = write(tmp_path / "c.jsonl", *({"text": text + more} for text in texts for more in ("", " Truly.")))
+    found = look_at_data(twice)["near"]
+    assert found["count"] == found["held_out"] == 3
+    assert all((pair["row"] - 1) // 2 == (pair["of"] - 1) // 2 and pair["row"] != pair["of"] for pair in found["pairs"])
+    assert look_at_data(write(tmp_path / "d.jsonl", rows[0], rows[0]))["near"] is None
+
+
 def test_pairs_and_judged_answers_and_prompts(tmp_path, tiny_model_dir):
     model = str(tiny_model_dir())
     pairs = write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "good", "rejected": "bad"})

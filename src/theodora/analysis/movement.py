@@ -5,8 +5,6 @@ the new length (|w + d|, or m) against |w|, and the angle between w and w + d. N
 
     ⟨w, d⟩ = s·rowsum(B ⊙ (W Aᵀ))        |d|² = s²·rowsum((B·(A Aᵀ)) ⊙ B)
 
-The angle is taken from the part of d across w, not from the cosine: 1 - cos loses all digits below a tenth of a degree.
-
 Shapes: O out features, I in features, R rank; `w_OI` is (O, I).
 """
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from theodora.files.adapter import AdapterTensors
-from theodora.functional import row_norm_squared
+from theodora.functional import row_angles, row_norm_squared, update_products
 
 # Magnitudes that differ from the base's norms by less than this are also compared with the norms of the base rounded to
 # bfloat16, from which training may have begun. Rounding moves a norm by far less.
@@ -56,15 +54,12 @@ def measure(w_OI: Tensor, tensors: AdapterTensors) -> Movement:
     norm_sq = row_norm_squared(wide_OI)
     alive = norm_sq > 0
     a_RI, b_OR, scale = tensors.a.to(wide), tensors.b.to(wide), tensors.scale
-    dot = scale * (b_OR * (wide_OI @ a_RI.T)).sum(1)
-    update_sq = (scale**2 * ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)).clamp_min(0)
+    dot, update_sq = update_products(wide_OI @ a_RI.T, a_RI, b_OR, scale)
     relative_update = float((update_sq.sum() / norm_sq.sum()).sqrt()) if bool(alive.any()) else float("nan")
 
     norm_sq, dot, update_sq = norm_sq[alive], dot[alive], update_sq[alive]
     norm = norm_sq.sqrt()
-    along = dot / norm
-    across = (update_sq - along.square()).clamp_min(0).sqrt()
-    angle = torch.rad2deg(torch.atan2(across, norm + along))
+    angle = torch.rad2deg(row_angles(norm, dot, update_sq))
     if tensors.magnitude is None:
         adapted = (norm_sq + 2 * dot + update_sq).clamp_min(0).sqrt()
         # The difference of the squares over the sum of the roots: exact also where the lengths hardly differ.

@@ -4,6 +4,7 @@ answers it finds likelier.
 example:
   theodora evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --data held_out.jsonl
   theodora evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/first --data held_out.jsonl --json
+  theodora evaluate --model runs/first --base --data held_out.jsonl --rows before-and-after.jsonl
 
 --model also takes the folder of an adapter, which names its base model. Loss is per predicted token (completions and
 assistant turns; all tokens of plain text). Exact match is the share of rows whose greedy answer is the reference,
@@ -13,16 +14,22 @@ closed set of answers counts, which is also fair to a model that was never train
 Pairs (prompt, chosen, rejected) and judged answers (a label that is true or false) are recognised by their columns: on
 them log-likelihoods are compared, with an adapter also with those of the base. --labels, --f1 and --metric ask for
 answers, and read judged ones as such.
+
+--base scores the base as well, with the same prompts: the adapter switched off, or the model that you name (of a merged
+one, say). --rows writes what each row asks, what is expected, what was answered, and its loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from theodora.cli.arguments import add_quantize, positive
+from theodora.cli.evaluate_rows import check_free, tells, write_rows
 from theodora.cli.imports import imports
+from theodora.errors import UsageError
 
 if TYPE_CHECKING:
     from theodora.evaluate import PreferenceScores, Scores
@@ -70,6 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-exact-match", action="store_true", help="score the loss only, which is faster")
     parser.add_argument(
+        "--base",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="also score what it was before: the adapter switched off, or MODEL, with the same prompts",
+    )
+    parser.add_argument(
+        "--rows", metavar="FILE", help="write a line of JSON for each row: prompt, expected, answer, right, loss"
+    )
+    parser.add_argument(
         "--max-length",
         type=positive,
         metavar="N",
@@ -88,9 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and report."""
+    _check(args)
     with imports(gpu=True):
         from transformers.utils.logging import disable_progress_bar
 
+        from theodora.adapters.merge import adapter_disabled
         from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import print_json, say_base, stderr, stdout
         from theodora.data import load_examples
@@ -104,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.lm_eval:
         check_harness()
     begin_with_gpu(best_device())
-    answered = bool(args.labels or args.f1 or args.metric)
+    answered = bool(args.labels or args.f1 or args.metric or args.rows or args.base)
     examples = load_examples(args.data, split=args.split, kind="answers" if answered else "any")
     compares = examples.format in ("preference", "unpaired")
     if args.limit:
@@ -124,16 +143,17 @@ def run(args: argparse.Namespace) -> int:
     say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        same: dict[str, Any] = {
-            "batch_size": args.batch_size,
-            "max_length": args.max_length,
-            "use_chat_template": False if args.no_chat_template else None,
-            "progress": stderr().is_terminal,
-        }
-        scores = (
-            evaluate_preferences(model, tokenizer, examples, **same)
-            if compares
-            else evaluate(
+
+        def scored(model: Any, whose: str) -> Any:
+            same: dict[str, Any] = {
+                "batch_size": args.batch_size,
+                "max_length": args.max_length,
+                "use_chat_template": False if args.no_chat_template else None,
+                "progress": stderr().is_terminal or (bool(args.rows) and tells(stderr().print, whose)),
+            }
+            if compares:
+                return evaluate_preferences(model, tokenizer, examples, **same)
+            return evaluate(
                 model,
                 tokenizer,
                 examples,
@@ -142,26 +162,58 @@ def run(args: argparse.Namespace) -> int:
                 labels=labels,
                 f1=args.f1,
                 metrics=metrics,
+                each_row=bool(args.rows),
                 **same,
             )
-        )
+
+        base = None
+        if args.base == "" and not compares:  # (pairs are compared with the base anyhow)
+            with adapter_disabled(model):
+                base = scored(model, "base")
+        scores = scored(model, "model")
+        tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size or 16, args.limit) if args.lm_eval else {}
+        if args.base:
+            del model  # two may be more than there is room for
+            with stderr().status("Loading the base ..."):
+                other, _ = load_model_and_tokenizer(
+                    args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code, quantize=args.quantize
+                )
+            base = scored(other, "base")
     for warning in caught:
         stderr().print(f"Warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
-    tasks = run_harness(model, tokenizer, args.lm_eval, args.batch_size or 16, args.limit) if args.lm_eval else {}
+    if args.rows:
+        write_rows(args.rows, examples, scores, base)
     if args.json:
         named = {"model": args.model, "adapter": args.adapter, "data": args.data}
-        print_json(named | scores.to_dict() | ({"lm_eval": tasks} if tasks else {}))
+        more = {"lm_eval": tasks} if tasks else {}
+        print_json(named | scores.to_dict() | more | ({"base": base.to_dict()} if base is not None else {}))
     else:
-        stdout().print(_table(scores, tasks))
+        stdout().print(_table(scores, base, tasks))
     return 0
 
 
-def _table(scores: Scores | PreferenceScores, tasks: dict[str, dict[str, float]]):  # -> rich.table.Table
+def _check(args: argparse.Namespace) -> None:
+    """See before long work that what was asked for makes sense."""
+    if args.base == "" and args.adapter is None and not (Path(args.model) / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--base: {args.model} is no adapter that could be switched off; expected --base MODEL, the model that it "
+            "was made from"
+        )
+    if args.rows:
+        check_free(args.rows)
+
+
+def _table(scores: Scores | PreferenceScores, base: Scores | None, tasks: dict[str, dict[str, float]]):  # -> rich Table
     from rich.table import Table
 
     from theodora.evaluate import Scores
 
     rows = _rows(scores) if isinstance(scores, Scores) else _preference_rows(scores)
+    if base is not None:
+        rows = [
+            ("", "base", "model"),
+            *((what, was, now) for (what, now), (_, was) in zip(rows, _rows(base), strict=True)),
+        ]
     rows += [(f"{task} {name}", f"{value:.4g}") for task, values in tasks.items() for name, value in values.items()]
     rows += [("predicted tokens", f"{scores.tokens:,}"), ("seconds", f"{scores.seconds:,.1f}")]
     table = Table.grid(padding=(0, 3))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from theodora.cli.numbers import percent
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub name of the model before training. Default: the one the adapter names",
     )
     parser.add_argument("--json", action="store_true", help="print everything, module by module, as JSON")
+    parser.add_argument("--report", metavar="FILE", help="write that JSON into a file, beside what is printed")
     parser.add_argument("--figures", metavar="FOLDER", help="draw scatter.png, heat_map.png and experts.png there")
     parser.add_argument("--movers", type=int, default=5, metavar="N", help="show the N largest movers. Default: 5")
     parser.add_argument("--no-rank", action="store_true", help="skip effective ranks, most of the work")
@@ -55,9 +56,12 @@ def run(args: argparse.Namespace) -> int:
     from theodora.cli.tables import print_table
 
     reports = _inspect(args)
+    found = {"runs": [report.to_dict() for report in reports]}
+    if args.report:
+        _write(args.report, found)
     drawn = _draw(reports, args.figures) if args.figures else []
     if args.json:
-        print_json({"runs": [report.to_dict() for report in reports]})
+        print_json(found)
         return 0
     console = stdout()
     for report in reports:
@@ -89,6 +93,16 @@ def _inspect(args: argparse.Namespace) -> list[RunReport]:
             )
             for run, task in zip(args.runs, tasks, strict=True)
         ]
+
+
+def _write(file: str, found: dict[str, Any]) -> None:
+    from pathlib import Path
+
+    from theodora.files.atomic import atomic_write, explained_io_errors
+    from theodora.parse import to_json
+
+    with explained_io_errors(Path(file)), atomic_write(Path(file)) as partial:
+        partial.write_text(to_json(found), encoding="utf-8")
 
 
 def _draw(reports: list[RunReport], folder: str) -> list[Path]:

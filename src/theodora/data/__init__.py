@@ -1,5 +1,6 @@
 """From a file of examples to token ids and a loss mask: formats → tokens → (TRL's) packed batches."""
 
+from theodora.data.alike import near_copies
 from theodora.data.examples import Examples
 from theodora.data.hidden import left_out_of
 from theodora.data.load import load_examples
@@ -20,6 +21,7 @@ __all__ = [
     "fallback_chat_template",
     "left_out_of",
     "load_examples",
+    "near_copies",
     "packing_is_safe",
     "reference_answer",
     "render_prompt",

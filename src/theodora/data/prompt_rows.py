@@ -18,12 +18,10 @@ from theodora.data.left_out import LeftOut, sentences
 from theodora.data.messages import Message, assistant
 from theodora.data.prompts import encode_rendered, question_and_answer, reference_answer, rendered
 from theodora.data.templates import TEMPLATE_ERRORS
-from theodora.data.tokens import Batches, Counts, encoded_rows, lists, row_in_words
+from theodora.data.tokens import ROW, Batches, Counts, encoded_rows, lists, row_in_words
 from theodora.errors import ConfigError, DataError
 from theodora.kernels.cross_entropy import IGNORED
 
-ROW = "row"
-"""The column with the number of a row among its examples."""
 REFERENCE = "reference"
 """What functions call the text to compare with, unless the rows have a column of that name."""
 _AT_ONCE = 1000

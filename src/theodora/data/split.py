@@ -8,10 +8,13 @@ import random
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from theodora.config import is_int
 from theodora.data.examples import Examples
 from theodora.errors import ConfigError
+
+_HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 
 
 def split_examples(examples: Examples, held_out: float | int, seed: int) -> tuple[Examples, Examples]:
@@ -28,12 +31,41 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
     Raises:
         ConfigError: nothing would be left to train on, or `held_out` makes no sense.
     """
+    return parts_of(examples, rows_held_out(examples, held_out, seed))
+
+
+def parts_of(examples: Examples, held_out: NDArray[np.bool_]) -> tuple[Examples, Examples]:
+    """The rows for training, and the rows held out, from which rows these are, (rows,)."""
+    if not held_out.any():
+        return examples, examples.with_dataset(examples.dataset.select([]))
+    training, other = (examples.dataset.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+    return examples.with_dataset(training), examples.with_dataset(other)
+
+
+def default_held_out(rows: int) -> int:
+    """How many of so many rows are held out where nobody says how many."""
+    return min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * rows))) if rows > 1 else 0
+
+
+def rows_held_out(
+    examples: Examples, held_out: float | int, seed: int, keys: NDArray[np.uint64] | None = None
+) -> NDArray[np.bool_]:
+    """Which rows `split_examples` holds out, (rows,).
+
+    Args:
+        examples: as there, like what follows.
+        held_out: rows, or a share of them.
+        seed: of the draw.
+        keys: `keys_of` the rows, if they are known.
+
+    Raises:
+        ConfigError: as there.
+    """
     rows = len(examples)
     wanted = _wanted(held_out, rows)
     if wanted == 0:
-        return examples, examples.with_dataset(examples.dataset.select([]))
-    # Arrays of numbers: dictionaries and lists would take ten times the memory, for millions of rows gigabytes.
-    keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, rows)
+        return np.zeros(rows, bool)
+    keys = keys_of(examples) if keys is None else keys
     _, first, group_of = np.unique(keys, return_index=True, return_inverse=True)
     sizes = np.bincount(group_of)
     order = np.argsort(first, kind="stable")  # the groups as they appear
@@ -51,14 +83,13 @@ def split_examples(examples: Examples, held_out: float | int, seed: int) -> tupl
             f"Cannot hold out {wanted} of {rows} rows: identical rows have to stay together, and no row of "
             f"{examples.source} has that few copies; remove the copies or give evaluation data of its own"
         )
-    training, other = (examples.dataset.select(np.flatnonzero(part)) for part in (~chosen, chosen))
-    return examples.with_dataset(training), examples.with_dataset(other)
+    return chosen
 
 
-def count_copies(examples: Examples) -> int:
-    """How many rows are copies of an earlier one, case and white space apart."""
-    keys = np.fromiter((_key(row) for row in examples.dataset), np.uint64, len(examples))
-    return len(examples) - len(np.unique(keys))
+def keys_of(examples: Examples) -> NDArray[np.uint64]:
+    """A number for each row, (rows,): the same for rows that differ in case and white space alone."""
+    # Arrays of numbers: dictionaries and lists would take ten times the memory, for millions of rows gigabytes.
+    return np.fromiter((_key(row) for row in examples.dataset), np.uint64, len(examples))
 
 
 def spread_out(examples: Examples, count: int | None) -> Examples:

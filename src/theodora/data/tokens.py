@@ -49,6 +49,8 @@ from theodora.metered import whole_job
 __all__ = ["TrainOn", "tokenize"]
 
 IDS_AND_LABELS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+ROW = "row"
+"""The column with the number of the example, from 0 on, that a row is of."""
 _TEXT_AT_ONCE = 1 << 20  # bytes; each takes some 50 while tokens, offsets and labels are lists
 TrainOn = Literal["completion", "all"]
 
@@ -63,6 +65,7 @@ def tokenize(
     use_chat_template: bool | None = None,
     train_on: TrainOn = "completion",
     progress: bool = False,
+    numbered: bool = False,
 ) -> Dataset:
     """Token ids and labels, ready for TRL's `SFTTrainer` (which takes tokenised rows as they are, and packs them).
 
@@ -79,6 +82,7 @@ def tokenize(
         use_chat_template: None: if the tokenizer has one. True: insist on it. False: do without.
         train_on: "all" learns prompts and user turns, too.
         progress: show a progress bar.
+        numbered: also say in a column `row` (int64) which of the examples, from 0 on, each row is of.
 
     Returns:
         A dataset with `input_ids` and `labels` (int32, of equal length per row). What was cut or dropped stands, in
@@ -94,7 +98,7 @@ def tokenize(
         raise ConfigError(f"train_on is {train_on!r}; expected 'completion' or 'all'")
     if tokenizer.eos_token_id is None:
         raise ConfigError("The tokenizer has no EOS token, so that a model never learns to stop; set its eos_token")
-    batches = Batches(examples, tokenizer, max_length, use_chat_template, train_on)
+    batches = (Numbered if numbered else Batches)(examples, tokenizer, max_length, use_chat_template, train_on)
     tokenised = encoded_rows(batches, examples, progress=progress)
     left_out = batches.counts.hidden.left_out()
     if not len(tokenised) and batches.counts.unseen:
@@ -234,10 +238,14 @@ class Batches:
         rows = self.rows(table)
         texts = [self.text(index, row) for index, row in zip(indices, rows, strict=True)]
         encoded: list[tuple[Tokens, Tokens]] = []
-        for ids, labels in self.tokenised([text for text in texts if text is not None]):
+        numbers: list[int] = []
+        given = [index for index, text in zip(indices, texts, strict=True) if text is not None]
+        for index, (ids, labels) in zip(given, self.tokenised([t for t in texts if t is not None]), strict=True):
             added = [self._add(ids[piece], labels[piece], encoded) for piece in self._pieces(len(ids))]
             self.counts.cut += len(ids) > self.max_length and not self.is_text and any(added)
-        return pa.table({"input_ids": lists([ids for ids, _ in encoded]), "labels": lists([l for _, l in encoded])})
+            numbers += [index] * sum(added)
+        columns = {"input_ids": lists([ids for ids, _ in encoded]), "labels": lists([l for _, l in encoded])}
+        return pa.table(columns | ({ROW: pa.array(numbers, pa.int64())} if ROW in self.more_columns else {}))
 
     def rows(self, table: Any) -> list[dict[str, Any]]:
         """The rows of a batch as dictionaries."""
@@ -381,6 +389,12 @@ class Batches:
         self.counts.tokens += len(ids)
         self.counts.learned += learned
         return True
+
+
+class Numbered(Batches):
+    """Batches that also say which example each row is of."""
+
+    more_columns: Mapping[str, Any] = {ROW: Value("int64")}
 
 
 def lists(rows: Sequence[Tokens]) -> Any:

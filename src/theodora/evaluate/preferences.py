@@ -24,7 +24,7 @@ from theodora.data.vocabulary import check_rows
 from theodora.errors import DataError
 from theodora.evaluate.batches import evaluating, rows_together
 from theodora.evaluate.questions import Questions, context_window
-from theodora.evaluate.scores import MEND_VOCABULARY, losses_of, progress_bar
+from theodora.evaluate.scores import MEND_VOCABULARY, Told, losses_of, progress_bar
 from theodora.layers.norm_cache import looked_at_once
 
 
@@ -90,7 +90,7 @@ def evaluate_preferences(
     batch_size: int | None = None,
     max_length: int | None = None,
     use_chat_template: bool | None = None,
-    progress: bool = False,
+    progress: bool | Told = False,
 ) -> PreferenceScores:
     """Ask a model, adapted or not, which answers are likelier.
 
@@ -104,7 +104,7 @@ def evaluate_preferences(
         batch_size: answers in a padded forward pass, at most. Default: as of `evaluate`.
         max_length: tokens after which prompt and answer are cut. Default: the model's context window.
         use_chat_template: whether prompts are wrapped in the chat template. Default: if the tokenizer has one.
-        progress: show a bar on the terminal (standard error).
+        progress: as of `evaluate`.
 
     Raises:
         DataError: the rows are neither, none of them is of use, or all have the same verdict.

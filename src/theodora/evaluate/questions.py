@@ -14,6 +14,7 @@ from theodora.data import Examples, tokenize
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut
 from theodora.data.prompts import encode_prompts, expected_answers, is_verbatim
+from theodora.data.tokens import ROW
 from theodora.errors import DataError
 from theodora.evaluate.labels import Choice, choices
 
@@ -27,6 +28,8 @@ class Questions:
     """Rows of the source; a long text may be several in `input_ids`."""
     input_ids: list[list[int]]
     labels: list[list[int]]
+    numbers: list[int] = field(default_factory=list[int])
+    """Which row of the source, from 0 on, each of `input_ids` is of; empty if that was not asked for."""
     prompts: list[list[int]] = field(default_factory=list[list[int]])
     """Empty where no answers are asked for."""
     references: list[str] = field(default_factory=list[str])
@@ -55,6 +58,7 @@ def questions(
     use_chat_template: bool | None = None,
     answered: bool = True,
     labels: Sequence[str] | None = None,
+    numbered: bool = False,
 ) -> Questions:
     """Tokenise rows for scoring.
 
@@ -65,13 +69,16 @@ def questions(
         use_chat_template: as in `tokenize`.
         answered: whether models will be asked to answer the prompts. Plain text has none.
         labels: the closed set of answers to choose from.
+        numbered: say which row each sequence of tokens is of.
 
     Raises:
         DataError: there is no row, or rows do not fit the labels.
     """
     if not len(examples):
         raise DataError(f"{examples.source} holds no rows; expected at least one")
-    tokenized = tokenize(examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template)
+    tokenized = tokenize(
+        examples, tokenizer, max_length=max_length, use_chat_template=use_chat_template, numbered=numbered
+    )
     prompts: list[list[int]] = []
     references: list[str] = []
     single_line = False
@@ -93,6 +100,7 @@ def questions(
         rows=len(examples),
         input_ids=list(tokenized["input_ids"]),
         labels=list(tokenized["labels"]),
+        numbers=list(tokenized[ROW]) if numbered else [],
         prompts=prompts,
         references=references,
         single_line=single_line,

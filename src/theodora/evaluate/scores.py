@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.adapters.state import find_state
@@ -38,6 +38,22 @@ class LossNotFinite(TheodoraError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowScore:
+    """What a model scores on one row."""
+
+    loss: float | None
+    """Mean negative log-likelihood of a predicted token, in nats; None where nothing to predict is left of the row."""
+    tokens: int
+    """Predicted tokens."""
+    expected: str | None
+    """The answer to write exactly; None for plain text."""
+    answer: str | None
+    """What the model writes, whole; None where it was not asked."""
+    right: bool | None
+    """Whether that is the expected answer, blanks around both aside."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """What a model scores on a set of rows."""
 
@@ -59,6 +75,8 @@ class Scores:
     """Means of the user's own metrics, by name."""
     left_out: tuple[LeftOut, ...] = ()
     """What the rows hold that the model was not shown or asked for, with how many rows it concerns."""
+    each: tuple[RowScore, ...] = ()
+    """Each row, in the order of the examples; empty if not asked for."""
 
     @property
     def perplexity(self) -> float:
@@ -66,8 +84,10 @@ class Scores:
         return math.exp(min(self.loss, 700.0))  # exp(710) is beyond a float
 
     def to_dict(self) -> dict[str, Any]:
-        """All scores, ready for JSON."""
-        return {**asdict(self), "perplexity": self.perplexity}
+        """All scores, those of each row apart, ready for JSON."""
+        scores = asdict(replace(self, each=()))
+        del scores["each"]
+        return {**scores, "perplexity": self.perplexity}
 
 
 def evaluate(
@@ -83,7 +103,8 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     max_length: int | None = None,
     use_chat_template: bool | None = None,
-    progress: bool = False,
+    each_row: bool = False,
+    progress: bool | Told = False,
 ) -> Scores:
     """Score a model, adapted or not, on rows with answers (loss and exact match) or on plain text (loss only).
 
@@ -104,7 +125,8 @@ def evaluate(
         metrics: functions of (answer, reference), by name, whose means over the rows are wanted.
         max_length: tokens after which a row is cut. Default: the model's context window.
         use_chat_template: whether prompts are wrapped in the chat template. Default: if the tokenizer has one.
-        progress: show a bar on the terminal (standard error).
+        each_row: also say what each row scores; answers are then whole, also those that are wrong from the start.
+        progress: show a bar on the terminal (standard error), or whom to tell what is done, how many of how many.
 
     Raises:
         DataError: there is no row, or no row has a token to predict; rows do not fit the labels; a metric gives
@@ -128,6 +150,7 @@ def evaluate(
         use_chat_template=use_chat_template,
         answered=exact_match or f1 or bool(metrics),
         labels=labels,
+        numbered=each_row,
     )
     scores = score(
         model,
@@ -153,22 +176,26 @@ def score(
     exact_match: bool = True,
     f1: bool = False,
     metrics: Mapping[str, Metric] | None = None,
-    progress: bool = False,
+    progress: bool | Told = False,
 ) -> Scores:
-    """`evaluate` on rows that `questions` has made ready. Arguments and errors are the same."""
+    """`evaluate` on rows that `questions` has made ready; numbered ones are scored each by itself, too. Arguments and
+    errors are the same."""
     start = time.perf_counter()
     metrics = {**({"token_f1": token_f1} if f1 else {}), **(metrics or {})}
     check_rows(asked.token_ids(), model, tokenizer, asked.source, MEND_VOCABULARY)
     with evaluating(model), looked_at_once(), progress_bar(shown=progress) as bar:
-        total, tokens = _loss(model, asked, batch_size or rows_together(model), bar)
+        losses = losses_of(model, asked, batch_size or rows_together(model), bar)
+        total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
         batch_size = batch_size or USUAL_ROWS
         if tokens == 0:
             raise DataError(f"{asked.source}: no row has a token to predict; is every completion empty or cut off?")
         accuracy = _label_accuracy(model, asked, batch_size, bar) if asked.choices else None
-        matches, means = None, dict[str, float]()
+        matches, means, given = None, dict[str, float](), None
         if exact_match or metrics:
             # An answer that is only compared is broken off as soon as it differs.
-            given = _answers(model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics))
+            given = _answers(
+                model, tokenizer, asked, batch_size, max_new_tokens, bar, whole=bool(metrics or asked.numbers)
+            )
             matches = mean_score(same_text, "exact_match", given, asked.references) if exact_match else None
             means = {name: mean_score(metric, name, given, asked.references) for name, metric in metrics.items()}
     return Scores(
@@ -181,7 +208,25 @@ def score(
         token_f1=means.pop("token_f1", None) if f1 else None,
         metrics=means,
         left_out=asked.left_out,
+        each=tuple(_each(asked, losses, given)) if asked.numbers else (),
     )
+
+
+def _each(asked: Questions, losses: Sequence[tuple[float, int]], given: Sequence[str] | None) -> Iterator[RowScore]:
+    sums, counts = [0.0] * asked.rows, [0] * asked.rows
+    for number, (loss, tokens) in zip(asked.numbers, losses, strict=True):
+        sums[number] += loss
+        counts[number] += tokens
+    for number in range(asked.rows):
+        expected = asked.references[number] if asked.references else None
+        answer = None if given is None else given[number]
+        yield RowScore(
+            loss=sums[number] / counts[number] if counts[number] else None,
+            tokens=counts[number],
+            expected=expected,
+            answer=answer,
+            right=None if answer is None or expected is None else bool(same_text(answer, expected)),
+        )
 
 
 def text_loss(
@@ -217,24 +262,34 @@ def text_loss(
     )
 
 
-def progress_bar(*, shown: bool) -> Progress:
-    """On standard error, gone when it is done."""
-    return Progress(
+Told = Callable[[str, int, int], object]
+"""Is told what is done, how many of it, and of how many."""
+
+
+class _Bar(Progress):
+    told: Told | None = None
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Note that more is done, and tell it."""
+        super().advance(task_id, advance)
+        if self.told is not None:
+            task = self.tasks[self.task_ids.index(task_id)]
+            self.told(task.description, int(task.completed), int(task.total or 0))
+
+
+def progress_bar(*, shown: bool | Told) -> Progress:
+    """On standard error, gone when it is done; or nothing to see, where somebody is told."""
+    bar = _Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Terminal(stderr=True),
         transient=True,
-        disable=not shown,
+        disable=shown is not True,
     )
-
-
-def _loss(
-    model: PreTrainedModel, asked: Questions, batch_size: int | Callable[[int], int], bar: Progress
-) -> tuple[float, int]:
-    losses = losses_of(model, asked, batch_size, bar)
-    return sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)
+    bar.told = shown if callable(shown) else None
+    return bar
 
 
 def losses_of(

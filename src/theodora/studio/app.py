@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import filecmp
-import json
 import os
 import re
 import shlex
@@ -24,9 +23,15 @@ from starlette.concurrency import run_in_threadpool
 import theodora
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE_FILE, METRICS_FILE
+from theodora.studio.answers import Answers, NoSuchComparison
+from theodora.studio.bodies import Mistyped, body_of, mapping
+from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
+from theodora.studio.jobs import Jobs, NoSuchJob
+from theodora.studio.look_routes import look_routes
 from theodora.studio.metrics import paces, read, read_on, tail
+from theodora.studio.reports import NoSuchReport, Reports
 from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, log_text, text_of
 from theodora.studio.worker import Failed, Worker
 
@@ -41,13 +46,17 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     Args:
         runs: that are shown.
         worker: that looks at data and plans.
-        folder: the studio's own, for dropped files.
+        folder: the studio's own, for dropped files, comparisons and the key of chats.
         token: that the browser has to bring.
         port: that the server listens on.
     """
 
+    chats = Chats(folder / "chat")
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(chats.end_leftover)
+
         async def look_after_queue() -> None:
             while True:
                 with suppress(TheodoraError, OSError):  # told by the run's state
@@ -58,12 +67,16 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         yield
         task.cancel()
         worker.stop()
+        await run_in_threadpool(chats.stop)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(TheodoraError)
     def refused(_: Request, error: TheodoraError) -> Response:
-        status = 404 if isinstance(error, NoSuchRun) else 422 if isinstance(error, Failed) else 400
+        if isinstance(error, Mistyped):
+            return JSONResponse({"problems": error.problems}, 400)
+        unknown = NoSuchRun | NoSuchComparison | NoSuchJob | NoSuchReport
+        status = 404 if isinstance(error, unknown) else 422 if isinstance(error, Failed) else 400
         return JSONResponse({"error": str(error)}, status)
 
     @app.get("/")
@@ -92,20 +105,20 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/check")
     async def checked(request: Request) -> Any:
-        return await run_in_threadpool(check, await _body(request))
+        return await run_in_threadpool(check, await body_of(request))
 
     @app.post("/api/plan")
     async def planned(request: Request) -> Any:
-        options = check(await _body(request))["options"]
+        options = check(await body_of(request))["options"]
         return await run_in_threadpool(worker.ask, "plan", options=options)
 
     @app.post("/api/data")
     async def data(request: Request) -> Any:
-        asked = await _body(request)
+        asked = await body_of(request)
         path = str(asked.pop("path", "")).strip()
         if not path:
             raise UsageError("data is empty; expected a file, a folder, or a name on the hub.")
-        known = ("model", "objective", "max_length", "train_on")
+        known = ("model", "eval_data", "objective", "max_length", "train_on")
         given = {name: asked[name] for name in known if asked.get(name) not in (None, "")}
         return await run_in_threadpool(worker.ask, "data", path=path, **given)
 
@@ -119,8 +132,8 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/runs")
     async def start(request: Request) -> Any:
-        asked = await _body(request)
-        found = await run_in_threadpool(check, _mapping(asked.get("options")))
+        asked = await body_of(request)
+        found = await run_in_threadpool(check, mapping(asked.get("options")))
         if found["problems"]:
             return JSONResponse({"problems": found["problems"]}, 400)
         return {"id": await run_in_threadpool(runs.start, found["options"], at_once=asked.get("at_once") is True)}
@@ -170,29 +183,16 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
 
     @app.post("/api/folders")
     async def name_folder(request: Request) -> Any:
-        return {"path": await run_in_threadpool(runs.add, str((await _body(request)).get("path", "")))}
+        return {"path": await run_in_threadpool(runs.add, str((await body_of(request)).get("path", "")))}
 
     @app.post("/api/folders/forget")
     async def forget_folder(request: Request) -> Any:
-        await run_in_threadpool(runs.forget, str((await _body(request)).get("path", "")))
+        await run_in_threadpool(runs.forget, str((await body_of(request)).get("path", "")))
         return {}
 
+    reports = Reports(lambda: runs.memory.known.folders)
+    app.include_router(look_routes(Answers(folder / "answers"), chats, Jobs(folder / "jobs"), reports))
     return Guard(app, token, port)
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    try:
-        given = await request.json()
-        json.dumps(given, ensure_ascii=False).encode()  # halves of characters have no place in files or answers
-    except (ValueError, RecursionError) as error:
-        raise UsageError("The body is no JSON text.") from error
-    return _mapping(given)
-
-
-def _mapping(given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise UsageError("Expected a mapping of names to values.")
-    return given
 
 
 @cache

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from theodora.config import TrainConfig
-from theodora.data import Examples, encode_prompt, fallback_chat_template, load_examples, tokenize, tokenize_preferences
+from theodora.data import (
+    Examples,
+    encode_prompt,
+    fallback_chat_template,
+    load_examples,
+    near_copies,
+    tokenize,
+    tokenize_preferences,
+)
 from theodora.data.left_out import sentences
 from theodora.data.sequences import parted
-from theodora.data.split import count_copies, spread_out
-from theodora.errors import TheodoraError
+from theodora.data.split import default_held_out, keys_of, parts_of, rows_held_out, spread_out
+from theodora.errors import ConfigError, TheodoraError
 from theodora.files.model_folder import has_tokenizer
 from theodora.files.tokenizer import load_tokenizer
 from theodora.kernels.cross_entropy import IGNORED
@@ -25,16 +35,24 @@ from theodora.train.objectives import kind_of
 _SHOWN, _MEASURED = 12, 2000
 _MOST_TOKENS, _MOST_TEXT = 1500, 4000
 _BINS = 24
+_PAIRS = 20  # near copies that are shown
 
 
 def look_at_data(
-    path: str, model: str = "", *, objective: str = "sft", max_length: int = 1024, train_on: str = "completion"
+    path: str,
+    model: str = "",
+    *,
+    eval_data: str = "",
+    objective: str = "sft",
+    max_length: int = 1024,
+    train_on: str = "completion",
 ) -> dict[str, Any]:
-    """A source of rows: what it is, what is left out, lengths, and the first rows token by token.
+    """A source of rows: what it is, what is left out, lengths, near copies, and the first rows token by token.
 
     Args:
         path: a file, a folder or a name on the hub, as `--data` takes it.
         model: whose tokenizer reads the rows, or an adapter's folder that has one; without it rows are shown as text.
+        eval_data: rows to evaluate on; without them those that a run would hold out.
         objective: which decides what the rows have to be.
         max_length: tokens after which a row is cut.
         train_on: as in training.
@@ -44,12 +62,14 @@ def look_at_data(
         CheckpointError: the model has no tokenizer that loads.
     """
     examples = load_examples(path, kind=kind_of(objective))
+    keys = keys_of(examples)
     found: dict[str, Any] = {
         "format": examples.format,
         "rows": len(examples),
         "description": examples.description,
         "left_out": sentences(examples.left_out),
-        "copies": count_copies(examples),
+        "copies": len(examples) - len(np.unique(keys)),
+        "near": _near(examples, keys, eval_data, objective),
         "shown": [],
         "lengths": None,
         "note": "",
@@ -69,6 +89,39 @@ def look_at_data(
         found["lengths"] = _lengths(whole, rows, max_length) | {"of": len(measured)}
         found["note"] = rows.info.description
     return found
+
+
+def _near(examples: Examples, keys: Any, eval_data: str, objective: str) -> dict[str, Any] | None:
+    """Near copies between the rows to train on and those held out, side by side; None where nothing is held out."""
+    if eval_data:
+        training, held_out, places = examples, load_examples(eval_data, kind=kind_of(objective)), None
+    else:
+        seed = next(f.default for f in fields(TrainConfig) if f.name == "seed")
+        try:
+            chosen = rows_held_out(examples, default_held_out(len(examples)), seed, keys)
+        except ConfigError:  # the rows are copies of one another
+            return None
+        training, held_out = parts_of(examples, chosen)
+        places = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    if not len(held_out):
+        return None
+    copies = near_copies(training, held_out, places)
+    whole = (examples if places else held_out).dataset, examples.dataset
+    return {
+        "count": len(copies.found),
+        "held_out": copies.held_out,
+        "training": copies.training,
+        "totals": [len(held_out), len(training)],
+        "pairs": [
+            {
+                "row": each.row + 1,
+                "of": each.of + 1,
+                "share": each.share,
+                "sides": [_as_text(whole[0][each.row])["parts"], _as_text(whole[1][each.of])["parts"]],
+            }
+            for each in copies.found[:_PAIRS]
+        ],
+    }
 
 
 @lru_cache(maxsize=4)

@@ -136,6 +136,16 @@ def last_step(path: Path) -> int | None:
     return lines[-1]["step"] if lines else None
 
 
+def time_left(path: Path) -> str | None:
+    """What the last line that tells it says of the time left, as people write it; None where none does."""
+    for line in reversed(parsed(tail(path, 8192))):
+        if (left := line.get("seconds_left")) is not None and left >= 0:
+            minutes, seconds = divmod(round(left), 60)
+            hours, minutes = divmod(minutes, 60)
+            return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return None
+
+
 def steps_of(folder: Path) -> int | None:
     """How many steps a run will have, from the newest of its checkpoints; None where there is none yet."""
     try:

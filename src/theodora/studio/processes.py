@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from theodora.locks import is_here, read_owner
+from theodora.terminal import TELLS_STATUS
 
 try:
     import fcntl
@@ -40,7 +42,7 @@ def begin(words: Sequence[str], log: Path, folder: str) -> tuple[int, str]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", TELLS_STATUS: "1"},
             start_new_session=True,  # Ctrl-C at the studio's terminal, and its end, are none of the run's business
         )
     _OURS[process.pid] = process
@@ -79,6 +81,19 @@ def ask_to_end(pid: int, started: str) -> bool:
         os.kill(pid, signal.SIGTERM)
         return True
     return False
+
+
+def end(pid: int, started: str, patience: float) -> None:
+    """Have a process end, and wait for it; one that has not ended after so many seconds is killed."""
+    if not ask_to_end(pid, started):
+        return
+    late = time.monotonic() + patience
+    while is_alive(pid, started):
+        if time.monotonic() > late:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.05)
 
 
 def holder_of(lock: Path) -> tuple[int, str] | None:

@@ -16,7 +16,7 @@ from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, METRIC
 from theodora.parse import parse_yaml, to_yaml
 from theodora.safe_text import plain_lines, quoted
 from theodora.studio.known import Begun, Memory
-from theodora.studio.metrics import last_step, paces, parsed, read, steps_of, tail
+from theodora.studio.metrics import last_step, paces, parsed, read, steps_of, tail, time_left
 from theodora.studio.processes import ask_to_end, begin, holder_of, is_alive
 from theodora.trust import grant_flags
 
@@ -122,7 +122,7 @@ class Runs:
             step=last_step(metrics),
             steps=steps if isinstance(steps, int) else None,
             loss=_last_figure(metrics),
-            left=pace.get("left") if word == "training" else None,
+            left=(time_left(metrics) or pace.get("left")) if word == "training" else None,
             changed=_changed(metrics) or (begun.at if begun else _changed(folder)),
             can_stop=alive or word == "waiting",
             can_resume=word in ("stopped", "failed") and (_is_record(folder) or begun is not None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ class Diverged(TheodoraError):
 class MetricsFile(TrainerCallback):
     """One JSON line in metrics.jsonl for every log, flushed, so that it can be watched and survives a crash."""
 
-    def __init__(self, path: Path, *, resume_at: int | None) -> None:
+    def __init__(
+        self, path: Path, *, resume_at: int | None, pace: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
         """Begin the file, or cut it back.
 
         Args:
             path: of the file.
             resume_at: the step that the run goes on from; None for a run that begins.
+            pace: how fast it goes, to stand beside the loss of a step; no part of what resumed runs have to repeat.
         """
-        self.path = path
+        self.path, self._pace = path, pace or dict
         earlier = [] if resume_at is None else [line for line in read_metrics(path) if _is_before(line, resume_at)]
         with atomic_write(path) as file:
             file.write_text("".join(to_json(line) + "\n" for line in earlier), encoding="utf-8")
@@ -45,7 +49,8 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Write one line."""
-        line = to_json({"step": state.global_step, **logs}) + "\n"
+        pace = self._pace() if "loss" in (logs or {}) else {}
+        line = to_json({"step": state.global_step, **logs, **pace}) + "\n"
         with explained_io_errors(self.path):
             size = self.path.stat().st_size
             try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from theodora.config import TrainConfig
-from theodora.data.prompt_rows import ROW
+from theodora.data.tokens import ROW
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train.fused_loss import LEARNED

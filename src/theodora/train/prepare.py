@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -25,15 +26,16 @@ from theodora.data import (
     PromptRows,
     fallback_chat_template,
     load_examples,
-    split_examples,
+    near_copies,
     tokenize,
     tokenize_preferences,
     tokenize_prompts,
 )
+from theodora.data.alike import told
 from theodora.data.hidden import left_out_of
 from theodora.data.left_out import LeftOut, named, sentences
 from theodora.data.replay import mix
-from theodora.data.split import spread_out
+from theodora.data.split import default_held_out, parts_of, rows_held_out, spread_out
 from theodora.errors import ConfigError
 from theodora.evaluate.general import general_questions, read_general
 from theodora.evaluate.questions import Questions, context_window
@@ -58,7 +60,6 @@ from theodora.train.rewards import Rewards, rewards_of
 from theodora.train.text_only import check_continues_text
 from theodora.train.tried import know
 
-_HELD_OUT_SHARE, _HELD_OUT_ROWS = 0.05, 200  # the default split
 _COUNTED_AT_ONCE = 10_000  # rows
 
 
@@ -300,18 +301,25 @@ def count_tokens(rows: Dataset) -> tuple[int, int]:
 def _split(config: TrainConfig, examples: Examples) -> tuple[TrainConfig, Examples, Examples | None, list[str]]:
     """Rows to train on, and rows held out, whose number the configuration names from then on; what there is to say."""
     if config.eval_data is not None:
-        return config, examples, load_examples(config.eval_data, kind=kind_of(config.objective)), []
-    wanted = config.held_out
-    if wanted is None:
-        wanted = min(_HELD_OUT_ROWS, max(1, round(_HELD_OUT_SHARE * len(examples)))) if len(examples) > 1 else 0
+        held_out = load_examples(config.eval_data, kind=kind_of(config.objective))
+        names = f" of {config.eval_data}", f" of {config.data}"
+        return config, examples, held_out, _near_copies(examples, held_out, names)
+    wanted = default_held_out(len(examples)) if config.held_out is None else config.held_out
     try:
-        training, held_out = split_examples(examples, wanted, config.seed)
+        chosen = rows_held_out(examples, wanted, config.seed)
     except ConfigError:
         if config.held_out is not None:
             raise
         copies = "no rows are held out: the rows are copies of one another"
         return replace(config, held_out=0), examples, None, [copies]
-    return replace(config, held_out=wanted), training, held_out if wanted else None, []
+    training, held_out = parts_of(examples, chosen)
+    notes = _near_copies(training, held_out, ("", ""), (np.flatnonzero(~chosen), np.flatnonzero(chosen)))
+    return replace(config, held_out=wanted), training, held_out if wanted else None, notes
+
+
+def _near_copies(training: Examples, held_out: Examples, names: tuple[str, str], places: Any = None) -> list[str]:
+    found = near_copies(training, held_out, places)
+    return list(filter(None, [told(found, names, (len(held_out), len(training)))]))
 
 
 def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Examples) -> PreTrainedTokenizerBase:

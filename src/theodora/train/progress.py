@@ -19,6 +19,10 @@ _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 _SECONDS_BETWEEN_LINES = 10  # where the output is no terminal
 
 
+PACE = ("tokens_per_second", "seconds_left", "peak_memory")
+"""What metrics.jsonl has beside a step's loss."""
+
+
 class ProgressView(TrainerCallback):
     """Shows step, loss, held-out loss, learning rate, tokens/s, memory and time left while a run goes on."""
 
@@ -127,6 +131,11 @@ class ProgressView(TrainerCallback):
         evaluated = "eval_loss" in logs
         if not self.console.is_terminal and (evaluated or ("loss" in logs and not control.should_evaluate)):
             self._print_line(state, due=evaluated)  # where an evaluation follows, once, with what it found
+
+    def pace(self) -> dict[str, float]:
+        """Tokens a second since the log before, seconds left, and the most bytes held: what is known of it."""
+        known = (self.tokens_per_second, self.seconds_left, peak_memory() or None)
+        return {name: value for name, value in zip(PACE, known, strict=True) if value is not None}
 
     @property
     def mean_tokens_per_second(self) -> float:

@@ -45,6 +45,7 @@ from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
+from theodora.train.moving import Moving
 from theodora.train.out_of_memory import memory_advice, said_of_pieces
 from theodora.train.preference_report import held_out_figures, per_row
 from theodora.train.prepare import Prepared, count_tokens, prepare
@@ -188,7 +189,7 @@ def _train(
         prepared.notes += [note for notes in missing for note in notes]
     say = partial(console.print, style="yellow", soft_wrap=True)
     early, keeps, loads = EarlyGradients(tensors), KeepInputs(inputs), ExpertLoads(prepared.model, say)
-    callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, loads, view]
+    callbacks = [StopWhenDiverged(), RecomputeLess(), stop, early, keeps, updates, loads]
     trainer = build_trainer(prepared, arguments, callbacks)
     trainer.say = say
     trainer.pieces.advice = memory_advice(prepared.config, prepared.model)
@@ -205,12 +206,16 @@ def _train(
     print_plan(console, plan)
     if processes.writes:
         _begin_record(prepared, plan, output)
-        # First, so that the line of a diverged step is written before the run ends over it.
-        metrics = MetricsFile(output / run_files.METRICS_FILE, resume_at=plan.resume_at)
-        trainer.callback_handler.callbacks.insert(0, metrics)
+        # First, so that the line of a diverged step is written before the run ends over it; `view` tells it the pace.
+        metrics = MetricsFile(output / run_files.METRICS_FILE, resume_at=plan.resume_at, pace=view.pace)
+        trainer.callback_handler.callbacks[:0] = [view, metrics]
+    else:
+        trainer.callback_handler.callbacks.insert(0, view)
     forgetting = None if prepared.general is None else Forgetting(prepared, trainer)
     if forgetting is not None:  # before the clock that counts the time of steps
         trainer.callback_handler.callbacks.insert(0, forgetting)
+    if processes.sharding is None:
+        trainer.callback_handler.callbacks.insert(0, Moving(trainer, output / run_files.METRICS_FILE))
     asks = prepared.config.objective != "sft"
     before_it = processes.first_does(lambda: _answers(prepared), patient=True) if asks else []
     started = time.monotonic()

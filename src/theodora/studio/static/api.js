@@ -29,6 +29,19 @@ async function asked(path, options) {
   return answer;
 }
 
+// An answer of lines of JSON, each told as it comes; until its end, or until `signal` ends it.
+export async function stream(path, body, signal, told) {
+  const reply = await fetch(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal });
+  if (!reply.ok) throw new Refused((await reply.json().catch(() => ({}))).error ?? `The studio answered ${reply.status}.`);
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) told(JSON.parse(line));
+  }
+}
+
 export const get = (path) => asked(path);
 
 export const post = (path, body = {}) =>

@@ -4,6 +4,7 @@ import { place, say } from "./dom.js";
 import { DataScreen } from "./data.js";
 import { TrainScreen } from "./train.js";
 import { RunsScreen } from "./runs.js";
+import { LookScreen } from "./look.js";
 
 const about = await get("/api/studio");
 say(document.getElementById("where"), place(about.working, about.home));
@@ -18,7 +19,8 @@ const atWork = (count) => {
 const screens = {
   data: new DataScreen(document.getElementById("data-screen"), { about, train: (values) => { screens.train.fill(values); go("train"); } }),
   train: new TrainScreen(document.getElementById("train-screen"), { about, started: (id) => go(`runs/${id}`), look: (values) => { screens.data.fill(values); go("data"); } }),
-  runs: new RunsScreen(document.getElementById("runs-screen"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); } }),
+  runs: new RunsScreen(document.getElementById("runs-screen"), { about, atWork, again: (values) => { screens.train.fill(values, true); go("train"); }, look: (tab, values) => { screens.look.fill(tab, values); go(`look/${tab}`); } }),
+  look: new LookScreen(document.getElementById("look-screen"), { about }),
 };
 
 let before;
@@ -42,11 +44,11 @@ function show(focuses) {
 }
 
 addEventListener("hashchange", () => show(true));
-// g then d, t, r, as in other tools of this kind; not while somebody types.
+// g then d, t, r, l, as in other tools of this kind; not while somebody types.
 let waiting = 0;
 addEventListener("keydown", (event) => {
   if (event.target.closest("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey) return;
-  const to = { d: "data", t: "train", r: "runs" }[event.key];
+  const to = { d: "data", t: "train", r: "runs", l: "look" }[event.key];
   if (event.key === "g") waiting = Date.now();
   else if (to && Date.now() - waiting < 1000) go(to);
 });

@@ -9,6 +9,7 @@ export class DataScreen {
     const objective = about.form[0].fields.find(({ name }) => name === "objective");
     this.path = el("input", { id: "data-path", placeholder: "train.jsonl", autocomplete: "off", spellcheck: "false" });
     this.model = el("input", { id: "data-model", placeholder: "HuggingFaceTB/SmolLM2-135M-Instruct", autocomplete: "off", spellcheck: "false" });
+    this.heldOut = el("input", { id: "data-eval", placeholder: "a part of the rows", autocomplete: "off", spellcheck: "false" });
     this.objective = el("select", { id: "data-objective" }, ...objective.choices.map((name) => el("option", { value: name }, name)));
     this.length = el("input", { id: "data-length", value: "1024", inputmode: "numeric" });
     this.button = el("button", { class: "main", type: "submit" }, "Look at it");
@@ -21,6 +22,7 @@ export class DataScreen {
         field("A file, a folder, or a data set's name on the hub", this.path, "path", "A .jsonl, .json, .csv or .parquet file; its format is recognised."),
         el("div", { class: "field drops" }, this.drop, this.file),
         field("Model", this.model, "", "Its tokenizer and chat template say what the model will see. Without it rows are shown as text."),
+        field("Held-out rows", this.heldOut, "", "A file of their own (eval_data). Empty: those that a run would hold out."),
         field("Objective", this.objective, "", objective.help),
         field("Cut rows after", this.length, "", "tokens: max_length"),
         el("div", { class: "field end" }, this.button)));
@@ -38,9 +40,12 @@ export class DataScreen {
 
   show() { post("/api/wake").catch(() => {}); }
 
-  fill({ data, model, from_adapter, objective, max_length }) {
+  fill({ data, eval_data, model, from_adapter, objective, max_length }) {
     model ||= from_adapter;
-    if (data) this.path.value = data;
+    if (data) {
+      this.path.value = data;
+      this.heldOut.value = eval_data ?? "";
+    }
     if (model) this.model.value = model;
     if (objective) this.objective.value = objective;
     if (max_length) this.length.value = max_length;
@@ -64,7 +69,7 @@ export class DataScreen {
   spaced() { this.result.style.marginTop = "1.1rem"; }
 
   async look() {
-    const asked = { path: this.path.value.trim(), model: this.model.value.trim(), objective: this.objective.value };
+    const asked = { path: this.path.value.trim(), model: this.model.value.trim(), objective: this.objective.value, eval_data: this.heldOut.value.trim() };
     const length = Number(this.length.value);
     if (length >= 2) asked.max_length = length;
     this.button.disabled = true;
@@ -84,16 +89,18 @@ export class DataScreen {
     const facts = [
       [figure(found.rows), found.rows === 1 ? "row" : "rows"], [found.format, "format"],
       [figure(found.copies), "copies of an earlier row"],
+      ...(found.near ? [[figure(found.near.count), "held-out rows nearly in training"]] : []),
       ...(lengths ? [[figure(lengths.median), "tokens, median"], [figure(lengths.longest), "tokens, longest"], [figure(lengths.cut), lengths.cut === 1 ? "row is cut" : "rows are cut"], [share, "of the tokens are learned"]] : []),
     ];
     const notes = [found.description, ...(found.note && lengths.of < found.rows ? [`Of ${figure(lengths.of)} rows: ${found.note}`] : found.note ? [found.note] : [])];
     put(this.result,
       el("div", { class: "card stack" },
         el("div", { class: "row spread" }, el("h2", {}, "What is in it"),
-          el("button", { type: "button", class: "main", onclick: () => this.train({ data: asked.path, model: asked.model, objective: asked.objective === "sft" ? "" : asked.objective, max_length: asked.max_length === 1024 ? "" : String(asked.max_length ?? "") }) }, "Train on it")),
+          el("button", { type: "button", class: "main", onclick: () => this.train({ data: asked.path, eval_data: asked.eval_data, model: asked.model, objective: asked.objective === "sft" ? "" : asked.objective, max_length: asked.max_length === 1024 ? "" : String(asked.max_length ?? "") }) }, "Train on it")),
         el("div", { class: "figures" }, ...facts.map(([value, told]) => el("div", { class: "figure" }, el("b", {}, value), el("span", {}, told)))),
         lengths && el("div", {}, el("h3", {}, `Lengths, from 1 to ${figure(lengths.longest)} tokens`), bars(lengths.bins, "How many rows have which length")),
         ...found.left_out.map((told) => el("div", { class: "note warn" }, `Left out: ${told}`)),
+        found.near?.count ? near(found.near, asked.eval_data) : null,
         ...notes.filter(Boolean).map((told) => el("p", { class: "quiet small" }, told)),
         el("pre", {}, command(asked))),
       el("div", { class: "row spread", style: undefined }, el("h2", {}, `The first ${found.shown.length} rows`), asked.model ? legend() : null),
@@ -103,9 +110,21 @@ export class DataScreen {
   }
 }
 
-function command({ path, model, max_length }) {
+// Held-out rows beside the training rows that they are nearly: what they share is no proof of anything learned.
+function near({ count, held_out, training, totals, pairs }, file) {
+  const of = (seen, total) => (seen < total ? `${figure(seen)} of ${figure(total)}` : figure(total));
+  const side = (name, parts) => el("div", {}, el("h3", {}, name), ...parts.flatMap((part) => [el("div", { class: "part" }, part.name), el("div", { class: "tokens" }, part.pieces.map(({ text }) => text).join(""))]));
+  return el("details", { class: "note warn near" },
+    el("summary", {}, `${figure(count)} of ${of(held_out, totals[0])} held-out rows ${count === 1 ? "is" : "are"} nearly in what is trained on (${of(training, totals[1])} rows): their loss would be too good.`),
+    ...pairs.map((pair) => el("article", { class: "sample" },
+      el("header", {}, el("b", {}, `${Math.round(100 * pair.share)} %`), `row ${figure(pair.row)}${file ? ` of ${file}` : ""} is row ${figure(pair.of)}`),
+      el("div", { class: "pair" }, side("Held out", pair.sides[0]), side("Trained on", pair.sides[1])))),
+    count > pairs.length ? el("p", { class: "small" }, `… and ${figure(count - pairs.length)} more`) : null);
+}
+
+function command({ path, model, max_length, eval_data }) {
   const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
-  return `theodora train --model ${quoted(model || "MODEL")} --data ${quoted(path)}${max_length && max_length !== 1024 ? ` --max-length ${max_length}` : ""} --output runs/first`;
+  return `theodora train --model ${quoted(model || "MODEL")} --data ${quoted(path)}${eval_data ? ` --eval-data ${quoted(eval_data)}` : ""}${max_length && max_length !== 1024 ? ` --max-length ${max_length}` : ""} --output runs/first`;
 }
 
 function field(label, input, kind = "", help = "") {

@@ -11,8 +11,8 @@ const WORDS = { waiting: "waits", starting: "starting", training: "training", st
 const BUSY = ["waiting", "starting", "training", "stopping"];
 
 export class RunsScreen {
-  constructor(root, { about, atWork, again }) {
-    Object.assign(this, { home: about.home, atWork, again, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
+  constructor(root, { about, atWork, again, look }) {
+    Object.assign(this, { home: about.home, atWork, again, lookAt: look, runs: [], cards: new Map(), curves: new Map(), shown: new Map(), open: null, visible: false });
     this.list = el("div", { class: "list", role: "list" });
     this.detail = new Detail(this);
     this.charts = [
@@ -21,7 +21,9 @@ export class RunsScreen {
       ["eval", new Chart("Held-out loss", { show: figure }), "eval_loss"],
       ["general", new Chart("Loss on general text", { show: figure }), "general_loss"],
       ["speed", new Chart("Tokens a second", { show: figure, floor: 0 }), "tokens_per_second"],
-      ["memory", new Chart("Peak memory", { show: bytes, floor: 0 }), "memory"],
+      ["direction", new Chart("Turned: mean angle of the weights' rows, degrees", { show: figure, floor: 0 }), "moved_direction"],
+      ["magnitude", new Chart("Lengthened or shortened: mean change of magnitudes", { show: share, floor: 0 }), "moved_magnitude"],
+      ["memory", new Chart("Peak memory", { show: bytes, floor: 0 }), "peak_memory"],
     ];
     const folder = el("input", { id: "folder", placeholder: "a run, or a folder of runs", autocomplete: "off", spellcheck: "false", "aria-label": "Folder" });
     this.wrong = el("span", { class: "problem" });
@@ -104,7 +106,7 @@ export class RunsScreen {
   }
 
   async follow(id) {
-    const curve = this.curves.get(id) ?? { cursor: "", lines: [], paces: [] };
+    const curve = this.curves.get(id) ?? { cursor: "", lines: [] };
     this.curves.set(id, curve);
     const run = this.runs.find((each) => each.id === id);
     if (curve.complete === run?.changed && !BUSY.includes(run?.state)) return;
@@ -113,8 +115,11 @@ export class RunsScreen {
       found = await get(`/api/runs/${id}?cursor=${encodeURIComponent(curve.cursor)}`);
       if (found.anew) curve.lines = [];
       for (const line of found.lines) curve.lines.push(line);
-      Object.assign(curve, { cursor: found.cursor, paces: found.paces, state: found.state });
+      Object.assign(curve, { cursor: found.cursor, state: found.state });
     } while (found.more);
+    // Runs of earlier versions have their pace in the log of the studio alone.
+    if (!curve.lines.some((line) => "peak_memory" in line))
+      curve.lines.push(...found.paces.map(({ step, tokens_per_second, memory }) => ({ step, tokens_per_second, ...(memory ? { peak_memory: memory } : {}) })));
     curve.complete = found.state.changed;
   }
 
@@ -122,11 +127,11 @@ export class RunsScreen {
     for (const [kind, chart, key] of this.charts)
       chart.set([...this.shown].map(([id, color]) => {
         const curve = this.curves.get(id);
-        const lines = curve ? (kind === "speed" || kind === "memory" ? curve.paces : curve.lines) : [];
+        const lines = curve ? curve.lines : [];
         const byStep = new Map(lines.filter((line) => typeof line[key] === "number").map((line) => [line.step, line[key]]));
         // The loss of what learns from rewards is no figure to look at.
         const hidden = (kind === "loss" || kind === "eval") && lines.some((line) => typeof line.reward === "number");
-        return { color, points: hidden ? [] : [...byStep].sort(([a], [b]) => a - b), dots: kind === "eval" || kind === "general" };
+        return { color, points: hidden ? [] : [...byStep].sort(([a], [b]) => a - b), dots: ["eval", "general", "direction", "magnitude"].includes(kind) };
       }));
   }
 
@@ -140,6 +145,8 @@ export class RunsScreen {
     if (cards.length !== this.list.children.length || cards.some((card, index) => this.list.children[index] !== card)) put(this.list, ...cards);
   }
 }
+
+const share = (value) => `${(100 * value).toPrecision(2)} %`;
 
 class Card {
   constructor(run, screen) {
@@ -182,7 +189,11 @@ class Detail {
     this.stop = el("button", { type: "button", class: "danger", onclick: () => this.act("stop") }, "Stop");
     this.resume = el("button", { type: "button", class: "main", onclick: () => this.act("resume") }, "Resume");
     this.again = el("button", { type: "button", onclick: () => this.copy() }, "Another like it");
-    put(this.buttons, this.stop, this.resume, this.again);
+    this.answers = el("button", { type: "button", onclick: () => this.screen.lookAt("answers", { model: place(this.run.folder, this.screen.home), data: this.typed.eval_data ?? "" }) }, "Before and after");
+    this.chat = el("button", { type: "button", onclick: () => this.screen.lookAt("chat", { adapters: [place(this.run.folder, this.screen.home)] }) }, "Chat");
+    this.change = el("button", { type: "button", onclick: () => this.screen.lookAt("change", { runs: [place(this.run.folder, this.screen.home)] }) }, "What changed");
+    this.make = el("button", { type: "button", onclick: () => this.screen.lookAt("make", { adapter: place(this.run.folder, this.screen.home) }) }, "Make");
+    put(this.buttons, this.answers, this.chat, this.change, this.make, this.stop, this.resume, this.again);
     this.element = el("div", { class: "card stack" }, el("div", { class: "row spread" }, el("div", {}, el("div", { class: "row" }, this.title, this.badge), this.folder), this.buttons), this.progress, this.figures, this.wrong);
     this.log = el("pre", { class: "log", tabindex: "0" });
     this.results = el("div", {});
@@ -234,6 +245,7 @@ class Detail {
     this.stop.disabled = run.state === "stopping";
     say(this.stop, run.state === "waiting" ? "Take it out of the queue" : "Stop");
     this.resume.hidden = !run.can_resume;
+    for (const each of [this.answers, this.chat, this.change, this.make]) each.hidden = run.state !== "finished";
     say(this.resume, run.step === null ? "Start again" : "Resume");
     const known = run.steps && run.step !== null && BUSY.includes(run.state);
     this.progress.hidden = !known;
@@ -257,13 +269,13 @@ class Detail {
   }
 
   tell(run, curve) {
-    const last = (key, lines = curve?.lines ?? []) => lines.findLast((line) => typeof line[key] === "number")?.[key];
+    const last = (key) => curve?.lines.findLast((line) => typeof line[key] === "number")?.[key];
     const rewarded = last("reward") !== undefined;
     const facts = [
       [run.step === null ? null : run.steps ? `${figure(run.step)} / ${figure(run.steps)}` : figure(run.step), "steps"],
       [rewarded ? figure(last("reward")) : run.loss === null ? null : figure(run.loss), rewarded ? "reward" : "loss"],
       [rewarded ? undefined : last("eval_loss"), "held-out loss"], [last("general_loss"), "loss on general text"],
-      [last("tokens_per_second", curve?.paces), "tokens/s"], [last("memory", curve?.paces), "peak memory"], [run.left, "left"],
+      [last("tokens_per_second"), "tokens/s"], [last("peak_memory"), "peak memory"], [run.left, "left"],
     ].filter(([value]) => value !== null && value !== undefined);
     put(this.figures, ...facts.map(([value, told]) => el("div", { class: "figure" }, el("b", {}, typeof value === "number" ? (told === "peak memory" ? bytes(value) : figure(value)) : value), el("span", {}, told))));
     this.figures.hidden = !facts.length;
