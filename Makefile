@@ -81,7 +81,7 @@ test-attacks: $(VENV)/.test ## run the attacks that SECURITY.md's promises are h
 	$(BIN)/python -m pytest tests/attacks --long $(ARGS)
 
 test-long: $(VENV)/.test ## run the tests that `make test` leaves out because they take long (benchmarks as a whole, attacks)
-	$(BIN)/python -m pytest -m long --long $(ARGS)
+	$(BIN)/python -m pytest -m long --long --all $(ARGS)
 
 families: $(VENV)/.test ## train, merge, verify and serve a tiny model of every family of transformers (an hour; docs/models.md)
 	$(BIN)/python tests/sweep_families.py $(ARGS)

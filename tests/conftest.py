@@ -82,16 +82,18 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("few")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out long tests and variants that show no new value, unless they are asked for."""
+    """Leave out long tests and, of what -k and -m leave, variants that show no new value, unless they are asked for."""
     if not config.getoption("long"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long; make test-long runs it"))
     if not config.getoption("all"):
         variants: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for item in items:  # what is skipped shows nothing
+            long = item.get_closest_marker("long") and not config.getoption("long")
+            variants.setdefault(f"{item.nodeid.partition('[')[0]} {bool(long)}", []).append(item)
         items[:] = [item for those in variants.values() for item in _few(those)]
 
 
