@@ -4,9 +4,8 @@
 PYTHON ?= python3
 ARGS ?=
 
-# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: as few variants of
-# each test as show every value of its parameters, and of whole models a quarter. (Triton is part of torch on Linux alone;
-# without it these run their references again.)
+# What runs Triton kernels: a second time, under Triton's interpreter, which needs no GPU, and is slow: of whole models a
+# quarter of the variants. (Triton is part of torch on Linux alone; without it these run their references again.)
 INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
 # What is left out where HQQ is not installed.
@@ -39,7 +38,7 @@ RAY_NEED := msgpack==1.2.4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills test-attacks
+.PHONY: help demo test test-all test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills test-attacks
 .PHONY: test-long test-ray test-studio mutants package audit sbom lock families check bench study study-small clean
 
 help: ## list the targets
@@ -51,10 +50,14 @@ demo: $(VENV)/.demo ## fine-tune a real model and show before and after (results
 test: $(VENV)/.test $(if $(ARGS),,$(VENV)/hqq/$(HQQ)) ## run the tests (ARGS="tests/laws -x" runs some of them)
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	$(if $(ARGS),,$(WITH_HQQ) -m pytest $(ON_HQQ))
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --few $(INTERPRETED))
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED))
+
+test-all: $(VENV)/.test $(VENV)/hqq/$(HQQ) ## run the tests in all variants, of which `make test` takes those that show every value once
+	$(BIN)/python -m pytest $(PARALLEL) --all
+	$(WITH_HQQ) -m pytest --all $(ON_HQQ)
 
 test-interpreted: $(VENV)/.test ## run all that runs Triton kernels under Triton's interpreter, of which `make test` takes some variants, and whole trajectories
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --all $(INTERPRETED) tests/invariant $(ARGS)
 
 fuzz: $(VENV)/.test ## feed the readers of files 5,000 hostile ones each (FUZZ_EXAMPLES=N: as many)
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 7200 $(ARGS)
@@ -63,7 +66,7 @@ test-vllm: .venv-vllm/.installed ## run the vLLM plug-in's tests in a real vLLM 
 	timeout 1800 .venv-vllm/bin/python -m pytest tests/vllm_plugin -o filterwarnings= $(ARGS)
 
 test-quantisers: $(VENV)/.test $(VENV)/hqq/$(HQQ) $(VENV)/quantisers/.installed ## run the tests on layers of GPTQ, AWQ and others
-	PYTHONPATH=$(VENV)/hqq:$(VENV)/quantisers $(BIN)/python -m pytest tests/layers/test_libraries_more.py $(ARGS)
+	PYTHONPATH=$(VENV)/hqq:$(VENV)/quantisers $(BIN)/python -m pytest --all tests/layers/test_libraries_more.py $(ARGS)
 
 test-ray: $(VENV)/.test $(VENV)/ray/$(RAY) ## run training and comparisons on a Ray cluster of this machine
 	PYTHONPATH=$(VENV)/ray $(BIN)/python -m pytest tests/launch $(ARGS)
@@ -78,7 +81,7 @@ test-attacks: $(VENV)/.test ## run the attacks that SECURITY.md's promises are h
 	$(BIN)/python -m pytest tests/attacks --long $(ARGS)
 
 test-long: $(VENV)/.test ## run the tests that `make test` leaves out because they take long (benchmarks as a whole, attacks)
-	$(BIN)/python -m pytest -m long --long $(ARGS)
+	$(BIN)/python -m pytest -m long --long --all $(ARGS)
 
 families: $(VENV)/.test ## train, merge, verify and serve a tiny model of every family of transformers (an hour; docs/models.md)
 	$(BIN)/python tests/sweep_families.py $(ARGS)
@@ -88,16 +91,16 @@ fuzz-atheris: $(VENV)/.fuzz ## a minute of fuzzing guided by coverage for each r
 	for reader in jsonl json csv gzip parquet yaml config safetensors; do \
 	    $(BIN)/python tests/fuzz/run_atheris.py $$reader -max_total_time=$(or $(SECONDS),60) || exit 1; done
 
-coverage: $(VENV)/.test $(VENV)/hqq/$(HQQ) ## run the tests as `make test` does, and fail below the floor of lines and branches covered
+coverage: $(VENV)/.test $(VENV)/hqq/$(HQQ) ## run the tests in all variants, and fail below the floor of lines and branches covered
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),$(PARALLEL))
-	$(WITH_HQQ) -m coverage run -m pytest $(ON_HQQ)
-	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) $(INTERPRETED) tests/invariant
+	$(BIN)/python -m coverage run -m pytest --all $(or $(ARGS),$(PARALLEL))
+	$(WITH_HQQ) -m coverage run -m pytest --all $(ON_HQQ)
+	TRITON_INTERPRET=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) --all $(INTERPRETED) tests/invariant
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --show-missing
 
 test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions that are supported (oldest.txt)
-	.venv-oldest/bin/python -m pytest $(or $(ARGS),tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train)
+	.venv-oldest/bin/python -m pytest --all $(or $(ARGS),tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train)
 
 mutants: $(VENV)/.mutants ## change formulas, layers and adapters, 25 ways a file, and list what no test notices (SAMPLE=0: all)
 	nice $(BIN)/python .ci/mutants.py --sample $(or $(SAMPLE),25) $(ARGS)

@@ -96,7 +96,7 @@ def _run_wider(file: str, names: list[str]) -> None:
     """Run mutants against the slower tests, and write the results where mutmut does."""
     tests = next((tests for pattern, tests in WIDER.items() if fnmatch.fnmatch(file, pattern)), "")
     settings = {"PYTHONPATH": "src", **dict(word.split("=") for word in tests.split() if "=" in word)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "not compile", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "--all", "-x", "-q", "-k", "not compile", "-p", "no:cacheprovider"]
     command += [word for word in tests.split() if "=" not in word]
     for name in names if tests else []:
         environment = {**os.environ, **settings, "MUTANT_UNDER_TEST": name}

@@ -46,8 +46,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 import tiny
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 torch.set_num_threads(1)
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     import interpreting
 
     interpreting.prepare()
@@ -62,33 +64,44 @@ if not torch.accelerator.is_available():
 os.fsync = lambda _descriptor: None
 
 
+# Where parameters multiply, each value is shown at least once, and all combinations with --all. Elsewhere variants are
+# whole cases, or quick.
+THINNED = {
+    "adapters", "bench", "compat", "conformance", "demo", "evaluate", "export", "kernels", "layers", "merging", "train",
+}  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--few", action="store_true", help="run as few variants as show each parameter's every value")
+    parser.addoption("--all", action="store_true", help="run all variants, not only as many as show every value")
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("few"):
+    if INTERPRETED and not config.getoption("all"):
         hypothesis.settings.register_profile("few", max_examples=10)
         hypothesis.settings.load_profile("few")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long tests out unless they are asked for, and where that is asked for variants that show nothing new."""
+    """Leave out long tests and, of what -k and -m leave, variants that show no new value, unless they are asked for."""
     if not config.getoption("long"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long; make test-long runs it"))
-    if config.getoption("few"):
+    if not config.getoption("all"):
         variants: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        # Whole models take seconds under Triton's interpreter: a quarter of their variants has to do.
-        items[:] = [
-            item
-            for those in variants.values()
-            for item in (those[::4] if "fastpath" in those[0].path.parts else _with_each_value(those))
-        ]
+        for item in items:  # what is skipped shows nothing
+            long = item.get_closest_marker("long") and not config.getoption("long")
+            variants.setdefault(f"{item.nodeid.partition('[')[0]} {bool(long)}", []).append(item)
+        items[:] = [item for those in variants.values() for item in _few(those)]
+
+
+def _few(variants: list[pytest.Item]) -> list[pytest.Item]:
+    folder = variants[0].path.parent.name
+    if INTERPRETED and folder == "fastpath":  # whole models take seconds there: a quarter of their variants has to do
+        return variants[::4]
+    return _with_each_value(variants) if INTERPRETED or folder in THINNED else variants
 
 
 def _with_each_value(variants: list[pytest.Item]) -> list[pytest.Item]:

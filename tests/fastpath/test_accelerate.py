@@ -274,8 +274,9 @@ def test_moved_to_another_dtype(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_the_reference(dtype):
     found_errors, plain_errors = 0.0, 0.0
-    for _ in range(2 if interpreted() else 4):  # one model's errors are one draw
-        model = adapted(dtype=dtype, blocks=2)
+    draws, blocks = (2, 1) if interpreted() else (4, 2)
+    for _ in range(draws):  # one model's errors are one draw
+        model = adapted(dtype=dtype, blocks=blocks)
         exact, plain = expected(copy.deepcopy(model).double()), expected(model)
         speed_up_model(model)
         found = step(model)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from formula import DEVICE
+from registered import opcheck
 from theodora.kernels.beside import stacked_rows, times_scaled_b
 
 
@@ -42,5 +43,5 @@ def test_products(ranks, dtype):
 
 def test_the_operators_keep_their_word():
     a, b = normal(3, 8), normal(8, 3)
-    torch.library.opcheck(torch.ops.theodora.stacked_rows, (normal(7, 8), [a, a]))
-    torch.library.opcheck(torch.ops.theodora.diagonal, (normal(16, 8), [b, b], [0.5, 2.0]))
+    opcheck(torch.ops.theodora.stacked_rows, (normal(7, 8), [a, a]))
+    opcheck(torch.ops.theodora.diagonal, (normal(16, 8), [b, b], [0.5, 2.0]))

@@ -5,6 +5,7 @@ import torch
 
 import formula
 from formula import DEVICE
+from registered import opcheck
 from theodora.kernels import compose as kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -178,16 +179,16 @@ def test_a_magnitude_of_zero_has_its_gradient_from_x(dtype, normed):
 def test_the_operators_keep_their_word(kind):
     operators = torch.ops.theodora
     given, dy = inputs((5, 20, 3), kind, torch.float32)
-    torch.library.opcheck(operators.compose, given)
-    torch.library.opcheck(operators.compose_backward, (dy, *given[:-1]))
+    opcheck(operators.compose, given)
+    opcheck(operators.compose_backward, (dy, *given[:-1]))
     z, xa, b, scale, magnitude, norm, bias = given
     if xa is not None and norm is None:
-        torch.library.opcheck(operators.compose_, (z, xa, b, scale, bias, [dy]))
-    torch.library.opcheck(operators.compose_onto, (z, xa, b, scale, magnitude, norm, bias, dy))
+        opcheck(operators.compose_, (z, xa, b, scale, bias, [dy]))
+    opcheck(operators.compose_onto, (z, xa, b, scale, magnitude, norm, bias, dy))
     if xa is not None and norm is not None:
         dz = torch.empty_like(dy)
-        torch.library.opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, dz))
+        opcheck(operators.compose_backward_into, (dy, z, xa, b, scale, magnitude, norm, dz))
         rest = xa, b, scale, magnitude, norm
-        torch.library.opcheck(operators.compose_backward_from_output, (dy, z, *rest, dz))
+        opcheck(operators.compose_backward_from_output, (dy, z, *rest, dz))
         x, w, dm = normal(5, 8), normal(20, 8), torch.ones(20, device=DEVICE)
-        torch.library.opcheck(operators.zero_scale_gradient, (dm, dy, x, None, None, w, *rest))
+        opcheck(operators.zero_scale_gradient, (dm, dy, x, None, None, w, *rest))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import formula
+from registered import opcheck
 from theodora.kernels import cross_entropy
 from theodora.kernels.cross_entropy import (
     IGNORED,
@@ -191,8 +192,8 @@ def test_the_operators_keep_their_word():
     hidden, weight, labels, _ = problem((9, 8, 40), torch.float32)
     for with_gradient in (False, True):
         args = hidden, weight, labels, None, 1.0, None, -100, True, with_gradient
-        torch.library.opcheck(torch.ops.theodora.linear_cross_entropy, args)
-    torch.library.opcheck(torch.ops.theodora.scaled, (hidden, torch.tensor(0.5, device=DEVICE)))
+        opcheck(torch.ops.theodora.linear_cross_entropy, args)
+    opcheck(torch.ops.theodora.scaled, (hidden, torch.tensor(0.5, device=DEVICE)))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 does it itself

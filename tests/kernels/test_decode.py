@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import formula
+from registered import opcheck
 from theodora.kernels import decode
 from theodora.kernels.operators import runs_triton
 
@@ -106,7 +107,7 @@ def test_no_tokens_and_too_many():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_it_is_an_operator():
     given = inputs(2, 16, 24, 4, torch.float16)
-    torch.library.opcheck(torch.ops.theodora.decode_linear.default, given)
+    opcheck(torch.ops.theodora.decode_linear.default, given)
     compiled = torch.compile(decode.decode_linear, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*given), decode.decode_linear(*given))
 

@@ -8,6 +8,7 @@ import torch
 
 import formula
 from formula import DEVICE
+from registered import opcheck
 from theodora import functional
 from theodora.kernels import gated as kernel
 from theodora.kernels.base_weight import PlainWeight, StackedWeight
@@ -107,12 +108,10 @@ def test_the_operators_keep_their_word(kinds):
     given = normal(5, 12), normal(5, 12)
     spread = [getattr(u, f.name) for u in (update(kind, 5, 12, 3, torch.float32, True) for kind in kinds)
               for f in fields(Update)]  # fmt: skip
-    torch.library.opcheck(torch.ops.theodora.gated, (*given, *spread, "silu"))
+    opcheck(torch.ops.theodora.gated, (*given, *spread, "silu"))
     for low, a, keep_h in ((None, None, True), (normal(5, 3), normal(3, 12), False)):
         places = torch.zeros(5, 12, device=DEVICE), torch.zeros(5, 12, device=DEVICE)
-        torch.library.opcheck(
-            torch.ops.theodora.gated_backward, (normal(5, 12), low, a, *given, *spread, "silu", *places, keep_h)
-        )
+        opcheck(torch.ops.theodora.gated_backward, (normal(5, 12), low, a, *given, *spread, "silu", *places, keep_h))
 
 
 # The whole MLP -------------------------------------------------------------------------------------------------------

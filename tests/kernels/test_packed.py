@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import formula
 from formula import DEVICE
+from registered import opcheck
 from theodora import functional
 from theodora.kernels import decode, packed, weight_norm
 from theodora.kernels.formats import Bits4, Bits8, Part
@@ -154,7 +155,7 @@ def test_the_operator_keeps_its_word():
     a, b = factors(6, 128, 3)
     squared = functional.row_norm_squared(form.dense(tensors, torch.bfloat16))
     given = a, b, 0.5, squared, list(tensors), list(weight.form), weight.table, 0
-    torch.library.opcheck(torch.ops.theodora.dora_norm_packed, given)
+    opcheck(torch.ops.theodora.dora_norm_packed, given)
 
 
 def test_tables_are_the_librarys():
@@ -250,5 +251,5 @@ def test_decoding_is_an_operator():
     a, b = (factor.half() for factor in factors(16, 128, 4))
     x = torch.randn(2, 128, device=DEVICE).half()
     given = x, a, b, None, None, list(tensors), list(weight.form), weight.table
-    torch.library.opcheck(torch.ops.theodora.decode_packed.default, given)
-    torch.library.opcheck(torch.ops.theodora.decode_onto.default, (x, x @ a.T @ b.T, a, b, None, None))
+    opcheck(torch.ops.theodora.decode_packed.default, given)
+    opcheck(torch.ops.theodora.decode_onto.default, (x, x @ a.T @ b.T, a, b, None, None))

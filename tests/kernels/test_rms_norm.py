@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import formula
+from registered import opcheck
 from theodora import kernels
 from theodora.kernels.notes import norm_of
 from theodora.kernels.operators import interpreted
@@ -106,8 +107,8 @@ def test_no_rows():
 def test_the_operators_keep_their_word():
     x, w, dy = inputs((3, 16), torch.float32)
     for cast in ("llama", "gemma"):
-        torch.library.opcheck(torch.ops.theodora.rms_norm, (x, w, 1e-6, 1.0, cast))
-    torch.library.opcheck(torch.ops.theodora.rms_norm_backward, (dy, x, rms_norm(x, w, 1e-6)[1], w, 1.0))
+        opcheck(torch.ops.theodora.rms_norm, (x, w, 1e-6, 1.0, cast))
+    opcheck(torch.ops.theodora.rms_norm_backward, (dy, x, rms_norm(x, w, 1e-6)[1], w, 1.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 does it itself

@@ -5,6 +5,7 @@ import torch
 
 import formula
 from formula import DEVICE
+from registered import opcheck
 from theodora import functional
 from theodora.kernels.float8 import FLOAT8
 from theodora.kernels.operators import runs_triton
@@ -145,7 +146,7 @@ def test_quantised_weight(shape):
 
 def test_the_operator_keeps_its_word():
     w, a, b = inputs((6, 20, 3), torch.bfloat16)
-    torch.library.opcheck(torch.ops.theodora.dora_norm, (w, a, b, 0.5, functional.row_norm_squared(w), None))
+    opcheck(torch.ops.theodora.dora_norm, (w, a, b, 0.5, functional.row_norm_squared(w), None))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,22 +94,25 @@ def part_of(module: Path) -> str:
     return module.relative_to(SOURCE).with_suffix("").parts[0]
 
 
-def imports(module: Path, *, at_import_time: bool = False) -> Iterator[tuple[int, str]]:
+@cache
+def imports(module: Path, *, at_import_time: bool = False) -> list[tuple[int, str]]:
     """Line and dotted name of everything that `module` imports, but not of what only type checkers see."""
+    found: list[tuple[int, str]] = []
     package = ("theodora", *module.relative_to(SOURCE).parent.parts)
     stack: list[ast.AST] = [ast.parse(module.read_text(encoding="utf-8"))]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found.extend((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             origin = ".".join((*above, *filter(None, [node.module])))
-            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+            found.extend((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             stack.extend(node.orelse)
         elif not (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
             stack.extend(ast.iter_child_nodes(node))
+    return found
 
 
 def allowed_parts(part: str) -> set[str]:
@@ -117,21 +120,24 @@ def allowed_parts(part: str) -> set[str]:
     return {part}.union(*FLOORS[:floor], BESIDE.get(part, ()))
 
 
-def name_of(module: Path) -> str:
-    return str(module.relative_to(SOURCE))
+def test_imports_run_one_way():
+    front_doors = {SOURCE / "__init__.py", SOURCE / "__main__.py"}  # the public names and `python -m theodora`
+    modules = [module for module in MODULES if module not in front_doors]
+    homeless = {part_of(module) for module in modules}.difference(*FLOORS)
+    assert not homeless, f"{', '.join(homeless)} has no floor: give it one in {Path(__file__).name}"
+    nothing([told for module in modules for told in upward(module)])
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_imports_run_one_way(module):
-    if module.parent == SOURCE and module.name in {"__init__.py", "__main__.py"}:
-        return  # the front doors: the public names and `python -m theodora`
+def upward(module: Path) -> list[str]:
     part = part_of(module)
-    assert any(part in parts for parts in FLOORS), f"{part} has no floor: give it one in {Path(__file__).name}"
-    wrong = [
+    return [
         f"{module}:{line}: {part} imports {name}"
         for line, name in imports(module)
         if name.startswith("theodora.") and name.split(".")[1] not in allowed_parts(part) | {"__version__"}
     ]
+
+
+def nothing(wrong: list[str]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
@@ -141,24 +147,26 @@ def test_contributors_read_of_the_same_floors():
     assert [set(re.findall(r"\w+", floor)) for floor in told.split("←")] == FLOORS
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_each_library_is_known_in_one_place(module):
-    wrong = [
+def test_each_library_is_known_in_one_place():
+    nothing([told for module in MODULES for told in out_of_place(module)])
+
+
+def out_of_place(module: Path) -> list[str]:
+    return [
         f"{module}:{line}: {name} may be imported only in {ONLY_IN[library] or 'the tests'}"
         for line, name in imports(module)
         if (library := name.split(".")[0]) in ONLY_IN and part_of(module) not in ONLY_IN[library]
     ]
-    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_matplotlib_is_imported_where_a_figure_is_drawn(module):
+def test_matplotlib_is_imported_where_a_figure_is_drawn():
     wrong = [
         f"{module}:{line}: import {name} inside the function that draws"
+        for module in MODULES
         for line, name in imports(module, at_import_time=True)
         if name.split(".")[0] == "matplotlib"
     ]
-    assert not wrong, "\n".join(wrong)
+    nothing(wrong)
 
 
 def test_no_command_imports_what_is_heavy_before_it_runs():
@@ -195,8 +203,12 @@ def test_the_law_sees_what_it_forbids(tmp_path, monkeypatch):
     module = tmp_path / "layers" / "linear.py"
     module.write_text("import trl\ndef f():\n    from ..adapters import inject\n    from theodora import cli\n")
     assert sorted(imports(module)) == [(1, "trl"), (3, "theodora.adapters.inject"), (4, "theodora.cli")]
-    assert list(imports(module, at_import_time=True)) == [(1, "trl")]
-    with pytest.raises(AssertionError, match=r"imports theodora\.adapters"):
-        test_imports_run_one_way(module)
-    with pytest.raises(AssertionError, match="trl may be imported only in"):
-        test_each_library_is_known_in_one_place(module)
+    assert imports(module, at_import_time=True) == [(1, "trl")]
+    assert [told.partition(": ")[2] for told in upward(module)] == [
+        "layers imports theodora.cli",
+        "layers imports theodora.adapters.inject",
+    ]
+    (told,) = out_of_place(module)
+    assert "trl may be imported only in" in told
+    with pytest.raises(AssertionError, match="trl"):
+        nothing([told])

@@ -75,11 +75,11 @@ def _wholes() -> dict[str, Path]:
 
 
 @pytest.fixture
-def whole(run, _wholes, tmp_path_factory) -> Callable[..., Path]:
+def whole(run, options, _wholes, tmp_path_factory) -> Callable[..., Path]:
     """The folder of an uninterrupted run with these options and others, made once. Treat it as read-only."""
 
     def folder(**others: Any) -> Path:
-        key = json.dumps(others, sort_keys=True)
+        key = json.dumps({**options, **others, "output": None}, sort_keys=True, default=str)
         if key not in _wholes:
             output = tmp_path_factory.mktemp("whole")
             run(**others, output=str(output))

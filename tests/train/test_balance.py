@@ -296,7 +296,7 @@ def test_preferences_are_learned_with_it(objective, flattened, prefer, made, cou
     assert bool(made[0].shapes) == flattened
     assert made[0].graph_replays >= (3 if flattened else 0), made[0].why_no_graph
     plain = prefer(objective, output=str(tmp_path / "plain"), kernels="reference")
-    prefer(objective, output=str(tmp_path / "off"), router_aux_loss_coef=0.0)
+    prefer(objective, output=str(tmp_path / "off"), router_aux_loss_coef=0.0, max_steps=1, eval_steps=1)
     for name in ("loss", "eval_loss", "aux_loss", "eval_aux_loss", "grad_norm", "rewards/chosen"):
         found, expected = losses(tmp_path / "fused", name), losses(tmp_path / "plain", name)
         assert found, name

@@ -58,6 +58,12 @@ def few(tmp_path_factory):
     return {"data": str(path), "held_out": 0}
 
 
+@pytest.fixture
+def first(whole):
+    """The folder of an adapter to begin with."""
+    return str(whole(max_steps=2, learning_rate=3e-2, held_out=0))
+
+
 def lines(folder, name):
     found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in found if name in line]
@@ -100,11 +106,8 @@ def test_rewards_rise(method, run, tmp_path):
 
 class TestReference:
     @pytest.mark.parametrize("start", ["base", "adapter", "another"])
-    def test_it_does_not_move_by_a_bit(self, start, run, tmp_path, monkeypatch):
-        others = {}
-        if start != "base":
-            run(max_steps=2, learning_rate=3e-2, output=str(tmp_path / "first"), held_out=0)
-            others = {"from_adapter": str(tmp_path / "first")}
+    def test_it_does_not_move_by_a_bit(self, start, run, first, tmp_path, monkeypatch):
+        others = {} if start == "base" else {"from_adapter": first}
         if start == "another":
             others["reference"] = "base"
         seen, made = [], []
@@ -163,9 +166,8 @@ def test_it_resumes_with_the_same_bits(others, resumes, few, tmp_path):
     same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run, resumes, tmp_path):
-    run(max_steps=1, learning_rate=3e-2, output=str(tmp_path / "first"), held_out=0)
-    resumes(beta=0.5, from_adapter=str(tmp_path / "first"), max_steps=4, save_steps=2)
+def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(first, resumes, tmp_path):
+    resumes(beta=0.5, from_adapter=first, max_steps=4, save_steps=2)
     same(tmp_path / "parts", tmp_path / "whole")
 
 

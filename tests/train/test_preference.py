@@ -20,31 +20,43 @@ def written(path, rows):
     return str(path)
 
 
-@pytest.fixture
-def pairs(tmp_path):
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
     rows = [
         {"prompt": f"{a} + {b} =", "chosen": f" {a + b}" + "." * (a % 3), "rejected": f" {a * b + 1}" + "!" * (b % 4)}
         for a in range(8)
         for b in range(4)
     ]
-    return written(tmp_path / "pairs.jsonl", rows)
+    return written(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
 
 
-@pytest.fixture
-def judged(tmp_path):
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory):
     rows = [
         {"prompt": f"{a} + {b} =", "completion": f" {a + b}" + (".", "!!")[wrong], "label": not wrong}
         for a in range(8)
         for b in range(2)
         for wrong in (0, 1)
     ]
-    return written(tmp_path / "judged.jsonl", rows)
+    return written(tmp_path_factory.mktemp("data") / "judged.jsonl", rows)
 
 
 @pytest.fixture
 def prefer(run, pairs):
     """A short run of dpo with these options."""
     return lambda **others: run(**{"data": pairs, "objective": "dpo", "held_out": 4, **others})
+
+
+@pytest.fixture
+def first(whole):
+    """The folder of an adapter to begin with."""
+    return str(whole(max_steps=1, held_out=0))
+
+
+@pytest.fixture
+def dpo(whole, pairs):
+    """The folder of a short run of dpo."""
+    return whole(data=pairs, objective="dpo", held_out=4, beta=0.5)
 
 
 def lines(folder, name):
@@ -78,11 +90,8 @@ def test_a_fresh_adapter_is_its_reference(prefer, tmp_path):
 
 class TestReference:
     @pytest.mark.parametrize("start", ["base", "adapter", "another"])
-    def test_it_does_not_move_by_a_bit(self, start, prefer, run, sums, tmp_path, monkeypatch):
-        others = {}
-        if start != "base":
-            run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
-            others = {"from_adapter": str(tmp_path / "first")}
+    def test_it_does_not_move_by_a_bit(self, start, prefer, first, tmp_path, monkeypatch):
+        others = {} if start == "base" else {"from_adapter": first}
         if start == "another":
             others["reference"] = "base"
         seen, made = [], []
@@ -111,24 +120,21 @@ class TestReference:
             assert sum(p.numel() for p in own) == sum(t.numel() for t in trained_tensors(result.model).values())
         assert lines(tmp_path / "run", "rewards/margins")[0] == pytest.approx(0, abs=1e-5 if start != "another" else 9)
 
-    def test_it_goes_where_the_policy_goes(self, run, sums, tmp_path, options):
-        run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
+    def test_it_goes_where_the_policy_goes(self, first, options):
         policy = load_model(options["model"], dtype="float32")
-        reference = Reference(load_adapter(policy, str(tmp_path / "first")), str(tmp_path / "first"))
+        reference = Reference(load_adapter(policy, first), first)
         policy.to("meta")  # stands for a GPU
         reference.place()
         places = {tensor.device.type for tensor in (*reference.twin.parameters(), *reference.twin.buffers())}
         assert places == {"meta"}
 
-    def test_an_adapter_alone_is_gone_on_from(self, prefer, run, sums, tmp_path, options):
-        run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
-        prefer(max_steps=1, reference=str(tmp_path / "first"))
+    def test_an_adapter_alone_is_gone_on_from(self, prefer, first, tmp_path):
+        prefer(max_steps=1, reference=first)
         record = (tmp_path / "run" / "config.yaml").read_text()
-        assert f"from_adapter: {tmp_path / 'first'}" in record
-        assert f"reference: {tmp_path / 'first'}" in record
+        assert f"from_adapter: {first}" in record
+        assert f"reference: {first}" in record
 
-    def test_computed_beforehand_it_is_the_same(self, prefer, tmp_path, monkeypatch):
-        prefer(output=str(tmp_path / "each"), beta=0.5)
+    def test_computed_beforehand_it_is_the_same(self, prefer, dpo, tmp_path, monkeypatch):
         passes = []
         logps = preference.PreferenceTrainer.of_reference
         monkeypatch.setattr(
@@ -137,9 +143,7 @@ class TestReference:
         prefer(output=str(tmp_path / "before"), beta=0.5, precompute_ref_log_probs=True, precompute_ref_batch_size=16)
         assert len(passes) == 3  # of 28 rows and 4
         for name in ("loss", "eval_loss", "rewards/margins"):
-            torch.testing.assert_close(
-                lines(tmp_path / "before", name), lines(tmp_path / "each", name), rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(lines(tmp_path / "before", name), lines(dpo, name), rtol=1e-4, atol=1e-5)
 
     def test_of_judged_answers_too(self, run, judged, tmp_path):
         settings = {"data": judged, "objective": "kto", "held_out": 4, "beta": 0.5}
@@ -171,18 +175,16 @@ def test_it_resumes_with_the_same_bits(others, resumes, pairs, judged, losses, t
     assert losses(tmp_path / "parts", "rewards/chosen") == losses(tmp_path / "whole", "rewards/chosen")
 
 
-def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(run, resumes, sums, pairs, tmp_path):
-    run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
-    resumes(data=pairs, objective="dpo", beta=0.5, held_out=4, from_adapter=str(tmp_path / "first"))
+def test_a_run_from_an_adapter_resumes_with_the_reference_that_it_began_with(first, resumes, pairs):
+    resumes(data=pairs, objective="dpo", beta=0.5, held_out=4, from_adapter=first)
 
 
-def test_another_objective_or_reference_is_no_way_to_go_on(prefer, run, sums, tmp_path):
-    run(data=str(sums), max_steps=1, output=str(tmp_path / "first"), held_out=0)
-    prefer(max_steps=1, from_adapter=str(tmp_path / "first"))
+def test_another_objective_or_reference_is_no_way_to_go_on(prefer, first):
+    prefer(max_steps=1, from_adapter=first)
     with pytest.raises(ConfigError, match="reference"):
-        prefer(max_steps=2, from_adapter=str(tmp_path / "first"), reference="base", resume=True)
+        prefer(max_steps=2, from_adapter=first, reference="base", resume=True)
     with pytest.raises(ConfigError, match="objective"):
-        prefer(max_steps=2, from_adapter=str(tmp_path / "first"), objective="ipo", resume=True)
+        prefer(max_steps=2, from_adapter=first, objective="ipo", resume=True)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -259,13 +261,12 @@ def test_as_on_a_gpu_it_is_the_same(objective, flattened, prefer, judged, made, 
         )
 
 
-def test_logits_that_are_too_many_come_a_few_at_a_time(prefer, tmp_path, monkeypatch):
-    prefer(output=str(tmp_path / "all"), beta=0.5)
+def test_logits_that_are_too_many_come_a_few_at_a_time(prefer, dpo, tmp_path, monkeypatch):
     monkeypatch.setattr(sequence_trainer, "logits_fit", lambda labels, vocabulary: False)
     monkeypatch.setattr(sequence_trainer, "row_losses", lambda *_: pytest.fail("all logits were asked for"))
     prefer(output=str(tmp_path / "few"), beta=0.5)
     for name in ("loss", "eval_loss", "grad_norm", "entropy", "mean_token_accuracy"):
-        torch.testing.assert_close(lines(tmp_path / "few", name), lines(tmp_path / "all", name), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(lines(tmp_path / "few", name), lines(dpo, name), rtol=1e-3, atol=2e-5)
 
 
 def test_the_reference_beforehand_takes_fewer_rows_where_memory_ends(prefer, short_of_memory, tmp_path):
