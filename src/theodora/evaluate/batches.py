@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from theodora.kernels.attention_backends import repeatable_attention
+
 # A batch holds at most this many tokens, padding included, however short or long its rows are. It bounds memory: long
 # documents come in batches of their own.
 _MAX_TOKENS = 16 * 1024
@@ -70,18 +72,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def repeatable_attention() -> Iterator[None]:
-    """While it lasts attention gives the same bits each time. cuDNN's, which torch takes first on new GPUs, does not
-    where there is a single query, as in decoding (seen on an H200 with torch 2.11)."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
 from theodora.errors import TheodoraError
-from theodora.evaluate.batches import repeatable_attention
+from theodora.kernels.attention_backends import repeatable_attention
 from theodora.serve.capped_attention import cap_scores
 from theodora.serve.paged_cache import keep_cache_finite
 from theodora.serve.processors import KEY, RoutedProcessors
