@@ -157,7 +157,7 @@ study-preference: $(VENV)/.demo ## objectives compared, then DPO and GRPO after 
 	    --output out/study/preference --workers $(or $(WORKERS),8) $(ARGS)
 
 docs: $(VENV)/.test $(VENV)/zensical/$(ZENSICAL) ## build the docs site in out/site: every page, option, command and public name
-	$(BIN)/python .ci/site.py out/site-source
+	$(BIN)/python .ci/site/gather.py out/site-source
 	rm -rf out/site
 	PYTHONPATH=$(VENV)/zensical $(BIN)/python -m zensical build --clean --strict
 

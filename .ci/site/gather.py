@@ -1,6 +1,6 @@
 """Gather what the docs site is built from (`make docs`): docs/, the pages beside it, and a reference of the program itself.
 
-    python .ci/site.py out/site-source && zensical build --strict
+    python .ci/site/gather.py out/site-source && zensical build --strict
 
 docs/ is written for GitHub: README.md is a folder's first page, and links go to any file of the repository. Here a
 README.md becomes index.md, and every other file that a page links to is copied to files/. A link to a file or an anchor
@@ -21,7 +21,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT_PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 """Pages of the repository's root that are on the site. Its README.md is not: docs/README.md is the site's first page."""
 _FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL)
@@ -32,6 +32,8 @@ _HEADING = re.compile(r"^#{1,6} +(.+?)(?: +#+)?$", re.MULTILINE)
 
 def main() -> None:
     """Write the folder that the site is built from."""
+    from theodora.cli.import_notes import without_import_notes
+
     target = Path(sys.argv[1])
     if problems := dead_links():
         sys.exit("\n".join(["Dead links:", *problems]))
@@ -41,9 +43,12 @@ def main() -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(for_the_site(page, target), encoding="utf-8")
     shutil.copytree(ROOT / "docs/images", target / "images")
+    for asset in (*Path(__file__).parent.glob("*.js"), *Path(__file__).parent.glob("*.css")):
+        shutil.copyfile(asset, target / asset.name)
     (target / "reference").mkdir()
-    for name, text in (("commands", commands()), ("options", options()), ("python", public_names())):
-        (target / "reference" / f"{name}.md").write_text(text, encoding="utf-8")
+    with without_import_notes():
+        for name, write in (("commands", commands), ("options", options), ("python", public_names)):
+            (target / "reference" / f"{name}.md").write_text(write(), encoding="utf-8")
 
 
 # Pages and their links
@@ -189,12 +194,12 @@ def _words(hint: Any) -> str:
 
 
 def _table(rows: list[tuple[str, str, Any, str]]) -> str:
-    lines = ["| option | takes | default | |", "|---|---|---|---|"]
+    lines = ["| option | takes | |", "|---|---|---|"]
     for name, kind, default, text in rows:
         plain = isinstance(default, bool | int | float | str | tuple) and default not in ("", ())
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        value = f"`{str(shown).lower() if isinstance(default, bool) else shown}`" if plain else ""
-        cells = (f"`{name}`", kind, value, " ".join(text.split()))
+        value = f"; default `{str(shown).lower() if isinstance(default, bool) else shown}`" if plain else ""
+        cells = (f"`{name}`", kind + value, " ".join(text.split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -202,14 +207,12 @@ def _table(rows: list[tuple[str, str, Any, str]]) -> str:
 def public_names() -> str:
     """What `import theodora` offers, from the docstrings."""
     import theodora
-    from theodora.cli.import_notes import without_import_notes
 
     parts = ["# Python\n\nThe public names of the package. [From Python](../python.md) shows them at work."]
     for name in theodora.__all__:
         if name.startswith("__"):
             continue
-        with without_import_notes():
-            thing = getattr(theodora, name)
+        thing = getattr(theodora, name)
         parts.append(f"## {name}")
         if name.endswith("Config"):
             parts.append(f"Its fields are [the options](options.md{'#adapter' if name == 'AdapterConfig' else ''}).")
