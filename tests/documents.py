@@ -1,8 +1,8 @@
-"""The blocks of README.md, of pages in docs/ and of the notebook, run as a reader would: on a tiny model and a few rows.
+"""The blocks of README.md, of pages in docs/ and of the notebook, run as a reader would: on a tiny model, a few rows.
 
-The blocks are taken as they stand. Names on the hub become a tiny random model, long runs become short ones (SHORTER), and
-the rest is what a reader would type. A block or a command of a kind that is not known here fails, so that nothing on such a
-page goes untested by accident.
+The blocks are taken as they stand. Names on the hub become a tiny random model, long runs become short ones (SHORTER),
+and the rest is what a reader would type. A block or a command of a kind that is not known here fails, so that nothing
+on such a page goes untested by accident.
 """
 
 import json
@@ -28,6 +28,7 @@ HUB_NAMES = {HUB_NAME: None, "HuggingFaceTB/SmolLM2-135M": None, "Qwen/Qwen3-0.6
 """Name on the hub -> whose chat template its stand-in has. Default: ChatML's."""
 # Appended to a command, by its first words. argparse and the recipe take the last of two values.
 SHORTER = {
+    "theodora conformance": "--workers 1",
     "theodora train": "--max-steps 2 --per-device-train-batch-size 2 --eval-steps 1 --save-steps 2",
     "theodora bench": "--rounds 1 --batch 1 --length 16 --methods lora",
     "theodora chat": "--max-new-tokens 4",
@@ -123,7 +124,7 @@ def run_page(page: str, monkeypatch, capsys) -> None:
 
 
 def run(command: str, monkeypatch, capsys) -> str:
-    """Run one command line in this process, because every new one costs seconds of imports, and give what it printed."""
+    """Run one command line in this process, as a new one would import for seconds, and give what it printed."""
     words = shlex.split(command)
     words += next((shlex.split(more) for start, more in SHORTER.items() if command.startswith(start)), [])
     if words[:2] == ["theodora", "train"] and "--max-length" not in words:

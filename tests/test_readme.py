@@ -1,5 +1,5 @@
-"""Every command and every Python block of the README, of the guide, of docs/python.md and of the recipes by task runs, in its
-order, on a tiny model and a few rows (`documents.py`)."""
+"""Every command and every Python block of the README, of the guide, of docs/python.md and of the recipes by task runs,
+in its order, on a tiny model and a few rows (`documents.py`)."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import scripts
-from documents import ROOT, SHORTER, SHORTER_PYTHON, blocks, furnish, run, run_page, write_files
+from documents import HUB_NAME, ROOT, SHORTER, SHORTER_PYTHON, blocks, furnish, run, run_page, write_files
 from theodora.cli.main import COMMANDS
 from undrawn import leave_losses_blank
 
@@ -17,12 +17,19 @@ RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/r
 PAGES = ["README.md", "docs/guide.md", "docs/python.md", *RECIPES]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 # Runs of other pages that a page goes on from.
-BEFORE = {"docs/python.md": "theodora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output runs/first"}
+BEFORE = {"docs/python.md": f"theodora train --model {HUB_NAME} --data train.jsonl --output runs/first"}
 # What stands in the folder afterwards.
 LEFT = {
-    "README.md": ["runs/first/adapter_model.safetensors", "runs/by-hand/adapter_model.safetensors", "merged/model.safetensors"],
+    "README.md": [
+        "runs/first/adapter_model.safetensors",
+        "runs/by-hand/adapter_model.safetensors",
+        "merged/model.safetensors",
+    ],
     "docs/guide.md": [
-        *(f"runs/{name}/adapter_model.safetensors" for name in ("first", "preferred", "rewarded", "second", "fp8", "many")),
+        *(
+            f"runs/{name}/adapter_model.safetensors"
+            for name in ("first", "preferred", "rewarded", "second", "fp8", "many")
+        ),
         "merged/model.safetensors",
     ],
     "docs/python.md": [f"runs/{name}/adapter_model.safetensors" for name in ("by-hand", "third", "recipe", "trl")],

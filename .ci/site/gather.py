@@ -1,4 +1,4 @@
-"""Gather what the docs site is built from (`make docs`): docs/, the pages beside it, and a reference of the program itself.
+"""Gather what the docs site is built from (`make docs`): docs/, the pages beside it, and a reference of the program.
 
     python .ci/site/gather.py out/site-source && zensical build --strict
 
@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).parents[2]
 PROJECT_PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
-"""Pages of the repository's root that are on the site. Its README.md is not: docs/README.md is the site's first page."""
+"""Pages of the repository's root that are on the site. README.md is not: docs/README.md is the site's first page."""
 _FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(?P<ticks>`+)[^`].*?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:)([^)\s]+)(?=\))")
@@ -155,8 +155,8 @@ def options() -> str:
     parts += [f"## {heading}\n\n{_table(_fields(cls, names))}" for heading, (cls, names) in GROUPS.items()]
     passed = [(o.name, _words(o.hint), o.default, o.description) for o in passed_options() if not o.refused]
     parts.append(
-        "## Passed on to TRL\n\nAny other field of `trl.SFTConfig`, and those that an objective's own configuration has, "
-        f"as the TRL that this page was made with describes them.\n\n{_table(passed)}"
+        "## Passed on to TRL\n\nAny other field of `trl.SFTConfig`, and those that an objective's own configuration "
+        f"has, as the TRL that this page was made with describes them.\n\n{_table(passed)}"
     )
     parts.append("## The file of theodora compare\n\n" + _table(_fields(CompareConfig)))
     parts.append("### A data set in it\n\n" + _table(_fields(DataConfig)))
