@@ -8,6 +8,7 @@ on such a page goes untested by accident.
 import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -82,14 +83,12 @@ def furnish(folder: Path, tiny_model_dir) -> None:
         if template is None:
             (folder / name).symlink_to(model)
             continue
-        (folder / name).mkdir()
-        for file in model.iterdir():
-            (folder / name / file.name).symlink_to(file)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        shutil.copytree(model, folder / name)
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config["max_position_embeddings"] = 4096  # tools are long, in bytes
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=4096)
         tokenizer.chat_template = TRL_TEMPLATES[template].read_text(encoding="utf-8")
-        for file in (folder / name).glob("*t*ken*"):
-            file.unlink()
-        (folder / name / "chat_template.jinja").unlink(missing_ok=True)
         tokenizer.save_pretrained(folder / name)
     rows = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}"} for i in range(24)]
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "none"} for row in rows[:20]]
@@ -105,12 +104,21 @@ def write_files(page: str, folder: Path) -> None:
     """Write the files that a page shows; of rows also those that it says are like them."""
     for block in blocks(page):
         if block.language == "jsonl":
-            for line in block.text.splitlines():
-                json.loads(line)
-            (folder / str(block.file)).write_text(block.text * 8, encoding="utf-8")
+            rows = [_varied(json.loads(line), copy) for copy in range(8) for line in block.text.splitlines()]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / str(block.file)).write_text(text, encoding="utf-8")
             (folder / str(block.file).replace(".jsonl", ".test.jsonl")).write_text(block.text, encoding="utf-8")
         elif block.file:
             (folder / block.file).write_text(block.text, encoding="utf-8")
+
+
+def _varied(row: dict, copy: int) -> dict:
+    """Another row of the same kind, since identical ones are held out together."""
+    where, key = (
+        (row["messages"][0], "content") if "messages" in row else (row, "prompt" if "prompt" in row else "text")
+    )
+    where[key] += f" ({copy})"
+    return row
 
 
 def run_page(page: str, monkeypatch, capsys) -> None:

@@ -32,7 +32,7 @@ LEFT = {
         ),
         "merged/model.safetensors",
     ],
-    "docs/python.md": [f"runs/{name}/adapter_model.safetensors" for name in ("by-hand", "third", "recipe", "trl")],
+    "docs/python.md": [f"runs/{name}/adapter_model.safetensors" for name in ("by-hand", "third", "recipe")],
 }
 
 
