@@ -32,14 +32,19 @@ QUANTISERS_NEED := loguru==0.7.3 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.
 PLAYWRIGHT := 1.65.2
 PLAYWRIGHT_NEED := greenlet==3.5.6
 
+# Zensical, Material for MkDocs' successor, builds the docs site: the last version that is one package, with what of its own
+# needs is not there already.
+ZENSICAL := 0.0.73
+ZENSICAL_NEED := deepmerge==4.0.0 pathspec==1.1.1 pymdown-extensions==13.1.2 tomli==2.5.0
+
 # Ray likewise, with what of its own needs is not there already.
 RAY := 2.60.0
 RAY_NEED := msgpack==1.2.4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills test-attacks
-.PHONY: test-long test-ray test-studio mutants package audit sbom lock families check bench study study-small clean
+.PHONY: help demo test test-all test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills
+.PHONY: test-attacks test-long test-ray test-studio mutants package audit sbom lock families check bench study study-small docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -154,6 +159,11 @@ study-preference: $(VENV)/.demo ## objectives compared, then DPO and GRPO after 
 	$(BIN)/python recipes/preference_study.py --model out/study/SmolLM2-135M-Instruct --data out/study/data \
 	    --output out/study/preference --workers $(or $(WORKERS),8) $(ARGS)
 
+docs: $(VENV)/.test $(VENV)/zensical/$(ZENSICAL) ## build the docs site in out/site: every page, option, command and public name
+	$(BIN)/python .ci/site/gather.py out/site-source
+	rm -rf out/site
+	PYTHONPATH=$(VENV)/zensical $(BIN)/python -m zensical build --clean --strict
+
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .venv-vllm .venv-oldest .package build dist out mutants .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +
@@ -182,6 +192,11 @@ $(VENV)/quantisers/.installed: Makefile | $(VENV)/.test
 $(VENV)/playwright/$(PLAYWRIGHT): Makefile | $(VENV)/.test
 	rm -rf $(VENV)/playwright
 	$(PIP) install --quiet --no-deps --target $(VENV)/playwright playwright==$(PLAYWRIGHT) $(PLAYWRIGHT_NEED)
+	@touch $@
+
+$(VENV)/zensical/$(ZENSICAL): Makefile | $(VENV)/.test
+	rm -rf $(VENV)/zensical
+	$(PIP) install --quiet --no-deps --target $(VENV)/zensical zensical==$(ZENSICAL) $(ZENSICAL_NEED)
 	@touch $@
 
 $(VENV)/ray/$(RAY): Makefile | $(VENV)/.test
