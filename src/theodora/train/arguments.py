@@ -279,10 +279,10 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     """What the options ask for, or what the device is good at.
 
     Adapters are float32 beside a base model of any dtype and do the casts themselves, so no autocast is needed. Modules
-    that are trained in full are weights of the base model: bfloat16 would swallow their small updates, so there the
-    model is float32, under autocast.
+    that are trained in full, or all of them, are weights of the base model: bfloat16 would swallow their small updates,
+    so there the model is float32, under autocast.
     """
-    trains_base_weights = bool(config.adapter.modules_to_save)
+    trains_base_weights = config.trains_all or bool(config.adapter.modules_to_save)
     if arguments.fp16:
         return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16
