@@ -158,10 +158,9 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(Text.assemble(("after  ", "dim"), (plain(_short(sample.after, _ANSWER)), "bold")))
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
+    what = "model" if config.trains_all else "adapter"
     where = Text.assemble(
-        f"\nThe {'model' if config.trains_all else 'adapter'} is in ",
-        (str(result.output), "bold"),
-        ", with its model card and loss curve. Next:\n",
+        f"\nThe {what} is in ", (str(result.output), "bold"), ", with its model card and loss curve. Next:\n"
     )
     console.print(where, soft_wrap=True)
     for command in next_commands(config):

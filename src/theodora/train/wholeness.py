@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerState
 
 from theodora.adapters.state import find_state
 from theodora.files.atomic import atomic_write, flush
-from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
 from theodora.files.model_folder import INDEX
+from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
 from theodora.files.read_back import TOKENIZER_NAME, check_model, check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE
 
