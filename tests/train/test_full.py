@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_a_run_leaves_a_plain_model_and_its_record(run, options, tmp_path, losse
     assert AutoTokenizer.from_pretrained(folder).chat_template
     ids = torch.arange(3, 40)[None]
     assert torch.equal(loaded(ids).logits, result.model.cpu()(ids).logits)
-    base = weights(tiny_folder(options))
+    base = weights(Path(options["model"]))
     assert all(not torch.equal(tensor, base[key]) for key, tensor in weights(folder).items())
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -44,12 +45,6 @@ def test_a_run_leaves_a_plain_model_and_its_record(run, options, tmp_path, losse
     assert record["method"] == "full"
     assert not record.keys() & {"rank", "alpha", "targets"}
     assert TrainConfig.from_options(record).trains_all
-
-
-def tiny_folder(options):
-    from pathlib import Path
-
-    return Path(options["model"])
 
 
 @pytest.mark.parametrize("how", [{}, {"objective": "orpo"}], ids=["sft", "orpo"])
@@ -111,7 +106,7 @@ def test_what_belongs_to_an_adapter_is_refused(others, word, run, tmp_path):
 def test_an_adapter_is_no_method_full(tiny_model):
     from theodora import inject_adapter
 
-    with pytest.raises(ConfigError, match="no rank, targets|rank, targets"):
+    with pytest.raises(ConfigError, match="no rank, targets"):
         AdapterConfig(method="full", rank=4, targets=("q_proj",))
     with pytest.raises(ConfigError, match="no adapter"):
         inject_adapter(tiny_model(), AdapterConfig(method="full"))
