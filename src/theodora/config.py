@@ -176,6 +176,10 @@ class TrainConfig:
     """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations. In a recipe only those that
     write files here (tensorboard): what sends is said by the flag, or in Python."""
 
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub (owner/name, or a name under your own account) to push the result to: weights,
+    tokenizer, model card. It is made private if it is not there. A recipe cannot say it: the flag can, and Python."""
+
     resume: bool | str | None = None
     """Go on from a checkpoint: true for the newest whole one in the output folder, auto for the same if there is one
     (else the run begins), or a checkpoint's folder."""

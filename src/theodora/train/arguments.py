@@ -42,8 +42,8 @@ ELSEWHERE = {
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "save_on_each_node": "one process writes, into an output folder that all machines see",
     "ddp_bucket_cap_mb": "gradients are added up once a step, flattened, rather than in buckets",
-    "push_to_hub": "upload the finished folder with `hf upload`",
-    "hub_model_id": "upload the finished folder with `hf upload`",
+    "hub_model_id": "--push-to-hub NAME names the repository",
+    "hub_private_repo": "push_to_hub makes private ones; theodora push FOLDER NAME --public makes others",
     "hub_token": "set HF_TOKEN in the environment; a recipe is no place for it",
 }
 

@@ -51,6 +51,7 @@ from theodora.train.preference_report import held_out_figures, per_row
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
+from theodora.train.pushed import place_note, push_result
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
@@ -128,6 +129,7 @@ def _train_in_order(
                 result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
     if show_result and processes.first:
         print_result(console, result, prepared.config, notes)
+    processes.first_does(lambda: push_result(config, console), patient=True)
     return result
 
 
@@ -141,6 +143,7 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
         for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
     }
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
+    said += place_note(config)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
     past = None if checkpoint is None else past_of(checkpoint)
     if checkpoint is not None and past is not None:
