@@ -39,6 +39,7 @@ KINDS = {
     "plain": {"held_out": 7, "eval_steps": 3, "logging_steps": 2, "save_steps": 7, "max_steps": 8},
     "packed": {"packing": True, "max_length": 64, "held_out": 7, "per_device_train_batch_size": 1, "eval_steps": 3},
     "lengths": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2},
+    "full": {"method": "full", "targets": None, "learning_rate": 1e-3, "held_out": 7, "eval_steps": 3},
     "stops": {"early_stopping_patience": 1, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3, "max_steps": 8},
 }
 
@@ -390,7 +391,8 @@ def same(one: Path, other: Path, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
     for name in figures:
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
-    first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))
+    weights = "adapter_model.safetensors" if (one / "adapter_model.safetensors").is_file() else "model.safetensors"
+    first, second = (load_file(f / weights) for f in (one, other))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
