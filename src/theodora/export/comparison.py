@@ -46,8 +46,8 @@ BOUNDS_OF_BITS = {
     "q2_k": (8.0, 3.0),
 }
 """The same of what llama.cpp quantises, by kind: some three times what a small model loses, and large ones lose less.
-Below q8_0 the adapter's effect is held against the distance from the base instead (`Verification.from_base`), for rounding
-to few bits may move predictions further than an adapter does."""
+Below q8_0 the adapter's effect is held against the distance from the base instead (`Verification.from_base`), for
+rounding to few bits may move predictions further than an adapter does."""
 _SERVER_TOKENS = 64  # each is a request of its own
 _TOKENS = 256
 
