@@ -71,7 +71,7 @@ def test_a_model_takes_its_shards_and_its_code_along(folder):
         (folder / name).write_bytes(b"weights")
     (folder / "config.json").write_text("{}")
     plain = {file.name for file in files_to_push(folder)}
-    assert plain >= {"config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    assert plain >= {"config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "my.Model"}}))
     assert {file.name for file in files_to_push(folder)} - plain == {"my.py"}
 
