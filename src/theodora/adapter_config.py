@@ -16,8 +16,8 @@ from theodora.coerce import coerce_all, split_names
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.paths import MOST_NAMES, Expressions, PathPattern, problems_of
 
-Method = Literal["dora", "lora"]
-METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}
+Method = Literal["dora", "lora", "full"]
+METHOD_NAMES: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full fine-tuning"}
 """How people write them."""
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "base"]
@@ -38,7 +38,8 @@ class AdapterConfig:
     """
 
     method: Method = "dora"
-    """dora splits each weight into magnitude and direction; lora adds a low-rank update only."""
+    """dora splits each weight into magnitude and direction; lora adds a low-rank update only; full trains all weights
+    themselves, without an adapter (a training run alone knows it)."""
     rank: int = 8
     """Rows of A and columns of B: the size of the adapter."""
     alpha: float | None = None
@@ -116,10 +117,19 @@ class AdapterConfig:
                 **{name: [str(key) for key in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")},
             }
         )
+        if self.method == "full" and (others := self._of_an_adapter()):
+            yield f"method is full, which has no adapter, and so no {', '.join(others)}; expected them left out"
         if self.init == "orthogonal" and any(
             is_int(rank) and rank % 2 for rank in (self.rank, *self.rank_pattern.values())
         ):
             yield "init='orthogonal' needs even ranks (half of them start A, the other half B)"
+
+    def _of_an_adapter(self) -> list[str]:
+        """Names of the fields that say something of an adapter, other than by default."""
+        names = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        names += [f.name for f in fields(self) if f.default is MISSING and getattr(self, f.name)]
+        usual = {"method"} | ({"alpha"} if is_int(self.rank) and self.alpha == 2.0 * self.rank else set())
+        return [name for name in names if name not in usual]
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor s in W + s·B·A: alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""

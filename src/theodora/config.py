@@ -47,6 +47,8 @@ QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
 GENERAL_ROWS, GENERAL_LENGTH = 64, 256
 """Texts, and tokens of each, that the loss on general text is measured on: 16,384 tokens at most."""
 _RATE, _RATE_OF_PREFERENCES = 5e-4, 5e-5
+_RATE_OF_FULL = 0.04
+"""Of the other rate: 2e-5, and 2e-6 of preferences. What moves all weights at once forgets at an adapter's rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Forward and backward passes in one optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 0.0005; with another objective than sft 0.00005."""
+    """Peak learning rate. Default: 0.0005; with another objective than sft 0.00005; with method full 0.00002 and
+    0.000002."""
     lr_scheduler_type: str = "cosine"
     """Course of the learning rate: cosine, linear, constant_with_warmup, or another of transformers' schedules."""
     warmup_steps: float = 0.03
@@ -173,6 +176,10 @@ class TrainConfig:
     """Also log to: tensorboard, wandb, trackio, or another of transformers' integrations. In a recipe only those that
     write files here (tensorboard): what sends is said by the flag, or in Python."""
 
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub (owner/name, or a name under your own account) to push the result to: weights,
+    tokenizer, model card. It is made private if it is not there. A recipe cannot say it: the flag can, and Python."""
+
     resume: bool | str | None = None
     """Go on from a checkpoint: true for the newest whole one in the output folder, auto for the same if there is one
     (else the run begins), or a checkpoint's folder."""
@@ -196,7 +203,7 @@ class TrainConfig:
             object.__setattr__(self, name, value)
         if self.learning_rate is None:
             rate = _RATE if self.objective == "sft" else _RATE_OF_PREFERENCES
-            object.__setattr__(self, "learning_rate", rate)
+            object.__setattr__(self, "learning_rate", rate * (_RATE_OF_FULL if self.trains_all else 1))
         object.__setattr__(self, "reward_weights", tuple(map(_as_number, self.reward_weights)))
         if self.max_steps == -1:  # what transformers writes for "not set"
             object.__setattr__(self, "max_steps", None)
@@ -242,6 +249,8 @@ class TrainConfig:
             yield from self._problems_of_preferences()
         elif self.reference is not None:
             yield f"reference is {shown(self.reference)}, and the objective is sft, which compares with nothing"
+        if self.trains_all:
+            yield from self._problems_of_full()
         if self.resume is not None and self.overwrite:
             yield "resume and overwrite are both given; expected one of them"
         if self.bf16 and self.trainer.get("fp16"):
@@ -284,6 +293,29 @@ class TrainConfig:
         if self.reference is not None and self.objective not in WITH_REFERENCE:
             yield f"reference is {shown(self.reference)}, and {what} compares with nothing"
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, and no adapter is there."""
+        return self.adapter.method == "full"
+
+    def _problems_of_full(self) -> Iterator[str]:
+        what = "method is full, which trains all weights themselves"
+        if self.from_adapter is not None:
+            yield (
+                f"from_adapter is {shown(self.from_adapter)}, and {what}: merge the adapter (theodora merge), and name "
+                "the merged folder as model"
+            )
+        if self.quantize not in (None, "none") or self.base_dtype != "auto":
+            given = f"quantize is {self.quantize}" if self.quantize else f"base_dtype is {self.base_dtype}"
+            yield f"{given}, and {what}: weights of few bits cannot take small steps; leave it out, or train an adapter"
+        if self.objective in WITH_REFERENCE:
+            yield (
+                f"the objective is {self.objective}, and {what}: what it compares with would be a second model in "
+                "memory; expected sft, orpo or simpo, or an adapter, which is switched off for that"
+            )
+        if self.sharding in ("fsdp2", "hsdp"):
+            yield f"sharding is {self.sharding}, which cuts frozen weights, and {what}; expected none"
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, granted: Collection[str] = ()) -> TrainConfig:
         """Build the configuration from options that stand side by side, as in a YAML file.
@@ -322,6 +354,9 @@ class TrainConfig:
             # One bare word is a name. AdapterConfig takes text that is not a tuple for a regular expression.
             if isinstance(word := adapter.get(name), str) and word != "all-linear" and re.fullmatch(r"[\w.]*", word):
                 adapter[name] = (word,) if word else ()
+        if adapter.get("method") == "full":
+            said = [name for name, value in adapter.items() if value is not None and name != "method"]
+            problems += [f"{name} belongs to an adapter, and method full has none; leave it out" for name in said]
         if problems:
             raise ConfigError("The options make no sense:" + bullet_list(problems))
         own |= {"adapter": AdapterConfig(**adapter), "trainer": {**trainer, **extra}}
@@ -333,7 +368,8 @@ class TrainConfig:
         """All options side by side, such that `from_options` gives this configuration again (with what it was
         granted); fit for YAML and JSON."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapter", "trainer")}
-        adapter = {f.name: getattr(self.adapter, f.name) for f in fields(AdapterConfig)}
+        names = ["method"] if self.trains_all else [f.name for f in fields(AdapterConfig)]
+        adapter = {name: getattr(self.adapter, name) for name in names}
         first = {"model": own.pop("model"), "from_adapter": own.pop("from_adapter")}
         options = {**first, "data": own.pop("data"), "output": own.pop("output"), **adapter, **own}
         options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

@@ -22,6 +22,7 @@ _NOTHING = (None, False, "", "false", "none", "null", "no", "off", "0")
 _GRANTS = {
     "trust_remote_code": "runs Python code that comes with the model",
     "report_to": "sends what the run logs to another program or machine",
+    "push_to_hub": "sends the trained weights and their card to the hub",
     "trackio_space_id": "says to whose space on the hub the run is reported",
     "trackio_bucket_id": "says to whose bucket on the hub the run is reported",
     "trackio_static_space_id": "says to whose space on the hub the run is reported",

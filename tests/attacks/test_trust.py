@@ -106,7 +106,7 @@ def test_a_recipe_does_not_open_pickles(recipe, capsys, kept):
         ({"trackio_space_id": "a-stranger/space"}, "--trackio-space-id a-stranger/space"),
         ({"trainer": {"trackio_bucket_id": "a-stranger/bucket"}}, "--trackio-bucket-id a-stranger/bucket"),
         ({"deepspeed": "ds.json"}, "--deepspeed ds.json"),
-        ({"push_to_hub": True}, "hf upload"),
+        ({"push_to_hub": "a-stranger/x"}, "--push-to-hub a-stranger/x"),
         ({"hub_token": "hf_0"}, "HF_TOKEN"),
     ],
     ids=str,

@@ -97,6 +97,7 @@ TYPED = {
     "reference": ("base --objective dpo", "base"),
     "reward": ("exact_match length:9 --objective grpo", ("exact_match", "length:9")),
     "reward_weights": ("1 0.5 --objective grpo --reward exact_match token_f1", (1.0, 0.5)),
+    "push_to_hub": ("me/first", "me/first"),
     "reward_timeout": ("5", 5.0),
     "on_nan": ("skip", "skip"),
     "max_loss": ("9", 9.0),

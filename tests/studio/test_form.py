@@ -11,10 +11,10 @@ FIELDS = {field["name"]: field for group in form() for field in group["fields"]}
 
 
 def test_every_option_has_its_field_and_help():
-    assert OPTION_NAMES - FIELDS.keys() == {"trust_remote_code", "resume", "adapter"} & OPTION_NAMES
+    assert OPTION_NAMES - FIELDS.keys() == {"trust_remote_code", "push_to_hub", "resume", "adapter"} & OPTION_NAMES
     assert FIELDS.keys() <= {name for _, names in GROUPS.values() for name in names} | {"trainer"}
     assert all(field["help"] for field in FIELDS.values())
-    assert (FIELDS["method"]["kind"], FIELDS["method"]["choices"]) == ("choice", ["dora", "lora"])
+    assert (FIELDS["method"]["kind"], FIELDS["method"]["choices"]) == ("choice", ["dora", "lora", "full"])
     assert (FIELDS["packing"]["kind"], FIELDS["packing"]["default"]) == ("truth", "no")
     assert FIELDS["rank_pattern"]["kind"] == "pairs"
 

@@ -60,6 +60,10 @@ def inject_adapter(model: Model, config: AdapterConfig | None = None, name: str 
     state = find_state(model) or AdapterState()
     check_name(state, name)
     config = with_heads(model, config or AdapterConfig())
+    if config.method == "full":
+        raise ConfigError(
+            "method is full, which is no adapter: theodora.train trains all weights, or a loop of your own."
+        )
     paths = find_targets(model, config)
     with originals_in_place(model):
         adapters = _build(model, config, paths)

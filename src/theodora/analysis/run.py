@@ -16,9 +16,11 @@ from theodora.analysis.inspection import check_base, plain
 from theodora.analysis.states import State, find_states
 from theodora.analysis.tuned import in_order, matching_modules, stored_dtypes
 from theodora.errors import CheckpointError
+from theodora.files import run_files
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base
 from theodora.merging.plan import plan_merge, weight_on_disk
+from theodora.parse import parse_yaml
 from theodora.paths import layer_index, layer_kinds
 
 FULL = "full"
@@ -176,6 +178,8 @@ def _open(state: State, trust_remote_code: bool, stack: ExitStack) -> AdapterFil
 
 def _base_folder(folder: Path, sources: list[AdapterFile | BaseCheckpoint], base_model: str | Path | None) -> Path:
     named = {source.base_model for source in sources if isinstance(source, AdapterFile)} - {None}
+    if base_model is None and not named and (said := _said_by_run(folder)) is not None:
+        return find_base(said)
     if base_model is None and not named:
         raise CheckpointError(
             f"{folder} does not say which model it was trained from. Name that model with --base-model."
@@ -186,6 +190,18 @@ def _base_folder(folder: Path, sources: list[AdapterFile | BaseCheckpoint], base
             "with --base-model, or inspect them one by one."
         )
     return find_base(str(base_model or named.pop()))
+
+
+def _said_by_run(folder: Path) -> str | None:
+    """The model that a run of ours trained whole, as its record says; None where none does."""
+    run = folder.parent.parent if folder.parent.name == run_files.CHECKPOINTS else folder
+    try:
+        record = (run / run_files.CONFIG_FILE).read_text(encoding="utf-8")
+        options = parse_yaml(record) if record.startswith(run_files.RECORD_HEAD) else None
+    except (OSError, ValueError):
+        return None
+    model = options.get("model") if isinstance(options, dict) and options.get("method") == FULL else None
+    return model if isinstance(model, str) and model else None
 
 
 def _modules(

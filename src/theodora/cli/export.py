@@ -3,6 +3,7 @@
 example:
   theodora export runs/first --to hf --output merged --dtype bf16
   theodora export runs/first --to gguf --output first.gguf --dtype q8_0
+  theodora export runs/first --to gguf --output first-q4.gguf --quantize q4_k_m
   theodora export runs/first --to gguf-lora --output first-lora.gguf --lora-rank 32
 
   hf         a plain model folder with the adapter merged in (as `theodora merge`)
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="fp32|bf16|fp16|q8_0", help="of hf and gguf weights. Default: as in the base; gguf: fp16"
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="q4_k_m|q5_k_m|q6_k|…",
+        help="of gguf: few bits, by llama.cpp's own quantiser, where that is installed; q8_0 needs none",
+    )
     parser.add_argument("--lora-rank", type=int, metavar="R", help="make a plain LoRA of at most rank R first")
     parser.add_argument(
         "--max-loss",
@@ -48,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="how much of the adapter's effect that LoRA may lose, as a share of mean KL from the base. Default: 0.5",
     )
-    parser.add_argument("--llama-cpp", metavar="FOLDER", help="a llama.cpp checkout, whose converter writes the gguf")
+    parser.add_argument(
+        "--llama-cpp",
+        metavar="FOLDER",
+        help="a llama.cpp checkout, whose converter writes the gguf and whose quantiser (llama-quantize, in it or its "
+        "build/bin) quantises. Default for the quantiser: the variable LLAMA_CPP, the PATH, or llama-cpp-python",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --output")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the export with the adapter")
     add_probe_arguments(parser)
@@ -76,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
                 args.to,
                 base_model=args.base_model,
                 dtype=args.dtype,
+                quantize=args.quantize,
                 lora_rank=args.lora_rank,
                 max_loss=args.max_loss,
                 llama_cpp=args.llama_cpp,

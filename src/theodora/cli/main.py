@@ -46,6 +46,7 @@ COMMANDS = {
         "combine": ("theodora.cli.combine", "make one adapter out of several"),
         "export": ("theodora.cli.export", "write an adapter in another program's form, and compare"),
         "verify": ("theodora.cli.verify", "compare two forms of one model: adapter, merged, GGUF, a server"),
+        "push": ("theodora.cli.push", "send an adapter or model to the Hugging Face hub"),
         "serve": ("theodora.cli.serve", "serve a model and many adapters over HTTP, as OpenAI does"),
     },
     "Set up": {
@@ -56,7 +57,7 @@ COMMANDS = {
     },
 }
 # Commands whose result is on the disk, or with those they serve: whoever reads what they print may go away.
-_RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "combine", "export", "serve", "studio"}
+_RESULT_ELSEWHERE = {"train", "demo", "compare", "merge", "combine", "export", "push", "serve", "studio"}
 _INTERRUPTED = 130  # the status of what SIGINT ends
 _BROKEN_PIPE = 141  # the status of what SIGPIPE ends, as of other programs in a pipe
 _MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}

@@ -123,7 +123,7 @@ def _print_choice(console: Terminal, found: Survey, command: str | None) -> None
 def _sentence(found: Survey, chosen: Estimate) -> str:
     setting, asked = chosen.setting, found.asked
     dtype = found.plain if setting.stored == "plain" else setting.stored
-    words = [f"frozen weights in {dtype}"]
+    words = [f"{'' if found.config.trains_all else 'frozen '}weights in {dtype}"]
     words.append("activations " + ("recomputed" if setting.recomputes else "kept"))
     if setting.sharding != "none":
         words.append("the base sharded over the GPUs")

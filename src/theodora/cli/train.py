@@ -98,6 +98,7 @@ GROUPS: dict[str, tuple[type, tuple[str, ...]]] = {
             "save_steps",
             "save_total_limit",
             "report_to",
+            "push_to_hub",
             "resume",
             "overwrite",
             "grace_period",

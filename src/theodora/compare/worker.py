@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from theodora.evaluate.questions import Questions
 from theodora.evaluate.scores import LossNotFinite, score
 from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
+from theodora.train.full import rounded
 from theodora.train.fused_loss import fused_head
 from theodora.train.light import LightRunDiverged, LightSettings, Preference, train_light
 from theodora.train.memory import peak_of, start_counting
@@ -243,14 +244,8 @@ class Bench:
     def _as_served(self) -> Iterator[None]:
         """Weights that were trained wider than the base are scored in the base's dtype, as they would be saved."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        wide = {p: p.data for p in self.model.parameters() if p.requires_grad and self._trains_all}
-        try:
-            for parameter, data in wide.items():
-                parameter.data = data.to(dtype)
+        with rounded(self.model, dtype) if self._trains_all else nullcontext():
             yield
-        finally:
-            for parameter, data in wide.items():
-                parameter.data = data
 
     def _now(self) -> float:
         if self.device.type == "cuda":

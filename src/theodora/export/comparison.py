@@ -29,6 +29,25 @@ BOUNDS = {
     "quantised": (1.0, 5e-2),
     "unknown": (0.3, 1e-3),
 }
+BOUNDS_OF_BITS = {
+    "q8_0": (1.0, 2e-2),
+    "q6_k": (1.2, 3e-2),
+    "q5_k_m": (2.5, 0.1),
+    "q5_k_s": (2.5, 0.1),
+    "q5_1": (2.5, 0.1),
+    "q5_0": (2.5, 0.1),
+    "q4_k_m": (4.0, 0.2),
+    "q4_k_s": (4.0, 0.2),
+    "q4_1": (4.0, 0.3),
+    "q4_0": (4.0, 0.4),
+    "q3_k_l": (6.0, 1.0),
+    "q3_k_m": (6.0, 1.0),
+    "q3_k_s": (6.0, 1.5),
+    "q2_k": (8.0, 3.0),
+}
+"""The same of what llama.cpp quantises, by kind: some three times what a small model loses, and large ones lose less.
+Below q8_0 the adapter's effect is held against the distance from the base instead (`Verification.from_base`), for
+rounding to few bits may move predictions further than an adapter does."""
 _SERVER_TOKENS = 64  # each is a request of its own
 _TOKENS = 256
 
@@ -54,6 +73,8 @@ class Verification:
     notes: tuple[str, ...] = field(default=())
     unrounded: tuple[Difference, Difference] | None = None
     """Where layers of A round their inputs (LLM.int8): B's distance and the effect without that, which are judged."""
+    from_base: Difference | None = None
+    """How far B, in few bits, is from A's base: a B that is no nearer to A has lost the adapter."""
     written: tuple[str | None, str | None] = (None, None)
     """Whether each form, if it is a folder, is as it was written."""
 
@@ -65,7 +86,12 @@ class Verification:
 
     @property
     def lost(self) -> bool:
-        """Whether B is further from A than half of the adapter's effect: it can hardly have the adapter in it."""
+        """Whether B is further from A than half of the adapter's effect: it can hardly have the adapter in it.
+
+        In few bits it may be further, as long as it is nearer to A than to A's base.
+        """
+        if self.from_base is not None and self.effect is not None and self.effect.kl_mean > BOUNDS["float32"][1]:
+            return self.difference.kl_mean >= self.from_base.kl_mean
         found, effect = self.unrounded or (self.difference, self.effect)
         if effect is None or found.measure != effect.measure or effect.kl_mean <= BOUNDS["float32"][1]:
             return False
@@ -131,7 +157,7 @@ def verify(
         )
     if gap.positions < len(ids):
         notes.append(f"The server gave no log-probabilities after {len(ids) - gap.positions} of {len(ids)} tokens.")
-    relative, kl_default = BOUNDS[max((form.precision for form in forms), key=PRECISIONS.index)]
+    relative, kl_default = _bounds(forms)
     spread = gap.reference if math.isfinite(gap.reference) else 1.0
     return Verification(
         a=a,
@@ -141,12 +167,25 @@ def verify(
         difference=gap,
         effect=answers.effect,
         unrounded=_unrounded(answers),
+        from_base=_from_base(answers),
         bound=relative * spread if bound is None else bound,
         kl_bound=kl_default if kl_bound is None else kl_bound,
         first_text=_first_text(gap, ids, answers.tokenizer),
         notes=tuple(notes),
         written=(described(expanded(a)), described(expanded(b))),
     )
+
+
+def _bounds(forms: Sequence[Form]) -> tuple[float, float]:
+    coarsest = max((form.precision for form in forms), key=PRECISIONS.index)
+    kinds = [BOUNDS_OF_BITS[form.bits] for form in forms if form.bits is not None]
+    return max(kinds) if kinds and coarsest == "quantised" else BOUNDS[coarsest]
+
+
+def _from_base(answers: _Answers) -> Difference | None:
+    if answers.base is None or answers.forms[1].bits in (None, "q8_0"):
+        return None
+    return difference(answers.base, answers.predictions[1])
 
 
 def _unrounded(answers: _Answers) -> tuple[Difference, Difference] | None:
@@ -176,6 +215,8 @@ class _Answers:
     unrounded: tuple[Predictions, Predictions] | None
     """A and its base by layers that round no inputs, where A's own do."""
     notes: list[str]
+    base: Predictions | None = None
+    """Of A without its adapter."""
 
 
 def _ask_both(
@@ -187,6 +228,7 @@ def _ask_both(
     tokenizer: PreTrainedTokenizerBase | None = None
     effect: Difference | None = None
     unrounded: tuple[Predictions, Predictions] | None = None
+    base: Predictions | None = None
     notes: list[str] = []
     for side, name in (
         (("b", b), ("a", a)) if is_server(a) else (("a", a), ("b", b))
@@ -209,7 +251,7 @@ def _ask_both(
         asked[side] = form, predictions
     assert tokenizer is not None
     (form_a, of_a), (form_b, of_b) = asked["a"], asked["b"]
-    return _Answers((form_a, form_b), (of_a, of_b), ids, tokenizer, effect, unrounded, notes)
+    return _Answers((form_a, form_b), (of_a, of_b), ids, tokenizer, effect, unrounded, notes, base)
 
 
 def _probe_ids(form: Form, tokenizer: PreTrainedTokenizerBase, text: str | None, limit: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,15 @@ from theodora.export.comparison import Verification, verify
 from theodora.export.forms import quiet
 from theodora.export.gguf_files import UnreadArchitecture, require_gguf
 from theodora.export.gguf_lora import check_gguf_lora, write_gguf_lora
-from theodora.export.gguf_model import check_gguf, convert_with_llama_cpp, converter_of, gguf_dtype, write_gguf
+from theodora.export.gguf_model import (
+    check_gguf,
+    convert_with_llama_cpp,
+    converter_of,
+    gguf_dtype,
+    has_converter,
+    write_gguf,
+)
+from theodora.export.gguf_quantise import check_kind, find_quantiser, quantise
 from theodora.export.places import check_output, is_one_file
 from theodora.export.served import check_served, write_served
 from theodora.files.adapter import AdapterFile, read_adapter
@@ -92,6 +101,8 @@ class Job:
     dtype: str | None
     llama_cpp: Path | None
     trust_remote_code: bool
+    quantize: str | None = None
+    """What llama.cpp quantises a GGUF file to."""
 
     @property
     def base_name(self) -> str:
@@ -163,11 +174,21 @@ def _write_gguf(job: Job, place: Path) -> list[str]:
             dtype="float32",
             trust_remote_code=job.trust_remote_code,
         )
-        if job.llama_cpp is not None:
-            convert_with_llama_cpp(job.llama_cpp, merged, place, job.dtype)
-        else:
-            write_gguf(merged, place, job.output.stem, job.dtype)
-    return []
+        if job.quantize is None:
+            _write_one_gguf(job, merged, place, job.dtype)
+            return []
+        whole = folder / "whole.gguf"
+        _write_one_gguf(job, merged, whole, job.dtype or "fp32")  # so that numbers are rounded once
+        shutil.rmtree(merged)  # which is as large
+        stored = quantise(find_quantiser(job.llama_cpp), whole, place, job.quantize)
+    return [f"{job.quantize} by llama.cpp: of the matrices {stored}"]
+
+
+def _write_one_gguf(job: Job, merged: Path, place: Path, dtype: str | None) -> None:
+    if job.llama_cpp is not None and has_converter(job.llama_cpp):
+        convert_with_llama_cpp(job.llama_cpp, merged, place, dtype)
+    else:
+        write_gguf(merged, place, job.output.stem, dtype)
 
 
 def _write_gguf_lora(job: Job, place: Path) -> list[str]:
@@ -195,6 +216,7 @@ def export_adapter(
     *,
     base_model: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     lora_rank: int | None = None,
     max_loss: float = 0.5,
     llama_cpp: str | Path | None = None,
@@ -220,9 +242,12 @@ def export_adapter(
         base_model: folder or hub name of the base. Default: the one that the adapter names.
         dtype: of the exported weights, for hf and gguf: fp32, bf16 or fp16; q8_0 for gguf. Default: as in the base, for
             gguf fp16.
+        quantize: of the form gguf: one of `gguf_files.FILE_TYPES` (q4_k_m, q5_k_m, q6_k, …), by llama.cpp's quantiser
+            (`gguf_quantise.find_quantiser`) from a file in `dtype`, by default float32. q8_0 is written without it.
         lora_rank: make a plain LoRA of at most this rank first, by SVD of what the adapter really changes.
         max_loss: how much of the adapter's effect that LoRA may lose, as a share of the mean KL from the base.
-        llama_cpp: a checkout of llama.cpp, whose converter writes the GGUF file then.
+        llama_cpp: a folder of llama.cpp, whose converter (of a checkout) writes the GGUF file then, and whose quantiser
+            quantises it.
         overwrite: replace an earlier export at `output`: a folder whose `theodora_files.json` lists all that is in it,
             or a GGUF file.
         check: whether to end with `verify`.
@@ -238,12 +263,13 @@ def export_adapter(
             `lora_rank` loses too much, and nothing was written.
     """
     say = progress or (lambda _line: None)
+    dtype, quantize = _in_few_bits(form, dtype, quantize)
     _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
     base_model = base_model or _original(file, form)
     check_output(output, form, overwrite, {"adapter": file.path, **_known_base(base_model or file.base_model)})
-    job = Job(file, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code)
+    job = Job(file, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code, quantize)
     _check_form(form, job, as_lora=lora_rank is not None)
     asked: dict[str, Any] = {
         "base_model": base_model,
@@ -301,10 +327,12 @@ def _check_form(form: str, job: Job, *, as_lora: bool) -> None:
         check_gguf_lora(job.file, job.base(), as_lora=as_lora)
     elif form == "gguf":
         gguf_dtype(job.dtype)
-        if job.llama_cpp is not None:
-            converter_of(job.llama_cpp)
-        else:
+        if job.quantize is not None:
+            find_quantiser(job.llama_cpp)
+        if job.llama_cpp is None or (job.quantize is not None and not has_converter(job.llama_cpp)):
             check_gguf(job.file, job.base())
+        else:
+            converter_of(job.llama_cpp)
 
 
 @contextmanager
@@ -360,6 +388,18 @@ def _verified(
             verification,
         )
     return verification
+
+
+def _in_few_bits(form: str, dtype: str | None, quantize: str | None) -> tuple[str | None, str | None]:
+    """The dtype to write, and what llama.cpp is to quantise that to; q8_0 is a dtype here."""
+    if quantize is None:
+        return dtype, None
+    kind = check_kind(quantize)
+    if form != "gguf":
+        raise UsageError(f"--quantize {kind} is for the form gguf, and the form is {form}")
+    if dtype == "q8_0":
+        raise UsageError(f"--dtype q8_0 and --quantize {kind} are both given: numbers would be rounded twice")
+    return ("q8_0", None) if kind == "q8_0" and dtype is None else (dtype, kind)
 
 
 def _place(form: str, output: Path, overwrite: bool) -> AbstractContextManager[Path]:

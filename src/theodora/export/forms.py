@@ -52,6 +52,8 @@ class Form:
     """None for a server, and for a form whose tokenizer does not load."""
     note: str | None = None
     """What the comparison leaves out."""
+    bits: str | None = None
+    """Of a GGUF file in few bits: one of `gguf_files.FILE_TYPES`."""
 
     def predict(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Predictions:
         """Scores of the next token after each of `ids`."""
@@ -134,7 +136,7 @@ def open_form(
     if kind == "gguf":
         header = read_gguf_header(path)
         model, tokenizer, note = load_gguf(path, dtype, base_model)
-        return Form(name, kind, header.precision, _ready(model), None, tokenizer, note)
+        return Form(name, kind, header.precision, _ready(model), None, tokenizer, note, header.kind)
     base, quantize, note, rounded = name, None, None, None
     if kind == "adapter" and onto is not None:
         base, quantize, note, rounded = _base_of_training(name, onto, base_model)

@@ -22,6 +22,26 @@ from theodora.files.classes import capped_attention, check_kernels, model_alone
 PRECISIONS = ("float32", "float16", "bfloat16", "quantised", "unknown")
 
 
+FILE_TYPES = {
+    "q2_k": 10,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+    "q8_0": 7,
+}
+"""Kind -> its number in llama.cpp's `llama_ftype`. (The IQ kinds want an importance matrix, for which there is no place
+here.)"""
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF file says about itself."""
@@ -31,6 +51,8 @@ class GgufHeader:
     architecture: str
     precision: str
     """Of its matrices: float32, float16, bfloat16 or quantised."""
+    kind: str | None = None
+    """One of `FILE_TYPES`, if it says that it is."""
 
 
 def require_gguf() -> None:
@@ -67,8 +89,18 @@ def read_gguf_header(path: Path) -> GgufHeader:
     reader = open_reader(path)
     matrices = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     return GgufHeader(
-        text_field(reader, "general.type", "model"), text_field(reader, "general.architecture", ""), coarsest(matrices)
+        text_field(reader, "general.type", "model"),
+        text_field(reader, "general.architecture", ""),
+        coarsest(matrices),
+        file_type(reader),
     )
+
+
+def file_type(reader: Any) -> str | None:
+    """The kind that a file's header names, as in `FILE_TYPES`; None for another."""
+    field = reader.get_field("general.file_type")
+    number = None if field is None else int(field.contents())
+    return next((kind for kind, own in FILE_TYPES.items() if own == number), None)
 
 
 def coarsest(dtypes: set[str]) -> str:

@@ -116,6 +116,11 @@ def convert_with_llama_cpp(llama_cpp: Path, model: Path, output: Path, dtype: st
     check_finite(output)
 
 
+def has_converter(llama_cpp: Path) -> bool:
+    """Whether a folder of llama.cpp is a checkout, and not its programs alone."""
+    return (llama_cpp / "convert_hf_to_gguf.py").is_file()
+
+
 def converter_of(llama_cpp: Path) -> Path:
     """The converter in a checkout of llama.cpp.
 

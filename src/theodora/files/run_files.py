@@ -18,5 +18,9 @@ RUN_FILES = (
     BAD_BATCHES_FILE,
     CHECKPOINTS,
 )
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+"""What a run that trains all weights leaves instead of an adapter; large ones have shards beside the index."""
+FULL_LINE = "method: full"
+"""The line of a record that says so."""
 RECORD_HEAD = "# Every setting of this run."
 """How a run's own `config.yaml` begins: by that a run is told from what has the names of its files."""

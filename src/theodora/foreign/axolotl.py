@@ -380,7 +380,7 @@ RULES: dict[str, Rule] = {
     "deepspeed": flag("--deepspeed {}", "its file may name modules to import; sharding: fsdp2 needs none"),
     "sequence_parallel_degree": missing("would part long rows among GPUs"),
     "context_parallel_size": missing("would part long rows among GPUs"),
-    "hub_model_id": missing("would upload the model; `hf upload` does"),
+    "hub_model_id": missing("would upload the model; --push-to-hub NAME does"),
     "push_dataset_to_hub": missing("would upload the prepared rows"),
     "hf_use_auth_token": held("HF_TOKEN of the environment is used"),
     "debug": held("--debug shows tracebacks"),

@@ -200,8 +200,8 @@ _STEPS = {
     "save_pretrained": ("held", "the adapter is saved in output"),
     "save_pretrained_merged": ("held", "theodora merge writes the merged model"),
     "save_pretrained_gguf": ("held", "theodora export --to gguf writes it"),
-    "push_to_hub": ("missing", "would upload the model; `hf upload` does"),
-    "push_to_hub_merged": ("missing", "would upload the model; `hf upload` does"),
+    "push_to_hub": ("missing", "would upload the model; --push-to-hub NAME does"),
+    "push_to_hub_merged": ("missing", "would upload the model; --push-to-hub NAME does"),
     "to_sharegpt": ("missing", "would make conversations of columns; here columns are recognised by name"),
 }
 
@@ -310,5 +310,5 @@ _TRAINING: dict[str, Rule] = {
     "completion_only_loss": lambda reading, origin, given: reading.set(
         "train_on", "completion" if is_on(given) else "all", origin, given
     ),
-    "push_to_hub": missing("would upload the model; `hf upload` does"),
+    "push_to_hub": missing("would upload the model; --push-to-hub NAME does"),
 }

@@ -77,7 +77,7 @@ def fits(
         return Verdict(True, False, found, None, "")
     rows = largest_batch(models(setting.stored), setting, machine, optimizer, setting.batch)
     stores = stores_of(config, model_config, machine)
-    others = candidates(setting, machine, stores=stores, recomputes=(False, True), shardings=shardings(machine))
+    others = candidates(setting, machine, stores=stores, recomputes=(False, True), shardings=shardings(machine, config))
     instead = recommend(models, others, machine, optimizer)
     return Verdict(False, rows > 0, found, instead, _told(found, rows, instead, machine, models))
 
@@ -159,14 +159,14 @@ def stores_of(config: TrainConfig, model_config: PreTrainedConfig, machine: Mach
         return ("fp8",)
     if config.quantize is not None:
         return ("plain",) if config.quantize == "none" else (config.quantize,)  # pyright: ignore[reportReturnType]
-    if stored_quantization(model_config) is not None:
+    if config.trains_all or stored_quantization(model_config) is not None:
         return ("plain",)
     return ("plain", "int8", "nf4") if machine.device == "cuda" else ("plain", "nf4")
 
 
-def shardings(machine: Machine) -> tuple[str, ...]:
-    """How several processes may share the base."""
-    return ("none", "fsdp2") if machine.gpus > 1 else ("none",)
+def shardings(machine: Machine, config: TrainConfig) -> tuple[str, ...]:
+    """How several processes may share the base; weights that are all trained stay whole."""
+    return ("none", "fsdp2") if machine.gpus > 1 and not config.trains_all else ("none",)
 
 
 def optimizer_of(config: TrainConfig) -> str:
@@ -263,7 +263,7 @@ def _width(text: Any) -> int:
 
 
 def _plain_dtype(config: TrainConfig, device: str, fp16: bool) -> torch.dtype:
-    if config.adapter.modules_to_save:
+    if config.trains_all or config.adapter.modules_to_save:
         return torch.float32
     if fp16:
         return torch.float16

@@ -89,7 +89,7 @@ class PaperModel:
             CheckpointError: it is no causal language model.
         """
         self.config, self.dtype, self.device, self.stored = config, dtype, device, stored
-        self.fast = device == "cuda" and kernels == "auto"
+        self.fast = device == "cuda" and kernels == "auto" and adapter.method != "full"
         self.notes: list[str] = []
         with self._paper():
             model = _build(config, dtype, name, trust_remote_code)
@@ -99,8 +99,11 @@ class PaperModel:
                 store(model, "bits", adapter.modules_to_save, fields)
             elif stored != "plain":
                 store(model, stored, adapter.modules_to_save)
-            adapter, self.notes = for_text(model, adapter)
-            inject_adapter(model, adapter)
+            if adapter.method == "full":
+                model.requires_grad_(True)
+            else:
+                adapter, self.notes = for_text(model, adapter)
+                inject_adapter(model, adapter)
         self.model = model
         self.blocks = blocks_of(model)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -122,7 +122,7 @@ def survey(
     asked = with_default(asked, config, first)
     optimizer, stores = optimizer_of(config), stores_of(config, model_config, where)
     again = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
-    settings = list(candidates(asked, where, stores=stores, recomputes=again, shardings=shardings(where)))
+    settings = list(candidates(asked, where, stores=stores, recomputes=again, shardings=shardings(where, config)))
     rows: list[Row] = []
     for number, setting in enumerate(settings, 1):
         say(f"counting what a step holds, {number} of {len(settings)}")

@@ -22,7 +22,7 @@ FIRST = (
 )
 """What most people decide; the rest is folded."""
 # Said on a command line alone (`theodora.trust`), or by the buttons of a run.
-_NOT_HERE = ("trust_remote_code", "resume")
+_NOT_HERE = ("trust_remote_code", "push_to_hub", "resume")
 _EXTRA = "trainer"
 _HEADINGS = {"What": "Where it starts"}  # of what is left of the group
 

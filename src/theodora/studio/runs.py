@@ -118,7 +118,7 @@ class Runs:
             folder=str(folder),
             state=word,
             model=str(options.get("model") or options.get("from_adapter") or ""),
-            method=f"{options.get('method') or 'dora'} {options.get('rank') or 8}",
+            method=_method(options),
             step=last_step(metrics),
             steps=steps if isinstance(steps, int) else None,
             loss=_last_figure(metrics),
@@ -344,6 +344,11 @@ def _changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _method(options: Mapping[str, Any]) -> str:
+    method = str(options.get("method") or "dora")
+    return method if method == "full" else f"{method} {options.get('rank') or 8}"
 
 
 def _last_figure(metrics: Path) -> float | None:

@@ -42,8 +42,8 @@ ELSEWHERE = {
     "auto_find_batch_size": "a batch that does not fit into memory is halved by itself, with twice the accumulation",
     "save_on_each_node": "one process writes, into an output folder that all machines see",
     "ddp_bucket_cap_mb": "gradients are added up once a step, flattened, rather than in buckets",
-    "push_to_hub": "upload the finished folder with `hf upload`",
-    "hub_model_id": "upload the finished folder with `hf upload`",
+    "hub_model_id": "--push-to-hub NAME names the repository",
+    "hub_private_repo": "push_to_hub makes private ones; theodora push FOLDER NAME --public makes others",
     "hub_token": "set HF_TOKEN in the environment; a recipe is no place for it",
 }
 
@@ -279,10 +279,10 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     """What the options ask for, or what the device is good at.
 
     Adapters are float32 beside a base model of any dtype and do the casts themselves, so no autocast is needed. Modules
-    that are trained in full are weights of the base model: bfloat16 would swallow their small updates, so there the
-    model is float32, under autocast.
+    that are trained in full, or all of them, are weights of the base model: bfloat16 would swallow their small updates,
+    so there the model is float32, under autocast.
     """
-    trains_base_weights = bool(config.adapter.modules_to_save)
+    trains_base_weights = config.trains_all or bool(config.adapter.modules_to_save)
     if arguments.fp16:
         return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16

@@ -53,8 +53,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     name = Path(config.output).resolve().name
     sections = [
         _metadata(config),
-        f"# {markdown(name)}\n\n{describe_adapter(config)}: an adapter for {markdown_code(config.model)}, trained with "
-        f"Theodora {theodora.__version__}."
+        f"# {markdown(name)}\n\n{_what(config)}, trained with Theodora {theodora.__version__}."
         + (f" It {markdown(origin)}." if (origin := described(config)) is not None else "")
         + (f" Objective: {markdown(what)}." if (what := described_objective(config)) is not None else ""),
         _results(result),
@@ -66,13 +65,21 @@ def model_card(plan: Plan, result: TrainResult) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _what(config: TrainConfig) -> str:
+    if config.trains_all:
+        return f"{markdown_code(config.model)}, all of whose weights were fine-tuned"
+    return f"{describe_adapter(config)}: an adapter for {markdown_code(config.model)}"
+
+
 def _metadata(config: TrainConfig) -> str:
     method = config.adapter.method
     metadata: dict[str, object] = {
-        "library_name": "peft",
+        "library_name": "transformers" if config.trains_all else "peft",
         "pipeline_tag": "text-generation",
-        "tags": [method, "lora", "theodora"] if method != "lora" else ["lora", "theodora"],
+        "tags": ["full-fine-tuning" if config.trains_all else "lora", "theodora"],
     }
+    if method == "dora":
+        metadata["tags"] = ["dora", "lora", "theodora"]
     # The hub only accepts names of its own here.
     if not Path(config.model).exists():
         metadata["base_model"] = config.model
@@ -140,11 +147,11 @@ def _settings(plan: Plan) -> str:
     again = f"theodora train --config config.yaml --overwrite{grant_flags(options)}"
     return (
         "## Training\n\n"
-        f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%}), in "
-        f"{markdown(describe_modules(plan.modules))}"
+        f"- {plan.trainable:,} parameters trained ({plan.trainable / plan.total:.2%})"
+        f"{'' if config.trains_all else f', in {markdown(describe_modules(plan.modules))}'}"
         f"{f' and {markdown(describe_token_rows(plan))}' if plan.token_rows else ''}.\n"
         f"- {counted(plan.steps, 'step')} of {describe_step(plan)} ({epochs_of(plan)}), "
-        f"base model in {plan.dtype} on {device_name(plan.device)}"
+        f"{'weights' if config.trains_all else 'base model'} in {plan.dtype} on {device_name(plan.device)}"
         f"{f', {plan.processes}' if plan.processes is not None else ''}.\n"
         + "".join(f"- Resumed with other options; {markdown(line)}.\n" for line in plan.history)
         + "\n"
@@ -163,6 +170,19 @@ def _usage(config: TrainConfig, auto: str) -> str:
     # As Python's words, whatever characters they hold.
     name, model = (json.dumps(text) for text in (Path(config.output).resolve().name, config.model))
     commands = "\n".join(next_commands(config))
+    if config.trains_all:
+        return f"""## Use
+
+```bash
+{commands}
+```
+
+```python
+from transformers import AutoTokenizer, {auto}
+
+model = {auto}.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
+```"""
     return f"""## Use
 
 ```bash

@@ -17,6 +17,8 @@ from theodora.files.run_files import (
     CARD_FILE,
     CHECKPOINTS,
     CONFIG_FILE,
+    FULL_LINE,
+    MODEL_FILES,
     RECORD_HEAD,
     RUN_FILES,
 )
@@ -26,11 +28,17 @@ _BEGUN = f"{RECORD_HEAD} It has only begun.\n"
 """What it says before anything else of a run is written."""
 _DOOMED = f"{RECORD_HEAD} It is being deleted, for another run to begin here.\n"
 """What it says from the moment at which a run is given up until the next one has its own."""
-_RESULTS = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE)
+_RESULTS = ("adapter_config.json", "adapter_model.safetensors", *MODEL_FILES, CARD_FILE)
 
 
-def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) -> None:
+def check_output(output: Path, *, overwrite: bool, resume: bool | str | None, trains_all: bool = False) -> None:
     """Check that a run may write into `output`, before anything is loaded. Nothing is deleted yet.
+
+    Args:
+        output: the folder.
+        overwrite: whether a run that stands there may be deleted.
+        resume: as in `TrainConfig`.
+        trains_all: whether the result will be a whole model.
 
     Raises:
         ConfigError: the folder already holds a run, and it is neither to be overwritten nor resumed; or it holds files
@@ -45,7 +53,8 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             )
     begins = resume is None or (resume == "auto" and not newest_checkpoint(output))
     begun, doomed = _record_is(output, _BEGUN), is_doomed(output)
-    theirs = [name for name in RUN_FILES if begins and os.path.lexists(output / name) and not _is_empty(output / name)]
+    written = (*RUN_FILES, *MODEL_FILES) if trains_all else RUN_FILES
+    theirs = [name for name in written if begins and os.path.lexists(output / name) and not _is_empty(output / name)]
     theirs = [name for name in theirs if not (begun and name == CONFIG_FILE)]
     if theirs and (begun or not _is_run(output)):
         raise ConfigError(
@@ -53,9 +62,9 @@ def check_output(output: Path, *, overwrite: bool, resume: bool | str | None) ->
             "that is written over. Choose another output folder, or move these files away."
         )
     # What a run that died before it had weights to show leaves is nothing to lose.
-    has_result = os.path.lexists(output / "adapter_model.safetensors")
+    has_result = any(os.path.lexists(output / name) for name in ("adapter_model.safetensors", MODEL_FILES[1]))
     loses_result = has_result and resume == "auto" and not newest_checkpoint(output)
-    names = RUN_FILES if resume is None else _RESULTS if loses_result else ()
+    names = written if resume is None else _RESULTS if loses_result else ()
     # A link that points nowhere is there, too: written to, it would make a file elsewhere.
     there = [name for name in names if os.path.lexists(output / name)]
     if there and not (overwrite or begun or doomed):
@@ -105,6 +114,14 @@ def _is_run(output: Path) -> bool:
     return _record_is(output, RECORD_HEAD)
 
 
+def _trained_all(output: Path) -> bool:
+    """Whether the run in `output` says that it trained a whole model, which is then its own to delete."""
+    try:
+        return FULL_LINE in (output / CONFIG_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def is_doomed(output: Path) -> bool:
     """Whether a process was killed while it deleted the run in `output`, of which nothing is to go on then."""
     return _record_is(output, _DOOMED)
@@ -145,9 +162,11 @@ def _is_empty(path: Path) -> bool:
 def clear_run(output: Path) -> None:
     """Delete the run that `output` holds, but for its record, which says so; other files stay."""
     # First, and at one moment: nobody may go on from a run that is to be forgotten, or take the rest for foreign files.
-    write_record(output, _DOOMED)
+    holds_model = _trained_all(output)
+    write_record(output, _DOOMED + (f"{FULL_LINE}\n" if holds_model else ""))
     remove_folder(output / CHECKPOINTS)
-    for name in RUN_FILES:
+    shards = [path.name for path in output.glob("model-*-of-*.safetensors")] if holds_model else []
+    for name in (*RUN_FILES, *(MODEL_FILES if holds_model else ()), *shards):
         path = output / name
         if name == CONFIG_FILE:
             continue

@@ -18,6 +18,7 @@ from theodora.data.vocabulary import describe_missing, missing_in, model_rows, s
 from theodora.errors import ConfigError
 from theodora.files.generation import new_ends, set_ends
 from theodora.paths import layer_kinds
+from theodora.train.full import train_all
 from theodora.train.text_only import without_gradient
 
 
@@ -72,7 +73,10 @@ def end_as_taught(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig) -> list[str]:
-    """Put the adapter on the model, without what text gives no gradient; what there is to say of that."""
+    """Put the adapter on the model, without what text gives no gradient, or let all weights be trained; what there is
+    to say of that."""
+    if adapter.method == "full":
+        return train_all(model)
     random = torch.get_rng_state()
     inject_adapter(model, adapter)
     whole = not (arguments.fsdp or arguments.deepspeed or getattr(model, "hf_device_map", None))

@@ -79,7 +79,7 @@ def inputs_of(config: TrainConfig, sources: Mapping[str, Examples], rows: Datase
         tokens=hash_of_tokens(rows),
         base=base,
         processes=processes,
-        options=json.loads(json.dumps({name: options[name] for name in sorted({*_TOKENS, *_BASE})}, default=str)),
+        options=json.loads(json.dumps({name: options.get(name) for name in sorted({*_TOKENS, *_BASE})}, default=str)),
     )
 
 
@@ -111,7 +111,7 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
         raise ConfigError(
             f"{checkpoint} was trained on something else than there is now:{bullet_list(changed)}\n"
             "To go on from it, put back what was there. To train on what there is now, begin anew with --overwrite, or "
-            f"in another output folder with --from-adapter {checkpoint}, which keeps what was learned."
+            f"in another output folder with {begin_with(checkpoint)}, which keeps what was learned."
         )
     if before.processes != now.processes:
         notes.append(
@@ -119,6 +119,12 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
             "rows; what is drawn at random, as dropout, differs, and sums are rounded otherwise"
         )
     return notes
+
+
+def begin_with(checkpoint: Path) -> str:
+    """The flag by which another run begins with what a checkpoint holds: an adapter, or a whole model."""
+    whole = (checkpoint / "config.json").is_file() and not (checkpoint / "adapter_config.json").is_file()
+    return f"--{'model' if whole else 'from-adapter'} {checkpoint}"
 
 
 def random_state_file(process: int) -> str:

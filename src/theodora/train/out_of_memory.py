@@ -137,7 +137,9 @@ def memory_advice(config: TrainConfig, model: PreTrainedModel) -> str:
         model: with its adapter, whose frozen weights tell what there is to save.
     """
     ways: list[str] = []
-    if quantization_of(model) is None:
+    if config.trains_all:
+        ways.append("an adapter (--method dora), which keeps no optimizer's state of frozen weights")
+    elif quantization_of(model) is None:
         sizes = [
             base_weight(layer).shape for layer in adapter_layers(model).values() if not isinstance(layer, nn.Embedding)
         ]

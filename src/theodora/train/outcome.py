@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from theodora.adapters.state import trained_tensors
 from theodora.errors import bullet_list
 from theodora.files.finite import not_finite
 from theodora.train.callbacks import Diverged
+from theodora.train.full import tensors_of_run
 from theodora.train.processes import Processes
 
 _SHOWN = 12
@@ -80,7 +80,7 @@ class Outcome:
 
     def _saved(self) -> Iterator[tuple[str, Tensor]]:
         """What would be saved of this process: the tensors that are trained, and the optimizer's state."""
-        for name, tensor in trained_tensors(self.trainer.accelerator.unwrap_model(self.trainer.model)).items():
+        for name, tensor in tensors_of_run(self.trainer.accelerator.unwrap_model(self.trainer.model)).items():
             yield name, getattr(tensor, "to_local", lambda tensor=tensor: tensor)()  # a process' share of it
         states: Any = getattr(self.trainer.optimizer, "state", None) or {}
         for state in states.values():

@@ -93,6 +93,8 @@ class Prepared:
     """What a process sends to others in a pass so that they have its parts of sharded weights."""
     rewards: Rewards | None = None
     """What completions are rewarded for, if the objective is grpo."""
+    base_config: PreTrainedConfig | None = None
+    """The model's configuration as its folder has it."""
     past: Past | None = None
     """What the checkpoint tells that it goes on from."""
     general: Questions | None = None
@@ -193,7 +195,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     set_seed(config.seed)
     if config.from_adapter is None:
         notes += put_on(model, adapter, arguments)
-    notes += filter(None, [other_parts_note(model, adapter_layers(model))])
+    notes += filter(None, [None if config.trains_all else other_parts_note(model, adapter_layers(model))])
     return Prepared(
         config=config,
         model=model,
@@ -208,6 +210,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         notes=notes,
         sources=data.sources,
         base_hash=base_hash,
+        base_config=model_config,
         left_out=tuple(data.left_out),
         rewards=rewards,
         general=None if data.general is None else _general(data.general, model, tokenizer),

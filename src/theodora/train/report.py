@@ -77,13 +77,18 @@ def print_plan(console: Console, plan: Plan) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    grid.add_row("Model", f"{shorten(config.model)}  {plan.total - plan.trainable:,} parameters")
+    parameters = plan.total - (0 if config.trains_all else plan.trainable)
+    grid.add_row("Model", f"{shorten(config.model)}  {parameters:,} parameters")
     grid.add_row("", f"{plan.dtype} on {device_name(plan.device)}")
     if plan.processes is not None:
         grid.add_row("Processes", plan.processes)
     if plan.path is not None:
         grid.add_row("Fast path", plan.path)
-    grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), f" on {describe_modules(plan.modules)}"))
+    if config.trains_all:
+        grid.add_row("Method", Text("full fine-tuning, weights in float32", style="bold"))
+    else:
+        on = f" on {describe_modules(plan.modules)}"
+        grid.add_row("Adapter", Text.assemble((describe_adapter(config), "bold"), on))
     if (origin := described_origin(config)) is not None:
         grid.add_row("", origin)
     if (objective := described_objective(config)) is not None:
@@ -153,8 +158,9 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(Text.assemble(("after  ", "dim"), (plain(_short(sample.after, _ANSWER)), "bold")))
     for note in notes:
         console.print(Text.assemble(("Note: ", "yellow"), note))
+    what = "model" if config.trains_all else "adapter"
     where = Text.assemble(
-        "\nThe adapter is in ", (str(result.output), "bold"), ", with its model card and loss curve. Next:\n"
+        f"\nThe {what} is in ", (str(result.output), "bold"), ", with its model card and loss curve. Next:\n"
     )
     console.print(where, soft_wrap=True)
     for command in next_commands(config):
@@ -186,7 +192,7 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 
 def describe_network(result: TrainResult) -> str:
     """`2 processes; each sent 1.2 MB a step, the adapter's gradients`, and with them its parts of sharded weights."""
-    sent = f"{result.processes} processes; each sent {_as_bytes(result.bytes_per_step)} a step, the adapter's gradients"
+    sent = f"{result.processes} processes; each sent {_as_bytes(result.bytes_per_step)} a step, the gradients"
     if result.sharding is None:
         return sent
     within = " within its machine" if result.sharding == "hsdp" else ""
@@ -214,6 +220,12 @@ def next_commands(config: TrainConfig) -> list[str]:
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
     evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
+    if config.trains_all:
+        return [
+            *([f"theodora evaluate --model {output} --data {quoted(held_out)}{trusts}"] if held_out else []),
+            f"theodora chat {output}{trusts}",
+            f"theodora inspect {output}",
+        ]
     return [
         *([f"{evaluate} {quoted(held_out)}{trusts}"] if held_out else []),
         f"theodora chat {output}{trusts}",
@@ -228,9 +240,11 @@ def resume_command(config: TrainConfig) -> str:
 
 
 def describe_adapter(config: TrainConfig) -> str:
-    """`DoRA rank 8, alpha 16`."""
+    """`DoRA rank 8, alpha 16`, or `full fine-tuning`."""
     adapter = config.adapter
     method = METHOD_NAMES[adapter.method]
+    if config.trains_all:
+        return method
     parts = [f"{method} rank {adapter.rank}, alpha {adapter.alpha:g}"]
     parts += ["rsLoRA"] if adapter.rslora else []
     parts += [f"dropout {adapter.dropout:g}"] if adapter.dropout else []

@@ -33,6 +33,7 @@ from theodora.files.run_files import CONFIG_FILE
 from theodora.parse import parse_yaml
 from theodora.train.checkpoints import steps_done
 from theodora.train.grpo_loss import PolicySettings
+from theodora.train.inputs import begin_with
 
 OPTIONS_FILE = "options.json"
 """In a checkpoint: the options it was trained with."""
@@ -184,8 +185,8 @@ def check_options(config: TrainConfig, processes: int, checkpoint: Path, past: P
         raise ConfigError(
             f"{checkpoint} was trained with other options, and a run cannot go on from it with these:"
             + bullet_list(problems)
-            + "\nLeave them as they were; or begin a run of its own with the adapter that is there: --from-adapter "
-            f"{checkpoint}, another --output, and no --resume."
+            + f"\nLeave them as they were; or begin a run of its own with what is there: {begin_with(checkpoint)}, "
+            "another --output, and no --resume."
         )
 
 

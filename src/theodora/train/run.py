@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.quantized import count_parameters
-from theodora.adapters.state import active_name, adapter_layers, require_state, trained_tensors
+from theodora.adapters.state import active_name, adapter_layers, find_state
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.data import Examples, as_answers
@@ -41,6 +41,7 @@ from theodora.train.continued import continued
 from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.forgetting import Forgetting
+from theodora.train.full import save_model, tensors_of_run
 from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
@@ -51,6 +52,7 @@ from theodora.train.preference_report import held_out_figures, per_row
 from theodora.train.prepare import Prepared, count_tokens, prepare
 from theodora.train.processes import Agreement, Processes
 from theodora.train.progress import ProgressView, peak_memory
+from theodora.train.pushed import place_note, push_result
 from theodora.train.quiet import quiet_libraries
 from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
@@ -128,6 +130,7 @@ def _train_in_order(
                 result, notes = _train(prepared, arguments, checkpoint, console, path, stop)
     if show_result and processes.first:
         print_result(console, result, prepared.config, notes)
+    processes.first_does(lambda: push_result(config, console), patient=True)
     return result
 
 
@@ -135,12 +138,13 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     """Take the output folder, and find what the run goes on from: notes, a checkpoint, and what that tells."""
     output = Path(config.output)
     said = held.enter_context(alone_in(output))
-    checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume)
+    checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume, trains_all=config.trains_all)
     read = {
         name: getattr(config, name)
         for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
     }
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
+    said += place_note(config)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
     past = None if checkpoint is None else past_of(checkpoint)
     if checkpoint is not None and past is not None:
@@ -160,7 +164,7 @@ def _train(
 ) -> tuple[TrainResult, list[str]]:
     """The run itself; also what the user should be told beside the result."""
     output, processes = Path(prepared.config.output), Processes.here()
-    tensors = trained_tensors(prepared.model)
+    tensors = tensors_of_run(prepared.model)
     processes.spread(list(tensors.values()))  # other hardware may have drawn, or decomposed, otherwise
     before = fingerprints(tensors)
     checkpoints.check_space(
@@ -272,6 +276,7 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     tokens, learned = count_tokens(prepared.train_rows)
     resume_at = checkpoints.steps_done(checkpoint) if checkpoint is not None else None
+    state = find_state(model)
     return Plan(
         config=prepared.config,
         model=model,
@@ -303,9 +308,9 @@ def _plan(prepared: Prepared, trainer: AdapterTrainer, checkpoint: Path | None, 
         ],
         left_out=prepared.left_out,
         experts=trained_experts(model),
-        token_rows={
-            path: len(rows.ids) for path, rows in own_rows(model, active_name(require_state(model), None)).items()
-        },
+        token_rows={}
+        if state is None
+        else {p: len(r.ids) for p, r in own_rows(model, active_name(state, None)).items()},
     )
 
 
@@ -370,8 +375,11 @@ def _write_held_out(rows: Examples, path: Path) -> None:
 def _end_record(prepared: Prepared, plan: Plan, result: TrainResult) -> None:
     """Write the adapter, and what there is to say about it."""
     output = result.output
-    save_adapter(prepared.model, output)
+    if not prepared.config.trains_all:
+        save_adapter(prepared.model, output)
     with atomic_files(output) as folder:
+        if prepared.config.trains_all:
+            save_model(prepared.model, folder, prepared.base_config)
         save_tokenizer(prepared.tokenizer, folder)
         save_ends(prepared.model, folder)
     draw_losses(

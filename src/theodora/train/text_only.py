@@ -72,8 +72,18 @@ def without_gradient(model: PreTrainedModel) -> list[str]:
     return tried("resting", model, lambda: _without_gradient(model), lambda found: found == [])
 
 
-def _without_gradient(model: PreTrainedModel) -> list[str]:
-    layers = adapter_layers(model)
+def weights_without_gradient(model: PreTrainedModel) -> list[str]:
+    """Names of the weights whose kind gets no gradient from a text: of what sees images, say."""
+    return tried("resting-weights", model, lambda: _without_gradient(model, weights=True), lambda found: found == [])
+
+
+def _without_gradient(model: PreTrainedModel, *, weights: bool = False) -> list[str]:
+    trained: dict[str, list[Any]]
+    if weights:
+        trained = {name: [p] for name, p in model.named_parameters() if p.requires_grad}
+    else:
+        layers = adapter_layers(model).items()
+        trained = {path: [p for a in layer.adapters.values() for p in a.parameters()] for path, layer in layers}
     vocabulary = model.config.get_text_config().vocab_size
     ids_1L = _tokens(vocabulary, _LONG)[None]
     training = model.training
@@ -82,9 +92,9 @@ def _without_gradient(model: PreTrainedModel) -> list[str]:
         logits: Any = model(input_ids=ids_1L.to(model.device), use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:].to(logits.device)).backward()
         kinds: dict[str, list[str]] = {}
-        for path in layers:
+        for path in trained:
             kinds.setdefault(_kind(path), []).append(path)
-        return [path for paths in kinds.values() if not any(_moves(layers[path]) for path in paths) for path in paths]
+        return [path for paths in kinds.values() if not any(_moves(trained[path]) for path in paths) for path in paths]
     finally:
         model.train(training)
         model.zero_grad(set_to_none=True)
@@ -95,6 +105,5 @@ def _kind(path: str) -> str:
     return ".".join([step for step in path.split(".") if not step.isdigit()][-3:])
 
 
-def _moves(layer: Any) -> bool:
-    grads = [p.grad for adapter in layer.adapters.values() for p in adapter.parameters() if p.grad is not None]
-    return any(bool(grad.any()) for grad in grads)
+def _moves(parameters: list[Any]) -> bool:
+    return any(bool(p.grad.any()) for p in parameters if p.grad is not None)

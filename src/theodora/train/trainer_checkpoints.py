@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback
 
-from theodora.adapters.state import trained_tensors
 from theodora.files.atomic import atomic_directory
 from theodora.files.read_back import write_text
 from theodora.train.checkpoints import rotate
+from theodora.train.full import tensors_of_run
 from theodora.train.inputs import random_state_file
 from theodora.train.movement import fingerprints
 from theodora.train.resumed import OPTIONS_FILE, AsAsked
@@ -102,7 +102,7 @@ class CheckpointOverrides(CountingTrainer):
         """
         if self.outcome is not None:
             self.outcome.check()
-        self.fingerprints_at_end = fingerprints(trained_tensors(self.model))
+        self.fingerprints_at_end = fingerprints(tensors_of_run(self.model))
         super()._load_best_model()
 
     # Writing one

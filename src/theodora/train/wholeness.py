@@ -18,14 +18,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
 
+from theodora.adapters.state import find_state
 from theodora.files.atomic import atomic_write, flush
+from theodora.files.model_folder import INDEX
 from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
-from theodora.files.read_back import TOKENIZER_NAME, check_tokenizer, unlike
+from theodora.files.read_back import TOKENIZER_NAME, check_model, check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE
 
 _STATE, _DIVERGED = "trainer_state.json", "diverged.json"
 # The state file is listed last because the trainer writes it last.
-_PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
+_PARTS = ("optimizer.pt", "scheduler.pt", _STATE)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_MODEL = ("config.json", "model.safetensors")  # of a run that trains all weights; of large ones the index alone
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin")
 
 
@@ -44,7 +48,7 @@ def list_in_place(trainer: Trainer, inner: Path) -> None:
 
 
 def read_back(trainer: Trainer, checkpoint: Path) -> None:
-    """Look at what was just written, before its list vouches for it. (The adapter was compared when it was saved.)
+    """Look at what was just written, before its list vouches for it. (An adapter was compared when it was saved.)
 
     Raises:
         CheckpointError: a file is not what was written.
@@ -52,6 +56,9 @@ def read_back(trainer: Trainer, checkpoint: Path) -> None:
     for path in checkpoint.rglob("*"):
         if path.is_file():
             flush(path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if find_state(model) is None:
+        check_model(checkpoint, model.state_dict())
     tokenizer = trainer.processing_class
     has_tokenizer = tokenizer is not None and (checkpoint / "tokenizer_config.json").is_file()
     if has_tokenizer:
@@ -115,7 +122,9 @@ def _stamp(checkpoint: Path) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=64)
 def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
     del stamp
-    missing = [f"{name} is missing" for name in _PARTS if not (checkpoint / name).is_file()]
+    missing = [
+        f"{name} is missing" for name in (*_weights_of(checkpoint), *_PARTS) if not (checkpoint / name).is_file()
+    ]
     if missing:
         return tuple(missing)
     found = changes(checkpoint) or []  # without a list the adapter tells of itself
@@ -128,6 +137,13 @@ def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
     if not any(fault.startswith(_STATE) for fault in found):
         found += _state_faults(checkpoint)
     return tuple(found)
+
+
+def _weights_of(checkpoint: Path) -> tuple[str, ...]:
+    """The files of what was trained: an adapter, or a whole model."""
+    if not (checkpoint / _MODEL[0]).is_file() or (checkpoint / _ADAPTER[0]).is_file():
+        return _ADAPTER
+    return (_MODEL[0], INDEX) if (checkpoint / INDEX).is_file() else _MODEL
 
 
 def _state_faults(checkpoint: Path) -> list[str]:
