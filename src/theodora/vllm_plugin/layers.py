@@ -180,10 +180,12 @@ class DoraLayer:
         Raises:
             RuntimeError: another rank is loading another adapter.
         """
+        if self.tp_size == 1:
+            return norm
         from vllm.distributed import tensor_model_parallel_all_reduce
         from vllm.model_executor.layers.linear import RowParallelLinear
 
-        if self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear):
+        if isinstance(self.base_layer, RowParallelLinear):
             sent = torch.cat([norm.square(), norm.new_tensor([lora_id, lora_id**2])]).float()
             *norm_sq, ids, squares = tensor_model_parallel_all_reduce(sent).split([len(norm), 1, 1])
             if float(ids) != self.tp_size * lora_id or float(squares) != self.tp_size * lora_id**2:

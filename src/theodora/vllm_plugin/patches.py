@@ -88,7 +88,9 @@ def patch_vllm(versions: str) -> bool:
         def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
             """Try the layers that were just made; until then none of them serves DoRA."""
             made = original(self, model, vllm_config)
-            proof.prove(self._adapter_manager, vllm_config.model_config.dtype, versions)
+            if not getattr(self._adapter_manager, _MARK, False):  # one class's method may call the other's
+                setattr(self._adapter_manager, _MARK, True)
+                proof.prove(self._adapter_manager, vllm_config.model_config.dtype, versions)
             return made
 
         return create_lora_manager
