@@ -32,7 +32,6 @@ LACKING = {
     "studio --no-browser": "studio",
     "export run --to gguf --output model.gguf": "demo",
     f"{TRAIN} --quantize nf4 --output nf4": "quant",
-    f"{TRAIN} --use-liger-kernel --output liger": "gpu",
     f"{TRAIN} --launcher ray --num-workers 2 --output ray": "ray",
 }
 # Packages that no extra brings.
