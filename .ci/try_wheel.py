@@ -125,12 +125,12 @@ def bare(stranger: Stranger) -> None:
     for words in (
         "info run",
         "inspect run",
-        "evaluate run --data rows.jsonl",
+        "evaluate --model tiny --adapter run --data rows.jsonl",
         "merge run --output merged",
-        "plan tiny",
     ):
         stranger.types(words)
     stranger.types("verify run merged")
+    stranger.types("plan --model tiny --data rows.jsonl --output planned")
     for words, extra in LACKING.items():
         told = stranger.types(words, fails=True)
         assert found["extras"][extra]["pip"] in " ".join(told.split()), told
