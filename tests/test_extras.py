@@ -29,6 +29,14 @@ def test_messages_ask_for_extras_that_there_are():
     assert all(pip_line(name) == f"pip install 'theodora[{name}]'" for name in EXTRAS)
 
 
+def test_messages_name_the_extra_and_not_its_packages():
+    """A version that a message asks for would be another than the table's one day."""
+    brought = {re.split(r"[\[>=]", need)[0] for extra in EXTRAS.values() for need in extra.needs}
+    for path in Path(theodora.__file__).parent.rglob("*.py"):
+        asked = set(re.findall(r"pip install '?([a-z_-]+)", path.read_text(encoding="utf-8")))
+        assert not asked & brought, path
+
+
 def test_what_an_extra_brings_is_not_told_twice():
     brought = {re.split(r"[\[>=]", need)[0] for extra in EXTRAS.values() for need in extra.needs}
     assert brought.isdisjoint(OTHERS)

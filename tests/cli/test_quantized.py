@@ -79,7 +79,7 @@ def test_what_evaluate_lacks_is_said_in_one_line(capsys, data, tiny_model_dir, a
     monkeypatch.setattr(quantized, "_installed", lambda library: False)
     assert main(["evaluate", "--model", adapter, "--data", data]) == 2
     told = capsys.readouterr().err
-    assert "quantize=nf4 wants bitsandbytes, which is not installed: pip install" in told
+    assert "quantize=nf4 wants bitsandbytes, which is not installed: pip install 'theodora[quant]'" in told
     assert "--quantize none takes the base as it is stored" in told
     assert "Traceback" not in told
 

@@ -59,7 +59,7 @@ def test_the_model_is_fetched_and_converted_once(gguf, tmp_path, monkeypatch, re
     console = Console(file=io.StringIO(), width=200)
     with monkeypatch.context() as patch:
         patch.setattr(module.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UsageError, match="python -m pip install 'gguf"):
+        with pytest.raises(UsageError, match=r"pip install 'theodora\[demo\]'"):
             cached_model(console)
     first = cached_model(console)
     assert cached_model(console) == first

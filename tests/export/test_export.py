@@ -365,7 +365,7 @@ def test_what_a_gguf_file_cannot_hold_is_refused_before_the_merge(tmp_path, tiny
     refused(rf"{tmp_path}/a/tokenizer\.json cannot be read", base)
     module = sys.modules["theodora.export.gguf_files"]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    refused("python -m pip install 'gguf", base)
+    refused(r"pip install 'theodora\[demo\]'", base)
 
 
 def test_errors_do_not_speak_of_hidden_places(adapter, tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_without_the_package_it_is_named(base, tmp_path, monkeypatch):
     adapter = adapter_folder(tmp_path / "adapter", base)
     module = sys.modules["theodora.export.gguf_files"]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="python -m pip install 'gguf"):
+    with pytest.raises(UsageError, match=r"pip install 'theodora\[demo\]'"):
         export_adapter(adapter, tmp_path / "m.gguf", "gguf")
 
 

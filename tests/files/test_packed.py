@@ -142,7 +142,7 @@ def test_a_missing_library_is_named_with_its_pip_line(tmp_path, form, monkeypatc
         for name in ("is_bitsandbytes_available", "is_torchao_available"):
             monkeypatch.setattr(f"transformers.quantizers.{module}.{name}", lambda: False, raising=False)
     library = "torchao" if "torchao" in form else "bitsandbytes"
-    with pytest.raises(CheckpointError, match=f"{library} is not installed: pip install {library}"):
+    with pytest.raises(CheckpointError, match=rf"{library} is not installed: pip install 'theodora\[quant\]'"):
         BaseCheckpoint(folder, dequantise=True)
 
 

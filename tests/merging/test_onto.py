@@ -327,8 +327,8 @@ def test_where_the_weights_of_the_training_are_not_to_be_had_that_is_said(on_loa
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     report = merge_checkpoint(case.adapter, case.output)
     assert report.layers == ()
-    assert any("was not measured" in note and "pip install bitsandbytes" in note for note in report.notes)
-    with pytest.raises(CheckpointError, match="pip install bitsandbytes"):
+    assert any("was not measured" in note and "pip install 'theodora[quant]'" in note for note in report.notes)
+    with pytest.raises(CheckpointError, match=r"pip install 'theodora\[quant\]'"):
         merge_checkpoint(case.adapter, case.output.with_name("again"), onto="dequantised")
 
 

@@ -119,6 +119,12 @@ def test_values_that_transformers_does_not_know_are_refused_before_anything_is_l
         run(model="./nowhere", **wrong)
 
 
+def test_a_reporter_that_is_not_installed_is_named_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(import_module("theodora.train.arguments"), "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match="report_to is tensorboard, which is not installed: pip install tensorboard"):
+        run(model="./nowhere", report_to="tensorboard")
+
+
 def test_tensorboard_gets_the_losses(run, tmp_path):
     run(report_to="tensorboard")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

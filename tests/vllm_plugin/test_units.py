@@ -1,6 +1,5 @@
 """Parts of the plug-in that need no engine: tensor parallelism's cuts, refusals, versions."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -144,7 +143,7 @@ def test_a_packed_weights_norm_is_the_same_also_where_terms_cancel():
 
 def test_a_quantised_base_and_odd_layers_are_refused():
     w, a, b, _, _ = _problem(4, 8)
-    layer = _layer("ColumnParallelLinearWithDora", 0, w, [a], [b], [4], dora_plain=True)
+    layer = _layer("ColumnParallelLinearWithDora", 0, w, [a], [b], [4], dora_plain=True, dora_unproved=None)
 
     class Fp8LinearMethod:
         pass
@@ -157,6 +156,8 @@ def test_a_quantised_base_and_odd_layers_are_refused():
     assert layer.unfit() is None
     layer.dora_plain = False
     assert "in its own way" in layer.unfit()
+    layer.dora_plain, layer.dora_unproved = True, "it is off by 0.5"
+    assert "could not prove that it serves DoRA right in this vLLM: it is off by 0.5" in layer.unfit()
 
 
 def test_fully_sharded_lora_and_experts_are_refused():
@@ -167,24 +168,6 @@ def test_fully_sharded_lora_and_experts_are_refused():
     )
     with pytest.raises(ValueError, match=r"(?s)--fully-sharded-loras.*experts.*merge the adapter"):
         loading.check(lora, manager, SimpleNamespace(fully_sharded_loras=True), "a")
-
-
-def test_another_version_stays_as_it_is(monkeypatch, caplog):
-    import vllm
-
-    from theodora.vllm_plugin import patches
-
-    monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    monkeypatch.setattr(patches, "patch_vllm", lambda: pytest.fail("it was changed"))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    vllm_plugin.register()
-    assert "0.99.1" in caplog.text
-    assert vllm_plugin.TESTED[0] in caplog.text
-    called = []
-    monkeypatch.setattr(patches, "patch_vllm", lambda: called.append(1))
-    monkeypatch.setenv(vllm_plugin.ANY_VERSION, "1")
-    vllm_plugin.register()
-    assert called
 
 
 def test_the_entry_point_is_the_one_vllm_reads():

@@ -23,6 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from theodora.adapters.targets import find_modules_to_save, frozen_linear
 from theodora.errors import CheckpointError, ConfigError, shown
+from theodora.extras import pip_line
 from theodora.files.distrust import expanded
 from theodora.files.libraries import import_library
 from theodora.files.model_folder import hqq_folder
@@ -42,8 +43,8 @@ _INT4_GROUP = 128
 """Weights that share a scale: torchao's own choice."""
 _INT4_CAPABILITY = (8, 0)
 _PIP = {
-    "bitsandbytes": "pip install 'bitsandbytes>=0.49'",
-    "torchao": "pip install 'torchao>=0.17'",
+    "bitsandbytes": pip_line("quant"),
+    "torchao": pip_line("quant"),
     "gptqmodel": "pip install gptqmodel --no-build-isolation",
     "optimum": "pip install optimum",
     "compressed_tensors": "pip install compressed-tensors",

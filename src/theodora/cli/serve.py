@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from theodora.cli.arguments import add_field
 from theodora.cli.imports import imports
 from theodora.errors import ConfigError
+from theodora.extras import pip_line
 from theodora.serve.config import ServeConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
         import xgrammar  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'theodora[serve]'") from error
+        raise ConfigError(f"{error.name} is missing: {pip_line('serve')}") from error
     from theodora.cli.console import stderr
 
     with imports(gpu=True):

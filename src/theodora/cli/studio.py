@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 from theodora.errors import ConfigError, UsageError
+from theodora.extras import pip_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'theodora[studio]'") from error
+        raise ConfigError(f"{error.name} is missing: {pip_line('studio')}") from error
     from theodora.cli.console import stdout
     from theodora.studio.serving import serve
 

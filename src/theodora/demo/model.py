@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from theodora.demo.assets import MODEL, fetch
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import checked_config
+from theodora.extras import pip_line
 from theodora.files.atomic import atomic_directory
 from theodora.files.read_back import check_model, save_tokenizer, write_text
 from theodora.kept import cache_folder
@@ -39,7 +40,7 @@ def fetch_model(console: Console) -> Path | None:
     if (cache_folder() / NAME / "config.json").is_file():
         return None
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError("The demo reads its model with the package gguf: python -m pip install 'gguf>=0.19'")
+        raise UsageError(f"The demo reads its model with the package gguf, which is missing: {pip_line('demo')}")
     return fetch(MODEL, console)
 
 

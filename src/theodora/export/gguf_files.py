@@ -16,6 +16,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from theodora.errors import CheckpointError, UsageError
 from theodora.export.gguf_bounds import check_bounds, checked_config, shapes_of
+from theodora.extras import pip_line
 from theodora.files.classes import capped_attention, check_kernels, model_alone
 
 # From exact to coarse: what writing a form may have rounded to. "unknown" is a server's.
@@ -58,7 +59,7 @@ class GgufHeader:
 def require_gguf() -> None:
     """Raise a UsageError if the package is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError("GGUF files are read and written with the package gguf: python -m pip install 'gguf>=0.19'")
+        raise UsageError(f"GGUF files are read and written with the package gguf, which is missing: {pip_line('demo')}")
 
 
 def open_reader(path: Path) -> Any:

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 from theodora.errors import CheckpointError, bullet_list, shown
+from theodora.extras import pip_line
 from theodora.files.libraries import import_library
 from theodora.files.packed_layouts import (
     AWQ_FUNCTIONS,
@@ -176,9 +177,9 @@ class PackedWeights:
             self._quantizer.preprocess_model(model, device_map={"": "cpu"})
         except ImportError as error:
             library = _LIBRARIES.get(name, name)
+            line = pip_line("quant") if library in ("bitsandbytes", "torchao") else f"pip install {library}"
             raise CheckpointError(
-                f"{where} is quantised with {self.method}, and {library} is not installed: pip install {library}. "
-                f"({error})"
+                f"{where} is quantised with {self.method}, and {library} is not installed: {line}. ({error})"
             ) from error
         except Exception as error:  # transformers and the libraries raise whatever a damaged configuration leads to
             raise CheckpointError(f"{where}: transformers cannot use its quantization_config: {error}") from error

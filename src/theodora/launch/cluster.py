@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from theodora.errors import ConfigError, TheodoraError
+from theodora.extras import pip_line
 from theodora.patches import replaced
 
 # Ray reads these when it is imported. What the user has set stays.
@@ -36,7 +37,7 @@ def load_ray() -> Any:
         ConfigError: it is not installed.
     """
     if find_spec("ray") is None:
-        raise ConfigError("--launcher ray needs Ray, which is not installed: pip install 'theodora[ray]'")
+        raise ConfigError(f"--launcher ray needs Ray, which is not installed: {pip_line('ray')}")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     return import_module("ray")

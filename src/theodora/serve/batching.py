@@ -1,7 +1,7 @@
 """The seams to transformers' continuous batching: what runs a batch, and what is put into its places.
 
 With `scheduler.py`, `paged_cache.py`, `processors.py` and `offline_manager.py` (batches without a server) these are the
-only files that know its insides (5.17 to 5.23). Six things are not in it, and are put in here:
+only files that know its insides (5.17 to 5.24). Six things are not in it, and are put in here:
 
 - which slot each sequence of a batch goes to. It travels with the batch's other inputs, in the row of arguments that
   transformers keeps for logits processors, so that it works with graphs and with batches under way;

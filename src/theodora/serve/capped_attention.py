@@ -35,9 +35,10 @@ def _with_cap(attend: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         cap, cache = others.get("softcap"), others.get("cache")
-        if cap is None or cache is None or hasattr(module, "sinks"):
+        if cap is None or hasattr(module, "sinks"):
             return attend(module, query, key, value, attention_mask, scaling, **others)
-        key, value = _update(cache, key, value, module.layer_idx, others)
+        if cache is not None:  # from 5.24 on the model has done it
+            key, value = _update(cache, key, value, module.layer_idx, others)
         groups = getattr(module, "num_key_value_groups", 1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         # In the order of Gemma 2's own attention, whose roundings these are.

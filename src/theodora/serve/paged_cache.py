@@ -5,9 +5,11 @@ A seam to transformers' continuous batching, as `batching.py`, which lists them 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,8 +28,14 @@ def keep_cache_finite(cache: Any) -> Watch:
     """Let nothing into the cache that is not finite; what says of which tokens something was not."""
     cache.watch = watch = Watch(cache.max_batch_tokens, torch.device(cache.device))
     update = cache.update
+    wants_arguments = "kwargs" in inspect.signature(update).parameters
 
     def update_finite(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if wants_arguments and "kwargs" not in kwargs and len(args) < 2:
+            # transformers 5.24 gives models the cache of pages as their own (`cache`, which was `past_key_values`), and
+            # GPT-NeoX's attention does not hand on its arguments, in which the places of the pages are. They are
+            # changed in place, so that it has to be the very dict.
+            kwargs |= _arguments_of(inspect.currentframe())
         # Under autocast they are of its dtype, or one of them is.
         key_states, value_states = key_states.to(cache.dtype), value_states.to(cache.dtype)
         return update(*watch.keep_finite(key_states, value_states), *args, **kwargs)
@@ -36,6 +44,12 @@ def keep_cache_finite(cache: Any) -> Watch:
     for pages in (*getattr(cache, "key_cache", ()), *getattr(cache, "value_cache", ())):
         pages.zero_()  # 5.17 takes memory as it is
     return watch
+
+
+def _arguments_of(frame: FrameType | None) -> dict[str, Any]:
+    """`kwargs` of a function's caller, if it has some."""
+    caller = None if frame is None else frame.f_back
+    return {} if caller is None or "kwargs" not in caller.f_locals else {"kwargs": caller.f_locals["kwargs"]}
 
 
 def with_finite_keys(attend: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import difflib
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -60,6 +61,9 @@ _NO_CPU = {
 
 # The least that makes sense of options that SFTConfig takes as they are, and torch refuses in the middle of a run.
 _LEAST = {"dataloader_num_workers": 0, "neftune_noise_alpha": 0, "eval_accumulation_steps": 1}
+
+# Whom a run logs to → the modules of which one does it. transformers misses them only once the model is loaded.
+_REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 _EVAL_ROWS, _EVAL_PROMPTS = 8, 128
 """Rows in a pass of an evaluation, at least, unless told otherwise."""
@@ -261,6 +265,10 @@ def _check_reporters(config: TrainConfig) -> None:
         raise ConfigError(
             f"report_to is {', '.join(map(shown, unknown))}; expected some of {', '.join(INTEGRATION_TO_CALLBACK)}"
         )
+    asked = [name for name in config.report_to if name in _REPORTERS]
+    missing = [name for name in asked if not any(find_spec(module) for module in _REPORTERS[name])]
+    if missing:
+        raise ConfigError(f"report_to is {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}")
 
 
 @dataclass(frozen=True, kw_only=True)

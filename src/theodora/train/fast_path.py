@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from theodora import kernels
 from theodora.config import TrainConfig
+from theodora.extras import pip_line
 from theodora.fastpath.accelerate import recompute_less, restore_model, speed_up_model
 
 
@@ -57,7 +58,7 @@ def missing_parts(device: torch.device) -> list[str]:
         "liger_kernel": "rotary embeddings take the model's own, slower code",
     }
     return [
-        f"{name.replace('_', '-')} is not installed: {what}. pip install 'theodora[gpu]'"
+        f"{name.replace('_', '-')} is not installed: {what}. {pip_line('gpu')}"
         for name, what in slower.items()
         if find_spec(name) is None
     ]

@@ -5,21 +5,19 @@ is to be set. Adapters are PEFT's folders, given as LoRA adapters are: `LoRARequ
 endpoint. Each token's output is scaled by its own adapter's g = m / ‖W + s·B·A‖, in float32, g computed once when an
 adapter is loaded; a token without DoRA is scaled by ones. What is not served right is refused when it is loaded.
 
-vLLM has no API for this, so the plug-in replaces a few of its methods. It does so only on the versions it was tested
-on (`TESTED`); on others it says so and leaves vLLM as it is, which then refuses DoRA adapters itself.
+vLLM has no API for this, so the plug-in replaces a few of its methods, in whatever version it finds. Where one of them
+is missing it changes nothing and says so. Where all are there, it proves itself when a model is loaded (`proof`): what
+cannot be shown to follow the formula serves no DoRA, and base and LoRA go on as without the plug-in.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 
-__all__ = ["ANY_VERSION", "TESTED", "register"]
+__all__ = ["TESTED", "register"]
 
 TESTED = ("0.32.0",)
-"""Versions of vLLM that the tests in tests/vllm_plugin pass on."""
-ANY_VERSION = "THEODORA_VLLM_ANY_VERSION"
-"""Set this environment variable to 1 to use the plug-in on another version, at your own risk."""
+"""Versions of vLLM that the tests in tests/vllm_plugin passed on."""
 
 _log = logging.getLogger("vllm.theodora")  # a child of vLLM's own logger: its level and format
 
@@ -27,7 +25,8 @@ _log = logging.getLogger("vllm.theodora")  # a child of vLLM's own logger: its l
 def register() -> None:
     """Put the plug-in into vLLM. vLLM calls this in every process, sometimes twice; a second call does nothing.
 
-    Raises nothing for a version that was not tested: vLLM stays as it is, and a line in its log says so.
+    Raises nothing for a version in which a place is missing: vLLM stays as it is, which refuses DoRA adapters, and a
+    line in its log says so.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -38,16 +37,14 @@ def register() -> None:
     except PackageNotFoundError:
         own = "from source"
     installed = vllm.__version__.split("+")[0]
-    if installed not in TESTED and os.environ.get(ANY_VERSION) != "1":
-        _log.warning(
-            "Theodora's DoRA plug-in was tested with vLLM %s; this is %s, which stays as it is and refuses DoRA "
-            "adapters. %s=1 uses the plug-in all the same.",
-            ", ".join(TESTED),
-            installed,
-            ANY_VERSION,
-        )
-        return
-    from theodora.vllm_plugin.patches import patch_vllm
+    versions = f"This is Theodora {own} in vLLM {installed}; its tests ran on vLLM {', '.join(TESTED)}"
+    try:
+        from theodora.vllm_plugin.patches import patch_vllm
 
-    if patch_vllm():
-        _log.info("Theodora %s serves DoRA adapters in vLLM %s.", own, installed)
+        patch_vllm(versions)
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "Theodora's DoRA plug-in does not fit this vLLM, which stays as it is and refuses DoRA adapters: %s. %s.",
+            error,
+            versions,
+        )

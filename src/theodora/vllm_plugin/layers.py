@@ -62,6 +62,8 @@ class DoraLayer:
 
     dora_scales: Tensor
     """g of every slot, (slots + 1, O), float32; ones where there is no DoRA."""
+    dora_unproved: str | None
+    """Why it serves no DoRA, and leaves everything to vLLM's own forward pass; None: it was tried, and is right."""
 
     def create_lora_weights(self, max_loras: int, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and make the scales."""
@@ -70,6 +72,7 @@ class DoraLayer:
         spare = 1 if torch.device(self.device).type == "cpu" else 0
         super().create_lora_weights(max_loras + spare, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self.dora_plain = self._has_plain_forward()
+        self.dora_unproved = "it was not tried when the model was loaded"
         self.dora_scales = torch.ones(
             max_loras + 1, sum(self.output_slices), dtype=torch.float32, device=self.lora_b_stacked[0].device
         )
@@ -81,7 +84,7 @@ class DoraLayer:
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """g ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias, each token with its own adapter's."""
-        if not self.dora_plain:
+        if not self.dora_plain or self.dora_unproved is not None:
             return super().apply(x, bias)  # pyright: ignore[reportAttributeAccessIssue]
         z = self.base_layer.quant_method.apply(self.base_layer, x, None)
         z = self._apply_lora_to_output(x, z)  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,6 +107,8 @@ class DoraLayer:
             )
         if not self.dora_plain:
             return f"{type(self.base_layer).__name__} computes its output in its own way"
+        if self.dora_unproved is not None:
+            return f"the plug-in could not prove that it serves DoRA right in this vLLM: {self.dora_unproved}"
         return None
 
     def compute_scales(self, index: int, magnitudes: Tensor | list[Tensor | None], lora_id: int) -> list[Tensor | None]:
@@ -164,14 +169,24 @@ class DoraLayer:
         Raises:
             RuntimeError: another rank is loading another adapter.
         """
-        from vllm.distributed import tensor_model_parallel_all_reduce
-        from vllm.model_executor.layers.linear import RowParallelLinear
-
         a, b = self.lora_a_stacked[number][index, 0].float(), self.lora_b_stacked[number][index, 0].float()
         weight = self.base_layer.weight
         norm = dora_norm(weight[rows], a, b, 1.0) if weight.numel() else self._packed_norm(rows, a, b)
-        if self.tp_size > 1 and isinstance(self.base_layer, RowParallelLinear):
-            sent = torch.cat([norm.square(), norm.new_tensor([lora_id, lora_id**2])])
+        return self.over_all_ranks(norm, lora_id)
+
+    def over_all_ranks(self, norm: Tensor, lora_id: int) -> Tensor:
+        """The norm of whole rows, from that of this rank's part of them: where the input is cut, each has one.
+
+        Raises:
+            RuntimeError: another rank is loading another adapter.
+        """
+        if self.tp_size == 1:
+            return norm
+        from vllm.distributed import tensor_model_parallel_all_reduce
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        if isinstance(self.base_layer, RowParallelLinear):
+            sent = torch.cat([norm.square(), norm.new_tensor([lora_id, lora_id**2])]).float()
             *norm_sq, ids, squares = tensor_model_parallel_all_reduce(sent).split([len(norm), 1, 1])
             if float(ids) != self.tp_size * lora_id or float(squares) != self.tp_size * lora_id**2:
                 raise RuntimeError(
@@ -186,15 +201,22 @@ class DoraLayer:
         norm_sq, terms = factored_norm_squared(getattr(self.base_layer, _ROW_NORMS)[rows], w_a, a_RI, b_OR, 1.0)
         lost = norm_sq < CANCELLED * terms
         if bool(lost.any()):
-            w = self._read_back(rows)[lost]
+            w = self._read_back(torch.arange(rows.start, rows.stop)[lost])
             norm_sq[lost] = (w.double() + b_OR[lost].double() @ a_RI.double()).square().sum(1).float()
         return norm_sq.clamp_min(0).sqrt()
 
-    def _read_back(self, rows: slice) -> Tensor:
+    def rows_of_base(self, rows: Tensor) -> Tensor:
+        """Some rows of W, (O, I), as it is stored or read back."""
+        weight = self.base_layer.weight
+        return weight[rows] if weight.numel() else self._read_back(rows)
+
+    def _read_back(self, rows: Tensor) -> Tensor:
         """Rows of a packed W, (O, I): the layer's outputs for unit vectors are its columns."""
         size = self.lora_a_stacked[0].shape[-1]
-        units = torch.eye(size)
-        return torch.cat([self._through_base(part).T[rows] for part in units.split(_UNIT_ROWS)], dim=1)
+        columns: list[Tensor] = []
+        for at in torch.arange(size).split(_UNIT_ROWS):
+            columns.append(self._through_base((at[:, None] == torch.arange(size)).float()).T[rows])
+        return torch.cat(columns, dim=1)
 
     def _through_base(self, x_TI: Tensor) -> Tensor:
         dtype = self.lora_a_stacked[0].dtype

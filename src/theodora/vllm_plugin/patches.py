@@ -1,17 +1,20 @@
-"""Which methods of vLLM are replaced: the whole list, with the reason for each. Written for vLLM 0.32.0."""
+"""Which methods of vLLM are replaced: the whole list, with the reason for each. Written for vLLM 0.32."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from theodora.vllm_plugin import layers, loading
+from theodora.vllm_plugin import layers, loading, proof
 
 _MARK = "_theodora_dora"
 
 
-def patch_vllm() -> bool:
+def patch_vllm(versions: str) -> bool:
     """Replace these methods, once in a process.
+
+    Args:
+        versions: vLLM's own, and those that the tests ran on, in words.
 
     Returns:
         False if it was done before.
@@ -30,10 +33,14 @@ def patch_vllm() -> bool:
     parse_in_model = lora_model.parse_fine_tuned_lora_name
     from_tensors = lora_model.LoRAModel.from_lora_tensors.__func__
     load = worker_manager.WorkerLoRAManager._load_adapter
-    apply = {cls: cls._apply_adapters for cls in _managers(worker_manager)}
+    managers = (worker_manager.WorkerLoRAManager, worker_manager.LRUCacheWorkerLoRAManager)
+    apply = {cls: cls._apply_adapters for cls in managers}  # each has its own way
+    create = {cls: cls.create_lora_manager for cls in managers}
     activate = model_manager.LoRAModelManager.activate_adapter
     process = UnquantizedLinearMethod.process_weights_after_loading
     classes = layers.with_dora(utils._all_lora_classes)
+    if parse_in_model is not parse:
+        raise AttributeError("vllm.lora.lora_model has a parse_fine_tuned_lora_name of its own")
 
     def validate_features(self: Any) -> list[str]:
         """All of vLLM's complaints but the one about DoRA."""
@@ -77,7 +84,17 @@ def patch_vllm() -> bool:
         layers.note_row_norms(layer)
         process(self, layer)
 
-    assert parse_in_model is parse
+    def then_prove(original: Any) -> Any:
+        def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
+            """Try the layers that were just made; until then none of them serves DoRA."""
+            made = original(self, model, vllm_config)
+            if not getattr(self._adapter_manager, _MARK, False):  # one class's method may call the other's
+                setattr(self._adapter_manager, _MARK, True)
+                proof.prove(self._adapter_manager, vllm_config.model_config.dtype, versions)
+            return made
+
+        return create_lora_manager
+
     peft_helper.PEFTHelper._validate_features = validate_features
     utils.parse_fine_tuned_lora_name = parse_name
     lora_model.parse_fine_tuned_lora_name = parse_name
@@ -85,13 +102,10 @@ def patch_vllm() -> bool:
     worker_manager.WorkerLoRAManager._load_adapter = load_adapter
     for cls, original in apply.items():
         cls._apply_adapters = in_order(original)
+    for cls, original in create.items():
+        cls.create_lora_manager = then_prove(original)
     model_manager.LoRAModelManager.activate_adapter = activate_adapter
     UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
     utils._all_lora_classes = classes
     setattr(utils, _MARK, True)
     return True
-
-
-def _managers(worker_manager: Any) -> tuple[type, ...]:
-    """The classes that load adapters when a batch asks for them; each has its own way."""
-    return (worker_manager.WorkerLoRAManager, worker_manager.LRUCacheWorkerLoRAManager)
