@@ -64,7 +64,7 @@ from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
 from theodora.train.together import check_seen, logged, together
 from theodora.train.trainer import AdapterTrainer
-from theodora.train.wholeness import note_divergence, read_state
+from theodora.train.wholeness import note_divergence, tokens_at
 from theodora.trust import grant_flags
 
 
@@ -205,7 +205,7 @@ def _train(
     )
     if checkpoint is not None:
         _check_resume(plan, checkpoint)
-        trainer.tokens = _tokens_at(checkpoint) if processes.first else 0
+        trainer.tokens = tokens_at(checkpoint) if processes.first else 0
         view.count_tokens_from(trainer.tokens)
     print_plan(console, plan)
     if processes.writes:
@@ -341,11 +341,6 @@ def _check_resume(plan: Plan, checkpoint: Path) -> None:
             f"{checkpoint} holds {plan.resume_at} steps, and this run has {plan.steps}. Raise max_steps or "
             "num_train_epochs to go on."
         )
-
-
-def _tokens_at(checkpoint: Path) -> int:
-    history = read_state(checkpoint).get("log_history", [])
-    return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
 
 
 def _begin_record(prepared: Prepared, plan: Plan, output: Path) -> None:

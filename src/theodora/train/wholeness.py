@@ -109,6 +109,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def tokens_at(checkpoint: Path) -> int:
+    """The tokens that a run had learned from at a checkpoint."""
+    history = read_state(checkpoint).get("log_history", [])
+    return int(next((line["num_tokens"] for line in reversed(history) if "num_tokens" in line), 0))
+
+
 def _stamp(checkpoint: Path) -> tuple[tuple[str, int, int], ...]:
     """What changes when a file does, so that no hash is computed twice."""
     found: list[tuple[str, int, int]] = []
