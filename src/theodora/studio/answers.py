@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,8 @@ def _checked(typed: Mapping[str, Any]) -> Comparison:
         problems["data"] = f"{text['data']} would be taken for a flag; expected ./ before it"
     if problems:
         raise Mistyped(problems)
-    return Comparison(**text, answers=typed.get("answers") is not False, **{k: v for k, v in whole.items() if v})
+    asked = Comparison(**text, answers=typed.get("answers") is not False)
+    return replace(asked, **{name: number for name, number in whole.items() if number})
 
 
 def _number(given: Any, default: int, most: int) -> int | None:

@@ -13,7 +13,7 @@ import secrets
 import shlex
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,7 +218,7 @@ class Chats:
                 ended = choice.get("finish_reason") or ended
         yield {"end": ended, "tokens": tokens, "seconds": time.perf_counter() - begun}
 
-    async def _asked(self, serving: Serving, method: str, path: str, body: Any = None) -> AsyncIterator[bytes]:
+    async def _asked(self, serving: Serving, method: str, path: str, body: Any = None) -> AsyncGenerator[bytes, None]:
         """The lines of a reply, as they come.
 
         As HTTP/1.0, in which a reply has no chunks, and ends with its connection.

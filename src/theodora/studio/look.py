@@ -96,7 +96,7 @@ def _near(examples: Examples, keys: Any, eval_data: str, objective: str) -> dict
     if eval_data:
         training, held_out, places = examples, load_examples(eval_data, kind=kind_of(objective)), None
     else:
-        seed = next(f.default for f in fields(TrainConfig) if f.name == "seed")
+        seed: Any = next(f.default for f in fields(TrainConfig) if f.name == "seed")
         try:
             chosen = rows_held_out(examples, default_held_out(len(examples)), seed, keys)
         except ConfigError:  # the rows are copies of one another
