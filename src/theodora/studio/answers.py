@@ -170,7 +170,7 @@ def _checked(typed: Mapping[str, Any]) -> Comparison:
         problems["data"] = f"{text['data']} would be taken for a flag; expected ./ before it"
     if problems:
         raise Mistyped(problems)
-    asked = Comparison(**text, answers=typed.get("answers") is not False)
+    asked = Comparison(text["model"], text["base"], text["data"], answers=typed.get("answers") is not False)
     return replace(asked, **{name: number for name, number in whole.items() if number})
 
 
