@@ -12,9 +12,12 @@ import http.cookiejar
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,10 +166,23 @@ def whole(stranger: Stranger) -> None:
         assert asked
         for name in set(asked):
             assert browser.open(address.split("/?")[0] + name, timeout=_SECONDS).read()
-    with stranger.starts("serve tiny --adapter mine=run --port 0", r"(http://127\.0\.0\.1:\d+)") as address:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with stranger.starts(f"serve tiny --adapter mine=run --port {port}", r"(http://127)"):
+        address = f"http://127.0.0.1:{port}/v1/completions"
         body = json.dumps({"model": "mine", "prompt": "1 + 1 =", "max_tokens": 2}).encode()
-        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-        assert json.load(urllib.request.urlopen(request, timeout=_SECONDS))["usage"]["completion_tokens"]
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        for attempt in range(_SECONDS):  # it tells its address a moment before it listens there
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=_SECONDS))
+                break
+            except urllib.error.HTTPError:
+                raise
+            except urllib.error.URLError:
+                assert attempt < _SECONDS - 1, "nothing answers"
+                time.sleep(1)
+        assert answer["usage"]["completion_tokens"]
 
 
 if __name__ == "__main__":
