@@ -94,3 +94,8 @@ def test_a_small_text_cannot_stand_for_a_large_value():
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
     with pytest.raises(ValueError, match="its aliases stand for more than"):
         parse_yaml(bomb)
+
+
+def test_a_recipe_of_trls_that_does_not_push_is_read():
+    options = {"model": "base", "data": "rows.jsonl", "output": "out", "push_to_hub": False}
+    assert TrainConfig.from_options(options).push_to_hub is None

@@ -331,6 +331,8 @@ class TrainConfig:
         """
         options, problems = _current_names(options)
         check_granted(options, granted)
+        if options.get("push_to_hub") is False:  # as TRL's recipes say no
+            options = {**options, "push_to_hub": None}
         extra = {name: options[name] for name in options if name not in OPTION_NAMES}
         trainer = options.get("trainer") or {}
         if not isinstance(trainer, Mapping):

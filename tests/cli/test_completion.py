@@ -49,9 +49,9 @@ def test_the_shell_reads_it(shell, scripts, tmp_path):
 
 TYPED = {
     "tra": {"train"},
-    "com": {"compare", "completion"},
+    "com": {"combine", "compare", "completion"},
     "train --ran": {"--rank", "--rank-pattern"},
-    "train --method ": {"dora", "lora"},
+    "train --method ": {"dora", "full", "lora"},
     "train --packing ": {"true", "false"},
     "train --optim adaf": {"adafactor"},
     "train --lr-scheduler-type pol": {"polynomial"},
@@ -60,7 +60,7 @@ TYPED = {
     "schema ": {"train", "compare"},
     "serve model --max-q": {"--max-queue"},
     "train --data rows.js": {"rows.jsonl"},
-    "train --push": set(),
+    "train --push": {"--push-to-hub"},
 }
 
 

@@ -181,9 +181,9 @@ def test_sharded_weights_run_as_no_graph(monkeypatch):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        (None, "2 processes; each sent 5.0 kB a step, the adapter's gradients"),
-        ("fsdp2", "the adapter's gradients, and 7.0 kB of frozen weights, gathered in each pass"),
-        ("hsdp", "the adapter's gradients, and within its machine 7.0 kB of frozen weights, gathered in each pass"),
+        (None, "2 processes; each sent 5.0 kB a step, the gradients"),
+        ("fsdp2", "the gradients, and 7.0 kB of frozen weights, gathered in each pass"),
+        ("hsdp", "the gradients, and within its machine 7.0 kB of frozen weights, gathered in each pass"),
     ],
 )
 def test_what_crossed_the_network(how, says):

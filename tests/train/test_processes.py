@@ -394,6 +394,8 @@ def lines_of(folder: Path, name: str) -> list[float]:
 
 def same(one: Path, other: Path, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    # Of sharded weights it is not noted.
+    lines = [[line for line in each if "moved_direction" not in line] for each in lines]
     for name in figures:
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
     first, second = (load_file(f / "adapter_model.safetensors") for f in (one, other))
@@ -402,6 +404,8 @@ def same(one: Path, other: Path, figures=FIGURES):
 
 def trace(one: Path, other: Path, rtol=2e-4, figures=FIGURES):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    # Of sharded weights it is not noted.
+    lines = [[line for line in each if "moved_direction" not in line] for each in lines]
     assert [sorted(line) for line in lines[0]] == [sorted(line) for line in lines[1]]
     for name in figures:
         values = [torch.tensor([line[name] for line in each if name in line]).double() for each in lines]

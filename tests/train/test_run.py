@@ -98,14 +98,14 @@ def test_fields_of_sft_config_reach_the_trainer(run, tmp_path, losses):
 
 
 def test_unknown_and_impossible_options_are_refused_together(run):
-    other = {"average_tokens_across_devices": "false", "push_to_hub": True, "save_on_each_node": True}
+    other = {"average_tokens_across_devices": "false", "hub_private_repo": True, "save_on_each_node": True}
     with pytest.raises(ConfigError) as caught:
         run(max_stepz=3, lora_alpha=4, adam_beta1="much", **other)
     message = str(caught.value)
     assert "average_tokens_across_devices cannot be switched off" in message
     assert "did you mean max_steps" in message
     assert "lora_alpha; it is called alpha here: write alpha: 4" in message
-    assert "push_to_hub" in message
+    assert "theodora push FOLDER NAME --public" in message
     assert "save_on_each_node has no effect here: one process writes" in message
     assert "adam_beta1 is 'much'; expected a number" in message
 

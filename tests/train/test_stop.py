@@ -120,7 +120,7 @@ def test_auto_begins_goes_on_and_finishes(run, tmp_path, losses):
     assert first.steps == 3
     second = run(resume="auto", max_steps=5)
     assert second.steps == 5
-    assert losses(tmp_path / "run", "step").count(4) == 2  # its line and its evaluation
+    assert losses(tmp_path / "run", "step").count(4) == 3  # its line, its evaluation, and how far it has moved
     before = load_file(tmp_path / "run" / "adapter_model.safetensors")
     (tmp_path / "run" / "adapter_model.safetensors").unlink()  # as if the last run had died just before its end
     third = run(resume="auto", max_steps=5)

@@ -218,7 +218,7 @@ def _train(
     forgetting = None if prepared.general is None else Forgetting(prepared, trainer)
     if forgetting is not None:  # before the clock that counts the time of steps
         trainer.callback_handler.callbacks.insert(0, forgetting)
-    if processes.sharding is None:
+    if processes.sharding is None and find_state(prepared.model) is not None:
         trainer.callback_handler.callbacks.insert(0, Moving(trainer, output / run_files.METRICS_FILE))
     asks = prepared.config.objective != "sft"
     before_it = processes.first_does(lambda: _answers(prepared), patient=True) if asks else []
