@@ -195,15 +195,18 @@ def run_graph(model: Any, batch: int, args: argparse.Namespace) -> float:
     import torch
     from transformers import StaticCache
 
+    from theodora.synonyms import cache_argument
+
     step = model.get_compiled_call(None)
     ids = prompt(batch, args)
     cache = StaticCache(config=model.config, max_cache_len=args.prompt + WARM_UP + args.tokens + 1)
-    token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    given = {cache_argument(model): cache, "use_cache": True}
+    token = model(ids, **given).logits[:, -1:].argmax(-1)
     position = torch.full((batch, 1), args.prompt, device=args.device)
     for index in range(WARM_UP + args.tokens):
         if index == WARM_UP:
             start = now(args.device)
-        logits = step(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        logits = step(input_ids=token, position_ids=position, **given).logits
         token = logits[:, -1:].argmax(-1)
         position = position + 1
     return (now(args.device) - start) / args.tokens

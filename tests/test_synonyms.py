@@ -19,7 +19,7 @@ from theodora.adapters.swap_weights import swap_adapter_weights
 from theodora.errors import CheckpointError
 from theodora.files.adapter import read_adapter
 from theodora.files.mlx import to_mlx_name
-from theodora.synonyms import Names, bare_name, of_another_part
+from theodora.synonyms import Names, bare_name, cache_argument, of_another_part
 
 IDS = (torch.arange(20) * 7 % 250 + 4)[None]
 WRITTEN = {  # what comes before layers.0…, by who wrote the file
@@ -248,3 +248,16 @@ def test_rows_of_tokens_follow_the_names(pair, way, tmp_path):
     remove_adapter(there)
     load_adapter(there, tmp_path / "again")
     torch.testing.assert_close(logits(here), logits(there), rtol=0, atol=1e-5)
+
+
+class Renamed:
+    def forward(self, input_ids, cache=None, **kwargs): ...
+
+
+class Own:
+    def forward(self, input_ids, past_key_values=None): ...
+
+
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it():
+    assert cache_argument(Renamed()) == "cache"
+    assert cache_argument(Own()) == "past_key_values"

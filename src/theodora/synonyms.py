@@ -12,8 +12,10 @@ without these words, and no other module of the model has that name.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # What stands around a language model and says nothing of the module. The last are wrappers of FSDP and torch.compile.
 _WRAPPERS = frozenset(
@@ -42,6 +44,13 @@ def bare_name(path: str) -> str:
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts = parts[1:]
     return ".".join(parts)
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward pass calls its keys and values: `cache` from transformers 5.24 on, which warns of the old
+    name until 5.40; `past_key_values` before it, and in code that comes with a model.
+    """
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def of_another_part(path: str) -> bool:

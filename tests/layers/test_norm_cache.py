@@ -13,6 +13,7 @@ from theodora.kernels.operators import interpreted, runs_triton
 from theodora.kernels.recompute import checkpoint_contexts
 from theodora.layers import AdapterLayer, norm_cache
 from theodora.layers.norm_cache import NormCache
+from theodora.synonyms import cache_argument
 from tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +80,7 @@ def test_steps_of_one_token_do_no_norm_work(work, context):
         assert work["norms"] == sum(isinstance(m, AdapterLayer) for m in model.modules())
         before = dict(work)
         for _ in range(3):
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            model(ids[:, :1], use_cache=True, **{cache_argument(model): cache})
         assert work == before
         model(ids)
         assert work["norms"] == before["norms"]

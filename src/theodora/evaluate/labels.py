@@ -24,6 +24,7 @@ from theodora.errors import DataError
 from theodora.evaluate.batches import batches_by_length, pad
 from theodora.evaluate.loss import logits_at
 from theodora.kernels.cross_entropy import IGNORED
+from theodora.synonyms import cache_argument
 
 _REASONED = "</think>"  # ends reasoning that stands in the answer itself
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -215,8 +216,8 @@ class LabelSearch:
             ids_BT.to(model.device),
             last.to(model.device),
             attention_mask=self._mask_BT.to(model.device),
-            past_key_values=self._cache,
             use_cache=True,
+            **{cache_argument(model): self._cache},
         )
         place = torch.searchsorted(last, self._lengths - 1)
         log_probs_BV = logits[torch.arange(len(questions)), place.to(logits.device)].float().log_softmax(-1).cpu()
@@ -265,8 +266,8 @@ class LabelSearch:
             None,
             attention_mask=mask_BT.to(device),
             position_ids=positions.to(device),
-            past_key_values=self._cache,
             use_cache=True,
+            **{cache_argument(self._model): self._cache},
         )
         targets_BT = pad([ending[1:] for ending in endings], 0).to(logits_BTV.device)
         nats = logits_BTV.float().log_softmax(-1).gather(2, targets_BT[..., None])[..., 0].tolist()

@@ -34,6 +34,7 @@ from theodora.serve.shaping import repeated_less
 from theodora.serve.static_cache import Asked, Batch, Masks, Read, Run, added
 from theodora.serve.trial import Trial
 from theodora.serve.tried import Way
+from theodora.synonyms import cache_argument
 
 log = logging.getLogger("theodora.serve")
 
@@ -319,8 +320,8 @@ class _Steps:
             input_ids=batch.token_N1[:size],
             attention_mask=run.masks.given(batch.mask_N11W[:size], batch.at),
             position_ids=batch.position_N1[:size],
-            past_key_values=batch.cache(size),
             use_cache=True,
+            **{cache_argument(run.model): batch.cache(size)},
         )
         batch.at.add_(1)
         batch.position_N1[:size].add_(1)

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer, get_layer_types_
 
 from theodora.serve.offline_manager import Unfit
 from theodora.serve.requests import Sampling
+from theodora.synonyms import cache_argument
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -95,8 +96,8 @@ class Run:
         if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
             # (As a slice it would be a view with gaps, which torch multiplies by a frozen weight row by row.)
             given["logits_to_keep"] = torch.tensor([width - 1], device=device)
-        cache = Cache(layer_class_to_replicate=_AsRead)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1].float()
+        given[cache_argument(self.model)] = cache = Cache(layer_class_to_replicate=_AsRead)
+        logits = self.model(input_ids=ids, use_cache=True, **given).logits[:, -1].float()
         layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         for each in (tensor for layer in layers for tensor in layer):
             if not isinstance(each, Tensor) or each.dim() != 4 or each.shape[0::2] != ids.shape:
