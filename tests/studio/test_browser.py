@@ -191,7 +191,7 @@ def test_a_newcomers_way(studio, page_of, home):
         box.check()
     page.click(".run .name >> text=dora")
     page.wait_for_selector("td >> text=Held-out loss")
-    until(page, lambda: page.locator(".chart:visible").count() == 5)
+    until(page, lambda: page.locator(".chart:visible").count() == 7)
     picture(page, "runs")
     assert page.wrong == []
     assert all(url.startswith((studio.base, "data:")) for url in page.asked), page.asked
@@ -222,7 +222,7 @@ def test_a_newcomers_way(studio, page_of, home):
 
 def look(page):
     """From a run that has ended to its answers, and to a chat with it."""
-    page.click("text=Before and after")
+    page.click("#runs-screen button >> text=Before and after")
     page.fill("#answers-tokens", "24")
     page.click("button >> text=Compare")
     page.wait_for_selector(".pairs tbody tr")
@@ -242,7 +242,7 @@ def look(page):
     page.keyboard.press("r")
     page.click(".run .name >> text=dora")
     page.click("#runs-screen button >> text=Chat")
-    page.click(".chip >> text=lora")
+    page.click("#look-chat .chip >> text=lora")
     page.click("#look-chat button >> text=Load")
     page.wait_for_selector(".composer")
     page.fill("#chat-text", "What is the capital of Peru?")
