@@ -222,7 +222,7 @@ def test_a_vllm_whose_lora_layer_is_another_is_refused(engine, expected, monkeyp
         patch.setattr(linear, "_apply_lora_to_output", lambda self, x, y: 1.05 * original(self, x, y))
         prove(engine.manager(), torch.float32, "changed")
     _refused(
-        engine, engine.adapters["dora"], r"could not prove that it serves DoRA right in this vLLM: .* is off by 0\.05"
+        engine, engine.adapters["dora"], r"could not prove that it serves DoRA right in this vLLM: .* is off by 0\.0[45]"
     )
     for name in (None, "lora"):
         assert engine.answers([(PROMPTS[0], name)])[0][0] == expected[PROMPTS[0], name][0]
