@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.data_utils import pack_dataset
@@ -22,6 +24,8 @@ UNSAFE: dict[str, dict[str, Any]] = {
     "opt": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": 0.1},
     "mamba": {**SMALL, "initializer_range": 0.2},
 }
+if Version(transformers.__version__) >= Version("5.24.0.dev0"):
+    del UNSAFE["falcon"]  # its masks heed position ids
 
 
 def losses(model, batch):

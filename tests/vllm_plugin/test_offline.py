@@ -207,3 +207,28 @@ def test_served_as_lora_it_would_be_another_model(engine, expected, tmp_path):
     """The comparison above can fail: without magnitudes the tokens are others."""
     plain = without_magnitudes(tmp_path / "plain", engine.adapters["dora"])
     assert [a[0] for a in peft_answers(engine.base, plain)] != [expected[prompt, "dora"][0] for prompt in PROMPTS]
+
+
+def test_a_vllm_whose_lora_layer_is_another_is_refused(engine, expected, monkeypatch):
+    """Base and LoRA are served all the same; and DoRA again, once the layer is as it was."""
+    from vllm.lora.layers import BaseLayerWithLoRA, RowParallelLinearWithLoRA
+
+    from theodora.vllm_plugin.proof import prove
+
+    linear = next(cls for cls in RowParallelLinearWithLoRA.__mro__ if "_apply_lora_to_output" in vars(cls))
+    assert issubclass(linear, BaseLayerWithLoRA)
+    original = linear._apply_lora_to_output
+    engine.manager().remove_all_adapters()  # as when a model is loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "_apply_lora_to_output", lambda self, x, y: 1.05 * original(self, x, y))
+        prove(engine.manager(), torch.float32, "changed")
+    _refused(
+        engine,
+        engine.adapters["dora"],
+        r"could not prove that it serves DoRA right in this vLLM: .* is off by 0\.0[45]",
+    )
+    for name in (None, "lora"):
+        assert engine.answers([(PROMPTS[0], name)])[0][0] == expected[PROMPTS[0], name][0]
+    engine.manager().remove_all_adapters()
+    prove(engine.manager(), torch.float32, "as it was")
+    assert engine.answers([(PROMPTS[0], "dora")])[0][0] == expected[PROMPTS[0], "dora"][0]

@@ -31,11 +31,13 @@ def keep_cache_finite(cache: Any) -> Watch:
     wants_arguments = "kwargs" in inspect.signature(update).parameters
 
     def update_finite(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if wants_arguments and "kwargs" not in kwargs and len(args) < 2:
+        if wants_arguments and len(args) < 2:
             # transformers 5.24 gives models the cache of pages as their own (`cache`, which was `past_key_values`), and
             # GPT-NeoX's attention does not hand on its arguments, in which the places of the pages are. They are
             # changed in place, so that it has to be the very dict.
-            kwargs |= _arguments_of(inspect.currentframe())
+            kwargs.setdefault("kwargs", _arguments_of(inspect.currentframe()))
+            if "max_length_k" not in (kwargs["kwargs"] or {}):
+                raise TypeError("its attention is not told where the pages of a paged attention cache are")
         # Under autocast they are of its dtype, or one of them is.
         key_states, value_states = key_states.to(cache.dtype), value_states.to(cache.dtype)
         return update(*watch.keep_finite(key_states, value_states), *args, **kwargs)
@@ -46,10 +48,10 @@ def keep_cache_finite(cache: Any) -> Watch:
     return watch
 
 
-def _arguments_of(frame: FrameType | None) -> dict[str, Any]:
+def _arguments_of(frame: FrameType | None) -> Any:
     """`kwargs` of a function's caller, if it has some."""
     caller = None if frame is None else frame.f_back
-    return {} if caller is None or "kwargs" not in caller.f_locals else {"kwargs": caller.f_locals["kwargs"]}
+    return None if caller is None else caller.f_locals.get("kwargs")
 
 
 def with_finite_keys(attend: Callable[..., Any]) -> Callable[..., Any]:
