@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import ROOT
 from studios import Served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -42,6 +43,8 @@ REPORT = """<h1>tiny-llama: lora, dora</h1>
 <path d="M10 100 L150 40 L290 20" stroke="#d1603d" fill="none"/></svg></figure>
 <script>window.hacked = true</script>"""
 IMAGES = Path(os.environ["STUDIO_IMAGES"]).absolute() if os.environ.get("STUDIO_IMAGES") else None
+SHOWN = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/studio.md"))
+"""Where those pictures are that are kept."""
 OPEN = "field => { const group = field.closest('details'); if (group) group.open = true; }"
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
@@ -116,7 +119,7 @@ def watched(context, studio):
 
 
 def picture(page, name):
-    if IMAGES is not None:
+    if IMAGES is not None and f"studio-{name}.png" in SHOWN:
         page.wait_for_timeout(400)  # for what moves to come to rest
         page.screenshot(path=IMAGES / f"studio-{name}.png")
 
