@@ -151,6 +151,11 @@ def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def is_whole_model(path: str | Path) -> bool:
+    """Whether `path` is a local folder with a model that is no adapter."""
+    return (Path(path) / "config.json").is_file() and not is_adapter_folder(path)
+
+
 def has_tokenizer(path: str | Path) -> bool:
     """Whether `path` is a local folder with a tokenizer."""
     return (Path(path) / "tokenizer_config.json").is_file()
