@@ -18,8 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 _SECONDS_BETWEEN_LINES = 10  # where the output is no terminal
-_SECONDS_OF_RATE = 5
-
+_SECONDS_OF_RATE = 3
 
 PACE = ("tokens_per_second", "seconds_left", "peak_memory")
 """What metrics.jsonl has beside a step's loss."""
