@@ -47,13 +47,14 @@ def _as_before():
 
 @pytest.mark.usefixtures("_as_before")
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_with_full_determinism_it_has_the_same_bits(method, packing, run, tmp_path):
     options = {"method": method, "packing": packing, "full_determinism": True}
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     run("whole", **options)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "checkpoint-8")
     run("parts", resume="auto", **options)
     run("again", **options)
-    whole, *others = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("whole", "parts", "again"))
+    whole, *others = (load_file(tmp_path / each / name) for each in ("whole", "parts", "again"))
     assert all(torch.equal(whole[key], other[key]) for other in others for key in whole)
