@@ -11,7 +11,7 @@ from crash.killing import fork_server
 from studios import Studio
 from theodora import AdapterConfig, inject_adapter, save_adapter
 from theodora.adapters.models import load_model
-from theodora.studio import answers, chats, jobs
+from theodora.studio import chats, works
 from theodora.studio import runs as runs_module
 from theodora.studio.processes import started_at
 
@@ -30,7 +30,7 @@ def _runs_of_fork_server(monkeypatch):
         begun.append(process)
         return process.pid, started_at(process.pid)
 
-    for module in (runs_module, answers, chats, jobs):
+    for module in (runs_module, chats, works):
         monkeypatch.setattr(module, "begin", begin)
     yield
     for process in begun:

@@ -23,17 +23,18 @@ from starlette.concurrency import run_in_threadpool
 import theodora
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE_FILE, METRICS_FILE
-from theodora.studio.answers import Answers, NoSuchComparison
+from theodora.studio.answers import Answers
 from theodora.studio.bodies import Mistyped, body_of, mapping
 from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
-from theodora.studio.jobs import Jobs, NoSuchJob
+from theodora.studio.jobs import Jobs
 from theodora.studio.look_routes import look_routes
-from theodora.studio.metrics import paces, read, read_on, tail
+from theodora.studio.metrics import log_text, paces, read, read_on, tail
 from theodora.studio.reports import NoSuchReport, Reports
-from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, log_text, text_of
+from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, text_of
 from theodora.studio.worker import Failed, Worker
+from theodora.studio.works import NoSuchWork
 
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _SECONDS_BETWEEN_LOOKS = 1.0  # at whether the next run of the queue may begin
@@ -75,7 +76,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     def refused(_: Request, error: TheodoraError) -> Response:
         if isinstance(error, Mistyped):
             return JSONResponse({"problems": error.problems}, 400)
-        unknown = NoSuchRun | NoSuchComparison | NoSuchJob | NoSuchReport
+        unknown = NoSuchRun | NoSuchReport | NoSuchWork
         status = 404 if isinstance(error, unknown) else 422 if isinstance(error, Failed) else 400
         return JSONResponse({"error": str(error)}, status)
 
@@ -156,7 +157,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         run = runs.folder_of(id)
         config = text_of(run, CONFIG_FILE) or text_of(run, RECIPE_FILE)
         return {
-            "log": log_text(run),
+            "log": log_text(run / LOG_FILE),
             "card": text_of(run, CARD_FILE),
             "config": config,
             "typed": typed_of(asked_of(run)),

@@ -287,11 +287,6 @@ def asked_of(folder: Path) -> dict[str, Any]:
     return _options(folder / RECIPE_FILE) or _options(folder / CONFIG_FILE)
 
 
-def log_text(folder: Path) -> str:
-    """The end of what the process of a run said, fit to be shown."""
-    return plain_lines(tail(folder / LOG_FILE).decode("utf-8", errors="replace").replace("\r\n", "\n"))
-
-
 def text_of(folder: Path, name: str) -> str:
     """A small text file of a run, fit to be shown; empty where there is none."""
     return plain_lines(read(folder / name, _LARGEST_TEXT).decode("utf-8", errors="replace"))

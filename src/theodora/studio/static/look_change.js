@@ -54,12 +54,12 @@ export class ChangeTab {
     }
   }
 
-  tell({ state, command, log, report, figures }, head) {
+  tell({ state, log, report, figures }, head) {
     const runs = report?.runs ?? [];
     const told = runs.flatMap(({ path, warnings, notes }) => [...(warnings ?? []).map((text) => ["bad", path, text]), ...(notes ?? []).map((text) => ["", path, text])]);
     const cards = [el("div", { class: "card stack" }, head,
       ...told.map(([kind, path, text]) => el("div", { class: `note ${kind}` }, runs.length > 1 ? `${name(path)}: ${text}` : text)),
-      el("h3", {}, "By kind of module, at the last checkpoint"), this.kinds(runs), ...words(command, log))];
+      el("h3", {}, "By kind of module, at the last checkpoint"), this.kinds(runs), ...words(state.command, log))];
     if (runs.some(({ checkpoints }) => checkpoints.length > 1)) cards.push(el("div", { class: "card stack" }, el("h2", {}, "Along the run"), this.along(runs)));
     for (const figure of figures)
       cards.push(el("figure", { class: "card drawn" }, el("figcaption", {}, FIGURES[figure] ?? figure), el("img", { src: `/api/look/jobs/${state.id}/figure/${figure}`, alt: FIGURES[figure] ?? figure, loading: "lazy" })));

@@ -77,13 +77,13 @@ export class JobsView {
     return button;
   }
 
-  atWork({ state, command, log }, anew) {
+  atWork({ state, log }, anew) {
     if (anew) {
       this.doing = el("span", { class: "quiet" });
       this.log = el("pre", { class: "log", tabindex: "0" });
       put(this.result, el("div", { class: "card stack" },
         el("div", { class: "row spread" }, el("h2", {}, state.title), el("button", { type: "button", class: "danger", onclick: () => this.act(state.id, "stop") }, "Stop")),
-        el("div", { role: "status" }, el("span", { class: "spin" }), this.doing), this.log, shell(command)));
+        el("div", { role: "status" }, el("span", { class: "spin" }), this.doing), this.log, shell(state.command)));
     }
     const lines = log.trimEnd().split("\n");
     say(this.doing, `${lines.at(-1) || "Loading …"} · ${Math.round(state.seconds)} s`);
@@ -102,13 +102,13 @@ export class JobsView {
   }
 
   tell(found) {
-    const { state, command, log } = found;
+    const { state, log } = found;
     const head = el("div", { class: "row spread" },
       el("div", { class: "row" }, el("h2", {}, state.title), el("span", { class: `badge ${BADGES[state.state] ?? ""}` }, WORDS[state.state] ?? state.state)),
       el("button", { type: "button", class: "plain", onclick: () => this.act(state.id, "forget") }, "Delete from the list"));
     if (state.state !== "finished") {
       const told = state.state === "failed" ? el("div", { class: "note bad", role: "alert" }, lastWords(log) || "It ended without a word.") : null;
-      put(this.result, el("div", { class: "card stack" }, head, ...[told].filter(Boolean), ...words(command, log)));
+      put(this.result, el("div", { class: "card stack" }, head, ...[told].filter(Boolean), ...words(state.command, log)));
       return;
     }
     put(this.result, ...this.tellMore(found, head));

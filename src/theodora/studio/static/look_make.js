@@ -110,8 +110,8 @@ export class MakeTab {
     }
   }
 
-  tell({ state, command, log }, head) {
+  tell({ state, log }, head) {
     const place = state.result ? el("div", { class: "copy" }, el("pre", {}, state.result), copied(() => state.result)) : null;
-    return [el("div", { class: "card stack" }, head, ...[place].filter(Boolean), el("pre", { class: "said", tabindex: "0" }, log.trim()), ...words(command, ""))];
+    return [el("div", { class: "card stack" }, head, ...[place].filter(Boolean), el("pre", { class: "said", tabindex: "0" }, log.trim()), ...words(state.command, ""))];
   }
 }
