@@ -4,25 +4,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora import AdapterConfig, inject_adapter
 from theodora.cli.conversation import Answer, Conversation
 from theodora.cli.conversation_view import view
 from theodora.cli.main import main
-
-
-@pytest.fixture
-def adapter(tiny_model_dir, tmp_path):
-    """An adapter that changes what the tiny model says."""
-    from theodora.adapters.models import load_model
-
-    base = tiny_model_dir("llama")
-    model = inject_adapter(load_model(base), AdapterConfig(rank=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    save_adapter(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.fixture
