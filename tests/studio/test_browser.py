@@ -373,10 +373,34 @@ def test_hostile_names_and_rows_are_text(studio, page_of, home):
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, HOSTILE: 2}) + "\n")
     (run / "studio.log").write_text(f"{HOSTILE}\n\x1b[31m red \u202e\n")
     (run / "README.md").write_text(f"## Results\n\n| {HOSTILE} | before |\n|---|---|\n| {HOSTILE} | javascript:1 |\n")
+    compared = home / ".cache" / "theodora" / "studio" / "answers" / "1-a"
+    compared.mkdir(parents=True)
+    asked = {"model": HOSTILE, "base": "", "data": HOSTILE, "words": [HOSTILE]}
+    (compared / "asked.json").write_text(json.dumps(asked))
+    answer = {"loss": 1.0, "answer": HOSTILE, "right": False}
+    row = {"row": 1, "prompt": [{"role": HOSTILE, "content": HOSTILE}] * 2, "expected": HOSTILE, "tokens": 3}
+    (compared / "rows.jsonl").write_text(json.dumps(row | answer | {"base": answer}) + "\n")
+    made = home / ".cache" / "theodora" / "studio" / "jobs" / "1-a"
+    made.mkdir(parents=True)
+    (made / "asked.json").write_text(json.dumps({"kind": "merge", "title": HOSTILE}))
+    for folder in (compared, made):
+        (folder / "log").write_text(HOSTILE)
     page = page_of(studio)
     page.wait_for_selector(f"th:has-text('{HOSTILE[:8]}')")
     assert HOSTILE in page.inner_text(".log")
     assert "\\x1b[31m red \\u202e" in page.inner_text(".log")
+    page.click("nav >> text=Look")
+    page.click(".pairs button[aria-expanded]")
+    assert page.inner_text(".pairs tbody").count(HOSTILE) == 7  # two turns with their roles, expected, before, after
+    result = page.locator("#look-answers .look-result")
+    assert HOSTILE in result.locator("h2").inner_text()
+    for summary in ("In a terminal", "Log"):
+        result.locator("summary", has_text=summary).click()
+        assert HOSTILE[:10] in result.locator("details", has_text=summary).locator("pre").inner_text()
+    page.click("#look-tab-make")
+    for part in ("h2", ".note"):
+        assert HOSTILE in page.inner_text(f"#look-make .look-result {part}")
+    assert page.locator("main img, main script, main iframe").count() == 0
     page.click("nav >> text=Data")
     page.fill("#data-path", "hostile.jsonl")
     page.fill("#data-model", "tiny-llama")
