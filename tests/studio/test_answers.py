@@ -14,7 +14,7 @@ def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
     assert "at work" in studio.post("/api/look/answers", asked, status=400)["error"]
     studio.post(f"/api/look/answers/{id}/forget", status=400)
     found = studio.until_ended("answers", id)
-    assert found["state"]["state"] == "finished", found["log"]
+    assert (found["state"]["state"], found["progress"]) == ("finished", None), found["log"]
     assert [row["row"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
     assert [row["expected"] for row in found["rows"]] == ["0", "2", "4", "6", "8", "10"]
     assert all(row["loss"] != row["base"]["loss"] for row in found["rows"])
@@ -23,10 +23,10 @@ def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
 
     studio.close()
     again = studio_of()
-    (kept,) = again.get("/api/look/answers")["comparisons"]
-    assert (kept["id"], kept["state"], kept["progress"]) == (id, "finished", None)
+    (kept,) = again.get("/api/look/answers")["works"]
+    assert (kept["id"], kept["state"]) == (id, "finished")
     again.post(f"/api/look/answers/{id}/forget")
-    assert again.get("/api/look/answers")["comparisons"] == []
+    assert again.get("/api/look/answers")["works"] == []
     again.get(f"/api/look/answers/{id}", status=404)
 
 
@@ -97,5 +97,4 @@ def test_what_is_remembered_may_be_damaged(tmp_path, text):
     for name, content in (("bad", text), ("good", json.dumps({"model": "m", "base": "", "data": "d"}))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "asked.json").write_text(content)
-    answers = Answers(tmp_path)
-    assert [each["id"] for each in answers.states()] == ["good"]
+    assert [each["id"] for each in Answers(tmp_path).works.states()] == ["good"]

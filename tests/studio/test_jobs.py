@@ -25,7 +25,7 @@ def test_what_changed_with_its_figures(studio_of, adapter):
     assert studio.client.get(f"/api/look/jobs/{id}/figure/..%2Freport.json").status_code == 404
     studio.close()
     again = studio_of()
-    (kept,) = again.get("/api/look/jobs")["jobs"]
+    (kept,) = again.get("/api/look/jobs")["works"]
     assert (kept["id"], kept["state"], kept["kind"]) == (id, "finished", "inspect")
     again.post(f"/api/look/jobs/{id}/forget")
     again.get(f"/api/look/jobs/{id}", status=404)
@@ -92,7 +92,7 @@ def test_what_makes_no_sense_is_said_at_its_field(
     }
     studio = studio_of()
     assert list(studio.post("/api/look/jobs", given, status=400)["problems"]) == [field]
-    assert studio.get("/api/look/jobs")["jobs"] == []
+    assert studio.get("/api/look/jobs")["works"] == []
 
 
 def test_other_kinds_and_damaged_records_are_nothing(studio_of, tmp_path):

@@ -70,22 +70,20 @@ class Answers:
         self.works.begin(folder, asked)
         return folder.name
 
-    def states(self) -> list[dict[str, Any]]:
-        """How all of them stand, the newest first."""
-        return [self._state(folder, asked) for folder, asked in self.works]
-
     def one(self, id: str) -> dict[str, Any]:
-        """How one stands, its rows, and what its process says.
+        """How one stands, how far it has come while it is at work, its rows, and what its process says.
 
         Raises:
             NoSuchWork: there is none of that id.
         """
         folder, asked = self.works.of(id)
-        return {"state": self._state(folder, asked), "rows": list(_rows(folder)), "log": log_text(folder / LOG)}
-
-    def _state(self, folder: Path, asked: Comparison) -> dict[str, Any]:
-        found = self.works.state(folder, asked)
-        return found | {"progress": _progress(folder, asked) if found["state"] == "running" else None}
+        state = self.works.state(folder, asked)
+        return {
+            "state": state,
+            "progress": _progress(folder, asked) if state["state"] == "running" else None,
+            "rows": list(_rows(folder)),
+            "log": log_text(folder / LOG),
+        }
 
 
 def _checked(typed: Mapping[str, Any]) -> Comparison:

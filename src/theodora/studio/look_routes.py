@@ -30,10 +30,6 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
     """
     routes = APIRouter(prefix="/api/look")
 
-    @routes.get("/answers")
-    def listed() -> Any:
-        return {"comparisons": answers.states()}
-
     @routes.post("/answers")
     async def start(request: Request) -> Any:
         return {"id": await run_in_threadpool(answers.start, await body_of(request))}
@@ -82,10 +78,6 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
 
 
 def _of_jobs(routes: APIRouter, jobs: Jobs) -> None:
-    @routes.get("/jobs")
-    def known_jobs() -> Any:
-        return {"jobs": jobs.works.states()}
-
     @routes.post("/jobs")
     async def begin(request: Request) -> Any:
         asked = await body_of(request)
@@ -101,6 +93,10 @@ def _of_jobs(routes: APIRouter, jobs: Jobs) -> None:
 
 
 def _of_works(routes: APIRouter, prefix: str, works: Works[Any]) -> None:
+    @routes.get(prefix)
+    def listed() -> Any:
+        return {"works": works.states()}
+
     @routes.post(f"{prefix}/{{id}}/stop")
     def stop(id: str) -> Any:
         works.stop(id)

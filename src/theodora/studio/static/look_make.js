@@ -1,7 +1,7 @@
 // Make: an adapter merged or exported, and two forms of one model compared; each an ordinary command.
 import { copied, el, put } from "./dom.js";
-import { JobsView, words } from "./look_jobs.js";
 import { field, KnownRuns, problems, typed } from "./look_parts.js";
+import { jobsView } from "./look_works.js";
 
 // What is made -> label, help, the kind of command, its fields, and what a name for it ends in.
 const KINDS = {
@@ -55,7 +55,7 @@ export class MakeTab {
       ...Object.entries(KINDS).map(([name, [label]]) => el("button", { type: "button", class: "chip", "data-kind": name, onclick: () => this.choose(name) }, label)));
     this.help = el("p", { class: "quiet small" });
     this.button = el("button", { class: "main", type: "submit" });
-    this.jobs = new JobsView("make", { kinds: ["export", "merge", "combine", "verify"], tell: (found, head) => this.tell(found, head) });
+    this.jobs = jobsView("make", ["export", "merge", "combine", "verify"], { boxes: this.boxes, button: this.button, tell: (...found) => this.tell(...found) });
     put(root, el("p", { class: "quiet look-told" }, "An adapter in the form that another program wants. Every export is compared with the adapter on its base, and gets its name only if it predicts the same."),
       el("form", { class: "card stack", onsubmit: (event) => { event.preventDefault(); this.start(); } },
         this.kinds, this.help, el("div", { class: "fields" }, ...Object.values(this.boxes)), el("div", { class: "row" }, this.button), this.known.element), this.jobs.element);
@@ -96,22 +96,14 @@ export class MakeTab {
     if (!this.named) this.inputs.output.value = adapter && KINDS[this.kind][4] && `${adapter}${KINDS[this.kind][4]}`;
   }
 
-  async start() {
-    problems(this.boxes, {});
-    this.button.disabled = true;
+  start() {
     const given = Object.fromEntries(Object.entries(this.inputs).filter(([name]) => !this.boxes[name].hidden).map(([name, input]) => [name, input.value]));
     if (given.adapters !== undefined) given.adapters = given.adapters.split("\n");
-    try {
-      await this.jobs.start(KINDS[this.kind][2], { form: this.kind, ...given });
-    } catch (error) {
-      problems(this.boxes, error.answer.problems);
-    } finally {
-      this.button.disabled = false;
-    }
+    this.jobs.start({ kind: KINDS[this.kind][2], form: this.kind, ...given });
   }
 
-  tell({ state, log }, head) {
+  tell({ state, log }, head, [terminal]) {
     const place = state.result ? el("div", { class: "copy" }, el("pre", {}, state.result), copied(() => state.result)) : null;
-    return [el("div", { class: "card stack" }, head, ...[place].filter(Boolean), el("pre", { class: "said", tabindex: "0" }, log.trim()), ...words(state.command, ""))];
+    return [el("div", { class: "card stack" }, head, place, el("pre", { class: "said", tabindex: "0" }, log.trim()), terminal)];
   }
 }

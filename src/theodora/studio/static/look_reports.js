@@ -1,7 +1,7 @@
 // Comparisons of methods: `theodora compare`'s report, as text, tables and pictures; none of its markup comes here.
 import { get } from "./api.js";
 import { el, place, put } from "./dom.js";
-import { grid } from "./look_jobs.js";
+import { grid } from "./look_parts.js";
 
 export class ReportsTab {
   constructor(root, { about }) {

@@ -1,7 +1,7 @@
 // Runs: all that are known, their curves over one another, and one of them in full.
 import { get, post } from "./api.js";
 import { Chart } from "./chart.js";
-import { bytes, copied, el, figure, place, put, say } from "./dom.js";
+import { bytes, copied, el, figure, lastWords, place, put, quoted, say } from "./dom.js";
 
 const EVERY = 1500; // milliseconds between two looks
 const COLORS = matchMedia("(prefers-color-scheme: dark)").matches
@@ -289,19 +289,10 @@ function next(folder, taken) {
   return `${stem}-${number}`;
 }
 
-const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
-
 function commands(run, again) {
   const folder = quoted(run.folder);
   if (run.state === "finished") return `theodora chat ${folder}\ntheodora info ${folder}\ntheodora merge ${folder} --output ${quoted(`${run.folder}-merged`)}`;
   return again;
-}
-
-// The command's own message stands at the end of the log, after a blank line or the last line of progress.
-function lastWords(log) {
-  const lines = log.trimEnd().split("\n");
-  const start = lines.findLastIndex((line) => /^(step \d+\/|╰|\s*$)/.test(line));
-  return lines.slice(start + 1).slice(-12).join("\n");
 }
 
 // The card's results: tables of Markdown, as text in cells.
