@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 import theodora
+from theodora.cli.merge import ONTO
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE_FILE, METRICS_FILE
 from theodora.studio.answers import Answers
@@ -28,7 +29,7 @@ from theodora.studio.bodies import Mistyped, body_of, mapping
 from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
-from theodora.studio.jobs import Jobs
+from theodora.studio.jobs import COMBINATIONS, DTYPES, Jobs
 from theodora.studio.look_routes import look_routes
 from theodora.studio.metrics import log_text, paces, read, read_on, tail
 from theodora.studio.reports import NoSuchReport, Reports
@@ -97,6 +98,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
             "folders": runs.memory.known.folders,
             "uploads": str(folder / "data"),
             "form": form(),
+            "make": {"method": COMBINATIONS, "onto": tuple(ONTO), "dtype": DTYPES},
         }
 
     @app.post("/api/wake")

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from theodora.cli.combine import METHODS
+from theodora.cli.export import FORMS
+from theodora.cli.merge import ONTO
 from theodora.errors import UsageError
 from theodora.studio.bodies import Mistyped
 from theodora.studio.metrics import log_text, read, tail
@@ -21,10 +24,11 @@ from theodora.studio.works import LOG, Work, Works
 
 REPORT, FIGURES = "report.json", "figures"
 """What inspect writes into the job's folder."""
-FORMS = ("hf", "peft", "mlx", "gguf", "gguf-lora", "served")
-COMBINATIONS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
-_DTYPES = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("fp32", "bf16", "fp16", "q8_0")}
-_ONTO = ("original", "dequantised", "quantised")
+_FLOATS = ("fp32", "bf16", "fp16")
+DTYPES = {"hf": _FLOATS, "merge": _FLOATS, "gguf": (*_FLOATS, "q8_0")}
+"""Of weights, by what is made."""
+COMBINATIONS = tuple(method for method in METHODS if method != "cat")
+"""Ways to combine adapters; `cat` is another word for linear."""
 _KEPT = 100  # jobs
 _MOST_RUNS = 8
 
@@ -179,7 +183,7 @@ def _export(typed: _Typed, _: Path) -> Job:
         typed.one_of("form", FORMS, "hf"),
         typed.free("output"),
     )
-    dtype = typed.one_of("dtype", _DTYPES.get(form, ()))
+    dtype = typed.one_of("dtype", DTYPES.get(form, ()))
     if form == "gguf-lora" and not typed.text("lora_rank"):
         typed.wrong("lora_rank", "is empty; llama.cpp reads LoRA alone, so say the rank to make one of")
     if form.startswith("gguf") and output and not output.endswith(".gguf"):
@@ -191,7 +195,7 @@ def _export(typed: _Typed, _: Path) -> Job:
 
 def _merge(typed: _Typed, _: Path) -> Job:
     adapter, output = typed.source("adapter", adapter=True), typed.free("output")
-    onto, dtype = typed.one_of("onto", _ONTO), typed.one_of("dtype", _DTYPES["hf"])
+    onto, dtype = typed.one_of("onto", tuple(ONTO)), typed.one_of("dtype", DTYPES["merge"])
     words = ["merge", adapter, "--output", output, *typed.flags(base_model=typed.base, onto=onto, dtype=dtype)]
     return Job("merge", f"{Path(adapter).name} merged", output, words=words)
 

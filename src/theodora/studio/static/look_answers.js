@@ -108,7 +108,7 @@ export class AnswersTab {
 
   facts() {
     const mean = (of) => {
-      const counted = this.rows.filter((row) => row.tokens);
+      const counted = this.rows.filter((row) => row.tokens && !Number.isNaN(moved(row)));
       return counted.reduce((sum, row) => sum + of(row) * row.tokens, 0) / counted.reduce((sum, row) => sum + row.tokens, 0);
     };
     const right = (of) => this.rows.filter(of).length;

@@ -15,11 +15,12 @@ const KINDS = {
   combine: ["Combined", "One adapter out of several of the same base. linear adds what each changes, exactly; the others approximate.", "combine", ["adapters", "weights", "method", "rank", "density"], ""],
   verify: ["Compare two forms", "Do they predict the same? Model and adapter folders, and .gguf files.", "verify", ["a", "b"], ""],
 };
-const DTYPES = { hf: ["fp32", "bf16", "fp16"], merge: ["fp32", "bf16", "fp16"], gguf: ["fp32", "bf16", "fp16", "q8_0"] };
+const options = (values) => values.map((value) => el("option", { value }, value));
 
 export class MakeTab {
   constructor(root, { about }) {
     this.known = new KnownRuns("make-runs", about);
+    this.dtypes = about.make.dtype;
     this.known.element.hidden = true;
     this.inputs = {
       adapter: typed("make-adapter", { placeholder: "runs/first", list: "make-runs" }),
@@ -27,12 +28,12 @@ export class MakeTab {
       b: typed("make-b", { placeholder: "merged", list: "make-runs" }),
       adapters: el("textarea", { id: "make-adapters", placeholder: "runs/maths\nruns/style", spellcheck: "false", rows: 3 }),
       weights: typed("make-weights", { placeholder: "1 for each" }),
-      method: el("select", { id: "make-method" }, ...["linear", "svd", "ties", "dare_linear", "dare_ties"].map((value) => el("option", { value }, value))),
+      method: el("select", { id: "make-method" }, ...options(about.make.method)),
       rank: typed("make-rank-of", { inputmode: "numeric", placeholder: "as the method wants" }),
       density: typed("make-density", { inputmode: "decimal", placeholder: "all" }),
       output: typed("make-output", { placeholder: "runs/first-merged" }),
       dtype: el("select", { id: "make-dtype" }),
-      onto: el("select", { id: "make-onto" }, ...["original", "dequantised", "quantised"].map((value) => el("option", { value }, value))),
+      onto: el("select", { id: "make-onto" }, ...options(about.make.onto)),
       lora_rank: typed("make-rank", { inputmode: "numeric", placeholder: "as it is" }),
       base_model: typed("make-base", { placeholder: "the one that the adapter names" }),
     };
@@ -83,7 +84,7 @@ export class MakeTab {
     for (const button of this.kinds.children) button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
     const shown = [...own, "base_model", ...(command === "verify" ? [] : command === "combine" ? ["output"] : ["adapter", "output"])];
     for (const [name, box] of Object.entries(this.boxes)) box.hidden = !shown.includes(name);
-    put(this.inputs.dtype, el("option", { value: "" }, kind === "gguf" ? "fp16 (default)" : "as in the base"), ...(DTYPES[kind] ?? []).map((value) => el("option", { value }, value)));
+    put(this.inputs.dtype, el("option", { value: "" }, kind === "gguf" ? "fp16 (default)" : "as in the base"), ...options(this.dtypes[kind] ?? []));
     put(this.help, help);
     put(this.button, command === "verify" ? "Compare" : { merge: "Merge", combine: "Combine" }[command] ?? "Export");
     problems(this.boxes, {});
