@@ -48,7 +48,7 @@ def test_the_table_is_for_people(data, tiny_model_dir, capsys):
 
 
 def test_an_adapter_is_scored_by_either_name(data, adapter, tiny_model_dir, evaluate):
-    base = tiny_model_dir("llama")
+    base = tiny_model_dir()
     arguments = ("--data", data, "--no-exact-match")
     alone = evaluate("--model", base, *arguments)
     adapted = evaluate("--model", base, "--adapter", adapter, *arguments)
@@ -157,7 +157,7 @@ def test_what_rows_hold_and_nothing_is_learned_from_is_in_the_result(tmp_path, t
 def test_each_row_before_and_after(data, adapter, tiny_model_dir, evaluate, tmp_path, capsys):
     words = ("--data", data, "--max-new-tokens", "5")
     both = evaluate("--model", adapter, "--base", "--rows", tmp_path / "rows.jsonl2", *words)
-    alone = evaluate("--model", tiny_model_dir("llama"), *words)
+    alone = evaluate("--model", tiny_model_dir(), *words)
     assert both["base"]["loss"] == pytest.approx(alone["loss"])
     assert both["loss"] != pytest.approx(alone["loss"], rel=0.01)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl2").read_text().splitlines()]
