@@ -54,6 +54,8 @@ def test_rows_that_a_run_held_out_are_there_by_themselves(studio_of, adapter, ro
     found = studio.until_ended("answers", id)  # there are no weights
     assert found["state"]["state"] == "failed"
     assert "adapter_model.safetensors" in found["log"]
+    studio.post(f"/api/look/answers/{id}/stop", status=400)
+    assert studio.get(f"/api/look/answers/{id}")["state"]["state"] == "failed"
 
 
 def test_what_is_stopped_is_stopped(studio_of, adapter, rows):

@@ -139,9 +139,7 @@ def badge(page, name):
 def start(page, **typed):
     page.click("nav >> text=Train")
     for name, value in typed.items():
-        page.eval_on_selector(
-            f"#field-{name}", "field => { const box = field.closest('details'); if (box) box.open = true; }"
-        )
+        page.eval_on_selector(f"#field-{name}", OPEN)
         if page.eval_on_selector(f"#field-{name}", "field => field.tagName") == "SELECT":
             page.select_option(f"#field-{name}", value)
         else:

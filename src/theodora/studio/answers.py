@@ -74,7 +74,7 @@ class Answers:
         """How one stands, how far it has come while it is at work, its rows, and what its process says.
 
         Raises:
-            NoSuchWork: there is none of that id.
+            NotKnown: there is none of that id.
         """
         folder, asked = self.works.of(id)
         state = self.works.state(folder, asked)

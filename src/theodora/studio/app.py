@@ -30,12 +30,12 @@ from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
 from theodora.studio.jobs import COMBINATIONS, DTYPES, Jobs
+from theodora.studio.known import NotKnown
 from theodora.studio.look_routes import look_routes
 from theodora.studio.metrics import log_text, paces, read, read_on, tail
-from theodora.studio.reports import NoSuchReport, Reports
-from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, text_of
+from theodora.studio.reports import Reports
+from theodora.studio.runs import LOG_FILE, RECIPE_FILE, Runs, asked_of, command_of, text_of
 from theodora.studio.worker import Failed, Worker
-from theodora.studio.works import NoSuchWork
 
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _SECONDS_BETWEEN_LOOKS = 1.0  # at whether the next run of the queue may begin
@@ -48,7 +48,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     Args:
         runs: that are shown.
         worker: that looks at data and plans.
-        folder: the studio's own, for dropped files, comparisons and the key of chats.
+        folder: the studio's own, for dropped files, works of Look and the key of chats.
         token: that the browser has to bring.
         port: that the server listens on.
     """
@@ -77,8 +77,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     def refused(_: Request, error: TheodoraError) -> Response:
         if isinstance(error, Mistyped):
             return JSONResponse({"problems": error.problems}, 400)
-        unknown = NoSuchRun | NoSuchReport | NoSuchWork
-        status = 404 if isinstance(error, unknown) else 422 if isinstance(error, Failed) else 400
+        status = 404 if isinstance(error, NotKnown) else 422 if isinstance(error, Failed) else 400
         return JSONResponse({"error": str(error)}, status)
 
     @app.get("/")

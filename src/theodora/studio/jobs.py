@@ -90,7 +90,7 @@ class Jobs:
         """How one stands, what its process says, and of inspect its report and figures.
 
         Raises:
-            NoSuchWork: there is none of that id.
+            NotKnown: there is none of that id.
         """
         folder, job = self.works.of(id)
         found = {"state": self.works.state(folder, job), "log": log_text(folder / LOG)}

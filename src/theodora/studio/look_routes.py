@@ -1,4 +1,4 @@
-"""The routes of the screen Look: before and after, and chats."""
+"""The routes of the screen Look."""
 
 from __future__ import annotations
 

@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_origin
 
 from theodora.coerce import type_hints
-from theodora.errors import TheodoraError, UsageError
+from theodora.errors import UsageError
 from theodora.files.atomic import atomic_write
+from theodora.studio.known import NotKnown
 from theodora.studio.processes import ask_to_end, begin, is_alive
 
 LOG = "log"
 """What the process says, in the work's folder."""
 _ASKED = "asked.json"
-
-
-class NoSuchWork(TheodoraError):
-    """None of that id is known."""
 
 
 @dataclass(kw_only=True)
@@ -81,12 +78,12 @@ class Works(Generic[W]):
         """The folder of one, and what was asked.
 
         Raises:
-            NoSuchWork: there is none of that id.
+            NotKnown: there is none of that id.
         """
         for folder, work in self:
             if folder.name == id:
                 return folder, work
-        raise NoSuchWork(f"There is no such {self._word} here.")
+        raise NotKnown(f"There is no such {self._word} here.")
 
     def place(self) -> Path:
         """A folder for another one, which `begin` makes; its name is the id."""
@@ -105,10 +102,11 @@ class Works(Generic[W]):
     def stop(self, id: str) -> None:
         """End one that is at work; what it has not finished is lost."""
         folder, work = self.of(id)
+        if not work.at_work(folder):  # one that has failed has not been stopped
+            raise UsageError("It has ended already.")
         work.told_to_stop = True
         _keep(folder, work)
-        if not ask_to_end(work.pid, work.started):
-            raise UsageError("It has ended already.")
+        ask_to_end(work.pid, work.started)
 
     def forget(self, id: str) -> None:
         """Delete the folder of one that has ended; what it made elsewhere stays."""

@@ -103,7 +103,7 @@ export class DataScreen {
         found.near?.count ? near(found.near, asked.eval_data) : null,
         ...notes.filter(Boolean).map((told) => el("p", { class: "quiet small" }, told)),
         el("pre", {}, command(asked))),
-      el("div", { class: "row spread", style: undefined }, el("h2", {}, `The first ${found.shown.length} rows`), asked.model ? legend() : null),
+      el("div", { class: "row spread" }, el("h2", {}, found.shown.length === 1 ? "The first row" : `The first ${found.shown.length} rows`), asked.model ? legend() : null),
       el("div", { class: "rows" }, ...found.shown.map((row, index) => sample(row, index))));
     this.result.children[1].style.marginTop = "1.6rem";
     this.spaced();
