@@ -4,6 +4,7 @@
 - `tiny_tokenizer`: one token per byte, ChatML template, pad, bos and eos.
 - `tiny_model_dir("llama", tied=True)`: a folder that holds a saved model and its tokenizer, made once per session.
   Treat it as read-only.
+- `adapter`: a folder, likewise, with an adapter of `tiny_model_dir()` that changes much.
 """
 
 import atexit
@@ -188,3 +189,19 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
+    from theodora import AdapterConfig, inject_adapter, save_adapter
+    from theodora.adapters.models import load_model
+
+    torch.manual_seed(0)
+    model = inject_adapter(load_model(tiny_model_dir()), AdapterConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    folder = tmp_path_factory.mktemp("adapters") / "loud"
+    save_adapter(model, folder)
+    return folder

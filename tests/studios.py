@@ -62,6 +62,14 @@ class Studio:
             time.sleep(0.05)
         raise AssertionError(f"{run}\n{self.get(f'/api/runs/{id}/texts')['log']}")
 
+    def until_ended(self, works, id):
+        """One of the `answers` or `jobs` of Look, as soon as it is no longer running."""
+        deadline = time.monotonic() + 240  # that it ends is what counts
+        while (found := self.get(f"/api/look/{works}/{id}"))["state"]["state"] == "running":
+            assert time.monotonic() < deadline, found["log"]
+            time.sleep(0.05)
+        return found
+
 
 class Served(Running):
     """A studio on a port of this machine, for a browser."""

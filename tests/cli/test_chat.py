@@ -4,25 +4,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora import AdapterConfig, inject_adapter
 from theodora.cli.conversation import Answer, Conversation
 from theodora.cli.conversation_view import view
 from theodora.cli.main import main
-
-
-@pytest.fixture
-def adapter(tiny_model_dir, tmp_path):
-    """An adapter that changes what the tiny model says."""
-    from theodora.adapters.models import load_model
-
-    base = tiny_model_dir("llama")
-    model = inject_adapter(load_model(base), AdapterConfig(rank=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    save_adapter(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.fixture
@@ -210,5 +195,5 @@ def test_on_a_terminal_it_greets_and_answers_grow(template, conversation, tiny_t
 
 
 def test_a_folder_beside_a_model_is_the_adapter(adapter, tiny_model_dir, chat):
-    output = chat(["hello"], adapter, "--model", tiny_model_dir("llama"))
+    output = chat(["hello"], adapter, "--model", tiny_model_dir())
     assert "adapted:" in output

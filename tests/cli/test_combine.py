@@ -1,11 +1,19 @@
 """`theodora combine`: folders in, a folder out that does what `combine_adapters` does."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from theodora import AdapterConfig, inject_adapter, load_adapter, save_adapter
 from theodora.adapters.models import load_model
 from theodora.cli import main as cli
+from theodora.cli.combine import METHODS
+from theodora.cli.export import FORMS
+from theodora.cli.merge import ONTO
+from theodora.export.exporting import WRITERS
+from theodora.merging.combine import CombineMethod
+from theodora.merging.onto import Onto
 
 IDS = torch.arange(3, 23)[None]
 
@@ -24,6 +32,12 @@ def adapters(tmp_path_factory, tiny_model_dir):
         folders.append(tmp_path_factory.mktemp("adapters") / method)
         save_adapter(model, folders[-1])
     return [str(folder) for folder in folders]
+
+
+def test_words_of_commands_are_those_of_the_library():
+    assert get_args(CombineMethod) == METHODS
+    assert get_args(Onto) == tuple(ONTO)
+    assert tuple(WRITERS) == FORMS
 
 
 def test_it_is_the_sum_of_what_each_changes(adapters, tiny_model_dir, tmp_path, capsys):

@@ -5,10 +5,7 @@ from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 
-from theodora import AdapterConfig, inject_adapter, save_adapter
-from theodora.adapters.models import load_model
 from theodora.cli.main import main
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(6)]
@@ -50,18 +47,12 @@ def test_the_table_is_for_people(data, tiny_model_dir, capsys):
     assert "6 rows read as" in printed.err
 
 
-def test_an_adapter_is_scored_by_either_name(data, tiny_model_dir, tmp_path, evaluate):
-    base = tiny_model_dir("llama")
-    model = inject_adapter(load_model(base), AdapterConfig(rank=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    save_adapter(model, tmp_path / "adapter")
+def test_an_adapter_is_scored_by_either_name(data, adapter, tiny_model_dir, evaluate):
+    base = tiny_model_dir()
     arguments = ("--data", data, "--no-exact-match")
     alone = evaluate("--model", base, *arguments)
-    adapted = evaluate("--model", base, "--adapter", tmp_path / "adapter", *arguments)
-    found = evaluate("--model", tmp_path / "adapter", *arguments)
+    adapted = evaluate("--model", base, "--adapter", adapter, *arguments)
+    found = evaluate("--model", adapter, *arguments)
     assert adapted["loss"] == found["loss"] != alone["loss"]
     assert adapted["exact_match"] is None
 
@@ -163,22 +154,10 @@ def test_what_rows_hold_and_nothing_is_learned_from_is_in_the_result(tmp_path, t
     assert scores["left_out"] == [{"what": "the column 'id'", "rows": 1, "why": "not used"}]
 
 
-@pytest.fixture
-def adapter(tiny_model_dir, tmp_path):
-    """A folder with an adapter that changes much."""
-    model = inject_adapter(load_model(tiny_model_dir("llama")), AdapterConfig(rank=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    save_adapter(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 def test_each_row_before_and_after(data, adapter, tiny_model_dir, evaluate, tmp_path, capsys):
     words = ("--data", data, "--max-new-tokens", "5")
     both = evaluate("--model", adapter, "--base", "--rows", tmp_path / "rows.jsonl2", *words)
-    alone = evaluate("--model", tiny_model_dir("llama"), *words)
+    alone = evaluate("--model", tiny_model_dir(), *words)
     assert both["base"]["loss"] == pytest.approx(alone["loss"])
     assert both["loss"] != pytest.approx(alone["loss"], rel=0.01)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl2").read_text().splitlines()]

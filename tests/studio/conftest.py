@@ -4,14 +4,11 @@ import json
 from contextlib import ExitStack
 
 import pytest
-import torch
 
 import dying
 from crash.killing import fork_server
 from studios import Studio
-from theodora import AdapterConfig, inject_adapter, save_adapter
-from theodora.adapters.models import load_model
-from theodora.studio import answers, chats, jobs
+from theodora.studio import chats, works
 from theodora.studio import runs as runs_module
 from theodora.studio.processes import started_at
 
@@ -30,7 +27,7 @@ def _runs_of_fork_server(monkeypatch):
         begun.append(process)
         return process.pid, started_at(process.pid)
 
-    for module in (runs_module, answers, chats, jobs):
+    for module in (runs_module, chats, works):
         monkeypatch.setattr(module, "begin", begin)
     yield
     for process in begun:
@@ -54,20 +51,6 @@ def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "completion": str(2 * i)}) + "\n" for i in range(24)))
     return path
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory, tiny_model_dir):
-    """A folder with an adapter that changes much."""
-    torch.manual_seed(0)
-    model = inject_adapter(load_model(tiny_model_dir()), AdapterConfig(rank=2))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    folder = tmp_path_factory.mktemp("adapters") / "loud"
-    save_adapter(model, folder)
-    return folder
 
 
 @pytest.fixture

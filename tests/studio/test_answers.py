@@ -1,19 +1,10 @@
 """Before and after over HTTP: begun, followed, found again, stopped; and what is wrong where it is wrong."""
 
 import json
-import time
 
 import pytest
 
 from theodora.studio.answers import Answers, Comparison, _progress
-
-
-def until_ended(studio, id):
-    deadline = time.monotonic() + 120  # that it ends is what counts
-    while (found := studio.get(f"/api/look/answers/{id}"))["state"]["state"] == "running":
-        assert time.monotonic() < deadline, found["log"]
-        time.sleep(0.05)
-    return found
 
 
 def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
@@ -22,8 +13,8 @@ def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
     id = studio.post("/api/look/answers", asked)["id"]
     assert "at work" in studio.post("/api/look/answers", asked, status=400)["error"]
     studio.post(f"/api/look/answers/{id}/forget", status=400)
-    found = until_ended(studio, id)
-    assert found["state"]["state"] == "finished", found["log"]
+    found = studio.until_ended("answers", id)
+    assert (found["state"]["state"], found["progress"]) == ("finished", None), found["log"]
     assert [row["row"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
     assert [row["expected"] for row in found["rows"]] == ["0", "2", "4", "6", "8", "10"]
     assert all(row["loss"] != row["base"]["loss"] for row in found["rows"])
@@ -32,10 +23,10 @@ def test_rows_before_and_after_an_adapter(studio_of, adapter, rows):
 
     studio.close()
     again = studio_of()
-    (kept,) = again.get("/api/look/answers")["comparisons"]
-    assert (kept["id"], kept["state"], kept["progress"]) == (id, "finished", None)
+    (kept,) = again.get("/api/look/answers")["works"]
+    assert (kept["id"], kept["state"]) == (id, "finished")
     again.post(f"/api/look/answers/{id}/forget")
-    assert again.get("/api/look/answers")["comparisons"] == []
+    assert again.get("/api/look/answers")["works"] == []
     again.get(f"/api/look/answers/{id}", status=404)
 
 
@@ -45,7 +36,7 @@ def test_a_merged_model_is_compared_with_the_model_that_it_was_and_losses_are_en
     problems = studio.post("/api/look/answers", asked, status=400)["problems"]
     assert "what it was before" in problems["base"]
     id = studio.post("/api/look/answers", asked | {"base": str(tiny_model_dir())})["id"]
-    found = until_ended(studio, id)
+    found = studio.until_ended("answers", id)
     assert found["state"]["state"] == "finished", found["log"]
     assert len(found["rows"]) == 24
     assert all(row["answer"] is row["base"]["answer"] is None for row in found["rows"])
@@ -60,16 +51,18 @@ def test_rows_that_a_run_held_out_are_there_by_themselves(studio_of, adapter, ro
     (run / "held_out.jsonl").write_bytes(rows.read_bytes())
     id = studio.post("/api/look/answers", {"model": str(run)})["id"]
     assert studio.get(f"/api/look/answers/{id}")["state"]["data"] == str(run / "held_out.jsonl")
-    found = until_ended(studio, id)  # there are no weights
+    found = studio.until_ended("answers", id)  # there are no weights
     assert found["state"]["state"] == "failed"
     assert "adapter_model.safetensors" in found["log"]
+    studio.post(f"/api/look/answers/{id}/stop", status=400)
+    assert studio.get(f"/api/look/answers/{id}")["state"]["state"] == "failed"
 
 
 def test_what_is_stopped_is_stopped(studio_of, adapter, rows):
     studio = studio_of()
     id = studio.post("/api/look/answers", {"model": str(adapter), "data": str(rows), "max_new_tokens": "400"})["id"]
     studio.post(f"/api/look/answers/{id}/stop")
-    assert until_ended(studio, id)["state"]["state"] == "stopped"
+    assert studio.until_ended("answers", id)["state"]["state"] == "stopped"
     assert "ended" in studio.post(f"/api/look/answers/{id}/stop", status=400)["error"]
 
 
@@ -100,11 +93,10 @@ def test_progress_is_the_share_of_the_passes_that_are_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"model": 1, "base": "", "data": ""}', '{"unknown": 1}', "[" * 100_000]
+    "text", ["", "[]", "{", "{}", '{"model": 1, "base": "", "data": ""}', '{"unknown": 1}', "[" * 100_000]
 )
 def test_what_is_remembered_may_be_damaged(tmp_path, text):
     for name, content in (("bad", text), ("good", json.dumps({"model": "m", "base": "", "data": "d"}))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "asked.json").write_text(content)
-    answers = Answers(tmp_path)
-    assert [each["id"] for each in answers.states()] == ["good"]
+    assert [each["id"] for each in Answers(tmp_path).works.states()] == ["good"]

@@ -139,9 +139,7 @@ def badge(page, name):
 def start(page, **typed):
     page.click("nav >> text=Train")
     for name, value in typed.items():
-        page.eval_on_selector(
-            f"#field-{name}", "field => { const box = field.closest('details'); if (box) box.open = true; }"
-        )
+        page.eval_on_selector(f"#field-{name}", OPEN)
         if page.eval_on_selector(f"#field-{name}", "field => field.tagName") == "SELECT":
             page.select_option(f"#field-{name}", value)
         else:
@@ -364,6 +362,54 @@ def test_tabs_and_a_server_that_is_killed_and_started_again(studio, page_of, hom
         assert page.wrong == other.wrong == []
 
 
+def kept(home, kind, id, asked, rows=(), log=""):
+    """A work of an earlier studio."""
+    folder = home / ".cache" / "theodora" / "studio" / kind / id
+    folder.mkdir(parents=True)
+    (folder / "asked.json").write_text(json.dumps(asked))
+    (folder / "log").write_text(log)
+    if rows:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_comparison_that_is_chosen_while_another_is_read_is_shown(studio, page_of, home):
+    answer = {"loss": 1.0, "answer": "4", "right": True}
+    rows = [{"row": 1, "prompt": "2+2=", "expected": "4", "tokens": 2, "base": answer} | answer]
+    for id, model in (("1-a", "first"), ("2-b", "second")):
+        kept(home, "answers", id, {"model": model, "base": "", "data": "rows.jsonl"}, rows)
+    page, held = page_of(studio), []
+    page.route("**/api/look/answers/2-b", lambda route: held.append(route))
+    page.click("nav >> text=Look")
+    until(page, lambda: held)
+    page.click("#look-answers .chip >> text=first")
+    held[0].continue_()
+    page.wait_for_selector("#look-answers h2 >> text=first")
+    assert page.get_attribute("#look-answers .chip:has-text('first')", "aria-pressed") == "true"
+    assert page.wrong == []
+
+
+def test_what_a_failed_run_said_goes_when_the_run_goes_on(studio, page_of, home):
+    run = home / "geography" / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "reward": 0.25}\n')
+    (run / "studio.log").write_text("step 1/9  loss 1.0\nNo space is left.\n")
+    page, states = page_of(studio), ["failed"]
+
+    def told(route):
+        answer = route.fetch().json()
+        for each in answer["runs"]:
+            each["state"] = states[-1]
+        route.fulfill(json=answer)
+
+    page.route("**/api/runs", told)
+    page.wait_for_selector(".note.bad >> text=No space is left.")
+    assert "reward 0.25" in page.inner_text(".run .about")
+    states.append("training")
+    page.wait_for_selector(".note.bad >> text=No space is left.", state="hidden")
+    page.unroute("**/api/runs")
+    assert page.wrong == []
+
+
 def test_hostile_names_and_rows_are_text(studio, page_of, home):
     work = home / "geography"
     rows = [{"prompt": HOSTILE, "completion": f"<script>window.hacked = true</script>{HOSTILE}"}] * 3
@@ -373,10 +419,27 @@ def test_hostile_names_and_rows_are_text(studio, page_of, home):
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, HOSTILE: 2}) + "\n")
     (run / "studio.log").write_text(f"{HOSTILE}\n\x1b[31m red \u202e\n")
     (run / "README.md").write_text(f"## Results\n\n| {HOSTILE} | before |\n|---|---|\n| {HOSTILE} | javascript:1 |\n")
+    answer = {"loss": 1.0, "answer": HOSTILE, "right": False}
+    row = {"row": 1, "prompt": [{"role": HOSTILE, "content": HOSTILE}] * 2, "expected": HOSTILE, "tokens": 3}
+    asked = {"model": HOSTILE, "base": "", "data": HOSTILE, "words": [HOSTILE]}
+    kept(home, "answers", "1-a", asked, [row | answer | {"base": answer}], HOSTILE)
+    kept(home, "jobs", "1-a", {"kind": "merge", "title": HOSTILE}, log=HOSTILE)
     page = page_of(studio)
     page.wait_for_selector(f"th:has-text('{HOSTILE[:8]}')")
     assert HOSTILE in page.inner_text(".log")
     assert "\\x1b[31m red \\u202e" in page.inner_text(".log")
+    page.click("nav >> text=Look")
+    page.click(".pairs button[aria-expanded]")
+    assert page.inner_text(".pairs tbody").count(HOSTILE) == 7  # two turns with their roles, expected, before, after
+    result = page.locator("#look-answers .look-result")
+    assert HOSTILE in result.locator("h2").inner_text()
+    for summary in ("In a terminal", "Log"):
+        result.locator("summary", has_text=summary).click()
+        assert HOSTILE[:10] in result.locator("details", has_text=summary).locator("pre").inner_text()
+    page.click("#look-tab-make")
+    for part in ("h2", ".note"):
+        assert HOSTILE in page.inner_text(f"#look-make .look-result {part}")
+    assert page.locator("main img, main script, main iframe").count() == 0
     page.click("nav >> text=Data")
     page.fill("#data-path", "hostile.jsonl")
     page.fill("#data-model", "tiny-llama")

@@ -2,39 +2,30 @@
 
 import json
 import os
-import time
 
 import pytest
 
 from theodora.studio.jobs import Jobs
 
 
-def until_ended(studio, id):
-    deadline = time.monotonic() + 240  # that it ends is what counts
-    while (found := studio.get(f"/api/look/jobs/{id}"))["state"]["state"] == "running":
-        assert time.monotonic() < deadline, found["log"]
-        time.sleep(0.05)
-    return found
-
-
 def test_what_changed_with_its_figures(studio_of, adapter):
     studio = studio_of()
     id = studio.post("/api/look/jobs", {"kind": "inspect", "runs": [str(adapter), ""]})["id"]
-    found = until_ended(studio, id)
+    found = studio.until_ended("jobs", id)
     assert found["state"]["state"] == "finished", found["log"]
     (run,) = found["report"]["runs"]
     assert run["method"] == "dora"
     assert all(module["direction"] > 0 for module in run["checkpoints"][-1]["modules"])
     assert "largest movers" in found["log"]
     assert found["figures"] == ["heat_map.png", "scatter.png"]
-    assert found["command"].startswith(f"theodora inspect {adapter} ")
+    assert found["state"]["command"].startswith(f"theodora inspect {adapter} ")
     picture = studio.client.get(f"/api/look/jobs/{id}/figure/scatter.png")
     assert picture.content.startswith(b"\x89PNG")
     assert picture.headers["content-disposition"] == "attachment"
     assert studio.client.get(f"/api/look/jobs/{id}/figure/..%2Freport.json").status_code == 404
     studio.close()
     again = studio_of()
-    (kept,) = again.get("/api/look/jobs")["jobs"]
+    (kept,) = again.get("/api/look/jobs")["works"]
     assert (kept["id"], kept["state"], kept["kind"]) == (id, "finished", "inspect")
     again.post(f"/api/look/jobs/{id}/forget")
     again.get(f"/api/look/jobs/{id}", status=404)
@@ -46,7 +37,7 @@ def test_a_model_is_made_and_compared_and_nothing_is_replaced(studio_of, adapter
     asked = {"kind": "export", "adapter": str(adapter), "form": "hf", "output": str(output)}
     id = studio.post("/api/look/jobs", asked)["id"]
     assert "at work" in studio.post("/api/look/jobs", asked, status=400)["error"]
-    found = until_ended(studio, id)
+    found = studio.until_ended("jobs", id)
     assert found["state"] | {"seconds": None} == found["state"]
     assert (found["state"]["state"], found["state"]["result"]) == ("finished", str(output)), found["log"]
     assert "The two forms agree." in found["log"]
@@ -55,7 +46,7 @@ def test_a_model_is_made_and_compared_and_nothing_is_replaced(studio_of, adapter
     assert problems == {"output": f"{output} is there already; nothing is replaced"}
 
     both = {"kind": "verify", "a": str(adapter), "b": str(output)}
-    assert until_ended(studio, studio.post("/api/look/jobs", both)["id"])["state"]["state"] == "finished"
+    assert studio.until_ended("jobs", studio.post("/api/look/jobs", both)["id"])["state"]["state"] == "finished"
 
 
 def test_what_fails_says_so_and_leaves_nothing(studio_of, adapter, tmp_path):
@@ -64,7 +55,7 @@ def test_what_fails_says_so_and_leaves_nothing(studio_of, adapter, tmp_path):
     (broken / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     studio = studio_of()
     asked = {"kind": "merge", "adapter": str(broken), "output": str(tmp_path / "out")}
-    found = until_ended(studio, studio.post("/api/look/jobs", asked)["id"])
+    found = studio.until_ended("jobs", studio.post("/api/look/jobs", asked)["id"])
     assert found["state"]["state"] == "failed"
     assert "adapter_model.safetensors" in found["log"]
     assert not (tmp_path / "out").exists()
@@ -101,7 +92,7 @@ def test_what_makes_no_sense_is_said_at_its_field(
     }
     studio = studio_of()
     assert list(studio.post("/api/look/jobs", given, status=400)["problems"]) == [field]
-    assert studio.get("/api/look/jobs")["jobs"] == []
+    assert studio.get("/api/look/jobs")["works"] == []
 
 
 def test_other_kinds_and_damaged_records_are_nothing(studio_of, tmp_path):
@@ -112,7 +103,7 @@ def test_other_kinds_and_damaged_records_are_nothing(studio_of, tmp_path):
     ):
         (tmp_path / "jobs" / str(number)).mkdir(parents=True)
         (tmp_path / "jobs" / str(number) / "asked.json").write_text(text)
-    assert Jobs(tmp_path / "jobs").states() == []
+    assert Jobs(tmp_path / "jobs").works.states() == []
 
 
 HOSTILE = """<!doctype html><html><head><title>no</title><style>p { color: red }</style></head><body>

@@ -30,6 +30,7 @@ def test_a_run_is_started_followed_stopped_and_resumed_and_another_one_waits(stu
     assert not more["anew"]
     assert more["lines"][0]["step"] >= found["lines"][-1]["step"]
     assert studio.state(short)["state"] == "waiting"  # the queue
+    assert "waits" in studio.post(f"/api/runs/{short}/resume", status=400)["error"]
 
     studio.post(f"/api/runs/{long}/stop")
     stopped = studio.until(long, "stopped")
@@ -118,6 +119,14 @@ def test_runs_of_elsewhere_appear_when_their_folder_is_named(studio_of, tmp_path
     studio.post("/api/folders/forget", {"path": str(run.parent)})
     assert studio.get("/api/runs")["runs"] == []
     studio.get(f"/api/runs/{found['id']}", status=404)
+
+
+def test_a_run_that_learns_from_rewards_shows_its_reward(studio_of, tmp_path):
+    lines = [{"step": 1, "loss": 1e-9, "reward": 0.25}, {"step": 2, "eval_loss": 1e-9}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = studio_of(tmp_path / "run").get("/api/runs")["runs"]
+    assert (found["loss"], found["reward"]) == (None, 0.25)
 
 
 def test_a_run_of_a_terminal_is_at_work_here_and_can_be_stopped(studio_of, options, tmp_path):

@@ -16,7 +16,8 @@ from pathlib import Path
 from theodora.cli.imports import imports
 from theodora.safe_text import quoted
 
-_METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
+METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
+"""`merging.combine.CombineMethod`, which torch comes with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", type=float, nargs="+", metavar="W", help="one for each adapter, also below 0. Default: 1 for each"
     )
     parser.add_argument(
-        "--method", default="linear", choices=_METHODS, metavar="|".join(_METHODS), help="Default: linear"
+        "--method", default="linear", choices=METHODS, metavar="|".join(METHODS), help="Default: linear"
     )
     parser.add_argument(
         "--rank",

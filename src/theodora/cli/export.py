@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
     from theodora.export import Approximation
 
-_FORMS = ("hf", "peft", "mlx", "gguf", "gguf-lora", "served")
+FORMS = ("hf", "peft", "mlx", "gguf", "gguf-lora", "served")
+"""Those of `export.exporting.WRITERS`, which torch comes with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `theodora export`."""
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter (PEFT's files)")
-    parser.add_argument("--to", required=True, choices=_FORMS, metavar="|".join(_FORMS), help="the form, see below")
+    parser.add_argument("--to", required=True, choices=FORMS, metavar="|".join(FORMS), help="the form, see below")
     parser.add_argument("--output", required=True, metavar="PATH", help="folder, or .gguf file, to write")
     parser.add_argument("--base-model", metavar="MODEL", help="base model. Default: the one that the adapter names")
     parser.add_argument(

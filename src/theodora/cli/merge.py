@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from theodora.merging import MergeReport
     from theodora.merging.logits import LogitsReport
 
-_ONTO = {
+ONTO = {
     "original": "Onto the original weights; the adapter was trained on them quantised ({}).",
     "dequantised": "Onto the dequantised weights ({}), the numbers that training multiplied by.",
     "quantised": "Onto the quantised weights ({}), which were quantised again.",
 }
+"""What there is to merge onto, and how the report tells it."""
 _LAYERS_TOLD = 5
 # Where rounding eats more than this share of what the adapter changed, a wider dtype is worth its bytes.
 _MUCH_ROUNDING = 0.5
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onto",
         default="original",
-        metavar="original|dequantised|quantised",
+        metavar="|".join(ONTO),
         help="weights to merge onto, if the base was quantised in training: the original ones, those that training "
         "multiplied by, or these quantised again in the same format. Default: original",
     )
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if report.quantisation is not None:
-        console.print(_ONTO[report.onto].format(report.quantisation), markup=False, soft_wrap=True)
+        console.print(ONTO[report.onto].format(report.quantisation), markup=False, soft_wrap=True)
     print_table(console, _table(report))
     if report.layers:
         print_table(console, _layers(report))

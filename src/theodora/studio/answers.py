@@ -1,44 +1,30 @@
-"""Before and after: `theodora evaluate` on rows with and without an adapter, in processes that outlive the studio.
-
-Each comparison has a folder in the studio's own: what was asked, what the process says, and its rows.
-"""
+"""Before and after: `theodora evaluate` on rows with and without an adapter; the rows come into the work's folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shlex
-import shutil
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from theodora.errors import TheodoraError, UsageError
-from theodora.files.atomic import atomic_write
+from theodora.errors import UsageError
 from theodora.files.run_files import HELD_OUT_FILE
-from theodora.safe_text import plain_lines
 from theodora.studio.bodies import Mistyped
-from theodora.studio.metrics import read, tail
-from theodora.studio.processes import ask_to_end, begin, is_alive
+from theodora.studio.metrics import log_text, read, tail
 from theodora.studio.sources import source_of
+from theodora.studio.works import LOG, Work, Works
 
-_ASKED, _LOG, _ROWS = "asked.json", "log", "rows.jsonl"
+_ROWS = "rows.jsonl"
 _PROGRESS = re.compile(r"^(?:base|model): ([a-z ]+) (\d{1,12})/(\d{1,12})$", re.MULTILINE)
 _MOST_ROWS = 5000
-_KEPT = 50  # comparisons; older ones go
-
-
-class NoSuchComparison(TheodoraError):
-    """None of that name is known."""
+_KEPT = 50  # comparisons
 
 
 @dataclass
-class Comparison:
-    """What was asked, and who is at it."""
+class Comparison(Work):
+    """What was asked."""
 
     model: str
     """A run, an adapter, or a model."""
@@ -49,13 +35,14 @@ class Comparison:
     max_new_tokens: int = 64
     answers: bool = True
     """Whether answers are written; losses alone are quicker."""
-    words: list[str] = field(default_factory=list[str])
-    """Of the command."""
-    at: float = 0.0
-    """Seconds since the epoch."""
-    pid: int = 0
-    started: str = ""
-    told_to_stop: bool = False
+
+    def has_result(self, folder: Path) -> bool:
+        """Whether its rows are there."""
+        return (folder / _ROWS).is_file()
+
+    def at_work(self, folder: Path) -> bool:
+        """Whether rows are still to come: a process that has written them needs a moment more to end."""
+        return not self.has_result(folder) and super().at_work(folder)
 
 
 class Answers:
@@ -66,7 +53,7 @@ class Answers:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.works = Works(folder, Comparison, _KEPT, "comparison")
 
     def start(self, typed: Mapping[str, Any]) -> str:
         """Begin a comparison; its id.
@@ -76,65 +63,27 @@ class Answers:
             UsageError: another one is at work.
         """
         asked = _checked(typed)
-        if any(_at_work(folder, each) for folder, each in self._all()):
+        if any(each.at_work(folder) for folder, each in self.works):
             raise UsageError("Another comparison is at work. Stop it, or wait for its end.")
-        id = f"{time.time_ns():x}-{secrets.token_hex(4)}"
-        folder = self._folder / id
-        folder.mkdir(parents=True)
+        folder = self.works.place()
         asked.words = [*_words(asked), "--rows", str(folder / _ROWS)]
-        asked.pid, asked.started = begin(asked.words, folder / _LOG, os.getcwd())
-        asked.at = time.time()
-        _keep(folder, asked)
-        for old, _ in [*self._all()][_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
-        return id
-
-    def states(self) -> list[dict[str, Any]]:
-        """How all of them stand, the newest first."""
-        return [_state(folder, asked) for folder, asked in self._all()]
+        self.works.begin(folder, asked)
+        return folder.name
 
     def one(self, id: str) -> dict[str, Any]:
-        """How one stands (its command, too), its rows, and what its process says.
+        """How one stands, how far it has come while it is at work, its rows, and what its process says.
 
         Raises:
-            NoSuchComparison: there is none of that id.
+            NotKnown: there is none of that id.
         """
-        folder, asked = self._of(id)
+        folder, asked = self.works.of(id)
+        state = self.works.state(folder, asked)
         return {
-            "state": _state(folder, asked),
+            "state": state,
+            "progress": _progress(folder, asked) if state["state"] == "running" else None,
             "rows": list(_rows(folder)),
-            "log": plain_lines(tail(folder / _LOG).decode("utf-8", errors="replace").replace("\r\n", "\n")),
+            "log": log_text(folder / LOG),
         }
-
-    def stop(self, id: str) -> None:
-        """End a comparison that is at work; what it found is lost."""
-        folder, asked = self._of(id)
-        asked.told_to_stop = True
-        _keep(folder, asked)
-        if not ask_to_end(asked.pid, asked.started):
-            raise UsageError("It has ended already.")
-
-    def forget(self, id: str) -> None:
-        """Delete a comparison that has ended."""
-        folder, asked = self._of(id)
-        if _at_work(folder, asked):
-            raise UsageError("It is at work. Stop it first.")
-        shutil.rmtree(folder)
-
-    def _of(self, id: str) -> tuple[Path, Comparison]:
-        for folder, asked in self._all():
-            if folder.name == id:
-                return folder, asked
-        raise NoSuchComparison("There is no such comparison here.")
-
-    def _all(self) -> Iterator[tuple[Path, Comparison]]:
-        try:
-            names = sorted(os.listdir(self._folder), reverse=True)
-        except OSError:
-            return
-        for name in names:
-            if (asked := _asked(self._folder / name)) is not None:
-                yield self._folder / name, asked
 
 
 def _checked(typed: Mapping[str, Any]) -> Comparison:
@@ -188,26 +137,9 @@ def _words(asked: Comparison) -> list[str]:
     return ["evaluate", "--model", asked.model, *base, "--data", asked.data, "--limit", str(asked.limit), *more]
 
 
-def _state(folder: Path, asked: Comparison) -> dict[str, Any]:
-    there, alive = (folder / _ROWS).is_file(), _at_work(folder, asked)
-    word = "finished" if there else "running" if alive else "stopped" if asked.told_to_stop else "failed"
-    found = {name: value for name, value in asdict(asked).items() if name not in ("words", "pid", "started")}
-    progress = _progress(folder, asked) if alive else None
-    return found | {"id": folder.name, "state": word, "progress": progress, "command": _command(asked)}
-
-
-def _command(asked: Comparison) -> str:
-    return shlex.join(["theodora", *asked.words])
-
-
-def _at_work(folder: Path, asked: Comparison) -> bool:
-    """Whether rows are still to come: a process that has written them needs a moment more to end."""
-    return not (folder / _ROWS).is_file() and is_alive(asked.pid, asked.started)
-
-
 def _progress(folder: Path, asked: Comparison) -> dict[str, Any]:
     """The share that is done, 0 to 1, as the passes through the rows tell it, and what is being done."""
-    said = _PROGRESS.findall(tail(folder / _LOG, 8192).decode("utf-8", errors="replace"))
+    said = _PROGRESS.findall(tail(folder / LOG, 8192).decode("utf-8", errors="replace"))
     passes = 4 if asked.answers else 2
     ended = sum(done == of for _, done, of in said)
     if not said:
@@ -225,20 +157,3 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
-
-
-def _keep(folder: Path, asked: Comparison) -> None:
-    with atomic_write(folder / _ASKED) as file:
-        file.write_text(json.dumps(asdict(asked), indent=1), encoding="utf-8")
-
-
-def _asked(folder: Path) -> Comparison | None:
-    """What the file says; None where it is none of ours."""
-    try:
-        given = json.loads((folder / _ASKED).read_bytes())
-        found = Comparison(**given)
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    plain = Comparison("", "", "")
-    right = all(type(value) is type(getattr(plain, name)) for name, value in vars(found).items())
-    return found if right else None

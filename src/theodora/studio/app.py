@@ -21,18 +21,20 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 import theodora
+from theodora.cli.merge import ONTO
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, FIGURE_FILE, METRICS_FILE
-from theodora.studio.answers import Answers, NoSuchComparison
+from theodora.studio.answers import Answers
 from theodora.studio.bodies import Mistyped, body_of, mapping
 from theodora.studio.chats import Chats
 from theodora.studio.form import check, form, typed_of
 from theodora.studio.guard import Guard
-from theodora.studio.jobs import Jobs, NoSuchJob
+from theodora.studio.jobs import COMBINATIONS, DTYPES, Jobs
+from theodora.studio.known import NotKnown
 from theodora.studio.look_routes import look_routes
-from theodora.studio.metrics import paces, read, read_on, tail
-from theodora.studio.reports import NoSuchReport, Reports
-from theodora.studio.runs import LOG_FILE, RECIPE_FILE, NoSuchRun, Runs, asked_of, command_of, log_text, text_of
+from theodora.studio.metrics import log_text, paces, read, read_on, tail
+from theodora.studio.reports import Reports
+from theodora.studio.runs import LOG_FILE, RECIPE_FILE, Runs, asked_of, command_of, text_of
 from theodora.studio.worker import Failed, Worker
 
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -46,7 +48,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     Args:
         runs: that are shown.
         worker: that looks at data and plans.
-        folder: the studio's own, for dropped files, comparisons and the key of chats.
+        folder: the studio's own, for dropped files, works of Look and the key of chats.
         token: that the browser has to bring.
         port: that the server listens on.
     """
@@ -75,8 +77,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
     def refused(_: Request, error: TheodoraError) -> Response:
         if isinstance(error, Mistyped):
             return JSONResponse({"problems": error.problems}, 400)
-        unknown = NoSuchRun | NoSuchComparison | NoSuchJob | NoSuchReport
-        status = 404 if isinstance(error, unknown) else 422 if isinstance(error, Failed) else 400
+        status = 404 if isinstance(error, NotKnown) else 422 if isinstance(error, Failed) else 400
         return JSONResponse({"error": str(error)}, status)
 
     @app.get("/")
@@ -96,6 +97,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
             "folders": runs.memory.known.folders,
             "uploads": str(folder / "data"),
             "form": form(),
+            "make": {"method": COMBINATIONS, "onto": tuple(ONTO), "dtype": DTYPES},
         }
 
     @app.post("/api/wake")
@@ -156,7 +158,7 @@ def create_app(runs: Runs, worker: Worker, folder: Path, *, token: str, port: in
         run = runs.folder_of(id)
         config = text_of(run, CONFIG_FILE) or text_of(run, RECIPE_FILE)
         return {
-            "log": log_text(run),
+            "log": log_text(run / LOG_FILE),
             "card": text_of(run, CARD_FILE),
             "config": config,
             "typed": typed_of(asked_of(run)),

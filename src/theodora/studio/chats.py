@@ -21,9 +21,8 @@ from typing import Any
 
 from theodora.errors import TheodoraError, UsageError
 from theodora.files.atomic import atomic_write
-from theodora.safe_text import plain_lines
 from theodora.studio.bodies import Mistyped
-from theodora.studio.metrics import tail
+from theodora.studio.metrics import log_text
 from theodora.studio.processes import begin, end, is_alive
 from theodora.studio.sources import Source, source_of
 
@@ -121,13 +120,12 @@ class Chats:
         else:
             self._ready = self._ready or await self._answers(serving)
             word = "ready" if self._ready else "starting"
-        log = tail(self._folder / _LOG).decode("utf-8", errors="replace").replace("\r\n", "\n")
         return {
             "state": word,
             "columns": serving.columns,
             "model": serving.model,
             "command": shlex.join(["theodora", *serving.words]),
-            "log": plain_lines(log),
+            "log": log_text(self._folder / _LOG),
         }
 
     async def _answers(self, serving: Serving) -> bool:

@@ -192,8 +192,5 @@ def by_field(message: str, names: list[str]) -> list[tuple[str, str]]:
 
 def command(options: Mapping[str, Any]) -> str:
     """The line that begins the run from a terminal."""
-    words: list[str] = []
-    for name, value in options.items():
-        flags = flag_words(name, value)
-        words += [shlex.join(flags)]
+    words = [shlex.join(flag_words(name, value)) for name, value in options.items()]
     return " \\\n  ".join(["theodora train", *words])

@@ -1,7 +1,6 @@
-"""Commands with an end and a result: inspect, export, merge, combine, verify, in processes that outlive the studio.
+"""Commands with an end and a result: inspect, export, merge, combine, verify.
 
-Each has a folder in the studio's own, with what was asked and what its process says; what it makes stands where it was
-asked for. Whether it came to its end is told by what it writes last.
+What they make stands where it was asked for. Whether one came to its end is told by what it writes last.
 """
 
 from __future__ import annotations
@@ -9,55 +8,47 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shlex
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theodora.errors import TheodoraError, UsageError
-from theodora.files.atomic import atomic_write
-from theodora.safe_text import plain_lines
+from theodora.cli.combine import METHODS
+from theodora.cli.export import FORMS
+from theodora.cli.merge import ONTO
+from theodora.errors import UsageError
 from theodora.studio.bodies import Mistyped
-from theodora.studio.metrics import read, tail
-from theodora.studio.processes import ask_to_end, begin, is_alive
+from theodora.studio.metrics import log_text, read, tail
 from theodora.studio.sources import source_of
+from theodora.studio.works import LOG, Work, Works
 
 REPORT, FIGURES = "report.json", "figures"
 """What inspect writes into the job's folder."""
-FORMS = ("hf", "peft", "mlx", "gguf", "gguf-lora", "served")
-COMBINATIONS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
-_DTYPES = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("fp32", "bf16", "fp16", "q8_0")}
-_ONTO = ("original", "dequantised", "quantised")
-_ASKED, _LOG = "asked.json", "log"
-_KEPT = 100  # jobs; older ones go, and nothing that they made
+_FLOATS = ("fp32", "bf16", "fp16")
+DTYPES = {"hf": _FLOATS, "merge": _FLOATS, "gguf": (*_FLOATS, "q8_0")}
+"""Of weights, by what is made."""
+COMBINATIONS = tuple(method for method in METHODS if method != "cat")
+"""Ways to combine adapters; `cat` is another word for linear."""
+_KEPT = 100  # jobs
 _MOST_RUNS = 8
 
 
-class NoSuchJob(TheodoraError):
-    """None of that name is known."""
-
-
 @dataclass
-class Job:
-    """What was asked, and who is at it."""
+class Job(Work):
+    """What was asked."""
 
     kind: str
     """inspect, export, merge, combine or verify."""
     title: str
     """For people."""
-    words: list[str] = field(default_factory=list[str])
-    """Of the command."""
     result: str = ""
     """The file or folder that is there once all went well; empty: the log tells it."""
-    at: float = 0.0
-    """Seconds since the epoch."""
-    pid: int = 0
-    started: str = ""
-    told_to_stop: bool = False
+
+    def has_result(self, folder: Path) -> bool:
+        """Whether it is there; of verify whether it has said that both predict the same."""
+        if self.kind == "verify":
+            return b"The two forms agree." in tail(folder / LOG, 4096)
+        return os.path.lexists(self.result)
 
 
 class Jobs:
@@ -68,7 +59,7 @@ class Jobs:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.works = Works(folder, Job, _KEPT, "work")
 
     def start(self, kind: str, typed: Mapping[str, Any]) -> str:
         """Begin one; its id.
@@ -86,76 +77,31 @@ class Jobs:
         }
         if kind not in checks:
             raise UsageError(f"{kind[:40]} is nothing that can be begun here; expected one of {', '.join(checks)}.")
-        id = f"{time.time_ns():x}-{secrets.token_hex(4)}"
-        folder, given = self._folder / id, _Typed(typed)
+        folder, given = self.works.place(), _Typed(typed)
         job = checks[kind](given, folder)
         if given.problems:
             raise Mistyped(given.problems)
-        if any(each.kind == kind and _at_work(each) for _, each in self._all()):
+        if any(each.kind == kind and each.at_work(place) for place, each in self.works):
             raise UsageError(f"Another {kind} is at work. Stop it, or wait for its end.")
-        folder.mkdir(parents=True)
-        job.pid, job.started = begin(job.words, folder / _LOG, os.getcwd())
-        job.at = time.time()
-        _keep(folder, job)
-        for old, each in [*self._all()][_KEPT:]:
-            if not _at_work(each):
-                shutil.rmtree(old, ignore_errors=True)
-        return id
-
-    def states(self) -> list[dict[str, Any]]:
-        """How all of them stand, the newest first."""
-        return [_state(folder, job) for folder, job in self._all()]
+        self.works.begin(folder, job)
+        return folder.name
 
     def one(self, id: str) -> dict[str, Any]:
-        """How one stands, the command, what its process says, and of inspect its report and figures.
+        """How one stands, what its process says, and of inspect its report and figures.
 
         Raises:
-            NoSuchJob: there is none of that id.
+            NotKnown: there is none of that id.
         """
-        folder, job = self._of(id)
-        found = {
-            "state": _state(folder, job),
-            "command": shlex.join(["theodora", *job.words]),
-            "log": plain_lines(tail(folder / _LOG).decode("utf-8", errors="replace").replace("\r\n", "\n")),
-        }
+        folder, job = self.works.of(id)
+        found = {"state": self.works.state(folder, job), "log": log_text(folder / LOG)}
         if job.kind == "inspect":
             found |= {"report": _report(folder), "figures": _figures(folder)}
         return found
 
     def figure(self, id: str, name: str) -> bytes:
         """A picture of inspect's, as PNG; empty where there is none of that name."""
-        folder, _ = self._of(id)
+        folder, _ = self.works.of(id)
         return read(folder / FIGURES / name) if name in _figures(folder) else b""
-
-    def stop(self, id: str) -> None:
-        """End one that is at work. What it has not finished is not there."""
-        folder, job = self._of(id)
-        job.told_to_stop = True
-        _keep(folder, job)
-        if not ask_to_end(job.pid, job.started):
-            raise UsageError("It has ended already.")
-
-    def forget(self, id: str) -> None:
-        """Delete what is known of one that has ended; what it made stays."""
-        folder, job = self._of(id)
-        if _at_work(job):
-            raise UsageError("It is at work. Stop it first.")
-        shutil.rmtree(folder)
-
-    def _of(self, id: str) -> tuple[Path, Job]:
-        for folder, job in self._all():
-            if folder.name == id:
-                return folder, job
-        raise NoSuchJob("There is no such work here.")
-
-    def _all(self) -> Iterator[tuple[Path, Job]]:
-        try:
-            names = sorted(os.listdir(self._folder), reverse=True)
-        except OSError:
-            return
-        for name in names:
-            if (job := _asked(self._folder / name)) is not None:
-                yield self._folder / name, job
 
 
 class _Typed:
@@ -228,7 +174,7 @@ def _inspect(typed: _Typed, folder: Path) -> Job:
     words = ["inspect", *runs, *typed.flags(base_model=typed.base)]
     words += ["--report", str(folder / REPORT), "--figures", str(folder / FIGURES)]
     title = ", ".join(Path(run).name for run in runs)
-    return Job("inspect", title, words, str(folder / REPORT))
+    return Job("inspect", title, str(folder / REPORT), words=words)
 
 
 def _export(typed: _Typed, _: Path) -> Job:
@@ -237,21 +183,21 @@ def _export(typed: _Typed, _: Path) -> Job:
         typed.one_of("form", FORMS, "hf"),
         typed.free("output"),
     )
-    dtype = typed.one_of("dtype", _DTYPES.get(form, ()))
+    dtype = typed.one_of("dtype", DTYPES.get(form, ()))
     if form == "gguf-lora" and not typed.text("lora_rank"):
         typed.wrong("lora_rank", "is empty; llama.cpp reads LoRA alone, so say the rank to make one of")
     if form.startswith("gguf") and output and not output.endswith(".gguf"):
         typed.wrong("output", "expected a name that ends in .gguf")
     words = ["export", adapter, "--to", form, "--output", output]
     words += typed.flags(base_model=typed.base, dtype=dtype, lora_rank=typed.number("lora_rank"))
-    return Job("export", f"{Path(adapter).name} as {form}", words, output)
+    return Job("export", f"{Path(adapter).name} as {form}", output, words=words)
 
 
 def _merge(typed: _Typed, _: Path) -> Job:
     adapter, output = typed.source("adapter", adapter=True), typed.free("output")
-    onto, dtype = typed.one_of("onto", _ONTO), typed.one_of("dtype", _DTYPES["hf"])
+    onto, dtype = typed.one_of("onto", tuple(ONTO)), typed.one_of("dtype", DTYPES["merge"])
     words = ["merge", adapter, "--output", output, *typed.flags(base_model=typed.base, onto=onto, dtype=dtype)]
-    return Job("merge", f"{Path(adapter).name} merged", words, output)
+    return Job("merge", f"{Path(adapter).name} merged", output, words=words)
 
 
 def _combine(typed: _Typed, _: Path) -> Job:
@@ -269,7 +215,7 @@ def _combine(typed: _Typed, _: Path) -> Job:
     words = ["combine", *adapters, "--output", output, *(["--weights", *weights] if weights else [])]
     words += typed.flags(method=typed.one_of("method", COMBINATIONS), rank=typed.number("rank"), density=density)
     title = " + ".join(Path(adapter).name for adapter in adapters)
-    return Job("combine", title, [*words, *typed.flags(base_model=typed.base)], output)
+    return Job("combine", title, output, words=[*words, *typed.flags(base_model=typed.base)])
 
 
 def _verify(typed: _Typed, _: Path) -> Job:
@@ -282,24 +228,7 @@ def _verify(typed: _Typed, _: Path) -> Job:
         else:
             forms.append(typed.source(name))
     words = ["verify", *forms, *typed.flags(base_model=typed.base)]
-    return Job("verify", " and ".join(Path(form).name for form in forms), words)
-
-
-def _state(folder: Path, job: Job) -> dict[str, Any]:
-    alive = _at_work(job)
-    there = _passed(folder) if job.kind == "verify" else os.path.lexists(job.result)
-    word = "running" if alive else "finished" if there else "stopped" if job.told_to_stop else "failed"
-    found = {name: value for name, value in asdict(job).items() if name not in ("words", "pid", "started")}
-    return found | {"id": folder.name, "state": word, "seconds": time.time() - job.at if alive else None}
-
-
-def _at_work(job: Job) -> bool:
-    return is_alive(job.pid, job.started)
-
-
-def _passed(folder: Path) -> bool:
-    """Whether `verify` has said that both predict the same."""
-    return b"The two forms agree." in tail(folder / _LOG, 4096)
+    return Job("verify", " and ".join(Path(form).name for form in forms), words=words)
 
 
 def _report(folder: Path) -> Any:
@@ -314,19 +243,3 @@ def _figures(folder: Path) -> list[str]:
         return sorted(name for name in os.listdir(folder / FIGURES) if re.fullmatch(r"[a-z_]{1,40}\.png", name))
     except OSError:
         return []
-
-
-def _keep(folder: Path, job: Job) -> None:
-    with atomic_write(folder / _ASKED) as file:
-        file.write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
-
-
-def _asked(folder: Path) -> Job | None:
-    """What the file says; None where it is none of ours."""
-    try:
-        found = Job(**json.loads((folder / _ASKED).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    plain = Job("", "")
-    right = all(type(value) is type(getattr(plain, name)) for name, value in vars(found).items())
-    return found if right else None

@@ -1,7 +1,11 @@
-"""What the studio remembers beside the runs' own folders: which folders they are, who runs them, and who waits."""
+"""What the studio remembers beside the runs' own folders: which folders they are, who runs them, and who waits.
+
+And what all that it shows by folder has in common: ids, and their not being known.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -11,13 +15,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from theodora.errors import TheodoraError
 from theodora.files.atomic import atomic_write
 from theodora.kept import cache_folder
+
+
+class NotKnown(TheodoraError):
+    """No run, work or report of that id is known."""
 
 
 def studio_folder() -> Path:
     """Where the studio keeps its list of folders, and the files that were dropped on its page."""
     return cache_folder() / "studio"
+
+
+def id_of(folder: Path) -> str:
+    """What addresses call a folder of a run or of a report."""
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Those right in it, without hidden ones, by name; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
 
 
 @dataclass

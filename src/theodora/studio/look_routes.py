@@ -1,4 +1,4 @@
-"""The routes of the screen Look: before and after, and chats."""
+"""The routes of the screen Look."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from theodora.studio.bodies import body_of, mapping
 from theodora.studio.chats import Chats
 from theodora.studio.jobs import Jobs
 from theodora.studio.reports import Reports
+from theodora.studio.works import Works
 
 _ROLES = ("system", "user", "assistant")
 
@@ -29,10 +30,6 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
     """
     routes = APIRouter(prefix="/api/look")
 
-    @routes.get("/answers")
-    def listed() -> Any:
-        return {"comparisons": answers.states()}
-
     @routes.post("/answers")
     async def start(request: Request) -> Any:
         return {"id": await run_in_threadpool(answers.start, await body_of(request))}
@@ -40,16 +37,6 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
     @routes.get("/answers/{id}")
     def one(id: str) -> Any:
         return answers.one(id)
-
-    @routes.post("/answers/{id}/stop")
-    def stop(id: str) -> Any:
-        answers.stop(id)
-        return {}
-
-    @routes.post("/answers/{id}/forget")
-    def forget(id: str) -> Any:
-        answers.forget(id)
-        return {}
 
     @routes.get("/chat")
     async def chat() -> Any:
@@ -72,6 +59,8 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
         return StreamingResponse(pieces, media_type="application/x-ndjson")
 
     _of_jobs(routes, jobs)
+    _of_works(routes, "/answers", answers.works)
+    _of_works(routes, "/jobs", jobs.works)
 
     @routes.get("/reports")
     def known_reports() -> Any:
@@ -89,10 +78,6 @@ def look_routes(answers: Answers, chats: Chats, jobs: Jobs, reports: Reports) ->
 
 
 def _of_jobs(routes: APIRouter, jobs: Jobs) -> None:
-    @routes.get("/jobs")
-    def known_jobs() -> Any:
-        return {"jobs": jobs.states()}
-
     @routes.post("/jobs")
     async def begin(request: Request) -> Any:
         asked = await body_of(request)
@@ -106,14 +91,20 @@ def _of_jobs(routes: APIRouter, jobs: Jobs) -> None:
     def figure_of_job(id: str, name: str) -> Response:
         return _picture(jobs.figure(id, name), "image/png")
 
-    @routes.post("/jobs/{id}/stop")
-    def stop_job(id: str) -> Any:
-        jobs.stop(id)
+
+def _of_works(routes: APIRouter, prefix: str, works: Works[Any]) -> None:
+    @routes.get(prefix)
+    def listed() -> Any:
+        return {"works": works.states()}
+
+    @routes.post(f"{prefix}/{{id}}/stop")
+    def stop(id: str) -> Any:
+        works.stop(id)
         return {}
 
-    @routes.post("/jobs/{id}/forget")
-    def forget_job(id: str) -> Any:
-        jobs.forget(id)
+    @routes.post(f"{prefix}/{{id}}/forget")
+    def forget(id: str) -> Any:
+        works.forget(id)
         return {}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from theodora.errors import CheckpointError
 from theodora.files.folder import OpenFile, Place
 from theodora.parse import finite_values
+from theodora.safe_text import plain_lines
 
 _MOST_READ = 4 << 20  # bytes at a time; the page asks again while there are more
 _LOG_TAIL = 32_000
@@ -99,6 +100,11 @@ def tail(path: Path, most: int = _LOG_TAIL) -> bytes:
         except CheckpointError:  # it is being written anew
             return b""
     return bytes(data[data.find(b"\n") + 1 if at else 0 :])
+
+
+def log_text(path: Path) -> str:
+    """The end of a log, fit to be shown; empty where there is none."""
+    return plain_lines(tail(path).decode("utf-8", errors="replace").replace("\r\n", "\n"))
 
 
 def read(path: Path, most: int = 32 << 20) -> bytes:

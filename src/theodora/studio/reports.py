@@ -6,15 +6,13 @@ runs nothing and loads nothing.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from theodora.errors import TheodoraError
 from theodora.safe_text import plain_lines
+from theodora.studio.known import NotKnown, folders_in, id_of
 from theodora.studio.metrics import read
 
 REPORT = "report.html"  # `compare.store.REPORT`, without its imports
@@ -22,10 +20,6 @@ _LARGEST, _MOST_BLOCKS, _MOST_REPORTS = 32 << 20, 5000, 200
 _HEADINGS, _TEXTS = ("h1", "h2", "h3", "h4", "summary"), ("p", "li", "figcaption", "pre")
 _UNSEEN = ("style", "script", "title", "head", "template")
 _SVG = re.compile(rb"<svg\b.*?</svg\s*>", re.DOTALL | re.IGNORECASE)
-
-
-class NoSuchReport(TheodoraError):
-    """None of that name is known."""
 
 
 class Reports:
@@ -40,10 +34,10 @@ class Reports:
         known: dict[Path, None] = {}
         for name in self._folders():
             folder = Path(name)
-            known.update(dict.fromkeys([folder, *_below(folder)]))
+            known.update(dict.fromkeys([folder, *folders_in(folder)]))
         there = [folder for folder in known if (folder / REPORT).is_file()][:_MOST_REPORTS]
         told = [
-            {"id": _id_of(each), "name": each.name, "folder": str(each), "changed": (each / REPORT).stat().st_mtime}
+            {"id": id_of(each), "name": each.name, "folder": str(each), "changed": (each / REPORT).stat().st_mtime}
             for each in there
         ]
         return sorted(told, key=lambda report: (-report["changed"], report["folder"]))
@@ -52,7 +46,7 @@ class Reports:
         """The blocks of a report: headings, texts, items of lists, tables, and the numbers of its figures.
 
         Raises:
-            NoSuchReport: there is none of that id.
+            NotKnown: there is none of that id.
         """
         folder = self._folder_of(id)
         reader = _Blocks()
@@ -78,19 +72,7 @@ class Reports:
         for report in self.found():
             if report["id"] == id:
                 return Path(report["folder"])
-        raise NoSuchReport("There is no such report here. Name its folder on the screen Runs, and it appears.")
-
-
-def _below(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:
-        return []
-
-
-def _id_of(folder: Path) -> str:
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+        raise NotKnown("There is no such report here. Name its folder on the screen Runs, and it appears.")
 
 
 class _Blocks(HTMLParser):

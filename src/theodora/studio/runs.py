@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theodora.errors import TheodoraError, UsageError
+from theodora.errors import UsageError
 from theodora.files.alone import LOCK
 from theodora.files.run_files import CARD_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RECORD_HEAD, RUN_FILES
 from theodora.parse import parse_yaml, to_yaml
 from theodora.safe_text import plain_lines, quoted
-from theodora.studio.known import Begun, Memory
+from theodora.studio.known import Begun, Memory, NotKnown, folders_in, id_of
 from theodora.studio.metrics import last_step, paces, parsed, read, steps_of, tail, time_left
 from theodora.studio.processes import ask_to_end, begin, holder_of, is_alive
 from theodora.trust import grant_flags
@@ -26,10 +25,6 @@ _TELLING = (METRICS_FILE, LOG_FILE, CONFIG_FILE, RECIPE_FILE, CARD_FILE)
 _MOST_RUNS = 500
 _LARGEST_TEXT = 1 << 20
 _ENDED_BY_HAND = (b"Interrupted", b"Stopped before training began", b"SIGTERM: no checkpoint")
-
-
-class NoSuchRun(TheodoraError):
-    """No run of that name is known."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ class State:
     step: int | None
     steps: int | None
     loss: float | None
-    """The last one in the log of the run; of grpo the reward."""
+    """The last one of its metrics; None for a run that learns from rewards, whose loss tells nothing."""
+    reward: float | None
     left: str | None
     changed: float
     """When its metrics were last written to, in seconds since the epoch."""
@@ -81,12 +77,12 @@ class Runs:
         """The folder of a run.
 
         Raises:
-            NoSuchRun: none has that id.
+            NotKnown: none has that id.
         """
         for folder in self.folders():
-            if _id_of(folder) == id:
+            if id_of(folder) == id:
                 return folder
-        raise NoSuchRun("There is no such run here. Name its folder, and it appears.")
+        raise NotKnown("There is no such run here. Name its folder, and it appears.")
 
     def states(self) -> list[State]:
         """How every run stands; those at work first, then the newest."""
@@ -99,10 +95,7 @@ class Runs:
         begun, process = self.memory.known.begun.get(str(folder)), self._process(folder)
         word = self._word(folder, begun, process)
         # Pages ask every second or two, and most runs have ended long ago.
-        stamp = (
-            word,
-            *(_stamp(folder / name) for name in (METRICS_FILE, LOG_FILE, CONFIG_FILE, RECIPE_FILE, CARD_FILE)),
-        )
+        stamp = (word, *(_stamp(folder / name) for name in _TELLING))
         known = self._looked_at.get(folder)
         if known is None or known[0] != stamp:
             known = self._looked_at[folder] = (stamp, self._look(folder, word, begun, process is not None))
@@ -110,10 +103,11 @@ class Runs:
 
     def _look(self, folder: Path, word: str, begun: Begun | None, alive: bool) -> State:
         metrics, log, options = folder / METRICS_FILE, tail(folder / LOG_FILE), options_of(folder)
+        reward = _last(metrics, "reward")
         pace: Mapping[str, Any] = (paces(log) or [{}])[-1]
         steps = pace.get("steps") or steps_of(folder / CHECKPOINTS) or options.get("max_steps")
         return State(
-            id=_id_of(folder),
+            id=id_of(folder),
             name=folder.name,
             folder=str(folder),
             state=word,
@@ -121,7 +115,8 @@ class Runs:
             method=_method(options),
             step=last_step(metrics),
             steps=steps if isinstance(steps, int) else None,
-            loss=_last_figure(metrics),
+            loss=_last(metrics, "loss") if reward is None else None,
+            reward=reward,
             left=(time_left(metrics) or pace.get("left")) if word == "training" else None,
             changed=_changed(metrics) or (begun.at if begun else _changed(folder)),
             can_stop=alive or word == "waiting",
@@ -177,7 +172,7 @@ class Runs:
                 self._begin(str(folder))
             else:
                 self.go_on()
-        return _id_of(folder)
+        return id_of(folder)
 
     def _check_free(self, folder: Path, *, overwrite: bool) -> None:
         if folder.exists() and not folder.is_dir():
@@ -217,7 +212,7 @@ class Runs:
         with self.memory.changing() as known:
             if str(folder) in known.waiting:
                 known.waiting.remove(str(folder))
-                known.begun[str(folder)].told_to_stop = True
+                known.begun.setdefault(str(folder), Begun(folder=os.getcwd())).told_to_stop = True
                 return
             process = self._process(folder)
             if process is None or not ask_to_end(*process):
@@ -230,10 +225,13 @@ class Runs:
         """Have a run go on from its newest checkpoint, or begin again where there is none.
 
         Raises:
-            UsageError: it is at work; or its record asks for what only its user can grant, in a terminal.
+            UsageError: it is at work, or waits for its turn; or its record asks for what only its user can grant, in a
+                terminal.
         """
         if self._process(folder) is not None:
             raise UsageError(f"A process is at work in {folder} already.")
+        if str(folder) in self.memory.known.waiting:
+            raise UsageError(f"{folder} waits for its turn already.")
         record = folder / CONFIG_FILE
         if _is_record(folder) and (flags := grant_flags(options_of(folder))):
             raise UsageError(
@@ -287,11 +285,6 @@ def asked_of(folder: Path) -> dict[str, Any]:
     return _options(folder / RECIPE_FILE) or _options(folder / CONFIG_FILE)
 
 
-def log_text(folder: Path) -> str:
-    """The end of what the process of a run said, fit to be shown."""
-    return plain_lines(tail(folder / LOG_FILE).decode("utf-8", errors="replace").replace("\r\n", "\n"))
-
-
 def text_of(folder: Path, name: str) -> str:
     """A small text file of a run, fit to be shown; empty where there is none."""
     return plain_lines(read(folder / name, _LARGEST_TEXT).decode("utf-8", errors="replace"))
@@ -315,20 +308,11 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folder, if it is a run; else the runs right in it."""
     if _is_run(folder):
         return [folder]
-    try:
-        with os.scandir(folder) as entries:
-            below = [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError:
-        return []
-    return sorted(path for path in below if _is_run(path))
+    return [path for path in folders_in(folder) if _is_run(path)]
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / METRICS_FILE).is_file() or (folder / RECIPE_FILE).is_file() or _is_record(folder)
-
-
-def _id_of(folder: Path) -> str:
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -351,9 +335,7 @@ def _method(options: Mapping[str, Any]) -> str:
     return method if method == "full" else f"{method} {options.get('rank') or 8}"
 
 
-def _last_figure(metrics: Path) -> float | None:
-    for line in reversed(parsed(tail(metrics, 16_384))):
-        for name in ("reward", "loss"):
-            if line.get(name) is not None:
-                return line[name]
-    return None
+def _last(metrics: Path, name: str) -> float | None:
+    """The last figure of that name, if one stands near the end."""
+    lines = parsed(tail(metrics, 16_384))
+    return next((line[name] for line in reversed(lines) if line.get(name) is not None), None)

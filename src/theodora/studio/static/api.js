@@ -1,6 +1,6 @@
 // Questions to the studio's server. What goes wrong is an Error whose message is for people.
 
-export class Refused extends Error {
+class Refused extends Error {
   constructor(message, answer) {
     super(message);
     this.answer = answer;
@@ -18,7 +18,7 @@ async function asked(path, options) {
   let reply;
   try {
     reply = await fetch(path, options);
-  } catch (error) {
+  } catch {
     tell("The studio does not answer. Runs go on without it; start it again with `theodora studio`, and open its new address.");
     throw new Refused("The studio does not answer.");
   }

@@ -1,7 +1,7 @@
 // Data: a file, how it is read, and its first rows as the model will see them.
 import { post, upload } from "./api.js";
 import { bars } from "./chart.js";
-import { el, figure, put } from "./dom.js";
+import { el, figure, put, quoted } from "./dom.js";
 
 export class DataScreen {
   constructor(root, { about, train }) {
@@ -103,7 +103,7 @@ export class DataScreen {
         found.near?.count ? near(found.near, asked.eval_data) : null,
         ...notes.filter(Boolean).map((told) => el("p", { class: "quiet small" }, told)),
         el("pre", {}, command(asked))),
-      el("div", { class: "row spread", style: undefined }, el("h2", {}, `The first ${found.shown.length} rows`), asked.model ? legend() : null),
+      el("div", { class: "row spread" }, el("h2", {}, found.shown.length === 1 ? "The first row" : `The first ${found.shown.length} rows`), asked.model ? legend() : null),
       el("div", { class: "rows" }, ...found.shown.map((row, index) => sample(row, index))));
     this.result.children[1].style.marginTop = "1.6rem";
     this.spaced();
@@ -123,7 +123,6 @@ function near({ count, held_out, training, totals, pairs }, file) {
 }
 
 function command({ path, model, max_length, eval_data }) {
-  const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   return `theodora train --model ${quoted(model || "MODEL")} --data ${quoted(path)}${eval_data ? ` --eval-data ${quoted(eval_data)}` : ""}${max_length && max_length !== 1024 ? ` --max-length ${max_length}` : ""} --output runs/first`;
 }
 

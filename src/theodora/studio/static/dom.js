@@ -31,7 +31,7 @@ export const say = (element, text) => {
 const NUMBERS = new Intl.NumberFormat("en");
 
 export function figure(value) {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (Number.isInteger(value)) return NUMBERS.format(value);
   const size = Math.abs(value);
   return size >= 1000 ? NUMBERS.format(Math.round(value)) : size >= 0.01 ? value.toFixed(size >= 100 ? 1 : 4) : value.toExponential(1);
@@ -39,6 +39,16 @@ export function figure(value) {
 
 export function bytes(value) {
   return value >= 1e9 ? `${(value / 1e9).toFixed(1)} GB` : `${Math.round(value / 1e6)} MB`;
+}
+
+// As a shell takes it for one word.
+export const quoted = (text) => (/^[\w./:@%+=,~-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
+// A command's own message stands at the end of its log, after a blank line or the last line of progress.
+export function lastWords(log) {
+  const lines = log.trimEnd().split("\n");
+  const start = lines.findLastIndex((line) => /^(step \d+\/|╰|(base|model): .* \d+\/\d+$|\s*$)/.test(line));
+  return lines.slice(start + 1).slice(-12).join("\n");
 }
 
 export const place = (path, home) => (home.length > 1 && path.startsWith(`${home}/`) ? `~${path.slice(home.length)}` : path);

@@ -1,10 +1,9 @@
 // Before and after: what the base answers to held-out rows, and what the adapter does; sorted by what changed most.
-import { get, post } from "./api.js";
-import { copied, el, figure, place, put, say } from "./dom.js";
-import { field, KnownRuns, problems, typed } from "./look_parts.js";
+import { el, figure, place, put } from "./dom.js";
+import { field, KnownRuns, typed } from "./look_parts.js";
+import { WorksView } from "./look_works.js";
 
-const EVERY = 1200, SHOWN = 100;
-const WORDS = { running: "at work", finished: "finished", stopped: "stopped", failed: "failed" };
+const SHOWN = 100;
 const PASSES = { loading: "Loading …", loss: "Losses", answers: "Answers" };
 const loss = ({ loss }) => loss ?? NaN;
 const moved = (row) => loss(row) - loss(row.base);
@@ -28,7 +27,7 @@ const KINDS = {
 
 export class AnswersTab {
   constructor(root, { about }) {
-    Object.assign(this, { home: about.home, known: new KnownRuns("answers-runs", about), comparisons: [], order: "moved", kind: "all", shown: SHOWN, visible: false });
+    Object.assign(this, { home: about.home, known: new KnownRuns("answers-runs", about), order: "moved", kind: "all", shown: SHOWN });
     this.model = typed("answers-model", { placeholder: "runs/first", list: "answers-runs" });
     this.data = typed("answers-data", { placeholder: "the rows that the run held out" });
     this.base = typed("answers-base", { placeholder: "the adapter switched off" });
@@ -36,7 +35,6 @@ export class AnswersTab {
     this.tokens = typed("answers-tokens", { value: "64", inputmode: "numeric" });
     this.losses = el("input", { type: "checkbox", id: "answers-losses" });
     this.button = el("button", { class: "main", type: "submit" }, "Compare");
-    this.wrong = el("div", { class: "note bad", role: "alert", hidden: true });
     this.boxes = {
       model: field("A run, an adapter, or a merged model", this.model, { kind: "half" }),
       data: field("Rows", this.data, { kind: "half", help: "A file, a folder, or a data set's name on the hub. Empty: what the run held out." }),
@@ -48,21 +46,26 @@ export class AnswersTab {
     const form = el("form", { class: "card stack", onsubmit: (event) => { event.preventDefault(); this.start(); } },
       el("div", { class: "fields look-form" }, ...Object.values(this.boxes)),
       el("div", { class: "row" }, this.button, el("label", { class: "check", for: "answers-losses" }, this.losses, "losses alone, which is quicker")),
-      this.wrong, this.known.element);
-    this.earlier = el("div", { class: "row look-earlier", role: "group", "aria-label": "Comparisons" });
-    this.result = el("div", { class: "look-result" });
-    put(root, el("p", { class: "quiet look-told" }, "What the model answered before, and what it answers now, row by row, with the same prompts. A comparison goes on when this page is closed."), form, this.earlier, this.result);
-    setInterval(() => { if (this.visible && !document.hidden && (this.busy || this.waiting)) this.look(); }, EVERY);
+      this.known.element);
+    this.works = new WorksView("answers", "answers", {
+      boxes: this.boxes, button: this.button, alone: true,
+      name: ({ model, at }) => `${model.split("/").at(-1)} · ${new Date(at * 1000).toLocaleString([], { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" })}`,
+      told: ({ model, data }) => `${model}, ${data}`,
+      title: ({ model }) => place(model, this.home),
+      under: ({ data }) => el("div", { class: "quiet mono" }, place(data, this.home)),
+      forget: "Delete",
+      progress: ({ progress: { what, share } }) => ({ doing: `${PASSES[what] ?? what}${share ? ` · ${Math.round(100 * share)} %` : ""}`, share }),
+      tell: (...found) => this.tell(...found),
+    });
+    put(root, el("p", { class: "quiet look-told" }, "What the model answered before, and what it answers now, row by row, with the same prompts. A comparison goes on when this page is closed."), form, this.works.element);
   }
 
   show(id) {
-    this.visible = true;
-    if (id) this.open = id;
     this.known.look().catch(() => {});
-    this.look();
+    this.works.show(id);
   }
 
-  hide() { this.visible = false; }
+  hide() { this.works.hide(); }
 
   fill({ model, data }) {
     this.model.value = model ?? "";
@@ -70,100 +73,16 @@ export class AnswersTab {
     this.base.value = "";
   }
 
-  get busy() { return this.comparisons.some(({ state }) => state === "running"); }
-
-  async start() {
-    this.wrong.hidden = true;
-    problems(this.boxes, {});
-    this.button.disabled = true;
-    try {
-      const { id } = await post("/api/look/answers", {
-        model: this.model.value, data: this.data.value, base: this.base.value,
-        limit: this.limit.value, max_new_tokens: this.tokens.value, answers: !this.losses.checked,
-      });
-      location.hash = `look/answers/${id}`;
-      this.open = id;
-      await this.look();
-    } catch (error) {
-      if (error.answer?.problems) problems(this.boxes, error.answer.problems);
-      else this.failed(error.message);
-    } finally {
-      this.button.disabled = this.busy;
-    }
+  start() {
+    this.works.start({
+      model: this.model.value, data: this.data.value, base: this.base.value,
+      limit: this.limit.value, max_new_tokens: this.tokens.value, answers: !this.losses.checked,
+    });
   }
 
-  failed(text) {
-    say(this.wrong, text);
-    this.wrong.hidden = false;
-  }
-
-  async look() {
-    if (this.looking) return;
-    this.looking = true;
-    try {
-      this.comparisons = (await get("/api/look/answers")).comparisons;
-      this.button.disabled = this.busy;
-      if (!this.comparisons.some(({ id }) => id === this.open)) this.open = this.comparisons[0]?.id;
-      put(this.earlier, ...(this.comparisons.length > 1 || !this.open ? this.comparisons.slice(0, 12).map((each) => this.chip(each)) : []));
-      const chosen = this.comparisons.find(({ id }) => id === this.open);
-      if (!chosen) return put(this.result);
-      const stamp = `${chosen.id} ${chosen.state}`;
-      this.waiting = false;
-      if (chosen.state === "running") this.atWork(chosen, stamp !== this.stamp);
-      else if (stamp !== this.stamp) this.tell(await get(`/api/look/answers/${chosen.id}`));
-      this.stamp = stamp;
-    } catch {
-      this.waiting = true; // the banner says it
-    } finally {
-      this.looking = false;
-    }
-  }
-
-  chip(each) {
-    const name = each.model.split("/").at(-1);
-    const button = el("button", { type: "button", class: "chip", "aria-pressed": String(each.id === this.open), title: `${each.model}, ${each.data}`, onclick: () => { location.hash = `look/answers/${each.id}`; } },
-      `${name} · ${new Date(each.at * 1000).toLocaleString([], { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" })}`);
-    if (each.state !== "finished") button.append(el("span", { class: `badge ${each.state === "failed" ? "bad" : each.state === "running" ? "training" : ""}` }, WORDS[each.state] ?? each.state));
-    return button;
-  }
-
-  atWork({ id, model, progress, command }, anew) {
-    if (anew) {
-      this.bar = el("progress", { max: 1 });
-      this.doing = el("span", { class: "quiet" });
-      put(this.result, el("div", { class: "card stack" },
-        el("div", { class: "row spread" }, el("h2", {}, place(model, this.home)), el("button", { type: "button", class: "danger", onclick: () => this.act(id, "stop") }, "Stop")),
-        this.bar, el("div", { role: "status" }, el("span", { class: "spin" }), this.doing), el("pre", {}, command)));
-    }
-    this.bar.value = progress.share;
-    say(this.doing, `${PASSES[progress.what] ?? progress.what}${progress.share ? ` · ${Math.round(100 * progress.share)} %` : ""}`);
-  }
-
-  async act(id, what) {
-    try {
-      await post(`/api/look/answers/${id}/${what}`);
-    } catch (error) {
-      this.failed(error.message);
-    }
-    this.stamp = null;
-    await this.look();
-  }
-
-  tell({ state, rows, log }) {
-    const { command } = state;
+  tell({ rows }, head, words) {
     this.rows = rows.filter((row) => row.base);
     this.shown = SHOWN;
-    const again = el("button", { type: "button", class: "plain", onclick: () => this.act(state.id, "forget") }, "Delete");
-    const head = el("div", { class: "row spread" },
-      el("div", {}, el("div", { class: "row" }, el("h2", {}, place(state.model, this.home)), state.state === "finished" ? null : el("span", { class: `badge ${state.state}` }, WORDS[state.state])),
-        el("div", { class: "quiet mono" }, place(state.data, this.home))), again);
-    const shell = el("pre", {}, command);
-    const more = [el("details", {}, el("summary", {}, "In a terminal"), el("div", { class: "copy" }, shell, copied(() => command))),
-      log && el("details", {}, el("summary", {}, "Log"), el("pre", { class: "log", tabindex: "0" }, log))];
-    if (state.state !== "finished") {
-      const told = state.state === "failed" ? el("div", { class: "note bad", role: "alert" }, lastWords(log) || "It ended without a word.") : null;
-      return put(this.result, el("div", { class: "card stack" }, head, told, ...more.filter(Boolean)));
-    }
     this.body = el("tbody", {});
     this.answered = this.rows.some((row) => row.answer !== null);
     this.hasExpected = this.rows.some((row) => row.expected !== null);
@@ -181,15 +100,15 @@ export class AnswersTab {
     if (!this.hasExpected) this.heads = this.heads.filter(([, label]) => label !== "Expected");
     this.headRow = el("tr", {}, ...this.heads.map(([order, label]) => el("th", { scope: "col", class: order ? "number" : undefined, "data-order": order },
       order ? el("button", { type: "button", class: "sort", onclick: () => { this.order = this.orders.value = order; this.draw(); } }, label) : label)));
-    put(this.result, el("div", { class: "card stack" }, head, el("div", { class: "figures" }, ...this.facts()), ...more.filter(Boolean)),
-      el("div", { class: "row spread look-bar" }, this.kinds, el("div", { class: "row" }, el("label", { for: "answers-order", class: "quiet small" }, "Sorted by"), this.orders)),
-      el("div", { class: "card look-table" }, el("table", { class: this.answered ? "pairs" : "pairs short" }, el("thead", {}, this.headRow), this.body)), el("div", { class: "row look-more" }, this.more));
     this.draw();
+    return [el("div", { class: "card stack" }, head, el("div", { class: "figures" }, ...this.facts()), ...words),
+      el("div", { class: "row spread look-bar" }, this.kinds, el("div", { class: "row" }, el("label", { for: "answers-order", class: "quiet small" }, "Sorted by"), this.orders)),
+      el("div", { class: "card look-table" }, el("table", { class: this.answered ? "pairs" : "pairs short" }, el("thead", {}, this.headRow), this.body)), el("div", { class: "row look-more" }, this.more)];
   }
 
   facts() {
     const mean = (of) => {
-      const counted = this.rows.filter((row) => row.tokens);
+      const counted = this.rows.filter((row) => row.tokens && !Number.isNaN(moved(row)));
       return counted.reduce((sum, row) => sum + of(row) * row.tokens, 0) / counted.reduce((sum, row) => sum + row.tokens, 0);
     };
     const right = (of) => this.rows.filter(of).length;
@@ -238,10 +157,4 @@ function prompt(given) {
     const text = typeof content === "string" ? content : content === undefined ? JSON.stringify(more) : JSON.stringify(content);
     return el("div", { class: index === given.length - 1 ? "turn" : "turn before" }, given.length > 1 ? el("span", { class: "role" }, `${role} `) : null, text);
   });
-}
-
-function lastWords(log) {
-  const lines = log.trimEnd().split("\n");
-  const start = lines.findLastIndex((line) => /^((base|model): .* \d+\/\d+|\s*)$/.test(line));
-  return lines.slice(start + 1).slice(-12).join("\n");
 }

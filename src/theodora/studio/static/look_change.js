@@ -1,7 +1,7 @@
 // What changed: how far runs have moved magnitudes and directions, as `theodora inspect` measures it, side by side.
 import { el, place, put } from "./dom.js";
-import { grid, JobsView, words } from "./look_jobs.js";
-import { field, KnownRuns, problems, typed } from "./look_parts.js";
+import { field, grid, KnownRuns, typed } from "./look_parts.js";
+import { jobsView } from "./look_works.js";
 
 const METHODS = { lora: "LoRA", dora: "DoRA", full: "full" };
 const short = (value, digits = 3) => (typeof value === "number" && Number.isFinite(value) ? value.toPrecision(digits) : "–");
@@ -21,7 +21,7 @@ export class ChangeTab {
       base_model: field("The model before training", this.base, { help: "A fully tuned model needs it." }),
     };
     this.chips = el("div", { class: "row look-earlier", role: "group", "aria-label": "Known runs" });
-    this.jobs = new JobsView("change", { kinds: ["inspect"], tell: (found, head) => this.tell(found, head) });
+    this.jobs = jobsView("change", ["inspect"], { boxes: this.boxes, button: this.button, tell: (...found) => this.tell(...found) });
     put(root, el("p", { class: "quiet look-told" }, "How far training has moved each weight: ΔM is the change of its rows' lengths, ΔD that of their directions."),
       el("form", { class: "card stack", onsubmit: (event) => { event.preventDefault(); this.start(); } },
         el("div", { class: "fields" }, ...Object.values(this.boxes), el("div", { class: "field end" }, this.button)), this.chips), this.jobs.element);
@@ -42,24 +42,16 @@ export class ChangeTab {
     if (!lines.includes(folder)) this.runs.value = [...lines, folder].join("\n");
   }
 
-  async start() {
-    problems(this.boxes, {});
-    this.button.disabled = true;
-    try {
-      await this.jobs.start("inspect", { runs: this.runs.value.split("\n").filter((line) => line.trim()), base_model: this.base.value });
-    } catch (error) {
-      problems(this.boxes, error.answer.problems);
-    } finally {
-      this.button.disabled = false;
-    }
+  start() {
+    this.jobs.start({ kind: "inspect", runs: this.runs.value.split("\n").filter((line) => line.trim()), base_model: this.base.value });
   }
 
-  tell({ state, command, log, report, figures }, head) {
+  tell({ state, report, figures }, head, words) {
     const runs = report?.runs ?? [];
     const told = runs.flatMap(({ path, warnings, notes }) => [...(warnings ?? []).map((text) => ["bad", path, text]), ...(notes ?? []).map((text) => ["", path, text])]);
     const cards = [el("div", { class: "card stack" }, head,
       ...told.map(([kind, path, text]) => el("div", { class: `note ${kind}` }, runs.length > 1 ? `${name(path)}: ${text}` : text)),
-      el("h3", {}, "By kind of module, at the last checkpoint"), this.kinds(runs), ...words(command, log))];
+      el("h3", {}, "By kind of module, at the last checkpoint"), this.kinds(runs), ...words)];
     if (runs.some(({ checkpoints }) => checkpoints.length > 1)) cards.push(el("div", { class: "card stack" }, el("h2", {}, "Along the run"), this.along(runs)));
     for (const figure of figures)
       cards.push(el("figure", { class: "card drawn" }, el("figcaption", {}, FIGURES[figure] ?? figure), el("img", { src: `/api/look/jobs/${state.id}/figure/${figure}`, alt: FIGURES[figure] ?? figure, loading: "lazy" })));

@@ -1,7 +1,7 @@
 // Make: an adapter merged or exported, and two forms of one model compared; each an ordinary command.
 import { copied, el, put } from "./dom.js";
-import { JobsView, words } from "./look_jobs.js";
 import { field, KnownRuns, problems, typed } from "./look_parts.js";
+import { jobsView } from "./look_works.js";
 
 // What is made -> label, help, the kind of command, its fields, and what a name for it ends in.
 const KINDS = {
@@ -15,11 +15,12 @@ const KINDS = {
   combine: ["Combined", "One adapter out of several of the same base. linear adds what each changes, exactly; the others approximate.", "combine", ["adapters", "weights", "method", "rank", "density"], ""],
   verify: ["Compare two forms", "Do they predict the same? Model and adapter folders, and .gguf files.", "verify", ["a", "b"], ""],
 };
-const DTYPES = { hf: ["fp32", "bf16", "fp16"], merge: ["fp32", "bf16", "fp16"], gguf: ["fp32", "bf16", "fp16", "q8_0"] };
+const options = (values) => values.map((value) => el("option", { value }, value));
 
 export class MakeTab {
   constructor(root, { about }) {
     this.known = new KnownRuns("make-runs", about);
+    this.dtypes = about.make.dtype;
     this.known.element.hidden = true;
     this.inputs = {
       adapter: typed("make-adapter", { placeholder: "runs/first", list: "make-runs" }),
@@ -27,12 +28,12 @@ export class MakeTab {
       b: typed("make-b", { placeholder: "merged", list: "make-runs" }),
       adapters: el("textarea", { id: "make-adapters", placeholder: "runs/maths\nruns/style", spellcheck: "false", rows: 3 }),
       weights: typed("make-weights", { placeholder: "1 for each" }),
-      method: el("select", { id: "make-method" }, ...["linear", "svd", "ties", "dare_linear", "dare_ties"].map((value) => el("option", { value }, value))),
+      method: el("select", { id: "make-method" }, ...options(about.make.method)),
       rank: typed("make-rank-of", { inputmode: "numeric", placeholder: "as the method wants" }),
       density: typed("make-density", { inputmode: "decimal", placeholder: "all" }),
       output: typed("make-output", { placeholder: "runs/first-merged" }),
       dtype: el("select", { id: "make-dtype" }),
-      onto: el("select", { id: "make-onto" }, ...["original", "dequantised", "quantised"].map((value) => el("option", { value }, value))),
+      onto: el("select", { id: "make-onto" }, ...options(about.make.onto)),
       lora_rank: typed("make-rank", { inputmode: "numeric", placeholder: "as it is" }),
       base_model: typed("make-base", { placeholder: "the one that the adapter names" }),
     };
@@ -55,7 +56,7 @@ export class MakeTab {
       ...Object.entries(KINDS).map(([name, [label]]) => el("button", { type: "button", class: "chip", "data-kind": name, onclick: () => this.choose(name) }, label)));
     this.help = el("p", { class: "quiet small" });
     this.button = el("button", { class: "main", type: "submit" });
-    this.jobs = new JobsView("make", { kinds: ["export", "merge", "combine", "verify"], tell: (found, head) => this.tell(found, head) });
+    this.jobs = jobsView("make", ["export", "merge", "combine", "verify"], { boxes: this.boxes, button: this.button, tell: (...found) => this.tell(...found) });
     put(root, el("p", { class: "quiet look-told" }, "An adapter in the form that another program wants. Every export is compared with the adapter on its base, and gets its name only if it predicts the same."),
       el("form", { class: "card stack", onsubmit: (event) => { event.preventDefault(); this.start(); } },
         this.kinds, this.help, el("div", { class: "fields" }, ...Object.values(this.boxes)), el("div", { class: "row" }, this.button), this.known.element), this.jobs.element);
@@ -83,7 +84,7 @@ export class MakeTab {
     for (const button of this.kinds.children) button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
     const shown = [...own, "base_model", ...(command === "verify" ? [] : command === "combine" ? ["output"] : ["adapter", "output"])];
     for (const [name, box] of Object.entries(this.boxes)) box.hidden = !shown.includes(name);
-    put(this.inputs.dtype, el("option", { value: "" }, kind === "gguf" ? "fp16 (default)" : "as in the base"), ...(DTYPES[kind] ?? []).map((value) => el("option", { value }, value)));
+    put(this.inputs.dtype, el("option", { value: "" }, kind === "gguf" ? "fp16 (default)" : "as in the base"), ...options(this.dtypes[kind] ?? []));
     put(this.help, help);
     put(this.button, command === "verify" ? "Compare" : { merge: "Merge", combine: "Combine" }[command] ?? "Export");
     problems(this.boxes, {});
@@ -96,22 +97,14 @@ export class MakeTab {
     if (!this.named) this.inputs.output.value = adapter && KINDS[this.kind][4] && `${adapter}${KINDS[this.kind][4]}`;
   }
 
-  async start() {
-    problems(this.boxes, {});
-    this.button.disabled = true;
+  start() {
     const given = Object.fromEntries(Object.entries(this.inputs).filter(([name]) => !this.boxes[name].hidden).map(([name, input]) => [name, input.value]));
     if (given.adapters !== undefined) given.adapters = given.adapters.split("\n");
-    try {
-      await this.jobs.start(KINDS[this.kind][2], { form: this.kind, ...given });
-    } catch (error) {
-      problems(this.boxes, error.answer.problems);
-    } finally {
-      this.button.disabled = false;
-    }
+    this.jobs.start({ kind: KINDS[this.kind][2], form: this.kind, ...given });
   }
 
-  tell({ state, command, log }, head) {
+  tell({ state, log }, head, [terminal]) {
     const place = state.result ? el("div", { class: "copy" }, el("pre", {}, state.result), copied(() => state.result)) : null;
-    return [el("div", { class: "card stack" }, head, ...[place].filter(Boolean), el("pre", { class: "said", tabindex: "0" }, log.trim()), ...words(command, ""))];
+    return [el("div", { class: "card stack" }, head, place, el("pre", { class: "said", tabindex: "0" }, log.trim()), terminal)];
   }
 }

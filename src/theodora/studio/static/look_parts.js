@@ -1,4 +1,4 @@
-// What the tabs of Look share: fields, and a field that offers the runs that are known.
+// What the tabs of Look share: fields, what is wrong with them, runs that a field offers, and tables.
 import { get } from "./api.js";
 import { el, place, put } from "./dom.js";
 
@@ -24,8 +24,6 @@ export class KnownRuns {
   }
 }
 
-export const quoted = (text) => (/^[\w./:@%+=,~-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
-
 // What is wrong stands at its field; `problems` has texts by name, and `boxes` the fields.
 export function problems(boxes, wrong) {
   for (const [name, box] of Object.entries(boxes)) {
@@ -36,3 +34,7 @@ export function problems(boxes, wrong) {
   const first = Object.keys(boxes).find((name) => name in wrong);
   if (first) boxes[first].querySelector("input, select, textarea").focus();
 }
+
+export const grid = (head, rows, from = 1) => el("div", { class: "wide-table" }, el("table", {},
+  el("thead", {}, el("tr", {}, ...head.map((cell, at) => el("th", { scope: "col", class: at >= from ? "number" : undefined }, cell)))),
+  el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((cell, at) => el("td", { class: at >= from ? "number" : undefined }, cell)))))));

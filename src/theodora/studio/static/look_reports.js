@@ -1,7 +1,7 @@
 // Comparisons of methods: `theodora compare`'s report, as text, tables and pictures; none of its markup comes here.
 import { get } from "./api.js";
 import { el, place, put } from "./dom.js";
-import { grid } from "./look_jobs.js";
+import { grid } from "./look_parts.js";
 
 export class ReportsTab {
   constructor(root, { about }) {
@@ -12,15 +12,20 @@ export class ReportsTab {
   }
 
   async show(id) {
+    this.wanted = id;
     try {
       const { reports } = await get("/api/look/reports");
       const open = reports.some((each) => each.id === id) ? id : reports[0]?.id;
       put(this.list, ...reports.slice(0, 30).map((each) => el("button", { type: "button", class: "chip", title: each.folder, "aria-pressed": String(each.id === open), onclick: () => { location.hash = `look/reports/${each.id}`; } }, each.name)));
       if (!open) return put(this.result, el("div", { class: "card empty" }, el("h2", {}, "No report yet"), el("p", {}, "Write a comparison in YAML, and run it in a terminal:"), el("pre", {}, "theodora compare comparison.yaml --output runs/comparison")));
       const stamp = `${open} ${reports.find((each) => each.id === open).changed}`;
-      if (stamp !== this.stamp) this.tell(open, await get(`/api/look/reports/${open}`));
+      if (stamp === this.stamp) return;
+      const found = await get(`/api/look/reports/${open}`);
+      if (this.wanted !== id) return; // another one was asked for meanwhile
+      this.tell(open, found);
       this.stamp = stamp;
     } catch (error) {
+      this.stamp = null;
       put(this.result, el("div", { class: "note bad", role: "alert" }, error.message));
     }
   }

@@ -1,7 +1,7 @@
 // Runs: all that are known, their curves over one another, and one of them in full.
 import { get, post } from "./api.js";
 import { Chart } from "./chart.js";
-import { bytes, copied, el, figure, place, put, say } from "./dom.js";
+import { bytes, copied, el, figure, lastWords, place, put, quoted, say } from "./dom.js";
 
 const EVERY = 1500; // milliseconds between two looks
 const COLORS = matchMedia("(prefers-color-scheme: dark)").matches
@@ -113,13 +113,15 @@ export class RunsScreen {
     let found;
     do {
       found = await get(`/api/runs/${id}?cursor=${encodeURIComponent(curve.cursor)}`);
-      if (found.anew) curve.lines = [];
+      if (found.anew) Object.assign(curve, { lines: [], paced: false });
       for (const line of found.lines) curve.lines.push(line);
       Object.assign(curve, { cursor: found.cursor, state: found.state });
     } while (found.more);
     // Runs of earlier versions have their pace in the log of the studio alone.
-    if (!curve.lines.some((line) => "peak_memory" in line))
+    if (!curve.paced && found.paces.length && !curve.lines.some((line) => "peak_memory" in line)) {
       curve.lines.push(...found.paces.map(({ step, tokens_per_second, memory }) => ({ step, tokens_per_second, ...(memory ? { peak_memory: memory } : {}) })));
+      curve.paced = true;
+    }
     curve.complete = found.state.changed;
   }
 
@@ -171,7 +173,7 @@ class Card {
     this.progress.hidden = !known || run.state === "finished";
     if (known) this.progress.value = Math.min(1, run.step / run.steps);
     const step = known && run.state !== "finished" ? `${figure(run.step)} / ${figure(run.steps)}` : run.step === null ? "" : `${figure(run.step)} steps`;
-    say(this.about, [step, run.loss === null ? "" : `loss ${figure(run.loss)}`, run.left ? `${run.left} left` : "", run.method].filter(Boolean).join(" · "));
+    say(this.about, [step, run.reward !== null ? `reward ${figure(run.reward)}` : run.loss !== null ? `loss ${figure(run.loss)}` : "", run.left ? `${run.left} left` : "", run.method].filter(Boolean).join(" · "));
   }
 }
 
@@ -185,6 +187,7 @@ class Detail {
     this.buttons = el("div", { class: "row" });
     this.figures = el("div", { class: "figures" });
     this.wrong = el("div", { class: "note bad", role: "alert", hidden: true });
+    this.why = el("div", { class: "note bad", role: "alert", hidden: true });
     this.progress = el("progress", { max: 1, hidden: true });
     this.stop = el("button", { type: "button", class: "danger", onclick: () => this.act("stop") }, "Stop");
     this.resume = el("button", { type: "button", class: "main", onclick: () => this.act("resume") }, "Resume");
@@ -194,7 +197,7 @@ class Detail {
     this.change = el("button", { type: "button", onclick: () => this.screen.lookAt("change", { runs: [place(this.run.folder, this.screen.home)] }) }, "What changed");
     this.make = el("button", { type: "button", onclick: () => this.screen.lookAt("make", { adapter: place(this.run.folder, this.screen.home) }) }, "Make");
     put(this.buttons, this.answers, this.chat, this.change, this.make, this.stop, this.resume, this.again);
-    this.element = el("div", { class: "card stack" }, el("div", { class: "row spread" }, el("div", {}, el("div", { class: "row" }, this.title, this.badge), this.folder), this.buttons), this.progress, this.figures, this.wrong);
+    this.element = el("div", { class: "card stack" }, el("div", { class: "row spread" }, el("div", {}, el("div", { class: "row" }, this.title, this.badge), this.folder), this.buttons), this.progress, this.figures, this.wrong, this.why);
     this.log = el("pre", { class: "log", tabindex: "0" });
     this.results = el("div", {});
     this.config = el("pre", { class: "log", tabindex: "0" });
@@ -211,7 +214,7 @@ class Detail {
   changed() {
     this.seen = null;
     this.typed = {};
-    this.wrong.hidden = true;
+    this.wrong.hidden = this.why.hidden = true;
     for (const each of [this.log, this.config, this.command]) say(each, "");
     put(this.results);
   }
@@ -262,18 +265,16 @@ class Detail {
     this.typed = texts.typed;
     say(this.command, commands(run, texts.command));
     put(this.results, ...card(texts.card));
-    if (run.state === "failed" && this.wrong.hidden) {
-      say(this.wrong, lastWords(texts.log));
-      this.wrong.hidden = !this.wrong.textContent;
-    }
+    say(this.why, run.state === "failed" ? lastWords(texts.log) : "");
+    this.why.hidden = !this.why.textContent;
   }
 
   tell(run, curve) {
     const last = (key) => curve?.lines.findLast((line) => typeof line[key] === "number")?.[key];
-    const rewarded = last("reward") !== undefined;
+    const rewarded = run.reward !== null;
     const facts = [
       [run.step === null ? null : run.steps ? `${figure(run.step)} / ${figure(run.steps)}` : figure(run.step), "steps"],
-      [rewarded ? figure(last("reward")) : run.loss === null ? null : figure(run.loss), rewarded ? "reward" : "loss"],
+      rewarded ? [run.reward, "reward"] : [run.loss, "loss"],
       [rewarded ? undefined : last("eval_loss"), "held-out loss"], [last("general_loss"), "loss on general text"],
       [last("tokens_per_second"), "tokens/s"], [last("peak_memory"), "peak memory"], [run.left, "left"],
     ].filter(([value]) => value !== null && value !== undefined);
@@ -289,19 +290,10 @@ function next(folder, taken) {
   return `${stem}-${number}`;
 }
 
-const quoted = (text) => (/^[\w./:@%+=,-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
-
 function commands(run, again) {
   const folder = quoted(run.folder);
   if (run.state === "finished") return `theodora chat ${folder}\ntheodora info ${folder}\ntheodora merge ${folder} --output ${quoted(`${run.folder}-merged`)}`;
   return again;
-}
-
-// The command's own message stands at the end of the log, after a blank line or the last line of progress.
-function lastWords(log) {
-  const lines = log.trimEnd().split("\n");
-  const start = lines.findLastIndex((line) => /^(step \d+\/|╰|\s*$)/.test(line));
-  return lines.slice(start + 1).slice(-12).join("\n");
 }
 
 // The card's results: tables of Markdown, as text in cells.
