@@ -38,7 +38,11 @@ class PolicySettings:
     max_completion_length: int = 256
     """Tokens of a completion, at most. (TRL's default is 512.)"""
     num_iterations: int = 1
-    """Steps that learn from the same completions."""
+    """How often the same completions are learned from."""
+    steps_per_generation: int | None = None
+    """Batches of this process whose completions are drawn at once. Default: those of a step. (TRL's unit.)"""
+    generation_batch_size: int | None = None
+    """The same, counted in completions of all processes; at most one of the two is given."""
     drawing: Drawing = field(default_factory=Drawing)
     beta: float = 0.0
     epsilon: float = 0.2
