@@ -267,11 +267,11 @@ class GRPOTrainer(SequenceTrainer):
         asked = [*chain(*steps)]
         drawn = self._drawn(_joined(asked))
         (groups, rewards, lengths, cut), own = self._gathered(drawn)
-        self._of_step = groups, rewards, lengths, cut, spread(rewards, groups, self.settings)
+        self._of_step = groups, rewards, lengths, cut, spread(rewards, self.rewards.weights, groups)
         self._record_drawn(*self._of_step)
         self._look_for_spread(self._of_step[-1][0])
         items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
-        worth = advantages(rewards, groups, self.settings)[own]
+        worth = advantages(rewards, self.rewards.weights, groups, self.settings)[own]
         whole = _Lesson(
             drawn.completions,
             [self._learns_from(each) for each in drawn.cut],
@@ -398,7 +398,7 @@ class GRPOTrainer(SequenceTrainer):
         lengths = [len(each.tokens) for each in drawn.completions]
         self._record_drawn(asked.rows, drawn.rewards, lengths, drawn.cut)
         self._measure(drawn)
-        reward = float((drawn.rewards @ self.rewards.weights).mean())
+        reward = float((drawn.rewards.double() @ self.rewards.weights).mean())
         self._eval_nats -= reward * len(asked.rows)
         self._eval_tokens += len(asked.rows)
         return torch.tensor(-reward, device=self.args.device), None, None
@@ -439,7 +439,7 @@ class GRPOTrainer(SequenceTrainer):
         of_groups: tuple[float, float] | None = None,
     ) -> None:
         """Record completions, and of those that are learned from what `spread` says."""
-        total = rewards.double() @ self.rewards.weights.double()
+        total = rewards.double() @ self.rewards.weights
         count = len(groups)
         self.add_to_mean("reward", float(total.sum()), count)
         self.add_to_mean("completions/mean_length", float(sum(lengths)), count)

@@ -73,7 +73,7 @@ def own_names() -> frozenset[str]:
 
 def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
     """What grpo computes, and what about its options makes no sense."""
-    values: dict[str, Any] = {"reward_weights": config.reward_weights}
+    values: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in config.trainer.items():
         if name in TYPES:
