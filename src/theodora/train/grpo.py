@@ -22,7 +22,7 @@ from theodora.data import PromptRows
 from theodora.evaluate.batches import without_router_loss
 from theodora.evaluate.decoding import end_tokens
 from theodora.train.flattened import Shape
-from theodora.train.fused_loss import Head
+from theodora.train.fused_loss import Head, at_temperature
 from theodora.train.grpo_batches import (
     PLACE,
     PROMPTS,
@@ -188,12 +188,7 @@ class GRPOTrainer(SequenceTrainer):
 
     def read_head(self) -> Head | str:
         """Overrides `LossOverrides.read_head`: logits are divided by the temperature that tokens are drawn with."""
-        head, temperature = super().read_head(), self.settings.drawing.temperature
-        if isinstance(head, str) or temperature == 1:
-            return head
-        if head.softcap is not None:
-            return "logits are capped before the temperature divides them"
-        return replace(head, scale=head.scale / temperature)
+        return at_temperature(super().read_head(), self.temperature)
 
     @property
     def temperature(self) -> float:
