@@ -77,6 +77,14 @@ def check_code_granted(scores: Mapping[str, str], allowed: Collection[str]) -> N
         )
 
 
+def rewards_not_allowed(rewards: Any, allowed: Collection[str]) -> list[str]:
+    """Those of a comparison's rewards that run Python in a file which its user did not allow by name."""
+    may_run = {_place(file) for file in allowed}
+    given = rewards if isinstance(rewards, list | tuple) else [rewards]
+    files = [name for name in given if isinstance(name, str) and names_a_file(name)]
+    return [name for name in files if _place(name.rpartition(":")[0]) not in may_run]
+
+
 def grant_flags(options: Mapping[str, Any]) -> str:
     """The flags that grant again what a run was granted, for the commands that repeat it; with a blank in front."""
     return "".join(f" {word}" for name, value in _asked(options) for word in _flag(name, value))

@@ -139,10 +139,10 @@ def test_ctrl_c_keeps_what_is_done(run, tmp_path, monkeypatch):
 def test_failures_are_recorded_and_the_others_go_on(run, tmp_path, monkeypatch):
     original = Bench._train
 
-    def scarce(self, cell, variant, record, autocast):
+    def scarce(self, cell, variant, record, *others):
         if variant.method == "dora":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        original(self, cell, variant, record, autocast)
+        original(self, cell, variant, record, *others)
 
     monkeypatch.setattr(Bench, "_train", scarce)
     rates = {"default": [1e-2], "full": [1e-2, 1e30]}

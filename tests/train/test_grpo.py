@@ -8,6 +8,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from trl.trainer.utils import RepeatSampler
 
 import tiny
 import tiny_families
@@ -145,7 +146,14 @@ class TestReference:
 
 
 @pytest.mark.parametrize(
-    "others", [{}, {"loss_type": "grpo", "beta": 0.2}, {"loss_type": "dr_grpo"}, {"num_iterations": 2}]
+    "others",
+    [
+        {},
+        {"loss_type": "grpo", "beta": 0.2},
+        {"loss_type": "dr_grpo"},
+        {"num_iterations": 2},
+        {"generation_batch_size": 24, "learning_rate": 3e-2},
+    ],
 )
 @pytest.mark.parametrize("size", [4, 3])
 def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp_path):
@@ -158,11 +166,19 @@ def test_accumulated_batches_are_a_whole_step(others, size, whole, run, few, tmp
 
 @pytest.mark.parametrize(
     "others",
-    [{}, {"beta": 0.3, "logging_steps": 2}, {"mask_truncated_completions": True}, {"num_iterations": 3}],
+    [
+        {},
+        {"beta": 0.3, "logging_steps": 2},
+        {"mask_truncated_completions": True},
+        {"num_iterations": 3},
+        {"steps_per_generation": 6},
+        {"steps_per_generation": 4, "num_iterations": 2, "save_steps": 3},
+    ],
 )
 def test_it_resumes_with_the_same_bits(others, resumes, few, tmp_path):
     few = few | {"held_out": 1} if "beta" in others else few
-    resumes(**few, save_steps=4, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
+    others = {"save_steps": 4, **others}
+    resumes(**few, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=4, **others)
     same(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -454,6 +470,123 @@ def test_steps_learn_from_the_same_completions(run, few, tmp_path, monkeypatch):
     assert lines(tmp_path / "once", "loss")[0] == pytest.approx(lines(tmp_path / "run", "loss")[0], abs=1e-6)
 
 
+class TestDrawnAtOnce:
+    """Completions of several steps, two prompts in each."""
+
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """The lengths of the prompts of each drawing, and at which step it was."""
+        found, call = [], Rollouts.__call__
+
+        def noted(self, prompts, seed, *args, **kwargs):
+            found.append((seed & 0xFFFF, [len(prompt) for prompt in prompts], kwargs["places"]))
+            return call(self, prompts, seed, *args, **kwargs)
+
+        monkeypatch.setattr(Rollouts, "__call__", noted)
+        return found
+
+    def test_steps_learn_from_their_parts_as_in_trl(self, run, few, drawn, tmp_path, monkeypatch):
+        """Of five prompts four at once, twice: A B, A B, C D, C D. An epoch takes three of the first again."""
+        steps, pass_of = [], grpo.GRPOTrainer.one_pass
+
+        def noted(self, inputs, *args):
+            ids, mask = inputs["input_ids"], inputs["labels"] == -100
+            steps.append([int(n) for n in (mask & (inputs["attention_mask"] == 1)).sum(1)])  # of prompts
+            assert len(ids) == 8
+            return pass_of(self, inputs, *args)
+
+        monkeypatch.setattr(grpo.GRPOTrainer, "one_pass", noted)
+        result = run(
+            **few, max_steps=None, num_train_epochs=1, num_iterations=2, steps_per_generation=2, learning_rate=3e-2
+        )
+        assert result.steps == 8
+        assert [step for step, _, _ in drawn] == [1, 5]
+        asked = [lengths for _, lengths, _ in drawn]
+        assert [len(lengths) for lengths in asked] == [16, 16]
+        of_steps = [part for lengths in asked for _ in range(2) for part in (lengths[:8], lengths[8:])]
+        assert steps == of_steps
+        # TRL's sampler gives as many batches of the same prompts, in this order.
+        order = [lengths[n] for lengths in asked for n in range(0, 16, 4)]
+        theirs = RepeatSampler(order, mini_repeat_count=4, batch_size=4, repeat_count=2 * 2, shuffle=False)
+        of_batches = torch.tensor([order[n] for n in theirs]).view(2, 2, 2, 16)
+        slices = [of_batches[block, 0, 0].view(2, 8)[n] for block in range(2) for _ in range(2) for n in range(2)]
+        assert torch.stack(slices).tolist() == steps
+        assert len(lines(tmp_path / "run", "reward")) == 2  # what is drawn is told once
+        assert result.train_reward == lines(tmp_path / "run", "reward")[-1]  # of the last tenth nothing was drawn
+        cut = lines(tmp_path / "run", "clip_ratio/region_mean")
+        assert cut[::4] == [0, 0]  # by the policy that learns
+        assert min(cut[3::4]) > 0
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_step_learns_by_the_policy_that_drew(self, fused, run, few, tmp_path, request):
+        """A learning rate of 0 leaves it as it is: all steps are those that are drawn for one by one."""
+        if fused:
+            request.getfixturevalue("made")
+        many = few | {"max_steps": 4, "learning_rate": 1e-6, "beta": 0.1}
+        run(**many, steps_per_generation=2)
+        assert lines(tmp_path / "run", "clip_ratio/region_mean") == [0] * 4
+        assert len(lines(tmp_path / "run", "reward")) == 2
+        norms = lines(tmp_path / "run", "grad_norm")
+        assert min(norms) > 0
+
+    def test_one_step_is_as_without(self, run, whole, few, tmp_path):
+        run(**few, max_steps=4, steps_per_generation=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+        same(tmp_path / "run", whole(**few, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4))
+
+    @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+    def test_steps_without_learning_are_one_long_step(self, loss_type, run, few, tmp_path):
+        """Two halves of what was drawn at once, if nothing is learned between them, have together its mean loss."""
+        others = few | {
+            "max_steps": 2,
+            "learning_rate": 1e-6,
+            "beta": 3.0,
+            "from_adapter": None,
+            "loss_type": loss_type,
+        }
+        run(**others, steps_per_generation=2, output=str(tmp_path / "two"))
+        run(**others, per_device_train_batch_size=16, output=str(tmp_path / "one"))
+        two, one = (lines(tmp_path / name, "loss") for name in ("two", "one"))
+        assert sum(two) / 2 == pytest.approx(one[0], abs=2e-5)
+
+    def test_a_group_may_be_in_two_steps(self, run, few, drawn, tmp_path):
+        """What its completions are worth is among all of them."""
+        run(**few, max_steps=4, num_generations=16, steps_per_generation=2)
+        assert [len(set(lengths)) for _, lengths, _ in drawn] == [1, 1]
+        assert min(lines(tmp_path / "run", "reward_std")) > 0
+        assert min(lines(tmp_path / "run", "grad_norm")) > 0
+
+    def test_more_prompts_than_there_are(self, run, few, drawn, tmp_path):
+        """Each time that one is asked has random numbers of its own."""
+        result = run(**few, max_steps=None, num_train_epochs=2, per_device_train_batch_size=16, steps_per_generation=2)
+        assert result.steps == 4
+        for _, lengths, places in drawn:
+            assert len(set(places)) == len(places) == 32
+            assert len(set(lengths)) == 5
+
+    def test_another_number_of_processes_draws_the_rest_anew(self, run, few, drawn, tmp_path, monkeypatch):
+        carried_on = []
+        settings = {"max_steps": 6, "steps_per_generation": 3, "num_iterations": 2, "save_steps": 2, **few}
+        run(**settings | {"max_steps": 2})
+        drawn.clear()
+        # as if there had been others
+        monkeypatch.setattr(grpo.GRPOTrainer, "carry_on", lambda self, carried: carried_on.append(carried))
+        run(**settings, resume=True)
+        assert [part for part, _ in carried_on[0]] == [0, 1, 2]
+        assert [(step, len(lengths)) for step, lengths, _ in drawn] == [(3, 8), (4, 16)]
+        assert len(lines(tmp_path / "run", "loss")) == 6
+
+    def test_as_many_steps_at_once_in_a_resumed_run(self, run, few):
+        settings = few | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+        run(**settings, max_steps=1, steps_per_generation=4)
+        for others in ({"steps_per_generation": 2}, {"generation_batch_size": 24}):
+            with pytest.raises(ConfigError, match=r"for 2 steps at once and are for [13] "):
+                run(**settings, max_steps=2, **others, resume=True)
+        with pytest.raises(ConfigError, match="num_iterations was 1 and is 2"):
+            run(**settings, max_steps=2, steps_per_generation=4, num_iterations=2, resume=True)
+        larger = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, "steps_per_generation": 2}
+        run(**settings | larger, max_steps=2, resume=True)
+
+
 def test_the_record_runs_again(run, tmp_path):
     run(max_steps=2, beta=0.1, top_k=50, epsilon_high=0.28, scale_rewards="none", num_generations_eval=2)
     record = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -506,7 +639,14 @@ class TestWhatMakesNoSense:
             ({"top_p": 0}, "top_p is 0.*above 0"),
             ({"min_p": 2}, "min_p is 2.*between 0 and 1"),
             ({"use_vllm": True}, "use_vllm has no effect here: the model in training draws by itself"),
-            ({"steps_per_generation": 4}, "steps_per_generation has no effect here"),
+            ({"steps_per_generation": 0}, "steps_per_generation is 0; expected at least 1"),
+            ({"steps_per_generation": 2, "generation_batch_size": 8}, "are 2 and 8; expected one of the two"),
+            (
+                {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+                "multiple of it.*2 for each step, 4 for two",
+            ),
+            ({"generation_batch_size": 12}, "a step has 8 completions .*8 for each step, 16 for two"),
+            ({"num_generations": 3, "steps_per_generation": 2}, "16 are drawn at once, for 2 steps of 8 .*is 3"),
             ({"sync_ref_model": True}, "the reference is frozen"),
             ({"log_completions": True}, "samples from before and after"),
             ({"top_entropy_quantile": 0.2}, "top_entropy_quantile has no effect here"),

@@ -34,6 +34,10 @@ REWARDS = torch.tensor([[1.0, 0.2], [0.0, 0.9], [0.5, 0.9], [1.0, 0.1], [1.0, 0.
 GROUPS = [7, 7, 7, 3, 3, 3]
 
 
+def weighted(*weights):
+    return torch.tensor(weights, dtype=torch.float64)
+
+
 def trainer_of(folder, temperature=1.0):
     """TRL's, of an adapted model away from its start."""
     model = inject_adapter(tiny_model(), AdapterConfig(rank=4))
@@ -259,9 +263,7 @@ class TestAdvantages:
     @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
     @pytest.mark.parametrize("weights", [(), (1.0, 0.25)])
     def test_they_are_trls(self, scale, aggregation, weights, theirs, monkeypatch):
-        settings = PolicySettings(
-            num_generations=3, scale_rewards=scale, multi_objective_aggregation=aggregation, reward_weights=weights
-        )
+        settings = PolicySettings(num_generations=3, scale_rewards=scale, multi_objective_aggregation=aggregation)
         expected = self.by_trl(
             theirs,
             monkeypatch,
@@ -270,7 +272,7 @@ class TestAdvantages:
             multi_objective_aggregation=aggregation,
             reward_weights=torch.tensor(weights or (1.0, 1.0)),
         )
-        found = advantages(REWARDS, GROUPS, settings)
+        found = advantages(REWARDS, weighted(*weights or (1.0, 1.0)), GROUPS, settings)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert found[:3].abs().min() > 1e-3
         if aggregation == "sum_then_normalize":
@@ -279,20 +281,19 @@ class TestAdvantages:
     @pytest.mark.parametrize("scale", ["group", "batch", "none"])
     @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
     def test_the_order_of_completions_does_not_matter(self, scale, aggregation):
-        settings = PolicySettings(
-            num_generations=3, scale_rewards=scale, multi_objective_aggregation=aggregation, reward_weights=(1.0, 0.3)
-        )
+        settings = PolicySettings(num_generations=3, scale_rewards=scale, multi_objective_aggregation=aggregation)
         order = [4, 0, 5, 2, 3, 1]
         there = REWARDS.double()
         before = there.clone()
-        mixed = advantages(there[order], [GROUPS[n] for n in order], settings)
-        torch.testing.assert_close(mixed, advantages(there, GROUPS, settings)[order])
+        weights = weighted(1.0, 0.3)
+        mixed = advantages(there[order], weights, [GROUPS[n] for n in order], settings)
+        torch.testing.assert_close(mixed, advantages(there, weights, GROUPS, settings)[order])
         assert torch.equal(there, before)  # rewards stay what they were
 
     def test_the_spread_of_rewards(self):
-        same, deviation = spread(REWARDS, GROUPS, PolicySettings(reward_weights=(1.0, 1.0)))
+        same, deviation = spread(REWARDS, weighted(1.0, 1.0), GROUPS)
         assert same == 0.5
         assert deviation == pytest.approx(float(REWARDS[:3].double().sum(1).std()) / 2, rel=1e-6)
 
     def test_one_completion_alone_teaches_nothing(self):
-        assert advantages(torch.tensor([[3.0]]), [1], PolicySettings()).tolist() == [0.0]
+        assert advantages(torch.tensor([[3.0]]), weighted(1.0), [1], PolicySettings()).tolist() == [0.0]

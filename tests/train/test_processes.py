@@ -117,6 +117,7 @@ def kinds(folder):
         "grpo-masked": grpo
         | {"mask_truncated_completions": True, "loss_type": "grpo"}
         | {"per_device_train_batch_size": 4, "max_completion_length": 4},
+        "grpo-at-once": grpo | {"per_device_train_batch_size": 4, "generation_batch_size": 16, "num_iterations": 2},
     }
     replay = {"replay": str(texts), "replay_share": 0.4, "held_out": 4, "max_steps": 4}
     # What is forgotten is measured by the first process; of sharded weights by all of them (`sharded`).
@@ -184,12 +185,15 @@ def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, f
     trace(folder / kind, tmp_path / "one")
 
 
-@pytest.mark.parametrize("kind", ["grpo", "grpo-masked"])
+@pytest.mark.parametrize("kind", ["grpo", "grpo-masked", "grpo-at-once"])
 def test_two_processes_draw_what_one_does_and_learn_the_same(kind, kinds, two, folder, run, base, tmp_path):
     """Advantages go by groups that are spread over both, and means by the completions of both."""
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
     run(**base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")})
     trace(folder / kind, tmp_path / "one", figures=OF_GRPO)
+    if kind == "grpo-at-once":
+        assert len(lines_of(folder / kind, "reward")) == 2  # of five steps
+        return
     assert max(lines_of(folder / kind, "clip_ratio/region_mean")) == 0
     if kind == "grpo":
         assert max(lines_of(folder / kind, "frac_reward_zero_std")) < 1

@@ -179,7 +179,7 @@ def test_what_one_does_to_its_lists_is_nothing_to_the_next(own, rewarded):
 def test_several_have_names_of_their_own_and_weights(own):
     rewards = Rewards(["format:a", own("brief"), "format:b", own("brief")], [1, 0.5, 2, -1])
     assert rewards.names == ["format", "brief", "format_2", "brief_2"]
-    torch.testing.assert_close(rewards.weights, torch.tensor([1, 0.5, 2, -1]))
+    torch.testing.assert_close(rewards.weights, torch.tensor([1, 0.5, 2, -1], dtype=torch.float64))
     assert Rewards(["exact_match"]).weights.tolist() == [1]
     found = rewards(["Q"], ["a"], {}, [[1]])
     assert (found.shape, found.dtype) == ((1, 4), torch.float32)

@@ -28,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.py",
-        help="let this Python file run, which a `score` in the comparison names; the comparison cannot allow it itself",
+        help="let this Python file run, which a `score` or `reward` in the comparison names; the comparison cannot "
+        "allow it itself",
+    )
+    parser.add_argument(
+        "--reward",
+        nargs="+",
+        metavar="REWARD",
+        help="what grpo learns from, and all are measured by, instead of the file's; Python files that are named run",
     )
     parser.add_argument("--workers-per-gpu", type=int, metavar="N", help="processes on each GPU, instead of the file's")
     parser.add_argument("--seconds", type=float, metavar="N", help="begin no run after N seconds; run again to go on")
@@ -53,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "workers_per_gpu": args.workers_per_gpu,
         "trust_remote_code": args.trust_remote_code or None,
+        "reward": args.reward,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     config = CompareConfig.from_options({**options, **given}, granted=given, allow_code=args.allow_code)

@@ -85,7 +85,8 @@ def compare_schema() -> Schema:
     """The schema of `theodora compare FILE`."""
     with imports():
         from theodora.compare.config import BOUNDS, SCORES, CompareConfig, DataConfig
-        from theodora.compare.methods import METHODS, OBJECTIVES, Variant
+        from theodora.compare.methods import METHODS, OBJECTIVES, POLICY, Variant
+        from theodora.train.grpo_options import TYPES
 
     own = properties_of(CompareConfig)
     for name, least in BOUNDS.items():
@@ -99,10 +100,12 @@ def compare_schema() -> Schema:
     own["learning_rates"] |= {"items": type_schema(float), "additionalProperties": rates}
     for name in ("seeds", "tuning_seeds", "ranks"):
         own[name]["items"] = {"type": "integer"}
-    variant = properties_of(Variant, leave_out=["rank", "options"])
+    variant = properties_of(Variant, leave_out=["rank", "options", "policy"])
+    variant["reward_weights"]["items"] = own["reward_weights"]["items"] = type_schema(float)
     adapter = {name: schema for name, schema in properties_of(AdapterConfig).items() if name not in ("method", "rank")}
     entry = {
         **adapter,
+        **{name: type_schema(TYPES[name]) for name in POLICY},
         **variant,
         "method": {"description": variant["method"]["description"], "enum": list(METHODS)},
         "name": {"description": variant["name"]["description"], "type": ["string", "null"]},

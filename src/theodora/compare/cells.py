@@ -66,6 +66,11 @@ class Record:
     seconds: float = 0.0
     """With evaluation."""
     tokens: int = 0
+    drawn: int = 0
+    """Tokens that were drawn to learn from (grpo)."""
+    judged: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    """Of answers drawn to its data set's test prompts (of all, for the base model): `reward` (the weighted sum),
+    rewards/NAME of each function, `length` in tokens, and `kl` from what the reference is, of a token, in nats."""
     peak_memory: int = 0
     """Most bytes held while training."""
     graphed_steps: int = 0
@@ -88,6 +93,11 @@ class Record:
             rank=variant.rank if variant else None,
             replay=variant.replay if variant else 0.0,
         )
+
+    @property
+    def reward(self) -> float | None:
+        """Mean reward of the answers to test prompts."""
+        return self.judged.get(self.data, {}).get("reward")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

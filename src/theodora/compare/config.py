@@ -15,7 +15,7 @@ from theodora.compare.methods import Variant, variants
 from theodora.config import GENERAL_LENGTH, GENERAL_ROWS, QuantizeTo, is_number
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.naming import alike, name_problem, path_problem
-from theodora.trust import check_code_granted, check_granted
+from theodora.trust import check_code_granted, check_granted, rewards_not_allowed
 
 SCORES = ("labels", "exact-match", "f1", "loss")
 
@@ -63,8 +63,9 @@ class CompareConfig:
     methods: tuple[Any, ...] = ("full", "lora", "dora")
     """Names (full, lora, rslora, pissa, olora, lora+, dora, dora+, magnitude, direction), or mappings: method (one of
     these names), and any of name, ranks, learning_rates, replay (share of training rows that are general text),
-    b_ratio, objective (sft, dpo, ipo, orpo, simpo: rows are pairs then) with its beta, and the fields of an adapter
-    (alpha, targets, init, dropout, …)."""
+    b_ratio, objective (sft; dpo, ipo, orpo, simpo, for which rows are pairs; grpo) with its beta, of grpo
+    reward_weights and TRL's options (num_generations, max_completion_length, temperature, …), from_adapter (the folder
+    of an adapter to go on from), and the fields of an adapter (alpha, targets, init, dropout, …)."""
     ranks: tuple[int, ...] = (8,)
     """Ranks that each method with a rank is run with."""
     learning_rates: tuple[Any, ...] | Mapping[str, Any] = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -77,6 +78,14 @@ class CompareConfig:
     """What chooses the learning rate on the validation rows: the score (the loss decides ties), or the loss."""
     reference: tuple[str, ...] = ("lora",)
     """Methods that the others are tested against."""
+    reward: tuple[str, ...] = ()
+    """What grpo learns from, as in `theodora train`: exact_match, token_f1, format:REGEX, length:TOKENS or
+    path/to/file.py:function. Answers that any model draws to test prompts are measured by it, too. A file that this one
+    names runs only if it is allowed by hand: --allow-code path/to/file.py, or --reward."""
+    reward_weights: tuple[float, ...] = ()
+    """Of each in their sum. Default: 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds that a function may take for the answers of a step, or of all test prompts."""
 
     steps: int = 200
     """Optimizer steps of each run."""
@@ -167,6 +176,7 @@ class CompareConfig:
         whole = [v.name for v in chosen if v.adapter is None]
         if self.quantize not in (None, "none") and whole:
             yield f"quantize is {self.quantize}, and {', '.join(whole)} trains the weights themselves: leave one out"
+        yield from self._reward_problems(chosen)
         if any(v.replay for v in chosen) and self.general is None:
             yield "a method has replay, and general is missing; expected a file with general text"
         names = {v.name for v in chosen}
@@ -176,6 +186,18 @@ class CompareConfig:
         for name, data in self.data.items():
             yield from (f"data.{name}: {problem}" for problem in _data_problems(data))
 
+    def _reward_problems(self, chosen: list[Variant]) -> Iterator[str]:
+        learning = [variant for variant in chosen if variant.objective == "grpo"]
+        if learning and not self.reward:
+            yield f"reward is missing, which {learning[0].name} learns from; expected some of exact_match, token_f1, …"
+        weights = (self.reward_weights, *(variant.reward_weights for variant in learning))
+        if self.reward and any(each and len(each) != len(self.reward) for each in weights):
+            yield f"reward_weights: expected {len(self.reward)}, one for each of reward"
+        if not all(map(is_number, self.reward_weights)):
+            yield f"reward_weights holds {self.reward_weights!r}; expected finite numbers"
+        if not self.reward_timeout > 0:
+            yield f"reward_timeout is {self.reward_timeout:g}; expected more than 0 seconds"
+
     @cached_property
     def variants(self) -> list[Variant]:
         """Every method with each of its ranks."""
@@ -184,7 +206,7 @@ class CompareConfig:
     @property
     def learns_pairs(self) -> bool:
         """Whether rows are pairs of a better and a worse answer: sft learns the better one then, and scores ask it."""
-        return any(variant.objective != "sft" for variant in self.variants)
+        return any(variant.objective not in ("sft", "grpo") for variant in self.variants)
 
     @property
     def final_seeds(self) -> tuple[int, ...]:
@@ -206,13 +228,15 @@ class CompareConfig:
 
         Args:
             options: by name.
-            granted: names of options that you vouch for (trust_remote_code): a file cannot grant them.
-            allow_code: Python files that may run as scores: what the file names runs only if it is among these.
+            granted: names of options that you vouch for (trust_remote_code, reward): a file cannot grant them.
+            allow_code: Python files that may run as scores or rewards: what the file names runs only if it is among
+                these.
 
         Raises:
             ConfigError: naming every option that is unknown, missing or makes no sense, and files that may not run.
         """
-        check_granted({name: options[name] for name in options if name == "trust_remote_code"}, granted)
+        asked = {name: options[name] for name in options if name == "trust_remote_code"}
+        check_granted({**asked, "reward": rewards_not_allowed(options.get("reward"), allow_code)}, granted)
         known = {f.name for f in fields(cls)}
         problems = [
             f"there is no option {name}; there are {', '.join(sorted(known))}" for name in options.keys() - known

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.compare.config import CompareConfig, DataConfig, is_code
+from theodora.compare.methods import Variant
+from theodora.config import TrainConfig
 from theodora.data import (
     Examples,
+    PromptRows,
     as_answers,
+    as_prompts,
     load_examples,
     reference_answer,
     split_examples,
     tokenize,
     tokenize_preferences,
+    tokenize_prompts,
 )
 from theodora.data.left_out import named, sentences
 from theodora.data.replay import mix
@@ -26,7 +32,13 @@ from theodora.evaluate.general import general_questions, read_general
 from theodora.evaluate.labels import answers_of
 from theodora.evaluate.metrics import load_metric
 from theodora.evaluate.questions import Questions, context_window, questions
+from theodora.files.adapter import read_adapter
+from theodora.train.grpo_batches import steps_at_once
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.light import Row
+from theodora.train.light_policy import Prompts
+from theodora.train.objectives import completion_length, settings_of
+from theodora.train.rewards import Rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,10 @@ class Task:
     test: Questions
     other: Questions | None
     """The first test rows, for models trained on other data sets."""
+    asked: Prompts | None
+    """To learn from rewards; None where no method does."""
+    judged: Prompts | None
+    """Test rows as prompts, whose answers are rewarded; None where there are no rewards."""
     commonest: float | None
     """Share of the commonest answer among the test rows: what saying it always would score."""
 
@@ -72,7 +88,7 @@ class Material:
     """General texts that are not scored, tokenised."""
 
     def rows(self, data: str, replay: float, seed: int, objective: str = "sft") -> list[Row]:
-        """What a cell trains on; of objectives other than sft the sequences of pairs."""
+        """What a cell trains on; of objectives other than sft the sequences of pairs (grpo has prompts of its own)."""
         if objective != "sft":
             return self.tasks[data].pairs
         return mix(self.tasks[data].rows, self.replay, replay, seed)
@@ -97,9 +113,42 @@ def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Example
             general = _general(config, config.general)
         except TheodoraError as error:
             problems.append(f"general: {error}")
+    for variant in config.variants:
+        if variant.from_adapter is not None:
+            try:
+                _check_adapter(variant, variant.from_adapter)
+            except TheodoraError as error:
+                problems.append(f"methods: {variant.name}: {error}")
+    if not problems and config.reward:
+        rewards_of(config)  # what is wrong with them is said before anything runs
     if problems:
         raise DataError("The data cannot be used:" + bullet_list(problems))
     return splits, general
+
+
+def _check_adapter(variant: Variant, place: str) -> None:
+    method = read_adapter(place, for_model=True).config.method
+    if method != variant.method:
+        raise ConfigError(f"the adapter in {place} is one of {method}; expected one of {variant.method}")
+
+
+def rewards_of(config: CompareConfig) -> Rewards | None:
+    """What answers are rewarded by; files are run."""
+    return Rewards(config.reward, config.reward_weights, config.reward_timeout) if config.reward else None
+
+
+def check_rewards(rewards: Rewards, splits: dict[str, Splits], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Try the functions on a few rows of each data set.
+
+    Raises:
+        DataError: rows lack what a function needs, or it fails on them.
+    """
+    for name, parts in splits.items():
+        try:
+            for examples in (parts.train, parts.test):
+                rewards.check(PromptRows(as_prompts(examples)), tokenizer)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from error
 
 
 def left_out(splits: dict[str, Splits], general: tuple[Examples, Examples] | None) -> list[str]:
@@ -166,7 +215,33 @@ def _split(config: CompareConfig, name: str, data: DataConfig) -> Splits:
             )
     if data.score == "labels":
         _check_labels(name, data, splits)
+    if config.reward:
+        as_prompts(splits.test)  # which says why, if it cannot be asked
+    for variant in config.variants:
+        if variant.objective == "grpo":
+            completion_length(policy_config(config, data, variant))  # and what is wrong with its options
     return splits
+
+
+def policy_config(config: CompareConfig, data: DataConfig, variant: Variant) -> TrainConfig:
+    """A run of `theodora train` that learns as a variant of objective grpo does.
+
+    Raises:
+        ConfigError: naming every option that makes no sense.
+    """
+    own: dict[str, Any] = {"max_completion_length": data.max_new_tokens, **variant.policy}
+    own |= {} if variant.beta is None else {"beta": variant.beta}
+    rows = config.batch_size * own.get("num_generations", PolicySettings.num_generations)
+    options = {"model": "m", "data": "d", "output": "o", "objective": "grpo", "reward": list(config.reward)}
+    options |= {"max_length": config.max_length, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+    try:
+        made = TrainConfig.from_options(options | own, granted=["reward"])
+        settings = settings_of(made)
+        assert isinstance(settings, PolicySettings)
+        steps_at_once(settings, rows, 1, 1)
+    except ConfigError as error:
+        raise ConfigError(f"methods: {variant.name}: {error}") from error
+    return made
 
 
 def _check_labels(name: str, data: DataConfig, splits: Splits) -> None:
@@ -221,8 +296,37 @@ def _task(
         curve=asked(spread_out(splits.validation, config.curve_rows), scored=False),
         test=asked(splits.test),
         other=asked(spread_out(splits.test, config.other_rows)) if config.other_rows else None,
+        asked=_asked(config, data, splits.train, tokenizer, window),
+        judged=_judged(config, data, splits.test, tokenizer, window),
         commonest=_commonest(splits.test) if data.score in ("labels", "exact-match") else None,
     )
+
+
+def _asked(
+    config: CompareConfig, data: DataConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, window: int
+) -> Prompts | None:
+    learning = [variant for variant in config.variants if variant.objective == "grpo"]
+    if not learning:
+        return None
+    longest = max(completion_length(policy_config(config, data, variant)) for variant in learning)
+    return _prompts(config, examples, tokenizer, min(config.max_length, window) - longest)
+
+
+def _judged(
+    config: CompareConfig, data: DataConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, window: int
+) -> Prompts | None:
+    return _prompts(config, examples, tokenizer, window - data.max_new_tokens) if config.reward else None
+
+
+def _prompts(config: CompareConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, room: int) -> Prompts:
+    if room < 1:
+        raise ConfigError(
+            "the model's window has no room for a prompt beside the longest completion; lower max_completion_length or "
+            "max_new_tokens"
+        )
+    asked = as_prompts(examples)
+    rows = tokenize_prompts(asked, tokenizer, max_prompt=room, use_chat_template=config.use_chat_template)
+    return Prompts(tokens=list(rows["input_ids"]), rows=list(rows["row"]), told=PromptRows(asked))
 
 
 def _commonest(examples: Examples) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from theodora.config import AdapterConfig, is_int, is_number
-from theodora.errors import ConfigError
-from theodora.naming import alike, name_problem
+from theodora.errors import ConfigError, shown
+from theodora.naming import alike, name_problem, path_problem
 
 _RATIO = 16.0  # of LoRA+, as its paper recommends (arXiv 2402.12354)
 
@@ -60,9 +60,16 @@ class Variant:
     """sft learns the better answers of pairs; the others what is better about them."""
     beta: float | None = None
     """Of the objective. Default: as in `theodora train`."""
+    reward_weights: tuple[float, ...] = ()
+    """Of the comparison's rewards in the sum that grpo learns from. Default: the comparison's own."""
+    from_adapter: str | None = None
+    """Folder of an adapter to go on from, which says what is adapted, with which rank; objectives that compare with a
+    reference compare with it."""
     learning_rates: tuple[float, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Other fields of the adapter."""
+    policy: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Options of grpo (`POLICY`)."""
 
     @property
     def key(self) -> str:
@@ -90,8 +97,18 @@ class Variant:
         return METHODS[self.method].trains
 
 
-_OWN = ("method", "name", "ranks", "learning_rates", "replay", "b_ratio", "objective", "beta")
-OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo")
+_OWN = (
+    *("method", "name", "ranks", "learning_rates", "replay", "b_ratio", "objective", "beta", "reward_weights"),
+    "from_adapter",
+)
+OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "grpo")
+POLICY = (
+    *("num_generations", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "epsilon", "epsilon_high", "delta", "loss_type"),
+    *("importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "mask_truncated_completions"),
+    "use_bias_correction_kl",
+)
+"""Options of grpo, by TRL's names, that an entry may have; `theodora.train` says what they may be."""
 _ADAPTER = {f.name for f in fields(AdapterConfig)} - {"method", "rank"}
 
 
@@ -112,8 +129,10 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
         method = METHODS[options["method"]]
         replay = float(options.get("replay") or 0.0)
         name = options["name"] if options.get("name") is not None else options["method"] + _suffix(options, replay)
-        wanted = _as_tuple(options.get("ranks", ranks)) if method.has_rank else (None,)
-        own = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in _OWN}
+        begun = options.get("from_adapter") is not None
+        wanted = _as_tuple(options.get("ranks", ranks)) if method.has_rank and not begun else (None,)
+        others = {key: value for key, value in options.items() if key not in _OWN}
+        own = {key: tuple(v) if isinstance(v, list) else v for key, v in others.items() if key not in POLICY}
         for rank in wanted:
             variant = Variant(
                 name=name,
@@ -123,8 +142,11 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
                 b_ratio=float(options.get("b_ratio", method.b_ratio)),
                 objective=options.get("objective", "sft"),
                 beta=None if options.get("beta") is None else float(options["beta"]),
+                reward_weights=tuple(map(float, options.get("reward_weights") or ())),
+                from_adapter=options.get("from_adapter"),
                 learning_rates=_rates(options.get("learning_rates"), rates, name, options["method"], problems),
                 options=own,
+                policy={key: value for key, value in others.items() if key in POLICY},
             )
             try:
                 _ = variant.adapter
@@ -144,7 +166,8 @@ def variants(methods: tuple[Any, ...], ranks: tuple[int, ...], rates: Any) -> li
 
 def _suffix(options: Mapping[str, Any], replay: float) -> str:
     objective = options.get("objective", "sft")
-    return (f"-{objective}" if objective != "sft" else "") + (f"+replay{100 * replay:g}" if replay else "")
+    begun = "+from-adapter" if options.get("from_adapter") is not None else ""
+    return begun + (f"-{objective}" if objective != "sft" else "") + (f"+replay{100 * replay:g}" if replay else "")
 
 
 def _wrong(given: Any, options: Any) -> Iterator[str]:
@@ -153,8 +176,15 @@ def _wrong(given: Any, options: Any) -> Iterator[str]:
         yield f"methods: {name!r} is no method; expected one of {', '.join(METHODS)}, or a mapping with one as `method`"
         return
     method = METHODS[options["method"]]
-    for key in options.keys() - {*_OWN, *_ADAPTER}:
+    for key in options.keys() - {*_OWN, *_ADAPTER, *POLICY}:
         yield f"methods: {options['method']}: there is no option {key}"
+    of_grpo = [key for key in options if key in (*POLICY, "reward_weights")]
+    if of_grpo and options.get("objective") != "grpo":
+        yield f"methods: {options['method']}: {', '.join(of_grpo)}: of objective grpo alone"
+    yield from _wrong_beginning(options, method)
+    weights = options.get("reward_weights") or ()
+    if not isinstance(weights, list | tuple) or not all(map(is_number, weights)):
+        yield f"methods: reward_weights is {weights!r}; expected a list of numbers"
     if method.adapter is None and (extra := sorted(options.keys() & {*_ADAPTER, "ranks", "b_ratio"})):
         yield f"methods: full fine-tuning has no adapter, and so no {', '.join(extra)}"
     replay = options.get("replay") or 0
@@ -172,7 +202,8 @@ def _wrong(given: Any, options: Any) -> Iterator[str]:
         yield f"methods: full fine-tuning has no adapter to switch off, which {objective} is compared with"
     elif objective != "sft" and replay:
         yield f"methods: replay is of sft; {objective} learns no plain text"
-    if beta is not None and (objective == "sft" or not is_number(beta) or beta <= 0):
+    none = objective == "grpo" and beta == 0  # which is its default
+    if beta is not None and not none and (objective == "sft" or not is_number(beta) or beta <= 0):
         yield f"methods: beta is {beta!r}; expected a positive number, of an objective other than sft"
     ratio = options.get("b_ratio", 1)
     if not is_number(ratio) or ratio <= 0:
@@ -180,6 +211,18 @@ def _wrong(given: Any, options: Any) -> Iterator[str]:
     ranks = _as_tuple(options.get("ranks", (1,)))
     if not ranks or not all(is_int(rank) and rank > 0 for rank in ranks):
         yield f"methods: ranks are {options.get('ranks')!r}; expected whole numbers of at least 1"
+
+
+def _wrong_beginning(options: Mapping[Any, Any], method: Method) -> Iterator[str]:
+    place = options.get("from_adapter")
+    if place is None:
+        return
+    if problem := path_problem(place) if isinstance(place, str) and place else "expected the folder of an adapter":
+        yield f"methods: from_adapter is {shown(place)}: {problem}"
+    if options["method"] not in ("lora", "dora"):
+        yield f"methods: {options['method']}: from_adapter goes on from an adapter of lora or dora; name that"
+    if chosen := sorted(options.keys() & {*_ADAPTER, "ranks"}):
+        yield f"methods: {options['method']}: {', '.join(chosen)}: the adapter in {shown(place)} says that already"
 
 
 def _rates(own: Any, shared: Any, name: str, method: str, problems: list[str]) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ def write_report(store: Store) -> Path:
         _asked(config, records),
         *_in_words(config, tests(config, all_lines)),
         _results(config, all_lines, records.get("base")),
+        _answers(config, all_lines, records.get("base")),
         _tests(config, tests(config, all_lines)),
         *_figures(config, records, all_lines),
         _failures(records.values()),
@@ -61,6 +62,7 @@ def _asked(config: CompareConfig, records: dict[str, Record]) -> str:
             f"{len(seeds)} ({', '.join(map(str, seeds))}); the learning rate was chosen with {len(choosing)} other",
         ),
         ("each run", f"{config.steps} steps of {config.batch_size} rows, {config.lr_scheduler_type} schedule"),
+        *_rewarded(config),
         ("ran on", ", ".join(devices) or "–"),
     ]
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in what)
@@ -78,6 +80,21 @@ def _asked(config: CompareConfig, records: dict[str, Record]) -> str:
         )
     head = ["data set", "rows to train on", "validation", "test", "scored by", "always the commonest answer"]
     return f"<section><h2>What was asked</h2><table class='facts'>{rows}</table>{table(head, data)}</section>"
+
+
+def _rewarded(config: CompareConfig) -> list[tuple[str, str]]:
+    """What is said of rewards, if there are any."""
+    if not config.reward:
+        return []
+    weights = config.reward_weights or (1.0,) * len(config.reward)
+    rows = [("rewards", " + ".join(f"{w:g} × {name}" for w, name in zip(weights, config.reward, strict=True)))]
+    if any(variant.objective == "grpo" for variant in config.variants):
+        equal = (
+            f"steps, and rows of a step: {config.batch_size} prompts, each answered as often as num_generations says. "
+            "Neither tokens nor time are equal"
+        )
+        rows.append(("what grpo has in common with the others", equal))
+    return rows
 
 
 def _in_words(config: CompareConfig, findings: Sequence[Finding]) -> Iterable[str]:
@@ -152,11 +169,41 @@ def _result_row(line: Line, base: Record | None, best: float | None) -> list[str
     ]
 
 
+def _answers(config: CompareConfig, all_lines: Sequence[Line], base: Record | None) -> str:
+    """What the models' own answers to test prompts are rewarded with."""
+    if not config.reward:
+        return ""
+    parts = []
+    for data in config.data:
+        own = [line for line in all_lines if line.data == data and line.runs]
+        known = (found for line in own for run in line.runs if (found := run.judged.get(data)))
+        before = base.judged.get(data, {}) if base is not None else {}
+        functions = [name for name in next(known, before) if name.startswith("rewards/")]
+        names = ["reward", *functions, "length", "kl"]
+        rows = [["<i>base model</i>", *(f"{before[n]:.3f}" if n in before else "–" for n in names), "–", "–"]]
+        rows += [
+            [
+                escape(line.variant.title),
+                *(estimated(line.judged(name), 1, 3) for name in names),
+                f"{line.mean(lambda run: float(run.drawn)):,.0f}" if line.variant.objective == "grpo" else "–",
+                f"{line.mean(lambda run: float(run.tokens)):,.0f}",
+            ]
+            for line in own
+        ]
+        head = ["method", "reward", *(n.removeprefix("rewards/") for n in functions), "tokens of an answer"]
+        head += ["KL of a token, nats", "tokens drawn to learn from", "tokens trained on"]
+        parts.append(f"<h3>{escape(data)}</h3>{table(head, rows)}")
+    return (
+        "<section><h2>What answers are worth</h2><p>Each model draws one answer to each test prompt, at temperature 1, "
+        "by the same random numbers. KL is estimated from those answers: from the base model, or from the adapter that "
+        f"a method goes on from.</p>{''.join(parts)}</section>"
+    )
+
+
 def _tests(config: CompareConfig, findings: Sequence[Finding]) -> str:
     rows = []
     for test in findings:
-        score = test.measure == "score"
-        scale, digits = (100, 1) if score else (1, 3)
+        scale, digits = (100, 1) if test.measure == "score" else (1, 3)
         rows.append(
             [
                 escape(test.data),

@@ -18,7 +18,9 @@ from theodora.compare.config import CompareConfig, is_code
 from theodora.errors import UsageError, bullet_list
 from theodora.files.alone import is_empty
 from theodora.files.atomic import atomic_write
+from theodora.files.names import WEIGHTS_NAME
 from theodora.parse import to_json
+from theodora.trust import names_a_file
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
 # Settings that change how fast results come, and what is saved beside them, but not the results.
@@ -148,6 +150,10 @@ def _flat(record: Record) -> dict[str, Any]:
     """Scores on other data sets as columns of their own, curves as lists of steps and of losses."""
     values = record.to_dict()
     del values["sizes"]
+    judged: Mapping[str, Mapping[str, float]] = values.pop("judged")
+    for data, found in judged.items():
+        elsewhere = "" if data == record.data else f"_on_{data}"
+        values |= {f"{name.replace('rewards/', 'reward_')}{elsewhere}": value for name, value in found.items()}
     for what in ("scores", "losses"):
         elsewhere: Mapping[str, float] = values.pop(f"other_{what}")
         values |= {f"{what[:-1] if what == 'scores' else 'loss'}_on_{name}": value for name, value in elsewhere.items()}
@@ -159,12 +165,15 @@ def _flat(record: Record) -> dict[str, Any]:
 
 def _settings(config: CompareConfig) -> dict[str, Any]:
     """The settings that results depend on, and what the files hold: another file under the same name is another."""
-    options = {name: value for name, value in config.to_options().items() if name not in _FREE}
+    unasked = () if config.reward else ("reward", "reward_weights", "reward_timeout")  # as in folders of older versions
+    options = {name: value for name, value in config.to_options().items() if name not in (*_FREE, *unasked)}
     sources = {config.model, *([config.general] if config.general else [])}
     for data in config.data.values():
         sources |= {value for value in (data.train, data.validation, data.test) if isinstance(value, str)}
         if is_code(data.score):
             sources.add(data.score.rpartition(":")[0])
+    sources |= {name.rpartition(":")[0] for name in config.reward if names_a_file(name)}
+    sources |= {f"{v.from_adapter}/{WEIGHTS_NAME}" for v in config.variants if v.from_adapter is not None}
     return {**options, "contents": {source: _content(Path(source)) for source in sorted(sources)}}
 
 

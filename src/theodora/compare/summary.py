@@ -11,8 +11,13 @@ from theodora.compare.config import CompareConfig
 from theodora.compare.methods import Variant
 from theodora.compare.stats import ALPHA, Comparison, Estimate, estimate, holm, paired_test
 
-Measure = Literal["score", "loss", "general_loss"]
-MEASURES: dict[Measure, str] = {"score": "test score", "loss": "test loss", "general_loss": "loss on general text"}
+Measure = Literal["score", "reward", "loss", "general_loss"]
+MEASURES: dict[Measure, str] = {
+    "score": "test score",
+    "reward": "reward of answers to test prompts",
+    "loss": "test loss",
+    "general_loss": "loss on general text",
+}
 POOLED = "all data sets"
 
 
@@ -32,6 +37,7 @@ class Line:
     score: Estimate | None
     loss: Estimate | None
     general_loss: Estimate | None
+    reward: Estimate | None
     other_change: Estimate | None
     """Mean change of the scores on the other data sets, against the base model."""
 
@@ -39,6 +45,10 @@ class Line:
     def parameters(self) -> int:
         """How many numbers were trained."""
         return self.runs[0].parameters if self.runs else 0
+
+    def judged(self, name: str) -> Estimate | None:
+        """A figure of the answers to test prompts, over the runs."""
+        return _estimate([run.judged.get(self.data, {}).get(name) for run in self.runs])
 
     def mean(self, of: Callable[[Record], float]) -> float:
         """Mean of a figure over the runs."""
@@ -63,13 +73,13 @@ class Finding:
     @property
     def is_better(self) -> bool:
         """Whether the method is ahead of the reference on average."""
-        return (self.comparison.difference.mean > 0) == (self.measure == "score")
+        return (self.comparison.difference.mean > 0) == (self.measure in ("score", "reward"))
 
     def in_words(self) -> str:
         """One sentence, without names of what it is about."""
         difference = self.comparison.difference
         points = self.measure == "score"
-        scale, unit = (100, " points") if points else (1, " nats")
+        scale, unit = (100, " points") if points else (1, "" if self.measure == "reward" else " nats")
         if difference.half_width is None:
             return f"only {difference.count} pair: nothing can be said"
         half = scale * difference.half_width
@@ -108,6 +118,7 @@ def _line(config: CompareConfig, records: Records, base: Record | None, data: st
         score=_estimate([run.score for run in runs]),
         loss=_estimate([run.loss for run in runs]),
         general_loss=_estimate([run.general_loss for run in runs]),
+        reward=_estimate([run.reward for run in runs]),
         other_change=estimate(changes) if changes else None,
     )
 

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from theodora.adapters import inject_adapter, remove_adapter, save_adapter
+from theodora.adapters.load import load_to_train
 from theodora.adapters.models import load_model, move
 from theodora.adapters.quantized import quantization_of
 from theodora.adapters.state import trained_tensors
 from theodora.autocast import computes_in_bf16
 from theodora.compare.cells import Cell, Record
 from theodora.compare.config import CompareConfig, is_code
-from theodora.compare.material import Material, prepare, read_splits
+from theodora.compare.material import Material, check_rewards, policy_config, prepare, read_splits, rewards_of
 from theodora.compare.methods import Variant
 from theodora.config import TrainConfig
 from theodora.data.vocabulary import safe_padding
@@ -32,11 +34,14 @@ from theodora.fastpath.accelerate import restore_model, speed_up_model
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.full import rounded
 from theodora.train.fused_loss import fused_head
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.light import LightRunDiverged, LightSettings, Preference, train_light
+from theodora.train.light_policy import Policy, judge, train_policy
 from theodora.train.memory import peak_of, start_counting
 from theodora.train.objectives import settings_of
 from theodora.train.preference_loss import Settings
 from theodora.train.reference import Reference
+from theodora.train.rollouts import OutputNotFinite
 
 _CURVE_POINTS = 60  # of the training loss
 
@@ -47,8 +52,11 @@ class Bench:
     def __init__(self, config: CompareConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         splits, general = read_splits(config)
+        self.rewards = rewards_of(config)
         self.bf16 = computes_in_bf16(device) if config.bf16 is None else config.bf16
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        if self.rewards is not None:
+            check_rewards(self.rewards, splits, self.tokenizer)
         loaded = load_model(
             config.model,
             dtype="bfloat16" if self.bf16 else "float32",
@@ -82,8 +90,8 @@ class Bench:
                 self._score_base(record)
             else:
                 self._train_and_score(cell, record)
-        except LightRunDiverged as error:
-            record.status, record.message = "diverged", str(error)
+        except (LightRunDiverged, OutputNotFinite) as error:
+            record.status, record.message = "diverged" if cell.phase != "base" else "failed", str(error)
         except LossNotFinite as error:
             # The base model has not been trained here: it came so.
             record.status = "failed" if cell.phase == "base" else "diverged"
@@ -111,6 +119,7 @@ class Bench:
             record.other_losses[name] = scores.loss
             if (value := score_of(scores)) is not None:
                 record.other_scores[name] = value
+            self._judge(name, record, None)
         self._score_general(record)
 
     def _train_and_score(self, cell: Cell, record: Record) -> None:
@@ -118,10 +127,12 @@ class Bench:
         set_seed(cell.seed)
         with self._trainable(variant) as autocast:
             record.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            self._train(cell, variant, record, autocast)
+            reference = self._reference(variant)
+            self._train(cell, variant, record, autocast, reference)
             self._validate(cell, record)
             if cell.phase == "final":
                 self._test(cell, record)
+                self._judge(cell.data, record, reference)
                 if self.config.keep_adapters and variant.adapter is not None:
                     save_adapter(self.model, Path(self.config.output) / "adapters" / cell.key)
 
@@ -137,7 +148,10 @@ class Bench:
                 finally:
                     self._trains_all = False
             return
-        inject_adapter(self.model, config)
+        if variant.from_adapter is None:
+            inject_adapter(self.model, config)
+        else:
+            load_to_train(self.model, variant.from_adapter, dropout=config.dropout, dtype=config.adapter_dtype)
         try:
             if variant.trains:
                 for name, tensor in trained_tensors(self.model).items():
@@ -149,7 +163,19 @@ class Bench:
             restore_model(self.model)
             remove_adapter(self.model)
 
-    def _train(self, cell: Cell, variant: Variant, record: Record, autocast: torch.dtype | None) -> None:
+    def _reference(self, variant: Variant) -> Reference | None:
+        """What answers are compared with, as it is before training: the base model, or the adapter gone on from."""
+        place = variant.from_adapter
+        return None if variant.adapter is None else Reference(self.model, place, place)
+
+    def _train(
+        self,
+        cell: Cell,
+        variant: Variant,
+        record: Record,
+        autocast: torch.dtype | None,
+        reference: Reference | None,
+    ) -> None:
         config = self.config
         settings = LightSettings(
             steps=config.steps,
@@ -173,33 +199,68 @@ class Bench:
                 record.curve.append((step, self._loss(self.material.tasks[cell.data].curve)))
                 measuring += self._now() - begun
 
-        rows = self.material.rows(cell.data, variant.replay, cell.seed, variant.objective)
+        shared: dict[str, Any] = {
+            "head": self.head,
+            "pad_id": safe_padding(self.model, self.tokenizer),
+            "on_step": on_step if points else None,
+        }
         start_counting(self.device)
         start = self._now()
-        result = train_light(
-            self.model,
-            rows,
-            settings,
-            head=self.head,
-            preference=self._preference(variant),
-            pad_id=safe_padding(self.model, self.tokenizer),
-            autocast=autocast,
-            on_step=on_step if points else None,
-        )
+        # As in `theodora train`: dropout would be noise wherever answers are compared.
+        with nullcontext() if variant.objective == "sft" else without_dropout(self.model):
+            if variant.objective == "grpo":
+                policy = self._policy(cell, variant, reference)
+                result = train_policy(self.model, policy, settings, tokenizer=self.tokenizer, **shared)
+            else:
+                rows = self.material.rows(cell.data, variant.replay, cell.seed, variant.objective)
+                preference = self._preference(variant, reference)
+                result = train_light(self.model, rows, settings, preference=preference, autocast=autocast, **shared)
         record.train_seconds = self._now() - start - measuring
         record.peak_memory = peak_of(self.device)
-        record.tokens, record.graphed_steps = result.tokens, result.graphed
+        record.tokens, record.drawn, record.graphed_steps = result.tokens, result.drawn, result.graphed
         record.losses = thinned(result.losses, _CURVE_POINTS)
 
-    def _preference(self, variant: Variant) -> Preference | None:
+    def _policy(self, cell: Cell, variant: Variant, reference: Reference | None) -> Policy:
+        """What a variant of objective grpo learns from."""
+        settings = settings_of(policy_config(self.config, self.config.data[cell.data], variant))
+        prompts, rewards = self.material.tasks[cell.data].asked, self.rewards
+        assert isinstance(settings, PolicySettings)
+        assert prompts is not None
+        assert rewards is not None
+        own = variant.reward_weights
+        weights = torch.tensor(own, dtype=torch.float64) if own else rewards.weights
+        return Policy(settings=settings, prompts=prompts, rewards=rewards, weights=weights, reference=reference)
+
+    def _judge(self, data: str, record: Record, reference: Reference | None) -> None:
+        """Have the model answer test prompts, and note what that is worth."""
+        prompts = self.material.tasks[data].judged
+        if prompts is None or self.rewards is None:
+            return
+        with self._as_served():
+            found = judge(
+                self.model,
+                prompts,
+                self.rewards,
+                self.tokenizer,
+                head=self.head,
+                most=self.config.data[data].max_new_tokens,
+                rows=self.config.eval_batch_size,
+                reference=reference,
+                pad_id=safe_padding(self.model, self.tokenizer),
+            )
+        functions = {f"rewards/{name}": value for name, value in found.rewards.items()}
+        kl = {} if found.kl is None else {"kl": found.kl}
+        record.judged[data] = {"reward": found.reward, **functions, "length": found.length, **kl}
+
+    def _preference(self, variant: Variant, reference: Reference | None) -> Preference | None:
         """What a variant learns of pairs; None for sft."""
         if variant.objective == "sft":
             return None
         beta = {} if variant.beta is None else {"beta": variant.beta}
         options = {"model": "m", "data": "d", "output": "o", "objective": variant.objective, **beta}
         settings = settings_of(TrainConfig.from_options(options))
-        assert isinstance(settings, Settings)  # (grpo is no method here)
-        return Preference(settings, Reference(self.model, None) if settings.compares else None)
+        assert isinstance(settings, Settings)
+        return Preference(settings, reference if settings.compares else None)
 
     def _validate(self, cell: Cell, record: Record) -> None:
         scores = self._score(cell.data, self.material.tasks[cell.data].validation)
@@ -271,6 +332,19 @@ def full_weights(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(False)
             parameter.grad = None
             parameter.data = data
+
+
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """No module drops anything while it lasts."""
+    before = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    try:
+        for module in before:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in before.items():
+            module.p = p
 
 
 def score_of(scores: Scores) -> float | None:

@@ -5,6 +5,7 @@ from theodora.data.examples import Examples
 from theodora.data.hidden import left_out_of
 from theodora.data.load import load_examples
 from theodora.data.packing import packing_is_safe
+from theodora.data.prompt_layouts import as_prompts
 from theodora.data.prompt_rows import PromptRows, tokenize_prompts
 from theodora.data.prompts import encode_prompt, expected_answer, reference_answer, render_prompt, with_answer
 from theodora.data.sequences import as_answers, tokenize_preferences
@@ -16,6 +17,7 @@ __all__ = [
     "Examples",
     "PromptRows",
     "as_answers",
+    "as_prompts",
     "encode_prompt",
     "expected_answer",
     "fallback_chat_template",

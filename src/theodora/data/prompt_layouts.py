@@ -7,11 +7,13 @@ reference: empty if there is none) and `columns`, the row as it was, as JSON, wh
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
-from datasets import Features, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from theodora.data import formats
+from theodora.data.examples import Examples
 from theodora.data.files import Row
 from theodora.data.formats import BESIDE, CONVERSATIONS, HISTORIES, MEDIA, SYSTEMS, TOOLS, Layout, NeedsTurns
 from theodora.data.messages import Message, assistant, read_turns, with_system
@@ -19,8 +21,10 @@ from theodora.data.notes import Notes, is_empty, spelling
 from theodora.data.preference import asked_in, speaks
 from theodora.data.problems import listed
 from theodora.data.prompts import question_and_answer
+from theodora.data.sequences import as_answers
 from theodora.data.tools import read_tools, schemas_of, storable_json
 from theodora.data.words import read_words
+from theodora.errors import DataError
 
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input")
 REFERENCES = ("reference", "ground_truth", "answer", "solution", "completion", "response", "output", "label")
@@ -54,15 +58,47 @@ def recognise_prompts(row: Row, *, as_turns: bool = False) -> Layout | None:
             made = _as_turns(row, conversation, asking, reference, notes)
         return {**made, "columns": _columns(row, notes)}
 
-    kind = Value("string") if text else List(Json())
     return Layout(
         format="prompts",
         sentence=lambda _: _sentence(row, asking, conversation, reference, usable[1:]),
         needed=(asking,),
-        features=Features({"prompt": kind, "completion": kind, "tools": Value("string"), "columns": Value("string")}),
+        features=_features(text),
         read=read,
         skipped="rows without a prompt",
     )
+
+
+def as_prompts(examples: Examples) -> Examples:
+    """Rows with answers as prompts, whose references these are; of pairs the better ones.
+
+    Functions that reward get these rows' columns by their names, not what the file had beside them.
+
+    Raises:
+        DataError: plain text, which asks nothing.
+    """
+    if examples.format == "text":
+        raise DataError(f"{examples.source} is plain text, which asks nothing; expected prompts with completions")
+    rows = [_as_prompt(dict(row)) for row in as_answers(examples).dataset]  # pyright: ignore[reportArgumentType]
+    text = bool(rows) and isinstance(rows[0]["prompt"], str)
+    return replace(examples, dataset=Dataset.from_list(rows, features=_features(text)), format="prompts")
+
+
+def _as_prompt(row: Row) -> Row:
+    asked, answered = question_and_answer(row)
+    said = answered[0].get("content") or ""
+    text = isinstance(row.get("prompt"), str)
+    tools = row.pop("tools", None)
+    return {
+        "prompt": row["prompt"] if text else [{k: v for k, v in turn.items() if k != "weight"} for turn in asked],
+        "completion": said if text else [assistant(said)],
+        "tools": tools,
+        "columns": json.dumps(row),
+    }
+
+
+def _features(text: bool) -> Features:
+    kind = Value("string") if text else List(Json())
+    return Features({"prompt": kind, "completion": kind, "tools": Value("string"), "columns": Value("string")})
 
 
 def explain_no_prompt(row: Row) -> str:

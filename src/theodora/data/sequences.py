@@ -73,7 +73,7 @@ def parted(row: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
 
 def as_answers(examples: Examples) -> Examples:
     """Pairs as prompts with the better answer; other rows as they are."""
-    if examples.format != "preference":
+    if examples.format != "preference" or "rejected" not in examples.dataset.column_names:
         return examples
     rows = examples.dataset.remove_columns(["rejected"]).rename_column("chosen", "completion")
     return examples.with_dataset(rows)

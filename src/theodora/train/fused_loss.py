@@ -15,7 +15,7 @@ import math
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -216,6 +216,15 @@ class Head:
         layer: Any = model.get_output_embeddings()
         z = layer(hidden_BTH).float() * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def at_temperature(head: Head | str, temperature: float) -> Head | str:
+    """The same with its logits divided by a temperature; why not, if that cannot be."""
+    if isinstance(head, str) or temperature == 1:
+        return head
+    if head.softcap is not None:
+        return "logits are capped before the temperature divides them"
+    return replace(head, scale=head.scale / temperature)
 
 
 def fused_loss_pays(device: torch.device) -> bool:

@@ -1,16 +1,18 @@
 """The trainer of grpo: it draws completions from the model as it is, has them rewarded, and learns from the better.
 
-Before each optimizer step the prompts of its batches are answered by the live model (`rollouts.py`), all at once;
-functions reward the answers (`rewards.py`), and the batches that are learned from are made of both. From there on a
-batch goes the way of all others (`trainer.py`). What is drawn depends on the run's seed, the step, the row and the
-weights, so that a resumed run draws the same, and so do several processes. The step's loss stands in `grpo_loss.py`.
+Before an optimizer step the prompts of its batches, and of the next ones' if so asked (`steps_per_generation`), are
+answered by the live model (`rollouts.py`), all at once; functions reward the answers (`rewards.py`), and the batches
+that are learned from are made of both. From there on a batch goes the way of all others (`trainer.py`). What is drawn
+depends on the run's seed, the step, the row and the weights, so that a resumed run draws the same, and so do several
+processes; what was drawn and is still to be learned from goes into checkpoints. The loss stands in `grpo_loss.py`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -20,11 +22,22 @@ from theodora.data import PromptRows
 from theodora.evaluate.batches import without_router_loss
 from theodora.evaluate.decoding import end_tokens
 from theodora.train.flattened import Shape
-from theodora.train.fused_loss import Head
-from theodora.train.grpo_batches import PLACE, PROMPTS, Asked, DrawnBatches, Repeated, asked_for, repeated
+from theodora.train.fused_loss import Head, at_temperature
+from theodora.train.grpo_batches import (
+    PLACE,
+    PROMPTS,
+    Asked,
+    DrawnBatches,
+    Repeated,
+    asked_for,
+    copies_of,
+    repeated,
+    steps_at_once,
+)
 from theodora.train.grpo_loss import PolicySettings, TokenTerms, advantages, loss_sum, spread, token_terms
 from theodora.train.out_of_memory import in_parts
 from theodora.train.pairs import ADVANTAGE, OLD, SAMPLED, taken_apart
+from theodora.train.processes import Processes
 from theodora.train.reference import Reference
 from theodora.train.rewards import Rewards
 from theodora.train.rollouts import Completion, Rollouts
@@ -64,15 +77,19 @@ _OfAll = tuple[list[int], Tensor, list[int], list[bool]]
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What steps learn from: the completions of this process, and what they are worth among those of all."""
+    """What a step learns from: the completions of this process, and what they are worth among those of all."""
 
     completions: list[Completion]
     learned: list[bool]
     advantage: list[float]
-    items: int
-    """What the losses of the step are divided by, over all processes."""
+    items: float
+    """What the losses of the step are divided by, over all processes; a whole number if it is drawn for alone."""
     old: list[list[float]] | None = None
-    """Log-probabilities under the policy that drew them, where several steps learn from them."""
+    """Log-probabilities under the policy that drew them, where several steps learn from what was drawn at once."""
+
+    def __getitem__(self, some: slice) -> _Lesson:
+        old = None if self.old is None else self.old[some]
+        return _Lesson(self.completions[some], self.learned[some], self.advantage[some], self.items, old)
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> _Lesson:
@@ -104,7 +121,17 @@ class GRPOTrainer(SequenceTrainer):
         **kwargs: Any,
     ) -> None:
         self.settings, self.rewards, self._told = settings, rewards, {"train": training, "eval": held_out}
-        kwargs["train_dataset"] = repeated(kwargs["train_dataset"], settings.num_generations)
+        sizes, rows = kwargs["args"], kwargs["train_dataset"]
+        batches, count = sizes.gradient_accumulation_steps, Processes.here().count
+        self._steps_at_once = steps_at_once(settings, sizes.train_batch_size, batches, count)
+        """Steps for which completions are drawn at once."""
+        self._lessons_last = self._steps_at_once * settings.num_iterations
+        """Steps that learn from what was drawn at once."""
+        self._prompts = len(rows)
+        at_once = self._steps_at_once * sizes.train_batch_size * batches * count // settings.num_generations
+        self._prompts_at_once = None if self._lessons_last == 1 else at_once
+        copies = copies_of(self._prompts, self._prompts_at_once)
+        kwargs["train_dataset"] = repeated(rows, settings.num_generations, copies)
         if kwargs.get("eval_dataset") is not None:
             kwargs["eval_dataset"] = repeated(kwargs["eval_dataset"], settings.num_generations_eval)
         super().__init__(*args, reference=reference, **kwargs)
@@ -119,7 +146,10 @@ class GRPOTrainer(SequenceTrainer):
         self._without_spread: int | None = 0
         """Steps from the first on in which all completions of each prompt had one reward; None once there was another.
         """
-        self._lesson: _Lesson | None = None
+        self._lessons: dict[int, _Lesson] = {}
+        """Of each step of those that were drawn for at once, by its place among them."""
+        self._ahead: deque[list[dict[str, Any]]] = deque()
+        """Batches of their prompts that are loaded already, of each step to come."""
         self._of_step: tuple[*_OfAll, tuple[float, float]] | None = None
 
     @property
@@ -150,7 +180,7 @@ class GRPOTrainer(SequenceTrainer):
         """Completions that are drawn together, at most, and tokens of the longest prompt."""
         parts: list[Any] = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
         longest = max(int(self.lengths_in_batches(rows)[0].max()) for rows in parts)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step = self._steps_at_once * self.args.train_batch_size * self.args.gradient_accumulation_steps
         held_out = 0 if self.eval_dataset is None else min(self.args.eval_batch_size, len(parts[-1]))
         return min(_MOST_ROWS, max(step, held_out)), longest
 
@@ -158,12 +188,7 @@ class GRPOTrainer(SequenceTrainer):
 
     def read_head(self) -> Head | str:
         """Overrides `LossOverrides.read_head`: logits are divided by the temperature that tokens are drawn with."""
-        head, temperature = super().read_head(), self.settings.drawing.temperature
-        if isinstance(head, str) or temperature == 1:
-            return head
-        if head.softcap is not None:
-            return "logits are capped before the temperature divides them"
-        return replace(head, scale=head.scale / temperature)
+        return at_temperature(super().read_head(), self.temperature)
 
     @property
     def temperature(self) -> float:
@@ -185,17 +210,14 @@ class GRPOTrainer(SequenceTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Overrides `StepOverrides._get_train_sampler`: completions of a prompt are drawn together."""
-        times, seed = self.settings.num_generations, self.args.data_seed
-        completions = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.count
-        seed = self.args.seed if seed is None else seed
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         in_order = self.args.train_sampling_strategy == "sequential"
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return Repeated(
-            len(rows) // times,
-            times,
+            self._prompts,
+            self.settings.num_generations,
             None if in_order else seed,
             iterations=self.settings.num_iterations,
-            per_step=completions // times,
+            at_once=self._prompts_at_once,
         )
 
     @property
@@ -211,34 +233,50 @@ class GRPOTrainer(SequenceTrainer):
         """Overrides `SequenceTrainer._get_num_items_in_batch`: they are counted once they are drawn."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Overrides `StepOverrides.get_batch_samples`: draws the completions of a step, and has them rewarded."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
+        """Overrides `StepOverrides.get_batch_samples`: draws the completions of a step, or of several, and has them
+        rewarded."""
+        batches = self._ahead.popleft() if self._ahead else super().get_batch_samples(*args, **kwargs)[0]
         if not batches:
             return batches, None
         if not self.model.training:  # after an evaluation
             self.model.train()
-        real = [batch for batch in batches if not batch.get(NOTHING)]
-        asked = [batch[PROMPTS] for batch in real]
-        if self._lesson is None or self.state.global_step % self.settings.num_iterations == 0:
-            self._lesson = self._new_lesson(asked)
-        else:
-            self._of_step = None
-        made = iter(self._batches(asked, self._lesson))
+        place = self.state.global_step % self._lessons_last
+        part = place % self._steps_at_once
+        self._of_step = None
+        if place == 0:
+            self._lessons = {}
+        if part not in self._lessons:  # (in the midst of them after a change of the number of processes)
+            for later in range(part + 1, self._steps_at_once):
+                if later not in self._lessons:
+                    self._ahead.append(super().get_batch_samples(*args, **kwargs)[0])
+            new = self._new_lessons([_asked(step) for step in (batches, *self._ahead)])
+            self._lessons |= dict(enumerate(new, start=part))
+        lesson = self._lessons[part]
+        made = iter(self._batches(_asked(batches), lesson))
         nothing = {NOTHING: True, "input_ids": torch.zeros(1, 0, dtype=torch.long)}
         batches = [dict(nothing) if batch.get(NOTHING) else next(made) for batch in batches]
-        return batches, torch.tensor(self._lesson.items, device=self.args.device)
+        return batches, torch.tensor(lesson.items, device=self.args.device)
 
-    def _new_lesson(self, asked: list[Asked]) -> _Lesson:
-        """Draw completions of a step's batches, and find out what they are worth."""
+    def _new_lessons(self, steps: list[list[Asked]]) -> list[_Lesson]:
+        """Draw completions of the batches of steps, and find out what they are worth: a lesson for each step."""
+        asked = [*chain(*steps)]
         drawn = self._drawn(_joined(asked))
         (groups, rewards, lengths, cut), own = self._gathered(drawn)
-        self._of_step = groups, rewards, lengths, cut, spread(rewards, groups, self.settings)
+        self._of_step = groups, rewards, lengths, cut, spread(rewards, self.rewards.weights, groups)
         self._record_drawn(*self._of_step)
         self._look_for_spread(self._of_step[-1][0])
         items = self.settings.items([n * self._learns_from(each) for n, each in zip(lengths, cut, strict=True)])
-        worth = advantages(rewards, groups, self.settings)[own]
-        lesson = _Lesson(drawn.completions, [self._learns_from(each) for each in drawn.cut], worth.tolist(), items)
-        return lesson if self.settings.num_iterations == 1 else replace(lesson, old=self._old(asked, lesson))
+        worth = advantages(rewards, self.rewards.weights, groups, self.settings)[own]
+        whole = _Lesson(
+            drawn.completions,
+            [self._learns_from(each) for each in drawn.cut],
+            worth.tolist(),
+            items if len(steps) == 1 else items / len(steps),  # all tokens count alike, as in TRL
+        )
+        if self._lessons_last > 1:
+            whole = replace(whole, old=self._old(asked, whole))
+        ends = [*accumulate(sum(len(batch.rows) for batch in step) for step in steps)]
+        return [whole[begin:end] for begin, end in pairwise((0, *ends))]
 
     def _learns_from(self, cut: bool) -> bool:
         return not (cut and self.settings.mask_truncated_completions)
@@ -261,12 +299,17 @@ class GRPOTrainer(SequenceTrainer):
 
     def carried(self) -> Any:
         """Overrides `CountingTrainer.carried`: what the next step learns from, too."""
-        again = self._lesson is not None and self.state.global_step % self.settings.num_iterations
-        return asdict(self._lesson) if again and self._lesson is not None else None
+        place = self.state.global_step % self._lessons_last
+        if place == 0:
+            return None
+        last = place >= self._lessons_last - self._steps_at_once  # that they are learned from
+        first = place % self._steps_at_once if last else 0
+        return [[part, asdict(lesson)] for part, lesson in self._lessons.items() if part >= first]
 
     def carry_on(self, carried: Any) -> None:
         """Overrides `CountingTrainer.carry_on`."""
-        self._lesson = None if carried is None else _Lesson.read(carried)
+        parts = [[0, carried]] if isinstance(carried, dict) else carried or []  # of older ones a single lesson
+        self._lessons = {part: _Lesson.read(lesson) for part, lesson in parts}
 
     def _drawn(self, asked: Asked) -> _Drawn:
         """Completions of prompts, and what they are rewarded with: of held-out ones by the same random numbers in every
@@ -350,7 +393,7 @@ class GRPOTrainer(SequenceTrainer):
         lengths = [len(each.tokens) for each in drawn.completions]
         self._record_drawn(asked.rows, drawn.rewards, lengths, drawn.cut)
         self._measure(drawn)
-        reward = float((drawn.rewards @ self.rewards.weights).mean())
+        reward = float((drawn.rewards.double() @ self.rewards.weights).mean())
         self._eval_nats -= reward * len(asked.rows)
         self._eval_tokens += len(asked.rows)
         return torch.tensor(-reward, device=self.args.device), None, None
@@ -391,7 +434,7 @@ class GRPOTrainer(SequenceTrainer):
         of_groups: tuple[float, float] | None = None,
     ) -> None:
         """Record completions, and of those that are learned from what `spread` says."""
-        total = rewards.double() @ self.rewards.weights.double()
+        total = rewards.double() @ self.rewards.weights
         count = len(groups)
         self.add_to_mean("reward", float(total.sum()), count)
         self.add_to_mean("completions/mean_length", float(sum(lengths)), count)
@@ -420,6 +463,11 @@ class GRPOTrainer(SequenceTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.rollouts.release()
+
+
+def _asked(batches: Sequence[dict[str, Any]]) -> list[Asked]:
+    """The prompts of those batches that have any."""
+    return [batch[PROMPTS] for batch in batches if not batch.get(NOTHING)]
 
 
 def _joined(batches: Sequence[Asked]) -> Asked:

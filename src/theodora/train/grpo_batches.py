@@ -14,11 +14,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from theodora.config import TrainConfig
 from theodora.data.tokens import ROW
 from theodora.errors import ConfigError
 from theodora.kernels.cross_entropy import IGNORED
 from theodora.train.fused_loss import LEARNED
+from theodora.train.grpo_loss import PolicySettings
 from theodora.train.pairs import ADVANTAGE, OLD, ROWS, SAMPLED, TOGETHER, Collate, count_of
 from theodora.train.rollouts import Completion
 
@@ -51,20 +51,23 @@ def asked_for(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class Repeated(Sampler[int]):
     """Every prompt as often in a row as completions are drawn for it, prompts in an order of each epoch's own.
 
-    Where a step's completions are learned from in several steps, its prompts come as often, and an epoch ends with some
-    of its first prompts again, so that all steps have as many.
+    Where several steps learn from what was drawn at once, its prompts come as often as it is learned from, and an epoch
+    ends with some of its first prompts again, so that as many are drawn for each time.
 
     Args:
-        prompts: how many there are; a dataset holds each `times` in a row.
+        prompts: how many there are; a dataset holds each `times` in a row, and all of them `copies_of` times.
         times: completions of each.
         seed: of the orders; None for the order of the data.
-        iterations: steps that learn from the same completions.
-        per_step: prompts of a step.
+        iterations: how often the same completions are learned from.
+        at_once: prompts whose completions are drawn at once, for several steps; None: for each step, however many
+            prompts the last one of an epoch has.
     """
 
-    def __init__(self, prompts: int, times: int, seed: int | None, iterations: int = 1, per_step: int = 1) -> None:
+    def __init__(
+        self, prompts: int, times: int, seed: int | None, iterations: int = 1, at_once: int | None = None
+    ) -> None:
         self.prompts, self.times, self.seed = prompts, times, seed
-        self.iterations, self.per_step = iterations, min(per_step, prompts)
+        self.iterations, self.at_once = iterations, at_once
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -73,39 +76,69 @@ class Repeated(Sampler[int]):
         if self.seed is not None:
             order = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(self.seed + epoch))
         self._order: list[int] = order.tolist()
-        if self.iterations > 1:
-            self._order += self._order[: -self.prompts % self.per_step]
+        if self.at_once is not None:
+            again = [self._order[place % self.prompts] for place in range(-self.prompts % self.at_once)]
+            if self.at_once > self.prompts:  # a prompt that comes twice among them has other random numbers then
+                again = [prompt + (1 + n // self.prompts) * self.prompts for n, prompt in enumerate(again)]
+            self._order += again
 
     def __len__(self) -> int:
         return len(self._order) * self.times * self.iterations
 
     def __iter__(self) -> Iterator[int]:
-        size = self.per_step if self.iterations > 1 else len(self._order)
+        size = self.at_once or len(self._order)
         for begin in range(0, len(self._order), size):
             for _ in range(self.iterations):
                 for prompt in self._order[begin : begin + size]:
                     yield from range(prompt * self.times, (prompt + 1) * self.times)
 
 
-def check_completions(config: TrainConfig, times: int, processes: int) -> None:
-    """Refuse steps that would not have all completions of a prompt.
+def steps_at_once(settings: PolicySettings, size: int, batches: int, processes: int) -> int:
+    """For how many steps completions are drawn at once.
+
+    Args:
+        settings: of the objective.
+        size: completions of a batch (per_device_train_batch_size).
+        batches: of a step, in each process (gradient_accumulation_steps).
+        processes: that train.
 
     Raises:
-        ConfigError: naming sizes that would do.
+        ConfigError: not for whole steps, or not all completions of a prompt; naming sizes that would do.
     """
-    size, batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if size * batches * processes % times:
-        among = f" × {processes} processes" if processes > 1 else ""
+    step, times, wanted = size * batches * processes, settings.num_generations, settings.steps_per_generation
+    among = f" × {processes} processes" if processes > 1 else ""
+    has = f"per_device_train_batch_size {size} × gradient_accumulation_steps {batches}{among}"
+    if wanted is not None and wanted % batches:
         raise ConfigError(
-            f"A step has {size * batches * processes} completions (per_device_train_batch_size {size} × "
-            f"gradient_accumulation_steps {batches}{among}), and num_generations is {times}; expected a multiple of "
-            f"it, so that all completions of a prompt are in one step: per_device_train_batch_size {times}, say"
+            f"steps_per_generation is {wanted}, counted in batches (as TRL counts), and gradient_accumulation_steps is "
+            f"{batches}; expected a multiple of it, so that completions are drawn for whole optimizer steps: {batches} "
+            f"for each step, {2 * batches} for two at once"
         )
+    if settings.generation_batch_size is not None and settings.generation_batch_size % step:
+        raise ConfigError(
+            f"generation_batch_size is {settings.generation_batch_size}, and a step has {step} completions ({has}); "
+            f"expected a multiple of it: {step} for each step, {2 * step} for two at once"
+        )
+    steps = (settings.generation_batch_size or step) // step if wanted is None else wanted // batches
+    if steps * step % times:
+        are_drawn = (
+            f"A step has {step}" if steps == 1 else f"{steps * step} are drawn at once, for {steps} steps of {step}"
+        )
+        raise ConfigError(
+            f"{are_drawn} completions ({has}), and num_generations is {times}; expected a multiple of it, so that all "
+            f"completions of a prompt are drawn together: per_device_train_batch_size {times}, say"
+        )
+    return steps
 
 
-def repeated(rows: Dataset, times: int) -> Dataset:
-    """Each row several times, one after the other, with a number of its own."""
-    several = rows.select([row for row in range(len(rows)) for _ in range(times)])
+def copies_of(prompts: int, at_once: int | None) -> int:
+    """How often a dataset has to hold all its prompts, for `Repeated`."""
+    return 1 if at_once is None else max(1, -(-at_once // prompts))
+
+
+def repeated(rows: Dataset, times: int, copies: int = 1) -> Dataset:
+    """Each row several times, one after the other, with a number of its own; and all of that as often as `copies`."""
+    several = rows.select([row for _ in range(copies) for row in range(len(rows)) for _ in range(times)])
     return several.add_column(PLACE, list(range(len(several))))
 
 

@@ -38,7 +38,11 @@ class PolicySettings:
     max_completion_length: int = 256
     """Tokens of a completion, at most. (TRL's default is 512.)"""
     num_iterations: int = 1
-    """Steps that learn from the same completions."""
+    """How often the same completions are learned from."""
+    steps_per_generation: int | None = None
+    """Batches of this process whose completions are drawn at once. Default: those of a step. (TRL's unit.)"""
+    generation_batch_size: int | None = None
+    """The same, counted in completions of all processes; at most one of the two is given."""
     drawing: Drawing = field(default_factory=Drawing)
     beta: float = 0.0
     epsilon: float = 0.2
@@ -48,8 +52,6 @@ class PolicySettings:
     importance_sampling_level: str = "token"
     scale_rewards: str = "group"
     multi_objective_aggregation: str = "sum_then_normalize"
-    reward_weights: tuple[float, ...] = ()
-    """1 each, if there are none."""
     mask_truncated_completions: bool = False
     use_bias_correction_kl: bool = True
     disable_dropout: bool = True
@@ -77,23 +79,24 @@ class TokenTerms:
     """Whether its ratio was cut off."""
 
 
-def advantages(rewards_SF: Tensor, groups: list[int], settings: PolicySettings) -> Tensor:
+def advantages(rewards_SF: Tensor, weights_F: Tensor, groups: list[int], settings: PolicySettings) -> Tensor:
     """The advantage of each completion, (S,) float32.
 
     Args:
         rewards_SF: of each function.
+        weights_F: of the functions in their sum, float64.
         groups: which completions answer the same prompt: a number for each.
         settings: of the objective.
     """
-    weights, rewards_SF = _weights(rewards_SF, settings), rewards_SF.to(torch.float64, copy=True)
+    rewards_SF = rewards_SF.to(torch.float64, copy=True)
     places = list(_places(groups).values())
     if settings.multi_objective_aggregation == "normalize_then_sum":
         for place in places:
             own = rewards_SF[place]
             rewards_SF[place] = (own - own.mean(0)) / (_deviation(own) + _LITTLE)
-        rewards = rewards_SF @ weights
+        rewards = rewards_SF @ weights_F
         return ((rewards - rewards.mean()) / (_deviation(rewards) + _LITTLE)).float()
-    rewards = rewards_SF @ weights
+    rewards = rewards_SF @ weights_F
     found = torch.empty_like(rewards)
     for place in places:
         own = rewards[place]
@@ -105,10 +108,10 @@ def advantages(rewards_SF: Tensor, groups: list[int], settings: PolicySettings) 
     return found.float()
 
 
-def spread(rewards_SF: Tensor, groups: list[int], settings: PolicySettings) -> tuple[float, float]:
+def spread(rewards_SF: Tensor, weights_F: Tensor, groups: list[int]) -> tuple[float, float]:
     """The share of groups whose completions all have the same reward, so that nothing is learned from them, and the
     standard deviation of rewards within a group, on average."""
-    rewards = rewards_SF.double() @ _weights(rewards_SF, settings)
+    rewards = rewards_SF.double() @ weights_F
     deviations = torch.stack([_deviation(rewards[place]) for place in _places(groups).values()])
     return float((deviations < 1e-8).double().mean()), float(deviations.mean())
 
@@ -172,7 +175,3 @@ def _places(groups: list[int]) -> dict[int, list[int]]:
 def _deviation(values: Tensor) -> Tensor:
     """Standard deviation over the first dimension, 0 of one value alone."""
     return values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-
-
-def _weights(rewards_SF: Tensor, settings: PolicySettings) -> Tensor:
-    return torch.tensor(settings.reward_weights or [1.0] * rewards_SF.shape[1], dtype=torch.float64)

@@ -19,6 +19,8 @@ TYPES: dict[str, Any] = {
     "num_generations_eval": int,
     "max_completion_length": int,
     "num_iterations": int,
+    "steps_per_generation": int | None,
+    "generation_batch_size": int | None,
     "top_k": int,
     "min_p": float | None,
     "epsilon_high": float | None,
@@ -41,8 +43,6 @@ _WORDS = {
 }
 # Why fields of TRL's have no effect here; of the others nothing is said but that.
 WHY = {
-    "steps_per_generation": "completions are drawn for each step (num_iterations steps learn from them)",
-    "generation_batch_size": "completions are drawn for each step (num_iterations steps learn from them)",
     "use_vllm": "the model in training draws by itself, in the batches that serve",
     "use_transformers_continuous_batching": "it is used where it is faster",
     "use_transformers_paged": "it is used where it is faster",
@@ -73,7 +73,7 @@ def own_names() -> frozenset[str]:
 
 def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
     """What grpo computes, and what about its options makes no sense."""
-    values: dict[str, Any] = {"reward_weights": config.reward_weights}
+    values: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in config.trainer.items():
         if name in TYPES:
@@ -115,9 +115,13 @@ def _problems(values: dict[str, Any]) -> Iterator[str]:
     if values.get("num_generations", 8) < 2:
         yield f"num_generations is {values['num_generations']}; expected at least 2: completions are compared"
     least_of = {"num_generations_eval": 1, "max_completion_length": 1, "num_iterations": 1, "beta": 0, "epsilon": 0}
-    for name, least in least_of.items():
-        if name in values and not values[name] >= least:
+    of_drawing = ("steps_per_generation", "generation_batch_size")
+    for name, least in {**least_of, **dict.fromkeys(of_drawing, 1)}.items():
+        if values.get(name) is not None and not values[name] >= least:
             yield f"{name} is {values[name]}; expected at least {least}"
+    if all(values.get(name) is not None for name in of_drawing):
+        given = " and ".join(str(values[name]) for name in of_drawing)
+        yield f"{' and '.join(of_drawing)} are {given}; expected one of the two"
     for name, words in _WORDS.items():
         if name in values and values[name] not in words:
             yield f"{name} is {shown(values[name])}; expected one of {', '.join(words)}"

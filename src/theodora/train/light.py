@@ -8,9 +8,10 @@ On a GPU all batches are brought to one shape, so that steps run as CUDA graphs,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class LightResult:
     """Tokens seen, padding not."""
     graphed: int
     """Steps that ran as CUDA graphs."""
+    drawn: int = 0
+    """Tokens that were drawn to learn from."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class LightBatch:
+    """Rows of tokens, B of T, of which N are learned."""
+
     input_ids: Tensor
     """(B, T), padded on the right."""
     mask: Tensor
@@ -124,8 +129,31 @@ def train_light(
     """
     device = model.device
     graphed = graphs_pay(device) and isinstance(head, Head) and head.maskless
-    run = _Run(model, head, autocast, preference, graphed=graphed)
+    run = LightRun(model, head, autocast, preference, graphed=graphed)
     together = 1 if preference is None else 2
+    tokens = 0
+
+    def step_of(batch: LightBatch) -> Tensor:
+        nonlocal tokens
+        tokens += int(batch.mask.sum())
+        return run.forward_backward(batch)
+
+    batches = _batches(rows, settings, pad_id, together, one_shape=run.graphed)
+    losses = take_steps(model, settings, (partial(step_of, batch) for batch in batches), on_step)
+    return LightResult(losses=losses, tokens=tokens, graphed=run.close())
+
+
+def take_steps(
+    model: PreTrainedModel,
+    settings: LightSettings,
+    steps: Iterable[Callable[[], Tensor]],
+    on_step: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Take the steps of a run, each of which adds its gradients and gives its loss, a scalar on the device; the losses.
+
+    Raises:
+        LightRunDiverged: a loss is not finite.
+    """
     optimizer = make_optimizer(model, settings)
     scheduler = get_scheduler(
         settings.lr_scheduler_type,
@@ -135,23 +163,20 @@ def train_light(
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = _Losses(settings)
-    tokens = 0
     model.train()
-    for step, batch in enumerate(_batches(rows, settings, pad_id, together, one_shape=run.graphed), start=1):
+    for step, work in enumerate(steps, start=1):
         optimizer.zero_grad()
-        losses.add(run.forward_backward(batch))
+        losses.add(work())
         if settings.max_grad_norm > 0:
             clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         scheduler.step()  # pyright: ignore[reportCallIssue] (of the one kind that wants a metric, none is made here)
-        tokens += int(batch.mask.sum())
         if on_step is not None:
             on_step(step)
             if not model.training:  # not every time: it walks through all modules, which look at their weights
                 model.train()
     optimizer.zero_grad()
-    replays = run.close()
-    return LightResult(losses=losses.read(), tokens=tokens, graphed=replays)
+    return losses.read()
 
 
 def make_optimizer(model: nn.Module, settings: LightSettings) -> torch.optim.AdamW:
@@ -194,27 +219,29 @@ def row_order(rows: int, settings: LightSettings) -> Iterator[list[int]]:
 
 def _batches(
     rows: Sequence[Row], settings: LightSettings, pad_id: int, together: int, *, one_shape: bool
-) -> Iterator[_Batch]:
+) -> Iterator[LightBatch]:
     drawn = zip(row_order(len(rows) // together, settings), range(settings.steps), strict=False)
     order = [[together * i + n for i in batch for n in range(together)] for batch, _ in drawn]
     shape = None
     if one_shape:
         used = {i for batch in order for i in batch}
-        length = _up(max(len(rows[i].input_ids) for i in used), _LENGTHS)
         learned = {i: sum(label != IGNORED for label in rows[i].labels[1:]) for i in used}
-        shape = (
-            settings.batch_size * together,
-            length,
-            _up(max(sum(learned[i] for i in batch) for batch in order), _POSITIONS),
-        )
-    return (_batch([rows[i] for i in batch], pad_id, shape) for batch in order)
+        most = max(sum(learned[i] for i in batch) for batch in order)
+        shape = one_shape_of(settings.batch_size * together, max(len(rows[i].input_ids) for i in used), most)
+    return (light_batch([rows[i] for i in batch], pad_id, shape) for batch in order)
+
+
+def one_shape_of(rows: int, length: int, learned: int) -> tuple[int, int, int]:
+    """What batches of so many rows, of so many tokens at most, and so many learned ones together, are filled up to."""
+    return rows, _up(length, _LENGTHS), _up(learned, _POSITIONS)
 
 
 def _up(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def _batch(rows: Sequence[Row], pad_id: int, shape: tuple[int, int, int] | None) -> _Batch:
+def light_batch(rows: Sequence[Row], pad_id: int, shape: tuple[int, int, int] | None) -> LightBatch:
+    """The batch of these rows, filled up to a shape of `one_shape_of`, if it has to have one."""
     size, length, places = shape or (len(rows), max(len(row.input_ids) for row in rows), 0)
     ids, labels = torch.full((size, length), pad_id), torch.full((size, length), IGNORED)
     mask = torch.zeros(size, length, dtype=torch.long)
@@ -227,11 +254,21 @@ def _batch(rows: Sequence[Row], pad_id: int, shape: tuple[int, int, int] | None)
     learned = (following.flatten() != IGNORED).nonzero().squeeze(1)
     positions = learned.new_full((max(1, places, len(learned)),), length - 1)
     positions[: len(learned)] = learned
-    return _Batch(ids, mask, labels, positions, following.flatten()[positions], len(learned))
+    return LightBatch(ids, mask, labels, positions, following.flatten()[positions], len(learned))
 
 
-class _Run:
-    """Forward and backward passes of one run."""
+class LightRun:
+    """Forward and backward passes of one run.
+
+    Args:
+        model: as of `train_light`.
+        head: likewise.
+        autocast: likewise.
+        preference: likewise.
+        graphed: whether passes are to be CUDA graphs, if they can be.
+        by_sequence: whether losses are those of sequences, although there is no `preference`.
+        temperature: what logits are divided by; the head's are already.
+    """
 
     def __init__(
         self,
@@ -241,26 +278,28 @@ class _Run:
         preference: Preference | None,
         *,
         graphed: bool,
+        by_sequence: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        self._preference = preference
+        self._preference, self._temperature = preference, temperature
         self.model, self.head, self.autocast = model, head, autocast
         layer: Any = model.get_output_embeddings()
         plain = getattr(type(layer), "forward", None) is nn.Linear.forward
         frozen = plain and not any(p.requires_grad for p in layer.parameters())
         self._reads_head = isinstance(head, Head) and frozen
         self._fused = self._reads_head and fused_loss_pays(model.device)
-        self.graphed = graphed = graphed and (preference is None or self._reads_head)
+        self.graphed = graphed = graphed and (not (by_sequence or preference is not None) or self._reads_head)
         self._takes_positions = can_choose_positions(model)
         self._step = GraphedStep(self._tensors_only, list(model.parameters())) if graphed else None
 
-    def forward_backward(self, batch: _Batch) -> Tensor:
+    def forward_backward(self, batch: LightBatch) -> Tensor:
         """The loss per learned token of a batch, whose gradients are added; a scalar on the device."""
         if self._step is not None:
             host = {"input_ids": batch.input_ids, "positions": batch.positions, "targets": batch.targets}
             tensors = {name: t.to(self.model.device, non_blocking=True) for name, t in host.items()}
             return self._step(tensors).clone()
         if self._preference is not None:
-            return self._backward(*self._pairs(lambda model: self._losses_of(batch, model)))
+            return self._backward(*self._pairs(lambda model: self.losses_of(batch, model)))
         return self._backward(self._nats(batch), batch.count)
 
     def close(self) -> int:
@@ -284,7 +323,7 @@ class _Run:
         loss.backward()
         return loss.detach()
 
-    def _nats(self, batch: _Batch) -> Tensor:
+    def _nats(self, batch: LightBatch) -> Tensor:
         device = self.model.device
         mask = batch.mask.to(device)
         if isinstance(self.head, Head):
@@ -332,14 +371,16 @@ class _Run:
         each = pair_losses(better, worse, settings)
         return torch.where(real, each, torch.zeros_like(each)).sum(), real.sum()
 
-    def _losses_of(self, batch: _Batch, model: PreTrainedModel) -> SequenceLosses:
+    def losses_of(self, batch: LightBatch, model: PreTrainedModel) -> SequenceLosses:
+        """The losses of a batch's sequences under a model: the policy, or what it is compared with."""
         device = model.device
         if isinstance(self.head, Head) and self._reads_head:
             mask = None if self.head.maskless else batch.mask.to(device)
             return self._sequences(batch.input_ids.to(device), mask, batch.positions, batch.targets, model)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask, "labels": batch.labels}
         with self._products():
-            return row_losses(model, {name: t.to(device) for name, t in inputs.items()}, self._takes_positions)
+            inputs = {name: t.to(device) for name, t in inputs.items()}
+            return row_losses(model, inputs, self._takes_positions, temperature=self._temperature)
 
     def _sequences(
         self, ids_BT: Tensor, mask: Tensor | None, positions_N: Tensor, targets_N: Tensor, model: PreTrainedModel

@@ -107,6 +107,11 @@ def _of_policy(config: TrainConfig, settings: PolicySettings) -> list[str]:
         f"rewards {rewards}",
         f"{settings.num_generations} completions of each prompt, {settings.max_completion_length} tokens at most",
         f"temperature {settings.drawing.temperature:g}",
+        *(
+            f"{name} {value}"
+            for name in ("num_iterations", "steps_per_generation", "generation_batch_size")
+            if (value := getattr(settings, name)) not in (None, 1)
+        ),
         *([f"beta {settings.beta:g}"] if settings.beta else []),
         *([f"loss {settings.loss_type}"] if settings.loss_type != "dapo" else []),
     ]

@@ -50,7 +50,7 @@ from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
 from theodora.train.fused_loss import fused_loss_pays
-from theodora.train.grpo_batches import check_completions
+from theodora.train.grpo_batches import steps_at_once
 from theodora.train.grpo_loss import PolicySettings
 from theodora.train.objectives import completion_length, kind_of, settings_of
 from theodora.train.packed_rows import can_go_by_bounds_alone, keeps_rows_apart
@@ -133,7 +133,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             "weights. Leave sharding out, or set sharding: none."
         )
     if isinstance(settings := settings_of(config), PolicySettings):
-        check_completions(config, settings.num_generations, processes.count)
+        size, batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        steps_at_once(settings, size, batches, processes.count)
     rewards = rewards_of(config)
     model_config = look_ahead(config, processes)
     data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))

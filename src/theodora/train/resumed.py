@@ -47,7 +47,7 @@ _ROWS = frozenset({
     "dataloader_drop_last", "packing_strategy", "truncation_mode", "chat_template_path", "eos_token",
     "accelerator_config",
     # PolicySettings'
-    "num_generations", "max_completion_length",
+    "num_generations", "max_completion_length", "num_iterations",
 })  # fmt: skip
 _OPTIMIZER = frozenset({"optim", "optim_args", "optim_target_modules"})
 _COURSE = frozenset({"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"})
@@ -237,13 +237,29 @@ def _batches(now: Mapping[str, Any], past: Past, processes: int) -> list[str]:
     then = _product(past.options) * past.processes
     here = _product(now) * processes
     if then == here:
-        return []
+        before, after = _drawn(past.options, past.processes), _drawn(now, processes)
+        return (
+            []
+            if before == after
+            else [
+                f"completions were drawn for {before:g} steps at once and are for {after:g} (steps_per_generation, in "
+                f"batches of {_BATCH[0]}, or generation_batch_size): the place in the data goes by it"
+            ]
+        )
     at_once = int(_value(_BATCH[0], now)) * processes
     same = f"; {_BATCH[1]} {then // at_once} would keep it" if then % at_once == 0 else ""
     return [
         f"a step was {then:,} rows ({' × '.join(_BATCH)} × processes) and is {here:,}: the place in the data is "
         f"counted in steps. Change them such that their product stays{same}"
     ]
+
+
+def _drawn(options: Mapping[str, Any], processes: int) -> float:
+    """Optimizer steps that grpo draws completions for at once."""
+    batches, completions = _value("steps_per_generation", options), _value("generation_batch_size", options)
+    if completions is not None:
+        return int(completions) / (_product(options) * processes)
+    return 1 if batches is None else int(batches) / int(_value(_BATCH[1], options))
 
 
 def _product(options: Mapping[str, Any]) -> int:

@@ -117,8 +117,8 @@ class Rewards:
         if weights and len(weights) != len(rewards):
             raise ConfigError(f"reward_weights holds {len(weights)} numbers for {len(rewards)} rewards")
         self.timeout = timeout
-        self.weights = torch.tensor(list(weights) or [1.0] * len(rewards), dtype=torch.float32)
-        """(functions,), float32."""
+        self.weights = torch.tensor(list(weights) or [1.0] * len(rewards), dtype=torch.float64)
+        """(functions,), float64."""
         self._rewards = _read(rewards, timeout)
         self.names = _unique([reward.name for reward in self._rewards])
         """Of the functions, no two alike: rewards/NAME in figures."""

@@ -39,6 +39,10 @@ log = logging.getLogger("theodora.train")
 _ROWS = 128
 
 
+class OutputNotFinite(TheodoraError):
+    """What tokens were to be drawn from holds NaN or infinite values."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How tokens are drawn; names and defaults of TRL's `GRPOConfig`.
@@ -153,7 +157,7 @@ class Rollouts:
 
         Raises:
             DataError: a prompt without tokens.
-            TheodoraError: the model's output is not finite.
+            OutputNotFinite: of the model.
             torch.OutOfMemoryError: memory does not do for a single row.
         """
         if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
@@ -167,7 +171,7 @@ class Rollouts:
         self._by_generate(prompts, samplings, found, told)
         completions = [Completion(*found[index]) for index in range(len(prompts))]
         if not all(math.isfinite(sum(each.logps)) for each in completions):
-            raise TheodoraError(
+            raise OutputNotFinite(
                 "Completions cannot be drawn: the model's output is not finite. Its weights hold NaN or infinite "
                 "values (training has diverged: try a lower learning rate), or its dtype is too small: try bfloat16."
             )

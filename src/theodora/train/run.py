@@ -449,6 +449,8 @@ def _result(
 ) -> TrainResult:
     state = trainer.state
     last_tenth = [line for line in state.log_history if line["step"] > state.global_step * 0.9]
+    rewarded = [line for line in state.log_history if "reward" in line]
+    drawn = [line for line in rewarded if line in last_tenth] or rewarded[-1:]  # for many steps at once, perhaps
     held_out = [(line["step"], line["eval_loss"]) for line in state.log_history if "eval_loss" in line]
     best = state.best_metric if trainer.args.load_best_model_at_end else None
     final = best if best is not None else held_out[-1][1] if held_out else None
@@ -456,7 +458,7 @@ def _result(
         output=Path(prepared.config.output),
         steps=state.global_step,
         train_loss=_mean(last_tenth, "loss"),
-        train_reward=_mean(last_tenth, "reward") if prepared.config.objective == "grpo" else None,
+        train_reward=_mean(drawn, "reward") if prepared.config.objective == "grpo" else None,
         eval_loss_before=next((loss for step, loss in held_out if step == 0), None),
         eval_loss=final,
         trainable_parameters=plan.trainable,
