@@ -79,6 +79,8 @@ _ORDERS: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("group_by_length",),
     "dataloader_drop_last": (True, "true"),
 }
+# Fields that TRL has on by default: who says so wants them.
+_ON = ("vllm_importance_sampling_correction",)
 _ORDER = "prompts in another order in each epoch; train_sampling_strategy: sequential takes that of the data"
 
 
@@ -104,7 +106,7 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
         elif name in _ORDERS and value in _ORDERS[name]:
             problems.append(f"{name} is {shown(value)}: the completions of a prompt stay together ({_ORDER})")
-        elif name in own_names() and value not in (None, False, _default(name)):
+        elif name in own_names() and (value not in (None, False, _default(name)) or (name in _ON and value)):
             problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
         elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
             problems.append("accelerator_config holds dispatch_batches; expected none: each process reads its prompts")

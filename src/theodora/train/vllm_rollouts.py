@@ -237,7 +237,7 @@ def check_vllm(
         problems.append(f"vllm_enable_sleep_mode gives a GPU's memory back, and this runs on {device.type}")
     if drawing.temperature < LEAST_TEMPERATURE:
         problems.append(
-            f"temperature is {drawing.temperature:g}; expected at least {LEAST_TEMPERATURE:g}, which vLLM takes for less"
+            f"temperature is {drawing.temperature:g}; expected at least {LEAST_TEMPERATURE:g}: vLLM takes no less"
         )
     if problems:
         raise ConfigError("vLLM cannot draw in this run:" + bullet_list(problems) + f"\n{_INSTEAD}")

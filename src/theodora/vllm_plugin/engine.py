@@ -5,8 +5,8 @@
     drawn = engine.draw(prompts, seeds, max_tokens=256, ends=[2])
     engine.close()
 
-The engine has weights of its own, those of the base on disk; of the adapter it gets the small tensors alone, whose g the
-plug-in computes. An adapter that the plug-in could not prove itself on is refused (`proof`), and so is DoRA where the
+The engine has weights of its own, those of the base on disk; of the adapter it gets the small tensors alone, whose g
+the plug-in computes. DoRA that the plug-in could not prove itself on is refused (`proof`), and so is all DoRA where the
 plug-in does not fit vLLM: magnitudes are never dropped.
 """
 
