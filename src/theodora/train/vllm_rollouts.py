@@ -96,7 +96,7 @@ class VllmRollouts:
         longest: int,
         how: ByVllm,
     ) -> None:
-        if problems := list(_of_model(model)):
+        if problems := [*_of_model(model), *_of_memory(model, how)]:
             raise ConfigError("vLLM cannot draw from this model:" + bullet_list(problems) + f"\n{_INSTEAD}")
         self._model, self._drawing, self._how = model, drawing, how
         self._most, self._rows = max_new_tokens, rows
@@ -254,8 +254,6 @@ def said_of_vllm(model: Any) -> str:
 def _of_config(config: TrainConfig, model_config: PreTrainedConfig | None) -> Iterator[str]:
     """What a configuration tells beforehand."""
     adapter = config.adapter
-    if config.trains_all:
-        yield "method full has no adapter, which is all that vLLM is given in each step"
     if (asked := config.quantize or ("fp8" if config.base_dtype == "fp8" else None)) not in (None, "none"):
         yield f"the base is quantised as it is loaded ({asked}), and vLLM would draw from other weights"
     if adapter.modules_to_save:
@@ -296,6 +294,18 @@ def _of_model(model: Any) -> Iterator[str]:
     odd = [path for path, layer in adapter_layers(model).items() if not isinstance(layer, LinearAdapterLayer)]
     if odd:
         yield f"{', '.join(odd[:3])}: adapters on embeddings, experts and convolutions are not served by the plug-in"
+
+
+def _of_memory(model: Any, how: ByVllm) -> Iterator[str]:
+    """Whether vLLM's share of a GPU holds the weights at all. (Beside the share, `settle` judges the step.)"""
+    if model.device.type != "cuda":
+        return
+    share = how.gpu_memory_utilization * torch.cuda.get_device_properties(model.device).total_memory
+    if (taken := weight_bytes(model)) > share:
+        yield (
+            f"the weights take {size(taken)}, and vllm_gpu_memory_utilization {how.gpu_memory_utilization:g} is "
+            f"{size(share)} of this GPU; expected more"
+        )
 
 
 def _rank(model: Any) -> int:

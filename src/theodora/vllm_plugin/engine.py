@@ -79,6 +79,7 @@ class Engine:
             raise ConfigError("vLLM joins processes by itself, and torch.distributed has done so here already.")
         with _apart():
             from vllm import LLM
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
             register()  # which vLLM does by itself where it finds the entry point
             try:
@@ -109,6 +110,7 @@ class Engine:
                     self._temperature = 1.0
             except Exception as error:  # of vLLM's: any of them says that it does not go so
                 self.close()
+                cleanup_dist_env_and_memory()  # what it had begun
                 raise ConfigError(f"vLLM cannot load {model}: {_first_line(error)}") from error
         self.rest()
 
