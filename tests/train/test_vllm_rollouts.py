@@ -29,9 +29,10 @@ class Recorded:
     """An engine that says what it was asked, and draws tokens made of the seeds."""
 
     made: ClassVar = []
+    closed = False
 
     def __init__(self, model, **settings):
-        self.model, self.settings, self.taken, self.asked, self.closed, self.rests = model, settings, [], [], False, 0
+        self.model, self.settings, self.taken, self.asked, self.rests = model, settings, [], [], 0
         self.logp = -1.0
         Recorded.made.append(self)
 

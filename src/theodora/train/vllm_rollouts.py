@@ -28,6 +28,7 @@ from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError, bullet_list
 from theodora.extras import installed
+from theodora.files.distrust import expanded
 from theodora.layers.linear import LinearAdapterLayer
 from theodora.plan.fits import size
 from theodora.train.rollouts import Completion, Drawing, Rollouts
@@ -139,7 +140,7 @@ class VllmRollouts:
                     f"Prompt {index + 1} has {len(prompt)} tokens, and vLLM takes {self._length}, with {self._most} of "
                     "the completion. Raise vllm_max_model_length."
                 )
-        if self._engine is None:
+        if self._engine is None or self._engine.closed:
             self._engine = self._new_engine()
         self._hand_over()
         own = range(len(prompts)) if places is None else places
@@ -175,7 +176,7 @@ class VllmRollouts:
     def _new_engine(self) -> Engine:
         drawing, how, device = self._drawing, self._how, self._model.device
         return Engine(
-            how.model,
+            str(expanded(how.model)),
             revision=how.revision,
             trust_remote_code=how.trust_remote_code,
             dtype=str(self._model.dtype).removeprefix("torch."),

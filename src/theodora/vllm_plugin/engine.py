@@ -12,6 +12,7 @@ plug-in does not fit vLLM: magnitudes are never dropped.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -35,8 +37,12 @@ _LOG = "vllm"
 _BATCHED_TOKENS = 4096  # as TRL has it: with vLLM's 32768 its profile of memory asks for more than there is
 
 
+_OPEN: WeakSet[Engine] = WeakSet()
+
+
 class Engine:
-    """Draws from a base model with the adapter that it was given last.
+    """Draws from a base model with the adapter that it was given last. There is one in a process: a new one closes
+    another that was left open.
 
     Args:
         model: a folder, or a name on the hub.
@@ -75,6 +81,8 @@ class Engine:
         self._temperature, self._sleeps, self._number = temperature, sleeps, 0
         self._llm: Any = None
         self._adapter: Any = None
+        for other in list(_OPEN):
+            other.close()
         if distributed.is_available() and distributed.is_initialized():
             raise ConfigError("vLLM joins processes by itself, and torch.distributed has done so here already.")
         with _apart():
@@ -87,6 +95,8 @@ class Engine:
                     model,
                     revision=revision,
                     trust_remote_code=trust_remote_code,
+                    load_format="safetensors",
+                    model_impl="vllm",
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # nothing of the model's own
                     dtype=dtype,
@@ -111,7 +121,11 @@ class Engine:
             except Exception as error:  # of vLLM's: any of them says that it does not go so
                 self.close()
                 cleanup_dist_env_and_memory()  # what it had begun
-                raise ConfigError(f"vLLM cannot load {model}: {_first_line(error)}") from error
+                raise ConfigError(
+                    f"vLLM cannot load {model} in {share:g} of the memory (vllm_gpu_memory_utilization): "
+                    f"{_first_line(error)}"
+                ) from error
+        _OPEN.add(self)
         self.rest()
 
     def take(self, folder: str) -> None:
@@ -189,12 +203,21 @@ class Engine:
             with _apart():
                 self._llm.sleep(level=1)  # the weights to main memory; keys and values are forgotten
 
+    @property
+    def closed(self) -> bool:
+        """Whether it can draw no more."""
+        return self._llm is None
+
     def close(self) -> None:
         """Give back all memory."""
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            with _apart():
-                llm.llm_engine.engine_core.shutdown()
+        if self._llm is None:
+            return
+        with _apart():
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = self._adapter = None
+            gc.collect()  # its parts hold one another
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 class _Tempered:
