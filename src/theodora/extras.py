@@ -53,7 +53,7 @@ OTHERS = {
     "gptqmodel": "bases in GPTQ's and AWQ's form",
     "compressed-tensors": "bases in compressed-tensors' form",
     "hqq": "bases in HQQ's form",
-    "vllm": "the plug-in that teaches vLLM DoRA",
+    "vllm": "the plug-in that teaches vLLM DoRA, --use-vllm in grpo",
 }
 """Packages that no extra brings, and what they are for."""
 

@@ -59,8 +59,9 @@ BESIDE = {
     "functional": {"autocast"},
     "conformance": {"serve"},  # what is served is held to the formula, too
     "evaluate": {"serve"},  # many prompts are answered in the batches that serve
-    # the run's report scores the held-out rows; completions to learn from are drawn in the batches that serve
-    "train": {"evaluate", "serve"},
+    # the run's report scores the held-out rows; completions to learn from are drawn in the batches that serve, or by
+    # vLLM with the plug-in
+    "train": {"evaluate", "serve", "vllm_plugin"},
     "cli": {"demo", "studio"},  # `theodora demo`, `theodora studio`
     "studio": {"cli"},  # its form has the flags of `theodora train`
 }

@@ -19,7 +19,8 @@ from theodora.files.adapter import read_adapter
 from theodora.plan.fits import read_config, size
 from theodora.train.expert_loads import trained_experts
 from theodora.train.flattened import lengths_of
-from theodora.train.objectives import completion_length
+from theodora.train.grpo_loss import PolicySettings
+from theodora.train.objectives import completion_length, settings_of
 from theodora.train.processes import Processes
 from theodora.train.sharding import OF_EXPERTS, OF_FLOAT8, why_not
 
@@ -107,11 +108,13 @@ def settle(
         return Settled(processes, [])
     length, plain = int(lengths_of(rows)[0].max()) + completion_length(config), getattr(torch, dtype)
 
+    taken = _share_of_vllm(config)
+
     def verdict_of(how: str) -> plan.Verdict | str:
         return _judged(
             lambda: plan.fits(
                 replace(config, sharding=how),
-                machine_of(processes, device.type, how),
+                _beside_vllm(machine_of(processes, device.type, how), taken),
                 length=length,
                 dtype=plain,
                 model_config=model_config,
@@ -135,9 +138,10 @@ def settle(
             found = cut
     if isinstance(found, str):
         return Settled(processes, [*notes, f"whether a step fits could not be computed beforehand: {found}"])
+    beside = f" (vLLM has {taken:.0%} of it by vllm_gpu_memory_utilization.)" if taken and found.message else ""
     if not found.fits and not found.splits:
-        raise ConfigError(found.message)
-    return Settled(processes, [*notes, found.message] if found.message else notes)
+        raise ConfigError(found.message + beside)
+    return Settled(processes, [*notes, found.message + beside] if found.message else notes)
 
 
 def machine_of(processes: Processes, device: str, how: str) -> plan.Machine:
@@ -146,6 +150,17 @@ def machine_of(processes: Processes, device: str, how: str) -> plan.Machine:
     found = plan.machine(gpus=sharing, device=device)
     # Main memory is the machine's: each of its processes has a share.
     return replace(found, memory=found.memory // processes.count_here) if device == "cpu" else found
+
+
+def _share_of_vllm(config: TrainConfig) -> float:
+    """What vLLM takes of the device's memory, where it draws the completions."""
+    settings = settings_of(config)
+    by_vllm = settings.vllm if isinstance(settings, PolicySettings) else None
+    return 0.0 if by_vllm is None else by_vllm.gpu_memory_utilization
+
+
+def _beside_vllm(found: plan.Machine, taken: float) -> plan.Machine:
+    return replace(found, memory=int(found.memory * (1 - taken)))
 
 
 def _judged(look: Callable[[], plan.Verdict]) -> plan.Verdict | str:

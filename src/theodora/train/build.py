@@ -23,6 +23,7 @@ from theodora.train.preference import PreferenceTrainer
 from theodora.train.prepare import Prepared
 from theodora.train.reference import BASE, Reference
 from theodora.train.trainer import AdapterTrainer
+from theodora.train.vllm_rollouts import said_of_vllm
 
 
 def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]) -> AdapterTrainer:
@@ -63,6 +64,8 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
 def _policy_trainer(prepared: Prepared, settings: PolicySettings, reference: Reference | None) -> Any:
     assert prepared.rewards is not None
     assert reference is not None
+    if settings.vllm is not None:
+        prepared.notes.append(said_of_vllm(prepared.model))
     return partial(
         GRPOTrainer,
         settings=settings,

@@ -40,10 +40,11 @@ from theodora.train.pairs import ADVANTAGE, OLD, SAMPLED, taken_apart
 from theodora.train.processes import Processes
 from theodora.train.reference import Reference
 from theodora.train.rewards import Rewards
-from theodora.train.rollouts import Completion, Rollouts
+from theodora.train.rollouts import Completion
 from theodora.train.sequence_losses import SequenceLosses
 from theodora.train.sequence_trainer import BALANCE, SequenceTrainer, of_balance
 from theodora.train.shares import NOTHING
+from theodora.train.vllm_rollouts import rollouts_of
 
 _OF_PASSES = ("entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean")
 _OF_GROUPS = ("frac_reward_zero_std", "reward_std")
@@ -140,8 +141,8 @@ class GRPOTrainer(SequenceTrainer):
         tokenizer: Any = self.processing_class
         self._decode, ends = tokenizer.batch_decode, end_tokens(self.model, tokenizer)
         rows, longest = self._drawn_at_once()
-        most = settings.max_completion_length
-        self.rollouts = Rollouts(self.model, settings.drawing, ends, most, rows=rows, longest=longest)
+        most, by_vllm = settings.max_completion_length, settings.vllm
+        self.rollouts = rollouts_of(self.model, settings.drawing, ends, most, rows, longest, by_vllm)
         self._ends = frozenset(ends)
         self._without_spread: int | None = 0
         """Steps from the first on in which all completions of each prompt had one reward; None once there was another.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from theodora.train.rollouts import Drawing
 from theodora.train.sequence_losses import SequenceLosses, by_sequence
+from theodora.train.vllm_rollouts import ByVllm
 
 _LITTLE = 1e-4
 """Added to a standard deviation, as in TRL."""
@@ -44,6 +45,8 @@ class PolicySettings:
     generation_batch_size: int | None = None
     """The same, counted in completions of all processes; at most one of the two is given."""
     drawing: Drawing = field(default_factory=Drawing)
+    vllm: ByVllm | None = None
+    """How vLLM draws; None: the model in training does."""
     beta: float = 0.0
     epsilon: float = 0.2
     epsilon_high: float | None = None

@@ -12,8 +12,18 @@ from theodora.config import TrainConfig
 from theodora.errors import ConfigError, shown
 from theodora.train.grpo_loss import LOSSES, PolicySettings
 from theodora.train.rollouts import Drawing
+from theodora.train.vllm_rollouts import ByVllm
 
 _DRAWING = tuple(field.name for field in fields(Drawing))
+_VLLM = "vllm_"
+_OF_VLLM: dict[str, Any] = {
+    "vllm_mode": str,
+    "vllm_model_impl": str,
+    "vllm_gpu_memory_utilization": float,
+    "vllm_max_model_length": int | None,
+    "vllm_tensor_parallel_size": int,
+    "vllm_enable_sleep_mode": bool,
+}
 TYPES: dict[str, Any] = {
     "num_generations": int,
     "num_generations_eval": int,
@@ -32,6 +42,8 @@ TYPES: dict[str, Any] = {
     "mask_truncated_completions": bool,
     "use_bias_correction_kl": bool,
     "disable_dropout": bool,
+    "use_vllm": bool,
+    **_OF_VLLM,
     **dict.fromkeys((*(name for name in _DRAWING if name not in ("top_k", "min_p")), "beta", "epsilon"), float),
 }
 """Option -> what it holds."""
@@ -43,7 +55,16 @@ _WORDS = {
 }
 # Why fields of TRL's have no effect here; of the others nothing is said but that.
 WHY = {
-    "use_vllm": "the model in training draws by itself, in the batches that serve",
+    **dict.fromkeys(
+        ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        "vLLM draws in the same process (vllm_mode: colocate)",
+    ),
+    "vllm_structured_outputs_regex": "reward format:REGEX asks for a form",
+    **dict.fromkeys(
+        (f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min", "cap")),
+        "ρ is a ratio of log-probabilities that training computes, and by how much vLLM's differ is recorded "
+        "(sampling/sampling_logp_difference/mean)",
+    ),
     "use_transformers_continuous_batching": "it is used where it is faster",
     "use_transformers_paged": "it is used where it is faster",
     "sync_ref_model": "the reference is frozen: it is the model without its adapter, or with the one it started from",
@@ -58,6 +79,8 @@ _ORDERS: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("group_by_length",),
     "dataloader_drop_last": (True, "true"),
 }
+# Fields that TRL has on by default: who says so wants them.
+_ON = ("vllm_importance_sampling_correction",)
 _ORDER = "prompts in another order in each epoch; train_sampling_strategy: sequential takes that of the data"
 
 
@@ -83,7 +106,7 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
                 problems.append(f"{name} is {shown(value)}; expected {error}")
         elif name in _ORDERS and value in _ORDERS[name]:
             problems.append(f"{name} is {shown(value)}: the completions of a prompt stay together ({_ORDER})")
-        elif name in own_names() and value not in (None, False, _default(name)):
+        elif name in own_names() and (value not in (None, False, _default(name)) or (name in _ON and value)):
             problems.append(f"{name} has no effect here" + (f": {WHY[name]}" if name in WHY else ""))
         elif name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches"):
             problems.append("accelerator_config holds dispatch_batches; expected none: each process reads its prompts")
@@ -92,10 +115,43 @@ def grpo_settings(config: TrainConfig) -> tuple[PolicySettings, list[str]]:
     if problems:
         return PolicySettings(), problems
     drawing = {name: values.pop(name) for name in _DRAWING if name in values}
+    by_vllm = _by_vllm(config, values)
     try:
-        return PolicySettings(drawing=Drawing(**drawing), **values), []
+        return PolicySettings(drawing=Drawing(**drawing), vllm=by_vllm, **values), []
     except ConfigError as error:
         return PolicySettings(), [str(error)]
+
+
+def _by_vllm(config: TrainConfig, values: dict[str, Any]) -> ByVllm | None:
+    """How vLLM draws, if it does; its options are taken out of the others."""
+    given = {name.removeprefix(_VLLM): values.pop(name) for name in _OF_VLLM if name in values}
+    if not values.pop("use_vllm", False):
+        return None
+    settings = {name: value for name, value in given.items() if name in {field.name for field in fields(ByVllm)}}
+    return ByVllm(model=config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, **settings)
+
+
+def _problems_of_vllm(values: dict[str, Any]) -> Iterator[str]:
+    given = {name: values[name] for name in _OF_VLLM if name in values}
+    if not values.get("use_vllm"):
+        for name, value in given.items():
+            if value != _default(name):
+                yield f"{name} is {shown(value)}, and vLLM does not draw here; expected use_vllm: true beside it"
+        return
+    if given.get("vllm_mode", "colocate") != "colocate":
+        yield (
+            f"vllm_mode is {shown(given['vllm_mode'])}; expected colocate: a server is another process, which would "
+            "need whole weights in each step"
+        )
+    if (parts := given.get("vllm_tensor_parallel_size", 1)) != 1:
+        yield f"vllm_tensor_parallel_size is {parts}; expected 1: one process trains and draws"
+    if given.get("vllm_model_impl", "vllm") != "vllm":
+        yield f"vllm_model_impl is {shown(given['vllm_model_impl'])}; expected vllm, whose layers the plug-in knows"
+    if not 0 < (share := given.get("vllm_gpu_memory_utilization", 0.3)) < 1:
+        yield f"vllm_gpu_memory_utilization is {share}; expected more than 0, less than 1"
+    length, most = given.get("vllm_max_model_length"), values.get("max_completion_length", 256)
+    if length is not None and length <= most:
+        yield f"vllm_max_model_length is {length}; expected more than max_completion_length ({most})"
 
 
 def _default(name: str) -> Any:
@@ -136,3 +192,4 @@ def _problems(values: dict[str, Any]) -> Iterator[str]:
         yield f"epsilon_high is {high}; expected more than 0"
     if delta is not None and not delta > 1:
         yield f"delta is {delta}; expected more than 1"
+    yield from _problems_of_vllm(values)

@@ -49,6 +49,7 @@ from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.flattened import lengths_of
 from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.grpo_batches import steps_at_once
 from theodora.train.grpo_loss import PolicySettings
@@ -59,6 +60,7 @@ from theodora.train.resumed import Past
 from theodora.train.rewards import Rewards, rewards_of
 from theodora.train.text_only import check_continues_text
 from theodora.train.tried import know
+from theodora.train.vllm_rollouts import check_vllm
 
 _COUNTED_AT_ONCE = 10_000  # rows
 
@@ -132,7 +134,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             f"sharding is {processes.sharding}, and the objective {config.objective} compares two passes over whole "
             "weights. Leave sharding out, or set sharding: none."
         )
-    if isinstance(settings := settings_of(config), PolicySettings):
+    settings = settings_of(config)
+    if isinstance(settings, PolicySettings):
         size, batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
         steps_at_once(settings, size, batches, processes.count)
     rewards = rewards_of(config)
@@ -140,6 +143,17 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
+    if isinstance(settings, PolicySettings) and settings.vllm is not None:
+        longest = max(int(lengths_of(rows)[0].max()) for rows in (train_rows, held_out_rows) if rows is not None)
+        check_vllm(
+            config,
+            settings.vllm,
+            settings.drawing,
+            model_config=model_config,
+            device=arguments.device,
+            processes=processes.count,
+            longest=longest + settings.max_completion_length,
+        )
     precision = choose_precision(config, arguments)
     dtype = precision.dtype
     settled = settle(config, model_config, arguments.device, dtype, train_rows)
