@@ -106,7 +106,8 @@ class Works(Generic[W]):
             raise UsageError("It has ended already.")
         work.told_to_stop = True
         _keep(folder, work)
-        ask_to_end(work.pid, work.started)
+        if not ask_to_end(work.pid, work.started):  # it has just ended
+            raise UsageError("It has ended already.")
 
     def forget(self, id: str) -> None:
         """Delete the folder of one that has ended; what it made elsewhere stays."""

@@ -145,8 +145,9 @@ export class ChatTab {
     this.form.hidden = ready || state === "starting";
     this.room.hidden = !ready;
     this.status.hidden = state !== "starting" && state !== "failed";
-    if (state === "starting") put(this.status, el("div", { class: "row spread" }, el("div", { role: "status" }, el("span", { class: "spin" }), `Loading ${columns.map(({ name }) => name).join(", ")} …`), el("button", { type: "button", onclick: () => this.unload() }, "Stop")), log && el("pre", { class: "log", tabindex: "0" }, log), el("pre", {}, command));
-    else if (state === "failed") put(this.status, el("h2", {}, "It could not be loaded"), el("div", { class: "note bad", role: "alert" }, log.trim().split("\n").slice(-12).join("\n") || "It ended without a word."), el("pre", {}, command));
+    const told = JSON.stringify([state, columns, log]);
+    if (told !== this.told) this.tell();
+    this.told = told;
     if (!ready) return;
     const stamp = JSON.stringify(columns);
     if (stamp === this.stamp) return;
@@ -154,6 +155,13 @@ export class ChatTab {
     put(this.who, ...columns.map(({ name, told, folder }, at) => el("span", { class: "who", title: folder || told }, el("i", { class: `dot dot-${at % 6}` }), el("b", {}, name), el("span", { class: "quiet small" }, at ? told : place(told, this.home)))));
     say(this.command, command);
     this.remembered(stamp);
+  }
+
+  // What is loading, or why it could not be; drawn anew only where there is news, or a log that somebody reads would jump.
+  tell() {
+    const { state, columns = [], command, log } = this.state;
+    if (state === "starting") put(this.status, el("div", { class: "row spread" }, el("div", { role: "status" }, el("span", { class: "spin" }), `Loading ${columns.map(({ name }) => name).join(", ")} …`), el("button", { type: "button", onclick: () => this.unload() }, "Stop")), log && el("pre", { class: "log", tabindex: "0" }, log), el("pre", {}, command));
+    else if (state === "failed") put(this.status, el("h2", {}, "It could not be loaded"), el("div", { class: "note bad", role: "alert" }, log.trim().split("\n").slice(-12).join("\n") || "It ended without a word."), el("pre", {}, command));
   }
 
   // A reload finds what was said, as long as the same ones are there.
