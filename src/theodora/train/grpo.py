@@ -448,8 +448,9 @@ class GRPOTrainer(SequenceTrainer):
 
     def _look_for_spread(self, same: float) -> None:
         self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
-        if self._without_spread == -(-_STEPS_WITHOUT // self._lessons_last):  # that many times drawn
-            self.say(f"{self._without_spread * self._lessons_last} steps, and {_SAME_REWARDS}")
+        drawings = -(-_STEPS_WITHOUT // self._lessons_last)
+        if self._without_spread == drawings:
+            self.say(f"{drawings * self._lessons_last} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
         """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too, and keeps none any more."""
