@@ -571,9 +571,38 @@ class TestDrawnAtOnce:
         # as if there had been others
         monkeypatch.setattr(grpo.GRPOTrainer, "carry_on", lambda self, carried: carried_on.append(carried))
         run(**settings, resume=True)
-        assert [part for part, _ in carried_on[0]] == [0, 1, 2]
+        assert [part for part, _ in carried_on[0]["lessons"]] == [0, 1, 2]
         assert [(step, len(lengths)) for step, lengths, _ in drawn] == [(3, 8), (4, 16)]
         assert len(lines(tmp_path / "run", "loss")) == 6
+
+    def test_what_was_drawn_for_other_settings_is_drawn_anew(self, run, few, drawn):
+        settings = {"steps_per_generation": 3, "save_steps": 1, **few}
+        run(**settings, max_steps=1)
+        drawn.clear()
+        run(**settings, max_steps=3, temperature=0.7, resume=True)
+        assert [(step, len(lengths)) for step, lengths, _ in drawn] == [(2, 16)]
+
+    def test_graphs_make_room_for_what_the_policy_that_drew_says(self, run, few, monkeypatch, tmp_path):
+        full, parts = [True], grpo.in_parts
+
+        def short_of_memory(found, batch):
+            if full[0]:
+                raise torch.OutOfMemoryError("no room")
+            return parts(found, batch)
+
+        monkeypatch.setattr(grpo, "in_parts", short_of_memory)
+        monkeypatch.setattr(grpo.GRPOTrainer, "release_graphs", lambda self, why: full.pop() and not full.append(False))
+        run(**few, max_steps=2, steps_per_generation=2)
+        assert len(lines(tmp_path / "run", "loss")) == 2
+
+    def test_many_steps_without_a_difference(self, run, few, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr(
+            Console, "print", lambda self, *objects, **_: said.append(str(objects[0]) if objects else "")
+        )
+        with pytest.raises(TheodoraError, match="frozen"):
+            run(**few, reward=[reward("alike")], max_steps=12, steps_per_generation=4)
+        assert any("12 steps, and all completions" in text for text in said)
 
     def test_as_many_steps_at_once_in_a_resumed_run(self, run, few):
         settings = few | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}

@@ -152,8 +152,8 @@ def _flat(record: Record) -> dict[str, Any]:
     del values["sizes"]
     judged: Mapping[str, Mapping[str, float]] = values.pop("judged")
     for data, found in judged.items():
-        elsewhere = "" if data == record.data else f"_on_{data}"
-        values |= {f"{name.replace('rewards/', 'reward_')}{elsewhere}": value for name, value in found.items()}
+        where = "" if data == record.data else f"_on_{data}"
+        values |= {f"{name.replace('rewards/', 'reward_')}{where}": value for name, value in found.items()}
     for what in ("scores", "losses"):
         elsewhere: Mapping[str, float] = values.pop(f"other_{what}")
         values |= {f"{what[:-1] if what == 'scores' else 'loss'}_on_{name}": value for name, value in elsewhere.items()}

@@ -10,7 +10,7 @@ processes; what was drawn and is still to be learned from goes into checkpoints.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -290,8 +290,7 @@ class GRPOTrainer(SequenceTrainer):
             tokens = self.each(self.model, taken_apart(batch)[0]).tokens
             return -tokens.nats[tokens.learned.bool()]
 
-        with self.compute_loss_context_manager():
-            parts = [in_parts(logps, self._prepare_inputs(batch)) for batch in self._batches(asked, lesson)]
+        parts = [self._in_parts(logps, batch) for batch in self._batches(asked, lesson)]
         flat = iter(torch.cat([*chain(*parts)]).tolist() if parts else [])
         return [
             [next(flat) if learned else 0.0 for _ in each.tokens]
@@ -305,12 +304,13 @@ class GRPOTrainer(SequenceTrainer):
             return None
         last = place >= self._lessons_last - self._steps_at_once  # that they are learned from
         first = place % self._steps_at_once if last else 0
-        return [[part, asdict(lesson)] for part, lesson in self._lessons.items() if part >= first]
+        lessons = [[part, asdict(lesson)] for part, lesson in self._lessons.items() if part >= first]
+        return {"settings": repr(self.settings), "lessons": lessons}
 
     def carry_on(self, carried: Any) -> None:
-        """Overrides `CountingTrainer.carry_on`."""
-        parts = [[0, carried]] if isinstance(carried, dict) else carried or []  # of older ones a single lesson
-        self._lessons = {part: _Lesson.read(lesson) for part, lesson in parts}
+        """Overrides `CountingTrainer.carry_on`: what was drawn for other settings is drawn anew."""
+        if carried is not None and carried.get("settings") == repr(self.settings):
+            self._lessons = {part: _Lesson.read(lesson) for part, lesson in carried["lessons"]}
 
     def _drawn(self, asked: Asked) -> _Drawn:
         """Completions of prompts, and what they are rewarded with: of held-out ones by the same random numbers in every
@@ -407,19 +407,20 @@ class GRPOTrainer(SequenceTrainer):
         asked = [drawn.asked[n : n + size] for n in range(0, count, size)]
         lesson = _Lesson(drawn.completions, [True] * count, [0.0] * count, 0)
         for batch in self._batches(asked, lesson):
-            for figures in self._in_parts(self._prepare_inputs(batch)):
+            for figures in self._in_parts(self._figures_of, batch):
                 self.record(figures, 0)
 
-    def _in_parts(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Figures of a batch without gradients, for which graphs make room if they have to."""
+    def _in_parts(self, found: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any]) -> list[Tensor]:
+        """What is found of a batch without gradients, for which graphs make room if they have to."""
+        inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
             try:
-                return in_parts(self._figures_of, batch)
+                return in_parts(found, inputs)
             except torch.OutOfMemoryError:
-                if not self.release_graphs("evaluation needs the memory"):
+                if not self.release_graphs("a pass without gradients needs the memory"):
                     raise
             # Outside the handler, which holds what did not fit.
-            return in_parts(self._figures_of, batch)
+            return in_parts(found, inputs)
 
     def _figures_of(self, batch: dict[str, Any]) -> Tensor:
         return self.loss_of(self.model, *taken_apart(batch), None)[1]
@@ -448,8 +449,9 @@ class GRPOTrainer(SequenceTrainer):
 
     def _look_for_spread(self, same: float) -> None:
         self._without_spread = None if same < 1 or self._without_spread is None else self._without_spread + 1
-        if self._without_spread == _STEPS_WITHOUT:
-            self.say(f"{_STEPS_WITHOUT} steps, and {_SAME_REWARDS}")
+        drawings = -(-_STEPS_WITHOUT // self._lessons_last)
+        if self._without_spread == drawings:
+            self.say(f"{drawings * self._lessons_last} steps, and {_SAME_REWARDS}")
 
     def start_step_over(self) -> None:
         """Overrides `StepOverrides.start_step_over`: what draws lets go of its memory, too, and keeps none any more."""
