@@ -106,9 +106,15 @@ class VllmRollouts:
         self._length = how.max_model_length or longest + max_new_tokens
         tokens = model.get_input_embeddings().weight.shape[0]
         self._ends = [end for end in ends if end < tokens]  # vLLM refuses others, which are never drawn
-        self._engine: Engine | None = self._new_engine()
-        self._hand_over()  # which is refused now, if it is
-        self._engine.rest()
+        self._engine: Engine | None = None
+        try:
+            self._engine = self._new_engine()
+            self._hand_over()
+            self._draw([[0]], [0], 1)  # what vLLM cannot do it says now
+        except Exception as error:  # of vLLM's it may be anything
+            self.release()
+            said = str(error) if isinstance(error, TheodoraError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"vLLM cannot draw from this model:{bullet_list([said])}\n{_INSTEAD}") from error
 
     @property
     def way(self) -> str:
@@ -146,13 +152,7 @@ class VllmRollouts:
             self._engine = self._new_engine()
         self._hand_over()
         own = range(len(prompts)) if places is None else places
-        drawn = self._engine.draw(
-            prompts,
-            [_seed(seed, place) for place in own],
-            max_tokens=self._most,
-            ends=self._ends,
-            **_filters(self._drawing),
-        )
+        drawn = self._draw(prompts, [_seed(seed, place) for place in own], self._most)
         completions: list[Completion] = []
         for tokens, logps in drawn:
             if not math.isfinite(sum(logps)):
@@ -174,6 +174,12 @@ class VllmRollouts:
         if not for_good and self._engine is not None:
             self._engine.close()
             self._engine = None
+
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], seeds: list[int], most: int
+    ) -> list[tuple[list[int], list[float]]]:
+        assert self._engine is not None
+        return self._engine.draw(prompts, seeds, max_tokens=most, ends=self._ends, **_filters(self._drawing))
 
     def _new_engine(self) -> Engine:
         drawing, how, device = self._drawing, self._how, self._model.device
