@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -83,6 +84,14 @@ def test_each_drawing_is_by_the_adapter_as_it_is_then(engines):
             for parameter in trained_tensors(model).values():
                 parameter.mul_(1.1)
     assert len(engines) == 1
+
+
+def test_where_there_is_no_room_in_memory_the_folder_lies_elsewhere(engines, monkeypatch):
+    model = trained(tiny_model(), "dora4")
+    monkeypatch.setattr(vllm_rollouts, "disk_usage", lambda path: SimpleNamespace(free=2**24 + 1000))
+    assert vllm_rollouts._place(model) is None
+    vllm_rollouts_of(model)
+    assert not engines[0].folder.startswith("/dev/shm")
 
 
 def test_vllm_is_asked_what_the_options_say(engines):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.quantized import quantization_of, stored_quantization, weight_bytes
-from theodora.adapters.state import active_name, adapter_layers, find_state, full_copies
+from theodora.adapters.state import active_name, adapter_layers, find_state, full_copies, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError, bullet_list
@@ -201,8 +202,7 @@ class VllmRollouts:
     def _hand_over(self) -> None:
         """Give vLLM the adapter as it is now."""
         assert self._engine is not None
-        place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-        with TemporaryDirectory(prefix="theodora-", dir=place) as folder:
+        with TemporaryDirectory(prefix="theodora-", dir=_place(self._model)) as folder:
             path = Path(folder, "adapter")
             save_adapter(self._model, path)
             self._engine.take(str(path))
@@ -317,13 +317,23 @@ def _of_memory(model: Any, how: ByVllm) -> Iterator[str]:
         )
 
 
+def _place(model: Any) -> str | None:
+    """A folder in memory with room for the adapter; None: that of temporary files."""
+    if not os.access(_IN_MEMORY, os.W_OK):
+        return None
+    needed = 2 * sum(
+        tensor.nbytes for tensor in trained_tensors(model).values()
+    )  # a file that starts from W holds both
+    return _IN_MEMORY if disk_usage(_IN_MEMORY).free > needed + 2**24 else None  # (in containers it may be 64 MiB)
+
+
 def _rank(model: Any) -> int:
     """Of the adapter as its file has it, at most."""
     state = find_state(model)
     assert state is not None
     name = active_name(state, None)
-    ranks: Iterator[Any] = (layer.adapters[name].factors()[0].shape[0] for layer in adapter_layers(model).values())
-    most = max(ranks)
+    adapters: list[Any] = [layer.adapters[name] for layer in adapter_layers(model).values()]
+    most = max(adapter.factors()[0].shape[0] for adapter in adapters)
     if most > RANKS[-1]:
         raise ConfigError(f"The adapter's file has rank {most}, and vLLM takes at most {RANKS[-1]}. {_INSTEAD}")
     return most
