@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from theodora.adapters import save_adapter
 from theodora.adapters.quantized import quantization_of, stored_quantization, weight_bytes
-from theodora.adapters.state import active_name, adapter_layers, find_state, full_copies
+from theodora.adapters.state import active_name, adapter_layers, find_state, full_copies, trained_tensors
 from theodora.adapters.token_rows import own_rows
 from theodora.config import TrainConfig
 from theodora.errors import CheckpointError, ConfigError, DataError, TheodoraError, bullet_list
@@ -106,9 +107,15 @@ class VllmRollouts:
         self._length = how.max_model_length or longest + max_new_tokens
         tokens = model.get_input_embeddings().weight.shape[0]
         self._ends = [end for end in ends if end < tokens]  # vLLM refuses others, which are never drawn
-        self._engine: Engine | None = self._new_engine()
-        self._hand_over()  # which is refused now, if it is
-        self._engine.rest()
+        self._engine: Engine | None = None
+        try:
+            self._engine = self._new_engine()
+            self._hand_over()
+            self._draw([[0]], [0], 1)  # what vLLM cannot do it says now
+        except Exception as error:  # of vLLM's it may be anything
+            self.release()
+            said = str(error) if isinstance(error, TheodoraError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"vLLM cannot draw from this model:{bullet_list([said])}\n{_INSTEAD}") from error
 
     @property
     def way(self) -> str:
@@ -146,13 +153,7 @@ class VllmRollouts:
             self._engine = self._new_engine()
         self._hand_over()
         own = range(len(prompts)) if places is None else places
-        drawn = self._engine.draw(
-            prompts,
-            [_seed(seed, place) for place in own],
-            max_tokens=self._most,
-            ends=self._ends,
-            **_filters(self._drawing),
-        )
+        drawn = self._draw(prompts, [_seed(seed, place) for place in own], self._most)
         completions: list[Completion] = []
         for tokens, logps in drawn:
             if not math.isfinite(sum(logps)):
@@ -175,6 +176,12 @@ class VllmRollouts:
             self._engine.close()
             self._engine = None
 
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], seeds: list[int], most: int
+    ) -> list[tuple[list[int], list[float]]]:
+        assert self._engine is not None
+        return self._engine.draw(prompts, seeds, max_tokens=most, ends=self._ends, **_filters(self._drawing))
+
     def _new_engine(self) -> Engine:
         drawing, how, device = self._drawing, self._how, self._model.device
         return Engine(
@@ -195,8 +202,7 @@ class VllmRollouts:
     def _hand_over(self) -> None:
         """Give vLLM the adapter as it is now."""
         assert self._engine is not None
-        place = _IN_MEMORY if os.access(_IN_MEMORY, os.W_OK) else None
-        with TemporaryDirectory(prefix="theodora-", dir=place) as folder:
+        with TemporaryDirectory(prefix="theodora-", dir=_place(self._model)) as folder:
             path = Path(folder, "adapter")
             save_adapter(self._model, path)
             self._engine.take(str(path))
@@ -311,13 +317,23 @@ def _of_memory(model: Any, how: ByVllm) -> Iterator[str]:
         )
 
 
+def _place(model: Any) -> str | None:
+    """A folder in memory with room for the adapter; None: that of temporary files."""
+    if not os.access(_IN_MEMORY, os.W_OK):
+        return None
+    needed = 2 * sum(
+        tensor.nbytes for tensor in trained_tensors(model).values()
+    )  # a file that starts from W holds both
+    return _IN_MEMORY if disk_usage(_IN_MEMORY).free > needed + 2**24 else None  # (in containers it may be 64 MiB)
+
+
 def _rank(model: Any) -> int:
     """Of the adapter as its file has it, at most."""
     state = find_state(model)
     assert state is not None
     name = active_name(state, None)
-    ranks: Iterator[Any] = (layer.adapters[name].factors()[0].shape[0] for layer in adapter_layers(model).values())
-    most = max(ranks)
+    adapters: list[Any] = [layer.adapters[name] for layer in adapter_layers(model).values()]
+    most = max(adapter.factors()[0].shape[0] for adapter in adapters)
     if most > RANKS[-1]:
         raise ConfigError(f"The adapter's file has rank {most}, and vLLM takes at most {RANKS[-1]}. {_INSTEAD}")
     return most

@@ -122,11 +122,11 @@ class Engine:
                 self.close()
                 cleanup_dist_env_and_memory()  # what it had begun
                 raise ConfigError(
-                    f"vLLM cannot load {model} in {share:g} of the memory (vllm_gpu_memory_utilization): "
+                    f"vLLM does not load {model} in {share:g} of the memory (vllm_gpu_memory_utilization): "
                     f"{_first_line(error)}"
                 ) from error
         _OPEN.add(self)
-        self.rest()
+        self._rest()
 
     def take(self, folder: str) -> None:
         """Draw with this adapter from now on.
@@ -188,7 +188,7 @@ class Engine:
             ]
             asked: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = self._llm.generate(asked, settings, lora_request=self._adapter, use_tqdm=False)
-        self.rest()
+        self._rest()
         drawn: list[tuple[list[int], list[float]]] = []
         for output in outputs:
             (one,) = output.outputs
@@ -197,7 +197,7 @@ class Engine:
             drawn.append((tokens, logps))
         return drawn
 
-    def rest(self) -> None:
+    def _rest(self) -> None:
         """Give the memory back until the next adapter comes, if it was asked for."""
         if self._sleeps:
             with _apart():
