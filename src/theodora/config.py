@@ -290,6 +290,8 @@ class TrainConfig:
             yield f"train_on is all, and {what} is about answers alone"
         if self.replay is not None:
             yield f"replay is given, and {what} learns no plain text"
+        if self.objective == "reward" and self.general is not None:
+            yield f"general is given, and {what} has a head for scores alone: it predicts no text to measure a loss on"
         if self.reference is not None and self.objective not in WITH_REFERENCE:
             yield f"reference is {shown(self.reference)}, and {what} compares with nothing"
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from theodora.adapters.heads import head_paths
 from theodora.adapters.load import load_adapter, load_report
 from theodora.adapters.quantize import quantize_base
 from theodora.adapters.quantized import loading_options, quantization_of, trained_on
 from theodora.adapters.state import find_state
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.adapter import read_trained_on
-from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone
+from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone, scoring_class
 from theodora.files.distrust import expanded
 from theodora.files.fingerprint import SAME_BASE
 from theodora.files.generation import set_ends
@@ -142,6 +143,7 @@ def load_model(
     remembered: bool = False,
     plain_for: str | None = None,
     sharded: bool = False,
+    scores: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, a plain one on the CPU. Arguments and errors as in `load_model_and_tokenizer`.
 
@@ -159,6 +161,7 @@ def load_model(
         remembered: whether `quantize` is what an adapter remembers: a folder of quantised weights is taken as it is.
         plain_for: what is going to be done to plain weights: a folder of quantised ones is refused with it.
         sharded: whether its weights are going to be cut over processes, for which NF4 is stored otherwise.
+        scores: whether the model is to give a text one number. Its head is new where the folder has none.
     """
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
@@ -169,7 +172,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model, **options)
         check_kernels(config, model, trust_remote_code=trust_remote_code)
-        classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
+        if scores:
+            classes = [scoring_class(config, model)]
+        else:
+            classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
         options |= {
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
@@ -190,6 +196,7 @@ def load_model(
                 plain_for=plain_for,
                 sharded=sharded,
             ),
+            **({"num_labels": 1} if scores else {}),
             **(model_kwargs or {}),
         }
         with bounded:
@@ -202,11 +209,13 @@ def load_model(
         why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
         if is_adapter_folder(expanded(model)):  # transformers 5.17 looks at it in spite of `model_alone`
             why += "\nAn adapter lies beside the model; move its adapter_config.json into a folder of its own."
-        raise CheckpointError(f"{model} does not load as a causal language model:{why}") from error
+        kind = "a model that scores texts" if scores else "a causal language model"
+        raise CheckpointError(f"{model} does not load as {kind}:{why}") from error
     loaded, info = result
-    if info["missing_keys"]:
+    heads = tuple(f"{path}." for path in head_paths(loaded)) if scores else ()
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(heads))
+    if missing:
         # transformers would go on with random values in their place.
-        missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
             + (", …" if len(missing) > 5 else "")

@@ -29,6 +29,7 @@ from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.classes import fetched_kernels
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
 from theodora.train.launched import device_chosen
@@ -290,7 +291,10 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     that are trained in full, or all of them, are weights of the base model: bfloat16 would swallow their small updates,
     so there the model is float32, under autocast.
     """
-    trains_base_weights = config.trains_all or bool(config.adapter.modules_to_save)
+    # (A reward model's head is float32 by itself.)
+    named = {path.rpartition(".")[2] for path in config.adapter.modules_to_save}
+    named -= {*PEFTS_HEADS["SEQ_CLS"]} if config.objective == "reward" else set()
+    trains_base_weights = config.trains_all or bool(named)
     if arguments.fp16:
         return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16

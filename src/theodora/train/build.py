@@ -22,6 +22,8 @@ from theodora.train.outcome import Outcome
 from theodora.train.preference import PreferenceTrainer
 from theodora.train.prepare import Prepared
 from theodora.train.reference import BASE, Reference
+from theodora.train.reward_loss import ScoreSettings
+from theodora.train.reward_model import RewardTrainer
 from theodora.train.trainer import AdapterTrainer
 
 
@@ -39,7 +41,9 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
         if settings.disable_dropout:
             prepared.notes += _without_dropout(prepared)
         reference = reference_of(prepared)
-        if isinstance(settings, PolicySettings):
+        if isinstance(settings, ScoreSettings):
+            trainer = partial(RewardTrainer, settings=settings)
+        elif isinstance(settings, PolicySettings):
             trainer = _policy_trainer(prepared, settings, reference)
         else:
             trainer = partial(PreferenceTrainer, settings=settings, reference=reference)

@@ -134,7 +134,7 @@ def _data(plan: Plan) -> str:
     return (
         f"## Data\n\n- Trained on {markdown_code(config.data)} ({plan.data_format}): {counted(plan.rows, 'row')}, "
         f"{plan.tokens:,} tokens.\n"
-        + ("" if config.objective == "grpo" else f"- Loss on {learned}: {plan.learned:,} tokens.\n")
+        + ("" if config.objective in ("grpo", "reward") else f"- Loss on {learned}: {plan.learned:,} tokens.\n")
         + f"- Held out: {held_out if plan.held_out_rows else 'none'}."
     ) + "".join(f"\n- Left out: {markdown(part)}." for part in sentences(plan.left_out))
 

@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
+from theodora.adapters.inject import train_heads
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
 from theodora.adapters.quantized import count_parameters, experts_left_plain, left_plain, quantization_of
@@ -48,7 +49,7 @@ from theodora.train.arguments import Precision, choose_precision
 from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
 from theodora.train.experts import name_experts, why_unbalanced
-from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on, with_score
 from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.grpo_batches import check_completions
 from theodora.train.grpo_loss import PolicySettings
@@ -139,7 +140,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
-    precision = choose_precision(config, arguments)
+    precision, scores = choose_precision(config, arguments), config.objective == "reward"
     dtype = precision.dtype
     settled = settle(config, model_config, arguments.device, dtype, train_rows)
     processes = settled.processes
@@ -158,19 +159,23 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         keep=config.adapter.modules_to_save,
         adapted=True,
         sharded=processes.sharding is not None,
+        scores=scores,
     )
     model = load() if Path(config.model).exists() else processes.one_here_first(load)  # which downloads it
+    if scores:
+        notes += with_score(model, tokenizer, config)
     base_hash = hash_of_weights(model)
     if config.from_adapter is None and processes.alone:
         know(model, base_hash)
-    check_continues_text(model)
-    name_backbone(model)
+    if not scores:
+        check_continues_text(model)
+        name_backbone(model)
     name_experts(model.config.get_text_config())
     unbalanced = why_unbalanced(model, arguments)
     notes += [unbalanced] if unbalanced is not None else []
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
-    notes += end_as_taught(model, tokenizer)
+    notes += [] if scores else end_as_taught(model, tokenizer)
     recomputes = config.gradient_checkpointing
     if recomputes is None and (recomputes := count_parameters(model) >= LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
@@ -190,6 +195,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         notes += filter(None, plain)
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
+        if scores:
+            train_heads(model)
     notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
@@ -362,7 +369,11 @@ def _tokenize(
         return tokenize_prompts(examples, tokenizer, max_prompt=room, use_chat_template=config.use_chat_template)
     if config.objective != "sft":
         return tokenize_preferences(
-            examples, tokenizer, max_length=config.max_length, use_chat_template=config.use_chat_template
+            examples,
+            tokenizer,
+            max_length=config.max_length,
+            use_chat_template=config.use_chat_template,
+            cut=config.objective != "reward",
         )
     return tokenize(
         examples,

@@ -267,7 +267,7 @@ def epochs_of(plan: Plan) -> str:
 def describe_tokens(plan: Plan) -> str:
     """`1,200 tokens, 300 of them in the loss`; of prompts nothing is."""
     tokens = f"{plan.tokens:,} tokens"
-    return tokens if plan.config.objective == "grpo" else f"{tokens}, {plan.learned:,} of them in the loss"
+    return tokens if plan.config.objective in ("grpo", "reward") else f"{tokens}, {plan.learned:,} of them in the loss"
 
 
 def describe_step(plan: Plan) -> str:
