@@ -31,6 +31,7 @@ from theodora.files.model_folder import (
     is_adapter_folder,
     not_here,
 )
+from theodora.files.peft_config import check_continues_text
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers.libraries import prepare, why_damaged
 
@@ -77,6 +78,8 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
+    if adapter is not None:
+        check_continues_text(adapter)
     place, on = torch.device(device or best_device()), None if adapter is None else read_trained_on(adapter)
     remembered = quantize is None and on is not None and on.quantize is not None
     if on is not None and quantize in (None, on.quantize) and dtype == "auto":

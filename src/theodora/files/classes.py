@@ -45,6 +45,11 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
     if trust_remote_code and remote:
         return [AutoModelForImageTextToText if _only_image_text(remote) else AutoModelForCausalLM]
     kind = config.model_type or type(config).__name__
+    if (scoring := _scoring_name(config)) is not None:
+        raise CheckpointError(
+            f"{model} is a {scoring}: it scores texts, as a reward model does, and continues none. theodora train "
+            f"--objective grpo --reward {model} learns from its scores."
+        )
     if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise CheckpointError(
             f"{model} is an encoder-decoder model ({kind}): it reads a text and writes another. Fine-tuning, chat and "
@@ -74,7 +79,7 @@ def scoring_class(config: PreTrainedConfig, model: object) -> Any:
         CheckpointError: transformers has none for it, or the folder's head gives several numbers.
     """
     kind, own = config.model_type or type(config).__name__, _scoring_name(config)
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if not scores_texts(config):
         raise CheckpointError(
             f"{model} is a {kind} model, which transformers has no class for that scores a text (for sequence "
             "classification), as a reward model does. --objective dpo learns from the same pairs without one."
@@ -85,6 +90,11 @@ def scoring_class(config: PreTrainedConfig, model: object) -> Any:
             "Name the language model that it was made from."
         )
     return AutoModelForSequenceClassification
+
+
+def scores_texts(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class that scores texts for a configuration."""
+    return type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
 def is_scoring(config: PreTrainedConfig) -> bool:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 import theodora
 from theodora.config import TrainConfig
@@ -59,7 +60,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
         _results(result),
         _data(plan),
         _settings(plan),
-        _usage(config, auto_name(plan.model.config)),
+        _usage(config, *_loaded_as(plan)),
         _versions(),
     ]
     return "\n\n".join(sections) + "\n"
@@ -75,7 +76,7 @@ def _metadata(config: TrainConfig) -> str:
     method = config.adapter.method
     metadata: dict[str, object] = {
         "library_name": "transformers" if config.trains_all else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if config.objective == "reward" else "text-generation",
         "tags": ["full-fine-tuning" if config.trains_all else "lora", "theodora"],
     }
     if method == "dora":
@@ -166,9 +167,18 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else markdown(value)
 
 
-def _usage(config: TrainConfig, auto: str) -> str:
+def _loaded_as(plan: Plan) -> tuple[str, str]:
+    """The class of transformers that the base is loaded as, and what `from_pretrained` is given beside its name."""
+    if plan.config.objective != "reward":
+        return auto_name(plan.model.config), ""
+    pad = plan.model.config.get_text_config().pad_token_id
+    return AutoModelForSequenceClassification.__name__, f", num_labels=1, pad_token_id={pad}"
+
+
+def _usage(config: TrainConfig, auto: str, given: str) -> str:
     # As Python's words, whatever characters they hold.
     name, model = (json.dumps(text) for text in (Path(config.output).resolve().name, config.model))
+    base = f"{auto}.from_pretrained({model}{given})"
     commands = "\n".join(next_commands(config))
     if config.trains_all:
         return f"""## Use
@@ -195,7 +205,7 @@ With Theodora:
 from transformers import {auto}
 from theodora import load_adapter
 
-model = load_adapter({auto}.from_pretrained({model}), {name})
+model = load_adapter({base}, {name})
 ```
 
 With PEFT:
@@ -204,7 +214,7 @@ With PEFT:
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained({model}), {name})
+model = PeftModel.from_pretrained({base}, {name})
 ```"""
 
 

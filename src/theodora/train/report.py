@@ -220,6 +220,15 @@ def next_commands(config: TrainConfig) -> list[str]:
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
     evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
+    if config.objective == "reward":
+        learns = (
+            f"theodora train --objective grpo --reward {output} --model {quoted(config.model)} --data PROMPTS.jsonl"
+        )
+        merge = f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}"
+        return [
+            f"{learns} --output {quoted(config.output.rstrip('/') + '-used')}",
+            *([] if config.trains_all else [merge]),
+        ]
     if config.trains_all:
         return [
             *([f"theodora evaluate --model {output} --data {quoted(held_out)}{trusts}"] if held_out else []),
