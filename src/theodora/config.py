@@ -83,8 +83,8 @@ class TrainConfig:
     """What dpo, ipo, kto and grpo compare the model with: base, or the folder of an adapter of it. Default:
     what training starts from. A folder alone is gone on from, too."""
     reward: tuple[str, ...] = ()
-    """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, or path/to/file.py:function, several with
-    reward_weights. A recipe cannot name a file: the flag can, and Python."""
+    """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, the folder of a reward model, or
+    path/to/file.py:function, several with reward_weights. A recipe cannot name a file: the flag can, and Python."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward in their sum. Default: 1 each."""
     reward_timeout: float = 60.0
@@ -267,7 +267,7 @@ class TrainConfig:
         if self.objective == "grpo" and not self.reward:
             yield (
                 "reward is missing, and the objective is grpo; expected some of exact_match, token_f1, format:REGEX, "
-                "length:TOKENS, path/to/file.py:function"
+                "length:TOKENS, the folder of a reward model, path/to/file.py:function"
             )
         if self.objective != "grpo":
             for name in ("reward", "reward_weights"):

@@ -59,6 +59,7 @@ from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
 from theodora.train.samples import answers_of, paired, scores_of
+from theodora.train.scorers import is_model_folder
 from theodora.train.self_stopping import SelfStopping, count_self_stops
 from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
@@ -139,10 +140,9 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     output = Path(config.output)
     said = held.enter_context(alone_in(output))
     checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume, trains_all=config.trains_all)
-    read = {
-        name: getattr(config, name)
-        for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
-    }
+    names = ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
+    read = {name: getattr(config, name) for name in names}
+    read |= {f"reward {name}": name for name in config.reward if is_model_folder(name)}
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
     said += place_note(config)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
