@@ -77,6 +77,16 @@ class RewardTrainer(SequenceTrainer):
         metrics[_LEAST].append(score_S.detach().min())
         metrics[_MOST].append(score_S.detach().max())
 
+    def _of_all(self, metrics: Metrics, loss: Tensor) -> tuple[Metrics, Tensor]:
+        """Overrides `LogOverrides._of_all`: the least and the largest score of all processes."""
+        if not self.processes.alone:
+            for name, none in ((_LEAST, torch.inf), (_MOST, -torch.inf)):
+                own = torch.stack([torch.as_tensor(v, device=loss.device).float() for v in metrics.get(name) or [none]])
+                each = torch.zeros(self.processes.count, device=loss.device)
+                each[self.processes.index] = own.min() if name == _LEAST else own.max()
+                metrics = {**metrics, name: list(self.processes.sum(each))}
+        return super()._of_all(metrics, loss)
+
     def settle(self, metrics: Metrics) -> None:
         """Overrides `SequenceTrainer.settle`: the least and the largest score of all."""
         super().settle(metrics)
