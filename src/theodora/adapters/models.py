@@ -32,6 +32,7 @@ from theodora.files.model_folder import (
     not_here,
 )
 from theodora.files.peft_config import check_continues_text
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers.libraries import prepare, why_damaged
 
@@ -176,7 +177,7 @@ def load_model(
         config = AutoConfig.from_pretrained(model, **options)
         check_kernels(config, model, trust_remote_code=trust_remote_code)
         if scores:
-            classes = [scoring_class(config, model)]
+            classes, keep = [scoring_class(config, model)], (*keep, *PEFTS_HEADS["SEQ_CLS"])
         else:
             classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
         options |= {

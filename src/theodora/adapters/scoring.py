@@ -9,16 +9,29 @@ Legend: S texts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from theodora.adapters.heads import head_paths
+from theodora.adapters.load import put_on
+from theodora.adapters.reference import reference_model
+from theodora.adapters.remove import remove_adapter
+from theodora.adapters.state import require_state, set_adapter
 from theodora.errors import ConfigError
+from theodora.files.adapter import AdapterFile
 
+_NAME = "scores"
 _AT_ONCE = 16_384
 """Tokens in a pass without gradients, padding included, at most; a longer text is a pass of its own."""
 
@@ -45,6 +58,41 @@ def widen_heads(model: PreTrainedModel) -> None:
         if dtype in (torch.bfloat16, torch.float16):
             head.float()
             head.register_forward_pre_hook(_as_wide)
+
+
+def scorer_beside(policy: PreTrainedModel, file: AdapterFile, config: PreTrainedConfig) -> PreTrainedModel | None:
+    """A reward model on the frozen weights of a language model that trains: it has only its adapter to itself.
+
+    Args:
+        policy: with the adapter that trains; unchanged afterwards.
+        file: the reward model's adapter, whose modules trained in full are its head alone.
+        config: of the base, as its folder has it.
+
+    Returns:
+        It, frozen and in eval mode, or None where transformers builds the two models around different backbones.
+    """
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(config)
+    heads = head_paths(model)
+    plain = replace(file, full={}, full_names=(), config=replace(file.config, modules_to_save=()), task=None)
+    own = require_state(policy).active
+    put_on(policy, plain, _NAME)
+    try:
+        backbone = reference_model(policy, _NAME).base_model
+    finally:
+        remove_adapter(policy, _NAME)
+        set_adapter(policy, own)
+    if not isinstance(backbone, type(model.base_model)):
+        return None
+    setattr(model, model.base_model_prefix, backbone)
+    for path in heads:
+        head = model.get_submodule(path).to_empty(device=policy.device)
+        for name, parameter in head.named_parameters():
+            parameter.data = file.full[f"{path}.{name}"].to(policy.device, torch.float32, copy=True)
+        head.register_forward_pre_hook(_as_wide)
+    return model.eval().requires_grad_(False)
 
 
 def _as_wide(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

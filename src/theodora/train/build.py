@@ -49,7 +49,7 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
             trainer = partial(PreferenceTrainer, settings=settings, reference=reference)
     own_padding = prepared.tokenizer.pad_token
     try:
-        return trainer(
+        built = trainer(
             model=prepared.model,
             args=arguments,
             train_dataset=prepared.train_rows,
@@ -62,6 +62,9 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
         raise ConfigError(f"TRL refuses this run: {error}") from error
     finally:
         prepared.tokenizer.pad_token = own_padding
+    if prepared.rewards is not None:
+        prepared.rewards.place(prepared.model)
+    return built
 
 
 def _policy_trainer(prepared: Prepared, settings: PolicySettings, reference: Reference | None) -> Any:

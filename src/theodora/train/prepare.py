@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
+from theodora.adapters.heads import head_paths
 from theodora.adapters.inject import train_heads
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
@@ -184,16 +185,16 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
     if config.packing and arguments.packing_strategy != "wrapped":
         _check_packing(config, model, arguments.device)
+    plain = (*config.adapter.modules_to_save, *(head_paths(model) if scores else ()))
     if config.base_dtype == "fp8":
-        quantize_base(model, exclude=config.adapter.modules_to_save)
+        quantize_base(model, exclude=plain)
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
         notes += filter(None, [experts_left_plain(model)])
     if (quantization := quantization_of(model)) is not None:
         # (a folder of quantised weights keeps the dtype of its others, whatever was asked for)
         dtype = f"{quantization}, the rest {str(model.dtype).removeprefix('torch.')},"
-        plain = left_plain(model, config.adapter.modules_to_save), experts_left_plain(model)
-        notes += filter(None, plain)
+        notes += filter(None, [left_plain(model, plain), experts_left_plain(model)])
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
         if scores:
@@ -353,6 +354,8 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
     if conversational and tokenizer.chat_template is None and config.use_chat_template is None:
         # Saved with the adapter, so that whoever prompts the model does it the same way.
         tokenizer.chat_template = fallback_chat_template(tokenizer)
+    if config.objective == "reward" and config.use_chat_template is False:  # what it rewards is read as here
+        tokenizer.chat_template = fallback_chat_template(tokenizer) if conversational else None
     return tokenizer
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import regex
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from theodora.adapters.models import best_device
 from theodora.autocast import computes_in_bf16
@@ -114,6 +114,7 @@ class Rewards:
         timeout: seconds that each function may take for a batch.
         device: where reward models are put. Default: the accelerator.
         dtype: of their weights.
+        policy: the run, whose frozen weights reward models share where they can.
 
     Raises:
         ConfigError: naming every one that is no reward.
@@ -126,13 +127,16 @@ class Rewards:
         timeout: float = 60.0,
         device: torch.device | None = None,
         dtype: str = "auto",
+        policy: TrainConfig | None = None,
     ) -> None:
         if weights and len(weights) != len(rewards):
             raise ConfigError(f"reward_weights holds {len(weights)} numbers for {len(rewards)} rewards")
         self.timeout = timeout
         self.weights = torch.tensor(list(weights) or [1.0] * len(rewards), dtype=torch.float32)
         """(functions,), float32."""
-        self.scorers = {name: Scorer(name, device, dtype) for name in dict.fromkeys(rewards) if is_model_folder(name)}
+        self.scorers = {
+            name: Scorer(name, device, dtype, policy) for name in dict.fromkeys(rewards) if is_model_folder(name)
+        }
         """Reward models, by the folders that name them."""
         self._rewards = _read(rewards, timeout, self.scorers)
         self.names = _unique([reward.name for reward in self._rewards])
@@ -161,6 +165,11 @@ class Rewards:
         ids = [list(tokens) for tokens in completion_ids]
         batch = _Batch(list(prompts), list(completions), columns, ids, trainer_state)
         return torch.stack([self._numbers(reward, batch) for reward in self._rewards], dim=1)
+
+    def place(self, policy: PreTrainedModel) -> None:
+        """Let reward models score on the policy's frozen weights, which have to be where they stay."""
+        for scorer in self.scorers.values():
+            scorer.place(policy)
 
     def check(self, rows: PromptRows, tokenizer: PreTrainedTokenizerBase) -> None:
         """Try the functions on the first rows, with the rows' own references as completions (or empty ones).
@@ -235,7 +244,7 @@ def rewards_of(config: TrainConfig, device: torch.device | None = None) -> Rewar
         return None
     bf16 = computes_in_bf16(device or best_device()) if config.bf16 is None else config.bf16
     dtype = "bfloat16" if bf16 else "float32"
-    return Rewards(config.reward, config.reward_weights, config.reward_timeout, device, dtype)
+    return Rewards(config.reward, config.reward_weights, config.reward_timeout, device, dtype, config)
 
 
 # What a name stands for
