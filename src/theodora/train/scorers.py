@@ -146,8 +146,8 @@ class Scorer:
 def _checked(folder: str, file: AdapterFile) -> AdapterFile:
     if file.heads is None:
         raise ConfigError(
-            f"The reward {folder} is an adapter of task {file.task or 'unknown'}, which gives no score; expected one of "
-            "--objective reward (task_type SEQ_CLS)"
+            f"The reward {folder} is an adapter of task {file.task or 'unknown'}, which gives no score; expected one "
+            "of --objective reward (task_type SEQ_CLS)"
         )
     return file
 
