@@ -26,14 +26,14 @@ from theodora.errors import CheckpointError, ConfigError, bullet_list
 from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.atomic import atomic_directory
 from theodora.files.base_model import BaseCheckpoint
-from theodora.files.distrust import expanded, read_object
+from theodora.files.distrust import expanded
 from theodora.files.finite import finite
 from theodora.files.generation import TOKENIZER_FILES, write_ends
 from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
 from theodora.files.ours import check_outside, check_replaceable, mark_written, why_not_ours
 from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
-from theodora.files.tokenizer import load_tokenizer
 from theodora.merging.drift import Drift
+from theodora.merging.heads import NOTE, describe_head
 from theodora.merging.logits import LogitsReport
 from theodora.merging.onto import Onto, as_onto, find_start
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
@@ -198,10 +198,10 @@ def merge_checkpoint(
         _write_config(partial, base, plan, wanted, way)
         _copy_files(partial, file, base)
         if base.scores:
-            _describe_head(partial, base)
+            describe_head(partial, base)
         notes = [*found.notes, *plan.notes, *drift.notes()]
         if base.scores:
-            notes.append("It scores texts: transformers' AutoModelForSequenceClassification loads it, with its head.")
+            notes.append(NOTE)
         else:
             notes += write_ends(partial, file.path, trust_remote_code=trust_remote_code)
         logits = None
@@ -365,22 +365,6 @@ def _write_config(folder: Path, base: BaseCheckpoint, plan: MergePlan, dtype: to
         if plan.vocabulary is not None and "vocab_size" in part:
             part["vocab_size"] = plan.vocabulary
     write_json(folder / "config.json", config, ensure_ascii=False)
-
-
-def _describe_head(folder: Path, base: BaseCheckpoint) -> None:
-    """Say in config.json that the model scores texts, how many numbers it gives, and which token pads."""
-    path = folder / "config.json"
-    config = read_object(path)
-    model, labels = base.model, range(base.model.config.num_labels)
-    config["architectures"] = [type(model).__name__]
-    if base.heads:
-        config["id2label"] = {str(n): f"LABEL_{n}" for n in labels}
-        config["label2id"] = {f"LABEL_{n}": n for n in labels}
-        config.pop("num_labels", None)
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    if text.get("pad_token_id") is None and has_tokenizer(folder):
-        config["pad_token_id"] = text["pad_token_id"] = load_tokenizer(folder).pad_token_id
-    write_json(path, config, ensure_ascii=False)
 
 
 def _copy_files(folder: Path, file: AdapterFile, base: BaseCheckpoint) -> None:

@@ -129,6 +129,8 @@ def settings_of(config: TrainConfig) -> Settings | PolicySettings | ScoreSetting
     for name, value in config.trainer.items():
         if name in _OF_SFT and value:
             problems.append(f"{name} is {shown(value)}, and the objective is {objective}: {_OF_SFT[name]}")
+        if name == "router_aux_loss_coef" and value and objective == "reward":
+            problems.append(f"router_aux_loss_coef is {shown(value)}: a reward model's loss goes by its scores alone")
         if name == "truncation_mode" and value != "keep_start":
             problems.append(f"truncation_mode is {shown(value)}; expected keep_start: rows are cut at their end")
         if name not in own_names(objective) or objective == "grpo":

@@ -49,7 +49,7 @@ from theodora.plan.fits import LARGE_MODEL
 from theodora.train.arguments import Precision, choose_precision
 from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
-from theodora.train.experts import name_experts, why_unbalanced
+from theodora.train.experts import OF_SCORES, balances, name_experts, why_unbalanced
 from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on, with_score
 from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.grpo_batches import check_completions
@@ -173,8 +173,8 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         check_continues_text(model)
         name_backbone(model)
     name_experts(model.config.get_text_config())
-    unbalanced = why_unbalanced(model, arguments)
-    notes += [unbalanced] if unbalanced is not None else []
+    unbalanced = OF_SCORES if scores else why_unbalanced(model, arguments)
+    notes += [unbalanced] if unbalanced is not None and (not scores or balances(model)) else []
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
     notes += [] if scores else end_as_taught(model, tokenizer)
