@@ -74,7 +74,7 @@ def scorer_beside(policy: PreTrainedModel, file: AdapterFile, config: PreTrained
     config = copy.deepcopy(config)
     config.num_labels = 1
     with torch.device("meta"):
-        model: Any = AutoModelForSequenceClassification.from_config(config)
+        model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     heads = head_paths(model)
     plain = replace(file, full={}, full_names=(), config=replace(file.config, modules_to_save=()), task=None)
     own = require_state(policy).active

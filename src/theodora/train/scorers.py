@@ -6,11 +6,12 @@ Nothing of theirs runs as code: weights are read from safetensors, and no file o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from theodora.adapters.load import put_on
 from theodora.adapters.models import best_device, load_model, move
@@ -21,7 +22,7 @@ from theodora.data.answered import encode_answered
 from theodora.data.messages import Message
 from theodora.errors import ConfigError, DataError
 from theodora.files.adapter import AdapterFile, read_adapter
-from theodora.files.classes import is_scoring
+from theodora.files.classes import check_kernels, is_scoring
 from theodora.files.distrust import expanded
 from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
 from theodora.files.peft_options import PEFTS_HEADS
@@ -66,7 +67,7 @@ class Scorer:
             self._adapter = _checked(folder, read_adapter(self._place, for_model=True))
             self._base, on = base_model_of(self._place), self._adapter.trained_on
             self._quantize = None if on is None else on.quantize
-        elif not is_scoring(AutoConfig.from_pretrained(self._place)):
+        elif not is_scoring(_config_of(self._place)):
             raise ConfigError(
                 f"The reward {folder} is a model that gives no score; expected one for sequence classification, as "
                 "theodora merge makes of a reward adapter"
@@ -88,8 +89,7 @@ class Scorer:
     def place(self, policy: PreTrainedModel) -> None:
         """Let a reward model that shares its weights score, when those of the policy are where they stay."""
         if self.model is None and self._adapter is not None:
-            config = AutoConfig.from_pretrained(self._base)
-            self.model = scorer_beside(policy, self._adapter, config)
+            self.model = scorer_beside(policy, self._adapter, _config_of(self._base))
             if self.model is None:
                 self.shares = False
                 self._load()
@@ -150,6 +150,12 @@ def _checked(folder: str, file: AdapterFile) -> AdapterFile:
             "of --objective reward (task_type SEQ_CLS)"
         )
     return file
+
+
+def _config_of(model: str | Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    check_kernels(config, model)
+    return config
 
 
 def _resolved(name: str) -> object:
