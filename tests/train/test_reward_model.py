@@ -194,6 +194,14 @@ class TestSaved:
 
 
 class TestRuns:
+    def test_as_on_a_gpu_it_is_the_same(self, learn, made, tmp_path):
+        learn(output=str(tmp_path / "fast"), max_steps=4)
+        assert not made[0].shapes  # rows stay padded
+        learn(output=str(tmp_path / "plain"), max_steps=4, kernels="reference")
+        for name in ("loss", "eval_loss", "grad_norm", "margin", "num_tokens"):
+            one, other = lines(tmp_path / "fast", name), lines(tmp_path / "plain", name)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("others", [{}, {"logging_steps": 2, "gradient_accumulation_steps": 2}])
     def test_they_resume_with_the_same_bits(self, others, resumes, pairs, losses, tmp_path):
         resumes(data=pairs, objective="reward", held_out=4, **others)

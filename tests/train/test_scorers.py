@@ -11,6 +11,7 @@ from theodora.data import load_examples, tokenize_preferences
 from theodora.data.answered import encode_answered
 from theodora.data.sequences import parted
 from theodora.merging.checkpoint import merge_checkpoint
+from theodora.train import scorers
 from theodora.train.rewards import Rewards
 from theodora.train.scorers import Scorer
 from tiny import CHATML, tiny_tokenizer
@@ -98,6 +99,16 @@ def test_on_other_weights_it_is_a_model_of_its_own(scorer, tiny_model_dir, tmp_p
     assert "is a second model in memory (0 MB of weights)" in note
     full = {"model": base_of(scorer), "data": "d", "output": "o", "method": "full"}
     assert not Scorer(str(scorer), torch.device("cpu"), "float32", TrainConfig.from_options(full)).shares
+
+
+def test_where_backbones_differ_it_has_its_own(scorer, rewarded, placed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(scorers, "scorer_beside", lambda *given: None)
+        rewarded(str(scorer), output=str(tmp_path / "own"))
+    (own,) = placed[0].scorers.values()
+    assert "is a second model" in own.note
+    rewarded(str(scorer), output=str(tmp_path / "shared"))
+    torch.testing.assert_close(rewards_in(tmp_path / "own"), rewards_in(tmp_path / "shared"), rtol=1e-4, atol=1e-5)
 
 
 def test_beside_functions_with_weights(scorer, rewarded, tmp_path):

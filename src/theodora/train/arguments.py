@@ -29,11 +29,10 @@ from theodora.config import OPTION_NAMES, TrainConfig
 from theodora.data.vocabulary import safe_padding
 from theodora.errors import ConfigError, bullet_list, shown
 from theodora.files.classes import fetched_kernels
-from theodora.files.peft_options import PEFTS_HEADS
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
 from theodora.train.launched import device_chosen
-from theodora.train.objectives import own_names, settings_of, whose
+from theodora.train.objectives import kept_plain, own_names, settings_of, whose
 from theodora.train.processes import Processes, links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
@@ -292,9 +291,7 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     so there the model is float32, under autocast.
     """
     # (A reward model's head is float32 by itself.)
-    named = {path.rpartition(".")[2] for path in config.adapter.modules_to_save}
-    named -= {*PEFTS_HEADS["SEQ_CLS"]} if config.objective == "reward" else set()
-    trains_base_weights = config.trains_all or bool(named)
+    trains_base_weights = config.trains_all or bool(kept_plain(config))
     if arguments.fp16:
         return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16

@@ -19,7 +19,7 @@ from theodora.files.adapter import read_adapter
 from theodora.plan.fits import read_config, size
 from theodora.train.expert_loads import trained_experts
 from theodora.train.flattened import lengths_of
-from theodora.train.objectives import completion_length
+from theodora.train.objectives import completion_length, kept_plain
 from theodora.train.processes import Processes
 from theodora.train.sharding import OF_EXPERTS, OF_FLOAT8, why_not
 
@@ -105,6 +105,8 @@ def settle(
     processes = Processes.here()
     if model_config is None or device.type not in ("cuda", "cpu"):
         return Settled(processes, [])
+    # On paper it is a language model, which has no head that scores.
+    config = replace(config, adapter=replace(config.adapter, modules_to_save=kept_plain(config)))
     length, plain = int(lengths_of(rows)[0].max()) + completion_length(config), getattr(torch, dtype)
 
     def verdict_of(how: str) -> plan.Verdict | str:

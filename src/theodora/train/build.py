@@ -63,7 +63,7 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
     finally:
         prepared.tokenizer.pad_token = own_padding
     if prepared.rewards is not None:
-        prepared.rewards.place(prepared.model)
+        prepared.notes += prepared.rewards.place(prepared.model)
     return built
 
 

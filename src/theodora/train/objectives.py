@@ -9,6 +9,7 @@ from theodora.coerce import coerce
 from theodora.config import TrainConfig
 from theodora.data.examples import Kind
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.train import grpo_options
 from theodora.train.grpo_loss import PolicySettings
 from theodora.train.preference_loss import PAIR_LOSSES, Settings
@@ -107,6 +108,12 @@ def own_types(objective: str) -> dict[str, Any]:
 def refused_names() -> dict[str, str]:
     """Fields of TRL's that have no effect with any objective of ours, and why."""
     return {**_REFUSED, **grpo_options.WHY}
+
+
+def kept_plain(config: TrainConfig) -> tuple[str, ...]:
+    """Modules of a language model that are trained in full: those of the adapter, without a reward model's head."""
+    heads = PEFTS_HEADS["SEQ_CLS"] if config.objective == "reward" else ()
+    return tuple(path for path in config.adapter.modules_to_save if path.rpartition(".")[2] not in heads)
 
 
 def whose(name: str) -> str | None:

@@ -140,7 +140,6 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     model_config = look_ahead(config, processes)
     data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
-    notes += [] if rewards is None else [scorer.note for scorer in rewards.scorers.values()]
     train_rows, held_out_rows = data.train_rows, data.held_out_rows
     precision, scores = choose_precision(config, arguments), config.objective == "reward"
     dtype = precision.dtype

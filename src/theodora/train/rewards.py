@@ -166,10 +166,12 @@ class Rewards:
         batch = _Batch(list(prompts), list(completions), columns, ids, trainer_state)
         return torch.stack([self._numbers(reward, batch) for reward in self._rewards], dim=1)
 
-    def place(self, policy: PreTrainedModel) -> None:
-        """Let reward models score on the policy's frozen weights, which have to be where they stay."""
+    def place(self, policy: PreTrainedModel) -> list[str]:
+        """Let reward models score on the policy's frozen weights, which have to be where they stay; what there is to
+        say of each."""
         for scorer in self.scorers.values():
             scorer.place(policy)
+        return [scorer.note for scorer in self.scorers.values()]
 
     def check(self, rows: PromptRows, tokenizer: PreTrainedTokenizerBase) -> None:
         """Try the functions on the first rows, with the rows' own references as completions (or empty ones).
