@@ -164,8 +164,7 @@ class TestSaved:
     def test_who_continues_texts_refuses_it_before_any_work(self, scorer, options, tmp_path, capsys):
         calls = (
             f"chat {scorer}",
-            f"evaluate --model {scorer} --data {scorer}/held_out.jsonl",
-            f"evaluate --model {options['model']} --adapter {scorer} --data {scorer}/held_out.jsonl",
+            f"evaluate --model {scorer} --data {scorer}/held_out.jsonl --f1",
             f"export {scorer} --to gguf --output {tmp_path}/gguf",
             f"combine {scorer} {scorer} --output {tmp_path}/both",
             f"serve {options['model']} --adapter a={scorer}",
@@ -177,6 +176,18 @@ class TestSaved:
             assert "scores texts" in " ".join(capsys.readouterr().err.split()), call
         for call in (f"info {scorer}", f"inspect {scorer}"):
             assert main(call.split()) == 0, call
+
+    def test_evaluate_scores_pairs_with_it(self, scorer, options, sums, tmp_path, capsys):
+        merge_checkpoint(scorer, tmp_path / "merged")
+        for which in (f"{scorer}", f"{options['model']} --adapter {scorer}", f"{tmp_path}/merged"):
+            assert main(f"evaluate --model {which} --data {scorer}/held_out.jsonl --json --dtype fp32".split()) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert found["accuracy"] == lines(scorer, "eval_accuracy")[-1]
+            assert found["margin"] == pytest.approx(lines(scorer, "eval_margin")[-1], rel=1e-4)
+            assert found["highest"] == pytest.approx(lines(scorer, "eval_max_reward")[-1], rel=1e-4)
+            assert found["pairs"] == 4
+        assert main(f"evaluate --model {scorer} --data {sums}".split()) != 0
+        assert "no pair of a better and a worse answer" in capsys.readouterr().err
 
     def test_bf16_keeps_the_head_in_float32(self, learn, pairs, options, tmp_path):
         result = learn(bf16=True, max_steps=6)

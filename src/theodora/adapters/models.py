@@ -14,6 +14,7 @@ from theodora.adapters.heads import head_paths
 from theodora.adapters.load import load_adapter, load_report
 from theodora.adapters.quantize import quantize_base
 from theodora.adapters.quantized import loading_options, quantization_of, trained_on
+from theodora.adapters.scoring import set_padding
 from theodora.adapters.state import find_state
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.adapter import read_trained_on
@@ -49,6 +50,7 @@ def load_model_and_tokenizer(
     device: str | torch.device | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     quantize: str | None = None,
+    scores: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, with its adapter if there is one.
 
@@ -66,6 +68,8 @@ def load_model_and_tokenizer(
         model_kwargs: more arguments for transformers' `from_pretrained`.
         quantize: what the frozen weights are quantised to as they are loaded: nf4, int8, int4, fp8, or none. Default:
             as they were while the adapter was trained; none without an adapter. (`base_note` says which.)
+        scores: load a model that gives a text one number, a reward model, with the token that pads in its configuration
+            and the tokenizer.
 
     Raises:
         ConfigError: an unknown dtype, or what the quantisation wants is not there.
@@ -79,7 +83,7 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
-    if adapter is not None:
+    if adapter is not None and not scores:
         check_continues_text(adapter)
     place, on = torch.device(device or best_device()), None if adapter is None else read_trained_on(adapter)
     remembered = quantize is None and on is not None and on.quantize is not None
@@ -101,10 +105,14 @@ def load_model_and_tokenizer(
             device=place,
             adapted=adapter is not None,
             remembered=remembered,
+            scores=scores,
         )
     if adapter is not None:
         load_adapter(loaded, adapter)
-    set_ends(loaded, tokenizer)
+    if scores:
+        set_padding(loaded, tokenizer)
+    else:
+        set_ends(loaded, tokenizer)
     return move(loaded, place).eval(), tokenizer
 
 

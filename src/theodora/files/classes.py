@@ -47,8 +47,8 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
     kind = config.model_type or type(config).__name__
     if (scoring := _scoring_name(config)) is not None:
         raise CheckpointError(
-            f"{model} is a {scoring}: it scores texts, as a reward model does, and continues none. theodora train "
-            f"--objective grpo --reward {model} learns from its scores."
+            f"{model} is a {scoring}: it scores texts, as a reward model does, and continues none. theodora "
+            f"evaluate scores pairs with it; theodora train --objective grpo --reward {model} learns from its scores."
         )
     if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise CheckpointError(

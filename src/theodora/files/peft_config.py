@@ -15,9 +15,9 @@ from theodora.files.names import CONFIG_NAME
 from theodora.files.peft_options import option_problems, task_of
 
 SCORES_TEXTS = (
-    "is an adapter that scores texts (task_type SEQ_CLS), as a reward model does, and continues none. theodora merge "
-    "makes a whole model of it, which transformers' AutoModelForSequenceClassification loads; theodora train "
-    "--objective grpo --reward FOLDER learns from its scores."
+    "is an adapter that scores texts (task_type SEQ_CLS), as a reward model does, and continues none. theodora "
+    "evaluate scores pairs with it; theodora train --objective grpo --reward FOLDER learns from its scores; theodora "
+    "merge makes a whole model of it, which transformers' AutoModelForSequenceClassification loads."
 )
 
 
@@ -80,6 +80,12 @@ def read_peft_config(folder: str | Path) -> dict[str, Any]:
     return checked_base(fields, path)
 
 
+def scores_texts(adapter: str | Path) -> bool:
+    """Whether it is the folder of an adapter whose model scores texts."""
+    folder = expanded(adapter)
+    return (folder / CONFIG_NAME).is_file() and task_of(read_peft_config(folder)) == "SEQ_CLS"
+
+
 def check_continues_text(adapter: str | Path) -> None:
     """Refuse an adapter whose model scores texts, where one is to continue them.
 
@@ -89,8 +95,7 @@ def check_continues_text(adapter: str | Path) -> None:
     Raises:
         CheckpointError: saying what takes it, or that its configuration cannot be read.
     """
-    folder = expanded(adapter)
-    if (folder / CONFIG_NAME).is_file() and task_of(read_peft_config(folder)) == "SEQ_CLS":
+    if scores_texts(adapter):
         raise CheckpointError(f"{adapter} {SCORES_TEXTS}")
 
 

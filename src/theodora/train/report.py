@@ -226,6 +226,7 @@ def next_commands(config: TrainConfig) -> list[str]:
         )
         merge = f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}"
         return [
+            *([f"theodora evaluate --model {output} --data {quoted(held_out)}{trusts}"] if held_out else []),
             f"{learns} --output {quoted(config.output.rstrip('/') + '-used')}",
             *([] if config.trains_all else [merge]),
         ]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from theodora.adapters.load import put_on
-from theodora.adapters.models import best_device, load_model, move
+from theodora.adapters.models import best_device, load_model_and_tokenizer
 from theodora.adapters.quantized import weight_bytes
 from theodora.adapters.scoring import scorer_beside, scores, set_padding
 from theodora.config import TrainConfig
@@ -22,9 +21,9 @@ from theodora.data.answered import encode_answered
 from theodora.data.messages import Message
 from theodora.errors import ConfigError, DataError
 from theodora.files.adapter import AdapterFile, read_adapter
-from theodora.files.classes import check_kernels, is_scoring
+from theodora.files.classes import check_kernels
 from theodora.files.distrust import expanded
-from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder
+from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder, is_scorer
 from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.progress import as_size
@@ -63,15 +62,15 @@ class Scorer:
         self._adapter: AdapterFile | None = None
         self._base, self._quantize = str(self._place), None
         self.model: PreTrainedModel | None = None
+        if not is_scorer(self._place):
+            raise ConfigError(
+                f"The reward {folder} gives no score; expected an adapter of --objective reward (task_type SEQ_CLS), "
+                "or a whole model for sequence classification, as theodora merge makes of one"
+            )
         if is_adapter_folder(self._place):
-            self._adapter = _checked(folder, read_adapter(self._place, for_model=True))
+            self._adapter = read_adapter(self._place, for_model=True)
             self._base, on = base_model_of(self._place), self._adapter.trained_on
             self._quantize = None if on is None else on.quantize
-        elif not is_scoring(_config_of(self._place)):
-            raise ConfigError(
-                f"The reward {folder} is a model that gives no score; expected one for sequence classification, as "
-                "theodora merge makes of a reward adapter"
-            )
         self.tokenizer = load_tokenizer(self._place if has_tokenizer(self._place) else self._base)
         self.shares = policy is not None and self._on_weights_of(policy)
         """Whether the policy's frozen weights are to be its own."""
@@ -129,27 +128,10 @@ class Scorer:
 
     def _load(self) -> None:
         """Load it as a model of its own."""
-        self.model = load_model(
-            self._base,
-            dtype=self._dtype,
-            quantize=self._quantize,
-            device=self._device,
-            adapted=self._adapter is not None,
-            scores=True,
+        self.model, self.tokenizer = load_model_and_tokenizer(
+            self._place, dtype=self._dtype, device=self._device, scores=True
         )
-        if self._adapter is not None:
-            put_on(self.model, self._adapter, "default")
-        set_padding(self.model, self.tokenizer)
-        move(self.model, self._device).eval().requires_grad_(False)
-
-
-def _checked(folder: str, file: AdapterFile) -> AdapterFile:
-    if file.heads is None:
-        raise ConfigError(
-            f"The reward {folder} is an adapter of task {file.task or 'unknown'}, which gives no score; expected one "
-            "of --objective reward (task_type SEQ_CLS)"
-        )
-    return file
+        self.model.requires_grad_(False)
 
 
 def _config_of(model: str | Path) -> PreTrainedConfig:
