@@ -107,7 +107,8 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         ConfigError: neither of them has one, nor an EOS token.
     """
     config: Any = model.config.get_text_config()
-    pad, notes = config.pad_token_id, []
+    named = getattr(config, "pad_token_id", None)
+    pad, notes = named, []
     if pad is None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
@@ -118,7 +119,7 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
             f"The model's config.json pads with token {pad}, which the tokenizer does not have; correct pad_token_id "
             "there: the score is read at the last token that is not padding"
         )
-    if config.pad_token_id is None:
+    if named is None:
         notes.append(
             f"config.json names no token to pad with: it is {token} ({pad}) here. Whoever loads the base by hand says "
             f"so (pad_token_id={pad})"
