@@ -44,7 +44,7 @@ def new_heads(model: PreTrainedModel) -> list[str]:
         if all(getattr(parameter, "_is_hf_initialized", False) for parameter in head.parameters()):
             continue
         for module in head.modules():
-            module._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]
+            module._is_hf_initialized = False  # pyright: ignore[reportArgumentType]
             model._init_weights(module)  # pyright: ignore[reportPrivateUsage, reportCallIssue]
         drawn.append(path)
     return drawn
@@ -107,8 +107,9 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         ConfigError: neither of them has one, nor an EOS token.
     """
     config: Any = model.config.get_text_config()
-    named = getattr(config, "pad_token_id", None)
-    pad, notes = named, []
+    named: int | None = getattr(config, "pad_token_id", None)
+    pad: Any = named
+    notes: list[str] = []
     if pad is None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:

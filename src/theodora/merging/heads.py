@@ -24,7 +24,7 @@ def describe_head(folder: Path, base: BaseCheckpoint) -> None:
     config = read_object(path)
     config["architectures"] = [type(base.model).__name__]
     if base.heads:
-        labels = range(base.model.config.num_labels)
+        labels = range(base.model.config.num_labels or 0)
         config["id2label"] = {str(n): f"LABEL_{n}" for n in labels}
         config["label2id"] = {f"LABEL_{n}": n for n in labels}
         config.pop("num_labels", None)
