@@ -69,6 +69,7 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
 
 def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes: Any) -> Model:
     """`load_adapter`, with other values of the adapter's configuration."""
+    check_name(find_state(model) or AdapterState(), name)
     return put_on(model, read_adapter(path, for_model=True), name, trainable, **changes)
 
 
