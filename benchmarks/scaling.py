@@ -19,10 +19,11 @@ steps (on a CPU, the process's peak). The loss of the first step is the same for
 The floor is the frozen model without an adapter, its blocks compiled, with our cross entropy and gradients that flow to
 the embeddings' output; under DDP it has nothing to send.
 
-DDP: PEFT's model in torch's DistributedDataParallel; ours without a wrapper, its gradients averaged in one message, as
-`theodora train` does. FSDP2: torch's `fully_shard` on each decoder block and the whole, PEFT's adapter sharded with it
-(in the base's dtype, which a group has to share; DDP's is in it, too); ours by `theodora.train.sharding`, whose adapter
-stays whole. The model is built whole on its device before it is sharded, so it has to fit there. A way that fails has a
+DDP: PEFT's model in torch's DistributedDataParallel; ours without a wrapper, its forward and backward pass as one CUDA
+graph on a GPU and its gradients averaged in one message after it, as `theodora train` does. FSDP2: torch's
+`fully_shard` on each decoder block and the whole, PEFT's adapter sharded with it (in the base's dtype, which a group
+has to share; DDP's is in it, too); ours by `theodora.train.sharding`, whose adapter stays whole. The model is built
+whole on its device before it is sharded, so it has to fit there. A way that fails has a
 row that says so.
 """
 
@@ -225,10 +226,10 @@ def work(args: argparse.Namespace) -> None:
     with sent.counted():
         step = build(args, workload, *WAYS[way], sent)
         loss = float(step())
-        for _ in range(args.warm_up):
-            step()
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        for _ in range(args.warm_up):  # in them graphs are captured, whose memory counts
+            step()
         sent.bytes = 0
         seconds = [timed(step, args.device) for _ in range(args.steps)]
     device = torch.device(args.device)
@@ -257,6 +258,7 @@ def build(args: argparse.Namespace, workload: Any, variant: Variant, how: str, s
 
     from theodora.bench.build import prepare
     from theodora.bench.models import decoder_blocks, load_base
+    from theodora.kernels.graph import GraphedStep
 
     ours, model = variant.library == "theodora", load_base(workload)
     if args.device == "cpu":  # Liger's kernels are Triton's
@@ -278,15 +280,23 @@ def build(args: argparse.Namespace, workload: Any, variant: Variant, how: str, s
         )
         called.register_comm_hook(None, sent.hook)
 
-    def step() -> Any:
+    def pass_through(_: Any) -> Any:
         value = loss(called)
         value.backward()
+        return value.detach()
+
+    graphed = GraphedStep(pass_through, trained) if ours and how == "ddp" and args.device == "cuda" else None
+
+    def step() -> Any:
+        value = (graphed or pass_through)({})
+        if graphed is not None and graphed.why_not is not None:
+            raise RuntimeError(f"The step is no CUDA graph: {graphed.why_not}")
         if ours:
             average(trained, sent.count)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        return value
 
     return step
 

@@ -12,6 +12,7 @@ without these words, and no other module of the model has that name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterable
@@ -50,7 +51,12 @@ def cache_argument(model: Any) -> str:
     """What a model's forward pass calls its keys and values: `cache` from transformers 5.24 on, which warns of the old
     name until 5.40; `past_key_values` before it, and in code that comes with a model.
     """
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    return _cache_argument_of(type(model))
+
+
+@functools.cache
+def _cache_argument_of(kind: type) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def of_another_part(path: str) -> bool:

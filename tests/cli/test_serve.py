@@ -126,7 +126,7 @@ def test_answers_that_outlast_the_grace_are_told_so(stream, tiny_model_dir, caps
 
 
 def test_a_model_that_cannot_be_served_is_refused(tiny_model_dir, capsys):
-    assert main(["serve", str(tiny_model_dir("bloom")), "--device", "cpu"]) == 1
+    assert main(["serve", str(tiny_model_dir("bloom")), "--device", "cpu", "--port", "0"]) == 1
     told = capsys.readouterr().err
     assert re.search(r"cannot be served in batches: (beside another request|.* no attribute 'get_seq_length')", told)
     assert "Traceback" not in told
@@ -140,6 +140,8 @@ def test_a_model_that_cannot_be_served_is_refused(tiny_model_dir, capsys):
         (("--adapter", "=runs/law"), "expected NAME=FOLDER"),
         (("--adapter", "law=a", "--adapter", "law=b"), "--adapter law is given twice"),
         (("--slots", "0"), "slots is 0; expected more than 0"),
+        (("--port", "65536"), "port is 65536; expected at most 65535"),
+        (("--host", "no.such.host.invalid"), "host is no.such.host.invalid, which is no address of this machine"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anything_is_loaded(flags, says, capsys):
@@ -149,7 +151,8 @@ def test_what_makes_no_sense_is_told_before_anything_is_loaded(flags, says, caps
 
 def test_an_adapter_named_as_the_base_is_refused(tiny_model_dir, adapter, capsys):
     model = str(tiny_model_dir("llama"))
-    assert main(["serve", model, "--served-name", "law", "--adapter", f"law={adapter}", "--device", "cpu"]) == 2
+    flags = ("--served-name", "law", "--adapter", f"law={adapter}", "--device", "cpu", "--port", "0")
+    assert main(["serve", model, *flags]) == 2
     assert "'law' is taken" in capsys.readouterr().err
 
 

@@ -206,7 +206,6 @@ def test_data_sets(data, source, missing, translated, told):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("adapter: lora", "", "there is no adapter, which would train all weights"),
         ("adapter: lora", "adapter: llama-adapter", "another kind of adapter"),
         ("lora_target_linear: true", "", "lora_target_modules"),
         ("lora_r: 8", "lora_r: 8\nload_in_4bit: true\nload_in_8bit: true", "both on"),
@@ -219,3 +218,11 @@ def test_what_cannot_be_trained_is_refused(old, new, words, translated):
     with pytest.raises(ConfigError, match="cannot be translated") as error:
         translated(LEAST.replace(old, new))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("adapter", ["", "adapter:"])
+def test_without_an_adapter_all_weights_are_trained(adapter, translated, told):
+    found = translated(LEAST.replace("adapter: lora", adapter), fields=("lora_r", "lora_target_linear"))
+    assert found.options["method"] == "full"
+    assert not {"rank", "targets"} & found.options.keys()
+    assert "of adapters" in told(found, "held")["lora_r"]

@@ -208,7 +208,7 @@ def test_reports_that_leave_the_machine_are_flags(translated, told):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("stage: sft", "stage: sft\nfinetuning_type: full", "would train weights of the model"),
+        ("stage: sft", "stage: sft\nfinetuning_type: freeze", "would train some weights of the model"),
         ("stage: sft", "stage: ppo", "stage is 'ppo'"),
         ("stage: sft", "stage: dpo\npref_loss: kto_pair", "pref_loss is 'kto_pair'"),
         ("dataset: rows\n", "", "dataset is missing"),
@@ -219,3 +219,11 @@ def test_what_cannot_be_trained_is_refused(old, new, words, translated):
     with pytest.raises(ConfigError, match="cannot be translated") as error:
         translated(LEAST.replace(old, new))
     assert words in str(error.value)
+
+
+def test_all_weights(translated, told):
+    full = "finetuning_type: full\nlora_rank: 8\nlora_target: all\nlearning_rate: 1.0e-5\n"
+    found = translated(LEAST + full, fields=("finetuning_type", "lora_rank", "lora_target"))
+    assert (found.options["method"], found.options["learning_rate"]) == ("full", 1e-5)
+    assert not {"rank", "targets"} & found.options.keys()
+    assert "of adapters" in told(found, "held")["lora_rank"]

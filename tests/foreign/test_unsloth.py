@@ -172,7 +172,6 @@ def test_a_name_that_changes_is_not_taken_for_a_constant(translated, told):
     [
         (LEAST + LEAST, "there are 2 calls of from_pretrained, in lines 2, 7"),
         (LEAST.replace("get_peft_model", "prepare"), "calls no get_peft_model"),
-        (LEAST.replace('("gpt2")', '("gpt2", full_finetuning=True)'), "full_finetuning is on"),
         (LEAST.replace("SFTConfig", "GRPOConfig"), "calls GRPOConfig"),
         ("import torch\nmodel = AutoModel.from_pretrained('gpt2')", "no script of Unsloth's"),
         ("def broken(:", "no Python that can be read"),
@@ -189,3 +188,13 @@ def test_nothing_is_run(tmp_path):
     path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + LEAST.replace("SFTConfig()", "SFTConfig(seed=1 .real)"))
     translate(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("adapts", ["model = FastLanguageModel.get_peft_model(model, r=8)\n", ""])
+def test_all_weights(adapts, translated, told):
+    script = LEAST.replace('("gpt2")', '("gpt2", full_finetuning=True, load_in_4bit=True)')
+    found = translated(script.replace("model = FastLanguageModel.get_peft_model(model)\n", adapts), name="train.py")
+    assert found.options["method"] == "full"
+    assert not {"rank", "targets", "quantize"} & found.options.keys()
+    assert "full_finetuning" in told(found, "held")["load_in_4bit"]
+    assert ("get_peft_model.r" in told(found, "held")) == bool(adapts)

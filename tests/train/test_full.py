@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.errors import CheckpointError, ConfigError
@@ -82,6 +82,21 @@ def test_weights_are_trained_wide_and_saved_as_the_base_is(run, tiny_model_dir, 
     own = result.model.state_dict()
     assert all(torch.equal(checkpoint[key], own[key]) for key in checkpoint)
     assert all(torch.equal(tensor, own[key].bfloat16()) for key, tensor in weights(folder).items())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_short_rows_of_many_lengths_wait_for_no_plan_of_cudnns(packing, run, monkeypatch):
+    allowed = set()
+    forward = LlamaModel.forward
+
+    def noting(self, *args, **kwargs):
+        if self.training:
+            allowed.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", noting)
+    run(**FULL, packing=packing, max_steps=2)
+    assert allowed == {packing and torch.backends.cuda.cudnn_sdp_enabled()}
 
 
 @pytest.mark.parametrize(

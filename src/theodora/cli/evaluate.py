@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from theodora.cli.arguments import add_quantize, positive
@@ -204,7 +203,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """See before long work that what was asked for makes sense."""
-    if args.base == "" and args.adapter is None and not (Path(args.model) / "adapter_config.json").is_file():
+    from theodora.files.model_folder import is_adapter_folder
+
+    if args.base == "" and args.adapter is None and not is_adapter_folder(args.model):
         raise UsageError(
             f"--base: {args.model} is no adapter that could be switched off; expected --base MODEL, the model that it "
             "was made from"

@@ -65,12 +65,14 @@ def run(args: argparse.Namespace) -> int:
     with imports(gpu=True):
         from transformers.utils.logging import disable_progress_bar
 
+        from theodora.serve.listening import bound, port_of
         from theodora.serve.run import load_engine, serve
 
     disable_progress_bar()
-    with stderr().status("loading"):
-        engine, tokenizer = load_engine(config, adapters)
-    serve(engine, tokenizer, started=lambda: stderr().print(_panel(engine)))
+    with bound(config.host, config.port) as sockets:
+        with stderr().status("loading"):
+            engine, tokenizer = load_engine(config, adapters)
+        serve(engine, tokenizer, lambda: stderr().print(_panel(engine, port_of(sockets))), sockets)
     return 0
 
 
@@ -90,14 +92,18 @@ def _config(given: dict[str, Any]) -> ServeConfig:
     return ServeConfig(**{field.name: given[field.name] for field in fields(ServeConfig) if field.name in given})
 
 
-def _panel(engine: Engine) -> Any:
+def _host(name: str) -> str:
+    return f"[{name}]" if ":" in name else name
+
+
+def _panel(engine: Engine, port: int) -> Any:
     from rich import box
     from rich.table import Table
 
     from theodora.adapters.quantized import quantization_of
 
     config = engine.config
-    table = Table(box=box.SIMPLE_HEAD, title=f"http://{config.host}:{config.port}/v1", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"http://{_host(config.host)}:{port}/v1", title_justify="left")
     table.add_column("model", overflow="fold")
     table.add_column("", overflow="fold")
     table.add_column("rank", no_wrap=True, justify="right")

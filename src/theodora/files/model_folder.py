@@ -165,6 +165,11 @@ def is_scorer(path: str | Path) -> bool:
     return any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in names)
 
 
+def is_whole_model(path: str | Path) -> bool:
+    """Whether `path` is a local folder with a model that is no adapter."""
+    return (Path(path) / "config.json").is_file() and not is_adapter_folder(path)
+
+
 def has_tokenizer(path: str | Path) -> bool:
     """Whether `path` is a local folder with a tokenizer."""
     return (Path(path) / "tokenizer_config.json").is_file()

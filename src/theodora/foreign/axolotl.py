@@ -17,6 +17,7 @@ from theodora.foreign.reading import (
     is_off,
     is_on,
     missing,
+    note_of_adapters,
     read_fields,
     read_under,
     to,
@@ -58,6 +59,12 @@ _DEFAULTS = {
     "held_out": 0,
     "output": "./model-out",
 }
+_OF_ADAPTERS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "lora_modules_to_save"),
+    *("lora_target_parameters", "lora_fan_in_fan_out", "lora_on_cpu", "peft_use_dora", "peft_use_rslora", "peft"),
+    *("peft_layers_to_transform", "peft_init_lora_weights", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+    *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+)
 
 
 def read_axolotl(reading: Reading, given: Mapping[str, Any]) -> None:
@@ -77,6 +84,7 @@ def read_axolotl(reading: Reading, given: Mapping[str, Any]) -> None:
     done += ("adapter", "peft_use_dora", "load_in_4bit", "load_in_8bit", "lora_target_linear", "lora_target_modules")
     done += ("micro_batch_size", "batch_size", "gradient_accumulation_steps", "evals_per_epoch", "saves_per_epoch")
     done += ("lr_scheduler", "cosine_min_lr_ratio", "lr_scheduler_kwargs")
+    done += _OF_ADAPTERS if reading.options.get("method") == "full" else ()
     read_fields(reading, given, RULES, done)
     for name, value in _DEFAULTS.items():
         if name != "held_out" or "eval_data" not in reading.options:
@@ -85,10 +93,12 @@ def read_axolotl(reading: Reading, given: Mapping[str, Any]) -> None:
 
 def _adapter(reading: Reading, given: Mapping[str, Any]) -> None:
     kind, dora = given.get("adapter"), given.get("peft_use_dora")
+    if is_off(kind):
+        reading.set("method", "full", "adapter", kind)
+        note_of_adapters(reading, given, _OF_ADAPTERS)
+        return
     if kind not in ("lora", "qlora"):
-        found = f"adapter is {shown(kind)}" if "adapter" in given else "there is no adapter"
-        what = "would train all weights" if is_off(kind) else "is another kind of adapter"
-        reading.refuse(f"{found}, which {what}; expected adapter: lora or qlora, which is what is trained here")
+        reading.refuse(f"adapter is {shown(kind)}, another kind of adapter; expected lora, qlora or none")
         return
     method = "dora" if is_on(dora) else "lora"
     reading.set("method", method, "adapter", kind)

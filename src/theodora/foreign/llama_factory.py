@@ -17,6 +17,7 @@ from theodora.foreign.reading import (
     is_off,
     is_on,
     missing,
+    note_of_adapters,
     read_fields,
     to,
     when_on,
@@ -55,6 +56,10 @@ _DEFAULTS = {
     "held_out": 0,
     "output": "saves",
 }
+_OF_ADAPTERS = (
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora", "use_dora"),
+    *("pissa_init", "pissa_iter", "pissa_convert", "create_new_adapter", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+)
 _PREFERENCES = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 
 
@@ -71,6 +76,7 @@ def read_llama_factory(reading: Reading, given: Mapping[str, Any], beside: Path)
     _data(reading, given, beside)
     done = ("stage", "finetuning_type", "use_dora", "pref_loss", "dataset", "eval_dataset", "dataset_dir")
     done += ("packing", "neat_packing", "train_on_prompt")
+    done += _OF_ADAPTERS if reading.options.get("method") == "full" else ()
     read_fields(reading, given, RULES, done)
     for name, value in _DEFAULTS.items():
         if name != "held_out" or "eval_data" not in reading.options:
@@ -116,9 +122,13 @@ def _stage(reading: Reading, given: Mapping[str, Any]) -> None:
 
 def _method(reading: Reading, given: Mapping[str, Any]) -> None:
     kind = given.get("finetuning_type", "lora")
+    if kind == "full":
+        reading.set("method", "full", "finetuning_type", kind)
+        note_of_adapters(reading, given, _OF_ADAPTERS)
+        return
     if kind != "lora":
-        what = "would train weights of the model" if kind in ("full", "freeze") else "is another kind of adapter"
-        reading.refuse(f"finetuning_type is {shown(kind)}, which {what}; expected lora, which is what is trained here")
+        what = "would train some weights of the model" if kind == "freeze" else "is another kind of adapter"
+        reading.refuse(f"finetuning_type is {shown(kind)}, which {what}; expected lora or full")
         return
     method = "dora" if is_on(given.get("use_dora")) else "lora"
     for name in ("finetuning_type", "use_dora"):
@@ -326,7 +336,7 @@ RULES: dict[str, Rule] = {
     "use_adam_mini": missing("would train with Adam-mini"),
     "use_muon": missing("would train with Muon"),
     "use_llama_pro": missing(_FREE),
-    "pure_bf16": when_on("bf16", True, differs="adapters stay in adapter_dtype"),
+    "pure_bf16": when_on("bf16", True, differs="adapters stay in adapter_dtype, weights that are trained in float32"),
     "bf16": bf16,
     "pref_beta": to("beta"),
     "pref_ftx": missing(

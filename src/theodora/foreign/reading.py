@@ -7,7 +7,7 @@ one that `other_words` knows; what is left after that is noted as unknown. Nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -240,6 +240,13 @@ def read_fields(
             rules[name](reading, name, value)
         else:
             _by_name(reading, name, value)
+
+
+def note_of_adapters(reading: Reading, given: Mapping[str, Any], names: Collection[str], where: str = "") -> None:
+    """Say of the fields that tell how adapters are made that they do nothing where all weights are trained."""
+    for name in names:
+        if name in given:
+            reading.note("held", where + name, given[name], "it is of adapters, and all weights are trained")
 
 
 def read_under(reading: Reading, where: str, given: Any, rules: Mapping[str, Rule]) -> None:

@@ -17,6 +17,7 @@ from theodora.foreign.reading import (
     is_off,
     is_on,
     missing,
+    note_of_adapters,
     read_fields,
     to,
     when_on,
@@ -40,7 +41,6 @@ _LOADED = "the model's own files say it"
 _KERNELS = "fast kernels are used by themselves (kernels: auto)"
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What its classes take where the script says nothing, and ours would do otherwise (unsloth of 2026).
-_OF_MODEL = {"quantize": "nf4", "max_length": 2048}
 _OF_ADAPTER = {"rank": 16, "alpha": 16.0, "targets": _LINEAR}
 _OF_TRAINING = {
     "num_train_epochs": 3.0,
@@ -75,23 +75,30 @@ def read_unsloth(reading: Reading, calls: Sequence[Call]) -> dict[str, Any]:
     others = [call.name for call in calls if call.name in _ELSEWHERE]
     if others:
         reading.refuse(f"it calls {others[0]}, whose rewards are Python; write objective: grpo and reward by hand")
-    if not adapts:
-        reading.refuse("it calls no get_peft_model, so that all weights would be trained; expected an adapter")
-    if loads and is_on(loads[0].arguments.get("full_finetuning")):
-        reading.refuse("full_finetuning is on, which would train all weights; expected an adapter")
+    full = bool(loads) and is_on(loads[0].arguments.get("full_finetuning"))
+    if not adapts and not full:
+        reading.refuse(
+            "it calls no get_peft_model, and full_finetuning is not on; expected one of them: is it an adapter that is "
+            "trained, or are it all weights?"
+        )
     reading.check()
     objective = next((_OBJECTIVES[call.name] for call in sets_up), "sft")
     if objective != "sft":
         reading.set("objective", objective, sets_up[0].name, sets_up[0].name)
     every: dict[str, Any] = {}
-    _read(reading, loads[0], _MODEL, ("model_name", "max_seq_length"), every)
-    for name, value in _OF_MODEL.items():
-        if name != "quantize" or not {"load_in_8bit", "load_in_16bit", "load_in_4bit"} & loads[0].arguments.keys():
+    _read(reading, loads[0], _MODEL | (_IN_FULL if full else {}), ("model_name", "max_seq_length"), every)
+    reading.default("max_length", 2048)
+    if not full and not {"load_in_8bit", "load_in_16bit", "load_in_4bit"} & loads[0].arguments.keys():
+        reading.default("quantize", "nf4")
+    if full:  # then get_peft_model does nothing there
+        for call in adapts:
+            note_of_adapters(reading, call.arguments, call.arguments, "get_peft_model.")
+            every |= {f"get_peft_model.{name}": value for name, value in call.arguments.items()}
+    else:
+        reading.set("method", "dora" if is_on(adapts[0].arguments.get("use_dora")) else "lora", "get_peft_model", "")
+        _read(reading, adapts[0], _ADAPTER, ("model",), every)
+        for name, value in _OF_ADAPTER.items():
             reading.default(name, value)
-    reading.set("method", "dora" if is_on(adapts[0].arguments.get("use_dora")) else "lora", "get_peft_model", "")
-    _read(reading, adapts[0], _ADAPTER, ("model",), every)
-    for name, value in _OF_ADAPTER.items():
-        reading.default(name, value)
     _read_data(reading, calls)
     for call in sets_up + trains:
         _read(reading, call, _TRAINING, ("model",) if call in trains else (), every)
@@ -233,7 +240,7 @@ _MODEL: dict[str, Rule] = {
     "load_in_4bit": when_on("quantize", "nf4", "the base stays as it is stored"),
     "load_in_8bit": when_on("quantize", "int8", "the base stays as it is stored"),
     "load_in_16bit": held("the base stays as it is stored"),
-    "full_finetuning": missing("would train all weights"),
+    "full_finetuning": when_on("method", "full", "an adapter is trained"),
     "dtype": held("bf16 says it; by default it is used where the hardware computes in it"),
     "token": missing("would log in to the hub; set HF_TOKEN in the environment"),
     "device_map": held("each process has one device"),
@@ -254,6 +261,9 @@ _MODEL: dict[str, Rule] = {
     "use_exact_model_name": missing("would load the named model; its bitsandbytes copy may be another"),
     "unsloth_force_compile": held(_KERNELS),
 }
+_IN_FULL: dict[str, Rule] = dict.fromkeys(
+    ("load_in_4bit", "load_in_8bit"), held("full_finetuning switches it off there, too")
+)
 _ADAPTER: dict[str, Rule] = {
     "r": to("rank"),
     "lora_alpha": to("alpha"),

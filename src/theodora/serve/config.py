@@ -65,7 +65,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Address to listen on. Anything but the loopback is open to others: use api_key_file with it."""
     port: int = 8000
-    """Port to listen on."""
+    """Port to listen on; 0 takes any that is free, and says which."""
     api_key_file: str | None = None
     """File with one key on each line (blank lines and lines that begin with # aside); requests must carry one of them
     (Authorization: Bearer KEY)."""
@@ -100,6 +100,8 @@ class ServeConfig:
         for name, known in (("tool_call_parser", BY_NAME), ("reasoning_parser", THINKING_BY_NAME)):
             if (value := getattr(self, name)) not in ("auto", "none", *known):
                 yield f"{name} is {value!r}; expected auto, none, {', '.join(known)}"
+        if is_number(self.port) and self.port > 65535:
+            yield f"port is {self.port}; expected at most 65535"
         for field in fields(self):
             value, allowed = getattr(self, field.name), field.name in _ZERO
             if is_number(value) and (value < 0 or (value == 0 and not allowed)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +115,12 @@ class ServerStopped(KeyboardInterrupt):
         """What a command should exit with: 130 after SIGINT, 143 after SIGTERM."""
 
 
-def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda: None) -> None:
+def serve(
+    engine: Engine,
+    tokenizer: Any,
+    started: Callable[[], object] = lambda: None,
+    sockets: list[socket.socket] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM; answers under way are finished, within the configuration's grace.
 
     A signal that comes while the engine starts or stops waits for that, because an engine half started would leave a
@@ -124,6 +130,7 @@ def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda
         engine: is started, and stopped in the end.
         tokenizer: its model's.
         started: called when the engine has started.
+        sockets: to listen on, as `listening.bound` gives them; by default the configuration's host and port are taken.
 
     Raises:
         Unavailable: the model cannot be run in batches.
@@ -154,7 +161,7 @@ def serve(engine: Engine, tokenizer: Any, started: Callable[[], object] = lambda
         try:
             if not came:
                 started()
-                server.run()
+                server.run(sockets)
         finally:
             engine.stop()
     if came:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from theodora.adapters.quantized import quantization_of
 from theodora.adapters.state import find_state, trained_tensors
-from theodora.errors import CheckpointError, ConfigError, bullet_list
+from theodora.errors import CheckpointError, ConfigError, bullet_list, in_line
 from theodora.files.finite import not_finite
 from theodora.files.read_back import check_model
 from theodora.patches import replaced
@@ -53,8 +53,7 @@ def train_all(model: PreTrainedModel) -> list[str]:
 
 
 def _kinds(names: list[str]) -> str:
-    kinds = list(dict.fromkeys(layer_kinds(names).values()))
-    return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
+    return in_line(list(dict.fromkeys(layer_kinds(names).values())), 8)
 
 
 def stored_dtype(config: PreTrainedConfig | None) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from theodora.config import TrainConfig
 from theodora.data import Examples
 from theodora.errors import ConfigError, bullet_list
+from theodora.files.model_folder import is_whole_model
 from theodora.files.read_back import write_json
 
 INPUTS_FILE = "inputs.json"
@@ -123,8 +124,7 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
 
 def begin_with(checkpoint: Path) -> str:
     """The flag by which another run begins with what a checkpoint holds: an adapter, or a whole model."""
-    whole = (checkpoint / "config.json").is_file() and not (checkpoint / "adapter_config.json").is_file()
-    return f"--{'model' if whole else 'from-adapter'} {checkpoint}"
+    return f"--{'model' if is_whole_model(checkpoint) else 'from-adapter'} {checkpoint}"
 
 
 def random_state_file(process: int) -> str:

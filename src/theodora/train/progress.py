@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console, Group
@@ -17,10 +18,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 _SECONDS_BETWEEN_LINES = 10  # where the output is no terminal
-
+_SECONDS_OF_RATE = 3
 
 PACE = ("tokens_per_second", "seconds_left", "peak_memory")
 """What metrics.jsonl has beside a step's loss."""
+
+
+class _Mark(NamedTuple):
+    """Where a run was."""
+
+    busy: float = 0.0
+    """Seconds spent in training steps."""
+    tokens: int = 0
+
+    def rate_since(self, other: _Mark) -> float | None:
+        """Tokens a second; None where no time has passed."""
+        return (self.tokens - other.tokens) / (self.busy - other.busy) if self.busy > other.busy else None
 
 
 class ProgressView(TrainerCallback):
@@ -47,10 +60,10 @@ class ProgressView(TrainerCallback):
         self._task = self._bar.add_task("Training", total=None, left="")
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
         self._weight = 0.0
-        self._tokens = 0
         self._busy = 0.0
-        self._all_tokens, self._all_busy = 0, 0.0
-        self._first_tokens, self._first_busy = 0, 0.0
+        self._marks = deque([_Mark()])
+        self._start = self._marks[0]
+        self._first: _Mark | None = None
         self._last_line = 0.0
         self._eval_steps = 0
 
@@ -107,19 +120,13 @@ class ProgressView(TrainerCallback):
         """Take the values over."""
         logs = logs or {}
         if "loss" in logs:
-            tokens = logs.get("num_tokens", self._tokens)  # a log that follows an evaluation at the same step has none
             # Corrected as in Adam, so that the first value is the first loss.
             self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
             self.loss = (self.loss or 0.0) + (logs["loss"] - (self.loss or 0.0)) * (1 - _SMOOTHING) / self._weight
             self.learning_rate = logs["learning_rate"]
             self._count_time()  # on a GPU the host may be ahead, until it waits for these values
-            if self._busy:
-                self.tokens_per_second = (tokens - self._tokens) / self._busy
-            self._all_tokens += tokens - self._tokens
-            self._all_busy += self._busy
-            if not self._first_busy:
-                self._first_tokens, self._first_busy = self._all_tokens, self._all_busy
-            self._tokens, self._busy = tokens, 0.0
+            # (A log that follows an evaluation at the same step has no tokens.)
+            self._note(_Mark(self._busy, logs.get("num_tokens", self._marks[-1].tokens)))
             self.accuracy = logs.get("rewards/accuracies", self.accuracy)
             self.margin = logs.get("rewards/margins", self.margin)
             if "reward" in logs:
@@ -132,25 +139,33 @@ class ProgressView(TrainerCallback):
         if not self.console.is_terminal and (evaluated or ("loss" in logs and not control.should_evaluate)):
             self._print_line(state, due=evaluated)  # where an evaluation follows, once, with what it found
 
+    def _note(self, mark: _Mark) -> None:
+        """Take the rate over the last seconds: lines that have waited for the device come several at once."""
+        self._first = self._first or mark
+        self._marks.append(mark)
+        while len(self._marks) > 2 and mark.busy - self._marks[1].busy >= _SECONDS_OF_RATE:
+            self._marks.popleft()
+        self.tokens_per_second = mark.rate_since(self._marks[0]) or self.tokens_per_second
+
     def pace(self) -> dict[str, float]:
-        """Tokens a second since the log before, seconds left, and the most bytes held: what is known of it."""
+        """Tokens a second over the last seconds, seconds left, and the most bytes held: what is known of it."""
         known = (self.tokens_per_second, self.seconds_left, peak_memory() or None)
         return {name: value for name, value in zip(PACE, known, strict=True) if value is not None}
 
     @property
     def mean_tokens_per_second(self) -> float:
         """Tokens over the time spent in training steps, without that of evaluations and checkpoints."""
-        return self._all_tokens / self._all_busy if self._all_busy else 0.0
+        return self._marks[-1].rate_since(self._start) or 0.0
 
     @property
     def warm_tokens_per_second(self) -> float:
         """Likewise from the second logged step on, if there is one: the first makes ready what later ones use."""
-        busy = self._all_busy - self._first_busy
-        return (self._all_tokens - self._first_tokens) / busy if busy > 0 else self.mean_tokens_per_second
+        return self._marks[-1].rate_since(self._first or self._start) or self.mean_tokens_per_second
 
     def count_tokens_from(self, tokens: int) -> None:
         """Set how many tokens a resumed run had seen, so that the first rate is right."""
-        self._tokens = tokens
+        self._start = _Mark(0.0, tokens)
+        self._marks = deque([self._start])
 
     def _print_line(self, state: TrainerState, due: bool) -> None:
         now = time.monotonic()

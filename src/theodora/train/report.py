@@ -191,7 +191,7 @@ def result_rows(result: TrainResult) -> list[tuple[str, str, str]]:
 
 
 def describe_network(result: TrainResult) -> str:
-    """`2 processes; each sent 1.2 MB a step, the adapter's gradients`, and with them its parts of sharded weights."""
+    """`2 processes; each sent 1.2 MB a step, the gradients`, and with them its parts of sharded weights."""
     sent = f"{result.processes} processes; each sent {_as_bytes(result.bytes_per_step)} a step, the gradients"
     if result.sharding is None:
         return sent

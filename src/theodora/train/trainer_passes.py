@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from theodora.errors import ConfigError
+from theodora.kernels.attention_backends import attention_of_new_lengths
 from theodora.kernels.graph import GraphedStep
 from theodora.layers.experts import AdaptedExperts
 from theodora.train.flattened import Costs, Flatten, Shape, choose, lengths_of
@@ -127,7 +129,8 @@ class PassOverrides(LossOverrides):
         """The forward and backward pass of a batch, or of a piece of one: its share of the step's loss."""
         tensors = self._graph_inputs(inputs, num_items_in_batch)
         if tensors is None or self._graphed is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with nullcontext() if self.args.packing else attention_of_new_lengths(inputs["input_ids"].shape[1]):
+                return super().training_step(model, inputs, num_items_in_batch)
         if callable(getattr(self.optimizer, "train", None)):  # some keep other weights for evaluation
             self.optimizer.train()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         loss, sums = self._graphed(tensors)

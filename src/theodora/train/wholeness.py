@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState
 
 from theodora.adapters.state import find_state
 from theodora.files.atomic import atomic_write, flush
-from theodora.files.model_folder import INDEX
+from theodora.files.model_folder import INDEX, is_whole_model
 from theodora.files.ours import CHECKPOINT, MARK, changes, mark_written
 from theodora.files.read_back import TOKENIZER_NAME, check_model, check_tokenizer, unlike
 from theodora.train.inputs import INPUTS_FILE
@@ -147,7 +147,7 @@ def _faults(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
 
 def _weights_of(checkpoint: Path) -> tuple[str, ...]:
     """The files of what was trained: an adapter, or a whole model."""
-    if not (checkpoint / _MODEL[0]).is_file() or (checkpoint / _ADAPTER[0]).is_file():
+    if not is_whole_model(checkpoint):
         return _ADAPTER
     return (_MODEL[0], INDEX) if (checkpoint / INDEX).is_file() else _MODEL
 
