@@ -167,3 +167,19 @@ def test_it_reads_what_was_read_in_training(template, turns, tmp_path):
     trained = tokenize_preferences(load_examples(path, kind="ranked"), tokenizer, max_length=200)
     found = encode_answered(asked, ANSWERS[:2], tokenizer)
     assert [list(parted(row)[0]["input_ids"]) for row in trained] == found
+
+
+def test_the_tools_of_a_prompt_are_read_as_in_training(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools else 'none' }}\n" + CHATML
+    tool = {"name": "add", "description": "a sum", "parameters": {"type": "object", "properties": {}}}
+    turns = [{"role": "user", "content": "1 + 1 ="}]
+    row = {"prompt": turns, "chosen": "2", "rejected": "3", "tools": [tool]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    examples = load_examples(tmp_path / "rows.jsonl", kind="ranked")
+    (trained,) = tokenize_preferences(examples, tokenizer, max_length=500)
+    for tools in ([tool], json.dumps([tool])):
+        assert encode_answered([turns], ["2"], tokenizer, [tools]) == [list(parted(trained)[0]["input_ids"])]
+    assert encode_answered([turns], ["2"], tokenizer, [None]) != encode_answered([turns], ["2"], tokenizer, [[tool]])
+    with pytest.raises(DataError, match="tools of a prompt cannot be read"):
+        encode_answered([turns], ["2"], tokenizer, ["no tools"])

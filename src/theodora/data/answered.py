@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from theodora.data.chat import ChatRenderer
 from theodora.data.messages import Message, assistant, user
+from theodora.data.notes import Notes, is_empty
 from theodora.data.prompts import is_verbatim, own_tokens
 from theodora.data.templates import TEMPLATE_ERRORS, Tools
+from theodora.data.tools import read_tools
 from theodora.errors import DataError
 
 
@@ -28,10 +29,10 @@ def encode_answered(
         prompts: of each answer, texts or messages, as `PromptRows` gives them.
         answers: their texts.
         tokenizer: the reward model's, whose chat template is used if it has one.
-        tools: on offer in each prompt, lists or JSON; none by default.
+        tools: on offer in each prompt, as the column of the file has them; none by default.
 
     Raises:
-        DataError: the chat template refuses one.
+        DataError: the chat template refuses one, or its tools are none.
     """
     if not prompts:
         return []
@@ -61,4 +62,8 @@ def _rendered(renderer: ChatRenderer, messages: list[Message], tools: Tools) -> 
 
 
 def _tools(value: Any) -> Tools:
-    return json.loads(value) if isinstance(value, str) and value else value or None
+    notes = Notes()
+    found = [] if is_empty(value) else read_tools(value, "tools", notes)
+    if notes.problems:
+        raise DataError(f"The tools of a prompt cannot be read: {'; '.join(notes.problems)}")
+    return found or None

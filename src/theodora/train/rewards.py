@@ -36,7 +36,9 @@ from theodora.adapters.models import best_device
 from theodora.autocast import computes_in_bf16
 from theodora.config import TrainConfig
 from theodora.data import PromptRows
+from theodora.data.formats import TOOLS
 from theodora.data.messages import Message, assistant
+from theodora.data.notes import spelling
 from theodora.data.prompt_layouts import REFERENCES, reference_text
 from theodora.data.prompt_rows import REFERENCE
 from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list, shown
@@ -336,7 +338,8 @@ def _unique(names: list[str]) -> list[str]:
 
 def _scored(scorer: Scorer, batch: _Batch) -> list[float]:
     """The scores of a reward model, which reads prompt and completion."""
-    return scorer(batch.prompts, batch.texts, batch.columns.get("tools", ())).tolist()
+    tools = next((values for name, values in batch.columns.items() if spelling(name) in TOOLS), ())
+    return scorer(batch.prompts, batch.texts, tools).tolist()
 
 
 def _format(expression: Any, timeout: float, batch: _Batch) -> list[float]:
