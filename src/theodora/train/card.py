@@ -109,7 +109,8 @@ def _samples(result: TrainResult) -> str:
     if not result.samples:
         return ""
     rows = [f"| {markdown(s.prompt)} | {markdown(s.before)} | {markdown(s.after)} |" for s in result.samples]
-    return "\n\n" + "\n".join(["| asked | before | after |", "|---|---|---|", *rows])
+    head = "scored" if result.objective == "reward" else "asked"
+    return "\n\n" + "\n".join([f"| {head} | before | after |", "|---|---|---|", *rows])
 
 
 def _experts(result: TrainResult) -> str:

@@ -152,8 +152,9 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(line, markup=False)
     if result.stops is not None:
         console.print("It " + describe_stops(result))
+    asked = "Scored" if result.objective == "reward" else "Asked"
     for sample in result.samples:
-        console.print(Text.assemble(("\nAsked: ", "dim"), plain(_short(sample.prompt, _PROMPT))))
+        console.print(Text.assemble((f"\n{asked}: ", "dim"), plain(_short(sample.prompt, _PROMPT))))
         console.print(Text.assemble(("before ", "dim"), plain(_short(sample.before, _ANSWER))))
         console.print(Text.assemble(("after  ", "dim"), (plain(_short(sample.after, _ANSWER)), "bold")))
     for note in notes:

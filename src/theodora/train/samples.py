@@ -61,17 +61,20 @@ def scores_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: 
     pairs = [parted(row) for row in rows.select(range(min(_ROWS, len(rows))))]
     found = scores(model, [sequence["input_ids"] for pair in pairs for sequence in pair]).tolist()
     return [
-        (
-            "\n".join(_answer(tokenizer, *each) for each in zip(("better", "worse"), pair, strict=True)),
-            f"better {better:.3f}, worse {worse:.3f}",
-        )
+        (_in_words(tokenizer, *pair), f"better {better:.3f}, worse {worse:.3f}")
         for pair, better, worse in zip(pairs, found[::2], found[1::2], strict=True)
     ]
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, name: str, sequence: dict[str, list[int]]) -> str:
-    own = [token for token, label in zip(sequence["input_ids"], sequence["labels"], strict=True) if label != IGNORED]
-    return f"{name}: {str(tokenizer.decode(own, skip_special_tokens=True)).strip()}"
+def _in_words(tokenizer: PreTrainedTokenizerBase, better: dict[str, list[int]], worse: dict[str, list[int]]) -> str:
+    """What both answer, and the answers."""
+
+    def text(sequence: dict[str, list[int]], learned: bool) -> str:
+        both = zip(sequence["input_ids"], sequence["labels"], strict=True)
+        ids = [token for token, label in both if (label != IGNORED) == learned]
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    return f"{text(better, False)}\nbetter: {text(better, True)}\nworse: {text(worse, True)}"
 
 
 def paired(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> tuple[Sample, ...]:
