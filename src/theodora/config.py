@@ -46,9 +46,10 @@ WITH_REFERENCE = ("dpo", "ipo", "kto", "grpo")
 QuantizeTo = Literal["none", "nf4", "int8", "int4", "fp8"]
 GENERAL_ROWS, GENERAL_LENGTH = 64, 256
 """Texts, and tokens of each, that the loss on general text is measured on: 16,384 tokens at most."""
-_RATE, _RATE_OF_PREFERENCES = 5e-4, 5e-5
+_RATE, _RATE_OF_SCORES, _RATE_OF_PREFERENCES = 5e-4, 1e-4, 5e-5
 _RATE_OF_FULL = 0.04
-"""Of the other rate: 2e-5, and 2e-6 of preferences. What moves all weights at once forgets at an adapter's rate."""
+"""Of the other rate: 2e-5, 4e-6 of scores, 2e-6 of preferences. What moves all weights at once forgets at an adapter's
+rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class TrainConfig:
     """What dpo, ipo, kto and grpo compare the model with: base, or the folder of an adapter of it. Default:
     what training starts from. A folder alone is gone on from, too."""
     reward: tuple[str, ...] = ()
-    """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, or path/to/file.py:function, several with
-    reward_weights. A recipe cannot name a file: the flag can, and Python."""
+    """What grpo rewards: exact_match, token_f1, format:REGEX, length:TOKENS, the folder of a reward model, or
+    path/to/file.py:function, several with reward_weights. A recipe cannot name a file: the flag can, and Python."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward in their sum. Default: 1 each."""
     reward_timeout: float = 60.0
@@ -125,8 +126,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Forward and backward passes in one optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 0.0005; with another objective than sft 0.00005; with method full 0.00002 and
-    0.000002."""
+    """Peak learning rate. Default: 0.0005; with the objective reward 0.0001, with another than sft 0.00005; with
+    method full a twenty-fifth of that."""
     lr_scheduler_type: str = "cosine"
     """Course of the learning rate: cosine, linear, constant_with_warmup, or another of transformers' schedules."""
     warmup_steps: float = 0.03
@@ -202,7 +203,7 @@ class TrainConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.learning_rate is None:
-            rate = _RATE if self.objective == "sft" else _RATE_OF_PREFERENCES
+            rate = {"sft": _RATE, "reward": _RATE_OF_SCORES}.get(self.objective, _RATE_OF_PREFERENCES)
             object.__setattr__(self, "learning_rate", rate * (_RATE_OF_FULL if self.trains_all else 1))
         object.__setattr__(self, "reward_weights", tuple(map(_as_number, self.reward_weights)))
         if self.max_steps == -1:  # what transformers writes for "not set"
@@ -267,7 +268,7 @@ class TrainConfig:
         if self.objective == "grpo" and not self.reward:
             yield (
                 "reward is missing, and the objective is grpo; expected some of exact_match, token_f1, format:REGEX, "
-                "length:TOKENS, path/to/file.py:function"
+                "length:TOKENS, the folder of a reward model, path/to/file.py:function"
             )
         if self.objective != "grpo":
             for name in ("reward", "reward_weights"):
@@ -290,6 +291,8 @@ class TrainConfig:
             yield f"train_on is all, and {what} is about answers alone"
         if self.replay is not None:
             yield f"replay is given, and {what} learns no plain text"
+        if self.objective == "reward" and self.general is not None:
+            yield f"general is given, and {what} has a head for scores alone: it predicts no text to measure a loss on"
         if self.reference is not None and self.objective not in WITH_REFERENCE:
             yield f"reference is {shown(self.reference)}, and {what} compares with nothing"
 

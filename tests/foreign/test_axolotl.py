@@ -115,6 +115,11 @@ def test_what_axolotl_does_by_default_is_written(translated, told):
         ("rl: dpo\nrl_beta: 0.2", {"objective": "dpo", "beta": 0.2}),
         ("rl: simpo\nsimpo_gamma: 0.5", {"objective": "simpo", "simpo_gamma": 0.5}),
         ("rl: kto\nkto_desirable_weight: 0.5", {"objective": "kto", "desirable_weight": 0.5}),
+        (
+            "reward_model: true\nnum_labels: 1\ncenter_rewards_coefficient: 0.01",
+            {"objective": "reward", "center_rewards_coefficient": 0.01},
+        ),
+        ("reward_model: false", {}),
         ("micro_batch_size: 4\nbatch_size: 12", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
         ("fsdp: [full_shard, auto_wrap, offload]", {"sharding": "fsdp2", "cpu_offload": True}),
         ("fsdp_version: 2\nfsdp_config: {offload_params: true, auto_wrap_policy: X}", {"cpu_offload": True}),

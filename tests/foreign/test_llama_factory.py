@@ -150,6 +150,7 @@ def test_fields_with_a_counterpart(lines, options, translated):
         ("stage: dpo\npref_loss: orpo", {"objective": "orpo"}),
         ("stage: dpo\npref_loss: simpo\nsimpo_gamma: 0.5", {"objective": "simpo", "simpo_gamma": 0.5, "beta": 0.1}),
         ("stage: kto\nkto_chosen_weight: 2.0", {"objective": "kto", "desirable_weight": 2.0}),
+        ("stage: rm", {"objective": "reward"}),
         ("stage: dpo\nref_model_adapters: runs/first", {"reference": "runs/first"}),
     ],
 )
@@ -208,7 +209,7 @@ def test_reports_that_leave_the_machine_are_flags(translated, told):
     ("old", "new", "words"),
     [
         ("stage: sft", "stage: sft\nfinetuning_type: freeze", "would train some weights of the model"),
-        ("stage: sft", "stage: rm", "stage is 'rm'"),
+        ("stage: sft", "stage: ppo", "stage is 'ppo'"),
         ("stage: sft", "stage: dpo\npref_loss: kto_pair", "pref_loss is 'kto_pair'"),
         ("dataset: rows\n", "", "dataset is missing"),
         ("stage: sft", "stage: sft\nadapter_name_or_path: a,b", "names 2 adapters"),

@@ -86,6 +86,10 @@ def test_pairs_and_judged_answers_and_prompts(tmp_path, tiny_model_dir):
         ("better answer", "goo"),
         ("worse answer", "bad"),
     ]
+    long = {"prompt": "q", "chosen": "good", "rejected": "bad" * 20}
+    ranked = write(tmp_path / "r.jsonl", *[{"prompt": "q", "chosen": "good", "rejected": "bad"}, long])
+    shown = look_at_data(ranked, model, objective="reward", max_length=64)["shown"]
+    assert [row["problem"] for row in shown] == ["", "dropped: longer than 64 tokens"]
     judged = write(tmp_path / "j.jsonl", *({"prompt": "q", "completion": f"a{i}", "label": i == 0} for i in range(3)))
     names = [row["parts"][0]["name"] for row in look_at_data(judged, model, objective="kto")["shown"]]
     assert names == ["good answer", "bad answer", "bad answer"]

@@ -1,6 +1,7 @@
 """The loss from the hidden states is the model's own and TRL's, and the record of a run is the same with it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,10 +208,11 @@ def test_a_wrapper_does_not_hide_that_the_model_is_in_evaluation_mode(monkeypatc
     made.model.eval()
     assert wrapper.training
     made.why_no_graph, made.guard, made.outcome = "not here", None, None
+    made.args, batch = SimpleNamespace(packing=False), {"input_ids": torch.ones(1, 2, dtype=torch.long)}
     made.pieces = lambda inputs, *args: made.one_pass(inputs, *args)
-    made.training_step(wrapper, {})
+    made.training_step(wrapper, dict(batch))
     assert made.model.training
     calls = []
     made.model.train = calls.append
-    made.training_step(wrapper, {})
+    made.training_step(wrapper, dict(batch))
     assert not calls  # and afterwards nothing is walked through again

@@ -332,7 +332,6 @@ class TestWhatMakesNoSense:
             ({"neftune_noise_alpha": 5}, "noise"),
             ({"truncation_mode": "keep_end"}, "cut at their end"),
             ({"objective": "sft", "beta": 0.1}, "beta; it belongs to --objective dpo"),
-            ({"objective": "reward"}, "not built yet"),
         ],
     )
     def test_options(self, others, told, prefer):

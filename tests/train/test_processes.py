@@ -26,7 +26,7 @@ SKIPS = {"max_loss": 5.97, "on_nan": "skip", "held_out": 2, "learning_rate": 1e-
 SHORT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 FIGURES = (
     *("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy", "step"),
-    "general_loss",
+    *("general_loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "eval_min_reward"),
 )
 OF_GRPO = (
     *("loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "step", "entropy", "kl", "eval_kl", "reward"),
@@ -93,10 +93,11 @@ def kinds(folder):
         for wrong in (0, 1)
     ]
     preferences = {}
-    for objective, rows in {"dpo": pairs, "kto": judged}.items():
+    for objective, rows in {"dpo": pairs, "kto": judged, "reward": pairs}.items():
         path = folder / f"{objective}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        preferences[objective] = {"objective": objective, "data": str(path), "beta": 0.5, "held_out": 2, "max_steps": 4}
+        preferences[objective] = {"objective": objective, "data": str(path), "held_out": 2, "max_steps": 4}
+        preferences[objective] |= {} if objective == "reward" else {"beta": 0.5}
     asked = folder / "asked.jsonl"
     asked.write_text("".join(json.dumps({"prompt": "say " + "so " * n}) + "\n" for n in range(5)))
     grpo = {"objective": "grpo", "reward": [reward("low")], "num_generations": 4, "max_completion_length": 8}
@@ -178,7 +179,7 @@ def four(base, folder):
     return launch(4, [Scenario("four", options)], folder)["four"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "replay", "dpo", "kto"])
+@pytest.mark.parametrize("kind", [*KINDS, "replay", "dpo", "kto", "reward"])
 def test_two_processes_trace_one_with_twice_the_accumulation(kind, kinds, two, folder, run, base, tmp_path):
     assert [found["error"] for found in two[kind]] == [None, None], two[kind]
     run(**said(base | kinds[kind] | {"gradient_accumulation_steps": 2, "output": str(tmp_path / "one")}))

@@ -24,6 +24,7 @@ from theodora.files.adapter import AdapterFile, AdapterTensors, read_adapter
 from theodora.files.fingerprint import SAME_BASE, check_fingerprint
 from theodora.files.finite import finite
 from theodora.files.in_full import missing_in_full
+from theodora.files.peft_config import SCORES_TEXTS
 from theodora.layers import LowRank, base_weight, cannot_adapt, start_values
 from theodora.layers.base_weights import filter_shape
 from theodora.layers.experts import ExpertParameter, named_places, place_at
@@ -128,6 +129,7 @@ def check_fit(model: nn.Module, file: AdapterFile, resized: Mapping[str, Tensor]
             + (f", for {file.task}" if file.task not in (None, task_type(model, [])) else "")
             + ":"
             + bullet_list(problems, _MISSES_TOLD)
+            + (f"\nIt {SCORES_TEXTS}" if file.heads is not None and task_type(model, []) == "CAUSAL_LM" else "")
         )
     distance = check_fingerprint(file, lambda path: module_fingerprint(modules[path]) if path in modules else None)
     if distance > SAME_BASE:

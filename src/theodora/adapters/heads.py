@@ -49,7 +49,7 @@ def with_heads(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     Raises:
         ConfigError: new modules are named as targets of low rank, or left out by name: their base would be lost.
     """
-    heads, new = _heads(model), _new_modules(model)
+    heads, new = head_paths(model), _new_modules(model)
     wanted = list(dict.fromkeys([*heads, *new]))
     covered = set(find_modules_to_save(model, config.modules_to_save))
     wanted = [path for path in wanted if not any(_within(path, above) for above in covered)]
@@ -70,7 +70,7 @@ def _head_task(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if any(name.endswith(end) for name in names)), None)
 
 
-def _heads(model: nn.Module) -> list[str]:
+def head_paths(model: nn.Module) -> list[str]:
     """Paths of the modules around the backbone of a model for a task of PEFT's."""
     return [] if _head_task(model) is None else _around_backbone(model)
 

@@ -14,6 +14,7 @@ from theodora.adapters.state import (
     STATE,
     AdapterState,
     Model,
+    active_name,
     check_name,
     find_state,
     full_parameters,
@@ -104,6 +105,19 @@ def add_adapter(
     note_fingerprint(model, name)
     add_hooks(model)
     teach_trainers(model)
+
+
+def train_heads(model: nn.Module) -> None:
+    """Let the active adapter train the heads of a model for a task, too, where it was made for a language model."""
+    state = require_state(model)
+    name = active_name(state, None)
+    config, full = with_heads(model, state.configs[name]), state.full[name]
+    for path, parameter in full_parameters(model, config, state).items():
+        if path not in full:
+            full[path] = nn.Parameter(parameter.detach().clone())
+            state.originals.setdefault(path, parameter)
+    state.configs[name] = config
+    set_adapter(model, name)
 
 
 def _build(model: nn.Module, config: AdapterConfig, paths: list[str]) -> dict[str, LowRank]:

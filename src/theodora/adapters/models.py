@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from theodora.adapters.heads import head_paths
 from theodora.adapters.load import load_adapter, load_report
 from theodora.adapters.quantize import quantize_base
 from theodora.adapters.quantized import loading_options, quantization_of, trained_on
+from theodora.adapters.scoring import set_padding
 from theodora.adapters.state import find_state
 from theodora.errors import CheckpointError, ConfigError, TheodoraError, bullet_list
 from theodora.files.adapter import read_trained_on
-from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone
+from theodora.files.classes import auto_classes, capped_attention, check_kernels, model_alone, scoring_class
 from theodora.files.distrust import expanded
 from theodora.files.fingerprint import SAME_BASE
 from theodora.files.generation import set_ends
@@ -30,6 +32,8 @@ from theodora.files.model_folder import (
     is_adapter_folder,
     not_here,
 )
+from theodora.files.peft_config import check_continues_text
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers.libraries import prepare, why_damaged
 
@@ -46,6 +50,7 @@ def load_model_and_tokenizer(
     device: str | torch.device | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     quantize: str | None = None,
+    scores: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, with its adapter if there is one.
 
@@ -63,6 +68,8 @@ def load_model_and_tokenizer(
         model_kwargs: more arguments for transformers' `from_pretrained`.
         quantize: what the frozen weights are quantised to as they are loaded: nf4, int8, int4, fp8, or none. Default:
             as they were while the adapter was trained; none without an adapter. (`base_note` says which.)
+        scores: load a model that gives a text one number, a reward model, with the token that pads in its configuration
+            and the tokenizer.
 
     Raises:
         ConfigError: an unknown dtype, or what the quantisation wants is not there.
@@ -76,6 +83,8 @@ def load_model_and_tokenizer(
             )
         model, adapter = base_model_of(model), model
         named = adapter
+    if adapter is not None and not scores:
+        check_continues_text(adapter)
     place, on = torch.device(device or best_device()), None if adapter is None else read_trained_on(adapter)
     remembered = quantize is None and on is not None and on.quantize is not None
     if on is not None and quantize in (None, on.quantize) and dtype == "auto":
@@ -96,10 +105,14 @@ def load_model_and_tokenizer(
             device=place,
             adapted=adapter is not None,
             remembered=remembered,
+            scores=scores,
         )
     if adapter is not None:
         load_adapter(loaded, adapter)
-    set_ends(loaded, tokenizer)
+    if scores:
+        set_padding(loaded, tokenizer)
+    else:
+        set_ends(loaded, tokenizer)
     return move(loaded, place).eval(), tokenizer
 
 
@@ -142,6 +155,7 @@ def load_model(
     remembered: bool = False,
     plain_for: str | None = None,
     sharded: bool = False,
+    scores: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, a plain one on the CPU. Arguments and errors as in `load_model_and_tokenizer`.
 
@@ -159,6 +173,7 @@ def load_model(
         remembered: whether `quantize` is what an adapter remembers: a folder of quantised weights is taken as it is.
         plain_for: what is going to be done to plain weights: a folder of quantised ones is refused with it.
         sharded: whether its weights are going to be cut over processes, for which NF4 is stored otherwise.
+        scores: whether the model is to give a text one number. Its head is new where the folder has none.
     """
     dtype = DTYPES.get(dtype, dtype)
     if dtype not in ("auto", *DTYPES.values()):
@@ -169,7 +184,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model, **options)
         check_kernels(config, model, trust_remote_code=trust_remote_code)
-        classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
+        if scores:
+            classes, keep = [scoring_class(config, model)], (*keep, *PEFTS_HEADS["SEQ_CLS"])
+        else:
+            classes = auto_classes(config, model, trust_remote_code=trust_remote_code)
         options |= {
             "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
             "use_safetensors": True,  # the other format is a pickle
@@ -190,6 +208,7 @@ def load_model(
                 plain_for=plain_for,
                 sharded=sharded,
             ),
+            **({"num_labels": 1} if scores else {}),
             **(model_kwargs or {}),
         }
         with bounded:
@@ -202,11 +221,13 @@ def load_model(
         why = bullet_list(damaged_weights(expanded(model))) or f" {error}"
         if is_adapter_folder(expanded(model)):  # transformers 5.17 looks at it in spite of `model_alone`
             why += "\nAn adapter lies beside the model; move its adapter_config.json into a folder of its own."
-        raise CheckpointError(f"{model} does not load as a causal language model:{why}") from error
+        kind = "a model that scores texts" if scores else "a causal language model"
+        raise CheckpointError(f"{model} does not load as {kind}:{why}") from error
     loaded, info = result
-    if info["missing_keys"]:
+    heads = tuple(f"{path}." for path in head_paths(loaded)) if scores else ()
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(heads))
+    if missing:
         # transformers would go on with random values in their place.
-        missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{model} lacks {len(missing)} tensors of a {type(loaded).__name__}: {', '.join(missing[:5])}"
             + (", …" if len(missing) > 5 else "")

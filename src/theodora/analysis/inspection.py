@@ -195,7 +195,7 @@ def _open_base(
     """The base model if it is at hand and fits. One that was asked for must."""
     try:
         folder = find_base(str(base_model or file.base_model or ""))
-        base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
+        base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code, heads=file.heads)
         plan_merge(base, file, None)
     except CheckpointError as error:
         if base_model is not None:

@@ -124,7 +124,12 @@ def inspect_run(
     folder, states, notes = find_states(path)
     with ExitStack() as stack:
         sources = [_open(state, trust_remote_code, stack) for state in states]
-        base = BaseCheckpoint(_base_folder(folder, sources, base_model), trust_remote_code=trust_remote_code)
+        heads = next((source.heads for source in sources if isinstance(source, AdapterFile)), None)
+        if heads is not None:
+            notes.append("The head that scores texts is not the base's: its change is from the first checkpoint on.")
+        base = BaseCheckpoint(
+            _base_folder(folder, sources, base_model), trust_remote_code=trust_remote_code, heads=heads
+        )
         stack.callback(base.close)
         warnings: list[str] = []
         wanted = [_modules(base, state, source, notes, warnings) for state, source in zip(states, sources, strict=True)]

@@ -65,10 +65,13 @@ def run(args: argparse.Namespace) -> int:
         from theodora.adapters.models import load_model
         from theodora.files.adapter import read_adapter
         from theodora.files.model_folder import has_tokenizer
+        from theodora.files.peft_config import check_continues_text
         from theodora.files.read_back import save_tokenizer
         from theodora.files.tokenizer import load_tokenizer
         from theodora.merging.combine import combine_adapters
 
+    for folder in args.adapters:
+        check_continues_text(folder)
     first, trusted = args.adapters[0], args.trust_remote_code
     base = args.base_model or read_adapter(first).base_model
     if base is None:

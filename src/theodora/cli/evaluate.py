@@ -31,7 +31,7 @@ from theodora.cli.imports import imports
 from theodora.errors import UsageError
 
 if TYPE_CHECKING:
-    from theodora.evaluate import PreferenceScores, Scores
+    from theodora.evaluate import PreferenceScores, RewardScores, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,18 +112,22 @@ def run(args: argparse.Namespace) -> int:
         from theodora.adapters.models import best_device, load_model_and_tokenizer
         from theodora.cli.console import print_json, say_base, stderr, stdout
         from theodora.data import load_examples
-        from theodora.evaluate import evaluate, evaluate_preferences
+        from theodora.evaluate import evaluate, evaluate_preferences, evaluate_reward_model
         from theodora.evaluate.harness import check_harness, run_harness
         from theodora.evaluate.labels import labels_of
         from theodora.evaluate.metrics import load_metric
+        from theodora.files.model_folder import is_scorer
         from theodora.kernels.ahead import begin_with_gpu
 
     metrics = {where.rpartition(":")[2]: load_metric(where) for where in args.metric}
     if args.lm_eval:
         check_harness()
+    judges = is_scorer(args.adapter or args.model)
+    if judges:
+        _check_of_scorer(args)
     begin_with_gpu(best_device())
     answered = bool(args.labels or args.f1 or args.metric or args.rows or args.base)
-    examples = load_examples(args.data, split=args.split, kind="answers" if answered else "any")
+    examples = load_examples(args.data, split=args.split, kind="ranked" if judges else "answers" if answered else "any")
     compares = examples.format in ("preference", "unpaired")
     if args.limit:
         examples = examples.with_dataset(examples.dataset.select(range(min(args.limit, len(examples)))))
@@ -138,12 +142,18 @@ def run(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
             quantize=args.quantize,
+            scores=judges,
         )
     say_base(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
 
         def scored(model: Any, whose: str) -> Any:
+            if judges:
+                template = False if args.no_chat_template else None
+                return evaluate_reward_model(
+                    model, tokenizer, examples, max_length=args.max_length, use_chat_template=template
+                )
             same: dict[str, Any] = {
                 "batch_size": args.batch_size,
                 "max_length": args.max_length,
@@ -204,19 +214,37 @@ def _check(args: argparse.Namespace) -> None:
         check_free(args.rows)
 
 
-def _table(scores: Scores | PreferenceScores, base: Scores | None, tasks: dict[str, dict[str, float]]):  # -> rich Table
+def _check_of_scorer(args: argparse.Namespace) -> None:
+    """Refuse what is asked of answers, which a reward model does not write."""
+    asked = {"labels": args.labels, "f1": args.f1, "metric": args.metric, "lm-eval": args.lm_eval, "rows": args.rows}
+    asked["base"] = args.base is not None
+    given = [f"--{name}" for name, value in asked.items() if value]
+    if given:
+        raise UsageError(
+            f"{args.adapter or args.model} scores texts, as a reward model does, and writes no answers: "
+            f"{' and '.join(given)} cannot be had of it; expected a file of pairs alone"
+        )
+
+
+def _table(  # -> rich Table
+    scores: Scores | PreferenceScores | RewardScores, base: Scores | None, tasks: dict[str, dict[str, float]]
+):
     from rich.table import Table
 
-    from theodora.evaluate import Scores
+    from theodora.evaluate import RewardScores, Scores
 
-    rows = _rows(scores) if isinstance(scores, Scores) else _preference_rows(scores)
+    if isinstance(scores, RewardScores):
+        rows = _rows_of_scorer(scores)
+    else:
+        rows = _rows(scores) if isinstance(scores, Scores) else _preference_rows(scores)
     if base is not None:
         rows = [
             ("", "base", "model"),
             *((what, was, now) for (what, now), (_, was) in zip(rows, _rows(base), strict=True)),
         ]
     rows += [(f"{task} {name}", f"{value:.4g}") for task, values in tasks.items() for name, value in values.items()]
-    rows += [("predicted tokens", f"{scores.tokens:,}"), ("seconds", f"{scores.seconds:,.1f}")]
+    tokens = "tokens" if isinstance(scores, RewardScores) else "predicted tokens"
+    rows += [(tokens, f"{scores.tokens:,}"), ("seconds", f"{scores.seconds:,.1f}")]
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
     for _ in range(max(map(len, rows)) - 1):
@@ -236,6 +264,17 @@ def _rows(scores: Scores) -> list[tuple[str, ...]]:
     rows += [(name, f"{value:.1%}") for name, value in shares.items() if value is not None]
     rows += [(name, f"{value:.4g}") for name, value in scores.metrics.items()]
     return [*rows, ("rows", f"{scores.rows:,}")]
+
+
+def _rows_of_scorer(scores: RewardScores) -> list[tuple[str, ...]]:
+    return [
+        ("better answer scores higher", f"{scores.accuracy:.1%}"),
+        ("margin", f"{scores.margin:.4f}"),
+        ("score of better answers", f"{scores.better:.4f}"),
+        ("score of worse answers", f"{scores.worse:.4f}"),
+        ("least and largest score", f"{scores.lowest:.4f}  {scores.highest:.4f}"),
+        ("pairs", f"{scores.pairs:,}"),
+    ]
 
 
 def _preference_rows(scores: PreferenceScores) -> list[tuple[str, ...]]:

@@ -145,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
         console.print("Note: " + note, markup=False, style="yellow", soft_wrap=True)
     files = "1 weight file" if report.files == 1 else f"{report.files} weight files"
     console.print(f"\n{report.output}  ({report.bytes / 1e6:,.0f} MB, {files})", markup=False, soft_wrap=True)
+    if report.scores:
+        return 0
     console.print(
         ("It is quantised as its base is." if report.onto == "quantised" else "It is a plain model now.")
         + " Score it with\n"

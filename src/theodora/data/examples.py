@@ -10,9 +10,10 @@ from datasets import Dataset
 from theodora.data.left_out import LeftOut
 
 Format = Literal["prompt-completion", "messages", "sharegpt", "alpaca", "text", "preference", "unpaired", "prompts"]
-Kind = Literal["answers", "pairs", "judged", "prompts", "any"]
-"""What rows are to be read as: answers to learn, pairs of a better and a worse one, answers with a verdict, prompts
-for answers of the model's own; or as what their columns say."""
+Kind = Literal["answers", "pairs", "ranked", "judged", "prompts", "any"]
+"""What rows are to be read as: answers to learn, pairs of a better and a worse one, the same with by how much it is
+better (`margin`) where they say so, answers with a verdict, prompts for answers of the model's own; or as what their
+columns say."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Examples:
     """Rows to train or evaluate on, in one shape whatever the file's own was.
 
     The columns of `dataset` are `prompt` and `completion` (both strings, or both lists of messages), or `messages`, or
-    `text`; of preferences `prompt`, `chosen` and `rejected`, of judged answers also `label`. Prompts have their
-    reference as `completion` (empty without one), and `columns`, the row as it was, as JSON. Beside
+    `text`; of preferences `prompt`, `chosen` and `rejected` (and `margin` perhaps), of judged answers also `label`.
+    Prompts have their reference as `completion` (empty without one), and `columns`, the row as it was, as JSON. Beside
     conversations there may be `tools`. A message is a dict with `role` and, usually, `content`.
     """
 

@@ -27,6 +27,7 @@ from theodora.data.preference import (
     recognise_any,
     recognise_judged,
     recognise_pairs,
+    recognise_ranked,
 )
 from theodora.data.problems import Problems, listed
 from theodora.data.prompt_layouts import explain_no_prompt, recognise_prompts
@@ -45,6 +46,7 @@ _PREFERRED = (*PREFERENCES, *PREFERENCES.values(), "rejected_response", "rejecte
 _RECOGNISED: dict[Kind, tuple[Callable[..., Layout | None], Callable[[Row], str]]] = {
     "answers": (recognise, explain_unknown),
     "pairs": (recognise_pairs, explain_no_pairs),
+    "ranked": (recognise_ranked, explain_no_pairs),
     "judged": (recognise_judged, explain_not_judged),
     "prompts": (recognise_prompts, explain_no_prompt),
     "any": (recognise_any, explain_unknown),
@@ -64,7 +66,8 @@ def load_examples(source: str | Path, *, split: str | None = None, kind: Kind = 
             folder written by `datasets.save_to_disk`, or the name of a dataset on the Hub (`owner/name` or
             `owner/name:config`; only this downloads anything).
         split: which split of a folder or dataset that has several. Default: `train`.
-        kind: what the rows are to be: answers, pairs (for DPO and its like), judged answers (for KTO), prompts (for
+        kind: what the rows are to be: answers, pairs (for DPO and its like), ranked ones (for reward
+            models: with a margin where rows have one), judged answers (for KTO), prompts (for
             GRPO) with whatever functions are to judge answers by, or any of the first three, as the first row has it.
 
     Returns:

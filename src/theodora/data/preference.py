@@ -7,8 +7,10 @@ conversations, Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …") is parted wh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Features, Json, List, Value
@@ -67,6 +69,33 @@ def recognise_pairs(row: Row, *, as_turns: bool = False) -> Layout | None:
         features=features,
         read=_text_reader(needed[0], rejected, prompt) if text else _turns_reader(chosen, rejected, prompt),
         skipped="pairs with an empty answer",
+    )
+
+
+def recognise_ranked(row: Row, *, as_turns: bool = False) -> Layout | None:
+    """The same of pairs that may say by how much the better answer is better, a number in a column `margin`."""
+    margin = next((name for name in row if spelling(name) == "margin"), None)
+    found = recognise_pairs({name: value for name, value in row.items() if name != margin}, as_turns=as_turns)
+    if found is None:
+        return None
+    layout, better, worse = found, *found.needed[-2:]
+
+    def read(row: Row, notes: Notes) -> Row | None:
+        made = layout.read({name: value for name, value in row.items() if name != margin}, notes)
+        if margin is None:
+            return made
+        notes.use(margin)
+        number = _number(row.get(margin))
+        if number is None:
+            notes.wrong(f"{margin!r} is {row.get(margin)!r}; expected a number: by how much {better!r} is better")
+        return None if made is None else {**made, "margin": number}
+
+    return replace(
+        layout,
+        sentence=lambda used: f"pairs:{_named(used, layout.needed)} {better!r} is to score higher than {worse!r}",
+        needed=layout.needed if margin is None else (*layout.needed, margin),
+        features=layout.features if margin is None else Features({**layout.features, "margin": Value("float32")}),
+        read=read,
     )
 
 
@@ -135,6 +164,15 @@ def _explain(row: Row, what: str, choices: Sequence[str]) -> str:
     if found is not None:
         lines.append(f"    These rows are {found.format}, which --objective sft learns.")
     return "\n".join(lines)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one that stands as text, as in CSV; None for anything else."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _verdict(value: Any, column: str, notes: Notes) -> bool:

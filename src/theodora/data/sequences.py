@@ -22,24 +22,32 @@ from theodora.data.tokens import Batches, Counts, Text, encoded_rows, lists, pro
 from theodora.errors import ConfigError, DataError
 from theodora.kernels.cross_entropy import IGNORED
 
+MARGIN = "margin"
 UNMATCHED = "unmatched"
 """The column of another row's completion."""
 
 
 def tokenize_preferences(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int, use_chat_template: bool | None = None
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    use_chat_template: bool | None = None,
+    cut: bool = True,
 ) -> Dataset:
     """Token ids and labels of preferences, as `tokenize` makes them of a prompt and each answer by itself.
 
     Args:
-        examples: from `load_examples` with `kind` "pairs" or "judged".
+        examples: from `load_examples` with `kind` "pairs", "ranked" or "judged".
         tokenizer: as in `tokenize`.
         max_length: most tokens in a sequence, prompt and answer together.
         use_chat_template: as in `tokenize`.
+        cut: whether longer sequences are cut at their end; else their rows are left out.
 
     Returns:
-        A dataset with `input_ids` and `labels` (int32, both sequences one behind the other), `lengths` (int32, 2), and
-        of judged answers `label` (bool). What was cut or dropped stands, in words, in its `info.description`.
+        A dataset with `input_ids` and `labels` (int32, both sequences one behind the other), `lengths` (int32, 2), of
+        judged answers `label` (bool), and of pairs that have one `margin` (float32). What was cut or dropped stands, in
+        words, in its `info.description`.
 
     Raises:
         DataError: the chat template refuses rows, or no row is left.
@@ -50,10 +58,16 @@ def tokenize_preferences(
     judged = examples.format == "unpaired"
     if judged:
         examples = _with_unmatched(examples)
-    batches = _Pairs(examples, tokenizer, max_length, use_chat_template, judged)
+    batches = _Pairs(examples, tokenizer, max_length, use_chat_template, judged, cut)
     tokenised = encoded_rows(batches, examples)
     if not len(tokenised) and len(examples):
         counts = batches.counts
+        if counts.long:
+            raise DataError(
+                f"{examples.source}: none of {len(examples):,} rows is of use: in {counts.long:,} an answer with its "
+                f"prompt is longer than max_length={max_length} (raise it), and {counts.equal:,} pairs have the same "
+                "answer twice"
+            )
         raise DataError(
             f"{examples.source}: none of {len(examples):,} rows is of use: {counts.equal:,} pairs have the same answer "
             f"twice, in {counts.dropped:,} an answer is cut off at max_length={max_length} (raise it), and of "
@@ -93,19 +107,22 @@ def _with_unmatched(examples: Examples) -> Examples:
 @dataclass
 class _PairCounts(Counts):
     equal: int = 0
+    long: int = 0
     judged: bool = False
     first: int = 0
     second: int = 0
 
     @property
     def are_worth_saying(self) -> bool:
-        return bool(self.equal) or super().are_worth_saying
+        return bool(self.equal or self.long) or super().are_worth_saying
 
     def describe(self, max_length: int, left_out: Sequence[LeftOut]) -> str:
         said = super().describe(max_length, left_out).rstrip(".")
         pairs = max(1, self.rows)
         if self.equal:
             said += f"; {self.equal:,} pairs dropped: both answers are the same tokens"
+        if self.long:
+            said += f"; {self.long:,} pairs dropped: longer than max_length={max_length}"
         if not self.judged:
             said += f"; an answer has {self.first / pairs:,.0f} tokens on average if it is the better one, and"
             said += f" {self.second / pairs:,.0f} if it is the worse"
@@ -124,12 +141,16 @@ class _Pairs(Batches):
         max_length: int,
         use_chat_template: bool | None,
         judged: bool,
+        cut: bool,
     ) -> None:
         super().__init__(examples, tokenizer, max_length, use_chat_template, "completion")
         self.counts = _PairCounts(judged=judged)
-        self.judged = judged
+        self.judged, self.cuts = judged, cut
+        self.own: dict[str, Any] = {"label": (Value("bool"), pa.bool_())} if judged else {}
+        if MARGIN in examples.dataset.column_names:
+            self.own[MARGIN] = Value("float32"), pa.float32()
         self.answers = ("completion", UNMATCHED) if judged else ("chosen", "rejected")
-        self.more_columns = {"lengths": List(Value("int32")), **({"label": Value("bool")} if judged else {})}
+        self.more_columns = {"lengths": List(Value("int32")), **{name: kind for name, (kind, _) in self.own.items()}}
 
     def encode(self, table: Any, indices: list[int]) -> Any:
         """One batch, as a pyarrow table; a row gives one row or none."""
@@ -143,11 +164,16 @@ class _Pairs(Batches):
             if pair[0] is not None and pair[1] is not None:
                 texts += [pair[0], pair[1]]
                 kept.append(row)
-        sequences = [self._cut(ids, labels) for ids, labels in self.tokenised(texts)]
+        whole = [*self.tokenised(texts)]
+        long = [not self.cuts and len(ids) > self.max_length for ids, _ in whole]
+        sequences = [self._cut(ids, labels) for ids, labels in whole]
         made: list[tuple[Tokens, Tokens, int, dict[str, Any]]] = []
-        for first, second, row in zip(sequences[::2], sequences[1::2], kept, strict=True):
+        for number, row in enumerate(kept):
+            first, second = sequences[2 * number : 2 * number + 2]
             learned = [int(np.count_nonzero(labels != IGNORED)) for _, labels in (first, second)]
-            if not all(learned):
+            if any(long[2 * number : 2 * number + 2]):
+                self.counts.long += 1
+            elif not all(learned):
                 self.counts.dropped += 1
             elif not self.judged and np.array_equal(first[0], second[0]):
                 self.counts.equal += 1
@@ -161,12 +187,11 @@ class _Pairs(Batches):
             "labels": lists([labels for _, labels, _, _ in made]),
             "lengths": lists(lengths),
         }
-        if self.judged:
-            columns["label"] = pa.array([row["label"] for _, _, _, row in made], pa.bool_())
+        columns |= {name: pa.array([row[name] for *_, row in made], kind) for name, (_, kind) in self.own.items()}
         return pa.table(columns)
 
     def _cut(self, ids: Tokens, labels: Tokens) -> tuple[Tokens, Tokens]:
-        self.counts.cut += len(ids) > self.max_length
+        self.counts.cut += self.cuts and len(ids) > self.max_length
         labels = labels[: self.max_length].copy()
         labels[:1] = IGNORED  # nothing before it predicts it
         return ids[: self.max_length], labels

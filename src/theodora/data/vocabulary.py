@@ -56,7 +56,7 @@ def safe_padding(model: Any, tokenizer: Any) -> int:
     """
     have, pad = model_rows(model), tokenizer.pad_token_id
     safe = pad if pad is not None and pad < have else 0
-    every: list[Any] = [model.config, model.config.get_text_config(), model.generation_config]
+    every: list[Any] = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
     for settings in filter(None, every):
         if (getattr(settings, "pad_token_id", None) or 0) >= have:
             settings.pad_token_id = safe

@@ -39,7 +39,7 @@ from theodora.files.generation import copy_manners, ends_elsewhere
 from theodora.files.model_folder import DTYPES
 from theodora.files.names import CONFIG_NAME, WEIGHTS_NAME
 from theodora.files.ours import mark_written
-from theodora.files.peft_config import read_peft_config
+from theodora.files.peft_config import check_continues_text, read_peft_config
 from theodora.files.read_back import copy_file, write_json
 from theodora.locks import temporary_folder
 from theodora.merging.checkpoint import merge_checkpoint
@@ -267,6 +267,7 @@ def export_adapter(
     _check_options(form, dtype, lora_rank, llama_cpp)
     output = Path(output).expanduser().absolute()
     file = read_adapter(adapter)
+    check_continues_text(adapter)
     base_model = base_model or _original(file, form)
     check_output(output, form, overwrite, {"adapter": file.path, **_known_base(base_model or file.base_model)})
     job = Job(file, output, base_model, dtype, Path(llama_cpp) if llama_cpp else None, trust_remote_code, quantize)

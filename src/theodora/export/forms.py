@@ -30,6 +30,7 @@ from theodora.files.adapter import read_adapter
 from theodora.files.base_model import BaseCheckpoint, find_base, read_config
 from theodora.files.folder import OpenFile
 from theodora.files.model_folder import DTYPES, base_model_of, has_tokenizer, is_adapter_folder
+from theodora.files.peft_config import check_continues_text
 from theodora.files.quantised_store import quantisation_of
 from theodora.files.tokenizer import load_tokenizer
 from theodora.layers import AdapterLayer
@@ -137,6 +138,7 @@ def open_form(
         header = read_gguf_header(path)
         model, tokenizer, note = load_gguf(path, dtype, base_model)
         return Form(name, kind, header.precision, _ready(model), None, tokenizer, note, header.kind)
+    check_continues_text(path)
     base, quantize, note, rounded = name, None, None, None
     if kind == "adapter" and onto is not None:
         base, quantize, note, rounded = _base_of_training(name, onto, base_model)

@@ -133,6 +133,11 @@ class AdapterFile:
     """Paths of what the file holds of a vision or audio tower, where the model at hand is its language model alone."""
 
     @property
+    def heads(self) -> dict[str, Tensor] | None:
+        """What is trained in full, of an adapter for sequence classification, whose head no language model has."""
+        return self.full if self.task == "SEQ_CLS" else None
+
+    @property
     def weights(self) -> Path:
         """The file that holds the tensors."""
         return self.path / (MLX_WEIGHTS_NAME if self.mlx else WEIGHTS_NAME)

@@ -18,18 +18,19 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from theodora.errors import CheckpointError, shown
-from theodora.files.classes import auto_classes, check_kernels
+from theodora.files.classes import auto_classes, check_kernels, scores_texts
 from theodora.files.distrust import FLOAT_DTYPES, expanded
 from theodora.files.folder import OpenFile, read_file
 from theodora.files.model_bounds import Stored, bounded_build, check_layers
 from theodora.files.model_folder import StoredTensor, read_headers
 from theodora.files.packed import group_parts, method_of
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.pieces import Piece, pieces_of
 from theodora.files.quantisation_config import method_named
 from theodora.files.quantised_store import QuantisedStore, plain_view, quantisation_of, store_of
@@ -40,6 +41,7 @@ from theodora.synonyms import Names
 
 # What a merge needs of a model on the hub; left out are the weights' copies in other formats.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _HUB_IGNORED = ("*/*.safetensors", "consolidated*")
 
 
@@ -88,6 +90,8 @@ class BaseCheckpoint:
         quantised_as: what an unquantised folder is quantised with as it is read, and dequantised again: transformers'
             `quantization_config` as a mapping. Implies `dequantise`.
         quantised_from: what its weights are rounded to before. Default: they stay as they are.
+        heads: parameter -> its values, of an adapter for sequence classification: the model is of that class, its head
+            among the tensors with these values if the folder has none, and the language model's own head not.
 
     Raises:
         CheckpointError: the folder holds no usable safetensors weights; they are quantised, and that was not asked for;
@@ -120,6 +124,7 @@ class BaseCheckpoint:
         dequantise: bool = False,
         quantised_as: Mapping[str, Any] | None = None,
         quantised_from: torch.dtype | None = None,
+        heads: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.folder = folder
         self.config = read_config(folder)
@@ -133,11 +138,14 @@ class BaseCheckpoint:
         self.stored, self._trusted = read_headers(folder), trust_remote_code
         parts = {} if quantisation is None else group_parts(self.stored, method_named(quantisation))
         self.tensors = plain_view(self.stored, parts)
-        for model in _meta_models(folder, trust_remote_code, self.config, _stored(self.stored)):
+        self._labels, self.heads = _labels(heads), {}
+        for model in self._meta_models():
             self.model = model
             self._to_model_name, self.keys, self.converted, self.pieces = _map_names(model, self.tensors)
             if not _missing(model, {*self.keys, *self.converted}):
                 break
+        if self._labels is not None and heads is not None:
+            self._take_heads(heads)
         self.quantised = None
         if quantisation is not None or quantised_as is not None:
             config: Mapping[str, Any] = quantisation or quantised_as or {}
@@ -149,6 +157,11 @@ class BaseCheckpoint:
         self._unloaded = Names(self.unloaded())
         self._open: tuple[OpenFile, Header] | None = None
         self._of_experts: dict[str, tuple[int, ...]] | None = None
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model is of a class for sequence classification, as `heads` asked for."""
+        return self._labels is not None and type(self.model).__name__.endswith("ForSequenceClassification")
 
     def model_name(self, name: str) -> str | None:
         """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.
@@ -238,6 +251,8 @@ class BaseCheckpoint:
 
     def read(self, key: str) -> Tensor:
         """One tensor, in memory of its own; a quantised weight dequantised."""
+        if key in self.heads:
+            return self.heads[key].clone()
         if self.quantised is not None and key in self.quantised.parameters:
             return self.quantised.read(key)
         return self.read_stored(key)
@@ -258,8 +273,21 @@ class BaseCheckpoint:
 
     def twin(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model once more, without weights (on the meta device); in `dtype`, if one is given."""
-        models = _meta_models(self.folder, self._trusted, self.config, _stored(self.stored), dtype)
-        return next(model for model in models if type(model) is type(self.model))
+        return next(model for model in self._meta_models(dtype) if type(model) is type(self.model))
+
+    def _meta_models(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        return _meta_models(self.folder, self._trusted, self.config, _stored(self.stored), dtype, self._labels)
+
+    def _take_heads(self, heads: Mapping[str, Tensor]) -> None:
+        """Take a head that the folder does not have among the tensors, and leave out what the class does not load."""
+        for key in self.unloaded():
+            del self.tensors[key]
+        file = next(iter(self.stored.values())).file
+        for name in _missing(self.model, {*self.keys, *self.converted}):
+            if name in heads:
+                tensor = self.heads[name] = heads[name]
+                self.tensors[name] = StoredTensor(name, file, tuple(tensor.shape), _NAMES[tensor.dtype])
+                self.keys[name] = name
 
     def close(self) -> None:
         """Let go of the file read last."""
@@ -298,8 +326,19 @@ def _stored(tensors: dict[str, StoredTensor]) -> Stored:
     return Stored(len(tensors), sum(file.stat().st_size for file in {stored.file for stored in tensors.values()}))
 
 
+def _labels(heads: Mapping[str, Tensor] | None) -> int | None:
+    """How many numbers a head for sequence classification gives; None without one."""
+    names = (f"{name}.weight" for name in PEFTS_HEADS["SEQ_CLS"])
+    return next((len(heads[name]) for name in names if heads and name in heads), None)
+
+
 def _meta_models(
-    folder: Path, trust_remote_code: bool, fields: dict[str, Any], stored: Stored, dtype: torch.dtype | None = None
+    folder: Path,
+    trust_remote_code: bool,
+    fields: dict[str, Any],
+    stored: Stored,
+    dtype: torch.dtype | None = None,
+    labels: int | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model as each class that `load_model` would try, in the same order: adapters are trained on its choice."""
     try:
@@ -309,7 +348,11 @@ def _meta_models(
         check_kernels(config, folder, trust_remote_code=trust_remote_code)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         try:
-            classes = auto_classes(config, folder, trust_remote_code=trust_remote_code)
+            if labels is not None and scores_texts(config):
+                config.num_labels = labels
+                classes = [AutoModelForSequenceClassification]
+            else:
+                classes = auto_classes(config, folder, trust_remote_code=trust_remote_code)
         except CheckpointError:
             if named is None:
                 raise

@@ -8,8 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from theodora.errors import CheckpointError, shown
 
@@ -36,6 +45,11 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
     if trust_remote_code and remote:
         return [AutoModelForImageTextToText if _only_image_text(remote) else AutoModelForCausalLM]
     kind = config.model_type or type(config).__name__
+    if (scoring := _scoring_name(config)) is not None:
+        raise CheckpointError(
+            f"{model} is a {scoring}: it scores texts, as a reward model does, and continues none. theodora "
+            f"evaluate scores pairs with it; theodora train --objective grpo --reward {model} learns from its scores."
+        )
     if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise CheckpointError(
             f"{model} is an encoder-decoder model ({kind}): it reads a text and writes another. Fine-tuning, chat and "
@@ -52,6 +66,45 @@ def auto_classes(config: PreTrainedConfig, model: object, *, trust_remote_code: 
     raise CheckpointError(
         f"{model} is a {kind} model, which transformers has no class for that predicts the next token of a text.{hint}"
     )
+
+
+def scoring_class(config: PreTrainedConfig, model: object) -> Any:
+    """The `AutoModel…` class that gives a text one number, for a configuration.
+
+    Args:
+        config: the model's.
+        model: its folder or hub name; for messages.
+
+    Raises:
+        CheckpointError: transformers has none for it, or the folder's head gives several numbers.
+    """
+    kind, own = config.model_type or type(config).__name__, _scoring_name(config)
+    if not scores_texts(config):
+        raise CheckpointError(
+            f"{model} is a {kind} model, which transformers has no class for that scores a text (for sequence "
+            "classification), as a reward model does. --objective dpo learns from the same pairs without one."
+        )
+    if own is not None and config.num_labels != 1:
+        raise CheckpointError(
+            f"{model} is a {own} that gives {config.num_labels} numbers, one for each class; expected one, the reward. "
+            "Name the language model that it was made from."
+        )
+    return AutoModelForSequenceClassification
+
+
+def scores_texts(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class that scores texts for a configuration."""
+    return type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def is_scoring(config: PreTrainedConfig) -> bool:
+    """Whether a model's configuration says that it has a head that scores texts."""
+    return _scoring_name(config) is not None
+
+
+def _scoring_name(config: PreTrainedConfig) -> str | None:
+    names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
+    return next((name for name in names if name.endswith("ForSequenceClassification")), None)
 
 
 def fetched_kernels(options: Any) -> Iterator[str]:
@@ -126,6 +179,8 @@ def capped_attention(config: PreTrainedConfig) -> dict[str, str]:
 
 def auto_name(config: PreTrainedConfig) -> str:
     """The name of the `AutoModel…` class for a model that is loaded, by its own configuration."""
+    if is_scoring(config):
+        return AutoModelForSequenceClassification.__name__
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM.__name__  # also for a model's own code
     return AutoModelForImageTextToText.__name__

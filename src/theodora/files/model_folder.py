@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from theodora.errors import CheckpointError, bullet_list, shown
-from theodora.files.distrust import expanded
+from theodora.files.distrust import expanded, read_object
 from theodora.files.folder import OpenFile, Seen, read_file
 from theodora.files.model_bounds import bounded_build, check_layers, stored_in
-from theodora.files.peft_config import read_peft_config
+from theodora.files.peft_config import read_peft_config, scores_texts
 from theodora.files.safetensors import read_header
 from theodora.parse import parse_json
 
@@ -149,6 +149,20 @@ def check_weights(folder: Path) -> AbstractContextManager[None]:
 def is_adapter_folder(path: str | Path) -> bool:
     """Whether `path` is a local folder with an adapter in PEFT's format."""
     return (Path(path) / "adapter_config.json").is_file()
+
+
+def is_scorer(path: str | Path) -> bool:
+    """Whether `path` is a local folder of a model, or an adapter, that scores texts, as far as its files say.
+
+    Raises:
+        CheckpointError: adapter_config.json, or config.json, cannot be read.
+    """
+    folder = expanded(path)
+    if is_adapter_folder(folder) or not (folder / "config.json").is_file():
+        return scores_texts(folder)
+    named = read_object(folder / "config.json").get("architectures")
+    names = named if isinstance(named, list) else []
+    return any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in names)
 
 
 def is_whole_model(path: str | Path) -> bool:

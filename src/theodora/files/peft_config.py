@@ -9,10 +9,16 @@ from typing import Any
 
 from theodora.config import AdapterConfig, is_int
 from theodora.errors import CheckpointError, ConfigError, bullet_list, shown
-from theodora.files.distrust import read_object
+from theodora.files.distrust import expanded, read_object
 from theodora.files.experts import parameters_problems
 from theodora.files.names import CONFIG_NAME
-from theodora.files.peft_options import option_problems
+from theodora.files.peft_options import option_problems, task_of
+
+SCORES_TEXTS = (
+    "is an adapter that scores texts (task_type SEQ_CLS), as a reward model does, and continues none. theodora "
+    "evaluate scores pairs with it; theodora train --objective grpo --reward FOLDER learns from its scores; theodora "
+    "merge makes a whole model of it, which transformers' AutoModelForSequenceClassification loads."
+)
 
 
 def peft_config(
@@ -72,6 +78,25 @@ def read_peft_config(folder: str | Path) -> dict[str, Any]:
     if "fine_tune_type" in fields and "peft_type" not in fields:  # MLX's
         fields = {**fields, "base_model_name_or_path": fields.get("model")}
     return checked_base(fields, path)
+
+
+def scores_texts(adapter: str | Path) -> bool:
+    """Whether it is the folder of an adapter whose model scores texts."""
+    folder = expanded(adapter)
+    return (folder / CONFIG_NAME).is_file() and task_of(read_peft_config(folder)) == "SEQ_CLS"
+
+
+def check_continues_text(adapter: str | Path) -> None:
+    """Refuse an adapter whose model scores texts, where one is to continue them.
+
+    Args:
+        adapter: its folder; what is none on this machine is not looked at.
+
+    Raises:
+        CheckpointError: saying what takes it, or that its configuration cannot be read.
+    """
+    if scores_texts(adapter):
+        raise CheckpointError(f"{adapter} {SCORES_TEXTS}")
 
 
 def checked_base(fields: dict[str, Any], path: Path) -> dict[str, Any]:

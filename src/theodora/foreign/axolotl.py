@@ -71,12 +71,16 @@ def read_axolotl(reading: Reading, given: Mapping[str, Any]) -> None:
     """Read a whole file."""
     if not is_off(given.get("rl")):  # which says what the rows are
         _objective(reading, "rl", given["rl"])
+    if is_on(given.get("reward_model")):
+        reading.set("objective", "reward", "reward_model", given["reward_model"])
     _adapter(reading, given)
     _quantisation(reading, given)
     _batches(reading, given)
     _intervals(reading, given)
     _schedule(reading, given)
-    done = ("rl",) if "objective" in reading.options else ()
+    done = tuple(
+        name for name in ("rl", "reward_model") if "objective" in reading.options and not is_off(given.get(name))
+    )
     done += ("adapter", "peft_use_dora", "load_in_4bit", "load_in_8bit", "lora_target_linear", "lora_target_modules")
     done += ("micro_batch_size", "batch_size", "gradient_accumulation_steps", "evals_per_epoch", "saves_per_epoch")
     done += ("lr_scheduler", "cosine_min_lr_ratio", "lr_scheduler_kwargs")
@@ -181,6 +185,13 @@ def _objective(reading: Reading, origin: str, given: Any) -> None:
         reading.refuse(f"{origin} is {shown(given)}; expected one of {', '.join(_OBJECTIVES)}, or supervised training")
     else:
         reading.set("objective", _OBJECTIVES[given], origin, given)
+
+
+def _labels(reading: Reading, origin: str, given: Any) -> None:
+    if given == 1:
+        reading.note("held", origin, given, "a reward model gives one number")
+    else:
+        reading.missing(origin, given, "would be a classifier; here a model scores with one number")
 
 
 def _inputs(reading: Reading, origin: str, given: Any) -> None:
@@ -290,7 +301,10 @@ RULES: dict[str, Rule] = {
     "dpo_label_smoothing": to("label_smoothing"),
     "kto_desirable_weight": to("desirable_weight"),
     "kto_undesirable_weight": to("undesirable_weight"),
-    "reward_model": missing("would train a model that gives rewards"),
+    "reward_model": held("answers are learned"),
+    "center_rewards_coefficient": to("center_rewards_coefficient"),
+    "num_labels": _labels,
+    "process_reward_model": missing("would reward each step of an answer; here it has one score"),
     "trl": lambda reading, origin, given: read_under(reading, origin, given, {"beta": to("beta")}),
     "datasets": read_datasets,
     "test_datasets": read_datasets,

@@ -101,10 +101,13 @@ def _stage(reading: Reading, given: Mapping[str, Any]) -> None:
             reading.set("loss_type", ["hinge"], "pref_loss", loss)
     elif stage == "kto":
         reading.set("objective", "kto", "stage", stage)
+    elif stage == "rm":
+        there = "score reads the last state, in PEFT's files for sequence classification; there it is a value head"
+        reading.set("objective", "reward", "stage", stage, there)
     elif stage == "dpo":
         reading.refuse(f"pref_loss is {shown(loss)}; expected one of {', '.join(_PREFERENCES)}")
     else:
-        reading.refuse(f"stage is {shown(stage)}; expected one of sft, pt, dpo, kto, which is what is learned here")
+        reading.refuse(f"stage is {shown(stage)}; expected one of sft, pt, dpo, kto, rm, which is what is learned here")
     if stage not in ("sft", "pt") and "train_on_prompt" in given:
         reading.note("held", "train_on_prompt", given["train_on_prompt"], "answers alone are compared")
     if "pref_loss" in given and loss != "hinge":
@@ -145,7 +148,7 @@ def _data(reading: Reading, given: Mapping[str, Any], beside: Path) -> None:
         for name in names:
             places.append(_place(reading, origin, str(name), str(folder), found))
         sources.take(reading, option, origin, places)
-    if "data" not in reading.options and given.get("stage") in (None, "sft", "pt", "dpo", "kto"):
+    if "data" not in reading.options and given.get("stage") in (None, "sft", "pt", "dpo", "kto", "rm"):
         reading.refuse("dataset is missing; expected the names of data sets")
 
 

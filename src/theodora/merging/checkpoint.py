@@ -33,6 +33,7 @@ from theodora.files.model_folder import DTYPES, INDEX, has_tokenizer
 from theodora.files.ours import check_outside, check_replaceable, mark_written, why_not_ours
 from theodora.files.read_back import copy_file, same_bits, save_tensors, write_json, write_text
 from theodora.merging.drift import Drift
+from theodora.merging.heads import NOTE, describe_head
 from theodora.merging.logits import LogitsReport
 from theodora.merging.onto import Onto, as_onto, find_start
 from theodora.merging.plan import MergePlan, OutputTensor, plan_merge
@@ -76,6 +77,8 @@ class MergeReport:
     the weights that the adapter was trained on."""
     logits: LogitsReport | None = None
     """The same of the predictions; None where it was not measured."""
+    scores: bool = False
+    """Whether the model scores texts, rather than continue them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -141,7 +144,12 @@ def merge_checkpoint(
     output = expanded(output).absolute()
     trained = {} if found.trained is None else {"base model of the training": found.trained[0]}
     _check_output(output, overwrite, {"adapter": file.path, "base model": found.folder, **trained})
-    base = found.open(trust_remote_code=trust_remote_code)
+    base = found.open(trust_remote_code=trust_remote_code, heads=file.heads)
+    if base.scores and way == "quantised":
+        raise ConfigError(
+            f"onto is quantised, and {file.path} scores texts, with a head that is new. Merge with --onto dequantised, "
+            "or onto the original weights."
+        )
     plan = plan_merge(base, file, wanted, other_base=found.trained is not None or found.quantised_as is not None)
     shards = _shards(plan.outputs, max_shard_size)
     total = sum(tensor.nbytes() for tensor in plan.outputs)
@@ -189,10 +197,15 @@ def merge_checkpoint(
             _write_index(partial, files, total)
         _write_config(partial, base, plan, wanted, way)
         _copy_files(partial, file, base)
+        if base.scores:
+            describe_head(partial, base)
         notes = [*found.notes, *plan.notes, *drift.notes()]
-        notes += write_ends(partial, file.path, trust_remote_code=trust_remote_code)
+        if base.scores:
+            notes.append(NOTE)
+        else:
+            notes += write_ends(partial, file.path, trust_remote_code=trust_remote_code)
         logits = None
-        if check_logits and drift.measures:
+        if check_logits and drift.measures and not base.scores:
             logits, why_not = drift.logits(partial, way == "quantised", max_loss, trust_remote_code=trust_remote_code)
             notes += why_not
         report = MergeReport(
@@ -212,6 +225,7 @@ def merge_checkpoint(
             quantisation=found.method,
             layers=tuple(drift.worst_first()),
             logits=logits,
+            scores=base.scores,
         )
         write_text(partial / "README.md", _model_card(report, file))
         if way == "quantised":
@@ -436,6 +450,12 @@ def _card_of_training(report: MergeReport) -> list[str]:
     return lines
 
 
+def _how_to_load(report: MergeReport, file: AdapterFile) -> str:
+    if file.heads is not None:
+        return "It scores texts: load it with transformers' AutoModelForSequenceClassification."
+    return _CARD_QUANTISED if report.onto == "quantised" else "It is a plain model: load it like its base."
+
+
 def _model_card(report: MergeReport, file: AdapterFile) -> str:
     # A path of the machine that merged says nothing to others: only its last part is written.
     local = Path(report.base_model).expanduser().exists()
@@ -445,7 +465,13 @@ def _model_card(report: MergeReport, file: AdapterFile) -> str:
         f"| {kind.kind} | {kind.tensors} | {kind.change:.2%} | {kind.rounding_mean:.2e} | {kind.rounding_max:.2e} |"
         for kind in report.kinds
     ]
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [theodora, merged]"]
+    tag = "text-generation" if file.heads is None else "text-classification"
+    front = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {tag}",
+        "tags: [theodora, merged]",
+    ]
     front += [] if local else [f"base_model: {base_name}"]
     return "\n".join(
         [
@@ -456,7 +482,7 @@ def _model_card(report: MergeReport, file: AdapterFile) -> str:
             "",
             f"{base_name} with a {METHOD_NAMES[config.method]} adapter "
             f"(rank {config.rank}, alpha {config.alpha:g}) merged into its weights by Theodora, in {report.dtype}.",
-            "It is a plain model: load it like its base." if report.onto != "quantised" else _CARD_QUANTISED,
+            _how_to_load(report, file),
             *_card_of_training(report),
             "",
             "Relative to the base weights, per kind of layer: what the adapter changed, and what rounding to "

@@ -64,7 +64,7 @@ class Drift:
     ) -> Drift:
         """What there is to compare a merge with."""
         try:
-            trained = start.open_trained(trust_remote_code=trust_remote_code)
+            trained = start.open_trained(trust_remote_code=trust_remote_code, heads=file.heads)
             return cls(
                 start,
                 base,

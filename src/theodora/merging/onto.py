@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from theodora.errors import CheckpointError, ConfigError, shown
 from theodora.files.adapter import AdapterFile
@@ -68,17 +69,20 @@ class Start:
         """Whether the weights that are merged onto are quantised ones."""
         return self.onto != "original"
 
-    def open(self, *, trust_remote_code: bool) -> BaseCheckpoint:
-        """The weights that are merged onto."""
+    def open(self, *, trust_remote_code: bool, heads: Mapping[str, Tensor] | None = None) -> BaseCheckpoint:
+        """The weights that are merged onto; `heads` as of `BaseCheckpoint`."""
         return BaseCheckpoint(
             self.folder,
             trust_remote_code=trust_remote_code,
             dequantise=self.onto != "original",
             quantised_as=self.quantised_as,
             quantised_from=self.dtype,
+            heads=heads,
         )
 
-    def open_trained(self, *, trust_remote_code: bool) -> BaseCheckpoint | None:
+    def open_trained(
+        self, *, trust_remote_code: bool, heads: Mapping[str, Tensor] | None = None
+    ) -> BaseCheckpoint | None:
         """The weights that the adapter was trained on, where they are others."""
         if self.trained is None:
             return None
@@ -89,6 +93,7 @@ class Start:
             dequantise=True,
             quantised_as=quantised_as,
             quantised_from=self.dtype if quantised_as is not None else None,
+            heads=heads,
         )
 
 

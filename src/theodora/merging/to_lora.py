@@ -104,7 +104,7 @@ def folder_to_lora(
     check_rank(rank)
     file = read_adapter(adapter)
     _refuse_rows(str(adapter), file.token_rows)
-    base = BaseCheckpoint(find_base(str(base_model or file.base_model or ""), download=True))
+    base = BaseCheckpoint(find_base(str(base_model or file.base_model or ""), download=True), heads=file.heads)
     plan_merge(base, file, None)
     held: dict[str, Held] = {}
     transposed = False

@@ -14,6 +14,7 @@ from typing import Any
 
 from theodora.adapters.models import load_model_and_tokenizer
 from theodora.files.adapter import read_trained_on
+from theodora.files.peft_config import check_continues_text
 from theodora.files.trained_on import TrainedOn
 from theodora.serve.config import ServeConfig
 from theodora.serve.engine import Engine
@@ -29,6 +30,8 @@ def load_engine(config: ServeConfig, adapters: Mapping[str, str | Path] | None =
         CheckpointError: the model or an adapter cannot be served.
         ConfigError: a name is given twice.
     """
+    for path in (adapters or {}).values():
+        check_continues_text(path)
     quantize, dtype = config.quantize, config.dtype
     if quantize is None and (known := _trained_with(adapters or {})) is not None:
         quantize, dtype = known.quantize, known.dtype if dtype == "auto" and known.dtype is not None else dtype

@@ -133,7 +133,7 @@ def _tokenised(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int, train_on: Any
 ) -> Dataset:
     if objective != "sft":
-        return tokenize_preferences(examples, tokenizer, max_length=max_length)
+        return tokenize_preferences(examples, tokenizer, max_length=max_length, cut=objective != "reward")
     return tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)
 
 
@@ -148,7 +148,7 @@ def _rows(
     try:
         rows = _tokenised(first, tokenizer, objective, longer, train_on)
         if len(rows) == len(first):
-            return [_row(row, first.format, tokenizer, max_length) for row in rows]
+            return [_row(row, first.format, tokenizer, objective, max_length) for row in rows]
     except TheodoraError as error:
         if len(first) == 1:
             return [_as_text(first.dataset[0]) | {"problem": str(error)}]
@@ -174,7 +174,7 @@ def _alone(
         row = _tokenised(one, tokenizer, objective, longer, train_on)[0]
     except TheodoraError as error:
         return _as_text(one.dataset[0]) | {"problem": str(error)}
-    return _row(row, one.format, tokenizer, max_length)
+    return _row(row, one.format, tokenizer, objective, max_length)
 
 
 def _prompt(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
@@ -185,12 +185,14 @@ def _prompt(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> di
     return {"parts": [_part("prompt", ids, [IGNORED] * len(ids), tokenizer, max_length)], "problem": ""}
 
 
-def _row(row: Any, format: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+def _row(row: Any, format: str, tokenizer: PreTrainedTokenizerBase, objective: str, max_length: int) -> dict[str, Any]:
     names, sequences = _sequences(row, format)
     parts = [
         _part(name, sequence["input_ids"], sequence["labels"], tokenizer, max_length)
         for name, sequence in zip(names, sequences, strict=True)
     ]
+    if objective == "reward" and any(part["tokens"] > max_length for part in parts):
+        return {"parts": parts, "problem": f"dropped: longer than {max_length:,} tokens"}
     dropped = any(not part["learned"] for part in parts)
     return {"parts": parts, "problem": f"dropped: nothing to learn within {max_length:,} tokens" if dropped else ""}
 

@@ -32,7 +32,7 @@ from theodora.files.classes import fetched_kernels
 from theodora.other_words import advice
 from theodora.train.graphed import draws_at_random
 from theodora.train.launched import device_chosen
-from theodora.train.objectives import own_names, settings_of, whose
+from theodora.train.objectives import kept_plain, own_names, settings_of, whose
 from theodora.train.processes import Processes, links_unasked
 
 # Fields of SFTConfig that cannot do here what their name says, and what does it instead.
@@ -290,7 +290,8 @@ def choose_precision(config: TrainConfig, arguments: SFTConfig) -> Precision:
     that are trained in full, or all of them, are weights of the base model: bfloat16 would swallow their small updates,
     so there the model is float32, under autocast.
     """
-    trains_base_weights = config.trains_all or bool(config.adapter.modules_to_save)
+    # (A reward model's head is float32 by itself.)
+    trains_base_weights = config.trains_all or bool(kept_plain(config))
     if arguments.fp16:
         return Precision(dtype="float32" if trains_base_weights else "float16", bf16=False, autocast=False)
     bf16 = computes_in_bf16(arguments.device) if config.bf16 is None else config.bf16

@@ -20,7 +20,7 @@ from theodora.plan.fits import read_config, size
 from theodora.train.expert_loads import trained_experts
 from theodora.train.flattened import lengths_of
 from theodora.train.grpo_loss import PolicySettings
-from theodora.train.objectives import completion_length, settings_of
+from theodora.train.objectives import completion_length, kept_plain, settings_of
 from theodora.train.processes import Processes
 from theodora.train.sharding import OF_EXPERTS, OF_FLOAT8, why_not
 
@@ -106,6 +106,8 @@ def settle(
     processes = Processes.here()
     if model_config is None or device.type not in ("cuda", "cpu"):
         return Settled(processes, [])
+    # On paper it is a language model, which has no head that scores.
+    config = replace(config, adapter=replace(config.adapter, modules_to_save=kept_plain(config)))
     length, plain = int(lengths_of(rows)[0].max()) + completion_length(config), getattr(torch, dtype)
 
     taken = _share_of_vllm(config)

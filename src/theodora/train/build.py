@@ -22,6 +22,8 @@ from theodora.train.outcome import Outcome
 from theodora.train.preference import PreferenceTrainer
 from theodora.train.prepare import Prepared
 from theodora.train.reference import BASE, Reference
+from theodora.train.reward_loss import ScoreSettings
+from theodora.train.reward_model import RewardTrainer
 from theodora.train.trainer import AdapterTrainer
 from theodora.train.vllm_rollouts import said_of_vllm
 
@@ -40,13 +42,15 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
         if settings.disable_dropout:
             prepared.notes += _without_dropout(prepared)
         reference = reference_of(prepared)
-        if isinstance(settings, PolicySettings):
+        if isinstance(settings, ScoreSettings):
+            trainer = partial(RewardTrainer, settings=settings)
+        elif isinstance(settings, PolicySettings):
             trainer = _policy_trainer(prepared, settings, reference)
         else:
             trainer = partial(PreferenceTrainer, settings=settings, reference=reference)
     own_padding = prepared.tokenizer.pad_token
     try:
-        return trainer(
+        built = trainer(
             model=prepared.model,
             args=arguments,
             train_dataset=prepared.train_rows,
@@ -59,6 +63,9 @@ def build_trainer(prepared: Prepared, arguments: SFTConfig, callbacks: list[Any]
         raise ConfigError(f"TRL refuses this run: {error}") from error
     finally:
         prepared.tokenizer.pad_token = own_padding
+    if prepared.rewards is not None:
+        prepared.notes += prepared.rewards.place(prepared.model)
+    return built
 
 
 def _policy_trainer(prepared: Prepared, settings: PolicySettings, reference: Reference | None) -> Any:

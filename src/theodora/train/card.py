@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 import theodora
 from theodora.config import TrainConfig
@@ -59,7 +60,7 @@ def model_card(plan: Plan, result: TrainResult) -> str:
         _results(result),
         _data(plan),
         _settings(plan),
-        _usage(config, auto_name(plan.model.config)),
+        _usage(config, *_loaded_as(plan)),
         _versions(),
     ]
     return "\n\n".join(sections) + "\n"
@@ -75,7 +76,7 @@ def _metadata(config: TrainConfig) -> str:
     method = config.adapter.method
     metadata: dict[str, object] = {
         "library_name": "transformers" if config.trains_all else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if config.objective == "reward" else "text-generation",
         "tags": ["full-fine-tuning" if config.trains_all else "lora", "theodora"],
     }
     if method == "dora":
@@ -108,7 +109,8 @@ def _samples(result: TrainResult) -> str:
     if not result.samples:
         return ""
     rows = [f"| {markdown(s.prompt)} | {markdown(s.before)} | {markdown(s.after)} |" for s in result.samples]
-    return "\n\n" + "\n".join(["| asked | before | after |", "|---|---|---|", *rows])
+    head = "scored" if result.objective == "reward" else "asked"
+    return "\n\n" + "\n".join([f"| {head} | before | after |", "|---|---|---|", *rows])
 
 
 def _experts(result: TrainResult) -> str:
@@ -134,7 +136,7 @@ def _data(plan: Plan) -> str:
     return (
         f"## Data\n\n- Trained on {markdown_code(config.data)} ({plan.data_format}): {counted(plan.rows, 'row')}, "
         f"{plan.tokens:,} tokens.\n"
-        + ("" if config.objective == "grpo" else f"- Loss on {learned}: {plan.learned:,} tokens.\n")
+        + ("" if config.objective in ("grpo", "reward") else f"- Loss on {learned}: {plan.learned:,} tokens.\n")
         + f"- Held out: {held_out if plan.held_out_rows else 'none'}."
     ) + "".join(f"\n- Left out: {markdown(part)}." for part in sentences(plan.left_out))
 
@@ -166,9 +168,18 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else markdown(value)
 
 
-def _usage(config: TrainConfig, auto: str) -> str:
+def _loaded_as(plan: Plan) -> tuple[str, str]:
+    """The class of transformers that the base is loaded as, and what `from_pretrained` is given beside its name."""
+    if plan.config.objective != "reward":
+        return auto_name(plan.model.config), ""
+    pad = plan.model.config.get_text_config().pad_token_id
+    return AutoModelForSequenceClassification.__name__, f", num_labels=1, pad_token_id={pad}"
+
+
+def _usage(config: TrainConfig, auto: str, given: str) -> str:
     # As Python's words, whatever characters they hold.
     name, model = (json.dumps(text) for text in (Path(config.output).resolve().name, config.model))
+    base = f"{auto}.from_pretrained({model}{given})"
     commands = "\n".join(next_commands(config))
     if config.trains_all:
         return f"""## Use
@@ -195,7 +206,7 @@ With Theodora:
 from transformers import {auto}
 from theodora import load_adapter
 
-model = load_adapter({auto}.from_pretrained({model}), {name})
+model = load_adapter({base}, {name})
 ```
 
 With PEFT:
@@ -204,7 +215,7 @@ With PEFT:
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained({model}), {name})
+model = PeftModel.from_pretrained({base}, {name})
 ```"""
 
 

@@ -101,8 +101,8 @@ def check_inputs(output: Path, inputs: Mapping[str, str | None], overwrite: bool
         if name == "model" and path == output.resolve():
             raise ConfigError(f"The output folder {output} is the model's own; choose another one.")
         written = [file for file in RUN_FILES if path.is_relative_to((output / file).resolve())]
-        if name == "from_adapter" and overwrite and path == output.resolve():
-            raise ConfigError(f"from_adapter is {given}, the run that overwrite would delete; choose another output.")
+        if name.startswith(("from_adapter", "reward")) and overwrite and path == output.resolve():
+            raise ConfigError(f"{name} is {given}, the run that overwrite would delete; choose another output.")
         if written and (overwrite or name == "data"):
             raise ConfigError(
                 f"{name} is {given}, which this run would write over ({written[0]} in its output folder {output}). "

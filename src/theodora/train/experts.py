@@ -16,6 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.train.tried import is_true, tried
 
+OF_SCORES = "the loss that keeps experts balanced is off: a reward model's loss goes by its scores alone, as in TRL"
 Balancing = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """Router logits of each layer, (B·T, E), and which tokens count, (B, T), to the balancing loss, a scalar."""
 
@@ -34,14 +35,19 @@ def name_experts(config: Any) -> None:
             setattr(config, wanted, value)
 
 
+def balances(model: Any) -> bool:
+    """Whether a model's configuration asks for a loss that keeps experts balanced."""
+    config = model.config.get_text_config()
+    return hasattr(config, "output_router_logits") and bool(getattr(config, "router_aux_loss_coef", 0.0))
+
+
 def why_unbalanced(model: Any, arguments: SFTConfig) -> str | None:
     """What to say where the balancing loss has to be off, because the model does not return what it is computed from.
 
     None where it can be on, where there is none, and where it was asked for.
     """
     config = model.config.get_text_config()
-    wanted = hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0)
-    if not wanted or arguments.router_aux_loss_coef is not None or _returns_router_logits(model, config):
+    if not balances(model) or arguments.router_aux_loss_coef is not None or _returns_router_logits(model, config):
         return None
     return "the loss that keeps experts balanced is off: the model does not return what it is computed from"
 

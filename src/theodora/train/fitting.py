@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import inject_adapter, remove_adapter
+from theodora.adapters.heads import head_paths
+from theodora.adapters.scoring import new_heads, set_padding, widen_heads
 from theodora.adapters.state import adapter_layers
 from theodora.config import AdapterConfig, TrainConfig
 from theodora.data.vocabulary import describe_missing, missing_in, model_rows, safe_padding
@@ -97,6 +99,18 @@ def put_on(model: PreTrainedModel, adapter: AdapterConfig, arguments: SFTConfig)
     torch.set_rng_state(random)
     inject_adapter(model, replace(adapter, targets=targets, exclude=()))
     return [f"text gives no gradient to {kinds}: frozen, and left out of the targets"]
+
+
+def with_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[str]:
+    """Make ready what a model scores with: its head, new where the folder has none, and the token that pads; what there
+    is to say about it."""
+    set_seed(config.seed)
+    new = new_heads(model)
+    if not config.trains_all:
+        widen_heads(model)
+    heads = ", ".join(head_paths(model))
+    told = f"new, drawn by seed {config.seed}" if new else "as the model's folder has it"
+    return [f"{heads} gives an answer its score: trained in full ({told})", *set_padding(model, tokenizer)]
 
 
 def name_backbone(model: Any) -> None:

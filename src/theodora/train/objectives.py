@@ -9,11 +9,13 @@ from theodora.coerce import coerce
 from theodora.config import TrainConfig
 from theodora.data.examples import Kind
 from theodora.errors import ConfigError, bullet_list, shown
+from theodora.files.peft_options import PEFTS_HEADS
 from theodora.train import grpo_options
 from theodora.train.grpo_loss import PolicySettings
 from theodora.train.preference_loss import PAIR_LOSSES, Settings
+from theodora.train.reward_loss import ScoreSettings
 
-_KINDS: dict[str, Kind] = {"sft": "answers", "kto": "judged", "grpo": "prompts"}
+_KINDS: dict[str, Kind] = {"sft": "answers", "kto": "judged", "reward": "ranked", "grpo": "prompts"}
 _REFERENCE = ("precompute_ref_log_probs", "precompute_ref_batch_size")
 # Objective -> the fields of its configuration in TRL (DPOConfig, KTOConfig, CPOConfig, ORPOConfig) that are used here.
 _OWN: dict[str, tuple[str, ...]] = {
@@ -25,6 +27,7 @@ _OWN: dict[str, tuple[str, ...]] = {
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "disable_dropout", *_REFERENCE),
     "orpo": ("beta", "disable_dropout"),
     "simpo": ("beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "disable_dropout"),
+    "reward": ("center_rewards_coefficient", "disable_dropout"),
     "grpo": grpo_options.NAMES,
 }
 _TYPES: dict[str, Any] = {
@@ -49,7 +52,6 @@ _REFUSED = {
     "generate_during_eval": "the report has samples from before and after",
     "is_encoder_decoder": "models here are causal",
     "padding_value": "the tokenizer has one",
-    "center_rewards_coefficient": "it belongs to --objective reward",
 }
 # Fields of SFTConfig and transformers that mean nothing for them, or something else than they say.
 _OF_SFT = {
@@ -64,11 +66,6 @@ _OF_SFT = {
 _PAIRED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses that are made of the difference of two scores, in which what a divergence adds to both cancels."""
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-_REWARD = (
-    "The objective reward is not built yet: it needs a head that gives one number, and this adapts language models "
-    "alone. Until then TRL's RewardTrainer trains a model for sequence classification that inject_adapter has adapted "
-    "(modules_to_save: [score]), or dpo learns from the same pairs without a reward model."
-)
 
 
 def kind_of(objective: str) -> Kind:
@@ -113,28 +110,34 @@ def refused_names() -> dict[str, str]:
     return {**_REFUSED, **grpo_options.WHY}
 
 
+def kept_plain(config: TrainConfig) -> tuple[str, ...]:
+    """Modules of a language model that are trained in full: those of the adapter, without a reward model's head."""
+    heads = PEFTS_HEADS["SEQ_CLS"] if config.objective == "reward" else ()
+    return tuple(path for path in config.adapter.modules_to_save if path.rpartition(".")[2] not in heads)
+
+
 def whose(name: str) -> str | None:
     """What to say of an option that other objectives have."""
     objectives = [objective for objective, names in _OWN.items() if name in names]
     return f"it belongs to --objective {', '.join(objectives)}" if objectives else None
 
 
-def settings_of(config: TrainConfig) -> Settings | PolicySettings | None:
+def settings_of(config: TrainConfig) -> Settings | PolicySettings | ScoreSettings | None:
     """What the objective computes; None for sft.
 
     Raises:
-        ConfigError: naming every option that makes no sense for it, or that the objective is not built yet.
+        ConfigError: naming every option that makes no sense for it.
     """
     objective = config.objective
     if objective == "sft":
         return None
-    if objective == "reward":
-        raise ConfigError(_REWARD)
     values: dict[str, Any] = dict(_DEFAULTS.get(objective, {}))
     problems: list[str] = []
     for name, value in config.trainer.items():
         if name in _OF_SFT and value:
             problems.append(f"{name} is {shown(value)}, and the objective is {objective}: {_OF_SFT[name]}")
+        if name == "router_aux_loss_coef" and value and objective == "reward":
+            problems.append(f"router_aux_loss_coef is {shown(value)}: a reward model's loss goes by its scores alone")
         if name == "truncation_mode" and value != "keep_start":
             problems.append(f"truncation_mode is {shown(value)}; expected keep_start: rows are cut at their end")
         if name not in own_names(objective) or objective == "grpo":
@@ -156,6 +159,8 @@ def settings_of(config: TrainConfig) -> Settings | PolicySettings | None:
         problems = list(_problems(objective, values))
     if problems:
         raise ConfigError("The options make no sense:" + bullet_list(problems))
+    if objective == "reward":
+        return ScoreSettings(**{name: value for name, value in values.items() if value is not None})
     return of_policy or _settings(objective, values)
 
 
@@ -167,7 +172,7 @@ def _problems(objective: str, values: dict[str, Any]) -> Iterator[str]:
     for name, least in {"beta": 0.0, "discopop_tau": 0.0, "desirable_weight": 0.0, "undesirable_weight": 0.0}.items():
         if name in values and not values[name] > least:
             yield f"{name} is {values[name]}; expected more than {least:g}"
-    for name in ("cpo_alpha", "simpo_gamma"):
+    for name in ("cpo_alpha", "simpo_gamma", "center_rewards_coefficient"):
         if name in values and not values[name] >= 0:
             yield f"{name} is {values[name]}; expected at least 0"
     if not 0 <= values.get("label_smoothing", 0.0) < 0.5:

@@ -21,12 +21,14 @@ TOGETHER = "sequences_together"
 ROWS = "rows_learned"
 """In a batch: how many rows there are to learn from."""
 REFERENCE, VERDICT, UNMATCHED, DIVERGENCE = "reference", "label", "unmatched", "divergence"
+MARGIN = "margin"
+"""By how much the better answer of a pair is to be better; in a batch of each of its two sequences."""
 ADVANTAGE, SAMPLED, OLD = "advantage", "sampled_logps", "old_logps"
 """Of completions that were drawn: what each is worth; the log-probability that each token was drawn with; the same as
 training computes it, by the policy that drew it."""
-COLUMNS = ("lengths", REFERENCE, VERDICT)
+COLUMNS = ("lengths", REFERENCE, VERDICT, MARGIN)
 """Of a dataset, beside ids and labels."""
-OF_SEQUENCES, OF_TOKENS = (REFERENCE, VERDICT, ADVANTAGE), (SAMPLED, OLD)
+OF_SEQUENCES, OF_TOKENS = (REFERENCE, VERDICT, MARGIN, ADVANTAGE), (SAMPLED, OLD)
 """In a batch, what there is of each sequence, (S,), and of each token where it stands, (B, T)."""
 _OWN = (TOGETHER, ROWS, *OF_SEQUENCES, *OF_TOKENS, UNMATCHED, DIVERGENCE)
 
@@ -46,7 +48,9 @@ class Sequences:
         learned = sum(any(label != IGNORED for label in row["labels"]) for row in rows)
         if not self.judged:
             sequences = [sequence for pair in both for sequence in pair]
-            return self._batch(sequences, [logp for pair in known for logp in pair], 2, learned)
+            batch = self._batch(sequences, [logp for pair in known for logp in pair], 2, learned)
+            margins = [row[MARGIN] for row in rows for _ in range(2) if MARGIN in row]
+            return {**batch, **({MARGIN: _filled(margins, count_of(batch, 2), torch.float32)} if margins else {})}
         batch, other = (
             self._batch([pair[n] for pair in both], [pair[n] for pair in known], 1, learned) for n in (0, 1)
         )

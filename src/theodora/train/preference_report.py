@@ -10,6 +10,7 @@ from theodora.train.grpo_loss import PolicySettings
 from theodora.train.objectives import settings_of
 from theodora.train.preference_loss import Settings
 from theodora.train.reference import BASE
+from theodora.train.reward_loss import ScoreSettings
 
 Figures = Mapping[str, tuple[float | None, float | None]]
 """TRL's name of a figure -> its value on the held-out rows before and after training."""
@@ -23,6 +24,14 @@ _ROWS = {
     "logps/chosen": ("Log-likelihood of better answers", "{:.2f}"),
     "logps/rejected": ("Log-likelihood of worse answers", "{:.2f}"),
     "kl": ("Divergence from the reference", "{:.4f}"),
+}
+# The same of reward models.
+_OF_SCORES = {
+    "accuracy": ("Better answer scores higher", "{:.1%}"),
+    "margin": ("Margin of scores", "{:.4f}"),
+    "mean_reward": ("Mean score", "{:.4f}"),
+    "min_reward": ("Least score", "{:.4f}"),
+    "max_reward": ("Largest score", "{:.4f}"),
 }
 # The same of grpo, whose divergence is of a token. Between them stand its rewards by function.
 _REWARD = {"reward": ("Reward", "{:.4f}")}
@@ -47,9 +56,10 @@ def held_out_figures(objective: str, history: Sequence[Mapping[str, Any]], best:
         return {}
     first = lines[0] if lines[0]["step"] == 0 else {}
     last = next((line for line in lines if line["eval_loss"] == best), lines[-1])
-    names = _ROWS if objective != "grpo" else (*_REWARD, *functions_in([last], "eval_"), *_DRAWN)
+    drawn = (*_REWARD, *functions_in([last], "eval_"), *_DRAWN) if objective == "grpo" else ()
+    names = drawn or (_OF_SCORES if objective == "reward" else _ROWS)
     found = {name: (first.get(f"eval_{name}"), last.get(f"eval_{name}")) for name in names}
-    if objective != "grpo" and found["rewards/margins"][0] == 0:  # the model is its reference still: it prefers nothing
+    if found.get("rewards/margins", (None,))[0] == 0:  # the model is its reference still: it prefers nothing
         found["rewards/accuracies"] = None, found["rewards/accuracies"][1]
     return {name: values for name, values in found.items() if values[1] is not None}
 
@@ -65,7 +75,7 @@ def functions_in(lines: Iterable[Mapping[str, Any]], before: str = "") -> list[s
 
 def figure_rows(objective: str, figures: Figures) -> list[tuple[str, str, str]]:
     """Figure, before, after, in words."""
-    known = _ROWS if objective != "grpo" else _REWARD | _DRAWN
+    known = {"grpo": _REWARD | _DRAWN, "reward": _OF_SCORES}.get(objective, _ROWS)
 
     def row(key: str, values: tuple[float | None, float | None]) -> tuple[str, str, str]:
         words, form = known.get(key) or (f"Reward: {function_of(key)}", "{:.4f}")
@@ -85,6 +95,9 @@ def described(config: TrainConfig) -> str | None:
     settings = settings_of(config)
     if settings is None:
         return None
+    if isinstance(settings, ScoreSettings):
+        centred = settings.center_rewards_coefficient
+        return "reward, a model that scores answers" + (f", centred by {centred:g}" if centred else "")
     of_policy = isinstance(settings, PolicySettings)
     parts = [config.objective, *(_of_policy(config, settings) if of_policy else _settings(settings))]
     if config.reference is not None:

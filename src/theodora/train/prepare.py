@@ -15,6 +15,8 @@ from trl.trainer.sft_config import SFTConfig
 
 from theodora.adapters import quantize_base
 from theodora.adapters.conditions import hash_of_weights
+from theodora.adapters.heads import head_paths
+from theodora.adapters.inject import train_heads
 from theodora.adapters.models import load_model
 from theodora.adapters.parts import other_parts_note
 from theodora.adapters.quantized import count_parameters, experts_left_plain, left_plain, quantization_of
@@ -47,8 +49,8 @@ from theodora.plan.fits import LARGE_MODEL
 from theodora.train.arguments import Precision, choose_precision
 from theodora.train.beforehand import look_ahead, settle
 from theodora.train.continued import load_continued
-from theodora.train.experts import name_experts, why_unbalanced
-from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on
+from theodora.train.experts import OF_SCORES, balances, name_experts, why_unbalanced
+from theodora.train.fitting import end_as_taught, fit_vocabulary, name_backbone, put_on, with_score
 from theodora.train.flattened import lengths_of
 from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.grpo_batches import steps_at_once
@@ -138,7 +140,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     if isinstance(settings, PolicySettings):
         size, batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
         steps_at_once(settings, size, batches, processes.count)
-    rewards = rewards_of(config)
+    rewards = rewards_of(config, arguments.device)
     model_config = look_ahead(config, processes)
     data = processes.one_here_does(lambda: read_data(config, arguments, rewards, window_of(model_config)))
     config, tokenizer, notes = data.config, data.tokenizer, data.notes
@@ -154,7 +156,7 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
             processes=processes.count,
             longest=longest + settings.max_completion_length,
         )
-    precision = choose_precision(config, arguments)
+    precision, scores = choose_precision(config, arguments), config.objective == "reward"
     dtype = precision.dtype
     settled = settle(config, model_config, arguments.device, dtype, train_rows)
     processes = settled.processes
@@ -173,19 +175,23 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
         keep=config.adapter.modules_to_save,
         adapted=True,
         sharded=processes.sharding is not None,
+        scores=scores,
     )
     model = load() if Path(config.model).exists() else processes.one_here_first(load)  # which downloads it
+    if scores:
+        notes += with_score(model, tokenizer, config)
     base_hash = hash_of_weights(model)
     if config.from_adapter is None and processes.alone:
         know(model, base_hash)
-    check_continues_text(model)
-    name_backbone(model)
+    if not scores:
+        check_continues_text(model)
+        name_backbone(model)
     name_experts(model.config.get_text_config())
-    unbalanced = why_unbalanced(model, arguments)
-    notes += [unbalanced] if unbalanced is not None else []
+    unbalanced = OF_SCORES if scores else why_unbalanced(model, arguments)
+    notes += [unbalanced] if unbalanced is not None and (not scores or balances(model)) else []
     adapter, targets_note = for_text(model, config.adapter)
     notes += targets_note
-    notes += end_as_taught(model, tokenizer)
+    notes += [] if scores else end_as_taught(model, tokenizer)
     recomputes = config.gradient_checkpointing
     if recomputes is None and (recomputes := count_parameters(model) >= LARGE_MODEL):
         notes.append("activations are recomputed in the backward pass (gradient_checkpointing)")
@@ -193,18 +199,20 @@ def prepare(config: TrainConfig, arguments: SFTConfig) -> Prepared:
     config = replace(config, bf16=precision.bf16, gradient_checkpointing=recomputes, per_device_eval_batch_size=rows)
     if config.packing and arguments.packing_strategy != "wrapped":
         _check_packing(config, model, arguments.device)
+    plain = (*config.adapter.modules_to_save, *(head_paths(model) if scores else ()))
     if config.base_dtype == "fp8":
-        quantize_base(model, exclude=config.adapter.modules_to_save)
+        quantize_base(model, exclude=plain)
         if not multiplies_float8(arguments.device):
             notes.append(f"{arguments.device.type} has no products of float8: they run on widened copies, slower")
         notes += filter(None, [experts_left_plain(model)])
     if (quantization := quantization_of(model)) is not None:
         # (a folder of quantised weights keeps the dtype of its others, whatever was asked for)
         dtype = f"{quantization}, the rest {str(model.dtype).removeprefix('torch.')},"
-        plain = left_plain(model, config.adapter.modules_to_save), experts_left_plain(model)
-        notes += filter(None, plain)
+        notes += filter(None, [left_plain(model, plain), experts_left_plain(model)])
     if config.from_adapter is not None:  # before the vocabulary: it may bring rows, and is to have those of new tokens
         config = load_continued(model, config)
+        if scores:
+            train_heads(model)
     notes += fit_vocabulary(config, model, tokenizer, [train_rows, held_out_rows])
     # After loading, which may draw random numbers, so that the adapter starts the same on every machine.
     set_seed(config.seed)
@@ -362,6 +370,8 @@ def _load_tokenizer(config: TrainConfig, arguments: SFTConfig, examples: Example
     if conversational and tokenizer.chat_template is None and config.use_chat_template is None:
         # Saved with the adapter, so that whoever prompts the model does it the same way.
         tokenizer.chat_template = fallback_chat_template(tokenizer)
+    if config.objective == "reward" and config.use_chat_template is False:  # what it rewards is read as here
+        tokenizer.chat_template = fallback_chat_template(tokenizer) if conversational else None
     return tokenizer
 
 
@@ -379,7 +389,11 @@ def _tokenize(
         return tokenize_prompts(examples, tokenizer, max_prompt=room, use_chat_template=config.use_chat_template)
     if config.objective != "sft":
         return tokenize_preferences(
-            examples, tokenizer, max_length=config.max_length, use_chat_template=config.use_chat_template
+            examples,
+            tokenizer,
+            max_length=config.max_length,
+            use_chat_template=config.use_chat_template,
+            cut=config.objective != "reward",
         )
     return tokenize(
         examples,

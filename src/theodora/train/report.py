@@ -152,8 +152,9 @@ def print_result(console: Console, result: TrainResult, config: TrainConfig, not
         console.print(line, markup=False)
     if result.stops is not None:
         console.print("It " + describe_stops(result))
+    asked = "Scored" if result.objective == "reward" else "Asked"
     for sample in result.samples:
-        console.print(Text.assemble(("\nAsked: ", "dim"), plain(_short(sample.prompt, _PROMPT))))
+        console.print(Text.assemble((f"\n{asked}: ", "dim"), plain(_short(sample.prompt, _PROMPT))))
         console.print(Text.assemble(("before ", "dim"), plain(_short(sample.before, _ANSWER))))
         console.print(Text.assemble(("after  ", "dim"), (plain(_short(sample.after, _ANSWER)), "bold")))
     for note in notes:
@@ -220,6 +221,16 @@ def next_commands(config: TrainConfig) -> list[str]:
     held_out = config.eval_data or (f"{config.output.rstrip('/')}/{HELD_OUT_FILE}" if config.held_out else None)
     evaluate = f"theodora evaluate --model {quoted(config.model)} --adapter {output} --data"
     trusts = " --trust-remote-code" if config.trust_remote_code else ""
+    if config.objective == "reward":
+        learns = (
+            f"theodora train --objective grpo --reward {output} --model {quoted(config.model)} --data PROMPTS.jsonl"
+        )
+        merge = f"theodora merge {output} --output {quoted(config.output.rstrip('/') + '-merged')}{trusts}"
+        return [
+            *([f"theodora evaluate --model {output} --data {quoted(held_out)}{trusts}"] if held_out else []),
+            f"{learns} --output {quoted(config.output.rstrip('/') + '-used')}",
+            *([] if config.trains_all else [merge]),
+        ]
     if config.trains_all:
         return [
             *([f"theodora evaluate --model {output} --data {quoted(held_out)}{trusts}"] if held_out else []),
@@ -267,7 +278,7 @@ def epochs_of(plan: Plan) -> str:
 def describe_tokens(plan: Plan) -> str:
     """`1,200 tokens, 300 of them in the loss`; of prompts nothing is."""
     tokens = f"{plan.tokens:,} tokens"
-    return tokens if plan.config.objective == "grpo" else f"{tokens}, {plan.learned:,} of them in the loss"
+    return tokens if plan.config.objective in ("grpo", "reward") else f"{tokens}, {plan.learned:,} of them in the loss"
 
 
 def describe_step(plan: Plan) -> str:

@@ -1,7 +1,8 @@
 """What GRPO rewards: built-in scores of an answer, and functions of the user's own, with weights.
 
-A reward is named as on the command line: `exact_match`, `token_f1`, `format:REGEX`, `length:TOKENS`, or
-`path/to/file.py:function`. Such a function is one of two kinds, told apart by the names of its parameters:
+A reward is named as on the command line: `exact_match`, `token_f1`, `format:REGEX`, `length:TOKENS`, the folder of a
+reward model (`scorers.py`), or `path/to/file.py:function`. Such a function is one of two kinds, told apart by the names
+of its parameters:
 
     def f(completions, prompts, **columns) -> list[float]     TRL's: a batch at once; takes what it names
     def f(answer, reference) -> float                         as `evaluate --metric` has it: an answer at a time
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,19 +30,24 @@ from typing import Any
 import regex
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from theodora.adapters.models import best_device
+from theodora.autocast import computes_in_bf16
 from theodora.config import TrainConfig
 from theodora.data import PromptRows
+from theodora.data.formats import TOOLS
 from theodora.data.messages import Message, assistant
+from theodora.data.notes import spelling
 from theodora.data.prompt_layouts import REFERENCES, reference_text
 from theodora.data.prompt_rows import REFERENCE
 from theodora.errors import ConfigError, DataError, TheodoraError, bullet_list, shown
 from theodora.evaluate.metrics import Metric, load_functions, same_text, score_of, token_f1
 from theodora.paths import why_not
+from theodora.train.scorers import Scorer, is_model_folder
 from theodora.trust import names_a_file
 
-KNOWN = "exact_match, token_f1, format:REGEX, length:TOKENS or path/to/file.py:function"
+KNOWN = "exact_match, token_f1, format:REGEX, length:TOKENS, the folder of a reward model, or path/to/file.py:function"
 _METRICS: dict[str, Metric] = {"exact_match": same_text, "token_f1": token_f1}
 _TRIED = 8
 """Rows whose references functions are tried on before anything is loaded."""
@@ -107,19 +113,34 @@ class Rewards:
     Args:
         rewards: what they are called (`KNOWN`). Files are run.
         weights: of each in their sum. Default: 1 each.
-        timeout: seconds that each may take for a batch.
+        timeout: seconds that each function may take for a batch.
+        device: where reward models are put. Default: the accelerator.
+        dtype: of their weights.
+        policy: the run, whose frozen weights reward models share where they can.
 
     Raises:
         ConfigError: naming every one that is no reward.
     """
 
-    def __init__(self, rewards: Sequence[str], weights: Sequence[float] = (), timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[str],
+        weights: Sequence[float] = (),
+        timeout: float = 60.0,
+        device: torch.device | None = None,
+        dtype: str = "auto",
+        policy: TrainConfig | None = None,
+    ) -> None:
         if weights and len(weights) != len(rewards):
             raise ConfigError(f"reward_weights holds {len(weights)} numbers for {len(rewards)} rewards")
         self.timeout = timeout
         self.weights = torch.tensor(list(weights) or [1.0] * len(rewards), dtype=torch.float64)
         """(functions,), float64."""
-        self._rewards = _read(rewards, timeout)
+        self.scorers = {
+            name: Scorer(name, device, dtype, policy) for name in dict.fromkeys(rewards) if is_model_folder(name)
+        }
+        """Reward models, by the folders that name them."""
+        self._rewards = _read(rewards, timeout, self.scorers)
         self.names = _unique([reward.name for reward in self._rewards])
         """Of the functions, no two alike: rewards/NAME in figures."""
 
@@ -146,6 +167,13 @@ class Rewards:
         ids = [list(tokens) for tokens in completion_ids]
         batch = _Batch(list(prompts), list(completions), columns, ids, trainer_state)
         return torch.stack([self._numbers(reward, batch) for reward in self._rewards], dim=1)
+
+    def place(self, policy: PreTrainedModel) -> list[str]:
+        """Let reward models score on the policy's frozen weights, which have to be where they stay; what there is to
+        say of each."""
+        for scorer in self.scorers.values():
+            scorer.place(policy)
+        return [scorer.note for scorer in self.scorers.values()]
 
     def check(self, rows: PromptRows, tokenizer: PreTrainedTokenizerBase) -> None:
         """Try the functions on the first rows, with the rows' own references as completions (or empty ones).
@@ -213,24 +241,30 @@ class Rewards:
         return numbers
 
 
-def rewards_of(config: TrainConfig) -> Rewards | None:
-    """The rewards of a run; None where its objective has none."""
+def rewards_of(config: TrainConfig, device: torch.device | None = None) -> Rewards | None:
+    """The rewards of a run; None where its objective has none. Reward models are put on `device`, by default the
+    accelerator."""
     if config.objective != "grpo":
         return None
-    return Rewards(config.reward, config.reward_weights, config.reward_timeout)
+    bf16 = computes_in_bf16(device or best_device()) if config.bf16 is None else config.bf16
+    dtype = "bfloat16" if bf16 else "float32"
+    return Rewards(config.reward, config.reward_weights, config.reward_timeout, device, dtype, config)
 
 
 # What a name stands for
 
 
-def _read(names: Sequence[str], timeout: float) -> list[_Reward]:
-    files = [name for name in names if names_a_file(name)]
+def _read(names: Sequence[str], timeout: float, scorers: Mapping[str, Scorer]) -> list[_Reward]:
+    files = [name for name in names if names_a_file(name) and name not in scorers]
     functions = dict(zip(files, load_functions(files, f"reward ({KNOWN})"), strict=True))
     problems: list[str] = []
     found: list[_Reward] = []
     for name in names:
         try:
-            found.append(_own(name, functions[name]) if name in functions else _built_in(name, timeout))
+            if name in scorers:
+                found.append(_Reward(name, Path(name).resolve().name, partial(_scored, scorers[name])))
+            else:
+                found.append(_own(name, functions[name]) if name in functions else _built_in(name, timeout))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -300,6 +334,12 @@ def _unique(names: list[str]) -> list[str]:
 
 
 # How each is computed
+
+
+def _scored(scorer: Scorer, batch: _Batch) -> list[float]:
+    """The scores of a reward model, which reads prompt and completion."""
+    tools = next((values for name, values in batch.columns.items() if spelling(name) in TOOLS), ())
+    return scorer(batch.prompts, batch.texts, tools).tolist()
 
 
 def _format(expression: Any, timeout: float, batch: _Batch) -> list[float]:

@@ -58,7 +58,8 @@ from theodora.train.report import Plan, print_plan, print_result, resume_command
 from theodora.train.restored import restored_afterwards
 from theodora.train.result import TrainResult
 from theodora.train.resumed import Past, change_notes, check_options, history, history_lines, past_of, record_of
-from theodora.train.samples import answers_of, paired
+from theodora.train.samples import answers_of, paired, scores_of
+from theodora.train.scorers import is_model_folder
 from theodora.train.self_stopping import SelfStopping, count_self_stops
 from theodora.train.sharding import bytes_gathered, shard_model
 from theodora.train.stop import StepAbandoned, StopOnSignal, TrainingInterrupted
@@ -139,10 +140,9 @@ def _look(config: TrainConfig, held: ExitStack, processes: int) -> tuple[list[st
     output = Path(config.output)
     said = held.enter_context(alone_in(output))
     checkpoints.check_output(output, overwrite=config.overwrite, resume=config.resume, trains_all=config.trains_all)
-    read = {
-        name: getattr(config, name)
-        for name in ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
-    }
+    names = ("model", "from_adapter", "reference", "data", "eval_data", "replay", "general")
+    read = {name: getattr(config, name) for name in names}
+    read |= {f"reward {name}": name for name in config.reward if is_model_folder(name)}
     checkpoints.check_inputs(output, read, overwrite=config.overwrite)
     said += place_note(config)
     checkpoint = checkpoints.find_checkpoint(config.resume, output) if config.resume is not None else None
@@ -242,7 +242,7 @@ def _train(
         before, after = forgetting.before_and_after()
         result = replace(result, general_loss_before=before, general_loss=after)
     # (A sharded model would have to be asked by all processes, which do not know how long the others' answers are.)
-    asks = processes.sharding is None
+    asks = processes.sharding is None and prepared.config.objective != "reward"
     stops = processes.first_does(lambda: _count_stops(prepared), patient=True) if asks else None
     result = replace(result, stops=None if stops is None else (stops.stopped, stops.asked))
     if before_it:
@@ -482,7 +482,9 @@ def _result(
 
 
 def _answers(prepared: Prepared) -> list[tuple[str, str]]:
-    """What the model answers to a few held-out prompts, or prompts of rows trained on."""
+    """What the model answers to a few held-out prompts, or prompts of rows trained on; or how it scores theirs."""
+    if prepared.config.objective == "reward":
+        return scores_of(prepared.model, prepared.tokenizer, prepared.held_out_rows or prepared.train_rows)
     examples = as_answers(prepared.held_out if prepared.held_out is not None else prepared.training)
     return answers_of(prepared.model, prepared.tokenizer, examples, prepared.config.use_chat_template)
 

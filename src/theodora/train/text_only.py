@@ -90,7 +90,10 @@ def _without_gradient(model: PreTrainedModel, *, weights: bool = False) -> list[
     model.eval()
     try:
         logits: Any = model(input_ids=ids_1L.to(model.device), use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:].to(logits.device)).backward()
+        if logits.dim() == 2:  # scores
+            logits.float().sum().backward()
+        else:
+            torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:].to(logits.device)).backward()
         kinds: dict[str, list[str]] = {}
         for path in trained:
             kinds.setdefault(_kind(path), []).append(path)
