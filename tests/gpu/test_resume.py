@@ -1,6 +1,7 @@
 """A run that goes on on a GPU: the same bits as a whole one, where that is asked for."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -40,7 +41,10 @@ def run(tmp_path):
 
 @pytest.fixture
 def _as_before():
+    environment = dict(os.environ)  # of which cuBLAS and flash attention read some
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
