@@ -13,6 +13,7 @@ from theodora.errors import CheckpointError, ConfigError, UsageError
 from theodora.export import VerificationFailed, export_adapter, verify
 from theodora.export import gguf_quantise as own
 from theodora.export.comparison import BOUNDS_OF_BITS
+from theodora.export.forms import kind_of
 from theodora.export.gguf_files import FILE_TYPES, read_gguf_header
 
 STAND_IN = Path(__file__).parent / "quantises.py"
@@ -135,3 +136,8 @@ def test_llama_cpp_itself(adapter, tmp_path):
     report = export_adapter(adapter, tmp_path / "q.gguf", "gguf", quantize="q4_k_m")
     assert report.verification.passed
     assert report.verification.difference.kl_mean > 0
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        kind_of(str(tmp_path / "model.gguf"))

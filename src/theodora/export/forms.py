@@ -100,6 +100,8 @@ def kind_of(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         return "gguf-lora" if read_gguf_header(path).type == "adapter" else "gguf"
+    if path.suffix == ".gguf" and not path.exists():
+        raise CheckpointError(f"{name}: there is no such file.")
     if is_served(path):
         return "served"
     if is_adapter_folder(path):
