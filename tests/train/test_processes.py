@@ -129,7 +129,7 @@ def kinds(folder):
 
 @pytest.fixture(scope="module")
 def ended(base, folder):
-    """A process hangs, and one is killed, after the checkpoint of step 3: most of it is waiting, so it runs beside `two`."""
+    """A process hangs, and one is killed, after the checkpoint of step 3: mostly waiting, and so beside `two`."""
     options = {name: base | DRAWN | {"output": str(folder / name)} for name in ("hung", "killed")}
     scenarios = [
         # The data takes longer than processes wait for one another in steps.
