@@ -70,7 +70,7 @@ def merge(adapter: Path, output: Path, keys: int) -> None:
         if len(seen) == keys:
             _die()
 
-    merge_checkpoint(adapter, output, max_shard_size=70_000_000, progress=watch)
+    merge_checkpoint(adapter, output, max_shard_size=17_500_000, progress=watch)
 
 
 def export(adapter: Path, output: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,14 +129,15 @@ def kinds(folder):
 
 @pytest.fixture(scope="module")
 def ended(base, folder):
-    """A process hangs, and one is killed, after the checkpoint of step 3."""
+    """A process hangs, and one is killed, after the checkpoint of step 3: mostly waiting, and so beside `two`."""
     options = {name: base | DRAWN | {"output": str(folder / name)} for name in ("hung", "killed")}
     scenarios = [
         # The data takes longer than processes wait for one another in steps.
         Scenario("hung", options["hung"] | {"ddp_timeout": 6}, dies=(1, 4, "hang"), slow=7.0),
         Scenario("killed", options["killed"], dies=(1, 4, "kill")),
     ]
-    return launch(2, scenarios, folder)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(launch, 2, scenarios, folder)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,6 @@ def two(base, folder, ended, kinds):
         kind("as-on-gpu", {"max_length": 32, "per_device_train_batch_size": 4}, as_on_gpu=True),
         kind("whole", DRAWN),
         kind("again", DRAWN, dies=(1, 4, "raise")),  # after the checkpoint of step 3
-        *(kind(f"{name} resumed", DRAWN | {"output": str(folder / name), "resume": "auto"}) for name in ENDINGS),
         kind("grpo again", kinds["grpo"], dies=(1, 4, "raise")),  # after the checkpoint of step 3
         kind("grpo again resumed", kinds["grpo"] | {"output": str(folder / "grpo again"), "resume": "auto"}),
         kind("grpo-fails", kinds["grpo"] | {"reward": [reward("fails")]}),
@@ -169,6 +170,9 @@ def two(base, folder, ended, kinds):
         kind("stopped", {"max_steps": 40, "save_steps": 100, "held_out": 0}, dies=(1, 4, "sigterm")),
     ]
     found = launch(2, scenarios, folder)
+    ended.result()
+    resumed = [kind(f"{name} resumed", DRAWN | {"output": str(folder / name), "resume": "auto"}) for name in ENDINGS]
+    found |= launch(2, resumed, folder)
     print({name: [round(each.get("cpu", 0), 1) for each in both] for name, both in found.items()})
     return found
 
@@ -363,7 +367,7 @@ def test_all_stop_when_one_is_told_to(two, folder):
 
 @pytest.mark.parametrize(("ending", "of_it", "seconds"), [("hung", "OSError", 6), ("killed", "no word", 20)])
 def test_a_process_without_a_word_ends_the_run(ended, folder, ending, of_it, seconds):
-    first, second = ended[ending]
+    first, second = ended.result()[ending]
     assert second["error"] == of_it
     assert first["error"] == "OtherFailed", first
     assert f"No answer from process 1: it was killed, or hung for {seconds} s (ddp_timeout" in first["text"]
@@ -382,6 +386,7 @@ def test_torchrun_shows_the_error_of_the_process_that_fails(base, folder):
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id="launched",
+        max_restarts=0,
         start_method=fork_server().get_start_method(),
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
     )
