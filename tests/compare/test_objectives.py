@@ -6,12 +6,14 @@ import re
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from theodora import AdapterConfig, inject_adapter, save_adapter
+from theodora import AdapterConfig, TrainConfig, inject_adapter, save_adapter, train
 from theodora.adapters.models import load_model
 from theodora.compare import CompareConfig, worker
 from theodora.compare.material import read_splits
 from theodora.errors import ConfigError, DataError, UsageError
+from theodora.files.names import WEIGHTS_NAME
 from tiny import tiny_model
 from train.rewarded import reward, saved
 
@@ -132,6 +134,20 @@ class TestRewards:
         assert again == {key: record.seconds for key, record in run(**options, allow_code=allowed).items()}
         with pytest.raises(UsageError, match=r"reward.*token_f1"):
             run(**{**options, "reward": [*REWARDED, "exact_match"], "reward_weights": []}, allow_code=allowed)
+
+    def test_reward_models_judge_and_stay_the_same(self, run, rewarded, ends, pairs, tmp_path, undrawn):
+        asked = {"model": ends, "data": pairs["data"]["parity"]["train"], "objective": "reward", "max_steps": 1}
+        train(TrainConfig.from_options({**asked, "output": str(tmp_path / "judge"), "held_out": 0}))
+        judge = str(tmp_path / "judge")
+        options = rewarded | {"methods": [GRPO, {"method": "lora", "objective": "dpo"}], "reward": [judge]}
+        options |= {"reward_weights": [], "reference": [], "general": None, "curve_points": 0}
+        records = run(**options)
+        assert {record.status for record in records.values()} == {"ok"}, records
+        assert all(record.judged["parity"]["rewards/judge"] for record in records.values() if record.phase == "final")
+        tensors = load_file(tmp_path / "judge" / WEIGHTS_NAME)  # (as large as before, as after training anew)
+        save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "judge" / WEIGHTS_NAME)
+        with pytest.raises(UsageError, match=r"contents.*judge"):
+            run(**options)
 
     def test_it_goes_on_from_an_adapter(self, run, rewarded, ends, tmp_path, undrawn):
         """Which stays what the model is compared with."""

@@ -347,3 +347,11 @@ def test_a_model_that_is_quantised_already(folder, tmp_path, capsys):
     code, out, _ = run(capsys, "--model", tmp_path, "--memory", "24GB", "--json")
     assert code == 0
     assert {row["setting"]["stored"] for row in json.loads(out)["settings"]} == {"plain"}
+
+
+def test_of_another_objective_it_says_what_is_counted(tiny_model_dir, tmp_path, capsys):
+    """Whose rows are none of sft's."""
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    asked = ["--model", str(tiny_model_dir()), "--data", str(tmp_path / "pairs.jsonl"), "--memory", "1GB"]
+    assert main(["plan", *asked, "--output", str(tmp_path / "run"), "--objective", "reward"]) == 0
+    assert "what is counted is a step of sft" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from theodora import AdapterConfig, CheckpointError, ConfigError, DataError, inj
 from theodora.adapters.models import load_model, load_model_and_tokenizer
 from theodora.adapters.scoring import new_heads, padded, scores, set_padding
 from theodora.adapters.state import trained_tensors
+from theodora.analysis import inspect_adapter
 from theodora.cli.main import main
 from theodora.data import load_examples, tokenize_preferences
 from theodora.data.sequences import parted
@@ -87,6 +88,12 @@ def test_pairs_are_learned(learn, tmp_path):
     assert result.moved["weight"] == (1, 1)  # the head
     assert result.samples[0].before != result.samples[0].after
     assert result.samples[0].after.startswith("better ")
+
+
+def test_a_head_that_the_base_has_not_has_not_changed_by_anything(scorer):
+    (head,) = inspect_adapter(scorer).full
+    assert head.path == "score.weight"
+    assert head.relative_change is None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from theodora import CheckpointError, ConfigError, DataError, TrainConfig
 from theodora.adapters.state import trained_tensors
 from theodora.data import load_examples, tokenize_preferences
 from theodora.data.answered import encode_answered
 from theodora.data.sequences import parted
+from theodora.files.names import WEIGHTS_NAME
 from theodora.merging.checkpoint import merge_checkpoint
 from theodora.train import scorers
 from theodora.train.rewards import Rewards
@@ -123,6 +125,14 @@ def test_a_run_resumes_with_the_same_bits(scorer, resumes, sums, losses, tmp_pat
     drawn = {"num_generations": 4, "max_completion_length": 6, "max_length": 64, "beta": 0.1}
     resumes(objective="grpo", reward=[str(scorer)], data=str(sums), held_out=4, max_steps=4, save_steps=2, **drawn)
     assert losses(tmp_path / "parts", "reward") == losses(tmp_path / "whole", "reward")
+
+
+def test_another_one_in_the_same_folder_is_refused(scorer, rewarded, tmp_path):
+    rewarded(str(scorer), max_steps=1, save_steps=1)
+    tensors = load_file(scorer / WEIGHTS_NAME)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, scorer / WEIGHTS_NAME, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"weights of the reward model .* have changed"):
+        rewarded(str(scorer), max_steps=2, save_steps=1, resume=True)
 
 
 def test_a_recipe_may_name_it(scorer, options):

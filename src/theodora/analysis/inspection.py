@@ -65,7 +65,7 @@ class FullReport:
     shape: tuple[int, ...]
     parameters: int
     relative_change: float | None
-    """‖W' − W‖ / ‖W‖, if the base is at hand."""
+    """‖W' − W‖ / ‖W‖, if the base is at hand and has one."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,8 @@ def _full(path: str, tensor: Tensor, base: BaseCheckpoint | None) -> FullReport:
     name = base.model_name(path) if base is not None else None
     key = base.key_of(name) if base is not None and name is not None else None
     change = None
+    if base is not None and key in base.heads:  # which it has of this very adapter
+        key = None
     if base is not None and key is not None and base.tensors[key].shape == tuple(tensor.shape):
         stored = base.read(key).float()
         change = float(torch.linalg.vector_norm(tensor.float() - stored) / torch.linalg.vector_norm(stored))

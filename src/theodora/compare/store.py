@@ -18,8 +18,11 @@ from theodora.compare.config import CompareConfig, is_code
 from theodora.errors import UsageError, bullet_list
 from theodora.files.alone import is_empty
 from theodora.files.atomic import atomic_write
+from theodora.files.distrust import expanded
+from theodora.files.model_folder import is_adapter_folder
 from theodora.files.names import WEIGHTS_NAME
 from theodora.parse import to_json
+from theodora.train.scorers import is_model_folder
 from theodora.trust import names_a_file
 
 SETTINGS, PARQUET, REPORT, CELLS = "settings.yaml", "results.parquet", "report.html", "cells"
@@ -172,7 +175,11 @@ def _settings(config: CompareConfig) -> dict[str, Any]:
         sources |= {value for value in (data.train, data.validation, data.test) if isinstance(value, str)}
         if is_code(data.score):
             sources.add(data.score.rpartition(":")[0])
-    sources |= {name.rpartition(":")[0] for name in config.reward if names_a_file(name)}
+    for name in config.reward:
+        if is_model_folder(name):
+            sources.add(f"{name}/{WEIGHTS_NAME}" if is_adapter_folder(expanded(name)) else name)
+        elif names_a_file(name):
+            sources.add(name.rpartition(":")[0])
     sources |= {f"{v.from_adapter}/{WEIGHTS_NAME}" for v in config.variants if v.from_adapter is not None}
     return {**options, "contents": {source: _content(Path(source)) for source in sorted(sources)}}
 

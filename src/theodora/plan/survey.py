@@ -156,6 +156,8 @@ def survey(
 
 def _longest(config: TrainConfig) -> tuple[int | None, list[str]]:
     """Tokens of the longest row of the data, if they are there to be read; and what to say of them."""
+    if config.objective != "sft":
+        return None, [f"what is counted is a step of sft, with rows of max_length: {config.objective} takes another"]
     if config.packing or not Path(config.data).exists():
         return None, []
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)

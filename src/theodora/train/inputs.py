@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,17 @@ class Inputs:
     """Hash of all rows to train on, as tokens."""
     base: str
     """Hash of the base model's weights as they were loaded."""
+    rewards: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Where a reward model was read -> the hash of its weights."""
     processes: int
     options: Mapping[str, Any]
     """Those that decide about the others."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """All hashes, by what they are of."""
+        rows = {name: sha256 for name, (_, sha256) in self.sources.items()}
+        return {**rows, "tokens": self.tokens, "weights of the base": self.base, **self.rewards}
 
 
 class KeepInputs(TrainerCallback):
@@ -72,13 +80,21 @@ def write_inputs(trainer: Trainer, checkpoint: Path) -> None:
         write_json(checkpoint / INPUTS_FILE, values)
 
 
-def inputs_of(config: TrainConfig, sources: Mapping[str, Examples], rows: Dataset, base: str, processes: int) -> Inputs:
-    """Take down what a run is made from."""
+def inputs_of(
+    config: TrainConfig,
+    sources: Mapping[str, Examples],
+    rows: Dataset,
+    base: str,
+    processes: int,
+    rewards: Mapping[str, str] | None = None,
+) -> Inputs:
+    """Take down what a run is made from; `rewards` are the hashes of reward models, by their folders."""
     options = config.to_options()
     return Inputs(
         sources={name: (_place(examples.source), examples.sha256) for name, examples in sources.items()},
         tokens=hash_of_tokens(rows),
         base=base,
+        rewards={_place(name): weights for name, weights in (rewards or {}).items()},
         processes=processes,
         options=json.loads(json.dumps({name: options.get(name) for name in sorted({*_TOKENS, *_BASE})}, default=str)),
     )
@@ -89,7 +105,7 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
 
     Raises:
         ConfigError: naming what has changed without having been asked for: a data file with other rows, a tokenizer or
-            base model with other values.
+            base or reward model with other values.
     """
     before = _read(checkpoint)
     if before is None:
@@ -108,6 +124,11 @@ def changes_since(checkpoint: Path, now: Inputs) -> list[str]:
             notes.append(f"changed since the run began: {base}, as {', '.join(asked)} did")
         else:
             changed.append(f"{base} have changed")
+    changed += [
+        f"the weights of the reward model {place} have changed"
+        for place, weights in now.rewards.items()
+        if before.rewards.get(place, weights) != weights
+    ]
     if changed:
         raise ConfigError(
             f"{checkpoint} was trained on something else than there is now:{bullet_list(changed)}\n"
@@ -166,7 +187,8 @@ def _read(checkpoint: Path) -> Inputs | None:
         values = json.loads((checkpoint / INPUTS_FILE).read_text(encoding="utf-8"))
         sources = {str(name): (str(place), str(rows)) for name, (place, rows) in values["sources"].items()}
         tokens, base, options = str(values["tokens"]), str(values["base"]), dict(values["options"])
-        return Inputs(sources=sources, tokens=tokens, base=base, processes=int(values["processes"]), options=options)
+        rewards, processes = dict(values.get("rewards") or {}), int(values["processes"])  # (earlier versions: none)
+        return Inputs(sources=sources, tokens=tokens, base=base, rewards=rewards, processes=processes, options=options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -55,6 +55,7 @@ from theodora.train.flattened import lengths_of
 from theodora.train.fused_loss import fused_loss_pays
 from theodora.train.grpo_batches import steps_at_once
 from theodora.train.grpo_loss import PolicySettings
+from theodora.train.inputs import Inputs, inputs_of
 from theodora.train.objectives import completion_length, kind_of, settings_of
 from theodora.train.packed_rows import can_go_by_bounds_alone, keeps_rows_apart
 from theodora.train.processes import Processes
@@ -103,6 +104,11 @@ class Prepared:
     """What the checkpoint tells that it goes on from."""
     general: Questions | None = None
     """Texts that the loss on general text is measured on."""
+
+    def inputs(self, processes: int) -> Inputs:
+        """What the run is made from, in so many processes."""
+        judges = {} if self.rewards is None else self.rewards.judges
+        return inputs_of(self.config, self.sources, self.train_rows, self.base_hash, processes, judges)
 
 
 @dataclass(frozen=True)

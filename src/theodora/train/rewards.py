@@ -144,6 +144,11 @@ class Rewards:
         self.names = _unique([reward.name for reward in self._rewards])
         """Of the functions, no two alike: rewards/NAME in figures."""
 
+    @property
+    def judges(self) -> dict[str, str]:
+        """The hashes of reward models, by the folders that name them."""
+        return {name: scorer.sha256 for name, scorer in self.scorers.items()}
+
     def __call__(
         self,
         prompts: Sequence[Prompt],

@@ -42,7 +42,7 @@ from theodora.train.expert_loads import ExpertLoads, trained_experts
 from theodora.train.fast_path import RecomputeLess, fast_path, missing_parts
 from theodora.train.forgetting import Forgetting
 from theodora.train.full import save_model, tensors_of_run
-from theodora.train.inputs import KeepInputs, changes_since, inputs_of, missing_random_state
+from theodora.train.inputs import KeepInputs, changes_since, missing_random_state
 from theodora.train.launched import notes_of_one
 from theodora.train.loss_figure import draw_losses
 from theodora.train.movement import EarlyGradients, check_moved, fingerprints
@@ -184,9 +184,8 @@ def _train(
     )
     if not processes.alone:
         stop.alone, stop.agree = False, Agreement(processes.group)
-    inputs = inputs_of(prepared.config, prepared.sources, prepared.train_rows, prepared.base_hash, processes.count)
-    rows = {name: sha256 for name, (_, sha256) in inputs.sources.items()}
-    processes.agree("data and base model", {**rows, "tokens": inputs.tokens, "weights of the base": inputs.base})
+    inputs = prepared.inputs(processes.count)
+    processes.agree("data and base model", inputs.hashes)
     if checkpoint is not None:
         prepared.notes += changes_since(checkpoint, inputs)
         missing = processes.gather(missing_random_state(checkpoint, processes.index))

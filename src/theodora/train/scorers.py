@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from theodora.adapters.conditions import hash_of_weights
 from theodora.adapters.models import best_device, load_model_and_tokenizer
 from theodora.adapters.quantized import weight_bytes
 from theodora.adapters.scoring import scorer_beside, scores, set_padding
@@ -24,6 +25,7 @@ from theodora.files.adapter import AdapterFile, read_adapter
 from theodora.files.classes import check_kernels
 from theodora.files.distrust import expanded
 from theodora.files.model_folder import base_model_of, has_tokenizer, is_adapter_folder, is_scorer
+from theodora.files.ours import sha256
 from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.tokenizer import load_tokenizer
 from theodora.train.progress import as_size
@@ -76,6 +78,14 @@ class Scorer:
         """Whether the policy's frozen weights are to be its own."""
         if not self.shares:
             self._load()
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what makes its scores: the file of an adapter, or the weights of a whole model."""
+        if self._adapter is not None:
+            return sha256(self._adapter.weights)
+        assert self.model is not None
+        return hash_of_weights(self.model)
 
     @property
     def note(self) -> str:
