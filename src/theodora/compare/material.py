@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from theodora.compare.config import CompareConfig, DataConfig, is_code
@@ -120,7 +121,7 @@ def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Example
             except TheodoraError as error:
                 problems.append(f"methods: {variant.name}: {error}")
     if not problems and config.reward:
-        rewards_of(config)  # what is wrong with them is said before anything runs
+        rewards_of(config, torch.device("cpu"))  # what is wrong with them is said before anything runs
     if problems:
         raise DataError("The data cannot be used:" + bullet_list(problems))
     return splits, general
@@ -132,9 +133,9 @@ def _check_adapter(variant: Variant, place: str) -> None:
         raise ConfigError(f"the adapter in {place} is one of {method}; expected one of {variant.method}")
 
 
-def rewards_of(config: CompareConfig) -> Rewards | None:
-    """What answers are rewarded by; files are run."""
-    return Rewards(config.reward, config.reward_weights, config.reward_timeout) if config.reward else None
+def rewards_of(config: CompareConfig, device: torch.device) -> Rewards | None:
+    """What answers are rewarded by, reward models on the device; files are run."""
+    return Rewards(config.reward, config.reward_weights, config.reward_timeout, device) if config.reward else None
 
 
 def check_rewards(rewards: Rewards, splits: dict[str, Splits], tokenizer: PreTrainedTokenizerBase) -> None:
