@@ -1,4 +1,5 @@
-"""What runs of grpo are made of: a tiny model that ends its answers, and functions that reward them."""
+"""What runs of grpo are made of and held against: a tiny model that ends its answers, functions that reward them, and
+what a training pass says of the tokens."""
 
 import os
 import signal
@@ -71,3 +72,14 @@ def fails(completion_ids, trainer_state, **kwargs):
     if torch.distributed.is_initialized() and torch.distributed.get_rank() and trainer_state.global_step == 2:
         raise OSError("no more rewards")
     return low(completion_ids)
+
+
+@torch.no_grad()
+def forward_logps(model, prompt, tokens, temperature):
+    """Of the tokens, by one pass of the trainer's kind over everything."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def tokens_of(completions):
+    return [each.tokens for each in completions]

@@ -19,6 +19,7 @@ from theodora.errors import ConfigError, DataError, TheodoraError
 from theodora.serve import offline, offline_manager, static_batches
 from theodora.train.rollouts import Drawing, Rollouts
 from tiny import tiny_model
+from train.rewarded import forward_logps, tokens_of
 
 ENDS, MOST = [2, 77, 140], 12
 LENGTHS = (3, 17, 40, 8, 25, 1, 60, 33)
@@ -46,17 +47,6 @@ def way(request, monkeypatch):
         monkeypatch.setattr(offline, "DEVICES", {"cpu"})
         return BATCHES
     return "generate (it is faster on cpu)"
-
-
-@torch.no_grad()
-def forward_logps(model, prompt, tokens, temperature):
-    """Of the tokens, by one pass of the trainer's kind over everything."""
-    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def tokens_of(completions):
-    return [each.tokens for each in completions]
 
 
 @pytest.mark.parametrize("adapter", ["dora4", "lora8"])

@@ -23,7 +23,7 @@ from theodora.adapters.state import trained_tensors
 from theodora.train import train
 from theodora.train.rollouts import Drawing, Rollouts
 from theodora.train.vllm_rollouts import ByVllm, VllmRollouts
-from train.rewarded import reward, saved
+from train.rewarded import forward_logps, reward, saved, tokens_of
 
 MOST, SHARE = 12, 0.1
 ENDS = [2, *range(60, 80)]
@@ -65,16 +65,6 @@ def rollouts_of(base):
     yield make
     for other in made:
         other.release()
-
-
-@torch.no_grad()
-def forward_logps(model, prompt, tokens, temperature):
-    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def tokens_of(completions):
-    return [each.tokens for each in completions]
 
 
 def manager(rollouts):

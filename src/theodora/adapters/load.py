@@ -70,10 +70,10 @@ def load_adapter(model: Model, path: str | Path, name: str = "default", trainabl
 def _load(model: Model, path: str | Path, name: str, trainable: bool, **changes: Any) -> Model:
     """`load_adapter`, with other values of the adapter's configuration."""
     check_name(find_state(model) or AdapterState(), name)
-    return put_on(model, read_adapter(path, for_model=True), name, trainable, **changes)
+    return load_file(model, read_adapter(path, for_model=True), name, trainable, **changes)
 
 
-def put_on(model: Model, file: AdapterFile, name: str, trainable: bool = False, **changes: Any) -> Model:
+def load_file(model: Model, file: AdapterFile, name: str, trainable: bool = False, **changes: Any) -> Model:
     """The same of a file that was read already, `for_model`."""
     state = find_state(model) or AdapterState()
     check_name(state, name)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from theodora.adapters.heads import head_paths
-from theodora.adapters.load import put_on
+from theodora.adapters.load import load_file
 from theodora.adapters.reference import reference_model
 from theodora.adapters.remove import remove_adapter
 from theodora.adapters.state import require_state, set_adapter
@@ -78,7 +79,7 @@ def scorer_beside(policy: PreTrainedModel, file: AdapterFile, config: PreTrained
     heads = head_paths(model)
     plain = replace(file, full={}, full_names=(), config=replace(file.config, modules_to_save=()), task=None)
     own = require_state(policy).active
-    put_on(policy, plain, _NAME)
+    load_file(policy, plain, _NAME)
     try:
         backbone = reference_model(policy, _NAME).base_model
     finally:
@@ -134,13 +135,10 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 def padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
     """Texts as a batch, padded on the right: `input_ids` and `attention_mask`, (S, T)."""
-    length = max(map(len, ids))
-    rows = [[*row, *[pad] * (length - len(row))] for row in ids]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+    rows = [torch.tensor(row) for row in ids]
+    ids_ST = pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask_ST = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids_ST.to(device), "attention_mask": mask_ST.to(device)}
 
 
 @torch.no_grad()

@@ -95,8 +95,14 @@ class Material:
         return mix(self.tasks[data].rows, self.replay, replay, seed)
 
 
-def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Examples, Examples] | None]:
+def read_splits(
+    config: CompareConfig, *, with_rewards: bool = True
+) -> tuple[dict[str, Splits], tuple[Examples, Examples] | None]:
     """Read and split every data set, and general text into what is scored and what is left for replay.
+
+    Args:
+        config: of the comparison.
+        with_rewards: whether what is wrong with its rewards is told, too. Reward models are loaded for that.
 
     Raises:
         TheodoraError: naming every data set that cannot be used.
@@ -120,8 +126,8 @@ def read_splits(config: CompareConfig) -> tuple[dict[str, Splits], tuple[Example
                 _check_adapter(variant, variant.from_adapter)
             except TheodoraError as error:
                 problems.append(f"methods: {variant.name}: {error}")
-    if not problems and config.reward:
-        rewards_of(config, torch.device("cpu"))  # what is wrong with them is said before anything runs
+    if not problems and with_rewards:
+        rewards_of(config, torch.device("cpu"))
     if problems:
         raise DataError("The data cannot be used:" + bullet_list(problems))
     return splits, general

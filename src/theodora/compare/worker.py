@@ -51,7 +51,7 @@ class Bench:
 
     def __init__(self, config: CompareConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        splits, general = read_splits(config)
+        splits, general = read_splits(config, with_rewards=False)  # which come next
         self.rewards = rewards_of(config, device)
         self.bf16 = computes_in_bf16(device) if config.bf16 is None else config.bf16
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)

@@ -28,7 +28,7 @@ from theodora.files.classes import auto_classes, check_kernels, scores_texts
 from theodora.files.distrust import FLOAT_DTYPES, expanded
 from theodora.files.folder import OpenFile, read_file
 from theodora.files.model_bounds import Stored, bounded_build, check_layers
-from theodora.files.model_folder import StoredTensor, read_headers
+from theodora.files.model_folder import StoredTensor, read_headers, scoring_name
 from theodora.files.packed import group_parts, method_of
 from theodora.files.peft_options import PEFTS_HEADS
 from theodora.files.pieces import Piece, pieces_of
@@ -161,7 +161,7 @@ class BaseCheckpoint:
     @property
     def scores(self) -> bool:
         """Whether the model is of a class for sequence classification, as `heads` asked for."""
-        return self._labels is not None and type(self.model).__name__.endswith("ForSequenceClassification")
+        return self._labels is not None and scoring_name([type(self.model).__name__]) is not None
 
     def model_name(self, name: str) -> str | None:
         """The model's own name for a parameter that an adapter or an older checkpoint may call otherwise.

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from theodora.errors import CheckpointError, shown
+from theodora.files.model_folder import scoring_name
 
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # Names of transformers' own code for experts; any other name makes it fetch code from the hub.
@@ -103,8 +104,7 @@ def is_scoring(config: PreTrainedConfig) -> bool:
 
 
 def _scoring_name(config: PreTrainedConfig) -> str | None:
-    names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
-    return next((name for name in names if name.endswith("ForSequenceClassification")), None)
+    return scoring_name(getattr(config, "architectures", None))
 
 
 def fetched_kernels(options: Any) -> Iterator[str]:

@@ -158,11 +158,15 @@ def is_scorer(path: str | Path) -> bool:
         CheckpointError: adapter_config.json, or config.json, cannot be read.
     """
     folder = expanded(path)
-    if is_adapter_folder(folder) or not (folder / "config.json").is_file():
+    if not is_whole_model(folder):
         return scores_texts(folder)
-    named = read_object(folder / "config.json").get("architectures")
-    names = named if isinstance(named, list) else []
-    return any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in names)
+    return scoring_name(read_object(folder / "config.json").get("architectures")) is not None
+
+
+def scoring_name(architectures: object) -> str | None:
+    """The class among those that a config.json names (`architectures`) that scores texts."""
+    names = architectures if isinstance(architectures, list) else []
+    return next((name for name in names if isinstance(name, str) and name.endswith("ForSequenceClassification")), None)
 
 
 def is_whole_model(path: str | Path) -> bool:

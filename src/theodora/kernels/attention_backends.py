@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -11,24 +11,18 @@ _PAYS_FROM = 2048
 """Tokens from which cuDNN's attention saves more than it costs to plan it."""
 
 
-@contextmanager
-def repeatable_attention() -> Iterator[None]:
+def repeatable_attention() -> AbstractContextManager[None]:
     """While it lasts a forward pass of attention gives the same bits each time. cuDNN's, which torch takes first on new
     GPUs, does not where there is a single query, as in decoding (seen on an H200 with torch 2.11)."""
-    with _without_cudnn():
-        yield
+    return _without_cudnn()
 
 
-@contextmanager
-def attention_of_new_lengths(tokens: int) -> Iterator[None]:
+def attention_of_new_lengths(tokens: int) -> AbstractContextManager[None]:
     """For passes of ever other lengths, this one of rows of so many tokens. cuDNN plans its attention anew for each
     shape, which took 0.15 s forward and as much backward, most of a step of short rows (H200, torch 2.11)."""
     # Which of the others are deterministic depends on the mask; cuDNN's choice was torch's.
-    if tokens >= _PAYS_FROM or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    with _without_cudnn():
-        yield
+    stays = tokens >= _PAYS_FROM or torch.are_deterministic_algorithms_enabled()
+    return nullcontext() if stays else _without_cudnn()
 
 
 @contextmanager

@@ -94,6 +94,12 @@ class Completion:
     """Of each token: log softmax(logits / temperature), float32, before penalty, top_p, top_k and min_p."""
 
 
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise a DataError for a prompt without tokens."""
+    if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
+        raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
+
+
 class Rollouts:
     """Draws completions from a model whose weights change between the calls, in place.
 
@@ -160,8 +166,7 @@ class Rollouts:
             OutputNotFinite: of the model.
             torch.OutOfMemoryError: memory does not do for a single row.
         """
-        if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
-            raise DataError(f"Nothing can be drawn after a prompt without tokens (number {empty[0] + 1}).")
+        check_prompts(prompts)
         own = range(len(prompts)) if places is None else places
         samplings = [replace(self._sampling, seed=(seed << 32) + place) for place in own]
         told = _Told(over)

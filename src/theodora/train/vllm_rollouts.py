@@ -32,7 +32,7 @@ from theodora.extras import installed
 from theodora.files.distrust import expanded
 from theodora.layers.linear import LinearAdapterLayer
 from theodora.plan.fits import size
-from theodora.train.rollouts import Completion, Drawing, Rollouts
+from theodora.train.rollouts import Completion, Drawing, Rollouts, check_prompts
 from theodora.vllm_plugin.engine import LEAST_TEMPERATURE, RANKS, Engine
 
 PIP_LINE = (
@@ -141,9 +141,8 @@ class VllmRollouts:
             DataError: a prompt without tokens, or one that is too long beside a completion.
             TheodoraError: the model's output is not finite.
         """
+        check_prompts(prompts)
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise DataError(f"Nothing can be drawn after a prompt without tokens (number {index + 1}).")
             if len(prompt) + self._most > self._length:
                 raise DataError(
                     f"Prompt {index + 1} has {len(prompt)} tokens, and vLLM takes {self._length}, with {self._most} of "
